@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow import slow_but
 from torch import Tensor
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
@@ -42,7 +43,13 @@ OF_FEATURES: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", [*OF_LOGITS, *OF_FEATURES])
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        *("pixel_cross_entropy", "CrossEntropyDice", "confusion", "groups", "SAR", "CBP"),
+        of={name: name for name in OF_LOGITS | OF_FEATURES},
+    ),
+)
 def test_batch_sizes(name: str) -> None:
     if name in OF_LOGITS:
         function, channels = OF_LOGITS[name], K

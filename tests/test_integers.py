@@ -219,7 +219,7 @@ def test_sizes_in_a_trace(name: str, chosen: str) -> None:
 
 
 @pytest.mark.parametrize("name", OF_SIZES)
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sizes_of_an_export(name: str, strict: bool) -> None:
     """They remain symbolic: the program takes images of other sizes."""
     module = Calls(OF_SIZES[name])

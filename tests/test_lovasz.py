@@ -61,7 +61,9 @@ def compare(loss: Any, right: Any, *inputs: Tensor, value: float = 1e-4, gradien
         (2, (9, 18), 4),
         (5, (9, 13), 1),
         (19, (12, 20), 4),
-        pytest.param(150, (10, 10), 4, marks=pytest.mark.on("reference", "cpu")),
+        pytest.param(
+            150, (10, 10), 4, marks=[pytest.mark.on("reference", "cpu"), pytest.mark.slow]
+        ),
         (5, (3, 5, 6), 3),
         (5, (4, 5, 6), 1),
     ],

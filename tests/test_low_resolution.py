@@ -166,7 +166,12 @@ def test_the_dry_run_leaves_no_trace() -> None:
 
 @pytest.mark.parametrize(
     ("build", "corners"),
-    [(Net, False), (TrainingHeads, True), (model_output, False), (keyword, False)],
+    [
+        (Net, False),
+        (TrainingHeads, True),
+        pytest.param(model_output, False, marks=pytest.mark.slow),
+        pytest.param(keyword, False, marks=pytest.mark.slow),
+    ],
     ids=["net", "training-heads", "model-output", "keyword"],
 )
 def test_fullgraph(build: Callable[[], nn.Module], corners: bool) -> None:

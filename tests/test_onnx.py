@@ -99,8 +99,18 @@ def _export(how: str, model: nn.Module, inputs: tuple[Tensor, ...], file: Path) 
 # torch.onnx.export(dynamo=True) exports such a program too, so two cases are enough there
 @pytest.mark.parametrize(
     ("name", "how"),
-    [(name, how) for name in CASES for how in ("TorchScript", "an exported program")]
-    + [("labels", "dynamo"), ("confusion", "dynamo")],
+    [(name, "TorchScript") for name in CASES]
+    + [
+        ("labels", "an exported program"),
+        ("confusion", "an exported program"),
+        ("labels", "dynamo"),
+    ]
+    + [
+        pytest.param(name, "an exported program", marks=pytest.mark.slow)
+        for name in CASES
+        if name not in ("labels", "confusion")
+    ]
+    + [pytest.param("confusion", "dynamo", marks=pytest.mark.slow)],
 )
 def test_equal_labels_in_onnxruntime(name: str, how: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -59,7 +59,7 @@ def check(function: Callable[..., Tensor | tuple], *inputs: Tensor) -> None:
     [
         *((name, F32, "cpu") for name in LOGITS),
         ("points", F64, "cpu"),
-        ("points of a batch", F32, "reference"),
+        pytest.param("points of a batch", F32, "reference", marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -75,7 +75,9 @@ def test_losses_of_pixels(shapes: str, dtype: torch.dtype, backend: str):
                 check(lambda x, w, loss=loss: loss(x, labels, w), logits, weights)
 
 
-@pytest.mark.parametrize(("images", "dtype"), [(1, F32), (3, F64)], ids=str)
+@pytest.mark.parametrize(
+    ("images", "dtype"), [(1, F32), pytest.param(3, F64, marks=pytest.mark.slow)], ids=str
+)
 def test_losses_of_many_classes(images: int, dtype: torch.dtype):
     num_classes = 40_000 // (1 + images // 2)
     logits = torch.randn(images, num_classes, 1, 2, dtype=dtype)
@@ -84,7 +86,7 @@ def test_losses_of_many_classes(images: int, dtype: torch.dtype):
         check(lambda x, loss=loss: loss(x, labels), logits)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("reference", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("size", "num_classes"),
     [((1, 7, 40_001), 3), ((40_001, 9), 4), ((2, 3, 40, 51), 65_536), ((6, 40, 12, 13), 150)],
