@@ -440,7 +440,7 @@ def select(
             raise ValueError(f"{function}: backend {chosen} does not support this call: {reason}")
         return chosen
     for name in NAMES[:-1]:
-        # Interpreted and emulated kernels are for tests: they are never selected automatically.
+        # Kernels without a GPU are for tests: they are never selected automatically.
         if _MISSING[name] or _ON_HOST.get(name):
             continue
         if any(operator in excluded[name] for operator in runs):

@@ -788,9 +788,9 @@ def _environments(
 
 
 def device_of(backend: str) -> torch.device:
-    """Where a backend runs: interpreted and emulated kernels read tensors of the CPU."""
-    emulated = backend == "triton" and TRITON_INTERPRETED
-    on_gpu = backend != "cpu" and torch.cuda.is_available() and not emulated
+    """Where a backend runs: kernels without a GPU read tensors of the CPU."""
+    simulated = backend == "triton" and TRITON_INTERPRETED
+    on_gpu = backend != "cpu" and torch.cuda.is_available() and not simulated
     return torch.device("cuda" if on_gpu else "cpu")
 
 

@@ -1,14 +1,14 @@
 """The backends of the cases, and what the memory and the kernels of a case need.
 
-A test that takes `backend` runs on each backend of its process. Usual processes have `reference`
-and `cpu`, and `cuda` and `triton` where a case is marked for a GPU. tests/proofs starts processes
-with one backend of GPUs each, on CPU tensors (helpers/emulator.py). Its place is `interpreter` for
-Triton's kernels and `emulator` for those of CUDA. They run the tests that take `backend`, and no
-others.
+A test that takes `backend` runs in each place of its process. Usual processes have `reference` and
+`cpu`, and `cuda` and `triton` where a case is marked for a GPU. With PTX_ARCH or TRITON_INTERPRET
+the kernels of one backend of GPUs run without a GPU, on CPU tensors (helpers/simulated_gpu.py): the
+place is `simulated_triton` or `simulated_cuda`. Such a process runs the tests that take `backend`,
+and no others.
 
-The mark on("cpu", "interpreter", "emulator", …) limits a case, or the cases of a module that have
-no mark of their own. "gpu" stands for both backends of a GPU, "cuda" and "triton" for one of
-them. Without the mark, a case runs everywhere but on a GPU.
+The mark on("cpu", "simulated_triton", …) limits a case, or the cases of a module that have no mark
+of their own. "gpu" stands for both backends of a GPU, "cuda" and "triton" for one of them. Without
+the mark, a case runs everywhere but on a GPU.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ from importlib import metadata
 import numpy as np
 import pytest
 import torch
-from emulator import BACKEND, EMULATED, PTX_ARCH
+from simulated_gpu import BACKEND, PTX_ARCH, SIMULATED
 
 import anchorops as ao
 
 M_PERTURB = -6  # glibc's <malloc.h>
 GPU = ("cuda", "triton")
 ON_A_GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in GPU]
-PLACES = {"triton": ["interpreter"], "cuda": ["emulator"]}.get(
+PLACES = {"triton": ["simulated_triton"], "cuda": ["simulated_cuda"]}.get(
     BACKEND, ["reference", "cpu", *ON_A_GPU]
 )
 
@@ -55,8 +55,8 @@ def _version(name: str) -> str:
 def _is_chosen(item: pytest.Item) -> bool:
     callspec = getattr(item, "callspec", None)
     place = callspec.params.get("backend") if callspec else None
-    if place is None or (EMULATED and place not in PLACES):
-        return not EMULATED
+    if place is None or (SIMULATED and place not in PLACES):
+        return not SIMULATED
     names = {place, "gpu"} if place in GPU else {place}
     item_marks = [mark for mark in item.own_markers if mark.name == "on"]
     marks = item_marks or list(item.iter_markers("on"))  # of the module
@@ -86,12 +86,12 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=EMULATED)
+@pytest.fixture(autouse=SIMULATED)
 def poisoned() -> Iterator[None]:
     """Uninitialised tensors of torch contain NaN, or the largest integers, so that a test fails if
     a result was not written. In usual processes, other new memory has the bytes 0x7f (as float32
     3e38)."""
-    libc = None if EMULATED else ctypes.CDLL(None)
+    libc = None if SIMULATED else ctypes.CDLL(None)
     if libc is not None:
         if not hasattr(libc, "mallopt"):
             pytest.skip("poisoned memory needs glibc's mallopt")
@@ -105,7 +105,7 @@ def poisoned() -> Iterator[None]:
         libc.mallopt(M_PERTURB, 0)
 
 
-@pytest.fixture(autouse=EMULATED)
+@pytest.fixture(autouse=SIMULATED)
 def patched_once(monkeypatch):
     """The interpreter patches triton.language at each call of a function by another function. For
     our own functions the launch of the kernel has already done this. It takes half of the time of

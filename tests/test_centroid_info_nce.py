@@ -21,9 +21,9 @@ from tests.helpers.memory import peak_allocated_bytes
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 REDUCTIONS = ("mean", "sum", "none")
 on_reference = pytest.mark.on("reference")
-pytestmark = pytest.mark.on("reference", "interpreter", "emulator")
-not_interpreted = pytest.mark.on("reference", "emulator")
-on_kernels = pytest.mark.on("interpreter", "emulator")
+pytestmark = pytest.mark.on("reference", "simulated_triton", "simulated_cuda")
+not_interpreted = pytest.mark.on("reference", "simulated_cuda")
+on_kernels = pytest.mark.on("simulated_triton", "simulated_cuda")
 
 
 def loops(

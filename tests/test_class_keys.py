@@ -11,10 +11,10 @@ from anchorops import reference
 from anchorops._ops.class_keys import class_keys
 from anchorops._ops.split_groups import split_groups
 
-pytestmark = pytest.mark.on("cpu", "interpreter", "emulator")
+pytestmark = pytest.mark.on("cpu", "simulated_triton", "simulated_cuda")
 cpu = pytest.mark.on("cpu")
-not_cuda = pytest.mark.on("cpu", "interpreter")
-compiled = pytest.mark.on("cpu", "emulator")  # the interpreter takes a second for each call
+not_cuda = pytest.mark.on("cpu", "simulated_triton")
+compiled = pytest.mark.on("cpu", "simulated_cuda")  # the interpreter takes a second for each call
 INTEGERS = (
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.uint16, torch.uint32, torch.uint64),
@@ -270,7 +270,7 @@ def test_seed_is_an_int_or_a_tensor(backend: str, seed: int):
 # The keys of a tile, which Triton's kernels list
 
 
-@pytest.mark.on("interpreter")
+@pytest.mark.on("simulated_triton")
 def test_few_keys_take_partials_and_many_are_sorted(backend: str, monkeypatch):
     from anchorops.kernels import launch
 
@@ -288,7 +288,7 @@ def test_few_keys_take_partials_and_many_are_sorted(backend: str, monkeypatch):
     assert chunks(16_384, 300, 768) == 0
 
 
-@pytest.mark.on("interpreter")
+@pytest.mark.on("simulated_triton")
 @pytest.mark.parametrize("ignored", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("num_keys", [1, 3, 2**31 - 1])
 def test_keys_of_a_tile(backend: str, num_keys: int, ignored: float):

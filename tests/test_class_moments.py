@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from cpu_kernels import same_for_all_threads
-from emulator import BACKEND
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from masked_sums import (
@@ -22,6 +21,7 @@ from masked_sums import (
     pixel_keys,
     run,
 )
+from simulated_gpu import BACKEND
 
 import anchorops as ao
 from anchorops._backend import CUDA_MAX_KEYS
@@ -29,7 +29,7 @@ from anchorops._backend import CUDA_MAX_KEYS
 cpu = pytest.mark.on("cpu")
 on_cpu = pytest.mark.on("cpu", "reference")
 on_gpu = pytest.mark.on("gpu")
-emulator = pytest.mark.on("emulator")
+simulated_cuda = pytest.mark.on("simulated_cuda")
 pytestmark = pytest.mark.usefixtures("sorted_by_numpy")
 
 
@@ -174,7 +174,7 @@ def marked(cases: list[Case], mark: pytest.MarkDecorator) -> list:
     [
         *CASES,
         *marked(CASES_OF_CPU, on_cpu),
-        *marked(SEVERAL_TILES + UNALIGNED, emulator),
+        *marked(SEVERAL_TILES + UNALIGNED, simulated_cuda),
         *marked(CASES_OF_GPUS, on_gpu),
     ],
     ids=str,
@@ -194,13 +194,13 @@ def test_lengths_of_keys(case: Case, backend: str, path: None):
     check(case, backend)
 
 
-@pytest.mark.on("cpu", "reference", "interpreter")
+@pytest.mark.on("cpu", "reference", "simulated_triton")
 @pytest.mark.parametrize("case", MANY_KEYS, ids=str)
 def test_many_keys(case: Case, backend: str):
     check(case, backend)
 
 
-@emulator
+@simulated_cuda
 def test_more_than_1024_keys_are_refused(backend: str):
     features, labels = torch.zeros(2, 3, 5), torch.zeros(2, 5).long()
     refused = pytest.raises(ValueError, match=r'at most 1024 keys .*: choose "triton"')
@@ -211,13 +211,13 @@ def test_more_than_1024_keys_are_refused(backend: str):
         torch.ops.anchorops.class_moments.cuda(features, keys, None, 1025, 1, True)
 
 
-@pytest.mark.on("interpreter", "emulator")
+@pytest.mark.on("simulated_triton", "simulated_cuda")
 def test_float64_is_refused(backend: str):
     with pytest.raises(ValueError, match=rf"class_moments: backend {backend} .* float64"):
         ao.ops.class_moments(torch.zeros(4, 2, dtype=F64), torch.zeros(4).long(), 2)
     with pytest.raises(ValueError, match="at most 16384 classes"):
         ao.ops.class_moments(torch.zeros(4, 2), torch.zeros(4).long(), 20_000, ignore_index=255)
-    with ao.use_backend("auto"):  # never takes an emulated backend
+    with ao.use_backend("auto"):  # never takes kernels without a GPU
         ao.ops.class_moments(torch.zeros(4, 2, dtype=F64), torch.zeros(4).long(), 2)
 
 
@@ -350,7 +350,7 @@ def test_not_finite_pixels_spoil_their_class_alone(
     assert torch.equal(ours[3].movedim(1, -1)[kept], clean[3].movedim(1, -1)[kept])
 
 
-@emulator
+@simulated_cuda
 @pytest.mark.parametrize("size", [(2, 250, 10, 136), (2, 250, 11, 125)])
 def test_not_finite_pixel_of_a_tile_of_one_key(size, backend: str):
     case = Case(size, 1000, BF16, labels="mixed")
@@ -369,7 +369,7 @@ def test_not_finite_pixel_of_a_tile_of_one_key(size, backend: str):
     assert torch.equal(sqdists.isfinite(), torch.arange(1000) != key)
 
 
-@emulator
+@simulated_cuda
 @pytest.mark.parametrize("size", [(1, 40, 10, 136), (2, 70, 9, 29)])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_not_finite_pixels_without_a_slot(dtype, size, backend: str):

@@ -8,10 +8,10 @@ features' dtype.
 import pytest
 import torch
 from cpu_kernels import in_layout
-from emulator import BACKEND, TRUNCATES
 from masked_sums import BF16, F16, F32
+from simulated_gpu import BACKEND, TRUNCATES
 
-pytestmark = pytest.mark.on("interpreter", "emulator")
+pytestmark = pytest.mark.on("simulated_triton", "simulated_cuda")
 
 LAYOUTS = [  # of features, and their size
     ("contiguous", (2, 24, 4, 16), BF16),

@@ -14,7 +14,7 @@ import anchorops as ao
 from anchorops._ops.class_moments import unchecked_moments
 
 pytestmark = pytest.mark.usefixtures("sorted_by_numpy")
-fused = pytest.mark.on("cpu", "interpreter", "emulator")
+fused = pytest.mark.on("cpu", "simulated_triton", "simulated_cuda")
 F64 = torch.float64
 SECOND = (
     "class_moments: second derivatives are not implemented in the fused operators; "

@@ -209,7 +209,7 @@ def test_values_outside_are_left_out(backend):
     assert torch.equal(ao.confusion(predictions, labels, 3), expected)
 
 
-@pytest.mark.on("reference", "cpu", "interpreter", "triton")
+@pytest.mark.on("reference", "cpu", "simulated_triton", "triton")
 @pytest.mark.parametrize(
     ("size", "pixels", "align_corners", "dtype"),
     [

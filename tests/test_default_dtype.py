@@ -41,7 +41,7 @@ def same(actual: list[Tensor], expected: list[Tensor], tolerance: float = 0.0) -
 
 
 @pytest.mark.usefixtures("sorted_by_numpy")
-@each("reference", "cpu", "interpreter")
+@each("reference", "cpu", "simulated_triton")
 def test_operators(operator: Operator, backend: str, default_dtype: Callable[[], None]) -> None:
     inputs = operator.inputs(1)
     expected = results(operator.run, inputs)

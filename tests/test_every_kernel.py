@@ -22,7 +22,7 @@ from tests import (
 from tests.test_class_keys import INTEGERS
 
 pytestmark = [
-    pytest.mark.on("interpreter", "emulator", "gpu"),
+    pytest.mark.on("simulated_triton", "simulated_cuda", "gpu"),
     pytest.mark.usefixtures("sorted_by_numpy"),
 ]
 BOTH, CUDA, TRITON = ("cuda", "triton"), ("cuda",), ("triton",)
@@ -153,7 +153,7 @@ def test_values_and_gradients(case: Case, backend: str):
 
 
 def test_every_kernel_is_launched(backend: str):
-    """Emulated kernels are compared with the reference here."""
+    """Kernels without a GPU are compared with the reference here."""
     cases_of: dict[str, list[str]] = {}
     for case in CASES:
         if backend in case.backends:
@@ -165,7 +165,7 @@ def test_every_kernel_is_launched(backend: str):
     assert cases_of.keys() == kernels_of(backend)
 
 
-@pytest.mark.on("interpreter", "triton")
+@pytest.mark.on("simulated_triton", "triton")
 def test_volumes_launch_the_kernels_images(backend: str):
     """Of the same backend, in both directions."""
 

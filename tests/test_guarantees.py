@@ -43,7 +43,7 @@ def test_float64(operator: Operator, backend: str):
 
 @each()
 def test_the_same_bits(operator: Operator, backend: str, set_order):
-    """In any order of the threads, where kernels are emulated."""
+    """In any order of the threads, where there is no GPU."""
     inputs = operator.inputs(1)
     first = results(operator.run, inputs)
     for order in (1, 2):
@@ -83,7 +83,7 @@ def far(x: Tensor, axis: int, memory_format: torch.memory_format) -> Tensor:
     return buffer.as_strided(x.shape, strides).copy_(x)
 
 
-@each("cpu", "interpreter", "emulator")
+@each("cpu", "simulated_triton", "simulated_cuda")
 def test_offsets_are_64_bit(operator: Operator, backend: str):
     """Along each axis, of all inputs."""
     torch.use_deterministic_algorithms(False)  # otherwise torch.empty would write all of it

@@ -62,7 +62,7 @@ def test_transforms_of_the_reference(operator: Operator, backend: str):
     torch.testing.assert_close(along, (expected * direction).sum())
 
 
-@each("cpu", "interpreter", "emulator", differentiable=True)
+@each("cpu", "simulated_triton", "simulated_cuda", differentiable=True)
 def test_other_derivatives_raise(operator: Operator, backend: str):
     """Second derivatives, forward mode, torch.func's."""
     whole, (x, *others) = weighted_sum(operator, operator.inputs(1))
@@ -95,7 +95,7 @@ def test_other_derivatives_raise(operator: Operator, backend: str):
             transformed(argument)
 
 
-@each("cpu", "interpreter", "emulator", slow=True)
+@each("cpu", "simulated_triton", "simulated_cuda", slow=True)
 def test_compiles_as_one_graph(operator: Operator, backend: str):
     """Also for other sizes."""
     torch._dynamo.reset()
@@ -171,7 +171,7 @@ def test_meta_tensors(operator: Operator, backend: str):
         assert ours.is_meta and ours.shape == real.shape and ours.dtype == real.dtype
 
 
-@each("cpu", "interpreter", "emulator", slow=True)
+@each("cpu", "simulated_triton", "simulated_cuda", slow=True)
 def test_opcheck(operator: Operator, backend: str):
     inputs = operator.inputs(1)
     with Calls() as calls:
@@ -185,7 +185,7 @@ def test_opcheck(operator: Operator, backend: str):
 FROM_OPERATORS = {"keys", "lse", "teacher_lse"}
 
 
-@each("cpu", "interpreter", "emulator")
+@each("cpu", "simulated_triton", "simulated_cuda")
 def test_strides_that_a_compiler_chooses(operator: Operator, backend: str):
     inputs = operator.inputs(1)
     with Calls() as calls:

@@ -16,7 +16,7 @@ from anchorops import reference
 from anchorops.reference.upsampling import transposed_rows
 
 IGNORED = 255
-EVERYWHERE = pytest.mark.on("reference", "cpu", "interpreter", "triton")
+EVERYWHERE = pytest.mark.on("reference", "cpu", "simulated_triton", "triton")
 
 
 def upsampled(x: Tensor, size: torch.Size, align_corners: bool = False) -> Tensor:
@@ -158,7 +158,7 @@ CASES = [  # classes, size of the logits and of the labels, align_corners
 MANY_CLASSES = (1100, (3, 4), (9, 12), False)
 
 
-@pytest.mark.on("cpu", "interpreter", "triton")
+@pytest.mark.on("cpu", "simulated_triton", "triton")
 @pytest.mark.parametrize("layout", ["", "channels last", "cropped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(

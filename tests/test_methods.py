@@ -112,8 +112,8 @@ def loss_gradients_and_state(
 
 def places(name: str, interpreted: bool = True) -> pytest.MarkDecorator:
     """Where a method runs: CeCo has no CUDA kernels."""
-    cuda = () if "CeCo" in name else ("emulator", "cuda")
-    return pytest.mark.on("cpu", "triton", *cuda, *["interpreter"] * interpreted)
+    cuda = () if "CeCo" in name else ("simulated_cuda", "cuda")
+    return pytest.mark.on("cpu", "triton", *cuda, *["simulated_triton"] * interpreted)
 
 
 # The interpreter, which is slow, runs each method with one kind of images.

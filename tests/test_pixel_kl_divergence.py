@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cpu_kernels import in_layout, same_for_all_threads
-from emulator import TRUNCATES
+from simulated_gpu import TRUNCATES
 from softmax_formulas import interpolated
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from anchorops._ops import volumes
 
 F32, F64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 FLOOR = 2**-22
-pytestmark = pytest.mark.on("reference", "cpu", "interpreter", "triton")
+pytestmark = pytest.mark.on("reference", "cpu", "simulated_triton", "triton")
 
 
 class Case(NamedTuple):
@@ -139,7 +139,7 @@ def test_divergences_and_gradients(backend: str, case: Case) -> None:
     assert_close(gradient, exact[1], plain[1], floor + tiny, eps)
 
 
-@pytest.mark.on("interpreter")
+@pytest.mark.on("simulated_triton")
 @pytest.mark.parametrize("case", [CASES[2], CASES[6], CASES[8]], ids=str)
 def test_lanes_of_one_pixel(backend: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     from anchorops.kernels import upsampling

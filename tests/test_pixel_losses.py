@@ -241,7 +241,7 @@ def test_wrong_inputs():
         ao.Dice(classes=[7])(logits, labels)
 
 
-@pytest.mark.on("cpu", "interpreter", "triton")
+@pytest.mark.on("cpu", "simulated_triton", "triton")
 @pytest.mark.parametrize("shape", [(2, K, 3, 4), (1, K, 2, 3, 4)])
 @pytest.mark.parametrize(
     "options", [{}, {"ohem_kept": 20}, {"ohem": 0.5}, {"ohem": 0.5, "focal_gamma": 1.0}]

@@ -50,7 +50,7 @@ def test_largest_class(dtype: torch.dtype, most: int):
         ao.pixel_argmax(torch.zeros(1, most + 1, 2, 3), (4, 9), dtype=dtype)
 
 
-@pytest.mark.on("reference", "cpu", "interpreter")
+@pytest.mark.on("reference", "cpu", "simulated_triton")
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(("channels", "threshold"), [(1, 0.5), (3, 0.3), (3, 0.9)])
 @pytest.mark.parametrize("shape", SHAPES)

@@ -234,7 +234,7 @@ def test_shaped_losses(case: Case, backend: str):
     check(case, backend)
 
 
-@pytest.mark.on("interpreter")
+@pytest.mark.on("simulated_triton")
 @pytest.mark.parametrize(
     "case",
     [
@@ -305,7 +305,7 @@ def test_steep_logits(case: Case, scale: float, backend: str):
             assert error <= 2 * torch_error + 16 * torch.finfo(F32).eps * exact.abs().max()
 
 
-@pytest.mark.on("reference", "interpreter")
+@pytest.mark.on("reference", "simulated_triton")
 def test_largest_logits(backend: str):
     """Neighbours whose difference is not finite in float32: p is 0 or 1, the gradient finite."""
     case = Case((1, 4, 3, 4), (12, 16), statistics=("hits", "masses"))
@@ -450,7 +450,7 @@ def test_labels_that_are_ignored(dtype: torch.dtype, backend: str):
     assert (moments.losses != 0).nonzero().tolist() == [[3]]
 
 
-@pytest.mark.on("interpreter")
+@pytest.mark.on("simulated_triton")
 def test_float64_is_refused(backend: str):
     with pytest.raises(ValueError, match=rf"softmax_moments: backend {backend} .* float64"):
         ao.ops.softmax_moments(torch.zeros(4, 2, dtype=F64), torch.zeros(4).long())

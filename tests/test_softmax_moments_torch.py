@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from emulator import BACKEND
+from simulated_gpu import BACKEND
 from softmax_formulas import F32, F64, check_loss
 
 import anchorops as ao

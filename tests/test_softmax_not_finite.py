@@ -232,7 +232,7 @@ def test_a_label_of_a_masked_class_without_weights(ratio: int, backend: str):
     [
         1e3,
         # the CPU would need a second comparison for each pixel: 5 to 10 % of two classes' time
-        pytest.param(torch.inf, marks=pytest.mark.on("reference", "interpreter", "triton")),
+        pytest.param(torch.inf, marks=pytest.mark.on("reference", "simulated_triton", "triton")),
     ],
 )
 def test_pixel_weights(unused: float, ratio: int, focal_gamma: float, backend: str):

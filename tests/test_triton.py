@@ -9,14 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emulator import EMULATED
+from simulated_gpu import SIMULATED
 from torch.torch_version import TorchVersion
 
 triton = pytest.importorskip("triton", reason="CPU builds of torch do not include Triton")
 
 METHODS = ("SAR-channels last", "OCCL-odd planes", "MVSC-crop", "CeCo-bfloat16", "CBP-crop")
 CASES = [
-    *(f"test_methods.py::test_losses_gradients_and_state[interpreter-{case}]" for case in METHODS),
+    *(
+        f"test_methods.py::test_losses_gradients_and_state[simulated_triton-{case}]"
+        for case in METHODS
+    ),
     "test_softmax_moments.py::test_gradient_through_some",
     "test_confusion.py::test_hits_are_the_diagonal",
 ]
@@ -35,7 +38,7 @@ def test_some_kernels():
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
 
 
-@pytest.mark.skipif(EMULATED, reason="the interpreter compiles nothing")
+@pytest.mark.skipif(SIMULATED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("stride", [4, 8])
 def test_sizes_share_variants(stride: int):
     """Images are evaluated, and some are trained, in their own sizes. Each variant takes seconds to

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from emulator import BACKEND
 from operators import sums_of_upsampled
+from simulated_gpu import BACKEND
 from torch import Tensor
 
 from anchorops import reference
@@ -18,7 +18,7 @@ from tests.helpers.memory import peak_allocated_bytes
 
 K = 5
 Size = tuple[int, int]
-pytestmark = pytest.mark.on("reference", "cpu", "interpreter")  # there are no CUDA kernels
+pytestmark = pytest.mark.on("reference", "cpu", "simulated_triton")  # there are no CUDA kernels
 cpu = pytest.mark.on("cpu")
 on_cpu = pytest.mark.on("cpu", "reference")
 
@@ -111,7 +111,7 @@ def test_sizes(backend, size, label_size, per_image: bool, upsample: bool, parts
     check(*example(size, label_size), K, per_image, upsample)
 
 
-@pytest.mark.on("interpreter")
+@pytest.mark.on("simulated_triton")
 def test_chunks_of_several_tiles(backend: str, monkeypatch: pytest.MonkeyPatch):
     """A program of Triton's kernel sums some tiles, as with many features."""
     monkeypatch.setattr("anchorops.kernels.upsampled_sums._MOST_CHUNKS", 4)

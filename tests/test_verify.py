@@ -22,7 +22,7 @@ def test_all_is_right():
     assert not [str(row) for row in (*rows, *environment) if row.right is not True]
 
 
-@pytest.mark.on("interpreter", "emulator")
+@pytest.mark.on("simulated_triton", "simulated_cuda")
 @pytest.mark.parametrize(
     "check",
     [

@@ -34,7 +34,7 @@ SIGMOIDS: dict[str, Callable[..., PixelLoss]] = {
         dice=ao.Dice(sigmoid=True), **options
     ),
 }
-each_backend = pytest.mark.on("reference", "cpu", "interpreter", "triton")
+each_backend = pytest.mark.on("reference", "cpu", "simulated_triton", "triton")
 SIZES = [  # of logits and labels
     ((2, 5, 4, 6), (2, 16, 24)),  # by cells
     ((2, 3000, 2, 65), (2, 8, 130)),  # several tiles in a row

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulator import EMULATED
 from ptx import cuda_launches
 from ptx.cuda_launches import readable
 from ptx.triton_launches import launches
+from simulated_gpu import SIMULATED
 from torch.profiler import ProfilerActivity, profile
 
 from anchorops._backend import CUDA_LIBRARY
@@ -26,7 +26,7 @@ KERNEL = re.compile(r"__global__[^;{]*?(\w+_kernel)\(")
 
 @cache
 def _cuda_kernels() -> set[str]:
-    if EMULATED:
+    if SIMULATED:
         return set(cuda_launches.machine.names.values())
     command = ["nm", CUDA_LIBRARY]
     symbols = subprocess.run(command, check=True, capture_output=True, text=True).stdout

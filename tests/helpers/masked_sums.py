@@ -249,11 +249,11 @@ def _cpu_budget(case, backend, exact, straightforward, formula, anchors, dsqdist
 
 
 def _gpu_budget(case, backend, exact, straightforward, formula, anchors, dsqdists):
-    """The same for kernels on a GPU, or emulated on the CPU."""
+    """The same for kernels on a GPU, or without one."""
     largest = [x.abs().max() for x in (formula(anchors.double(), torch.abs).sums, *exact[2:])]
     on_gpu = [ON_GPU * largest[0], ON_GPU * largest[1]]
-    emulated = [_twice(straightforward[i], exact[i]) + FLOOR * largest[i - 1] for i in (1, 2)]
-    sums, sqdists = on_gpu if anchors.is_cuda else emulated
+    simulated = [_twice(straightforward[i], exact[i]) + FLOOR * largest[i - 1] for i in (1, 2)]
+    sums, sqdists = on_gpu if anchors.is_cuda else simulated
     # float32 arithmetic, then one rounding to the features' dtype
     eps, floor = torch.finfo(case.dtype).eps, 1e-6 if anchors.is_cuda else 4 * FLOOR
     dfeatures = eps * exact.dfeatures.abs() + floor * largest[2]

@@ -23,10 +23,10 @@ from anchorops._ops.upsampled_sums import upsampled_sums
 K, D = 4, 6
 F32 = torch.float32
 Inputs = dict[str, Tensor]
-FUSED = ("reference", "cpu", "interpreter")
-WITH_CUDA = (*FUSED, "emulator")
+FUSED = ("reference", "cpu", "simulated_triton")
+WITH_CUDA = (*FUSED, "simulated_cuda")
 ON_CPU = ("reference", "cpu")
-NOT_CPU = ("reference", "interpreter", "emulator")  # on the CPU it is the reference
+NOT_CPU = ("reference", "simulated_triton", "simulated_cuda")  # on the CPU it is the reference
 
 
 class Operator(NamedTuple):

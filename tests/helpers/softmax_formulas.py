@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from cpu_kernels import in_layout
-from emulator import BACKEND, TRUNCATES
+from simulated_gpu import BACKEND, TRUNCATES
 from torch import Tensor
 
 import anchorops as ao

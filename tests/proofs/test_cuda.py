@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from emulator import CASES_OF_CUDA
 from ptx import cuda_launches
+from simulated_gpu import CASES_OF_CUDA
 
 OBSTACLE = cuda_launches.obstacle()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(OBSTACLE is not None, reason=str(OBSTACLE))]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytestmark = pytest.mark.on("emulator")
+pytestmark = pytest.mark.on("simulated_cuda")
 
 
 def strided(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from masked_sums import BF16, F32, Case, check, make_features, make_labels
 
 import anchorops as ao
 
-pytestmark = [pytest.mark.on("emulator"), pytest.mark.usefixtures("backend")]
+pytestmark = [pytest.mark.on("simulated_cuda"), pytest.mark.usefixtures("backend")]
 SetHardware = Callable[[int, int], None]
 
 

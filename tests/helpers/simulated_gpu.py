@@ -20,7 +20,7 @@ elif PTX_ARCH is not None:
 from anchorops._backend import TRITON_INTERPRETED  # noqa: E402
 
 BACKEND = "cuda" if PTX_BACKEND == "cuda" else "triton" if TRITON_INTERPRETED else ""
-EMULATED = bool(BACKEND)
+SIMULATED = bool(BACKEND)
 TRUNCATES = BACKEND == "triton" and PTX_ARCH is None  # Triton's interpreter, numbers to bfloat16
 HERE = Path(__file__).parent
 OF_CUDA = (  # files of the operators that have CUDA kernels
