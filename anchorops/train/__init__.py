@@ -1,1 +1,4 @@
-"""The training program: HRNet, SegFormer and any segmentation-models-pytorch architecture."""
+"""The training program: a LightningModule, a LightningDataModule, callbacks, and anchorops-train."""
+
+IGNORED = -1  # the label of ignored pixels: never a class, for any number of classes
+MULTIPLE = 32  # the coarsest stride of the networks: image sides are multiples of it

@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ..config import IGNORED
+from .. import IGNORED
 from .folders import MaskFolder, class_histogram
 from .loading import Segmentation
 
@@ -78,15 +77,8 @@ def _kept_counts(dataset: MaskFolder, cache: Path) -> Counts:
 
         threads = ThreadPoolExecutor()
         try:
-            masks = tqdm(
-                threads.map(read, range(len(dataset))),
-                desc="counting classes",
-                total=len(dataset),
-                unit="mask",
-                dynamic_ncols=True,
-                mininterval=0.5 if sys.stderr.isatty() else 10,
-            )
-            counts = _sum(masks)
+            print(f"counting the classes in {len(dataset)} masks", file=sys.stderr)
+            counts = _sum(threads.map(read, range(len(dataset))))
         finally:
             threads.shutdown(cancel_futures=True)  # if one fails, all end
         temporary = path.with_suffix(f".{os.getpid()}")  # other runs may be counting too
@@ -124,7 +116,7 @@ def check_classes(classes: Sequence[str], training: Tensor, validation: Tensor) 
         present = [name for name in classes if name not in absent]
         raise ValueError(
             f"the training masks have pixels of {', '.join(present) or 'no class'} only: expected "
-            "two classes or more; 255 is ignored unless --label-map makes it a class"
+            "two classes or more; 255 is ignored unless --data.label_map makes it a class"
         )
     return absent
 
@@ -135,7 +127,7 @@ def check_one_size(validation: Counts) -> None:
     if any(least < largest for least, largest in sizes):
         high, wide = map(_range, sizes)
         raise ValueError(
-            "--eval-batch-size: more than 1 needs images of one size, the validation images are "
+            "--data.eval_batch_size: more than 1 needs images of one size, the validation images are "
             f"{high} high and {wide} wide"
         )
 

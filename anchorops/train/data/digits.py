@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from ..config import IGNORED
+from .. import IGNORED
 
 SPLITS = ("train", "val")
 

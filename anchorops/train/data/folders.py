@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..config import IGNORED
+from .. import IGNORED
 
 CLASSES = "classes.txt"
 IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
@@ -64,10 +64,10 @@ class MaskFolder:
     ) -> None:
         wrong = {new for new in labels.values() if not (0 <= new < len(classes) or new == IGNORED)}
         if wrong:
-            raise ValueError(f"--label-map: expected classes 0 to {len(classes) - 1}, got {wrong}")
+            raise ValueError(f"--data.label_map: expected classes 0 to {len(classes) - 1}, got {wrong}")
         unread = [value for value in labels if not 0 <= value < LABEL_VALUES]
         if unread:
-            raise ValueError(f"--label-map: expected values 0 to {LABEL_VALUES - 1}, got {unread}")
+            raise ValueError(f"--data.label_map: expected values 0 to {LABEL_VALUES - 1}, got {unread}")
         self.pairs, self.classes, self.labels, self.channels = pairs, classes, labels, channels
         self._table = np.full(LABEL_VALUES, UNKNOWN, np.int16)
         for value, label in labels.items():
@@ -89,7 +89,7 @@ class MaskFolder:
             image = image.expand(3, -1, -1)
         if image.shape[0] != self.channels:
             raise ValueError(
-                f"{image_path}: expected {self.channels} channels (--channels), "
+                f"{image_path}: expected {self.channels} channels (--data.channels), "
                 f"got {image.shape[0]}"
             )
         turn = self._turn_of_labels(index, labels, mask_orientation, image.shape[1:], orientation)
@@ -148,7 +148,7 @@ class MaskFolder:
             unknown = np.unique(values[labels == UNKNOWN])[:5].tolist()
             raise ValueError(
                 f"{path}: label values {unknown} are not those of the {len(self.classes)} classes "
-                "nor ignored; name more classes, or map the values with --label-map"
+                "nor ignored; name more classes, or map the values with --data.label_map"
             )
         return torch.from_numpy(labels), orientation
 
@@ -270,6 +270,19 @@ def read_image(path: Path, size: Sequence[int]) -> tuple[Tensor, int]:
     return torch.from_numpy(np.moveaxis(array, 2, 0).copy()), orientation
 
 
+def read_upright(path: Path, channels: int) -> Tensor:
+    """An upright image (C, H, W) without a mask. Raises ValueError for other channels."""
+    image, orientation = read_image(path, ())
+    is_first = len(image) not in (1, channels) and image.shape[1] in (1, channels)
+    if is_first and _is_tiff(path):  # (C, H, W) was read as (H, W, C)
+        image = image.movedim(0, 2)
+    if len(image) == 1 and channels == 3:
+        image = image.expand(3, -1, -1)
+    if len(image) != channels:
+        raise ValueError(f"{path}: expected an image of {channels} channels, got {len(image)}")
+    return upright(image, orientation)
+
+
 def _channels_first(shape: tuple[int, ...], size: Sequence[int]) -> bool:
     sizes = (tuple(size), tuple(size)[::-1])
     return len(shape) == 3 and shape[1:] in sizes and shape[:2] not in sizes
@@ -277,7 +290,7 @@ def _channels_first(shape: tuple[int, ...], size: Sequence[int]) -> bool:
 
 def _existing(path: Path) -> Path:
     if not path.exists():
-        raise ValueError(f"{path} does not exist (--root is the directory of the data set)")
+        raise ValueError(f"{path} does not exist (--data.root is the directory of the data set)")
     return path
 
 
@@ -301,7 +314,7 @@ def _matched(
     if alone and not other_masks:
         raise ValueError(
             f"{alone[0]} has no image in {images} ({len(alone)} masks have none): give it its "
-            "image or remove it; --mask-suffix distinguishes masks from other files"
+            "image or remove it; --data.mask_suffix distinguishes masks from other files"
         )
     return [(image, masks_by_stem[stem]) for stem, image in images_by_stem.items()]
 
@@ -428,13 +441,13 @@ def open_folder(
     """
     classes = _read_classes(_existing(root)) or [f"class {k}" for k in range(num_classes or 0)]
     if not classes:
-        raise ValueError(f"{root / CLASSES} does not exist: write it, or give --num-classes")
+        raise ValueError(f"{root / CLASSES} does not exist: write it, or give --data.num_classes")
     if num_classes not in (None, len(classes)):
         raise ValueError(
-            f"{root / CLASSES}: expected {num_classes} lines (--num-classes), got {len(classes)}"
+            f"{root / CLASSES}: expected {num_classes} lines (--data.num_classes), got {len(classes)}"
         )
     if not 2 <= len(classes) <= MAX_EVALUATED:
-        source = "--num-classes" if num_classes else root / CLASSES
+        source = "--data.num_classes" if num_classes else root / CLASSES
         raise ValueError(f"{source}: expected 2 to {MAX_EVALUATED} classes, got {len(classes)}")
     labels = {NO_CLASS: IGNORED} | {k: k for k in range(len(classes))} | dict(label_map or {})
     if len(classes) <= NO_CLASS:

@@ -1,14 +1,8 @@
-"""The interface of data sets, their augmentation, and the endless deterministic stream of training
-batches; data workers that end when the training process no longer needs them."""
+"""The interface of data sets, their augmentation, and the deterministic stream of training batches."""
 
-import os
 import signal
-import threading
 import zlib
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
-from multiprocessing import forkserver, parent_process, resource_tracker
-from traceback import clear_frames
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,14 +11,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ..config import IGNORED, Data
-from ..signals import STOPPING
-from .digits import DigitScenes
-from .folders import open_folder, open_published
+from .. import IGNORED
 
 RETRIES = 10  # for a crop that shows mostly one class
-# modules that workers need; importing torch takes seconds; "__main__" is multiprocessing's default
-PRELOADED = ["__main__", "anchorops.train.run.loop"]
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 class Segmentation(Protocol):
@@ -36,37 +26,6 @@ class Segmentation(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> tuple[Tensor, Tensor]: ...
-
-
-def build_datasets(config: Data, seed: int) -> tuple[Segmentation, Segmentation]:
-    """Training and validation split."""
-    if config.dataset == "digits":
-        if config.data_seed is not None:
-            seed = config.data_seed
-        return (
-            DigitScenes("train", config.train_images, config.crop, seed=seed, exponent=config.zipf),
-            DigitScenes("val", config.val_images, config.crop, seed=0),
-        )
-    if config.root is None:
-        what = f"--root: expected the directory of the data set {config.dataset}, got nothing"
-        raise ValueError(what)
-    root = config.root
-    if config.dataset == "folder":
-        train, val = (
-            open_folder(
-                root,
-                split,
-                image_suffix=config.image_suffix,
-                mask_suffix=config.mask_suffix,
-                num_classes=config.num_classes,
-                label_map=config.label_map,
-                channels=config.channels,
-            )
-            for split in ("train", "val")
-        )
-    else:
-        train, val = (open_published(config.dataset, root, split) for split in ("train", "val"))
-    return train, val
 
 
 class RandomScale(v2.Transform):
@@ -160,26 +119,35 @@ def normalize(channels: int) -> v2.Transform:
     return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
 
-def augmentation(config: Data, channels: int) -> v2.Transform:
+def augmentation(
+    channels: int,
+    crop: tuple[int, int],
+    *,
+    scaled: RandomScale | None = None,
+    cat_max_ratio: float = 1.0,
+    flip: bool = False,
+    photometric: bool = False,
+) -> v2.Transform:
     """The augmentation, in the papers' order: scale, crop, flip, photometric distortion,
-    normalisation, padding."""
+    normalisation, padding. scaled: None for images that have the size of a crop."""
     steps: list[v2.Transform] = []
-    if config.dataset != "digits":
-        steps.append(RandomScale(config.short_side, config.scale, config.long_side))
-        steps.append(VariedCrop(config.crop, config.cat_max_ratio))
-    if config.flip:
+    if scaled is not None:
+        steps += [scaled, VariedCrop(crop, cat_max_ratio)]
+    if flip:
         steps.append(v2.RandomHorizontalFlip())
-    if config.photometric:
+    if photometric:
         if channels != 3:
-            raise ValueError(f"--photometric: expected images of 3 channels, got {channels}")
+            raise ValueError(f"--data.photometric: expected images of 3 channels, got {channels}")
         steps.append(PhotometricDistort())
-    return v2.Compose([*steps, normalize(channels), Pad(config.crop)])
+    return v2.Compose([*steps, normalize(channels), Pad(crop)])
 
 
-def evaluation_transform(config: Data, channels: int) -> v2.Transform:
+def evaluation_transform(
+    channels: int, short_side: int | None = None, long_side: int | None = None
+) -> v2.Transform:
     """Scale only the image to the short or the long side; its labels do not change."""
-    scaled = config.short_side or config.long_side
-    scale = [RandomScale(config.short_side, (1.0, 1.0), config.long_side)] if scaled else []
+    scaled = short_side or long_side
+    scale = [RandomScale(short_side, (1.0, 1.0), long_side)] if scaled else []
     return v2.Compose([*scale, normalize(channels)])
 
 
@@ -204,9 +172,10 @@ class Draws:
 
 
 class BatchSampler:
-    """This rank's passes from `first_step` to `steps`, as lists of (image, draw).
+    """This rank's batches of a run, as lists of (image, draw), from the step at which it continues.
 
-    Draw d is a position in the run. It does not depend on ranks, workers or interruptions.
+    Draw d is a position in the run. It does not depend on ranks, workers or interruptions. The
+    length counts the whole run: Lightning's progress in it is restored from a checkpoint.
     """
 
     def __init__(
@@ -222,18 +191,18 @@ class BatchSampler:
     ) -> None:
         if batch_size % (accumulate * world):
             raise ValueError(
-                f"--batch-size: expected a multiple of accumulate × ranks = {accumulate * world}, "
-                f"got {batch_size}"
+                "--data.batch_size: expected a multiple of accumulated batches × ranks = "
+                f"{accumulate * world}, got {batch_size}"
             )
         self.draws, self.size = draws, batch_size // (accumulate * world)
         self.rank, self.world = rank, world
-        self.passes = range(first_step * accumulate, steps * accumulate)
+        self.first, self.last = first_step * accumulate, steps * accumulate
 
     def __len__(self) -> int:
-        return len(self.passes)
+        return self.last
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for number in self.passes:
+        for number in range(self.first, self.last):
             start = (number * self.world + self.rank) * self.size
             yield [(self.draws[draw], draw) for draw in range(start, start + self.size)]
 
@@ -267,93 +236,27 @@ class Validation(Dataset):
         return self.transform(tv_tensors.Image(image)).as_subclass(Tensor), labels
 
 
-def training_loader(
-    dataset: Segmentation, config: Data, sampler: BatchSampler, *, seed: int, pin_memory: bool
-) -> DataLoader:
-    transform = augmentation(config, dataset.channels)
-    data = Training(dataset, transform, seed)
-    return _loader(data, config.workers, batch_sampler=sampler, pin_memory=pin_memory)
+class Loader(DataLoader):
+    """Its workers never see SIGTERM and Ctrl-C, which SLURM, `timeout` and terminals send to all
+    processes of a group: only the training process reacts. They end with its last batch, or when
+    they notice that it has ended."""
 
+    def __init__(self, dataset: Dataset, workers: int, **options: Any) -> None:
+        # without a generator of its own, an iterator draws from torch's random numbers
+        generator = torch.Generator()
+        super().__init__(dataset, num_workers=workers, generator=generator, **options)
 
-def evaluation_loader(
-    dataset: Segmentation, config: Data, *, batch_size: int, rank: int, world: int
-) -> DataLoader:
-    """Every image once, over all ranks, without augmentation. With a batch size of more than 1, all
-    images have the same size (`check_one_size`)."""
-    data = Validation(dataset, evaluation_transform(config, dataset.channels))
-    images = range(rank, len(dataset), world)
-    return _loader(data, config.workers, batch_size=batch_size, sampler=images)
+    def __iter__(self) -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # workers inherit this
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning asks for it, to know that the loader continues where it stopped. The place
+        follows from the step (BatchSampler)."""
+        return {}
 
-def _loader(dataset: Dataset, workers: int, **options: Any) -> DataLoader:
-    return DataLoader(
-        dataset,
-        num_workers=workers,
-        worker_init_fn=follow_parent,
-        multiprocessing_context="forkserver" if workers else None,
-        generator=torch.Generator(),  # otherwise an iterator draws from torch's random numbers
-        **options,
-    )
-
-
-@contextmanager
-def batches_of(loader: DataLoader) -> Iterator[Iterator[Any]]:
-    """The loader's batches. Its workers always end with the block. Otherwise multiprocessing would
-    send SIGTERM at exit, and wait forever for processes that do not handle it.
-
-    Raises ValueError in the block if a worker is killed.
-    """
-    if loader.num_workers:
-        _start_server()
-    with closing(_only_owner(loader)) as batches:
-        yield batches
-
-
-def _only_owner(loader: DataLoader) -> Generator[Any, None, None]:
-    """The loader's iterator, with no other reference to it: torch ends the workers when the
-    iterator is garbage collected. The loader must not have persistent workers, because then it
-    refers to the iterator itself."""
-    try:
-        yield from loader
-    except BaseException as error:
-        clear_frames(error.__traceback__)  # those of torch refer to the iterator
-        if not (loader.num_workers and _of_killed_worker(error)):
-            raise
-        raise ValueError(
-            f"{str(error) or 'no data'}: a process that loads images was killed, usually because "
-            "of too little memory (or /dev/shm, in a container): use fewer --workers, or none"
-        ) from error
-
-
-def _of_killed_worker(error: BaseException) -> bool:
-    message = str(error)
-    if message.startswith("Caught "):  # the data set's own, from the worker
-        return False
-    if isinstance(error, RuntimeError):
-        return "exited unexpectedly" in message or "killed by signal" in message
-    return isinstance(error, ConnectionError | EOFError)
-
-
-def _start_server() -> None:
-    """Start the server that workers are forked from, with all modules imported and with the stop
-    signals blocked. Ctrl-C, SLURM and `timeout` send these signals to the whole group of processes,
-    but only the training process should react. The workers inherit the blocked signals."""
-    forkserver.set_forkserver_preload(PRELOADED)
-    resource_tracker.ensure_running()  # otherwise the server starts it, and this unblocks signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def follow_parent(worker: int) -> None:
-    """End this worker when the training process ends, even if it is killed."""
-
-    def follow() -> None:
-        parent = parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass

@@ -1,13 +1,11 @@
 """The network with its losses, as one module, which DDP wraps and torch.compile compiles.
 
-Vectors for the methods come from files: `--method-options sar.anchors @clip.npy`. A run keeps a
-copy in its directory and only reads this copy, so resuming does not need the file.
+Vectors for the methods come from files: `--model.method_options '{sar.anchors: "@clip.npy"}'`. They
+are in the checkpoints too, so a run that goes on does not need the file.
 """
 
-import ast
 import copy
 import inspect
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,38 +17,36 @@ from torch import Tensor, nn
 import anchorops as ao
 
 from ...losses import MomentsLoss, Regularizer
-from ..config import IGNORED, Config, Optimization
+from .. import IGNORED
 from .models import Segmenter
 
-PREFIX = "vectors-"  # of a copy's name, before METHOD.ARGUMENT.npy
 CLASSES = {"cr": "SAR", "sar": "SAR", "cbp": "CBP", "occl": "OCCL", "ceco": "CeCo", "mvsc": "MVSC"}
 VECTORS = ("sar.anchors", "cr.anchors", "cbp.init")  # arguments that are [K, D]
+PUBLISHED = "published"  # the methods' own defaults
+
+# The published weights of OCCL and CeCo are for a backbone from ImageNet. With random weights their
+# gradient on the features is several times that of the cross-entropy (docs/methods.md).
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    PUBLISHED: {},
+    "from-scratch": {
+        "occl.centroid_weight": 0.1,
+        "occl.category_weight": 0.03,
+        "ceco.loss_weight": 0.2,
+    },
+}
 
 
-def vector_files(options: Mapping[str, str]) -> dict[str, Path]:
-    """The options whose value is @FILE, and their files."""
-    return {option: Path(text[1:]) for option, text in options.items() if text.startswith("@")}
-
-
-def vector_copies(config: Config) -> dict[Path, bytes]:
-    """The contents of the copies. Raises ValueError if a file cannot be read."""
-    copies: dict[Path, bytes] = {}
-    for option, path in vector_files(config.model.method_options).items():
-        file = io.BytesIO()
-        np.save(file, read_vectors(option, path).numpy())
-        copies[_copy(config.run, option)] = file.getvalue()
-    return copies
-
-
-def with_copies(config: Config) -> dict[str, str]:
-    """The options of the methods, with the copies instead of the files."""
-    options = config.model.method_options
-    copies = {option: f"@{_copy(config.run, option)}" for option in vector_files(options)}
-    return {**options, **copies}
-
-
-def _copy(run: Path, option: str) -> Path:
-    return run / f"{PREFIX}{option}.npy"
+def arguments_of(
+    methods: Sequence[str],
+    setting: str,
+    paper: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """METHOD.ARGUMENT and its value: those of the paper for this network, which the setting
+    overrides, for the chosen methods; and the options, which override both."""
+    known = {**paper, **SETTINGS[setting]}
+    chosen = {name: value for name, value in known.items() if name.partition(".")[0] in methods}
+    return {**chosen, **options}
 
 
 def read_vectors(option: str, path: Path) -> Tensor:
@@ -60,7 +56,7 @@ def read_vectors(option: str, path: Path) -> Tensor:
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"--method-options {option}: {path} cannot be read: {error}") from error
+        raise ValueError(f"--model.method_options {option}: {path} cannot be read: {error}") from error
     if not isinstance(array, np.ndarray):  # the file is an .npz
         array.close()
         got = "several arrays"
@@ -73,7 +69,7 @@ def read_vectors(option: str, path: Path) -> Tensor:
             return torch.from_numpy(rows)
         got = "NaN, infinity or numbers too large for float32"
     raise ValueError(
-        f"--method-options {option}: {path}: expected one array [K, D] of finite floating numbers "
+        f"--model.method_options {option}: {path}: expected one array [K, D] of finite floating numbers "
         f"(numpy.save), got {got}"
     )
 
@@ -90,56 +86,65 @@ def class_weights(kind: str, frequencies: Tensor) -> Tensor | None:
     return weights.float()
 
 
-def build_loss(options: Optimization, weights: Tensor | None = None) -> MomentsLoss:
+def build_loss(
+    loss: str = "ce",
+    weights: Tensor | None = None,
+    *,
+    focal_gamma: float = 2.0,
+    ohem: float | None = None,
+    ohem_kept: int = 100_000,
+) -> MomentsLoss:
     """The loss of the logits; its `terms` contain the accuracy. weights: [K], of the classes."""
     common: dict[str, Any] = {"ignore_index": IGNORED, "accuracy": True}
-    if options.loss == "dice":
+    if loss == "dice":
         return ao.Dice(weight=weights, **common)
     cross_entropy = ao.CrossEntropy(
         weights,
-        focal_gamma=options.focal_gamma if options.loss == "focal" else 0.0,
-        ohem=options.ohem,
-        ohem_kept=None if options.ohem is None else options.ohem_kept,
+        focal_gamma=focal_gamma if loss == "focal" else 0.0,
+        ohem=ohem,
+        ohem_kept=None if ohem is None else ohem_kept,
         **common,
     )
-    if options.loss == "ce+dice":
+    if loss == "ce+dice":
         return ao.CrossEntropyDice(cross_entropy, ao.Dice(weight=weights, **common))
     return cross_entropy
 
 
 def build_regularizer(
     methods: Sequence[str],
-    options: Mapping[str, str],
+    options: Mapping[str, Any],
     num_classes: int,
     dim: int,
     prior: Tensor | None = None,
+    *,
+    from_checkpoint: bool = False,
 ) -> Regularizer | None:
     """The methods as one regulariser, or None if there are none.
 
-    options: {"sar.momentum": "0.99"}; values are written as in Python, any other is a string. The
-        arguments that are vectors [K, D] (SAR's and CR's anchors, CBP's init) accept "@FILE.npy".
+    options: {"sar.momentum": 0.99}. The arguments that are vectors [K, D] (SAR's and CR's anchors,
+        CBP's init) accept "@FILE.npy".
     prior: [K], the share of the training images that contain each class, for CeCo.
+    from_checkpoint: its state will be loaded, so files of vectors are not read.
     Raises ValueError for an option that no chosen method has, and for a file that does not fit.
     """
     arguments: dict[str, dict[str, Any]] = {method: {} for method in methods}
-    for option, text in options.items():
+    for option, value in options.items():
         method, _, argument = option.partition(".")
         if method not in arguments:
             raise ValueError(
-                f"--method-options {option}: expected METHOD.ARGUMENT with a METHOD among "
-                f"--methods {' '.join(methods)}"
+                f"--model.method_options {option}: expected METHOD.ARGUMENT with a METHOD among "
+                f"--model.methods {list(methods)}"
             )
         # without num_classes and dim, which are those of the data and of the network
         known = list(inspect.signature(getattr(ao, CLASSES[method])).parameters)[2:]
         if argument not in known:
-            raise ValueError(f"--method-options {option}: {method} has {', '.join(known)}")
-        if text.startswith("@"):
-            arguments[method][argument] = _vectors(option, Path(text[1:]), num_classes, dim)
-            continue
-        try:
-            arguments[method][argument] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            arguments[method][argument] = text
+            raise ValueError(f"--model.method_options {option}: {method} has {', '.join(known)}")
+        if isinstance(value, str) and value.startswith("@"):
+            if from_checkpoint:
+                value = nn.init.orthogonal_(torch.empty(num_classes, dim))
+            else:
+                value = _vectors(option, Path(value[1:]), num_classes, dim)
+        arguments[method][argument] = value
     if "cr" in arguments:
         arguments["cr"]["embed"] = False
     if "ceco" in arguments:
@@ -156,13 +161,13 @@ def build_regularizer(
 def _vectors(option: str, path: Path, num_classes: int, dim: int) -> Tensor:
     if option not in VECTORS:
         raise ValueError(
-            f"--method-options {option}: expected no file; those that take one are "
+            f"--model.method_options {option}: expected no file; those that take one are "
             f"{', '.join(VECTORS)}"
         )
     vectors = read_vectors(option, path)
     if vectors.shape != (num_classes, dim):
         raise ValueError(
-            f"--method-options {option}: expected a file with a row of {dim} numbers (the "
+            f"--model.method_options {option}: expected a file with a row of {dim} numbers (the "
             f"features' channels) for each of {num_classes} classes, got shape "
             f"{tuple(vectors.shape)}"
         )
@@ -187,7 +192,7 @@ class Learner(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.auxiliary_weight = model, auxiliary_weight
-        self.pixel_loss = pixel_loss or build_loss(Optimization())
+        self.pixel_loss = pixel_loss or build_loss()
         if regularizer is not None:
             ignored = self.pixel_loss.ignore_index
             ignored = 255 if ignored is None else ignored

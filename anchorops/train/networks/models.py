@@ -24,6 +24,7 @@ HRNETS = {
 }
 # the parts that depend on the classes; in a checkpoint, a method is under "regularizer"
 HEADS = ("classifier.", "auxiliary.", "body.head.regions.", "regularizer.")
+IN_CHECKPOINT = "learner.model."  # of the names of a network's weights in a checkpoint of Lightning
 AUXILIARY_DIM = 256
 # the heads of mmsegmentation, as ARCHITECTURE:BACKBONE
 MMSEG = {f"mmseg-{head}": head for head in ("fcn", "ocrnet", "segformer")}
@@ -349,11 +350,11 @@ def build_model(
     regions = architecture == "mmseg-ocrnet"
     if regions and not auxiliary:
         raise ValueError(
-            f"--auxiliary-weight: expected more than 0, for by it {name} learns its regions; "
+            f"--model.auxiliary_weight: expected more than 0, for by it {name} learns its regions; "
             "mmsegmentation's is 0.4"
         )
     if auxiliary and architecture == "dpt":
-        raise ValueError(f"--auxiliary-weight: expected 0, {name} has no map for such a head")
+        raise ValueError(f"--model.auxiliary_weight: expected 0, {name} has no map for such a head")
     if name in HRNETS:
         body = HRNetBody(name, channels, pretrained)
         dim, stages = body.dim, body.out_channels
@@ -424,6 +425,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
             state = state.get(key, state) if isinstance(state, dict) else state
         if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
             raise ValueError(f"expected tensors by name, got a {type(state).__name__}")
+        state = {key.removeprefix(IN_CHECKPOINT): value for key, value in state.items()}
     except FileNotFoundError:
         raise ValueError(f"weights {path} do not exist") from None
     except Exception as error:

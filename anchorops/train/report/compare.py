@@ -4,11 +4,10 @@ semantic anchors."""
 
 import io
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,34 +16,56 @@ from torch import Tensor
 
 import anchorops as ao
 
-from ...losses import Regularizer
-from ..config import Config
-from ..run.checkpoint import checkpoints, save_atomically
-from .features import Features
+from ..metrics import METRICS, read_metrics
+from ..run import FREE, flat_config
+from ..saving import save_atomically
+
+if TYPE_CHECKING:
+    from ..module import SegmentationModule
 
 NAMES = ("dataset", "model", "methods")
 MEASURES = {"mIoU": "miou", "head": "head", "body": "body", "tail": "tail", "mAcc": "macc"}
 FILE = "centroids.npz"
+SEEDS = ("seed_everything", "data.seed", "model.seed")
 KINDS = {"centroids": "class centroids", "anchors": "semantic anchors"}
 
 
 def load_results(run: Path) -> dict[str, Any]:
-    """The results of a run. Raises ValueError if it has not finished."""
-    path = run / "results.json"
-    if not path.exists():
-        raise ValueError(f"{run}: expected a finished run, with its results.json")
-    settings = Config.load(run / "config.json").settings
-    try:
-        return {**json.loads(path.read_text()), "settings": settings}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from None
+    """The results of a run: the last figures in its metrics.csv. Raises ValueError if it has not
+    finished."""
+    options, path = flat_config(run), run / METRICS
+    lines = read_metrics(path) if path.exists() else {}
+    steps = options["data.steps"]
+    validated = [step for step, line in lines.items() if "val/miou" in line]
+    stopped = options["trainer.max_steps"] != -1  # or by a callback
+    if not validated or not (stopped or max(validated) == steps or max(lines) == max(validated)):
+        raise ValueError(f"{run}: expected a finished run of {steps} steps, with its {METRICS}")
+    last = lines[max(validated)]
+    seconds, memory = (
+        [line[name] for line in lines.values() if name in line]
+        for name in ("seconds_per_step", "memory_mb")
+    )
+    settings = {name: str(x) for name, x in options.items() if name not in (*FREE, *SEEDS)}
+    return {
+        "run": str(run),
+        "dataset": options["data.dataset"],
+        "model": options["model.network"],
+        "methods": "+".join(options["model.methods"]) or "plain",
+        "seed": options["seed_everything"],
+        "settings": settings,
+        "steps": max(validated),
+        "seconds_per_step": fmean(seconds) if seconds else None,
+        "memory_mb": max(memory, default=None),
+        "parameters": last.get("cost/trained_parameters"),
+        **{name: last.get(f"val/{name}") for name in MEASURES.values()},
+    }
 
 
 def comparison(results: Sequence[dict[str, Any]]) -> str:
     """A table with a row for each data set, network and methods: mean ± standard deviation in %
     over the seeds. Runs that differ in other settings (if "settings" is given) have separate rows,
     which show these settings."""
-    header = ["data", "network", "methods", "seeds", *MEASURES, "M params", "s/step", "GPU MB"]
+    header = ["data", "network", "methods", "seeds", *MEASURES, "M params", "s/step", "MB"]
     rows = [header]
     for key, runs in grouped(results).items():
         rows.append(
@@ -52,9 +73,9 @@ def comparison(results: Sequence[dict[str, Any]]) -> str:
                 *key,
                 str(len(runs)),
                 *(_percent([run[name] for run in runs]) for name in MEASURES.values()),
-                f"{runs[0]['parameters'] / 1e6:.2f}",
-                f"{fmean(run['seconds_per_step'] for run in runs):.3f}",
-                _mean([run["gpu_memory_mb"] for run in runs], "{:.0f}"),
+                _mean([run["parameters"] for run in runs], "{:.2f}", 1e6),
+                _mean([run["seconds_per_step"] for run in runs], "{:.3f}"),
+                _mean([run["memory_mb"] for run in runs], "{:.0f}"),
             ]
         )
     return text_table(rows, words=len(NAMES))
@@ -103,13 +124,13 @@ def _differing(result: dict[str, Any], results: Sequence[dict[str, Any]]) -> str
         for other in results
         if all(other[name] == result[name] for name in ("dataset", "model"))
     ]
-    settings = {x: value for x, value in result.get("settings", {}).items() if x != "methods"}
+    settings = {x: value for x, value in result.get("settings", {}).items() if x != "model.methods"}
     names = [name for name in settings if any(other.get(name) != settings[name] for other in alike)]
     return " ".join(f"{name}={settings[name]}" for name in names)
 
 
-def _mean(values: list[float | None], form: str) -> str:
-    known = [value for value in values if value is not None]
+def _mean(values: list[float | None], form: str, unit: float = 1.0) -> str:
+    known = [value / unit for value in values if value is not None]
     return form.format(fmean(known)) if known else "–"
 
 
@@ -121,19 +142,17 @@ def _percent(values: list[float | None]) -> str:
     return f"{fmean(known):.1f}{spread}"
 
 
-def save_centroids(run: Path, features: Features, regularizer: Regularizer | None) -> None:
+def save_centroids(
+    run: Path, centroids: tuple[Tensor, Tensor], module: "SegmentationModule"
+) -> None:
     """Write the centroids [K, D] and numbers of pixels [K] of the classes into the run's directory.
     If SAR's average has started for every class, its anchors [K, D] are written too."""
-    arrays: dict[str, Any] = {
-        "centroids": features.centroids.numpy(),
-        "counts": features.counts.numpy(),
-    }
-    methods = [] if regularizer is None else regularizer.modules()
-    for method in methods:
+    arrays: dict[str, Any] = dict(zip(("centroids", "counts"), centroids, strict=True))
+    for method in module.network.modules():
         if isinstance(method, ao.SAR) and method.embed and method.started.all():
-            arrays["anchors"] = method.semantic_anchors.cpu().numpy()
+            arrays["anchors"] = method.semantic_anchors.cpu()
     file = io.BytesIO()
-    np.savez(file, **arrays)
+    np.savez(file, **{name: x.numpy() for name, x in arrays.items()})
     save_atomically(file.getvalue(), run / FILE)
 
 
@@ -165,8 +184,7 @@ def class_dependency(runs: Sequence[Path]) -> str:
 def _load(run: Path) -> dict[str, Tensor]:
     path = run / FILE
     if not path.exists():
-        advice = f": `anchorops-train resume {run}` makes it" if checkpoints(run) else ""
-        raise ValueError(f"{path} does not exist{advice}")
+        raise ValueError(f"{path} does not exist: it is written at the end of a run")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}

@@ -1,25 +1,19 @@
-"""The class of every pixel, the confusion matrix of a validation split and its figures. Logits are
+"""The class of every pixel, and the figures of a confusion matrix. Logits are
 kept at the network's resolution, never at the labels'."""
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 
 import anchorops as ao
 
-from ..config import IGNORED, MULTIPLE
-from ..data.loading import batches_of, evaluation_loader
-from ..run.parts import Parts
+from .. import IGNORED, MULTIPLE
 
 TILE = 128  # label rows and columns whose logits exist at the same time
 LEAST = -1e30  # instead of −∞, whose product with a weight of 0 would be NaN
-FREQUENCY_GROUPS = 15  # as CBP+OCCL reports them
 GROUPS = ("head", "body", "tail")
 
 
@@ -187,109 +181,28 @@ def summarize(
 
     Returns:
         miou, macc, accuracy, pixels (their number), miou of head, body and tail (None if a group
-        has no class), f1_by_frequency (see frequency_groups), and "classes": name, group,
-        frequency, iou, accuracy and f1 of each. A class that is neither in the truth nor predicted
-        has None, and is omitted from every mean. A class that is not in the truth is also omitted
-        from the mean of accuracies.
+        has no class), and "classes": name, group, frequency, iou and accuracy of each. A class
+        that is neither in the truth nor predicted has None, and is omitted from every mean. A class
+        that is not in the truth is also omitted from the mean of accuracies.
     """
     confusion = confusion.double()
     hits, truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
     iou = hits / (truth + predicted - hits)
     accuracy = hits / truth
-    f1 = 2 * hits / (truth + predicted)
     groups = class_groups(frequencies, head_tail)
     members = {g: torch.tensor([group == g for group in groups]) for g in GROUPS}
-    figures = (map(_number, x) for x in (frequencies, iou, accuracy, f1))
+    figures = (map(_number, x) for x in (frequencies, iou, accuracy))
     columns = zip(classes, groups, *figures, strict=True)
-    names = ("name", "group", "frequency", "iou", "accuracy", "f1")
+    names = ("name", "group", "frequency", "iou", "accuracy")
     return {
         "miou": _number(iou.nanmean()),
         "macc": _number(accuracy.nanmean()),
         "accuracy": _number(hits.sum() / truth.sum()),
         "pixels": int(truth.sum()),
         **{group: _number(iou[member].nanmean()) for group, member in members.items()},
-        "f1_by_frequency": frequency_groups(f1, frequencies),
         "classes": [dict(zip(names, column, strict=True)) for column in columns],
     }
 
 
-def frequency_groups(values: Tensor, frequencies: Tensor) -> list[float | None]:
-    """Means of values [K] over up to 15 groups of classes, from the most frequent to the rarest;
-    None if no class of a group has a value."""
-    order = frequencies.argsort(descending=True, stable=True)
-    groups = values[order].tensor_split(min(FREQUENCY_GROUPS, len(values)))
-    return [_number(group.nanmean()) for group in groups]
-
-
 def _number(value: Tensor) -> float | None:
     return None if value.isnan() else value.item()
-
-
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    num_classes: int,
-    device: torch.device,
-    window: tuple[int, int] | None = None,
-    **prediction: Any,
-) -> Tensor:
-    """Confusion matrix int64 [K, K] (truth × prediction) of the valid pixels, summed over all
-    ranks; window and prediction: see `predict`. Restores the mode of the model. Raises
-    FloatingPointError on all ranks if a logit is NaN or infinite."""
-    training = model.training
-    model.eval()
-    matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-    wrong = torch.zeros((), dtype=torch.int64, device=device)  # forward passes
-
-    def checked(images: Tensor) -> Tensor:
-        logits = model(images)
-        largest = torch.linalg.vector_norm(logits, math.inf)  # needs no memory, keeps NaN
-        wrong.add_(~largest.isfinite())
-        return logits
-
-    for images, labels in batches:
-        labels = labels.to(device)
-        predictions = predict(checked, images.to(device), labels.shape[1:], window, **prediction)
-        matrix += ao.confusion(predictions, labels, num_classes, ignore_index=IGNORED)
-    model.train(training)
-    if dist.is_initialized():
-        dist.all_reduce(matrix)
-        dist.all_reduce(wrong)
-    if wrong:
-        raise FloatingPointError("the logits of validation images")
-    return matrix.cpu()
-
-
-def validation_loader(parts: Parts, rank: int, world: int) -> DataLoader:
-    return evaluation_loader(
-        parts.validation_set,
-        parts.config.data,
-        batch_size=parts.config.running.eval_batch_size,
-        rank=rank,
-        world=world,
-    )
-
-
-def validate(parts: Parts, before_batch: Callable[[], None]) -> dict[str, Any]:
-    """The result of `summarize` for the whole split; each rank evaluates its share of the images.
-    `before_batch` may raise an exception to stop it."""
-
-    def watched(batches: Iterator[Any]) -> Iterator[Any]:
-        for batch in batches:
-            before_batch()
-            yield batch
-
-    ranks = parts.ranks
-    ranks.synchronize(parts.model)
-    with batches_of(validation_loader(parts, ranks.rank, ranks.world)) as batches:
-        confusion = evaluate(
-            parts.model,
-            watched(batches),
-            parts.num_classes,
-            ranks.device,
-            **parts.config.prediction,
-        )
-    return summarize(
-        confusion, parts.training_set.classes, parts.frequencies, parts.config.data.head_tail
-    )

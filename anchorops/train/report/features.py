@@ -1,10 +1,9 @@
-"""Statistics and samples of a network's features, and CeCo's measures of neural collapse, which are
-computed at each evaluation."""
+"""The classes' centroids in a network's features, and CeCo's measures of neural collapse."""
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,123 +11,69 @@ from torch import Tensor
 
 import anchorops as ao
 
-from ..config import IGNORED
-from ..data.loading import batches_of
-from ..networks.models import Segmenter
-from ..run.parts import Parts
-from .evaluate import pad_to_multiple, validation_loader
+from .. import IGNORED
+from .evaluate import pad_to_multiple
 
-SAMPLES = 2_000  # pixels shown in two dimensions
-# names of the measures in the journal; the report draws them
-CENTROIDS, CLASSIFIER = "centroids", "classifier"
-EQUIANGULARITY, MAXIMAL_ANGLE = "equiangularity", "maximal_angle"
-ACCURACY_AND_PIXELS = "accuracy_and_pixels"
-ACCURACY_AND_IMAGES = "accuracy_and_images"
-COLLAPSE = (
-    *(f"{x}.{y}" for x in (CENTROIDS, CLASSIFIER) for y in (EQUIANGULARITY, MAXIMAL_ANGLE)),
-    *(ACCURACY_AND_PIXELS, ACCURACY_AND_IMAGES),
-)
+if TYPE_CHECKING:
+    from ..module import SegmentationModule
 
 
-class Features(NamedTuple):
-    """centroids [K, D] and counts [K] of the classes; samples: the features [n, D] of some pixels
-    and their labels [n]; example: the first image (C, H, W), its features (D, h, w), labels [h·w].
-    """
-
-    centroids: Tensor
-    counts: Tensor
-    samples: tuple[Tensor, Tensor]
-    example: tuple[Tensor, Tensor, Tensor]
-
-
-def _resized(labels: Tensor, size: Sequence[int]) -> Tensor:
-    """Labels (B, H, W) resized by nearest-neighbour interpolation, as in the operators."""
-    return F.interpolate(labels[:, None].float(), tuple(size), mode="nearest")[:, 0].long()
-
-
-def features_and_labels(
-    model: Segmenter, images: Tensor, labels: Tensor, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Features float32 (B, D, h, w) of whole images, and labels of the size of the padded images,
-    for `class_moments`."""
-    labels = _resized(labels.to(device), images.shape[2:])
-    features = model.body(pad_to_multiple(images.to(device)))
-    return features.float(), pad_to_multiple(labels, IGNORED)
+def _features_and_labels(
+    module: "SegmentationModule", images: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For the first validation images, rounded up to whole batches of all ranks, of which this rank
+    gets its share: features float32 (B, D, h, w) of whole images, and labels of the size of the
+    padded images, for `class_moments`."""
+    data = module.data
+    batches = math.ceil(images / (data.hparams.eval_batch_size * module.trainer.world_size))
+    for inputs, labels in itertools.islice(data.val_dataloader(), batches):
+        inputs, labels = inputs.to(module.device), labels.to(module.device)
+        resized = F.interpolate(labels[:, None].float(), inputs.shape[2:], mode="nearest")
+        features = module.network.body(pad_to_multiple(inputs).to(memory_format=module.layout))
+        yield features.float(), pad_to_multiple(resized[:, 0].long(), IGNORED)
 
 
 @torch.inference_mode()
-def collect_features(
-    model: Segmenter,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    num_classes: int,
-    device: torch.device,
-) -> Features:
-    """The mean feature of each class over the batches, and equally many sample pixels of each
-    class, if there are enough."""
-    model.eval()
-    sums: Tensor | None = None
+def class_centroids(module: "SegmentationModule", images: int) -> tuple[Tensor, Tensor]:
+    """The mean feature [K, D] of each class over the first validation images, and the numbers of
+    its pixels [K]; the module is in evaluation mode."""
+    num_classes = module.network.classifier.out_channels
+    sums: Tensor | float = 0.0
     counts = torch.zeros(num_classes, dtype=torch.int64)
-    samples, sampled_labels, example = [], [], None
-    quota = SAMPLES // num_classes
-    taken = torch.zeros(num_classes, dtype=torch.int64)
-    for images, labels in batches:
-        features, labels = features_and_labels(model, images, labels, device)
+    for features, labels in _features_and_labels(module, images):
         moments = ao.ops.class_moments(features, labels, num_classes, ignore_index=IGNORED)
-        sums = moments.sums if sums is None else sums + moments.sums
-        counts += moments.counts.cpu()
-        pixels = features.flatten(2).transpose(1, 2).flatten(0, 1)
-        keys = _resized(labels, features.shape[2:]).flatten(1)
-        image = pad_to_multiple(images[0])
-        example = example or (image, features[0].cpu(), keys[0].cpu())
-        keys = keys.flatten()
-        for k in torch.nonzero(taken < quota).flatten().tolist():
-            indices = torch.nonzero(keys == k).flatten()
-            # spread over the batch, so that a single object does not fill the quota
-            indices = indices[:: max(1, len(indices) // 40)][: quota - int(taken[k])]
-            samples.append(pixels[indices].cpu())
-            sampled_labels.append(torch.full((len(indices),), k))
-            taken[k] += len(indices)
-    assert sums is not None and example is not None
-    centroids = sums.cpu() / counts.clamp(min=1)[:, None]
-    return Features(centroids, counts, (torch.cat(samples), torch.cat(sampled_labels)), example)
+        sums, counts = sums + moments.sums.cpu(), counts + moments.counts.cpu()
+    assert isinstance(sums, Tensor)
+    return sums / counts.clamp(min=1)[:, None], counts
 
 
 @torch.inference_mode()
-def collapse_measures(parts: Parts, classes: list[dict[str, Any]]) -> dict[str, float]:
-    """The measures by name, on the first --collapse-images validation images. Each rank processes
-    its share of them.
+def collapse_measures(module: "SegmentationModule", images: int) -> dict[str, float]:
+    """The measures by name, after a validation.
 
-    EQUIANGULARITY of the class centroids and of the classifier's rows is in CeCo's Fig. 2,
-    MAXIMAL_ANGLE of both in its Fig. 5. Fig. 7 has the correlation of the classes' accuracy with
+    Equiangularity of the class centroids and of the classifier's rows is in CeCo's Fig. 2, the
+    maximal angle of both in its Fig. 5. Fig. 7 has the correlation of the classes' accuracy with
     their numbers of training pixels and training images. Measures that are not defined (for a
     single class) are omitted.
-
-    classes: as returned by `summarize`.
     """
-    model, ranks, running = parts.model, parts.ranks, parts.config.running
-    weight = model.classifier.weight
-    geometry = ao.diagnostics.CentroidGeometry(
-        parts.num_classes, weight.shape[1], ignore_index=IGNORED
-    ).to(ranks.device)
-    passes = math.ceil(running.collapse_images / (running.eval_batch_size * ranks.world))
-    training = model.training
-    model.eval()
-    with batches_of(validation_loader(parts, ranks.rank, ranks.world)) as batches:
-        for images, labels in itertools.islice(batches, passes):
-            geometry.update(*features_and_labels(model, images, labels, ranks.device))
-    model.train(training)
-    centroid_measures = geometry.compute()
-    measured = {f"{CENTROIDS}.{x}": centroid_measures[x] for x in (EQUIANGULARITY, MAXIMAL_ANGLE)}
-    measured |= {
-        f"{CLASSIFIER}.{EQUIANGULARITY}": ao.diagnostics.equiangularity(weight),
-        f"{CLASSIFIER}.{MAXIMAL_ANGLE}": ao.diagnostics.maximal_angle(weight),
-    }
-    accuracy = torch.tensor([math.nan if c["accuracy"] is None else c["accuracy"] for c in classes])
+    weight, measures = module.network.classifier.weight, ao.diagnostics
+    geometry = measures.CentroidGeometry(*weight.shape[:2], ignore_index=IGNORED).to(module.device)
+    training = module.training
+    module.eval()
+    for features, labels in _features_and_labels(module, images):
+        geometry.update(features, labels)
+    module.train(training)
+    centroids = geometry.compute()
+    accuracies = [c["accuracy"] for c in module.figures["classes"]]
+    accuracy = torch.tensor([math.nan if x is None else x for x in accuracies])
     known = accuracy.isfinite()
-    for name, counts in (
-        (ACCURACY_AND_PIXELS, parts.frequencies),
-        (ACCURACY_AND_IMAGES, parts.prior),
-    ):
-        measured[name] = ao.diagnostics.pearson(accuracy[known], counts[known])
-    values = {name: float(value) for name, value in measured.items()}
-    return {name: value for name, value in values.items() if math.isfinite(value)}
+    pixels, frequency = module.data.frequencies, module.data.prior
+    values = {
+        "centroids.equiangularity": centroids["equiangularity"],
+        "centroids.maximal_angle": centroids["maximal_angle"],
+        "classifier.equiangularity": measures.equiangularity(weight),
+        "classifier.maximal_angle": measures.maximal_angle(weight),
+        "accuracy_and_pixels": measures.pearson(accuracy[known], pixels[known]),
+        "accuracy_and_images": measures.pearson(accuracy[known], frequency[known]),
+    }
+    return {name: float(x) for name, x in values.items() if math.isfinite(float(x))}

@@ -1,0 +1,334 @@
+"""What a run does beside its steps: stopping and saving, timing, the methods' gradients, neural
+collapse, and the files at its end."""
+
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from torch import Tensor, nn
+
+from .module import SegmentationModule
+from .report.compare import save_centroids
+from .report.cost import cost_of_methods, gradient_ratios, measure_complexity
+from .report.features import class_centroids, collapse_measures
+from .report.pictures import choose_images, draw_predictions
+from .saving import save_atomically
+from .signals import end_at_once, handle
+
+LAST, BEST = "last.ckpt", "best.ckpt"
+PICTURES = 8  # validation images in predictions.png
+ANALYSED = 200  # validation images whose features give the classes' centroids
+Result = TypeVar("Result")
+
+
+def continuing(run: Path) -> str:
+    """The command that continues a run."""
+    program = "anchorops-train"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        program = "torchrun … -m anchorops.train"
+    return f"{program} fit --run {shlex.quote(str(run))} --ckpt_path last"
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved its state."""
+
+    def __init__(self, signum: int, run: Path, step: int) -> None:
+        name = signal.Signals(signum).name
+        super().__init__(f"stopped by {name} after step {step}; go on with: {continuing(run)}")
+        self.exit_status = 128 + signum
+
+
+class Saving(Callback):
+    """Saves the state of the run in `last.ckpt`: every few steps, before each validation, at the
+    end, and when the run is asked to stop by SIGTERM or Ctrl-C, after the current step. Lightning
+    itself would answer Ctrl-C in the middle of a step. A validation ends at its next batch, and is
+    repeated when the run goes on.
+
+    Args:
+        every: Steps between two checkpoints.
+    """
+
+    ECHO = 1.0  # seconds in which torchrun forwards a Ctrl-C that its ranks have also received
+
+    def __init__(self, every: int = 500) -> None:
+        if every < 1:
+            raise ValueError(f"--saving.every: expected at least 1, got {every}")
+        self.every = every
+        self.validating = False
+        """Whether the validation of this step is not finished."""
+        self._ranks: int | None = None
+        self._received: int | None = None
+        self._first = 0.0
+        self._stopping = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validating": self.validating, "ranks": self._ranks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.validating, self._ranks = state_dict["validating"], state_dict["ranks"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._ranks not in (None, trainer.world_size):
+            raise ValueError(
+                f"the checkpoint is of {self._ranks} ranks, this is {trainer.world_size}: the "
+                "numbers would not be those of the run without a stop, for each rank has its own "
+                "random numbers and batch statistics"
+            )
+        self._ranks = trainer.world_size
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        handle(self._receive)  # Lightning restores what was there
+        if self.validating:
+            self._validate(trainer)
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._received is None:
+            self._first = now
+        elif self._received == signal.SIGINT == signum and now > self._first + self.ECHO:
+            end_at_once(signum, frame)
+        self._received = signum
+
+    @staticmethod
+    def _validate(trainer: Trainer) -> None:
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.restarting = False
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+
+    def _stop(self, trainer: Trainer) -> None:
+        run = Path(trainer.default_root_dir)
+        raise Stopped(self._received or signal.SIGTERM, run, trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        batches = batch_idx + 1
+        last = batches >= trainer.num_training_batches
+        if batches % trainer.accumulate_grad_batches and not last:
+            return
+        received = self._received is not None
+        self._stopping = trainer.strategy.reduce_boolean_decision(received, all=False)
+        every = trainer.val_check_batch
+        self.validating = trainer.enable_validation and (last or batches % every == 0)
+        if self._stopping or self.validating or trainer.global_step % self.every == 0:
+            self._save(trainer, pl_module)
+
+    def _save(self, trainer: Trainer, module: LightningModule) -> None:
+        """Raises ValueError, and keeps the earlier checkpoint, if a weight is not finite."""
+        assert isinstance(module, SegmentationModule)
+        state = [x for x in module.state_dict().values() if x.is_floating_point()]
+        wrong = not bool(nn.utils.get_total_norm(state).isfinite())
+        if trainer.strategy.reduce_boolean_decision(wrong, all=False):
+            raise ValueError(module.diverged("the weights"))
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / LAST)
+
+    # the line of the log that belongs to the step is written before these
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._stopping:
+            self._stop(trainer)
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._received is not None:
+            self._stop(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validating = False
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._stopping:
+            self._stop(trainer)
+        if self.validating:
+            self._validate(trainer)
+        self._save(trainer, pl_module)
+
+
+class Timing(Callback):
+    """Logs the seconds of a step, their mean since the last line of the log, without validations,
+    and the peak memory in MB: of a GPU's tensors, or of the process."""
+
+    def __init__(self) -> None:
+        self._begin = self._seconds = 0.0
+        self._batches = 0
+
+    def _start(self, *_: Any) -> None:
+        self._begin = time.perf_counter()
+
+    on_train_start = on_validation_end = _start
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now = time.perf_counter()
+        self._seconds += now - self._begin
+        self._begin = now
+        self._batches += 1
+        step = trainer.global_step
+        if step % trainer.log_every_n_steps or self._batches < trainer.accumulate_grad_batches:
+            return
+        device, seconds = trainer.strategy.root_device, self._seconds / self._batches
+        values = {"seconds_per_step": seconds * trainer.accumulate_grad_batches}
+        pl_module.log_dict({**values, "memory_mb": peak_memory_mb(device)})
+        self._seconds, self._batches = 0.0, 0
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+class GradientRatios(Callback):
+    """Logs METHOD.gradient_ratio: the norm of each method's gradient on the features, relative to
+    that of the loss of the logits. The run does not change. A measurement takes less time than a
+    step, and needs memory for a second copy of the weights.
+
+    Args:
+        every: Steps between measurements; 0: none.
+    """
+
+    def __init__(self, every: int = 100) -> None:
+        self.every = every
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, SegmentationModule) and pl_module.learner is not None
+        begins = batch_idx % trainer.accumulate_grad_batches == 0
+        if not (self.every and begins and trainer.global_step % self.every == 0):
+            return
+        images, labels = batch
+        devices = [images.device] if images.is_cuda else []
+        with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
+            pl_module.seed_step()
+            images = images.to(memory_format=pl_module.layout)
+            ratios = gradient_ratios(pl_module.learner, images, labels)
+        named = zip(pl_module.hparams.methods, ratios, strict=True)
+        # a batch without a valid pixel has no gradients, and no ratio
+        known = {f"{name}.gradient_ratio": x for name, x in named if math.isfinite(x)}
+        for logger in trainer.loggers:
+            if known:
+                logger.log_metrics(known, trainer.global_step)
+
+
+class NeuralCollapse(Callback):
+    """Logs CeCo's measures at each validation: how equal and how wide the angles are between class
+    centroids and between the classifier's rows, and the correlation of the classes' accuracies with
+    their numbers of training pixels and images.
+
+    Args:
+        images: Number of validation images, rounded up to whole batches of all ranks; 0: none.
+    """
+
+    def __init__(self, images: int = 0) -> None:
+        self.images = images
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning calls it before the module's, which computes the figures: see the next one."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, SegmentationModule)
+        if self.images and trainer.state.fn == "fit":
+            values = collapse_measures(pl_module, self.images)
+            for logger in trainer.loggers:
+                logger.log_metrics(values, trainer.global_step)
+
+
+class Ending(Callback):
+    """Files and figures of a finished run: predictions.png, which is also in TensorBoard, the
+    classes' centroids (for `compare --dependency`), and what a step costs."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, SegmentationModule)
+        run, module = Path(trainer.default_root_dir), pl_module
+        module.eval()
+        costs = attempt("the cost of a step", lambda: cost_of_methods(module))
+        if not trainer.is_global_zero:
+            return
+        attempt("predictions.png", lambda: self._draw(trainer, module, run))
+        attempt("centroids.npz", lambda: save_centroids(run, class_centroids(module, ANALYSED), module))
+        complexity = attempt("size and speed of the network", lambda: measure_complexity(module))
+        values = {**(costs or {}), **(complexity or {})}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, trainer.global_step)
+            logger.save()
+
+    def _draw(self, trainer: Trainer, module: SegmentationModule, run: Path) -> None:
+        dataset = module.data.validation_set
+        figure = draw_predictions(
+            module,
+            choose_images(dataset, PICTURES),
+            title=f"{run.name}: mIoU {100 * module.figures['miou']:.1f} %",
+        )
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure("predictions", figure, trainer.global_step, close=False)
+        figure.savefig(run / "predictions.png", dpi=110)
+
+
+def attempt(what: str, make: Callable[[], Result]) -> Result | None:
+    """The result of `make`, or None if it fails; then one line on stderr says so. The training and
+    its figures are already saved."""
+    try:
+        return make()
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"anchorops-train: {what} could not be made: {reason}", file=sys.stderr)
+        return None
+
+
+class MaskWriter(BasePredictionWriter):
+    """Writes the classes of each image to out/NAME.png, a mask of the image's size: 8 bits, or 16
+    with more than 256 classes.
+
+    Raises ValueError for a file that exists, or would be written twice.
+    """
+
+    def __init__(self, out: Path, images: list[str]) -> None:
+        super().__init__("batch")
+        self.masks = [out / f"{Path(image).stem}.png" for image in images]
+        for i, mask in enumerate(self.masks):
+            if mask.exists() or mask in self.masks[:i]:
+                what = "exists" if mask.exists() else "would be written twice"
+                raise ValueError(f"predict: --out: {mask} {what}: give another directory")
+        out.mkdir(parents=True, exist_ok=True)
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Tensor,
+        batch_indices: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        assert isinstance(pl_module, SegmentationModule)
+        kind = np.uint8 if pl_module.network.classifier.out_channels <= 256 else np.uint16
+        mask = self.masks[int(batch[0])]
+        Image.fromarray(prediction[0].cpu().numpy().astype(kind)).save(mask)
+        print(mask)

@@ -1,0 +1,342 @@
+"""The commands of anchorops-train: those of Lightning, and demo, compare, presets."""
+
+import argparse
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+try:
+    import torch
+    import torch.distributed as dist
+    import yaml
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from .callbacks import (
+        BEST,
+        LAST,
+        Ending,
+        GradientRatios,
+        MaskWriter,
+        NeuralCollapse,
+        Saving,
+        Stopped,
+        Timing,
+        continuing,
+    )
+    from .data.module import SegmentationData
+    from .metrics import Metrics
+    from .module import SegmentationModule
+    from .networks.learner import SETTINGS
+    from .report.compare import class_dependency, comparison, load_results
+    from .run import CONFIG, check_same
+    from .saving import WholeCheckpoints
+except ModuleNotFoundError as error:
+    sys.exit(f"anchorops-train: {error}: install what training needs: pip install anchorops[train]")
+
+PRESETS = Path(__file__).with_name("presets")
+DEMO = ("digits", "digits-segformer-b0")  # a laptop needs minutes for this
+DEMO_SHOWS = """
+mIoU: mean over the classes of intersection over union. head, body, tail: the same over frequent,
+less frequent and rare classes. mAcc: mean over the classes of the share of pixels found. All in %.
+
+A short training shows how fast a network learns. On these scenes the gain of SAR disappears in
+longer trainings; docs/evidence.md compares all methods after 500, 1,500 and 4,000 steps."""
+
+USAGE = """usage: anchorops-train fit --config PRESET [OPTIONS]      train (fit --help: the options)
+       anchorops-train fit --run RUN --ckpt_path last     go on with an interrupted run
+       anchorops-train validate --run RUN                 the figures of its best weights
+       anchorops-train predict --run RUN --data.images IMAGE … --out DIRECTORY
+       anchorops-train compare [--dependency] RUN …       compare finished runs
+       anchorops-train presets                            the presets, with published results
+       anchorops-train demo [--steps N]                   both networks, plain and with SAR
+
+A preset is a file of the package, or your own YAML file. A RUN is the directory of a run."""
+
+
+class Program(LightningCLI):
+    """fit, validate and predict. A run has one directory.
+
+    arguments: of the command line. preset: name of the configuration, for that of the directory.
+    """
+
+    def __init__(self, arguments: Sequence[str], preset: str) -> None:
+        self.preset = preset
+        self.run = Path()
+        self.continued: int | None = None
+        """The step after which the run goes on."""
+        super().__init__(
+            SegmentationModule,
+            SegmentationData,
+            save_config_callback=None,
+            seed_everything_default=0,
+            trainer_defaults={
+                "max_epochs": 1,  # of as many steps as the run has
+                "check_val_every_n_epoch": None,
+                "val_check_interval": 1.0,
+                "num_sanity_val_steps": 0,
+                "use_distributed_sampler": False,
+                "enable_model_summary": False,
+                "enable_autolog_hparams": False,
+                "log_every_n_steps": 10,
+            },
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=list(arguments),
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        skipped = {"model", "dataloaders", "datamodule"}
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+            "validate": skipped,
+            "predict": {*skipped, "return_predictions"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run",
+            type=str,
+            default=None,
+            help="Directory of the run; runs/PRESET-METHODS-seedN if not given.",
+        )
+        parser.add_lightning_class_args(Saving, "saving")
+        parser.add_lightning_class_args(GradientRatios, "gradients")
+        parser.add_lightning_class_args(NeuralCollapse, "collapse")
+        for target in ("model.seed", "data.seed"):
+            parser.link_arguments("seed_everything", target)
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            help = "Directory of the masks, which have the images' names and end in .png."
+            parser.add_argument("--out", type=str, default="predictions", help=help)
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Also turns the checkpoints `last` and `best` into files of the run."""
+        super().parse_arguments(parser, args)
+        command = self.config.subcommand
+        options = self.config[command]
+        self.run = Path(options.run or self._default_run(options)).absolute()
+        options.run, name = str(self.run), options.ckpt_path
+        if command != "fit":
+            name = name or "best"
+        elif name == "best":
+            raise ValueError("--ckpt_path best: expected last: only that has the optimizer's state")
+        if name in ("last", "best"):
+            options.ckpt_path = str(self.run / {"last": LAST, "best": BEST}[name])
+            if not Path(options.ckpt_path).exists():
+                raise ValueError(f"--ckpt_path {name}: {self.run} has no {name}.ckpt")
+        if command == "fit" and rank_zero_only.rank == 0:
+            self._check_run(options)
+
+    def _default_run(self, options: Any) -> str:
+        methods = "+".join(options.model.methods) or "plain"
+        setting = SETTINGS.get(options.model.setting, {})
+        if any(name.partition(".")[0] in options.model.methods for name in setting):
+            methods += f"-{options.model.setting}"
+        return f"runs/{self.preset}-{methods}-seed{options.seed_everything}"
+
+    def _check_run(self, options: Any) -> None:
+        last = self.run / LAST
+        if options.ckpt_path == str(last):
+            now = yaml.safe_load(self._parser("fit").dump(options, skip_none=False))
+            check_same(self.run, now)
+            self.continued = _step(last)
+        elif last.exists():
+            raise ValueError(
+                f"{self.run} holds a run: go on with it by `{continuing(self.run)}`, or give this "
+                "one another directory with --run"
+            )
+
+    def _parse_ckpt_path(self) -> None:
+        """The options of a checkpoint do not replace those of the command line: see check_same."""
+
+    def before_instantiate_classes(self) -> None:
+        options = self.config[self.config.subcommand]
+        command, own = self.config.subcommand, options.trainer.logger
+        self.trainer_defaults["callbacks"] = []
+        if command == "predict":
+            masks = MaskWriter(Path(options.out), options.data.images or [])
+            self.trainer_defaults["callbacks"] = [masks]
+        self._loggers: Any = False
+        if command == "fit":
+            self._loggers = [Metrics(self.run, self.continued)]
+            if own in (None, True):
+                purge = None if self.continued is None else self.continued + 1
+                events = TensorBoardLogger(str(self.run), name="", version="", purge_step=purge)
+                self._loggers.append(events)
+            best = ModelCheckpoint(
+                self.run,
+                Path(BEST).stem,
+                monitor="val/miou",
+                mode="max",
+                save_weights_only=True,
+                enable_version_counter=False,
+            )
+            self.trainer_defaults["callbacks"] = [Timing(), Ending(), best]
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        given = self._get(self.config_init, "trainer")
+        loggers, plugins = given["logger"], given["plugins"] or []
+        if self._loggers and loggers not in (None, True, False):
+            loggers = loggers if isinstance(loggers, list) else [loggers]
+            self._loggers += loggers
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        return super().instantiate_trainer(
+            default_root_dir=str(self.run),
+            logger=self._loggers,
+            plugins=[*plugins, WholeCheckpoints()],
+            **kwargs,
+        )
+
+    def before_fit(self) -> None:
+        if self.continued is None and rank_zero_only.rank == 0:
+            self.run.mkdir(parents=True, exist_ok=True)
+            parser, path = self._parser("fit"), self.run / CONFIG
+            parser.save(self.config.fit, str(path), skip_none=False, overwrite=True, multifile=False)
+
+    def predict(self, **kwargs: Any) -> None:
+        self.trainer.predict(**kwargs, return_predictions=False)
+
+
+def _step(checkpoint: Path) -> int:
+    try:
+        state = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
+        return state["global_step"]
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"checkpoint {checkpoint} is damaged ({reason})") from error
+
+
+def train(*options: str) -> Path:
+    """Run `anchorops-train fit` with these options; returns the directory of the run."""
+    return Program(*with_presets(["fit", *options])).run
+
+
+def with_presets(arguments: Sequence[str]) -> tuple[list[str], str]:
+    """The arguments with files instead of the names of presets, and the last of these names. For a
+    run that exists, its configuration is added. Raises ValueError for an unknown preset."""
+    words = [part for word in arguments for part in _separated(word)]
+    preset = "digits"
+    configs = [i + 1 for i, word in enumerate(words[:-1]) if word in ("--config", "-c")]
+    for i in configs:
+        preset = Path(words[i]).stem
+        packaged = PRESETS / f"{words[i]}.yaml"
+        if not Path(words[i]).exists():
+            if not packaged.exists():
+                raise ValueError(
+                    f"--config: expected a file or a preset, got {words[i]}. The presets:\n"
+                    f"{presets()}"
+                )
+            words[i] = str(packaged)
+    if not configs and "--run" in words[:-1]:
+        config = Path(words[words.index("--run") + 1], CONFIG)
+        if config.exists():
+            words[1:1] = ["--config", str(config)]
+    return words, preset
+
+
+def _separated(word: str) -> list[str]:
+    name, equals, value = word.partition("=")
+    return [name, value] if equals and name in ("--config", "-c", "--run") else [word]
+
+
+def presets() -> str:
+    """The presets, each with the first line of its file."""
+    lines = []
+    for path in sorted(PRESETS.glob("*.yaml")):
+        first, *_ = path.read_text().splitlines()
+        lines.append(f"  {path.stem}: {first.removeprefix('# ')}")
+    return "\n".join(lines)
+
+
+def _compare(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="anchorops-train compare", description=_compare.__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="directories of the runs")
+    parser.add_argument(
+        "--dependency",
+        action="store_true",
+        help="also print which classes have similar centroids, and whether the seeds agree in this "
+        "(as in SAR's Fig. 1)",
+    )
+    options = parser.parse_args(arguments)
+    print(comparison([load_results(run) for run in options.runs]))
+    if options.dependency:
+        print(f"\n{class_dependency(options.runs)}")
+
+
+def _demo(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="anchorops-train demo",
+        description="HRNet-W18-small and SegFormer-B0 on digit scenes, plain and with SAR.",
+    )
+    parser.add_argument("--steps", type=int, default=500, help="of each of the four runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="earlier runs go")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    runs = []
+    for preset in DEMO:
+        for methods in ("", "sar"):
+            run = options.out / f"{preset}-{methods or 'plain'}"
+            if (run / CONFIG).exists():
+                shutil.rmtree(run)
+            print(f"\n{run}", file=sys.stderr)
+            words = ["--config", preset, "--run", str(run), "--model.methods", f"[{methods}]"]
+            words += ["--data.steps", str(options.steps), "--seed_everything", str(options.seed)]
+            runs.append(train(*words))
+    print(comparison([load_results(run) for run in runs]))
+    print(*(run / "predictions.png" for run in runs), sep="\n")
+    print(DEMO_SHOWS)
+
+
+COMMANDS = {"demo": _demo, "compare": _compare, "presets": lambda _: print(presets())}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in ("Checkpoint directory", "LightningCLI's args", "It is recommended to use"):
+        warnings.filterwarnings("ignore", message)
+    command, *rest = arguments
+    try:
+        if command in COMMANDS:
+            COMMANDS[command](rest)
+        else:
+            words, preset = with_presets(arguments)
+            sys.argv[1:] = words  # which Lightning gives to the ranks that it starts
+            Program(words, preset)
+    except Stopped as stopped:
+        if rank_zero_only.rank == 0:
+            print(f"anchorops-train: {stopped}", file=sys.stderr)
+        return stopped.exit_status
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except (ValueError, OSError) as error:
+        # for an error in a worker of the data loader, the message contains the whole traceback
+        _, _, message = str(error).rstrip().rpartition("\nValueError: ")
+        print(f"anchorops-train: {message}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
+            raise
+        print(f"anchorops-train: another rank has ended, see its message ({error})", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,436 @@
+"""The network, its loss, methods and optimizer, and the figures of a validation, as a
+LightningModule."""
+
+import inspect
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_only
+from timm.layers.norm_act import convert_sync_batchnorm
+from torch import Tensor
+
+import anchorops as ao
+
+from . import IGNORED
+from .data.loading import mixed_seed
+from .data.module import SegmentationData
+from .networks.learner import (
+    PUBLISHED,
+    SETTINGS,
+    Learner,
+    arguments_of,
+    build_loss,
+    build_optimizer,
+    build_regularizer,
+    class_weights,
+    parameter_groups,
+)
+from .networks.models import IN_CHECKPOINT, Segmenter, build_model, upsample_late
+from .options import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    SHARE,
+    SHARE_BELOW_1,
+    Expected,
+    With,
+    check_effects,
+    check_values,
+)
+from .report.evaluate import predict, summarize
+
+RANDOM_WEIGHTS = (
+    "WARNING: the network starts from random weights; trained ones are usually much better. "
+    "--model.pretrained true starts its backbone from ImageNet's (a download), --model.weights "
+    "FILE from a file"
+)
+WRONG_LABELS = "labels_out_of_range"  # a term of the pixel losses
+EXPECTED = {
+    "auxiliary_weight": AT_LEAST_0,
+    "dropout": SHARE_BELOW_1,
+    "classifier_std": ABOVE_0,
+    "methods": Expected("each at most once", lambda methods: len({*methods}) == len(methods)),
+    "setting": Expected(f"one of {', '.join(SETTINGS)}", lambda name: name in SETTINGS),
+    "focal_gamma": AT_LEAST_0,
+    "ohem": SHARE,
+    "ohem_kept": AT_LEAST_1,
+    "given_class_weights": Expected(
+        "no value below 0, and one above", lambda x: not x or min(x) >= 0 < max(x) < torch.inf
+    ),
+    "lr": AT_LEAST_0,
+    "weight_decay": AT_LEAST_0,
+    "head_lr_factor": AT_LEAST_0,
+    "regularizer_lr_factor": AT_LEAST_0,
+    "warmup": AT_LEAST_0,
+    "power": AT_LEAST_0,
+    "eval_scales": Expected(
+        "one scale or more, above 0", lambda scales: scales and 0 < min(scales) <= max(scales) < 99
+    ),
+}
+NEEDED = {
+    "focal_gamma": With("loss", ("focal",)),
+    "ohem": With("loss", ("ce", "focal", "ce+dice")),
+    "ohem_kept": With("ohem"),
+    "given_class_weights": With("class_weights", ("none",)),
+    "window_stride": With("evaluation", ("sliding",)),
+}
+
+
+class SegmentationModule(LightningModule):
+    """A segmentation network with its training and validation.
+
+    Args:
+        network: hrnet-w18-small, hrnet-w18, hrnet-w48, …, segformer-b0 to segformer-b5, or
+            ARCHITECTURE:ENCODER of segmentation-models-pytorch. With heads as mmsegmentation's:
+            mmseg-fcn:BACKBONE, mmseg-ocrnet:BACKBONE, mmseg-segformer:BACKBONE, of one of the
+            HRNets, mit_b0 to mit_b5, or tu-NAME of timm (ResNets).
+        pretrained: Start from ImageNet weights (downloaded).
+        weights: Start from the weights in this file.
+        auxiliary_weight: Weight of the loss of an auxiliary head (3×3 convolution, classifier) on
+            the second last map of the backbone, or of OCRNet's regions; 0: no auxiliary head. The
+            usual weight is 0.4.
+        dropout: Share of the channels that are dropped before the classifier in training; the
+            methods use all channels. mmsegmentation uses 0.1, except for HRNet. It replaces
+            DeepLab's own dropout.
+        classifier_std: Standard deviation of the classifiers' initial weights, drawn from a normal
+            distribution (mmsegmentation: 0.01); their biases are then 0. None: torch's default.
+        channels_last: Use the channels-last memory layout for images, features and weights.
+        sync_bn: Batch norm uses the statistics of all ranks (torch supports this on GPUs only).
+        compile: Compile the network and its losses with torch.compile.
+        methods: Regularisers in addition to the cross-entropy; any number of them.
+        setting: A named set of arguments of the methods. published: their defaults. from-scratch:
+            smaller weights of OCCL and CeCo, for training from random weights. Arguments that it
+            does not set are those that the preset's paper has for its network.
+        paper_options: These arguments, of any methods, as METHOD.ARGUMENT: value.
+        method_options: Additional arguments of the chosen methods, which override those of the
+            setting: '{sar.momentum: 0.99, occl.split: images}'. sar.anchors, cr.anchors and
+            cbp.init accept "@FILE.npy", an array [K, D] of numpy.save.
+        loss: The loss of the logits at full resolution: cross-entropy, cross-entropy with the focal
+            factor, Dice, or the sum of cross-entropy and Dice.
+        focal_gamma: Exponent of the focal factor.
+        ohem: Online hard example mining: the cross-entropy uses only pixels whose true class has at
+            most this probability.
+        ohem_kept: With ohem, at least this number of pixels is used in each batch: the hardest ones.
+        class_weights: Weights of the loss from class frequencies f: 1/√f or 1/f, mean 1.
+        given_class_weights: Weights of the loss, one per class.
+        optimizer: sgd has momentum 0.9.
+        lr: Learning rate after warm-up.
+        weight_decay: Weight decay; not applied to biases and normalisation layers.
+        head_lr_factor: Learning rate of everything except the backbone and the methods, relative
+            to lr.
+        regularizer_lr_factor: Learning rate of the methods' own parameters, relative to lr.
+        warmup: Steps of linear warm-up.
+        power: Exponent of the polynomial decay to zero.
+        evaluation: Predict whole images, or overlapping windows of the size of a crop.
+        window_stride: With sliding windows: rows and columns from one to the next; two thirds of a
+            crop if not given.
+        eval_scales: Scales of the images in an evaluation, for example [0.5, 0.75, 1, 1.25]. There
+            is one pass for each scale; the probabilities are averaged.
+        eval_flip: Also average with the probabilities of the mirrored images: twice as many passes.
+        seed: Random seed of the weights and of each step; the command line sets it to that of the
+            run.
+
+    Raises ValueError for an option with a wrong value, or that would have no effect.
+    """
+
+    def __init__(
+        self,
+        network: str = "hrnet-w18-small",
+        pretrained: bool = False,
+        weights: str | None = None,
+        auxiliary_weight: float = 0.0,
+        dropout: float = 0.0,
+        classifier_std: float | None = None,
+        channels_last: bool = False,
+        sync_bn: bool = True,
+        compile: bool = False,
+        methods: Sequence[Literal["cr", "sar", "cbp", "occl", "ceco", "mvsc"]] = (),
+        setting: str = PUBLISHED,
+        paper_options: dict[str, bool | int | float | str | None] | None = None,
+        method_options: dict[str, bool | int | float | str | None] | None = None,
+        loss: Literal["ce", "focal", "dice", "ce+dice"] = "ce",
+        focal_gamma: float = 2.0,
+        ohem: float | None = None,
+        ohem_kept: int = 100_000,
+        class_weights: Literal["none", "inverse-sqrt", "inverse"] = "none",
+        given_class_weights: Sequence[float] = (),
+        optimizer: Literal["sgd", "adamw"] = "sgd",
+        lr: float = 0.01,
+        weight_decay: float = 5e-4,
+        head_lr_factor: float = 1.0,
+        regularizer_lr_factor: float = 1.0,
+        warmup: int = 0,
+        power: float = 0.9,
+        evaluation: Literal["whole", "sliding"] = "whole",
+        window_stride: tuple[int, int] | None = None,
+        eval_scales: Sequence[float] = (1.0,),
+        eval_flip: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        defaults = inspect.signature(SegmentationModule).parameters
+        check_values("model", self.hparams, EXPECTED)
+        check_effects("model", self.hparams, {k: p.default for k, p in defaults.items()}, NEEDED)
+        self.learner: Learner | None = None
+        """Built where the data or a checkpoint tell the number of classes."""
+        self.confusion: Tensor
+        """int64 [K, K], pixels of a validation by their true and predicted classes."""
+        self.figures: dict[str, Any] = {}
+        """Of the last validation: see `summarize`."""
+        self._warned = False
+
+    @property
+    def network(self) -> Segmenter:
+        assert self.learner is not None
+        return self.learner.model
+
+    @property
+    def data(self) -> SegmentationData:
+        return self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """The memory format of images, features and weights."""
+        return torch.channels_last if self.hparams.channels_last else torch.preserve_format
+
+    @property
+    def prediction(self) -> dict[str, Any]:
+        """How images are predicted: arguments of `predict`."""
+        options = self.hparams
+        return {
+            "window": self.data.hparams.crop if options.evaluation == "sliding" else None,
+            "stride": options.window_stride,
+            "scales": tuple(options.eval_scales),
+            "flip": options.eval_flip,
+        }
+
+    def configure_model(self) -> None:
+        """Build the network, its methods and its loss for a training. For a validation and for
+        predictions, `on_load_checkpoint` builds the network alone."""
+        if self.trainer.state.fn != "fit":
+            if not self.trainer.ckpt_path:
+                raise ValueError(f"{self.trainer.state.fn}: expected --ckpt_path, got nothing")
+            return
+        stride, crop = self.hparams.window_stride, self.data.hparams.crop
+        if stride and not all(1 <= s <= side for s, side in zip(stride, crop, strict=True)):
+            raise ValueError(
+                "--model.window_stride: expected 1 to the rows and columns of --data.crop "
+                f"{crop}, got {stride}"
+            )
+        if self.learner is None:
+            self._build(from_checkpoint=bool(self.trainer.ckpt_path))
+
+    def _build(self, *, from_checkpoint: bool) -> None:
+        options, data = self.hparams, self.data
+        assert data.training_set is not None
+        num_classes, channels = len(data.classes), data.training_set.channels
+        random = not (options.pretrained or options.weights or from_checkpoint)
+        if random and data.hparams.dataset != "digits" and self.trainer.is_global_zero:
+            print(RANDOM_WEIGHTS, file=sys.stderr)
+        torch.manual_seed(options.seed)
+        model = build_model(
+            options.network,
+            num_classes,
+            channels=channels,
+            pretrained=options.pretrained and not from_checkpoint,
+            weights=None if from_checkpoint else options.weights,
+            auxiliary=options.auxiliary_weight > 0,
+            dropout=options.dropout,
+            classifier_std=options.classifier_std,
+        )
+        regularizer = build_regularizer(
+            options.methods,
+            arguments_of(
+                options.methods,
+                options.setting,
+                options.paper_options or {},
+                options.method_options or {},
+            ),
+            num_classes,
+            model.classifier.in_channels,
+            prior=data.prior,
+            from_checkpoint=from_checkpoint,
+        )
+        loss = build_loss(
+            options.loss,
+            self._class_weights(),
+            focal_gamma=options.focal_gamma,
+            ohem=options.ohem,
+            ohem_kept=options.ohem_kept,
+        )
+        self.learner = Learner(model, regularizer, loss, options.auxiliary_weight)
+        self.learner.to(memory_format=self.layout)  # pyright: ignore
+        upsample_late(model, torch.zeros(1, channels, *data.hparams.crop))
+        on_gpus = self.trainer.strategy.root_device.type == "cuda"
+        if options.sync_bn and self.trainer.world_size > 1 and on_gpus:
+            convert_sync_batchnorm(self.learner)
+        if options.compile:
+            self.learner.compile()
+
+    def _class_weights(self) -> Tensor | None:
+        frequencies, values = self.data.frequencies, self.hparams.given_class_weights
+        if not values:
+            return class_weights(self.hparams.class_weights, frequencies)
+        if len(values) != len(frequencies):
+            raise ValueError(
+                f"--model.given_class_weights: expected {len(frequencies)} values, got {len(values)}"
+            )
+        weights = torch.tensor(values)
+        if not (weights * frequencies).any():
+            raise ValueError(
+                "--model.given_class_weights: every class with training pixels has weight 0"
+            )
+        return weights
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        assert self.data.training_set is not None
+        checkpoint["channels"] = self.data.training_set.channels
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Build the network alone, without its methods. CBP has removed the classifier's bias."""
+        if self.learner is not None:
+            return
+        state = checkpoint["state_dict"]
+        for name in list(state):
+            if not name.startswith(IN_CHECKPOINT) or name.startswith(f"{IN_CHECKPOINT}regularizer."):
+                del state[name]
+        weight = state[f"{IN_CHECKPOINT}classifier.weight"]
+        state.setdefault(f"{IN_CHECKPOINT}classifier.bias", weight.new_zeros(len(weight)))
+        options = self.hparams
+        model = build_model(
+            options.network,
+            len(weight),
+            channels=checkpoint["channels"],
+            auxiliary=options.auxiliary_weight > 0,
+            dropout=options.dropout,
+        )
+        self.learner = Learner(model, None, auxiliary_weight=options.auxiliary_weight)
+        self.learner.to(memory_format=self.layout)  # pyright: ignore
+
+    def configure_optimizers(self) -> Any:
+        options, steps = self.hparams, self.data.hparams.steps
+
+        def factor(step: int) -> float:
+            """Linear warm-up, then polynomial decay to zero."""
+            warmup = min(1.0, (step + 1) / options.warmup) if options.warmup else 1.0
+            return warmup * max(0.0, 1 - step / steps) ** options.power
+
+        groups = parameter_groups(
+            self.network,
+            options.lr,
+            options.weight_decay,
+            options.head_lr_factor,
+            options.regularizer_lr_factor,
+        )
+        optimizer = build_optimizer(options.optimizer, groups)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def seed_step(self) -> None:
+        """Each step and rank has its own random numbers, so an interruption does not change them."""
+        step, rank = self.trainer.global_step, self.trainer.global_rank
+        torch.manual_seed(mixed_seed("step", self.hparams.seed, step, rank))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.seed_step()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        assert self.learner is not None
+        images, labels = batch
+        loss, terms = self.learner(images.to(memory_format=self.layout), labels)
+        step = self.trainer.global_step + 1
+        self.log("loss", terms.pop("loss"), prog_bar=True)
+        self.log_dict({"step": float(step), "lr": self.optimizers().param_groups[0]["lr"], **terms})  # pyright: ignore
+        if not self._warned and step % self.trainer.log_every_n_steps == 0:
+            self._warn_of_labels(terms)
+        return loss
+
+    @rank_zero_only
+    def _warn_of_labels(self, terms: dict[str, Tensor]) -> None:
+        """Once, if labels were out of range."""
+        if (count := float(terms.get(WRONG_LABELS, 0))) > 0:
+            self._warned = True
+            self.print(
+                f"warning: {count:.0f} labels of this batch are neither a class nor ignored; they "
+                f"are left out of the loss. {WRONG_LABELS} counts them"
+            )
+
+    def on_validation_start(self) -> None:
+        if dist.is_initialized():  # statistics of batch normalisation: those of the first rank
+            for buffer in self.buffers():
+                dist.broadcast(buffer, 0)
+        num_classes = self.network.classifier.out_channels
+        if num_classes != len(self.data.classes):
+            raise ValueError(
+                f"validate: expected data of {num_classes} classes, got {len(self.data.classes)}"
+            )
+        self.confusion = torch.zeros(
+            num_classes, num_classes, dtype=torch.int64, device=self.device
+        )
+        self._not_finite = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    def _checked_logits(self, images: Tensor) -> Tensor:
+        logits = self.network(images)
+        largest = torch.linalg.vector_norm(logits, torch.inf)  # needs no memory, keeps NaN
+        self._not_finite += ~largest.isfinite()
+        return logits
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        predictions = predict(
+            self._checked_logits,
+            images.to(memory_format=self.layout),
+            labels.shape[1:],
+            **self.prediction,
+        )
+        self.confusion += ao.confusion(
+            predictions, labels, len(self.confusion), ignore_index=IGNORED
+        )
+
+    def on_validation_epoch_end(self) -> None:
+        if dist.is_initialized():
+            dist.all_reduce(self.confusion)
+            dist.all_reduce(self._not_finite)
+        if self._not_finite:
+            raise ValueError(self.diverged("the logits of validation images"))
+        figures = self.figures = summarize(
+            self.confusion.cpu(),
+            self.data.classes,
+            self.data.frequencies,
+            self.data.hparams.head_tail,
+        )
+        values = {f"val/{k}": v for k, v in figures.items() if isinstance(v, float)}
+        values |= {f"val/iou/{c['name']}": c["iou"] for c in figures["classes"]}
+        known = {name: value for name, value in values.items() if value is not None}
+        step = self.trainer.global_step
+        if self.trainer.state.fn == "fit":
+            known["step"] = float(step)
+            self.print(f"step {step}: mIoU {100 * figures['miou']:.1f} %")
+        self.log_dict(known)
+
+    def predict_step(self, batch: tuple[Tensor, Tensor, list[Tensor]], batch_idx: int) -> Tensor:
+        """The classes int64 (1, H, W) of an image."""
+        _, images, (height, width) = batch
+        size = int(height), int(width)
+        return predict(self.network, images.to(memory_format=self.layout), size, **self.prediction)
+
+    def diverged(self, what: str) -> str:
+        """The message about something that is NaN or infinite, with advice."""
+        options = self.hparams
+        others = [f"--model.lr {options.lr / 10:g} (now {options.lr:g})"]
+        if self.trainer.gradient_clip_val is None:
+            others.append("--trainer.gradient_clip_val 1")
+        if not options.warmup:
+            others.append(f"--model.warmup {min(100, self.data.hparams.steps)}")
+        return (
+            f"not finite at step {self.trainer.global_step}: {what}; the network has diverged. It "
+            "can come from the learning rate: start again with "
+            f"{', '.join(others[:-1])}{' or ' * (len(others) > 1)}{others[-1]}; or from the data "
+            "(values far from 0 to 1 in floating images)"
+        )

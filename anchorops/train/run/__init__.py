@@ -1,1 +1,0 @@
-"""A training run: its files, processes, state and steps."""

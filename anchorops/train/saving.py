@@ -1,0 +1,42 @@
+"""Files that are either complete or absent."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+PART = ".part"  # the suffix of a file that is being written
+
+
+def save_atomically(state: Any, path: Path) -> None:
+    """Write text, bytes, or any other object with torch.save: to a file beside `path`, which is
+    flushed to the disk and then renamed. If this fails (a full disk), it is removed, and the old
+    file at `path` is kept. Raises OSError."""
+    part = path.with_name(path.name + PART)
+    try:
+        with open(part, "wb") as file:
+            if isinstance(state, str | bytes):
+                file.write(state.encode() if isinstance(state, str) else state)
+            else:
+                torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's writer turns the first into the second
+        free = shutil.disk_usage(path.parent).free / 2**20
+        part.unlink(missing_ok=True)
+        raise OSError(
+            f"{path} could not be written: {error} ({free:.1f} MB free); earlier files are intact"
+        ) from error
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Lightning's own class writes to the directory of temporary files and moves the result. On
+    another disk this is a copy, which a killed process leaves unfinished."""
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_atomically(checkpoint, Path(path))
