@@ -23,7 +23,7 @@ from record import save_counts
 from torch import Tensor, nn
 
 import anchorops as ao
-from anchorops.train.config import IGNORED
+from anchorops.train import IGNORED
 from anchorops.train.data.digits import DigitScenes
 
 NUM_CLASSES, IMAGES, ROWS, COLUMNS, SIDE = 11, 4, 4, 6, 64  # of the scenes in an image

@@ -27,14 +27,15 @@ import torch
 from record import commit
 
 from anchorops.measure import environment
-from anchorops.train.config import PUBLISHED, Config
-from anchorops.train.presets import DEMO
-from anchorops.train.run.checkpoint import checkpoints, save_atomically
-from anchorops.train.run.journal import METRICS, RATIO, read_metrics
-from anchorops.train.run.loop import resume, start
-from anchorops.train.signals import Interrupted
+from anchorops.train.callbacks import BEST, LAST, Stopped
+from anchorops.train.cli import DEMO, train
+from anchorops.train.metrics import METRICS, read_metrics
+from anchorops.train.networks.learner import PUBLISHED
+from anchorops.train.report.compare import load_results
+from anchorops.train.saving import save_atomically
 
-HRNET, SEGFORMER = DEMO
+HRNET, SEGFORMER = "hrnet-w18-small", "segformer-b0"
+PRESETS = dict(zip((HRNET, SEGFORMER), DEMO, strict=True))
 SCRATCH = "from-scratch"
 EVALUATIONS = {500: 100, 1_500: 250, 4_000: 500, 8_000: 1_000}  # schedule: steps between them
 SCHEDULES = (500, 1_500, 4_000)
@@ -42,7 +43,7 @@ SCHEDULES = (500, 1_500, 4_000)
 SCENES: dict[str, dict[str, Any]] = {
     "digits": {},
     "few": {"train_images": 500, "data_seed": 0},
-    "steep": {"zipf": 2.0, "head_tail": (0.013, 0.003)},
+    "steep": {"zipf": 2.0, "head_tail": [0.013, 0.003]},
 }
 Choice = tuple[tuple[str, ...], str]  # methods and their setting
 PLAIN: Choice = ((), PUBLISHED)
@@ -80,19 +81,19 @@ class Run(NamedTuple):
             methods += f"-{self.setting}"
         return f"{self.scenes}-{self.model}-{methods}-{self.steps}-{self.seed}"
 
-    def config(self, out: Path) -> Config:
-        return DEMO[self.model].replace(
-            **SCENES[self.scenes],
-            methods=self.methods,
-            setting=self.setting,
-            steps=self.steps,
-            eval_every=EVALUATIONS[self.steps],
-            seed=self.seed,
-            threads=1,
-            out=out,
-            name=self.name,
-            overwrite=True,
-        )
+    @property
+    def options(self) -> list[str]:
+        """Those of `anchorops-train fit`."""
+        options = {
+            "config": PRESETS[self.model],
+            **{f"data.{name}": value for name, value in SCENES[self.scenes].items()},
+            "model.methods": f"[{', '.join(self.methods)}]",
+            "model.setting": self.setting,
+            "data.steps": self.steps,
+            "trainer.val_check_interval": EVALUATIONS[self.steps],
+            "seed_everything": self.seed,
+        }
+        return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
 def plan() -> list[Run]:
@@ -133,15 +134,16 @@ def plan() -> list[Run]:
     ]
 
 
-def train(run: Run, out: Path) -> None:
-    """Start or resume the run, and write its row."""
-    config, code = run.config(out), commit()  # before the training, in which it may change
+def train_one(run: Run, out: Path) -> None:
+    """Start the run or go on with it, and write its row."""
+    directory, code = out / run.name, commit()  # before the training, in which it may change
+    torch.set_num_threads(1)
+    goes_on = ["--ckpt_path", "last"] if (directory / LAST).exists() else []
     try:
-        begun = config.run.exists() and checkpoints(config.run)
-        results = resume(config.run) if begun else start(config)
-    except Interrupted as interrupted:
-        sys.exit(interrupted.exit_status)
-    metrics = read_metrics(config.run / METRICS)
+        train("--run", str(directory), *run.options, *goes_on)
+    except Stopped as stopped:
+        sys.exit(stopped.exit_status)
+    lines, results = read_metrics(directory / METRICS), load_results(directory)
     row = {
         **run._asdict(),
         "methods": "+".join(run.methods) or "plain",
@@ -149,19 +151,19 @@ def train(run: Run, out: Path) -> None:
         "seconds_per_step": round(results["seconds_per_step"], 4),
         **{name: round(results[name], 6) for name in evidence_report.MEASURES},
         "curve": [
-            [line["step"], *(round(line[f"val_{name}"], 4) for name in evidence_report.MEASURES)]
-            for line in metrics
-            if "val_miou" in line
+            [step, *(round(line[f"val/{name}"], 4) for name in evidence_report.MEASURES)]
+            for step, line in lines.items()
+            if "val/miou" in line
         ],
         "gradient_ratios": {
-            method: [round(line[key], 3) for line in metrics if key in line]
+            method: [round(line[key], 3) for line in lines.values() if key in line]
             for method in run.methods
-            for key in [f"{method}.{RATIO}"]
+            for key in [f"{method}.gradient_ratio"]
         },
     }
     save_atomically(json.dumps(row) + "\n", row_file(run, out))
-    for path in (*checkpoints(config.run), config.run / "best.pt"):
-        path.unlink(missing_ok=True)  # 100 MB a run
+    for name in (LAST, BEST):
+        (directory / name).unlink(missing_ok=True)  # 100 MB a run
 
 
 def row_file(run: Run, out: Path) -> Path:
@@ -267,7 +269,7 @@ def main() -> None:
     todo = [run for run in chosen if not row_file(run, out).exists()]
     if arguments.here:
         for run in todo:
-            train(run, out)
+            train_one(run, out)
         return
     train_all(iter(todo), out, arguments.jobs, arguments.budget)
 

@@ -11,9 +11,8 @@ from markdown_table import markdown_table
 from matplotlib.figure import Figure
 from record import grouped, json_of
 
-from anchorops.train.config import PUBLISHED
-from anchorops.train.networks.learner import CLASSES
-from anchorops.train.run.checkpoint import save_atomically
+from anchorops.train.networks.learner import CLASSES, PUBLISHED
+from anchorops.train.saving import save_atomically
 
 MEASURES = {"miou": "mIoU", "head": "head", "body": "body", "tail": "tail"}  # and their titles
 NETWORKS = {"hrnet-w18-small": "HRNet-W18-small", "segformer-b0": "SegFormer-B0"}
@@ -47,7 +46,7 @@ training, whose learning rate decays to 0 at its end.
 In the tables, the baseline is the network without a method (`plain` in the rows). Its mIoU is given
 in %; that of a method as the difference to the baseline of the same seeds, in points. "Tail" is the
 IoU of the three rarest classes in %. Figures are mean ± standard deviation over {seeds} seeds;
-those without ± are of one seed. "From scratch" is `--setting from-scratch`; the others have the
+those without ± are of one seed. "From scratch" is `--model.setting from-scratch`; the others have the
 published weights. CR is SAR with fixed anchors. The pictures also show the four most frequent
 classes (head) and the next four (body); bands are one standard deviation.
 

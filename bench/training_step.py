@@ -26,6 +26,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from bench_pixel_losses import cross_entropy, upsampled
 from cases import IGNORE_INDEX, labels_of
 from plain_networks import plain_network
@@ -36,13 +37,14 @@ from torch import Tensor, nn
 import anchorops as ao
 from anchorops import Attachment
 from anchorops.measure import OtherProcesses, duration, peak_extra_bytes
+from anchorops.train.cli import PRESETS
+from anchorops.train.module import SegmentationModule
 from anchorops.train.networks.learner import (
     build_optimizer,
     build_regularizer,
     parameter_groups,
 )
 from anchorops.train.networks.models import Segmenter
-from anchorops.train.presets import PRESETS
 
 METHODS = (("cr",), ("sar",), ("cbp",), ("occl",), ("cbp", "occl"), ("ceco",), ("mvsc",))
 WARM_UP, STEPS = 1, 4  # of a turn on a GPU
@@ -58,9 +60,14 @@ class Setting(NamedTuple):
     num_classes: int
 
     @property
+    def options(self) -> Any:
+        """Those of the model in the preset."""
+        preset = yaml.safe_load((PRESETS / f"{self.preset}.yaml").read_text())
+        return SegmentationModule(**preset["model"]).hparams
+
+    @property
     def layout(self) -> torch.memory_format:
-        last = PRESETS[self.preset][1].running.channels_last
-        return torch.channels_last if last else torch.preserve_format
+        return torch.channels_last if self.options.channels_last else torch.preserve_format
 
     def __str__(self) -> str:
         height, width = self.size
@@ -127,7 +134,7 @@ def step_of(
     labels: Tensor,
 ) -> Callable[[], None]:
     """One training step, as in the training program."""
-    options = PRESETS[setting.preset][1].optimization
+    options = setting.options
     groups = parameter_groups(model, options.lr, options.weight_decay, options.head_lr_factor)
     optimizer = build_optimizer(options.optimizer, groups)
     ours = candidate.cross_entropy == "anchorops"
@@ -158,7 +165,7 @@ def take_turn(
     gc.collect()  # reference cycles of the last turn keep memory
     torch.manual_seed(0)
     dim = model.classifier.in_channels
-    options = {f"{method}.ignore_index": str(IGNORE_INDEX) for method in candidate.methods}
+    options = {f"{method}.ignore_index": IGNORE_INDEX for method in candidate.methods}
     regularizer = build_regularizer(candidate.methods, options, setting.num_classes, dim)
     attached = None
     if regularizer is not None:

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import anchorops as ao
-from anchorops.train.run.checkpoint import load_checkpoint, save_atomically
+from anchorops.train.saving import save_atomically
 
 GROUPS = ("all", "head", "body", "tail")
 OF_ONE_CALL = ("out", "seeds", "device", "root")  # options that do not affect a run
@@ -233,7 +233,7 @@ def train(task: Task, options: argparse.Namespace, name: str, seed: int) -> list
     settings = {k: repr(v) for k, v in vars(options).items() if k not in OF_ONE_CALL}
     first = 0
     if saved and saved.exists():
-        state = load_checkpoint(saved)
+        state = torch.load(saved, weights_only=True)
         if state["settings"] != settings:
             raise SystemExit(f"{saved} is of a run with other options")
         model.load_state_dict(state["model"])

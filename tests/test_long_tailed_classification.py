@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import anchorops as ao
-from anchorops.train.run import checkpoint
+from anchorops.train import saving
 
 for package in ("sklearn", "timm", "torchvision"):
     pytest.importorskip(package, reason="it is not installed")
@@ -64,15 +64,15 @@ def test_an_interrupted_run_continues(
         if path.name == "SAR-seed0.pt":
             raise KeyboardInterrupt
 
-    save_atomically = checkpoint.save_atomically
+    save_atomically = saving.save_atomically
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(checkpoint, "save_atomically", stop_after_saving)
+        patched.setattr(saving, "save_atomically", stop_after_saving)
         run(patched, folder, *options, str(folder / "stopped"))
-    assert checkpoint.load_checkpoint(folder / "stopped/SAR-seed0.pt")["epochs"] == 1
+    assert torch.load(folder / "stopped/SAR-seed0.pt")["epochs"] == 1
     run(monkeypatch, folder, *options, str(folder / "stopped"))
     for name in ("plain", "SAR"):
         states = [
-            checkpoint.load_checkpoint(folder / out / f"{name}-seed0.pt")["model"]
+            torch.load(folder / out / f"{name}-seed0.pt")["model"]
             for out in ("straight", "stopped")
         ]
         assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())

@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from PIL import Image
 from torch import Tensor, nn
 
@@ -40,6 +41,15 @@ def continuing(run: Path) -> str:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         program = "torchrun … -m anchorops.train"
     return f"{program} fit --run {shlex.quote(str(run))} --ckpt_path last"
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Lightning's own class writes to the directory of temporary files and moves the result. On
+    another disk this is a copy, which a killed process leaves unfinished."""
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_atomically(checkpoint, Path(path))
 
 
 class Stopped(Exception):

@@ -29,6 +29,7 @@ try:
         Saving,
         Stopped,
         Timing,
+        WholeCheckpoints,
         continuing,
     )
     from .data.module import SegmentationData
@@ -37,7 +38,6 @@ try:
     from .networks.learner import SETTINGS
     from .report.compare import class_dependency, comparison, load_results
     from .run import CONFIG, check_same
-    from .saving import WholeCheckpoints
 except ModuleNotFoundError as error:
     sys.exit(f"anchorops-train: {error}: install what training needs: pip install anchorops[train]")
 

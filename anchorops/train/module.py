@@ -3,7 +3,7 @@ LightningModule."""
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -375,6 +375,14 @@ class SegmentationModule(LightningModule):
         )
         self._not_finite = torch.zeros((), dtype=torch.int64, device=self.device)
 
+    def _predict(
+        self, network: Callable[[Tensor], Tensor], images: Tensor, size: Sequence[int]
+    ) -> Tensor:
+        """Classes int64 (B, *size), in the precision of the weights."""
+        images = images.to(memory_format=self.layout)
+        with torch.autocast(self.device.type, enabled=False):
+            return predict(network, images, size, **self.prediction)
+
     def _checked_logits(self, images: Tensor) -> Tensor:
         logits = self.network(images)
         largest = torch.linalg.vector_norm(logits, torch.inf)  # needs no memory, keeps NaN
@@ -383,12 +391,7 @@ class SegmentationModule(LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
-        predictions = predict(
-            self._checked_logits,
-            images.to(memory_format=self.layout),
-            labels.shape[1:],
-            **self.prediction,
-        )
+        predictions = self._predict(self._checked_logits, images, labels.shape[1:])
         self.confusion += ao.confusion(
             predictions, labels, len(self.confusion), ignore_index=IGNORED
         )
@@ -417,8 +420,7 @@ class SegmentationModule(LightningModule):
     def predict_step(self, batch: tuple[Tensor, Tensor, list[Tensor]], batch_idx: int) -> Tensor:
         """The classes int64 (1, H, W) of an image."""
         _, images, (height, width) = batch
-        size = int(height), int(width)
-        return predict(self.network, images.to(memory_format=self.layout), size, **self.prediction)
+        return self._predict(self.network, images, (int(height), int(width)))
 
     def diverged(self, what: str) -> str:
         """The message about something that is NaN or infinite, with advice."""

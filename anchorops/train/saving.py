@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 PART = ".part"  # the suffix of a file that is being written
 
@@ -31,12 +30,3 @@ def save_atomically(state: Any, path: Path) -> None:
         raise OSError(
             f"{path} could not be written: {error} ({free:.1f} MB free); earlier files are intact"
         ) from error
-
-
-class WholeCheckpoints(TorchCheckpointIO):
-    """Lightning's own class writes to the directory of temporary files and moves the result. On
-    another disk this is a copy, which a killed process leaves unfinished."""
-
-    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_atomically(checkpoint, Path(path))

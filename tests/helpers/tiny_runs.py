@@ -1,47 +1,46 @@
-"""A run of six steps on small digit scenes, and the files that it writes."""
+"""Runs of a few steps on small digit scenes, and the files that they write."""
 
-import json
 from pathlib import Path
 
 import torch
 
-from anchorops.train.presets import DIGITS
-from anchorops.train.run import checkpoint
+from anchorops.train.metrics import read_metrics
 
-TINY = DIGITS.replace(
-    crop=(32, 32),
-    train_images=64,
-    val_images=10,
-    batch_size=4,
-    steps=6,
-    eval_batch_size=5,
-    log_every=2,
-    save_every=2,
-    eval_every=3,
-    warmup=0,
-    threads=1,
-    methods=("sar",),
-    device="cpu",
+TINY = (
+    *("--config", "digits", "--model.methods", "[sar]", "--model.warmup", "0"),
+    *("--model.channels_last", "false", "--data.crop", "[32, 32]", "--data.train_images", "64"),
+    *("--data.val_images", "10", "--data.batch_size", "4", "--data.eval_batch_size", "5"),
+    *("--data.steps", "6", "--trainer.val_check_interval", "3", "--saving.every", "2"),
+    *("--trainer.log_every_n_steps", "2", "--trainer.accelerator", "cpu"),
+    *("--trainer.enable_progress_bar", "false", "--gradients.every", "2"),
 )
+MEASURED = ("seconds_per_step", "memory_mb", "cost/")  # columns that no two runs share
 
 
-def weights(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
-    return checkpoint.load_checkpoint(run / f"checkpoint-{step:08d}.pt")["model"]
+def state(run: Path, name: str = "last") -> dict:
+    return torch.load(run / f"{name}.ckpt", weights_only=True)
 
 
-def metrics(run: Path, name: str = "step") -> list[dict]:
-    """The lines of the journal that contain this name."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if name in line]
+def figures(run: Path) -> dict[int, dict[str, float]]:
+    """The lines of metrics.csv, without measured times and memory."""
+    return {
+        step: {name: x for name, x in line.items() if not name.startswith(MEASURED)}
+        for step, line in read_metrics(run / "metrics.csv").items()
+    }
 
 
-def losses(run: Path) -> list[tuple[int, float, float]]:
-    return [(line["step"], line["loss"], line["p2a"]) for line in metrics(run, "loss")]
+def assert_same_run(run: Path, other: Path) -> None:
+    """Weights, the optimizer's state, the best weights and all figures are equal, bit for bit."""
+    assert figures(run) == figures(other)
+    for name, part in (("last", "state_dict"), ("best", "state_dict")):
+        assert_equal(state(run, name)[part], state(other, name)[part])
+    first, second = (state(x)["optimizer_states"][0]["state"] for x in (run, other))
+    assert first.keys() == second.keys()
+    for key in first:
+        assert_equal(first[key], second[key])
 
 
-def assert_same_run(run: Path, other: Path, step: int = 6) -> None:
-    assert losses(run) == losses(other)
-    first, second = weights(run, step), weights(other, step)
+def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert torch.equal(value, second[name]), name

@@ -1,4 +1,3 @@
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ pytest.importorskip("torchvision", reason="the training program needs torchvisio
 from image_files import image, mask, write
 from tiny_runs import TINY
 
-from anchorops.train.run import loop
+from anchorops.train.cli import train
 
 
 @pytest.fixture(autouse=True)
@@ -34,15 +33,7 @@ def interruptible() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of six steps without interruptions."""
-    config = TINY.replace(out=tmp_path_factory.mktemp("runs"), name="straight")
-    loop.start(config)
-    return config.run
-
-
-@pytest.fixture
-def copied(straight: Path, tmp_path: Path) -> Path:
-    """A copy of that run, which a test may change."""
-    return shutil.copytree(straight, tmp_path / "run")
+    return train(*TINY, "--run", str(tmp_path_factory.mktemp("runs") / "straight"))
 
 
 @pytest.fixture

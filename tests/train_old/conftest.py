@@ -1,0 +1,57 @@
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+# before the training program is imported; it skips this directory
+pytest.importorskip("torchvision", reason="the training program needs torchvision")
+
+from image_files import image, mask, write
+from tiny_runs import TINY
+
+from anchorops.train.run import loop
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Ctrl-C interrupts, also if a shell started the tests in the background and ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps without interruptions."""
+    config = TINY.replace(out=tmp_path_factory.mktemp("runs"), name="straight")
+    loop.start(config)
+    return config.run
+
+
+@pytest.fixture
+def copied(straight: Path, tmp_path: Path) -> Path:
+    """A copy of that run, which a test may change."""
+    return shutil.copytree(straight, tmp_path / "run")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes, images of different sizes in subfolders, JPEG and PNG."""
+    for split in ("train", "val"):
+        write(tmp_path / f"images/{split}/a/1.jpg", image())
+        write(tmp_path / f"masks/{split}/a/1.png", mask(0, 1, 255))
+        write(tmp_path / f"images/{split}/b.png", image(4, 5))
+        write(tmp_path / f"masks/{split}/b.png", mask(1, height=4, width=5))
+    (tmp_path / "classes.txt").write_text("ground\nthing\n")
+    return tmp_path
