@@ -35,7 +35,7 @@ from anchorops.train.report.compare import load_results
 from anchorops.train.saving import save_atomically
 
 HRNET, SEGFORMER = "hrnet-w18-small", "segformer-b0"
-PRESETS = dict(zip((HRNET, SEGFORMER), DEMO, strict=True))
+PRESETS: dict[str, str] = dict(zip((HRNET, SEGFORMER), DEMO, strict=True))
 SCRATCH = "from-scratch"
 EVALUATIONS = {500: 100, 1_500: 250, 4_000: 500, 8_000: 1_000}  # schedule: steps between them
 SCHEDULES = (500, 1_500, 4_000)

@@ -46,8 +46,8 @@ training, whose learning rate decays to 0 at its end.
 In the tables, the baseline is the network without a method (`plain` in the rows). Its mIoU is given
 in %; that of a method as the difference to the baseline of the same seeds, in points. "Tail" is the
 IoU of the three rarest classes in %. Figures are mean ± standard deviation over {seeds} seeds;
-those without ± are of one seed. "From scratch" is `--model.setting from-scratch`; the others have the
-published weights. CR is SAR with fixed anchors. The pictures also show the four most frequent
+those without ± are of one seed. "From scratch" is `--model.setting from-scratch`; the others have
+the published weights. CR is SAR with fixed anchors. The pictures also show the four most frequent
 classes (head) and the next four (body); bands are one standard deviation.
 
 A network has converged at a schedule if the next one adds less than {converged:g} point to the mIoU

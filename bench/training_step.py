@@ -63,7 +63,7 @@ class Setting(NamedTuple):
     def options(self) -> Any:
         """Those of the model in the preset."""
         preset = yaml.safe_load((PRESETS / f"{self.preset}.yaml").read_text())
-        return SegmentationModule(**preset["model"]).hparams
+        return SegmentationModule(**preset["model"]).options
 
     @property
     def layout(self) -> torch.memory_format:

@@ -21,7 +21,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from PIL import Image
 from torch import Tensor, nn
 
-from .module import SegmentationModule
+from .module import SegmentationModule, every_logged
 from .report.compare import save_centroids
 from .report.cost import cost_of_methods, gradient_ratios, measure_complexity
 from .report.features import class_centroids, collapse_measures
@@ -132,7 +132,7 @@ class Saving(Callback):
             return
         received = self._received is not None
         self._stopping = trainer.strategy.reduce_boolean_decision(received, all=False)
-        every = trainer.val_check_batch
+        every: Any = trainer.val_check_batch
         self.validating = trainer.enable_validation and (last or batches % every == 0)
         if self._stopping or self.validating or trainer.global_step % self.every == 0:
             self._save(trainer, pl_module)
@@ -183,10 +183,11 @@ class Timing(Callback):
         self._begin = self._seconds = 0.0
         self._batches = 0
 
-    def _start(self, *_: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin = time.perf_counter()
 
-    on_train_start = on_validation_end = _start
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -196,7 +197,7 @@ class Timing(Callback):
         self._begin = now
         self._batches += 1
         step = trainer.global_step
-        if step % trainer.log_every_n_steps or self._batches < trainer.accumulate_grad_batches:
+        if step % every_logged(trainer) or self._batches < trainer.accumulate_grad_batches:
             return
         device, seconds = trainer.strategy.root_device, self._seconds / self._batches
         values = {"seconds_per_step": seconds * trainer.accumulate_grad_batches}
@@ -237,7 +238,7 @@ class GradientRatios(Callback):
             pl_module.seed_step()
             images = images.to(memory_format=pl_module.layout)
             ratios = gradient_ratios(pl_module.learner, images, labels)
-        named = zip(pl_module.hparams.methods, ratios, strict=True)
+        named = zip(pl_module.options.methods, ratios, strict=True)
         # a batch without a valid pixel has no gradients, and no ratio
         known = {f"{name}.gradient_ratio": x for name, x in named if math.isfinite(x)}
         for logger in trainer.loggers:
@@ -256,9 +257,6 @@ class NeuralCollapse(Callback):
 
     def __init__(self, images: int = 0) -> None:
         self.images = images
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning calls it before the module's, which computes the figures: see the next one."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, SegmentationModule)
@@ -280,7 +278,9 @@ class Ending(Callback):
         if not trainer.is_global_zero:
             return
         attempt("predictions.png", lambda: self._draw(trainer, module, run))
-        attempt("centroids.npz", lambda: save_centroids(run, class_centroids(module, ANALYSED), module))
+        attempt(
+            "centroids.npz", lambda: save_centroids(run, class_centroids(module, ANALYSED), module)
+        )
         complexity = attempt("size and speed of the network", lambda: measure_complexity(module))
         values = {**(costs or {}), **(complexity or {})}
         for logger in trainer.loggers:
@@ -296,7 +296,9 @@ class Ending(Callback):
         )
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure("predictions", figure, trainer.global_step, close=False)
+                logger.experiment.add_figure(
+                    "predictions", figure, trainer.global_step, close=False
+                )
         figure.savefig(run / "predictions.png", dpi=110)
 
 

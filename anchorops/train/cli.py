@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import shutil
 import sys
 import warnings
@@ -205,7 +204,9 @@ class Program(LightningCLI):
         if self.continued is None and rank_zero_only.rank == 0:
             self.run.mkdir(parents=True, exist_ok=True)
             parser, path = self._parser("fit"), self.run / CONFIG
-            parser.save(self.config.fit, str(path), skip_none=False, overwrite=True, multifile=False)
+            parser.save(
+                self.config.fit, str(path), skip_none=False, overwrite=True, multifile=False
+            )
 
     def predict(self, **kwargs: Any) -> None:
         self.trainer.predict(**kwargs, return_predictions=False)
@@ -337,6 +338,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
             raise
-        print(f"anchorops-train: another rank has ended, see its message ({error})", file=sys.stderr)
+        print(
+            f"anchorops-train: another rank has ended, see its message ({error})", file=sys.stderr
+        )
         return 1
     return 0

@@ -72,4 +72,6 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
         }
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise ValueError(f"{path} is damaged ({error})") from None
-    return {step: {k: x for k, x in line.items() if not math.isnan(x)} for step, line in read.items()}
+    return {
+        step: {k: x for k, x in line.items() if not math.isnan(x)} for step, line in read.items()
+    }

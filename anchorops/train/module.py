@@ -80,6 +80,11 @@ NEEDED = {
 }
 
 
+def every_logged(trainer: Any) -> int:
+    """Steps from one line of the log to the next."""
+    return trainer.log_every_n_steps
+
+
 class SegmentationModule(LightningModule):
     """A segmentation network with its training and validation.
 
@@ -114,7 +119,7 @@ class SegmentationModule(LightningModule):
         focal_gamma: Exponent of the focal factor.
         ohem: Online hard example mining: the cross-entropy uses only pixels whose true class has at
             most this probability.
-        ohem_kept: With ohem, at least this number of pixels is used in each batch: the hardest ones.
+        ohem_kept: With ohem, at least this number of pixels is used in each batch: the hardest.
         class_weights: Weights of the loss from class frequencies f: 1/√f or 1/f, mean 1.
         given_class_weights: Weights of the loss, one per class.
         optimizer: sgd has momentum 0.9.
@@ -173,9 +178,10 @@ class SegmentationModule(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
+        self.options: Any = self.hparams
         defaults = inspect.signature(SegmentationModule).parameters
-        check_values("model", self.hparams, EXPECTED)
-        check_effects("model", self.hparams, {k: p.default for k, p in defaults.items()}, NEEDED)
+        check_values("model", self.options, EXPECTED)
+        check_effects("model", self.options, {k: p.default for k, p in defaults.items()}, NEEDED)
         self.learner: Learner | None = None
         """Built where the data or a checkpoint tell the number of classes."""
         self.confusion: Tensor
@@ -196,14 +202,14 @@ class SegmentationModule(LightningModule):
     @property
     def layout(self) -> torch.memory_format:
         """The memory format of images, features and weights."""
-        return torch.channels_last if self.hparams.channels_last else torch.preserve_format
+        return torch.channels_last if self.options.channels_last else torch.preserve_format
 
     @property
     def prediction(self) -> dict[str, Any]:
         """How images are predicted: arguments of `predict`."""
-        options = self.hparams
+        options = self.options
         return {
-            "window": self.data.hparams.crop if options.evaluation == "sliding" else None,
+            "window": self.data.options.crop if options.evaluation == "sliding" else None,
             "stride": options.window_stride,
             "scales": tuple(options.eval_scales),
             "flip": options.eval_flip,
@@ -216,7 +222,7 @@ class SegmentationModule(LightningModule):
             if not self.trainer.ckpt_path:
                 raise ValueError(f"{self.trainer.state.fn}: expected --ckpt_path, got nothing")
             return
-        stride, crop = self.hparams.window_stride, self.data.hparams.crop
+        stride, crop = self.options.window_stride, self.data.options.crop
         if stride and not all(1 <= s <= side for s, side in zip(stride, crop, strict=True)):
             raise ValueError(
                 "--model.window_stride: expected 1 to the rows and columns of --data.crop "
@@ -226,11 +232,11 @@ class SegmentationModule(LightningModule):
             self._build(from_checkpoint=bool(self.trainer.ckpt_path))
 
     def _build(self, *, from_checkpoint: bool) -> None:
-        options, data = self.hparams, self.data
+        options, data = self.options, self.data
         assert data.training_set is not None
         num_classes, channels = len(data.classes), data.training_set.channels
         random = not (options.pretrained or options.weights or from_checkpoint)
-        if random and data.hparams.dataset != "digits" and self.trainer.is_global_zero:
+        if random and data.options.dataset != "digits" and self.trainer.is_global_zero:
             print(RANDOM_WEIGHTS, file=sys.stderr)
         torch.manual_seed(options.seed)
         model = build_model(
@@ -265,7 +271,7 @@ class SegmentationModule(LightningModule):
         )
         self.learner = Learner(model, regularizer, loss, options.auxiliary_weight)
         self.learner.to(memory_format=self.layout)  # pyright: ignore
-        upsample_late(model, torch.zeros(1, channels, *data.hparams.crop))
+        upsample_late(model, torch.zeros(1, channels, *data.options.crop))
         on_gpus = self.trainer.strategy.root_device.type == "cuda"
         if options.sync_bn and self.trainer.world_size > 1 and on_gpus:
             convert_sync_batchnorm(self.learner)
@@ -273,12 +279,13 @@ class SegmentationModule(LightningModule):
             self.learner.compile()
 
     def _class_weights(self) -> Tensor | None:
-        frequencies, values = self.data.frequencies, self.hparams.given_class_weights
+        frequencies, values = self.data.frequencies, self.options.given_class_weights
         if not values:
-            return class_weights(self.hparams.class_weights, frequencies)
+            return class_weights(self.options.class_weights, frequencies)
         if len(values) != len(frequencies):
             raise ValueError(
-                f"--model.given_class_weights: expected {len(frequencies)} values, got {len(values)}"
+                f"--model.given_class_weights: expected {len(frequencies)} values, got "
+                f"{len(values)}"
             )
         weights = torch.tensor(values)
         if not (weights * frequencies).any():
@@ -297,11 +304,13 @@ class SegmentationModule(LightningModule):
             return
         state = checkpoint["state_dict"]
         for name in list(state):
-            if not name.startswith(IN_CHECKPOINT) or name.startswith(f"{IN_CHECKPOINT}regularizer."):
+            if not name.startswith(IN_CHECKPOINT) or name.startswith(
+                f"{IN_CHECKPOINT}regularizer."
+            ):
                 del state[name]
         weight = state[f"{IN_CHECKPOINT}classifier.weight"]
         state.setdefault(f"{IN_CHECKPOINT}classifier.bias", weight.new_zeros(len(weight)))
-        options = self.hparams
+        options = self.options
         model = build_model(
             options.network,
             len(weight),
@@ -313,7 +322,7 @@ class SegmentationModule(LightningModule):
         self.learner.to(memory_format=self.layout)  # pyright: ignore
 
     def configure_optimizers(self) -> Any:
-        options, steps = self.hparams, self.data.hparams.steps
+        options, steps = self.options, self.data.options.steps
 
         def factor(step: int) -> float:
             """Linear warm-up, then polynomial decay to zero."""
@@ -332,9 +341,9 @@ class SegmentationModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def seed_step(self) -> None:
-        """Each step and rank has its own random numbers, so an interruption does not change them."""
+        """Each step and rank has its own random numbers: an interruption does not change them."""
         step, rank = self.trainer.global_step, self.trainer.global_rank
-        torch.manual_seed(mixed_seed("step", self.hparams.seed, step, rank))
+        torch.manual_seed(mixed_seed("step", self.options.seed, step, rank))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
@@ -346,8 +355,9 @@ class SegmentationModule(LightningModule):
         loss, terms = self.learner(images.to(memory_format=self.layout), labels)
         step = self.trainer.global_step + 1
         self.log("loss", terms.pop("loss"), prog_bar=True)
-        self.log_dict({"step": float(step), "lr": self.optimizers().param_groups[0]["lr"], **terms})  # pyright: ignore
-        if not self._warned and step % self.trainer.log_every_n_steps == 0:
+        optimizer: Any = self.optimizers()
+        self.log_dict({"step": float(step), "lr": optimizer.param_groups[0]["lr"], **terms})
+        if not self._warned and step % every_logged(self.trainer) == 0:
             self._warn_of_labels(terms)
         return loss
 
@@ -406,7 +416,7 @@ class SegmentationModule(LightningModule):
             self.confusion.cpu(),
             self.data.classes,
             self.data.frequencies,
-            self.data.hparams.head_tail,
+            self.data.options.head_tail,
         )
         values = {f"val/{k}": v for k, v in figures.items() if isinstance(v, float)}
         values |= {f"val/iou/{c['name']}": c["iou"] for c in figures["classes"]}
@@ -424,12 +434,12 @@ class SegmentationModule(LightningModule):
 
     def diverged(self, what: str) -> str:
         """The message about something that is NaN or infinite, with advice."""
-        options = self.hparams
+        options = self.options
         others = [f"--model.lr {options.lr / 10:g} (now {options.lr:g})"]
         if self.trainer.gradient_clip_val is None:
             others.append("--trainer.gradient_clip_val 1")
         if not options.warmup:
-            others.append(f"--model.warmup {min(100, self.data.hparams.steps)}")
+            others.append(f"--model.warmup {min(100, self.data.options.steps)}")
         return (
             f"not finite at step {self.trainer.global_step}: {what}; the network has diverged. It "
             "can come from the learning rate: start again with "

@@ -19,7 +19,9 @@ SHARE = Expected("a share above 0, at most 1", lambda x: 0 < x <= 1)
 SHARE_BELOW_1 = Expected("a share below 1", lambda x: 0 <= x < 1)
 
 
-def check_values(section: str, options: Mapping[str, Any], expected: Mapping[str, Expected]) -> None:
+def check_values(
+    section: str, options: Mapping[str, Any], expected: Mapping[str, Expected]
+) -> None:
     """Raises ValueError for an option of the section ("model" or "data") with a wrong value."""
     for name, (text, holds) in expected.items():
         if options[name] is not None and not holds(options[name]):

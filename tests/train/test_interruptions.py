@@ -2,7 +2,6 @@
 disturbed, bit for bit. Workers load the images, and signals reach all processes of the group."""
 
 import random
-import re
 import signal
 import subprocess
 import sys

@@ -127,8 +127,8 @@ def check_one_size(validation: Counts) -> None:
     if any(least < largest for least, largest in sizes):
         high, wide = map(_range, sizes)
         raise ValueError(
-            "--data.eval_batch_size: more than 1 needs images of one size, the validation images are "
-            f"{high} high and {wide} wide"
+            "--data.eval_batch_size: more than 1 needs images of one size, the validation images "
+            f"are {high} high and {wide} wide"
         )
 
 

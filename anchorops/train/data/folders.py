@@ -64,10 +64,14 @@ class MaskFolder:
     ) -> None:
         wrong = {new for new in labels.values() if not (0 <= new < len(classes) or new == IGNORED)}
         if wrong:
-            raise ValueError(f"--data.label_map: expected classes 0 to {len(classes) - 1}, got {wrong}")
+            raise ValueError(
+                f"--data.label_map: expected classes 0 to {len(classes) - 1}, got {wrong}"
+            )
         unread = [value for value in labels if not 0 <= value < LABEL_VALUES]
         if unread:
-            raise ValueError(f"--data.label_map: expected values 0 to {LABEL_VALUES - 1}, got {unread}")
+            raise ValueError(
+                f"--data.label_map: expected values 0 to {LABEL_VALUES - 1}, got {unread}"
+            )
         self.pairs, self.classes, self.labels, self.channels = pairs, classes, labels, channels
         self._table = np.full(LABEL_VALUES, UNKNOWN, np.int16)
         for value, label in labels.items():
@@ -444,7 +448,8 @@ def open_folder(
         raise ValueError(f"{root / CLASSES} does not exist: write it, or give --data.num_classes")
     if num_classes not in (None, len(classes)):
         raise ValueError(
-            f"{root / CLASSES}: expected {num_classes} lines (--data.num_classes), got {len(classes)}"
+            f"{root / CLASSES}: expected {num_classes} lines (--data.num_classes), got "
+            f"{len(classes)}"
         )
     if not 2 <= len(classes) <= MAX_EVALUATED:
         source = "--data.num_classes" if num_classes else root / CLASSES

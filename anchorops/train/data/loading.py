@@ -1,4 +1,4 @@
-"""The interface of data sets, their augmentation, and the deterministic stream of training batches."""
+"""The interface of data sets, their augmentation, and the order of the training batches."""
 
 import signal
 import zlib

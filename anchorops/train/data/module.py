@@ -64,7 +64,9 @@ EXPECTED = {
     "cat_max_ratio": SHARE,
 }
 NEEDED = {
-    **dict.fromkeys(("train_images", "val_images", "zipf", "data_seed"), With("dataset", ("digits",))),
+    **dict.fromkeys(
+        ("train_images", "val_images", "zipf", "data_seed"), With("dataset", ("digits",))
+    ),
     **dict.fromkeys(
         ("image_suffix", "mask_suffix", "num_classes", "label_map", "channels"),
         With("dataset", ("folder",)),
@@ -109,7 +111,8 @@ class SegmentationData(LightningDataModule):
             '{128: 1, 7: -1}'. With at most 255 classes, 255 is also ignored.
         channels: folder: channels of the images.
         short_side: Images are scaled to this short side, keeping their aspect ratio.
-        long_side: Images are scaled to this long side; with short_side, so that neither is exceeded.
+        long_side: Images are scaled to this long side; with short_side, so that neither is
+            exceeded.
         scale: Range of an additional random scale of training images, which are then cropped, or
             padded with the mean colour.
         cat_max_ratio: If one class has this share of the valid pixels of a crop or more, the crop
@@ -153,9 +156,10 @@ class SegmentationData(LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
+        self.options: Any = self.hparams
         defaults = inspect.signature(SegmentationData).parameters
-        check_values("data", self.hparams, EXPECTED)
-        check_effects("data", self.hparams, {k: p.default for k, p in defaults.items()}, NEEDED)
+        check_values("data", self.options, EXPECTED)
+        check_effects("data", self.options, {k: p.default for k, p in defaults.items()}, NEEDED)
         self.training_set: Segmentation | None = None
         self.validation_set: Segmentation
         self.classes: Sequence[str] = ()
@@ -166,9 +170,9 @@ class SegmentationData(LightningDataModule):
         self.transform: v2.Transform
         """Of an image before its evaluation."""
 
-    def _open(self) -> tuple[Segmentation, Segmentation]:
+    def splits(self) -> tuple[Segmentation, Segmentation]:
         """Training and validation split."""
-        options = self.hparams
+        options = self.options
         if options.dataset == "digits":
             seed = options.seed if options.data_seed is None else options.data_seed
             return (
@@ -179,7 +183,8 @@ class SegmentationData(LightningDataModule):
             )
         if options.root is None:
             raise ValueError(
-                f"--data.root: expected the directory of the data set {options.dataset}, got nothing"
+                f"--data.root: expected the directory of the data set {options.dataset}, got "
+                "nothing"
             )
         root = Path(options.root)
         if options.dataset != "folder":
@@ -196,16 +201,16 @@ class SegmentationData(LightningDataModule):
             self._count()
 
     def _count(self):
-        return [class_counts(split, Path(self.hparams.cache)) for split in self._open()]
+        return [class_counts(split, Path(self.options.cache)) for split in self.splits()]
 
     def setup(self, stage: str) -> None:
-        options = self.hparams
+        options = self.options
         self.transform = evaluation_transform(
             options.channels, options.short_side, options.long_side
         )
         if stage == "predict":
             return
-        self.training_set, self.validation_set = self._open()
+        self.training_set, self.validation_set = self.splits()
         self.classes = self.training_set.classes
         self.training_counts, validation = self._count()
         absent = check_classes(self.classes, self.training_counts.pixels, validation.pixels)
@@ -243,9 +248,7 @@ class SegmentationData(LightningDataModule):
         now = self.state_dict()
         for name in now:
             if state.get(name) != now[name]:
-                was, now_is = (
-                    shorten(str(x[name]), 80, placeholder=" …") for x in (state, now)
-                )
+                was, now_is = (shorten(str(x[name]), 80, placeholder=" …") for x in (state, now))
                 raise ValueError(
                     f"the checkpoint was written with other data ({name}: {was}, now {now_is}): "
                     "the numbers would not be those of the run without a stop. Give --data.root "
@@ -253,7 +256,7 @@ class SegmentationData(LightningDataModule):
                 )
 
     def training_images(self) -> Training:
-        options = self.hparams
+        options = self.options
         assert self.training_set is not None
         scaled = None
         if options.dataset != "digits":
@@ -269,7 +272,7 @@ class SegmentationData(LightningDataModule):
         return Training(self.training_set, transform, options.seed)
 
     def train_dataloader(self) -> Loader:
-        options, trainer = self.hparams, self.trainer
+        options, trainer = self.options, self.trainer
         assert trainer is not None
         images = self.training_images()
         sampler = BatchSampler(
@@ -290,26 +293,26 @@ class SegmentationData(LightningDataModule):
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         return Loader(
             Validation(self.validation_set, self.transform),
-            self.hparams.workers,
-            batch_size=self.hparams.eval_batch_size,
+            self.options.workers,
+            batch_size=self.options.eval_batch_size,
             sampler=range(rank, len(self.validation_set), world),
         )
 
     def predict_dataloader(self) -> Loader:
-        paths, trainer = self.hparams.images, self.trainer
+        paths, trainer = self.options.images, self.trainer
         assert trainer is not None
         if not paths:
             raise ValueError("predict: --data.images: expected files of images, got none")
         return Loader(
-            NewImages(paths, self.transform, self.hparams.channels),
-            self.hparams.workers,
+            NewImages(paths, self.transform, self.options.channels),
+            self.options.workers,
             batch_size=1,
             sampler=range(trainer.global_rank, len(paths), trainer.world_size),
         )
 
     def first_batch(self) -> list[Tensor]:
         """A training batch of the size of a rank's: images and labels."""
-        options, trainer = self.hparams, self.trainer
+        options, trainer = self.options, self.trainer
         assert trainer is not None
         images = self.training_images()
         size = options.batch_size // (trainer.accumulate_grad_batches * trainer.world_size)

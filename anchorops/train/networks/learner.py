@@ -56,7 +56,9 @@ def read_vectors(option: str, path: Path) -> Tensor:
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"--model.method_options {option}: {path} cannot be read: {error}") from error
+        raise ValueError(
+            f"--model.method_options {option}: {path} cannot be read: {error}"
+        ) from error
     if not isinstance(array, np.ndarray):  # the file is an .npz
         array.close()
         got = "several arrays"
@@ -69,8 +71,8 @@ def read_vectors(option: str, path: Path) -> Tensor:
             return torch.from_numpy(rows)
         got = "NaN, infinity or numbers too large for float32"
     raise ValueError(
-        f"--model.method_options {option}: {path}: expected one array [K, D] of finite floating numbers "
-        f"(numpy.save), got {got}"
+        f"--model.method_options {option}: {path}: expected one array [K, D] of finite floating "
+        f"numbers (numpy.save), got {got}"
     )
 
 

@@ -37,8 +37,8 @@ def load_results(run: Path) -> dict[str, Any]:
     lines = read_metrics(path) if path.exists() else {}
     steps = options["data.steps"]
     validated = [step for step, line in lines.items() if "val/miou" in line]
-    stopped = options["trainer.max_steps"] != -1  # or by a callback
-    if not validated or not (stopped or max(validated) == steps or max(lines) == max(validated)):
+    ended = any("cost/parameters" in line for line in lines.values())  # perhaps by EarlyStopping
+    if not validated or not (ended or max(validated) == steps):
         raise ValueError(f"{run}: expected a finished run of {steps} steps, with its {METRICS}")
     last = lines[max(validated)]
     seconds, memory = (

@@ -95,7 +95,7 @@ def measure_complexity(module: "SegmentationModule") -> dict[str, float]:
     counted on a copy without data, of matrix products, convolutions and attention; images per
     second, one by one."""
     model = module.network
-    size, channels = module.data.hparams.crop, module.data.hparams.channels
+    size, channels = module.data.options.crop, module.data.options.channels
     left_out = [m for m in model.modules() if isinstance(m, Regularizer)]
     left_out += [] if model.auxiliary is None else [model.auxiliary]
     extra = {parameter for part in left_out for parameter in part.parameters()}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import anchorops as ao
 
-from .. import IGNORED, MULTIPLE
+from .. import MULTIPLE
 
 TILE = 128  # label rows and columns whose logits exist at the same time
 LEAST = -1e30  # instead of −∞, whose product with a weight of 0 would be NaN

@@ -25,7 +25,7 @@ def _features_and_labels(
     gets its share: features float32 (B, D, h, w) of whole images, and labels of the size of the
     padded images, for `class_moments`."""
     data = module.data
-    batches = math.ceil(images / (data.hparams.eval_batch_size * module.trainer.world_size))
+    batches = math.ceil(images / (data.options.eval_batch_size * module.trainer.world_size))
     for inputs, labels in itertools.islice(data.val_dataloader(), batches):
         inputs, labels = inputs.to(module.device), labels.to(module.device)
         resized = F.interpolate(labels[:, None].float(), inputs.shape[2:], mode="nearest")

@@ -11,13 +11,13 @@ import torch
 from image_files import image, mask, write
 from PIL import Image, ImageFile, ImageOps
 
-from anchorops.train.config import Data
 from anchorops.train.data.folders import open_folder, read_image, read_size
-from anchorops.train.data.loading import Training, augmentation, build_datasets
+from anchorops.train.data.loading import RandomScale, Training, augmentation
+from anchorops.train.data.module import SegmentationData
 
 
 def test_folder(folder: Path):
-    train, val = build_datasets(Data(dataset="folder", root=folder), seed=0)
+    train, val = SegmentationData("folder", str(folder)).splits()
     assert len(train) == len(val) == 2 and list(train.classes) == ["ground", "thing"]
     pixels, labels = train[0]
     assert pixels.shape == (3, 6, 9) and pixels.dtype == torch.uint8
@@ -46,7 +46,7 @@ def test_tiff_of_many_channels_and_16_bits(tmp_path: Path):
     data = open_folder(tmp_path, "train", num_classes=2, channels=5)
     pixels, _ = data[0]
     assert pixels.shape == (5, 6, 9) and pixels.dtype == torch.float32 and (pixels == 1).all()
-    transformed, labels = Training(data, augmentation(Data("folder", crop=(8, 8)), 5), 0)[0, 0]
+    transformed, labels = Training(data, augmentation(5, (8, 8), scaled=RandomScale(None, (1.0, 1.0))), 0)[0, 0]
     assert transformed.shape == (5, 8, 8) and labels.shape == (8, 8)
 
 
@@ -60,7 +60,7 @@ def test_tiff_whose_channels_come_first(tmp_path: Path):
 
 @pytest.mark.parametrize("value", [-1, 70_000])
 def test_label_map_of_impossible_values(folder: Path, value: int):
-    with pytest.raises(ValueError, match="--label-map: expected values 0 to 65535"):
+    with pytest.raises(ValueError, match="--data.label_map: expected values 0 to 65535"):
         open_folder(folder, "train", label_map={value: 1})
 
 
@@ -77,11 +77,11 @@ def test_bilevel_mask_and_palette(tmp_path: Path):
 
 def test_messages_name_the_file(folder: Path):
     root = folder
-    with pytest.raises(ValueError, match="--root: expected the directory of the data set folder"):
-        build_datasets(Data(dataset="folder"), 0)
+    with pytest.raises(ValueError, match="--data.root: expected the directory of the data set folder"):
+        SegmentationData("folder").splits()
     with pytest.raises(ValueError, match=r"leftImg8bit.* does not exist|gtFine.* does not exist"):
-        build_datasets(Data(dataset="cityscapes", root=root), 0)
-    with pytest.raises(ValueError, match=r"b.png: expected 4 channels \(--channels\), got 3"):
+        SegmentationData("cityscapes", str(root)).splits()
+    with pytest.raises(ValueError, match=r"b.png: expected 4 channels \(--data.channels\), got 3"):
         open_folder(root, "train", channels=4)[1]
     write(root / "masks/train/b.png", mask(7, height=4, width=5))
     with pytest.raises(ValueError, match=r"masks/train/b.png: label values \[7\] are not those of"):
@@ -102,7 +102,7 @@ def test_messages_name_the_file(folder: Path):
     with pytest.raises(ValueError, match=r"masks/train/a/1.png does not exist: the mask of .*jpg"):
         open_folder(root, "train")
     (root / "classes.txt").unlink()
-    with pytest.raises(ValueError, match=r"classes.txt does not exist: write it, or give --num"):
+    with pytest.raises(ValueError, match=r"classes.txt does not exist: write it, or give --data.num"):
         open_folder(root, "train")
 
 
@@ -255,7 +255,7 @@ def test_cityscapes(tmp_path: Path):
         write(tmp_path / f"leftImg8bit/{stem}_leftImg8bit.png", image())
         write(tmp_path / f"gtFine/{stem}_gtFine_labelIds.png", mask(7, 0, 33, 3, 11, 31))
         write(tmp_path / f"gtFine/{stem}_gtFine_color.png", image())
-    train, _ = build_datasets(Data(dataset="cityscapes", root=tmp_path), 0)
+    train, _ = SegmentationData("cityscapes", str(tmp_path)).splits()
     assert len(train) == 1 and len(train.classes) == 19
     assert train[0][1][:, 0].tolist() == [0, -1, 18, -1, 2, 16]
 
@@ -264,7 +264,7 @@ def test_ade20k(tmp_path: Path):
     for split in ("training", "validation"):
         write(tmp_path / f"images/{split}/ADE_1.jpg", image())
         write(tmp_path / f"annotations/{split}/ADE_1.png", mask(0, 1, 150))
-    _, val = build_datasets(Data(dataset="ade20k", root=tmp_path), 0)
+    _, val = SegmentationData("ade20k", str(tmp_path)).splits()
     assert len(val.classes) == 150 and val[0][1][:3, 0].tolist() == [-1, 0, 149]
 
 
@@ -275,11 +275,11 @@ def test_pascal_context(tmp_path: Path):
         lists = tmp_path / "ImageSets/SegmentationContext"
         lists.mkdir(parents=True, exist_ok=True)
         (lists / f"{split}.txt").write_text(f"{name}\n")
-    train, _ = build_datasets(Data(dataset="pascal-context", root=tmp_path), 0)
+    train, _ = SegmentationData("pascal-context", str(tmp_path)).splits()
     assert len(train.classes) == 59 and train[0][1][:3, 0].tolist() == [-1, 0, 58]
     (lists / "val.txt").write_text("2008_3\n")
     with pytest.raises(ValueError, match=r"2008_3.jpg does not exist"):
-        build_datasets(Data(dataset="pascal-context", root=tmp_path), 0)
+        SegmentationData("pascal-context", str(tmp_path)).splits()
 
 
 def test_coco_stuff(tmp_path: Path):
@@ -288,11 +288,11 @@ def test_coco_stuff(tmp_path: Path):
         write(tmp_path / f"images/{name}.jpg", image())
         write(tmp_path / f"annotations/{name}.mat", mask(0, 1, 13, 182, 12))
         (tmp_path / f"imageLists/{split}.txt").write_text(name)
-    train, _ = build_datasets(Data(dataset="coco-stuff-10k", root=tmp_path), 0)
+    train, _ = SegmentationData("coco-stuff-10k", str(tmp_path)).splits()
     assert len(train.classes) == 171
     assert train[0][1][:5, 0].tolist() == [-1, 0, 11, 170, -1]
     for year in ("train2017", "val2017"):
         write(tmp_path / f"images/{year}/1.jpg", image())
         write(tmp_path / f"annotations/{year}/1.png", mask(255, 0, 12, 181, 11))
-    train, _ = build_datasets(Data(dataset="coco-stuff-164k", root=tmp_path), 0)
+    train, _ = SegmentationData("coco-stuff-164k", str(tmp_path)).splits()
     assert train[0][1][:5, 0].tolist() == [-1, 0, 11, 170, -1]

@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
-from anchorops.train.config import Data
 from anchorops.train.data.counts import check_classes, class_counts, describe_counts
 from anchorops.train.data.digits import DigitScenes
 from anchorops.train.data.folders import MaskFolder, open_folder
@@ -76,8 +75,9 @@ def test_description_of_counts_and_damaged_ones(folder: Path):
 
 def test_augmentation_is_a_function_of_the_draw():
     scenes = DigitScenes("train", 4, (40, 48), seed=0)
-    config = Data("folder", crop=(32, 32), scale=(0.5, 2.0), flip=True, photometric=True)
-    data = Training(scenes, augmentation(config, 3), seed=5)
+    scaled = RandomScale(None, (0.5, 2.0))
+    transform = augmentation(3, (32, 32), scaled=scaled, flip=True, photometric=True)
+    data = Training(scenes, transform, seed=5)
     torch.manual_seed(0)
     first = data[1, 10]
     state = torch.get_rng_state()
@@ -91,8 +91,8 @@ def test_augmentation_is_a_function_of_the_draw():
 
 def test_padding_is_ignored_and_labels_are_not_interpolated():
     scenes = DigitScenes("train", 2, (32, 32), seed=0)
-    config = Data("folder", crop=(96, 96), scale=(1.5, 1.5))
-    _, labels = Training(scenes, augmentation(config, 3), seed=0)[0, 0]
+    transform = augmentation(3, (96, 96), scaled=RandomScale(None, (1.5, 1.5)))
+    _, labels = Training(scenes, transform, seed=0)[0, 0]
     assert (labels == -1).sum() >= 96 * 96 - 48 * 48
     assert set(labels.unique().tolist()) <= set(scenes[0][1].unique().tolist()) | {-1}
 

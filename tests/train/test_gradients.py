@@ -6,58 +6,47 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import TINY, metrics
+from tiny_runs import TINY, assert_equal, figures, state
 from torch import nn
 
+from anchorops.train.cli import train
 from anchorops.train.networks.learner import Learner, build_regularizer
 from anchorops.train.networks.models import Segmenter, build_model
 from anchorops.train.report.cost import gradient_ratios
-from anchorops.train.run import loop
-from anchorops.train.run.checkpoint import load_checkpoint
-
-RUN = TINY.replace(val_images=4, steps=4, eval_every=0)
-
-
-@pytest.fixture(autouse=True)
-def _only_steps(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(loop, "finish", lambda *arguments: {})  # no pictures
-
 
 @pytest.mark.parametrize(
-    "options",
+    ("methods", "options"),
     [
-        {"methods": ("sar", "occl", "ceco", "mvsc"), "accumulate": 2, "bf16": True},
-        {"methods": ("cbp", "occl"), "method_options": {"cbp.update": "ema"}, "clip": 1.0},
+        (
+            ["sar", "occl", "ceco", "mvsc"],
+            ["--trainer.accumulate_grad_batches", "2", "--trainer.precision", "bf16-mixed"],
+        ),
+        (
+            ["cbp", "occl"],
+            ["--model.method_options", "{cbp.update: ema}", "--trainer.gradient_clip_val", "1.0"],
+        ),
     ],
     ids=["combined", "ema"],
 )
-def test_measuring_changes_no_run(options: dict, tmp_path: Path):
+def test_measuring_changes_no_run(methods: list[str], options: list[str], tmp_path: Path):
     runs = []
     for every in (0, 1):
-        config = RUN.replace(
-            out=tmp_path, name=f"every-{every}", gradient_ratio_every=every, **options
-        )
-        loop.start(config)
-        runs.append(config.run)
-    first, second = (load_checkpoint(run / "checkpoint-00000004.pt")["model"] for run in runs)
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
-    shown = [[line["loss"] for line in metrics(run, "loss")] for run in runs]
-    assert shown[0] == shown[1] and len(shown[0]) == 2
-    for name in (f"{method}.gradient_ratio" for method in options["methods"]):
-        assert not metrics(runs[0], name)
-        ratios = {line["step"]: line[name] for line in metrics(runs[1], name)}
-        assert list(ratios) == [1, 2, 3, 4]
-        assert name in ("sar.gradient_ratio", "cbp.gradient_ratio") or min(ratios.values()) > 0
-
-
-def test_resumed_run_measures_the_same(tmp_path: Path):
-    config = RUN.replace(out=tmp_path, name="run", methods=("occl",), gradient_ratio_every=2)
-    loop.start(config)
-    first = metrics(config.run, "occl.gradient_ratio")
-    assert [line["step"] for line in first] == [1, 3]
-    (config.run / "checkpoint-00000004.pt").unlink()
-    loop.resume(config.run)
-    assert metrics(config.run, "occl.gradient_ratio") == first
+        words = ["--gradients.every", str(every), "--data.steps", "4", "--model.methods"]
+        run = str(tmp_path / f"every-{every}")
+        runs.append(train(*TINY, *words, f"[{', '.join(methods)}]", *options, "--run", run))
+    first, second = (state(run)["state_dict"] for run in runs)
+    assert_equal(first, second)
+    without, measured = (figures(run) for run in runs)
+    names = [f"{method}.gradient_ratio" for method in methods]
+    assert not any(name in line for line in without.values() for name in names)
+    for name in names:
+        ratios = [line[name] for line in measured.values() if name in line]
+        assert len(ratios) == 4
+        assert name in ("sar.gradient_ratio", "cbp.gradient_ratio") or min(ratios) > 0
+    for line in measured.values():
+        for name in names:
+            line.pop(name, None)
+    assert without == {step: line for step, line in measured.items() if line}
 
 
 def test_ratios_are_those_of_the_gradients():
@@ -68,7 +57,7 @@ def test_ratios_are_those_of_the_gradients():
     images, labels = torch.randn(2, 3, 32, 32), torch.randint(0, 11, (2, 32, 32))
     state = {name: value.clone() for name, value in learner.state_dict().items()}
     random = torch.get_rng_state()
-    ratios = gradient_ratios(learner, images, labels, bf16=False)
+    ratios = gradient_ratios(learner, images, labels)
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, state[name]) for name, value in learner.state_dict().items())
     assert all(parameter.grad is None for parameter in learner.parameters())
@@ -93,14 +82,14 @@ def test_compiled_learner():
     body = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, stride=4), nn.BatchNorm2d(16), nn.ReLU())
     learner = Learner(Segmenter(body, 16, 11), build_regularizer(("occl",), {}, 11, 16))
     images, labels = torch.randn(2, 3, 32, 32), torch.randint(0, 11, (2, 32, 32))
-    eager = gradient_ratios(learner, images, labels, bf16=False)
+    eager = gradient_ratios(learner, images, labels)
     learner.compile(backend="aot_eager")
-    assert gradient_ratios(learner, images, labels, bf16=False) == eager
+    assert gradient_ratios(learner, images, labels) == eager
     alone, measured = copy.deepcopy(learner), copy.deepcopy(learner)
     for each in (alone, measured):
         each.compile(backend="aot_eager")
     for _ in range(2):
-        gradient_ratios(measured, images, labels, bf16=False)
+        gradient_ratios(measured, images, labels)
         (first, _), (second, _) = (each(images, labels) for each in (alone, measured))
         assert torch.equal(first, second)
         first.backward()

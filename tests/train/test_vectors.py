@@ -5,13 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_runs import TINY
+from tiny_runs import TINY, state
 
 import anchorops as ao
-from anchorops.train.commands import main
+from anchorops.train.callbacks import Ending, Saving
+from anchorops.train.cli import train
 from anchorops.train.networks.learner import build_regularizer
-from anchorops.train.run import loop
-from anchorops.train.run.checkpoint import checkpoints, load_checkpoint
 
 K, D = 11, 240
 
@@ -33,32 +32,26 @@ def test_anchors(method: str, rows: Path):
 
 def test_initial_vectors(rows: Path):
     """The vectors are orthogonalised, so the first row keeps its direction."""
-    cbp = build_regularizer(["cbp"], {"cbp.init": f"@{rows}", "cbp.length": "1"}, K, D)
+    cbp = build_regularizer(["cbp"], {"cbp.init": f"@{rows}", "cbp.length": 1}, K, D)
     assert isinstance(cbp, ao.CBP)
     basis, first = cbp.basis, torch.from_numpy(np.load(rows)[0]).float()
     torch.testing.assert_close(basis[0], first / first.norm())
     torch.testing.assert_close(basis @ basis.T, torch.eye(K))
 
 
-def test_a_run_keeps_a_copy(
-    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    """A run resumes without the file. Another run may start from the copy, even in the same
-    directory."""
-    monkeypatch.chdir(tmp_path)
-    tiny = "--crop 32 32 --train-images 8 --val-images 2 --batch-size 2 --eval-batch-size 2"
-    tiny += " --steps 2 --save-every 1 --device cpu --name run --methods sar --method-options"
-    main([*tiny.split(), "sar.anchors", "@clip.npy"])
-    run, anchors = tmp_path / "runs/run", torch.from_numpy(np.load(rows)).float()
+def test_a_run_goes_on_without_the_file(rows: Path, tmp_path: Path):
+    words = [*TINY, "--data.steps", "3", "--saving.every", "1", "--run", str(tmp_path / "run")]
+    words += ["--model.method_options", f"{{sar.anchors: '@{rows}'}}"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Ending, "on_train_end", lambda *_: pytest.fail("reached the end"))
+        patched.setattr(Saving, "on_train_end", lambda *_: None)
+        with pytest.raises(pytest.fail.Exception):
+            train(*words)
+    anchors = torch.from_numpy(np.load(rows)).float()
     rows.unlink()
-    checkpoints(run)[-1].unlink()
-    assert loop.resume(run)["steps"] == 2
-    key = "regularizer.anchors"
-    assert torch.equal(load_checkpoint(checkpoints(run)[-1])["model"][key], anchors)
-    copy = run / "vectors-sar.anchors.npy"
-    main([*tiny.split(), "sar.anchors", f"@{copy}", "--overwrite"])
-    assert "vectors-sar.anchors.npy" in capsys.readouterr().err
-    assert torch.equal(torch.from_numpy(np.load(copy)), anchors)
+    run = train(*words, "--ckpt_path", "last")
+    kept = state(run)["state_dict"]["learner.model.regularizer.anchors"]
+    assert torch.equal(kept, anchors)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +65,7 @@ def test_a_run_keeps_a_copy(
         (np.zeros(K), r"expected one array .*, got float64 of shape \(11,\)"),
         (np.full((K, D), np.nan), r"clip.npy: expected one array .*, got NaN, infinity or"),
         (np.full((K, D), 1e300), r"clip.npy: expected one array .*, got .* too large for float32"),
-        (np.array([[{}]]), r"--method-options sar.anchors: .*clip.npy cannot be read: .*pickle"),
+        (np.array([[{}]]), r"--model.method_options sar.anchors: .*clip.npy cannot be read: .*pickle"),
     ],
 )
 def test_files_that_do_not_fit(array: np.ndarray, message: str, tmp_path: Path):
@@ -89,19 +82,3 @@ def test_files_that_are_none(rows: Path, tmp_path: Path):
         build_regularizer(["sar"], {"sar.anchors": f"@{tmp_path / 'two.npz'}"}, K, D)
     with pytest.raises(ValueError, match=r"sar.tau: expected no file; .* sar.anchors, cr.anchors"):
         build_regularizer(["sar"], {"sar.tau": f"@{rows}"}, K, D)
-
-
-def test_a_start_that_fails_can_be_repeated(rows: Path, tmp_path: Path):
-    options = {"cbp.init": f"@{rows}"}
-    config = TINY.replace(
-        out=tmp_path, name="run", steps=1, methods=("cbp",), method_options=options
-    )
-    good = np.load(rows)
-    np.save(rows, good[:5])
-    with pytest.raises(ValueError, match=r"--method-options cbp.init: expected a file with a row"):
-        loop.start(config)
-    np.save(rows, 1e300 * good)
-    with pytest.raises(ValueError, match=r"clip.npy: expected one array"):  # not the run's copy
-        loop.start(config)
-    np.save(rows, good)
-    assert loop.start(config)["steps"] == 1

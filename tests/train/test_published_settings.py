@@ -1,15 +1,19 @@
 """The presets compared with the settings of the papers' frameworks."""
 
+from typing import Any
+
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
-from anchorops.train.config import Data
+from anchorops.train.cli import PRESETS, presets, with_presets
 from anchorops.train.data.loading import RandomScale, augmentation, evaluation_transform
+from anchorops.train.data.module import SegmentationData
+from anchorops.train.module import SegmentationModule
 from anchorops.train.networks.learner import Learner, build_regularizer, parameter_groups
 from anchorops.train.networks.models import build_model
-from anchorops.train.presets import DIGITS, METHOD_OPTIONS, PRESETS, with_published_options
 
 
 def test_classifiers_start_from_a_given_deviation():
@@ -79,71 +83,81 @@ def test_learning_rates_of_backbone_head_and_methods():
 def test_sides(short_side: int | None, long_side: int | None, size: tuple[int, int]):
     image = tv_tensors.Image(torch.zeros(3, 40, 80, dtype=torch.uint8))
     assert RandomScale(short_side, (1.0, 1.0), long_side)(image).shape[1:] == size
-    data = Data("ade20k", short_side=short_side, long_side=long_side)
-    assert evaluation_transform(data, 3)(image).shape[1:] == size
+    assert evaluation_transform(3, short_side, long_side)(image).shape[1:] == size
 
 
 def test_padding_comes_after_normalisation():
     """Images are padded at the bottom and at the right, with 0: the mean of normalised images."""
     image = tv_tensors.Image(torch.full((3, 20, 40), 255, dtype=torch.uint8))
     mask = tv_tensors.Mask(torch.ones(20, 40, dtype=torch.int16))
-    padded, labels = augmentation(Data("ade20k", crop=(32, 32)), 3)(image, mask)
+    padded, labels = augmentation(3, (32, 32), scaled=RandomScale(None, (1.0, 1.0)))(image, mask)
     assert padded.shape == (3, 32, 32) and labels.shape == (32, 32)
     assert (padded[:, :20] > 2).all() and not padded[:, 20:].any()
     assert (labels[:20] == 1).all() and (labels[20:] == -1).all()
 
 
-def test_options_of_the_methods_that_a_preset_brings():
-    preset = "ade20k-segformer-b5"
-    config = PRESETS[preset][1]
-    assert with_published_options(preset, config) == config
-    occl = with_published_options(preset, config.replace(methods=("sar", "occl")))
-    assert occl.model.method_options == {
-        "occl.centroid_weight": "1",
-        "occl.category_weight": "0.1",
-    }
-    chosen = config.replace(methods=("occl",), method_options={"occl.category_weight": "0.5"})
-    assert with_published_options(preset, chosen).model.method_options == {
-        "occl.centroid_weight": "1",
-        "occl.category_weight": "0.5",
-    }
-    assert with_published_options("digits", DIGITS) == DIGITS
-    scratch = config.replace(methods=("cbp", "occl"), setting="from-scratch")
-    assert with_published_options(preset, scratch).model.method_options == {"cbp.length": "1"}
+def load(preset: str) -> dict[str, Any]:
+    return yaml.safe_load((PRESETS / f"{preset}.yaml").read_text())
 
 
-@pytest.mark.parametrize(
-    ("preset", "length", "category_weight"),
-    [("coco-stuff-10k-segformer-b4", "1", "0.1"), ("ade20k-upernet-swin-t", "1", "0.2")],
-)
-def test_published_options_of_the_network(preset: str, length: str, category_weight: str):
-    """Section 4.2 of CBP and OCCL names families of networks, not only the one of its table."""
-    config = PRESETS[preset][1].replace(methods=("cbp", "occl"))
-    assert with_published_options(preset, config).model.method_options == {
-        "cbp.length": length,
-        "occl.centroid_weight": "1",
-        "occl.category_weight": category_weight,
-    }
+NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+CONVOLUTIONAL = {load(x)["model"]["network"] for x in NAMES if "segformer" not in x}
 
 
-@pytest.mark.parametrize("preset", METHOD_OPTIONS)
-def test_published_options_are_options(preset: str):
-    options = METHOD_OPTIONS[preset]
-    methods = {option.partition(".")[0] for option in options}
-    assert preset in PRESETS and build_regularizer(sorted(methods), options, 11, 240) is not None
+@pytest.mark.parametrize("network", sorted(CONVOLUTIONAL))
+def test_networks_of_presets(network: str):
+    with torch.device("meta"):
+        model = build_model(network, 19, auxiliary=True)
+        assert model(torch.empty(2, 3, 64, 96)).shape[:2] == (2, 19)
+        assert model.auxiliary_head and model.auxiliary_head.logits().shape[:2] == (2, 19)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_schedules_and_windows_of_mmsegmentation(preset: str):
-    """Transformers: a linear warm-up and decay; windows: Pascal-Context 480 by steps of 320,
-    Cityscapes with SegFormer 1024 by 768."""
-    config = PRESETS[preset][1]
-    if config.data.dataset in ("digits", "folder"):
+@pytest.mark.parametrize("preset", NAMES)
+def test_presets(preset: str):
+    """Their options exist, those of the methods too. Transformers have a linear warm-up and decay;
+    windows are those of mmsegmentation: on Pascal-Context 480 by steps of 320, on Cityscapes with
+    SegFormer 1024 by 768."""
+    options = load(preset)
+    model, data = SegmentationModule(**options["model"]).options, options["data"]
+    SegmentationData(**data)
+    paper = model.paper_options or {}
+    methods = sorted({option.partition(".")[0] for option in paper})
+    assert build_regularizer(methods, paper, 11, 240) is not None or not paper
+    if data["dataset"] in ("digits", "folder"):
         return
-    transformer = config.optimization.optimizer == "adamw"
-    schedule = config.optimization.warmup, config.optimization.power
-    assert schedule == ((1_500, 1.0) if transformer else (0, 0.9))
-    strides = {"pascal-context": (320, 320), "cityscapes-segformer-b4": (768, 768)}
-    stride = strides.get(config.data.dataset) or strides.get(preset)
-    assert config.running.window_stride == stride
-    assert (config.running.evaluation == "sliding") == (stride is not None)
+    transformer = model.optimizer == "adamw"
+    assert (model.warmup, model.power) == ((1_500, 1.0) if transformer else (0, 0.9))
+    strides = {"pascal-context": [320, 320], "cityscapes-segformer-b4": [768, 768]}
+    stride = strides.get(data["dataset"]) or strides.get(preset)
+    assert model.window_stride == stride
+    assert (model.evaluation == "sliding") == (stride is not None)
+    assert data["steps"] % options["trainer"]["val_check_interval"] == 0
+
+
+def test_options_of_the_papers():
+    """Section 4.2 of CBP and OCCL names families of networks, not only the one of its table."""
+    expected = {"cbp.length": 1, "occl.centroid_weight": 1, "occl.category_weight": 0.1}
+    for preset, category_weight in (
+        ("ade20k-segformer-b5", 0.1),
+        ("coco-stuff-10k-segformer-b4", 0.1),
+        ("ade20k-upernet-swin-t", 0.2),
+    ):
+        options = load(preset)["model"]["paper_options"]
+        assert options == {**expected, "occl.category_weight": category_weight}
+
+
+def test_names_of_presets(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """A file of that name wins; an unknown one lists the presets with their published results."""
+    packaged = str(PRESETS / "folder.yaml")
+    assert with_presets(["fit", "--config", "folder"]) == (["fit", "--config", packaged], "folder")
+    assert with_presets(["fit", "--config=folder"])[0] == ["fit", "--config", packaged]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").touch()
+    assert with_presets(["fit", "-c", "folder"]) == (["fit", "-c", "folder"], "folder")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").touch()
+    words, _ = with_presets(["validate", "--run", "run"])
+    assert words == ["validate", "--config", "run/config.yaml", "--run", "run"]
+    with pytest.raises(ValueError, match=r"(?s)got foldr\. The presets:.*81.4 with sar"):
+        with_presets(["fit", "--config", "foldr"])
+    assert len(presets().splitlines()) == len(NAMES)
