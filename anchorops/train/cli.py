@@ -42,6 +42,17 @@ except ModuleNotFoundError as error:
 
 PRESETS = Path(__file__).with_name("presets")
 DEMO = ("digits", "digits-segformer-b0")  # a laptop needs minutes for this
+# of Lightning, about what is meant so, and about its own use of torch
+IGNORED_WARNINGS = (
+    "Checkpoint directory",
+    "LightningCLI's args",
+    "It is recommended to use `self.log",
+    "The number of training batches",
+    "`isinstance.treespec, LeafSpec",
+    "The 'val_dataloader' does not have many workers",
+    "The 'train_dataloader' does not have many workers",
+    "The 'predict_dataloader' does not have many workers",
+)
 DEMO_SHOWS = """
 mIoU: mean over the classes of intersection over union. head, body, tail: the same over frequent,
 less frequent and rare classes. mAcc: mean over the classes of the share of pixels found. All in %.
@@ -67,6 +78,10 @@ class Program(LightningCLI):
     """
 
     def __init__(self, arguments: Sequence[str], preset: str) -> None:
+        logging.getLogger("lightning").setLevel(logging.WARNING)
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+        for message in IGNORED_WARNINGS:
+            warnings.filterwarnings("ignore", message)
         self.preset = preset
         self.run = Path()
         self.continued: int | None = None
@@ -201,6 +216,7 @@ class Program(LightningCLI):
         )
 
     def before_fit(self) -> None:
+        self.model.from_checkpoint = self.config.fit.ckpt_path is not None
         if self.continued is None and rank_zero_only.rank == 0:
             self.run.mkdir(parents=True, exist_ok=True)
             parser, path = self._parser("fit"), self.run / CONFIG
@@ -309,20 +325,19 @@ COMMANDS = {"demo": _demo, "compare": _compare, "presets": lambda _: print(prese
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
+    of_process = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in ("Checkpoint directory", "LightningCLI's args", "It is recommended to use"):
-        warnings.filterwarnings("ignore", message)
     command, *rest = arguments
     try:
         if command in COMMANDS:
             COMMANDS[command](rest)
         else:
             words, preset = with_presets(arguments)
-            sys.argv[1:] = words  # which Lightning gives to the ranks that it starts
+            if of_process:  # which Lightning gives to the ranks that it starts
+                sys.argv[1:] = words
             Program(words, preset)
     except Stopped as stopped:
         if rank_zero_only.rank == 0:

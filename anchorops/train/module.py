@@ -184,6 +184,8 @@ class SegmentationModule(LightningModule):
         check_effects("model", self.options, {k: p.default for k, p in defaults.items()}, NEEDED)
         self.learner: Learner | None = None
         """Built where the data or a checkpoint tell the number of classes."""
+        self.from_checkpoint = False
+        """Whether a training goes on, and needs no initial weights."""
         self.confusion: Tensor
         """int64 [K, K], pixels of a validation by their true and predicted classes."""
         self.figures: dict[str, Any] = {}
@@ -192,7 +194,7 @@ class SegmentationModule(LightningModule):
 
     @property
     def network(self) -> Segmenter:
-        assert self.learner is not None
+        assert self.learner is not None, "the network needs a training or a checkpoint"
         return self.learner.model
 
     @property
@@ -218,9 +220,8 @@ class SegmentationModule(LightningModule):
     def configure_model(self) -> None:
         """Build the network, its methods and its loss for a training. For a validation and for
         predictions, `on_load_checkpoint` builds the network alone."""
-        if self.trainer.state.fn != "fit":
-            if not self.trainer.ckpt_path:
-                raise ValueError(f"{self.trainer.state.fn}: expected --ckpt_path, got nothing")
+        # without a trainer: in load_from_checkpoint
+        if self._trainer is None or self._trainer.state.fn != "fit":
             return
         stride, crop = self.options.window_stride, self.data.options.crop
         if stride and not all(1 <= s <= side for s, side in zip(stride, crop, strict=True)):
@@ -229,7 +230,7 @@ class SegmentationModule(LightningModule):
                 f"{crop}, got {stride}"
             )
         if self.learner is None:
-            self._build(from_checkpoint=bool(self.trainer.ckpt_path))
+            self._build(from_checkpoint=self.from_checkpoint)
 
     def _build(self, *, from_checkpoint: bool) -> None:
         options, data = self.options, self.data

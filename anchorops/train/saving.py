@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ def save_atomically(state: Any, path: Path) -> None:
         part.replace(path)
     except (OSError, RuntimeError) as error:  # torch's writer turns the first into the second
         free = shutil.disk_usage(path.parent).free / 2**20
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         raise OSError(
             f"{path} could not be written: {error} ({free:.1f} MB free); earlier files are intact"
         ) from error
