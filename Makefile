@@ -4,11 +4,8 @@ SOURCES := $(shell find csrc -type f)
 CPP := $(shell find csrc tests \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 # of an environment's programs: two processes of one thread; the tests of a file stay in one of them,
 # because they share what the file prepares
-users_tests = OMP_NUM_THREADS=1 $1/pytest -n 2 --dist loadfile -m 'not slow and not stress'
+users_tests = OMP_NUM_THREADS=1 $1/pytest -n 2 --dist loadfile -m 'not slow'
 DEMO ?= demo
-# of make stress
-ROUNDS ?= 200
-SEED ?= 0
 # of make bench: where its rows and pictures go
 BENCH ?= build/bench
 # versions of torch that must be able to load what `make setup` compiled. For other versions of
@@ -17,7 +14,7 @@ ABI_TORCHES ?= 2.10 2.11 2.13
 # of make check-torch: those of docs/stability.md
 TORCH ?= 2.10.0 2.12.1 2.14.1 2.15.0
 
-.PHONY: setup test check-torch check-nnunet check-ultralytics proofs faults barriers stress demo bench counted-memory kernels-report lint format docs package check-abi clean
+.PHONY: setup test check-torch check-nnunet check-ultralytics proofs faults barriers demo bench counted-memory kernels-report lint format docs package check-abi clean
 release_of_nnunet = nnunetv2==2.8.1
 release_of_ultralytics = ultralytics==8.4.190
 # or make would delete the environments that it made on the way
@@ -84,10 +81,6 @@ build/nnunet build/ultralytics: build/%:
 	$$pip torch torchvision 'setuptools>=77' ninja \
 	    && CXX=false $$pip --no-build-isolation -e '.[test]' $(release_of_$*) \
 	    || { rm -r $@; false; }
-
-# a failed round is run again with `--seed SEED --rounds 1`
-stress: setup
-	$(BIN)/pytest tests/stress -m stress -q --rounds $(ROUNDS) --seed $(SEED)
 
 demo: setup
 	$(BIN)/python -m anchorops.train $(DEMO)

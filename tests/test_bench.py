@@ -400,7 +400,7 @@ def test_rows_of_masks(tmp_path, monkeypatch):
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_counted_windows(align_corners: bool):
     """Equal for one window, and of several that begin at multiples of the output stride almost."""
-    for package in ("monai", "segmentation_models_pytorch", "tyro"):
+    for package in ("monai", "segmentation_models_pytorch", "lightning"):
         pytest.importorskip(package, reason="it is not installed")
     windows = importlib.import_module("counted_windows")
     logits = windows.smooth_noise()

@@ -143,28 +143,27 @@ def check_pip(words: list[str]) -> None:
 
 def check_train(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The training program parses its arguments to the end; nothing is trained."""
-    pytest.importorskip("tyro", reason="the packages for training are not installed")
-    from anchorops.train import commands as program
-    from anchorops.train.networks.learner import build_regularizer
+    pytest.importorskip("jsonargparse", reason="the packages for training are not installed")
+    from lightning.pytorch import Callback
 
-    called = []
-    monkeypatch.setattr(program, "start", called.append)
-    monkeypatch.setattr(program, "resume", lambda run, **_: called.append(run))
-    monkeypatch.setattr(program, "load_results", called.append)
-    predict = lambda run, images, out, device: [called.append(run)]  # noqa: E731
-    monkeypatch.setattr(program, "predict_files", predict)
-    monkeypatch.setattr(program, "comparison", lambda results: "")
-    monkeypatch.setattr(program, "_show", lambda results: None)
-    if "--help" in words and words != ["--help"]:
-        with pytest.raises(SystemExit) as end:
-            program.main(words)
-        assert end.value.code == 0
-        return
-    program.main(words)
-    assert called or words == ["--help"]
-    for config in called:
-        if not isinstance(config, Path):
-            build_regularizer(config.model.methods, config.model.method_options, 19, 64)
+    from anchorops.train import cli
+    from anchorops.train.networks.learner import arguments_of, build_regularizer
+
+    programs = []
+    monkeypatch.setattr(cli.Program, "_checkpoint", lambda self, name: f"{name}.ckpt")
+    monkeypatch.setattr(cli.Program, "_run_subcommand", lambda self, _: programs.append(self))
+    monkeypatch.setattr(cli, "MaskWriter", lambda *_: Callback())
+    monkeypatch.setattr(cli, "load_results", programs.append)
+    monkeypatch.setattr(cli, "comparison", lambda results: "")
+    monkeypatch.setattr(cli, "train", lambda *words: programs.append(words) or Path())
+    assert cli.main(words) == 0
+    assert programs or words in (["presets"], ["fit", "--help"])
+    for program in programs:
+        if isinstance(program, cli.Program):
+            options = program.model.options
+            paper, given = options.paper_options or {}, options.method_options or {}
+            chosen = arguments_of(options.methods, options.setting, paper, given)
+            build_regularizer(options.methods, chosen, 19, 64)
 
 
 @cache
@@ -263,7 +262,7 @@ def test_every_argument_is_explained(name: str):
 
 
 def test_evidence_is_that_of_the_rows():
-    pytest.importorskip("tyro", reason="the packages for training are not installed")
+    pytest.importorskip("jsonargparse", reason="the packages for training are not installed")
     evidence = json.loads((ROOT / "docs/evidence.json").read_text())
     page = importlib.import_module("evidence_report").page(evidence)
     assert (ROOT / "docs/evidence.md").read_text() == page

@@ -39,7 +39,8 @@ def continuing(run: Path) -> str:
     """The command that continues a run."""
     program = "anchorops-train"
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        program = "torchrun … -m anchorops.train"
+        # without the dashes, torchrun would take --run for its own --run-path
+        program = "torchrun … -m anchorops.train --"
     return f"{program} fit --run {shlex.quote(str(run))} --ckpt_path last"
 
 

@@ -1,6 +1,7 @@
 """The commands of anchorops-train: those of Lightning, and demo, compare, presets."""
 
 import argparse
+import json
 import logging
 import shutil
 import sys
@@ -94,7 +95,7 @@ class Program(LightningCLI):
             trainer_defaults={
                 "max_epochs": 1,  # of as many steps as the run has
                 "check_val_every_n_epoch": None,
-                "val_check_interval": 1.0,
+                "val_check_interval": 1_000,
                 "num_sanity_val_steps": 0,
                 "use_distributed_sampler": False,
                 "enable_model_summary": False,
@@ -149,11 +150,15 @@ class Program(LightningCLI):
         elif name == "best":
             raise ValueError("--ckpt_path best: expected last: only that has the optimizer's state")
         if name in ("last", "best"):
-            options.ckpt_path = str(self.run / {"last": LAST, "best": BEST}[name])
-            if not Path(options.ckpt_path).exists():
-                raise ValueError(f"--ckpt_path {name}: {self.run} has no {name}.ckpt")
+            options.ckpt_path = self._checkpoint(name)
         if command == "fit" and rank_zero_only.rank == 0:
             self._check_run(options)
+
+    def _checkpoint(self, name: str) -> str:
+        path = self.run / {"last": LAST, "best": BEST}[name]
+        if not path.exists():
+            raise ValueError(f"--ckpt_path {name}: {self.run} has no {path.name}")
+        return str(path)
 
     def _default_run(self, options: Any) -> str:
         methods = "+".join(options.model.methods) or "plain"
@@ -262,6 +267,12 @@ def with_presets(arguments: Sequence[str]) -> tuple[list[str], str]:
         config = Path(words[words.index("--run") + 1], CONFIG)
         if config.exists():
             words[1:1] = ["--config", str(config)]
+    if "--data.images" in words:  # files, as a shell gives them
+        first = words.index("--data.images") + 1
+        ends = [i for i, word in enumerate(words) if i > first and word.startswith("--")]
+        files = words[first : min(ends, default=len(words))]
+        if files and not files[0].startswith("["):
+            words[first : first + len(files)] = [json.dumps(files)]
     return words, preset
 
 
@@ -326,7 +337,9 @@ COMMANDS = {"demo": _demo, "compare": _compare, "presets": lambda _: print(prese
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     of_process = arguments is None
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["--"]:  # between the options of torchrun and ours
+        del arguments[0]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0

@@ -22,7 +22,7 @@ OPTIONS = (
 
 def predict(run: Path, images: list[Path], out: Path) -> None:
     words = ["predict", "--run", str(run), "--trainer.enable_progress_bar", "false", "--out"]
-    Program(*with_presets([*words, str(out), "--data.images", str([str(x) for x in images])]))
+    Program(*with_presets([*words, str(out), "--data.images", *map(str, images)]))
 
 
 @pytest.mark.parametrize(

@@ -393,7 +393,7 @@ def test_two_ranks(tmp_path: Path):
     figures of two ranks are those of their checkpoint in one process."""
     (tmp_path / "ranks.py").write_text(RANKS)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += ["--nproc-per-node=2", str(tmp_path / "ranks.py"), "fit", *TINY]
+    torchrun += ["--nproc-per-node=2", str(tmp_path / "ranks.py"), "--", "fit", *TINY]
     options = ["--data.steps", "3", "--data.val_images", "11", "--trainer.strategy", "ddp"]
     options += ["--trainer.devices", "2", "--collapse.images", "11", "--data.batch_size", "8"]
     options += ["--trainer.accumulate_grad_batches", "2", "--trainer.val_check_interval", "6"]
@@ -405,7 +405,7 @@ def test_two_ranks(tmp_path: Path):
         assert done.returncode == 0, done.stderr
         if "--stopped" in more:
             assert state(run)["global_step"] == 1
-            assert "go on with: torchrun … -m anchorops.train fit --run" in done.stderr
+            assert "go on with: torchrun … -m anchorops.train -- fit --run" in done.stderr
     assert_same_run(stopped, straight)
     words = ["validate", "--run", str(straight), "--ckpt_path", "last"]
     words += ["--trainer.devices", "1", "--trainer.strategy", "auto"]
