@@ -46,7 +46,9 @@ def test_tiff_of_many_channels_and_16_bits(tmp_path: Path):
     data = open_folder(tmp_path, "train", num_classes=2, channels=5)
     pixels, _ = data[0]
     assert pixels.shape == (5, 6, 9) and pixels.dtype == torch.float32 and (pixels == 1).all()
-    transformed, labels = Training(data, augmentation(5, (8, 8), scaled=RandomScale(None, (1.0, 1.0))), 0)[0, 0]
+    transformed, labels = Training(
+        data, augmentation(5, (8, 8), scaled=RandomScale(None, (1.0, 1.0))), 0
+    )[0, 0]
     assert transformed.shape == (5, 8, 8) and labels.shape == (8, 8)
 
 
@@ -60,7 +62,7 @@ def test_tiff_whose_channels_come_first(tmp_path: Path):
 
 @pytest.mark.parametrize("value", [-1, 70_000])
 def test_label_map_of_impossible_values(folder: Path, value: int):
-    with pytest.raises(ValueError, match="--data.label_map: expected values 0 to 65535"):
+    with pytest.raises(ValueError, match=r"--data\.label_map: expected values 0 to 65535"):
         open_folder(folder, "train", label_map={value: 1})
 
 
@@ -77,7 +79,9 @@ def test_bilevel_mask_and_palette(tmp_path: Path):
 
 def test_messages_name_the_file(folder: Path):
     root = folder
-    with pytest.raises(ValueError, match="--data.root: expected the directory of the data set folder"):
+    with pytest.raises(
+        ValueError, match=r"--data\.root: expected the directory of the data set folder"
+    ):
         SegmentationData("folder").splits()
     with pytest.raises(ValueError, match=r"leftImg8bit.* does not exist|gtFine.* does not exist"):
         SegmentationData("cityscapes", str(root)).splits()
@@ -102,7 +106,9 @@ def test_messages_name_the_file(folder: Path):
     with pytest.raises(ValueError, match=r"masks/train/a/1.png does not exist: the mask of .*jpg"):
         open_folder(root, "train")
     (root / "classes.txt").unlink()
-    with pytest.raises(ValueError, match=r"classes.txt does not exist: write it, or give --data.num"):
+    with pytest.raises(
+        ValueError, match=r"classes.txt does not exist: write it, or give --data.num"
+    ):
         open_folder(root, "train")
 
 

@@ -14,6 +14,7 @@ from anchorops.train.networks.learner import Learner, build_regularizer
 from anchorops.train.networks.models import Segmenter, build_model
 from anchorops.train.report.cost import gradient_ratios
 
+
 @pytest.mark.parametrize(
     ("methods", "options"),
     [

@@ -171,9 +171,13 @@ def test_networks_that_cannot_be():
         build_model("alexnet", 3)
     with pytest.raises(ValueError, match="model 'unet:alexnet'"):
         build_model("unet:alexnet", 3)
-    with pytest.raises(ValueError, match=r"--model.auxiliary_weight: expected 0, dpt:.* has no map"):
+    with pytest.raises(
+        ValueError, match=r"--model.auxiliary_weight: expected 0, dpt:.* has no map"
+    ):
         build_model("dpt:tu-vit_tiny_patch16_224", 3, auxiliary=True)
-    with pytest.raises(ValueError, match=r"--model.auxiliary_weight: expected more than 0, .* regions"):
+    with pytest.raises(
+        ValueError, match=r"--model.auxiliary_weight: expected more than 0, .* regions"
+    ):
         build_model("mmseg-ocrnet:hrnet-w18-small", 5)
     with pytest.raises(ValueError, match="model: backbone 'tu-alexnet'"):
         build_model("mmseg-fcn:tu-alexnet", 5)

@@ -52,13 +52,14 @@ class Programs:
 
     def __init__(self, log: Path) -> None:
         self.log = log
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=open(log, "w"),
-            text=True,
-        )
+        with open(log, "w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+            )
 
     def run(self, run: Path, *options: str, at: tuple[str, int, int] = ("", 0, 0)) -> int:
         """The exit status. at: the module's method and the step in which it gets a signal."""

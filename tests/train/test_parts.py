@@ -78,7 +78,9 @@ def test_draws_do_not_depend_on_ranks_or_interruptions():
 
 
 def test_batch_size_that_ranks_cannot_share():
-    with pytest.raises(ValueError, match=r"--data.batch_size: expected a multiple of .* = 3, got 8"):
+    with pytest.raises(
+        ValueError, match=r"--data.batch_size: expected a multiple of .* = 3, got 8"
+    ):
         BatchSampler(
             Draws(4, 0), batch_size=8, accumulate=1, rank=0, world=3, first_step=0, steps=1
         )

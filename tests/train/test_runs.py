@@ -304,7 +304,9 @@ def test_run_on_images_of_any_size(folder: Path, capsys: pytest.CaptureFixture[s
     assert said.count("WARNING: the network starts from random weights") == 1
     assert "could not be made" not in said
     assert rf"val/iou/{names[0]}" in read_metrics(run / "metrics.csv")[1]
-    with pytest.raises(ValueError, match="--data.eval_batch_size: more than 1 needs images of one"):
+    with pytest.raises(
+        ValueError, match=r"--data\.eval_batch_size: more than 1 needs images of one"
+    ):
         fit_folder(folder, "--run", str(folder / "other"), "--data.eval_batch_size", "2")
 
 
@@ -399,7 +401,11 @@ def test_two_ranks(tmp_path: Path):
     options += ["--trainer.accumulate_grad_batches", "2", "--trainer.val_check_interval", "6"]
     options += ["--model.method_options", "{sar.process_group: world}"]
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    for run, more in ((straight, ()), (stopped, ("--stopped",)), (stopped, ("--ckpt_path", "last"))):
+    for run, more in (
+        (straight, ()),
+        (stopped, ("--stopped",)),
+        (stopped, ("--ckpt_path", "last")),
+    ):
         command = [*torchrun, *options, "--run", str(run), *more]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr

@@ -65,7 +65,10 @@ def test_a_run_goes_on_without_the_file(rows: Path, tmp_path: Path):
         (np.zeros(K), r"expected one array .*, got float64 of shape \(11,\)"),
         (np.full((K, D), np.nan), r"clip.npy: expected one array .*, got NaN, infinity or"),
         (np.full((K, D), 1e300), r"clip.npy: expected one array .*, got .* too large for float32"),
-        (np.array([[{}]]), r"--model.method_options sar.anchors: .*clip.npy cannot be read: .*pickle"),
+        (
+            np.array([[{}]]),
+            r"--model.method_options sar.anchors: .*clip.npy cannot be read: .*pickle",
+        ),
     ],
 )
 def test_files_that_do_not_fit(array: np.ndarray, message: str, tmp_path: Path):
