@@ -2,8 +2,19 @@
 
 import os
 import sys
+import traceback
 
 from .signals import end_at_once, handle
+
+USAGE = """usage: anchorops-train fit --config PRESET [OPTIONS]      train (fit --help: the options)
+       anchorops-train fit --run RUN --ckpt_path last     go on with an interrupted run
+       anchorops-train validate --run RUN                 the figures of its best weights
+       anchorops-train predict --run RUN --data.images IMAGE … --out DIRECTORY
+       anchorops-train compare [--dependency] RUN …       compare finished runs
+       anchorops-train presets                            the presets, with published results
+       anchorops-train demo [--steps N]                   both networks, plain and with SAR
+
+A preset is a file of the package, or your own YAML file. A RUN is the directory of a run."""
 
 
 def main() -> None:
@@ -13,9 +24,16 @@ def main() -> None:
             "anchorops-train: expected an interpreter that keeps docstrings, which are needed "
             "to import segmentation-models-pytorch: start it without -OO and PYTHONOPTIMIZE=2"
         )
+    if sys.argv[1:] in ([], ["-h"], ["--help"]):
+        print(USAGE)
+        return
     from .cli import main
 
-    status = main()
+    try:
+        status = main()
+    except Exception:
+        traceback.print_exc()
+        status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     # Python's own exit sends SIGTERM to the workers of an interrupted loader, which do not see it

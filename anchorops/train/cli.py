@@ -61,16 +61,6 @@ less frequent and rare classes. mAcc: mean over the classes of the share of pixe
 A short training shows how fast a network learns. On these scenes the gain of SAR disappears in
 longer trainings; docs/evidence.md compares all methods after 500, 1,500 and 4,000 steps."""
 
-USAGE = """usage: anchorops-train fit --config PRESET [OPTIONS]      train (fit --help: the options)
-       anchorops-train fit --run RUN --ckpt_path last     go on with an interrupted run
-       anchorops-train validate --run RUN                 the figures of its best weights
-       anchorops-train predict --run RUN --data.images IMAGE … --out DIRECTORY
-       anchorops-train compare [--dependency] RUN …       compare finished runs
-       anchorops-train presets                            the presets, with published results
-       anchorops-train demo [--steps N]                   both networks, plain and with SAR
-
-A preset is a file of the package, or your own YAML file. A RUN is the directory of a run."""
-
 
 class Program(LightningCLI):
     """fit, validate and predict. A run has one directory.
@@ -340,9 +330,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["--"]:  # between the options of torchrun and ours
         del arguments[0]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0
     command, *rest = arguments
     try:
         if command in COMMANDS:
