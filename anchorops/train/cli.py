@@ -261,7 +261,7 @@ def with_presets(arguments: Sequence[str]) -> tuple[list[str], str]:
         first = words.index("--data.images") + 1
         ends = [i for i, word in enumerate(words) if i > first and word.startswith("--")]
         files = words[first : min(ends, default=len(words))]
-        if files and not files[0].startswith("["):
+        if not (files and files[0].startswith("[")):
             words[first : first + len(files)] = [json.dumps(files)]
     return words, preset
 
