@@ -92,6 +92,7 @@ class Run(NamedTuple):
             "data.steps": self.steps,
             "trainer.val_check_interval": EVALUATIONS[self.steps],
             "seed_everything": self.seed,
+            "trainer.callbacks": "[{class_path: gradient_ratios.GradientRatios}]",
         }
         return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 

@@ -10,7 +10,7 @@ USAGE = """usage: anchorops-train fit --config PRESET [OPTIONS]      train (fit 
        anchorops-train fit --run RUN --ckpt_path last     go on with an interrupted run
        anchorops-train validate --run RUN                 the figures of its best weights
        anchorops-train predict --run RUN --data.images IMAGE … --out DIRECTORY
-       anchorops-train compare [--dependency] RUN …       compare finished runs
+       anchorops-train compare RUN …                      compare finished runs
        anchorops-train presets                            the presets, with published results
        anchorops-train demo [--steps N]                   both networks, plain and with SAR
 
@@ -19,11 +19,6 @@ A preset is a file of the package, or your own YAML file. A RUN is the directory
 
 def main() -> None:
     handle(end_at_once)
-    if sys.flags.optimize > 1:
-        sys.exit(
-            "anchorops-train: expected an interpreter that keeps docstrings, which are needed "
-            "to import segmentation-models-pytorch: start it without -OO and PYTHONOPTIMIZE=2"
-        )
     if sys.argv[1:] in ([], ["-h"], ["--help"]):
         print(USAGE)
         return

@@ -1,16 +1,16 @@
 """What a run does beside its steps: stopping and saving, timing, the methods' gradients, neural
 collapse, and the files at its end."""
 
-import math
-import os
+import resource
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,30 +18,24 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from torch import Tensor, nn
 
-from .module import SegmentationModule, every_logged
-from .report.compare import save_centroids
-from .report.cost import cost_of_methods, gradient_ratios, measure_complexity
-from .report.features import class_centroids, collapse_measures
-from .report.pictures import choose_images, draw_predictions
+from .module import SegmentationModule
+from .report.cost import measure_complexity
+from .report.features import collapse_measures
+from .report.pictures import draw_predictions
 from .saving import save_atomically
 from .signals import end_at_once, handle
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 PICTURES = 8  # validation images in predictions.png
-ANALYSED = 200  # validation images whose features give the classes' centroids
-Result = TypeVar("Result")
 
 
 def continuing(run: Path) -> str:
     """The command that continues a run."""
-    program = "anchorops-train"
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        # without the dashes, torchrun would take --run for its own --run-path
-        program = "torchrun … -m anchorops.train --"
-    return f"{program} fit --run {shlex.quote(str(run))} --ckpt_path last"
+    return f"anchorops-train fit --run {shlex.quote(str(run))} --ckpt_path last"
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -75,30 +69,18 @@ class Saving(Callback):
     ECHO = 1.0  # seconds in which torchrun forwards a Ctrl-C that its ranks have also received
 
     def __init__(self, every: int = 500) -> None:
-        if every < 1:
-            raise ValueError(f"--saving.every: expected at least 1, got {every}")
         self.every = every
         self.validating = False
         """Whether the validation of this step is not finished."""
-        self._ranks: int | None = None
         self._received: int | None = None
         self._first = 0.0
         self._stopping = False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"validating": self.validating, "ranks": self._ranks}
+        return {"validating": self.validating}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.validating, self._ranks = state_dict["validating"], state_dict["ranks"]
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._ranks not in (None, trainer.world_size):
-            raise ValueError(
-                f"the checkpoint is of {self._ranks} ranks, this is {trainer.world_size}: the "
-                "numbers would not be those of the run without a stop, for each rank has its own "
-                "random numbers and batch statistics"
-            )
-        self._ranks = trainer.world_size
+        self.validating = state_dict["validating"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         handle(self._receive)  # Lightning restores what was there
@@ -144,7 +126,13 @@ class Saving(Callback):
         state = [x for x in module.state_dict().values() if x.is_floating_point()]
         wrong = not bool(nn.utils.get_total_norm(state).isfinite())
         if trainer.strategy.reduce_boolean_decision(wrong, all=False):
-            raise ValueError(module.diverged("the weights"))
+            lr = module.options.lr
+            raise ValueError(
+                f"not finite at step {trainer.global_step}: the network has diverged. Start again "
+                f"with --model.lr {lr / 10:g} (now {lr:g}), with --model.warmup 100 or "
+                "--trainer.gradient_clip_val 1; or the data are wrong (values far from 0 to 1 in "
+                "floating images)"
+            )
         trainer.save_checkpoint(Path(trainer.default_root_dir) / LAST)
 
     # the line of the log that belongs to the step is written before these
@@ -187,8 +175,7 @@ class Timing(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin = time.perf_counter()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin = time.perf_counter()
+    on_validation_end = on_train_start
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -198,7 +185,8 @@ class Timing(Callback):
         self._begin = now
         self._batches += 1
         step = trainer.global_step
-        if step % every_logged(trainer) or self._batches < trainer.accumulate_grad_batches:
+        every: Any = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
+        if step % every or self._batches < trainer.accumulate_grad_batches:
             return
         device, seconds = trainer.strategy.root_device, self._seconds / self._batches
         values = {"seconds_per_step": seconds * trainer.accumulate_grad_batches}
@@ -209,42 +197,7 @@ class Timing(Callback):
 def peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-class GradientRatios(Callback):
-    """Logs METHOD.gradient_ratio: the norm of each method's gradient on the features, relative to
-    that of the loss of the logits. The run does not change. A measurement takes less time than a
-    step, and needs memory for a second copy of the weights.
-
-    Args:
-        every: Steps between measurements; 0: none.
-    """
-
-    def __init__(self, every: int = 100) -> None:
-        self.every = every
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, SegmentationModule) and pl_module.learner is not None
-        begins = batch_idx % trainer.accumulate_grad_batches == 0
-        if not (self.every and begins and trainer.global_step % self.every == 0):
-            return
-        images, labels = batch
-        devices = [images.device] if images.is_cuda else []
-        with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
-            pl_module.seed_step()
-            images = images.to(memory_format=pl_module.layout)
-            ratios = gradient_ratios(pl_module.learner, images, labels)
-        named = zip(pl_module.options.methods, ratios, strict=True)
-        # a batch without a valid pixel has no gradients, and no ratio
-        known = {f"{name}.gradient_ratio": x for name, x in named if math.isfinite(x)}
-        for logger in trainer.loggers:
-            if known:
-                logger.log_metrics(known, trainer.global_step)
 
 
 class NeuralCollapse(Callback):
@@ -267,51 +220,46 @@ class NeuralCollapse(Callback):
                 logger.log_metrics(values, trainer.global_step)
 
 
-class Ending(Callback):
-    """Files and figures of a finished run: predictions.png, which is also in TensorBoard, the
-    classes' centroids (for `compare --dependency`), and what a step costs."""
+class Reports(Callback):
+    """predictions.png, which is also in TensorBoard, after each validation; the size and speed of
+    the network at the end of the run."""
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, SegmentationModule)
-        run, module = Path(trainer.default_root_dir), pl_module
-        module.eval()
-        costs = attempt("the cost of a step", lambda: cost_of_methods(module))
-        if not trainer.is_global_zero:
-            return
-        attempt("predictions.png", lambda: self._draw(trainer, module, run))
-        attempt(
-            "centroids.npz", lambda: save_centroids(run, class_centroids(module, ANALYSED), module)
-        )
-        complexity = attempt("size and speed of the network", lambda: measure_complexity(module))
-        values = {**(costs or {}), **(complexity or {})}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, trainer.global_step)
-            logger.save()
+        if trainer.state.fn == "fit":
+            with attempt("predictions.png"):
+                self._draw(trainer, pl_module)
 
-    def _draw(self, trainer: Trainer, module: SegmentationModule, run: Path) -> None:
-        dataset = module.data.validation_set
-        figure = draw_predictions(
-            module,
-            choose_images(dataset, PICTURES),
-            title=f"{run.name}: mIoU {100 * module.figures['miou']:.1f} %",
-        )
+    @staticmethod
+    def _draw(trainer: Trainer, module: SegmentationModule) -> None:
+        run, step = Path(trainer.default_root_dir), trainer.global_step
+        title = f"{run.name}, step {step}: mIoU {100 * module.figures['miou']:.1f} %"
+        figure = draw_predictions(module, PICTURES, title=title)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure(
-                    "predictions", figure, trainer.global_step, close=False
-                )
+                logger.experiment.add_figure("predictions", figure, step, close=False)
         figure.savefig(run / "predictions.png", dpi=110)
 
+    @rank_zero_only
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, SegmentationModule)
+        pl_module.eval()
+        with attempt("size and speed of the network"):
+            values = measure_complexity(pl_module)
+            for logger in trainer.loggers:
+                logger.log_metrics(values, trainer.global_step)
+                logger.save()
 
-def attempt(what: str, make: Callable[[], Result]) -> Result | None:
-    """The result of `make`, or None if it fails; then one line on stderr says so. The training and
-    its figures are already saved."""
+
+@contextmanager
+def attempt(what: str) -> Iterator[None]:
+    """An error in the block becomes a line on stderr: the training and its figures are saved."""
     try:
-        return make()
+        yield
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         print(f"anchorops-train: {what} could not be made: {reason}", file=sys.stderr)
-        return None
 
 
 class MaskWriter(BasePredictionWriter):

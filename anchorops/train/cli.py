@@ -12,7 +12,6 @@ from typing import Any
 
 try:
     import torch
-    import torch.distributed as dist
     import yaml
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -22,10 +21,9 @@ try:
     from .callbacks import (
         BEST,
         LAST,
-        Ending,
-        GradientRatios,
         MaskWriter,
         NeuralCollapse,
+        Reports,
         Saving,
         Stopped,
         Timing,
@@ -35,8 +33,8 @@ try:
     from .data.module import SegmentationData
     from .metrics import Metrics
     from .module import SegmentationModule
-    from .networks.learner import SETTINGS
-    from .report.compare import class_dependency, comparison, load_results
+    from .networks.learner import PUBLISHED
+    from .report.compare import comparison, load_results
     from .run import CONFIG, check_same
 except ModuleNotFoundError as error:
     sys.exit(f"anchorops-train: {error}: install what training needs: pip install anchorops[train]")
@@ -50,9 +48,7 @@ IGNORED_WARNINGS = (
     "It is recommended to use `self.log",
     "The number of training batches",
     "`isinstance.treespec, LeafSpec",
-    "The 'val_dataloader' does not have many workers",
-    "The 'train_dataloader' does not have many workers",
-    "The 'predict_dataloader' does not have many workers",
+    "The '.*_dataloader' does not have many workers",
 )
 DEMO_SHOWS = """
 mIoU: mean over the classes of intersection over union. head, body, tail: the same over frequent,
@@ -114,7 +110,6 @@ class Program(LightningCLI):
             help="Directory of the run; runs/PRESET-METHODS-seedN if not given.",
         )
         parser.add_lightning_class_args(Saving, "saving")
-        parser.add_lightning_class_args(GradientRatios, "gradients")
         parser.add_lightning_class_args(NeuralCollapse, "collapse")
         for target in ("model.seed", "data.seed"):
             parser.link_arguments("seed_everything", target)
@@ -152,8 +147,7 @@ class Program(LightningCLI):
 
     def _default_run(self, options: Any) -> str:
         methods = "+".join(options.model.methods) or "plain"
-        setting = SETTINGS.get(options.model.setting, {})
-        if any(name.partition(".")[0] in options.model.methods for name in setting):
+        if options.model.setting != PUBLISHED:
             methods += f"-{options.model.setting}"
         return f"runs/{self.preset}-{methods}-seed{options.seed_everything}"
 
@@ -194,7 +188,7 @@ class Program(LightningCLI):
                 save_weights_only=True,
                 enable_version_counter=False,
             )
-            self.trainer_defaults["callbacks"] = [Timing(), Ending(), best]
+            self.trainer_defaults["callbacks"] = [Timing(), Reports(), best]
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         given = self._get(self.config_init, "trainer")
@@ -283,16 +277,8 @@ def presets() -> str:
 def _compare(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="anchorops-train compare", description=_compare.__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="directories of the runs")
-    parser.add_argument(
-        "--dependency",
-        action="store_true",
-        help="also print which classes have similar centroids, and whether the seeds agree in this "
-        "(as in SAR's Fig. 1)",
-    )
     options = parser.parse_args(arguments)
     print(comparison([load_results(run) for run in options.runs]))
-    if options.dependency:
-        print(f"\n{class_dependency(options.runs)}")
 
 
 def _demo(arguments: Sequence[str]) -> None:
@@ -349,12 +335,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # for an error in a worker of the data loader, the message contains the whole traceback
         _, _, message = str(error).rstrip().rpartition("\nValueError: ")
         print(f"anchorops-train: {message}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
-            raise
-        print(
-            f"anchorops-train: another rank has ended, see its message ({error})", file=sys.stderr
-        )
         return 1
     return 0

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,12 +65,9 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             lines = list(csv.DictReader(file))
-        read = {
+        return {
             int(line.pop("step")): {name: float(x) for name, x in line.items() if x}
             for line in lines
         }
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise ValueError(f"{path} is damaged ({error})") from None
-    return {
-        step: {k: x for k, x in line.items() if not math.isnan(x)} for step, line in read.items()
-    }

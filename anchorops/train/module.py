@@ -1,15 +1,13 @@
 """The network, its loss, methods and optimizer, and the figures of a validation, as a
 LightningModule."""
 
-import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_only
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor
 
@@ -19,8 +17,6 @@ from . import IGNORED
 from .data.loading import mixed_seed
 from .data.module import SegmentationData
 from .networks.learner import (
-    PUBLISHED,
-    SETTINGS,
     Learner,
     arguments_of,
     build_loss,
@@ -30,59 +26,12 @@ from .networks.learner import (
     parameter_groups,
 )
 from .networks.models import IN_CHECKPOINT, Segmenter, build_model, upsample_late
-from .options import (
-    ABOVE_0,
-    AT_LEAST_0,
-    AT_LEAST_1,
-    SHARE,
-    SHARE_BELOW_1,
-    Expected,
-    With,
-    check_effects,
-    check_values,
-)
 from .report.evaluate import predict, summarize
 
 RANDOM_WEIGHTS = (
-    "WARNING: the network starts from random weights; trained ones are usually much better. "
-    "--model.pretrained true starts its backbone from ImageNet's (a download), --model.weights "
-    "FILE from a file"
+    "WARNING: the network starts from random weights; trained ones are usually much better "
+    "(--model.pretrained true: those of ImageNet, a download; --model.weights FILE)"
 )
-WRONG_LABELS = "labels_out_of_range"  # a term of the pixel losses
-EXPECTED = {
-    "auxiliary_weight": AT_LEAST_0,
-    "dropout": SHARE_BELOW_1,
-    "classifier_std": ABOVE_0,
-    "methods": Expected("each at most once", lambda methods: len({*methods}) == len(methods)),
-    "setting": Expected(f"one of {', '.join(SETTINGS)}", lambda name: name in SETTINGS),
-    "focal_gamma": AT_LEAST_0,
-    "ohem": SHARE,
-    "ohem_kept": AT_LEAST_1,
-    "given_class_weights": Expected(
-        "no value below 0, and one above", lambda x: not x or min(x) >= 0 < max(x) < torch.inf
-    ),
-    "lr": AT_LEAST_0,
-    "weight_decay": AT_LEAST_0,
-    "head_lr_factor": AT_LEAST_0,
-    "regularizer_lr_factor": AT_LEAST_0,
-    "warmup": AT_LEAST_0,
-    "power": AT_LEAST_0,
-    "eval_scales": Expected(
-        "one scale or more, above 0", lambda scales: scales and 0 < min(scales) <= max(scales) < 99
-    ),
-}
-NEEDED = {
-    "focal_gamma": With("loss", ("focal",)),
-    "ohem": With("loss", ("ce", "focal", "ce+dice")),
-    "ohem_kept": With("ohem"),
-    "given_class_weights": With("class_weights", ("none",)),
-    "window_stride": With("evaluation", ("sliding",)),
-}
-
-
-def every_logged(trainer: Any) -> int:
-    """Steps from one line of the log to the next."""
-    return trainer.log_every_n_steps
 
 
 class SegmentationModule(LightningModule):
@@ -90,21 +39,17 @@ class SegmentationModule(LightningModule):
 
     Args:
         network: hrnet-w18-small, hrnet-w18, hrnet-w48, …, segformer-b0 to segformer-b5, or
-            ARCHITECTURE:ENCODER of segmentation-models-pytorch. With heads as mmsegmentation's:
-            mmseg-fcn:BACKBONE, mmseg-ocrnet:BACKBONE, mmseg-segformer:BACKBONE, of one of the
-            HRNets, mit_b0 to mit_b5, or tu-NAME of timm (ResNets).
+            ARCHITECTURE:ENCODER of segmentation-models-pytorch.
         pretrained: Start from ImageNet weights (downloaded).
         weights: Start from the weights in this file.
         auxiliary_weight: Weight of the loss of an auxiliary head (3×3 convolution, classifier) on
-            the second last map of the backbone, or of OCRNet's regions; 0: no auxiliary head. The
-            usual weight is 0.4.
+            the second last map of the backbone; 0: no such head. The usual weight is 0.4.
         dropout: Share of the channels that are dropped before the classifier in training; the
             methods use all channels. mmsegmentation uses 0.1, except for HRNet. It replaces
             DeepLab's own dropout.
         classifier_std: Standard deviation of the classifiers' initial weights, drawn from a normal
             distribution (mmsegmentation: 0.01); their biases are then 0. None: torch's default.
         channels_last: Use the channels-last memory layout for images, features and weights.
-        sync_bn: Batch norm uses the statistics of all ranks (torch supports this on GPUs only).
         compile: Compile the network and its losses with torch.compile.
         methods: Regularisers in addition to the cross-entropy; any number of them.
         setting: A named set of arguments of the methods. published: their defaults. from-scratch:
@@ -121,13 +66,11 @@ class SegmentationModule(LightningModule):
             most this probability.
         ohem_kept: With ohem, at least this number of pixels is used in each batch: the hardest.
         class_weights: Weights of the loss from class frequencies f: 1/√f or 1/f, mean 1.
-        given_class_weights: Weights of the loss, one per class.
         optimizer: sgd has momentum 0.9.
         lr: Learning rate after warm-up.
         weight_decay: Weight decay; not applied to biases and normalisation layers.
         head_lr_factor: Learning rate of everything except the backbone and the methods, relative
             to lr.
-        regularizer_lr_factor: Learning rate of the methods' own parameters, relative to lr.
         warmup: Steps of linear warm-up.
         power: Exponent of the polynomial decay to zero.
         evaluation: Predict whole images, or overlapping windows of the size of a crop.
@@ -139,7 +82,7 @@ class SegmentationModule(LightningModule):
         seed: Random seed of the weights and of each step; the command line sets it to that of the
             run.
 
-    Raises ValueError for an option with a wrong value, or that would have no effect.
+    Raises ValueError for a method that is chosen twice.
     """
 
     def __init__(
@@ -151,10 +94,9 @@ class SegmentationModule(LightningModule):
         dropout: float = 0.0,
         classifier_std: float | None = None,
         channels_last: bool = False,
-        sync_bn: bool = True,
         compile: bool = False,
         methods: Sequence[Literal["cr", "sar", "cbp", "occl", "ceco", "mvsc"]] = (),
-        setting: str = PUBLISHED,
+        setting: Literal["published", "from-scratch"] = "published",
         paper_options: dict[str, bool | int | float | str | None] | None = None,
         method_options: dict[str, bool | int | float | str | None] | None = None,
         loss: Literal["ce", "focal", "dice", "ce+dice"] = "ce",
@@ -162,12 +104,10 @@ class SegmentationModule(LightningModule):
         ohem: float | None = None,
         ohem_kept: int = 100_000,
         class_weights: Literal["none", "inverse-sqrt", "inverse"] = "none",
-        given_class_weights: Sequence[float] = (),
         optimizer: Literal["sgd", "adamw"] = "sgd",
         lr: float = 0.01,
         weight_decay: float = 5e-4,
         head_lr_factor: float = 1.0,
-        regularizer_lr_factor: float = 1.0,
         warmup: int = 0,
         power: float = 0.9,
         evaluation: Literal["whole", "sliding"] = "whole",
@@ -179,9 +119,8 @@ class SegmentationModule(LightningModule):
         super().__init__()
         self.save_hyperparameters(logger=False)
         self.options: Any = self.hparams
-        defaults = inspect.signature(SegmentationModule).parameters
-        check_values("model", self.options, EXPECTED)
-        check_effects("model", self.options, {k: p.default for k, p in defaults.items()}, NEEDED)
+        if len({*methods}) < len(methods):
+            raise ValueError(f"--model.methods: expected each at most once, got {methods}")
         self.learner: Learner | None = None
         """Built where the data or a checkpoint tell the number of classes."""
         self.from_checkpoint = False
@@ -190,7 +129,6 @@ class SegmentationModule(LightningModule):
         """int64 [K, K], pixels of a validation by their true and predicted classes."""
         self.figures: dict[str, Any] = {}
         """Of the last validation: see `summarize`."""
-        self._warned = False
 
     @property
     def network(self) -> Segmenter:
@@ -223,12 +161,6 @@ class SegmentationModule(LightningModule):
         # without a trainer: in load_from_checkpoint
         if self._trainer is None or self._trainer.state.fn != "fit":
             return
-        stride, crop = self.options.window_stride, self.data.options.crop
-        if stride and not all(1 <= s <= side for s, side in zip(stride, crop, strict=True)):
-            raise ValueError(
-                "--model.window_stride: expected 1 to the rows and columns of --data.crop "
-                f"{crop}, got {stride}"
-            )
         if self.learner is None:
             self._build(from_checkpoint=self.from_checkpoint)
 
@@ -265,7 +197,7 @@ class SegmentationModule(LightningModule):
         )
         loss = build_loss(
             options.loss,
-            self._class_weights(),
+            class_weights(options.class_weights, data.frequencies),
             focal_gamma=options.focal_gamma,
             ohem=options.ohem,
             ohem_kept=options.ohem_kept,
@@ -274,26 +206,10 @@ class SegmentationModule(LightningModule):
         self.learner.to(memory_format=self.layout)  # pyright: ignore
         upsample_late(model, torch.zeros(1, channels, *data.options.crop))
         on_gpus = self.trainer.strategy.root_device.type == "cuda"
-        if options.sync_bn and self.trainer.world_size > 1 and on_gpus:
+        if self.trainer.world_size > 1 and on_gpus:  # torch has no other synchronised batch norm
             convert_sync_batchnorm(self.learner)
         if options.compile:
             self.learner.compile()
-
-    def _class_weights(self) -> Tensor | None:
-        frequencies, values = self.data.frequencies, self.options.given_class_weights
-        if not values:
-            return class_weights(self.options.class_weights, frequencies)
-        if len(values) != len(frequencies):
-            raise ValueError(
-                f"--model.given_class_weights: expected {len(frequencies)} values, got "
-                f"{len(values)}"
-            )
-        weights = torch.tensor(values)
-        if not (weights * frequencies).any():
-            raise ValueError(
-                "--model.given_class_weights: every class with training pixels has weight 0"
-            )
-        return weights
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.data.training_set is not None
@@ -335,7 +251,6 @@ class SegmentationModule(LightningModule):
             options.lr,
             options.weight_decay,
             options.head_lr_factor,
-            options.regularizer_lr_factor,
         )
         optimizer = build_optimizer(options.optimizer, groups)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -358,19 +273,7 @@ class SegmentationModule(LightningModule):
         self.log("loss", terms.pop("loss"), prog_bar=True)
         optimizer: Any = self.optimizers()
         self.log_dict({"step": float(step), "lr": optimizer.param_groups[0]["lr"], **terms})
-        if not self._warned and step % every_logged(self.trainer) == 0:
-            self._warn_of_labels(terms)
         return loss
-
-    @rank_zero_only
-    def _warn_of_labels(self, terms: dict[str, Tensor]) -> None:
-        """Once, if labels were out of range."""
-        if (count := float(terms.get(WRONG_LABELS, 0))) > 0:
-            self._warned = True
-            self.print(
-                f"warning: {count:.0f} labels of this batch are neither a class nor ignored; they "
-                f"are left out of the loss. {WRONG_LABELS} counts them"
-            )
 
     def on_validation_start(self) -> None:
         if dist.is_initialized():  # statistics of batch normalisation: those of the first rank
@@ -384,25 +287,16 @@ class SegmentationModule(LightningModule):
         self.confusion = torch.zeros(
             num_classes, num_classes, dtype=torch.int64, device=self.device
         )
-        self._not_finite = torch.zeros((), dtype=torch.int64, device=self.device)
 
-    def _predict(
-        self, network: Callable[[Tensor], Tensor], images: Tensor, size: Sequence[int]
-    ) -> Tensor:
+    def _predict(self, images: Tensor, size: Sequence[int]) -> Tensor:
         """Classes int64 (B, *size), in the precision of the weights."""
         images = images.to(memory_format=self.layout)
         with torch.autocast(self.device.type, enabled=False):
-            return predict(network, images, size, **self.prediction)
-
-    def _checked_logits(self, images: Tensor) -> Tensor:
-        logits = self.network(images)
-        largest = torch.linalg.vector_norm(logits, torch.inf)  # needs no memory, keeps NaN
-        self._not_finite += ~largest.isfinite()
-        return logits
+            return predict(self.network, images, size, **self.prediction)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
-        predictions = self._predict(self._checked_logits, images, labels.shape[1:])
+        predictions = self._predict(images, labels.shape[1:])
         self.confusion += ao.confusion(
             predictions, labels, len(self.confusion), ignore_index=IGNORED
         )
@@ -410,9 +304,6 @@ class SegmentationModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         if dist.is_initialized():
             dist.all_reduce(self.confusion)
-            dist.all_reduce(self._not_finite)
-        if self._not_finite:
-            raise ValueError(self.diverged("the logits of validation images"))
         figures = self.figures = summarize(
             self.confusion.cpu(),
             self.data.classes,
@@ -431,19 +322,4 @@ class SegmentationModule(LightningModule):
     def predict_step(self, batch: tuple[Tensor, Tensor, list[Tensor]], batch_idx: int) -> Tensor:
         """The classes int64 (1, H, W) of an image."""
         _, images, (height, width) = batch
-        return self._predict(self.network, images, (int(height), int(width)))
-
-    def diverged(self, what: str) -> str:
-        """The message about something that is NaN or infinite, with advice."""
-        options = self.options
-        others = [f"--model.lr {options.lr / 10:g} (now {options.lr:g})"]
-        if self.trainer.gradient_clip_val is None:
-            others.append("--trainer.gradient_clip_val 1")
-        if not options.warmup:
-            others.append(f"--model.warmup {min(100, self.data.options.steps)}")
-        return (
-            f"not finite at step {self.trainer.global_step}: {what}; the network has diverged. It "
-            "can come from the learning rate: start again with "
-            f"{', '.join(others[:-1])}{' or ' * (len(others) > 1)}{others[-1]}; or from the data "
-            "(values far from 0 to 1 in floating images)"
-        )
+        return self._predict(images, (int(height), int(width)))

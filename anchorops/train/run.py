@@ -9,8 +9,8 @@ import yaml
 CONFIG = "config.yaml"
 # options on which no number of a run depends; they may differ where it goes on
 FREE = (
-    *("run", "ckpt_path", "weights_only", "saving.every", "gradients.every", "collapse.images"),
-    *("data.root", "data.workers", "data.eval_batch_size", "data.images", "data.cache"),
+    *("run", "ckpt_path", "weights_only", "saving.every", "collapse.images"),
+    *("data.root", "data.workers", "data.eval_batch_size", "data.images"),
     *("trainer.logger", "trainer.log_every_n_steps", "trainer.profiler", "trainer.callbacks"),
     *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.max_steps"),
     *("trainer.max_time", "trainer.default_root_dir"),
@@ -29,14 +29,12 @@ def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def flat_config(run: Path) -> dict[str, Any]:
-    """The configuration of a run. Raises ValueError if it has none, or a damaged one."""
+    """The configuration of a run. Raises ValueError if it has none."""
     path = run / CONFIG
     if not path.exists():
         raise ValueError(f"{run}: expected the directory of a run, with its {CONFIG}")
-    try:
-        return flat(yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from None
+    with open(path, encoding="utf-8") as file:
+        return flat(yaml.safe_load(file))
 
 
 def check_same(run: Path, options: Mapping[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """Files that are either complete or absent."""
 
 import os
-import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,6 @@ def save_atomically(state: Any, path: Path) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     except (OSError, RuntimeError) as error:  # torch's writer turns the first into the second
-        free = shutil.disk_usage(path.parent).free / 2**20
         with suppress(OSError):
             part.unlink()
-        raise OSError(
-            f"{path} could not be written: {error} ({free:.1f} MB free); earlier files are intact"
-        ) from error
+        raise OSError(f"{path} could not be written: {error}; earlier files are intact") from error

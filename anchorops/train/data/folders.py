@@ -1,8 +1,6 @@
 """Data sets on disk: a plain folder of images and masks, and published ones in their layouts."""
 
 import itertools
-import os
-import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +16,6 @@ from .. import IGNORED
 
 CLASSES = "classes.txt"
 IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-MAX_EVALUATED = 4096  # classes: a confusion matrix of 128 MiB
 LABEL_VALUES = 65_536
 ORIENTATION = 0x112  # the tag in EXIF and TIFF: how to turn the stored pixels
 UNKNOWN = -2  # in a table of labels
@@ -50,7 +47,7 @@ class MaskFolder:
 
     Args:
         pairs: paths of images and their masks.
-        classes: names, 2 to MAX_EVALUATED.
+        classes: names.
         labels: class of each value in the masks, −1 ignored; any other value is an error.
         channels: of the images.
     """
@@ -62,16 +59,12 @@ class MaskFolder:
         labels: Mapping[int, int],
         channels: int = 3,
     ) -> None:
-        wrong = {new for new in labels.values() if not (0 <= new < len(classes) or new == IGNORED)}
-        if wrong:
-            raise ValueError(
-                f"--data.label_map: expected classes 0 to {len(classes) - 1}, got {wrong}"
-            )
-        unread = [value for value in labels if not 0 <= value < LABEL_VALUES]
-        if unread:
-            raise ValueError(
-                f"--data.label_map: expected values 0 to {LABEL_VALUES - 1}, got {unread}"
-            )
+        for value, label in labels.items():
+            if not (0 <= value < LABEL_VALUES and IGNORED <= label < len(classes)):
+                raise ValueError(
+                    f"--data.label_map: expected values 0 to {LABEL_VALUES - 1} and classes "
+                    f"{IGNORED} to {len(classes) - 1}, got {value}: {label}"
+                )
         self.pairs, self.classes, self.labels, self.channels = pairs, classes, labels, channels
         self._table = np.full(LABEL_VALUES, UNKNOWN, np.int16)
         for value, label in labels.items():
@@ -89,13 +82,7 @@ class MaskFolder:
         image_path = self.pairs[index][0]
         labels, mask_orientation = self._read_labels(index)
         image, orientation = read_image(image_path, labels.shape)
-        if image.shape[0] == 1 and self.channels == 3:
-            image = image.expand(3, -1, -1)
-        if image.shape[0] != self.channels:
-            raise ValueError(
-                f"{image_path}: expected {self.channels} channels (--data.channels), "
-                f"got {image.shape[0]}"
-            )
+        image = with_channels(image, self.channels, image_path)
         turn = self._turn_of_labels(index, labels, mask_orientation, image.shape[1:], orientation)
         return upright(image, orientation), upright(labels, turn)
 
@@ -105,9 +92,8 @@ class MaskFolder:
         clear."""
         labels, mask_orientation = self._read_labels(index)
         size, orientation = read_size(self.pairs[index][0], labels.shape)
-        return upright(
-            labels, self._turn_of_labels(index, labels, mask_orientation, size, orientation)
-        )
+        turn = self._turn_of_labels(index, labels, mask_orientation, size, orientation)
+        return upright(labels, turn)
 
     def _turn_of_labels(
         self,
@@ -182,7 +168,7 @@ def _read_array(path: Path, *, palette: bool) -> tuple[np.ndarray, int]:
             array, orientation = loadmat(path)["S"], 1
         else:
             with Image.open(path) as image:
-                orientation = _orientation(image, path)
+                orientation = _orientation(image)
                 to_rgb = image.mode == "CMYK" or (palette and image.mode == "P")
                 array = np.asarray(image.convert("RGB") if to_rgb else image)
     if array.size == 0:
@@ -196,7 +182,7 @@ def read_size(path: Path, size: Sequence[int]) -> tuple[tuple[int, ...], int]:
     with _errors_of(path):
         if not _is_tiff(path):
             with Image.open(path) as image:
-                return (image.height, image.width), _orientation(image, path)
+                return (image.height, image.width), _orientation(image)
         with tifffile.TiffFile(path) as file:
             shape = file.series[0].shape
             first = _channels_first(shape, size)
@@ -223,28 +209,14 @@ def _tiff_orientation(file: tifffile.TiffFile) -> int:
     return _valid(1 if tag is None else int(tag.value))
 
 
-def _orientation(image: Image.Image, path: Path) -> int:
-    if image.format == "PNG" and _metadata_follow(path):
-        image.load()
-    # getexif of a PNG file would decode the pixels if it has no EXIF data
-    return _valid(Image.Image.getexif(image).get(ORIENTATION, 1))
+def _orientation(image: Image.Image) -> int:
+    if image.format == "PNG":
+        image.load()  # the metadata may follow the pixels
+    return _valid(image.getexif().get(ORIENTATION, 1))
 
 
 def _valid(orientation: int) -> int:
     return orientation if orientation in range(1, 9) else 1
-
-
-def _metadata_follow(path: Path) -> bool:
-    """Whether a PNG file has chunks after those of its pixels, which may contain an orientation."""
-    kind = b""
-    with open(path, "rb") as file:
-        file.seek(8)  # the signature
-        while len(head := file.read(8)) == 8:
-            before, (length, kind) = kind, struct.unpack(">I4s", head)
-            if before == b"IDAT" and kind not in (b"IDAT", b"IEND"):
-                return True
-            file.seek(length + 4, os.SEEK_CUR)  # with the checksum
-    return False
 
 
 def read_image(path: Path, size: Sequence[int]) -> tuple[Tensor, int]:
@@ -280,11 +252,18 @@ def read_upright(path: Path, channels: int) -> Tensor:
     is_first = len(image) not in (1, channels) and image.shape[1] in (1, channels)
     if is_first and _is_tiff(path):  # (C, H, W) was read as (H, W, C)
         image = image.movedim(0, 2)
-    if len(image) == 1 and channels == 3:
-        image = image.expand(3, -1, -1)
-    if len(image) != channels:
-        raise ValueError(f"{path}: expected an image of {channels} channels, got {len(image)}")
-    return upright(image, orientation)
+    return upright(with_channels(image, channels, path), orientation)
+
+
+def with_channels(image: Tensor, channels: int, path: Path) -> Tensor:
+    """The image; a grey one with three equal channels, if three are expected."""
+    if image.shape[0] == 1 and channels == 3:
+        return image.expand(3, -1, -1)
+    if image.shape[0] != channels:
+        raise ValueError(
+            f"{path}: expected {channels} channels (--data.channels), got {image.shape[0]}"
+        )
+    return image
 
 
 def _channels_first(shape: tuple[int, ...], size: Sequence[int]) -> bool:
@@ -406,14 +385,7 @@ LAYOUTS = {
 
 
 def open_published(name: str, root: Path, split: str) -> MaskFolder:
-    """A split of a published data set.
-
-    cityscapes: leftImg8bit/ and gtFine/ (labelIds). ade20k: ADEChallengeData2016 with images/ and
-    annotations/; 0 is ignored. pascal-context: VOC2010 with JPEGImages/, SegmentationClassContext/
-    and ImageSets/SegmentationContext/; 0 is ignored, 59 classes. coco-stuff-10k: images/,
-    annotations/ (.mat) and imageLists/. coco-stuff-164k: images/ and annotations/ (the
-    stuffthingmaps), each with train2017/ and val2017/.
-    """
+    """A split of a published data set, in the folders of its archives (docs/training.md)."""
     layout = LAYOUTS[name]
     if isinstance(layout.classes, int):
         classes = _read_classes(root) or [f"class {k + 1}" for k in range(layout.classes)]
@@ -432,28 +404,21 @@ def open_folder(
     *,
     image_suffix: str | None = None,
     mask_suffix: str | None = None,
-    num_classes: int | None = None,
     label_map: Mapping[int, int] | None = None,
     channels: int = 3,
 ) -> MaskFolder:
     """A split of your own data: images/SPLIT/… and masks/SPLIT/…, with the same names except for
-    their suffixes, and classes.txt with one name per line (or num_classes).
+    their suffixes, and classes.txt with one name per line.
 
     Values in the masks, of 8 or 16 bits, are the classes 0, 1, …; with at most 255 classes, 255 is
     ignored. label_map replaces this for the values that it contains: by a class, or by −1 for
     ignored (or 255 with at most 255 classes).
     """
-    classes = _read_classes(_existing(root)) or [f"class {k}" for k in range(num_classes or 0)]
-    if not classes:
-        raise ValueError(f"{root / CLASSES} does not exist: write it, or give --data.num_classes")
-    if num_classes not in (None, len(classes)):
-        raise ValueError(
-            f"{root / CLASSES}: expected {num_classes} lines (--data.num_classes), got "
-            f"{len(classes)}"
-        )
-    if not 2 <= len(classes) <= MAX_EVALUATED:
-        source = "--data.num_classes" if num_classes else root / CLASSES
-        raise ValueError(f"{source}: expected 2 to {MAX_EVALUATED} classes, got {len(classes)}")
+    classes = _read_classes(_existing(root))
+    if classes is None:
+        raise ValueError(f"{root / CLASSES} does not exist: write the name of a class on each line")
+    if len(classes) < 2:
+        raise ValueError(f"{root / CLASSES}: expected 2 classes or more, got {len(classes)}")
     labels = {NO_CLASS: IGNORED} | {k: k for k in range(len(classes))} | dict(label_map or {})
     if len(classes) <= NO_CLASS:
         labels = {k: IGNORED if label == NO_CLASS else label for k, label in labels.items()}

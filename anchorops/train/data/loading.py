@@ -12,9 +12,9 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from .. import IGNORED
+from ..signals import STOPPING
 
 RETRIES = 10  # for a crop that shows mostly one class
-STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 class Segmentation(Protocol):

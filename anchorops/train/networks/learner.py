@@ -21,7 +21,6 @@ from .. import IGNORED
 from .models import Segmenter
 
 CLASSES = {"cr": "SAR", "sar": "SAR", "cbp": "CBP", "occl": "OCCL", "ceco": "CeCo", "mvsc": "MVSC"}
-VECTORS = ("sar.anchors", "cr.anchors", "cbp.init")  # arguments that are [K, D]
 PUBLISHED = "published"  # the methods' own defaults
 
 # The published weights of OCCL and CeCo are for a backbone from ImageNet. With random weights their
@@ -47,33 +46,6 @@ def arguments_of(
     known = {**paper, **SETTINGS[setting]}
     chosen = {name: value for name, value in known.items() if name.partition(".")[0] in methods}
     return {**chosen, **options}
-
-
-def read_vectors(option: str, path: Path) -> Tensor:
-    """float32 [K, D] from a file of numpy.save. No code in the file is run. Raises ValueError, with
-    the names of option and file, unless the file contains finite floating-point numbers in two
-    dimensions."""
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(
-            f"--model.method_options {option}: {path} cannot be read: {error}"
-        ) from error
-    if not isinstance(array, np.ndarray):  # the file is an .npz
-        array.close()
-        got = "several arrays"
-    elif array.dtype.kind != "f" or array.ndim != 2:
-        got = f"{array.dtype} of shape {array.shape}"
-    else:
-        with np.errstate(over="ignore"):  # a number too large for float32 becomes infinite
-            rows = array.astype(np.float32)
-        if np.isfinite(rows).all():
-            return torch.from_numpy(rows)
-        got = "NaN, infinity or numbers too large for float32"
-    raise ValueError(
-        f"--model.method_options {option}: {path}: expected one array [K, D] of finite floating "
-        f"numbers (numpy.save), got {got}"
-    )
 
 
 def class_weights(kind: str, frequencies: Tensor) -> Tensor | None:
@@ -139,20 +111,21 @@ def build_regularizer(
             )
         # without num_classes and dim, which are those of the data and of the network
         known = list(inspect.signature(getattr(ao, CLASSES[method])).parameters)[2:]
+        known.remove("ignore_index")  # that of the loss
         if argument not in known:
             raise ValueError(f"--model.method_options {option}: {method} has {', '.join(known)}")
         if isinstance(value, str) and value.startswith("@"):
             if from_checkpoint:
                 value = nn.init.orthogonal_(torch.empty(num_classes, dim))
             else:
-                value = _vectors(option, Path(value[1:]), num_classes, dim)
+                value = _read_vectors(option, Path(value[1:]), num_classes, dim)
         arguments[method][argument] = value
     if "cr" in arguments:
         arguments["cr"]["embed"] = False
     if "ceco" in arguments:
         arguments["ceco"].setdefault("prior", prior)
     for method_arguments in arguments.values():
-        method_arguments.setdefault("ignore_index", IGNORED)
+        method_arguments["ignore_index"] = IGNORED
     regularizers = [
         getattr(ao, CLASSES[method])(num_classes, dim, **kwargs)
         for method, kwargs in arguments.items()
@@ -160,20 +133,23 @@ def build_regularizer(
     return ao.Combined(*regularizers) if len(regularizers) > 1 else next(iter(regularizers), None)
 
 
-def _vectors(option: str, path: Path, num_classes: int, dim: int) -> Tensor:
-    if option not in VECTORS:
+def _read_vectors(option: str, path: Path, num_classes: int, dim: int) -> Tensor:
+    """float32 [K, D] from a file of numpy.save. No code in the file is run."""
+    try:
+        rows = torch.from_numpy(np.load(path, allow_pickle=False))
+    except (OSError, ValueError, EOFError, TypeError) as error:
         raise ValueError(
-            f"--model.method_options {option}: expected no file; those that take one are "
-            f"{', '.join(VECTORS)}"
-        )
-    vectors = read_vectors(option, path)
-    if vectors.shape != (num_classes, dim):
+            f"--model.method_options {option}: {path} cannot be read: {error}"
+        ) from error
+    if not rows.is_floating_point() or rows.shape != (num_classes, dim):
         raise ValueError(
-            f"--model.method_options {option}: expected a file with a row of {dim} numbers (the "
-            f"features' channels) for each of {num_classes} classes, got shape "
-            f"{tuple(vectors.shape)}"
+            f"--model.method_options {option}: {path}: expected floating numbers of shape "
+            f"[{num_classes}, {dim}] (classes, channels of the features), got {rows.dtype} of "
+            f"shape {list(rows.shape)}"
         )
-    return vectors
+    if not rows.float().isfinite().all():
+        raise ValueError(f"--model.method_options {option}: {path}: expected finite numbers")
+    return rows.float()
 
 
 class Learner(nn.Module):
@@ -181,8 +157,6 @@ class Learner(nn.Module):
 
     pixel_loss: the loss of the logits; cross-entropy if not given. If the model has an auxiliary
     head, the same loss of its logits is added, times auxiliary_weight.
-
-    Raises ValueError if the loss and the methods differ in the label to ignore.
     """
 
     def __init__(
@@ -195,26 +169,14 @@ class Learner(nn.Module):
         super().__init__()
         self.model, self.auxiliary_weight = model, auxiliary_weight
         self.pixel_loss = pixel_loss or build_loss()
-        if regularizer is not None:
-            ignored = self.pixel_loss.ignore_index
-            ignored = 255 if ignored is None else ignored
-            if regularizer.ignore_index != ignored:
-                raise ValueError(
-                    f"Learner: regularizer: expected ignore_index = {ignored}, as pixel_loss, got "
-                    f"{regularizer.ignore_index}"
-                )
         self.auxiliary_loss = copy.deepcopy(self.pixel_loss)
         self.auxiliary_loss.accuracy = False
         self.attachment = None if regularizer is None else ao.attach(model, regularizer)
 
-    @property
-    def regularizer(self) -> Regularizer | None:
-        return None if self.attachment is None else self.attachment.regularizer
-
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss = self.pixel_loss(self.model(images), labels)
         terms = dict(self.pixel_loss.terms)
-        if (head := self.model.auxiliary_head) is not None:
+        if (head := self.model.auxiliary) is not None:
             auxiliary = self.auxiliary_loss(head.logits(), labels)
             loss = loss + self.auxiliary_weight * auxiliary
             terms["auxiliary"] = self.auxiliary_weight * auxiliary.detach()
@@ -229,15 +191,14 @@ def parameter_groups(
     lr: float,
     weight_decay: float,
     head_lr_factor: float,
-    regularizer_lr_factor: float = 1.0,
 ):
     """Parameter groups for an optimizer: no weight decay on vectors (biases, normalisation), and
-    other learning rates for the regulariser and for everything else outside the backbone."""
+    another learning rate for everything outside the backbone and the methods."""
     factors = {parameter: head_lr_factor for parameter in model.parameters()}
     factors |= dict.fromkeys(model.backbone.parameters(), 1.0)
     for module in model.modules():
         if isinstance(module, Regularizer):
-            factors |= dict.fromkeys(module.parameters(), regularizer_lr_factor)
+            factors |= dict.fromkeys(module.parameters(), 1.0)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for parameter, factor in factors.items():
         if parameter.requires_grad:

@@ -1,33 +1,16 @@
-"""Comparison of runs: their figures over seeds, and class dependency, whether repetitions of a run
-place the classes in the same way. SAR's Fig. 1 compares this for class centroids and for its
-semantic anchors."""
+"""Comparison of runs: their figures over seeds."""
 
-import io
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-import anchorops as ao
+from typing import Any
 
 from ..metrics import METRICS, read_metrics
 from ..run import FREE, flat_config
-from ..saving import save_atomically
-
-if TYPE_CHECKING:
-    from ..module import SegmentationModule
 
 NAMES = ("dataset", "model", "methods")
 MEASURES = {"mIoU": "miou", "head": "head", "body": "body", "tail": "tail", "mAcc": "macc"}
-FILE = "centroids.npz"
 SEEDS = ("seed_everything", "data.seed", "model.seed")
-KINDS = {"centroids": "class centroids", "anchors": "semantic anchors"}
 
 
 def load_results(run: Path) -> dict[str, Any]:
@@ -140,69 +123,3 @@ def _percent(values: list[float | None]) -> str:
         return "–"
     spread = f" ± {stdev(known):.1f}" if len(known) > 1 else ""
     return f"{fmean(known):.1f}{spread}"
-
-
-def save_centroids(
-    run: Path, centroids: tuple[Tensor, Tensor], module: "SegmentationModule"
-) -> None:
-    """Write the centroids [K, D] and numbers of pixels [K] of the classes into the run's directory.
-    If SAR's average has started for every class, its anchors [K, D] are written too."""
-    arrays: dict[str, Any] = dict(zip(("centroids", "counts"), centroids, strict=True))
-    for method in module.network.modules():
-        if isinstance(method, ao.SAR) and method.embed and method.started.all():
-            arrays["anchors"] = method.semantic_anchors.cpu()
-    file = io.BytesIO()
-    np.savez(file, **{name: x.numpy() for name, x in arrays.items()})
-    save_atomically(file.getvalue(), run / FILE)
-
-
-def class_dependency(runs: Sequence[Path]) -> str:
-    """A table with a row for each data set, network and methods, and a second row if SAR has
-    anchors.
-
-    The paper prints no formula. Here the dependency of two classes is the cosine between their
-    vectors, after subtracting the mean of all vectors. It is computed for the classes that have
-    validation pixels in every run of the row. "strength" is the mean absolute dependency over the
-    pairs of classes (mean ± standard deviation over the seeds). "agreement" is Pearson's
-    correlation between the dependencies of two seeds over these pairs, averaged over pairs of
-    seeds. It is 1 if every seed places the classes in the same way.
-
-    Raises ValueError if a run has not finished, or if its file of centroids is missing or damaged.
-    """
-    rows = [["data", "network", "methods", "vectors", "seeds", "strength", "agreement"]]
-    results = [{**load_results(run), "vectors": _load(run)} for run in runs]
-    for key, group in grouped(results).items():
-        run_vectors = [result["vectors"] for result in group]
-        present = torch.stack([vectors["counts"] > 0 for vectors in run_vectors]).all(0)
-        for kind, name in KINDS.items():
-            if all(kind in vectors for vectors in run_vectors):
-                cosines = [_cosines(vectors[kind][present]) for vectors in run_vectors]
-                rows.append([*key, name, str(len(cosines)), *_figures(cosines)])
-    return text_table(rows, words=4)
-
-
-def _load(run: Path) -> dict[str, Tensor]:
-    path = run / FILE
-    if not path.exists():
-        raise ValueError(f"{path} does not exist: it is written at the end of a run")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
-
-
-def _cosines(vectors: Tensor) -> Tensor:
-    """The dependency of each pair of classes: [K(K−1)/2]."""
-    centered = vectors.double() - vectors.double().mean(0)
-    i, j = torch.triu_indices(len(centered), len(centered), 1)
-    return F.cosine_similarity(centered[i], centered[j])
-
-
-def _figures(cosines: Sequence[Tensor]) -> list[str]:
-    strengths = [float(x.abs().mean()) for x in cosines]
-    if len(cosines) == 1:
-        return [f"{strengths[0]:.3f}", "–"]
-    pairs = itertools.combinations(cosines, 2)
-    agreement = fmean(float(ao.diagnostics.pearson(x, y)) for x, y in pairs)
-    return [f"{fmean(strengths):.3f} ± {stdev(strengths):.3f}", f"{agreement:.3f}"]

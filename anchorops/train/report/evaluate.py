@@ -67,6 +67,8 @@ def largest(terms: Sequence[Term], *, softmax: bool = False) -> Tensor:
 
 def _starts(length: int, window: int, stride: int) -> list[int]:
     """First pixels of windows that cover the length: the last one ends where the length ends."""
+    if not 1 <= stride <= window:
+        raise ValueError(f"--model.window_stride: expected 1 to the crop's {window}, got {stride}")
     if length <= window:
         return [0]
     return [*range(0, length - window, stride), length - window]

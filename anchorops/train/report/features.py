@@ -1,4 +1,4 @@
-"""The classes' centroids in a network's features, and CeCo's measures of neural collapse."""
+"""CeCo's measures of neural collapse."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..module import SegmentationModule
 
 
-def _features_and_labels(
+def features_and_labels(
     module: "SegmentationModule", images: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """For the first validation images, rounded up to whole batches of all ranks, of which this rank
@@ -34,20 +34,6 @@ def _features_and_labels(
 
 
 @torch.inference_mode()
-def class_centroids(module: "SegmentationModule", images: int) -> tuple[Tensor, Tensor]:
-    """The mean feature [K, D] of each class over the first validation images, and the numbers of
-    its pixels [K]; the module is in evaluation mode."""
-    num_classes = module.network.classifier.out_channels
-    sums: Tensor | float = 0.0
-    counts = torch.zeros(num_classes, dtype=torch.int64)
-    for features, labels in _features_and_labels(module, images):
-        moments = ao.ops.class_moments(features, labels, num_classes, ignore_index=IGNORED)
-        sums, counts = sums + moments.sums.cpu(), counts + moments.counts.cpu()
-    assert isinstance(sums, Tensor)
-    return sums / counts.clamp(min=1)[:, None], counts
-
-
-@torch.inference_mode()
 def collapse_measures(module: "SegmentationModule", images: int) -> dict[str, float]:
     """The measures by name, after a validation.
 
@@ -60,7 +46,7 @@ def collapse_measures(module: "SegmentationModule", images: int) -> dict[str, fl
     geometry = measures.CentroidGeometry(*weight.shape[:2], ignore_index=IGNORED).to(module.device)
     training = module.training
     module.eval()
-    for features, labels in _features_and_labels(module, images):
+    for features, labels in features_and_labels(module, images):
         geometry.update(features, labels)
     module.train(training)
     centroids = geometry.compute()
