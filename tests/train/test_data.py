@@ -4,48 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torchvision import tv_tensors
 
-from anchorops.train.data.counts import check_classes, class_counts, describe_counts
+from anchorops.train.data.counts import check_classes, class_counts
 from anchorops.train.data.digits import DigitScenes
-from anchorops.train.data.folders import MaskFolder, open_folder
+from anchorops.train.data.folders import open_folder
 from anchorops.train.data.loading import RandomScale, Training, augmentation
 
 
-def test_counts_are_made_once_and_kept(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    cache = folder / "cache"
-    for _ in range(2):
-        pixels, images, *others = class_counts(open_folder(folder, "train"), cache)
-        assert pixels.tolist() == [18, 18 + 20] and images.tolist() == [1, 2]
-        assert others == [18, (4, 6), (5, 9)]  # ignored pixels, heights, widths
-        monkeypatch.setattr(MaskFolder, "read_labels", None)
-    with pytest.raises(TypeError):  # another label map: counted again
-        class_counts(open_folder(folder, "train", label_map={1: 255}), cache)
-
-
-def test_counts_of_another_format_or_other_images(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """Only the header of an image tells that its mask is turned."""
-    cache, data = folder / "cache", open_folder(folder, "train")
-    assert class_counts(data, cache).heights == (4, 6)
-    turned = Image.Exif()
-    turned[0x112] = 6
-    for name in ("a/1.jpg", "b.png"):
-        with Image.open(folder / "images/train" / name) as image:
-            image.save(folder / "images/train" / name, exif=turned)
-    counts = class_counts(data, cache)
-    assert (counts.heights, counts.widths) == ((5, 9), (4, 6))
-    monkeypatch.setattr(MaskFolder, "read_labels", None)
-    assert class_counts(data, cache).heights == (5, 9)
-    monkeypatch.setattr("anchorops.train.data.counts.FORMAT", 1)
-    with pytest.raises(TypeError):
-        class_counts(data, cache)
-
-
-def test_counts_that_cannot_be_kept(folder: Path):
-    (folder / "cache").touch()
-    with pytest.raises(OSError, match=r"cache/\w+.json could not be written: "):
-        class_counts(open_folder(folder, "train"), folder / "cache")
+def test_counts_of_masks(folder: Path):
+    pixels, images = class_counts(open_folder(folder, "train"))
+    assert pixels.tolist() == [18, 18 + 20] and images.tolist() == [1, 2]
+    pixels, images = class_counts(open_folder(folder, "train", label_map={1: 255}))
+    assert pixels.tolist() == [18, 0] and images.tolist() == [1, 0]
 
 
 def test_foreground_that_is_ignored():
@@ -58,19 +29,6 @@ def test_foreground_that_is_ignored():
     with pytest.raises(ValueError, match="validation split has no valid pixel"):
         check_classes(classes, some + 1, none)
     assert check_classes([*classes, "rare"], torch.tensor([5, 1, 0]), some) == ["rare"]
-
-
-def test_description_of_counts_and_damaged_ones(folder: Path):
-    counts = class_counts(open_folder(folder, "train"), folder / "cache")
-    assert describe_counts(["ground", "thing"], counts, counts)[1:] == [
-        "validation images: 4 to 6 high, 5 to 9 wide, 24.3 % of the pixels ignored",
-        "rarest classes: ground 32 %, thing 68 % of the training pixels",
-    ]
-    (kept,) = (folder / "cache").iterdir()
-    for text in ("", "{}"):
-        kept.write_text(text)
-        with pytest.raises(ValueError, match=f"{kept} is damaged .*: delete it"):
-            class_counts(open_folder(folder, "train"), folder / "cache")
 
 
 def test_augmentation_is_a_function_of_the_draw():

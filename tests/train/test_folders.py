@@ -1,19 +1,25 @@
 """Data sets in directories that the tests write: pairing, formats, label values, messages."""
 
 import struct
-import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tifffile
 import torch
 from image_files import image, mask, write
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageOps
 
-from anchorops.train.data.folders import open_folder, read_image, read_size
+from anchorops.train.data.folders import MaskFolder, open_folder, read_image, read_size
 from anchorops.train.data.loading import RandomScale, Training, augmentation
 from anchorops.train.data.module import SegmentationData
+
+
+def open_two(root: Path, **options: Any) -> MaskFolder:
+    """The training split of a folder, with two classes."""
+    (root / "classes.txt").write_text("ground\nthing\n")
+    return open_folder(root, "train", **options)
 
 
 def test_folder(folder: Path):
@@ -29,12 +35,10 @@ def test_label_map_and_suffixes(tmp_path: Path):
     write(tmp_path / "images/train/x_rgb.png", image())
     write(tmp_path / "images/train/x_depth.png", mask(9))
     write(tmp_path / "masks/train/x_label.png", mask(7, 128, 0))
-    data = open_folder(
+    data = open_two(
         tmp_path,
-        "train",
         image_suffix="_rgb.png",
         mask_suffix="_label.png",
-        num_classes=2,
         label_map={7: 255, 128: 1},
     )
     assert len(data) == 1 and data[0][1][:3, 0].tolist() == [-1, 1, 0]
@@ -43,7 +47,7 @@ def test_label_map_and_suffixes(tmp_path: Path):
 def test_tiff_of_many_channels_and_16_bits(tmp_path: Path):
     write(tmp_path / "images/train/x.tif", np.full((6, 9, 5), 65_535, np.uint16))
     write(tmp_path / "masks/train/x.tif", mask(0, 1).astype(np.uint16))
-    data = open_folder(tmp_path, "train", num_classes=2, channels=5)
+    data = open_two(tmp_path, channels=5)
     pixels, _ = data[0]
     assert pixels.shape == (5, 6, 9) and pixels.dtype == torch.float32 and (pixels == 1).all()
     transformed, labels = Training(
@@ -56,13 +60,13 @@ def test_tiff_whose_channels_come_first(tmp_path: Path):
     planes = np.arange(7 * 6 * 9, dtype=np.uint8).reshape(7, 6, 9)
     write(tmp_path / "images/train/x.tif", planes)
     write(tmp_path / "masks/train/x.png", mask(0, 1))
-    pixels, _ = open_folder(tmp_path, "train", num_classes=2, channels=7)[0]
+    pixels, _ = open_two(tmp_path, channels=7)[0]
     assert pixels.numpy().tolist() == planes.tolist()
 
 
 @pytest.mark.parametrize("value", [-1, 70_000])
 def test_label_map_of_impossible_values(folder: Path, value: int):
-    with pytest.raises(ValueError, match=r"--data\.label_map: expected values 0 to 65535"):
+    with pytest.raises(ValueError, match=r"--data\.label_map: expected values 0 to 65535 and"):
         open_folder(folder, "train", label_map={value: 1})
 
 
@@ -73,7 +77,7 @@ def test_bilevel_mask_and_palette(tmp_path: Path):
     indexed = Image.fromarray(mask(1, 0), "P")
     indexed.putpalette([10, 20, 30, 40, 50, 60])
     indexed.save(tmp_path / "masks/train/y.png")
-    data = open_folder(tmp_path, "train", num_classes=2)
+    data = open_two(tmp_path)
     assert data[0][1][:2, 0].tolist() == [0, 1] and data[1][1][:2, 0].tolist() == [1, 0]
 
 
@@ -106,9 +110,7 @@ def test_messages_name_the_file(folder: Path):
     with pytest.raises(ValueError, match=r"masks/train/a/1.png does not exist: the mask of .*jpg"):
         open_folder(root, "train")
     (root / "classes.txt").unlink()
-    with pytest.raises(
-        ValueError, match=r"classes.txt does not exist: write it, or give --data.num"
-    ):
+    with pytest.raises(ValueError, match=r"classes.txt does not exist: write the name"):
         open_folder(root, "train")
 
 
@@ -119,7 +121,7 @@ def test_messages_name_the_file(folder: Path):
         ("a\nb".encode("utf-16"), r"classes.txt: expected UTF-8"),
         (b"\n \n", r"classes.txt is empty: expected the name of a class on each line"),
         (b"a\nb\na\n", r"classes.txt: expected each name once, got again: a$"),
-        (b"a\n", r"classes.txt: expected 2 to 4096 classes, got 1"),
+        (b"a\n", r"classes.txt: expected 2 classes or more, got 1"),
     ],
 )
 def test_names_of_classes_that_cannot_be(content: bytes, message: str, folder: Path):
@@ -152,7 +154,7 @@ def test_image_with_a_nan(tmp_path: Path):
     write(tmp_path / "images/train/x.tif", values)
     write(tmp_path / "masks/train/x.png", mask(0, 1))
     with pytest.raises(ValueError, match=r"x.tif: expected finite values, got NaN .* in 100 %"):
-        open_folder(tmp_path, "train", num_classes=2)[0]
+        open_two(tmp_path)[0]
 
 
 def oriented(path: Path, array: np.ndarray, orientation: int | None) -> np.ndarray:
@@ -177,7 +179,7 @@ def test_orientation_of_both_files(orientation: int, ending: str, tmp_path: Path
     """As in the pictures of a phone."""
     shown = oriented(tmp_path / f"images/train/x{ending}", image(), orientation)
     labels = oriented(tmp_path / "masks/train/x.png", mask(0, 1, 0), orientation)
-    data = open_folder(tmp_path, "train", num_classes=2)
+    data = open_two(tmp_path)
     pixels, read = data[0]
     assert torch.equal(data.read_labels(0), read)
     assert pixels.permute(1, 2, 0).tolist() == shown.tolist() and read.tolist() == labels.tolist()
@@ -189,13 +191,13 @@ def test_orientation_that_the_sizes_tell(orientation: int, tmp_path: Path):
     shown = oriented(tmp_path / "images/train/x.png", image(), orientation)
     drawn = np.arange(9 * 6, dtype=np.uint8).reshape(9, 6) % 2
     write(tmp_path / "masks/train/x.png", drawn)
-    pixels, read = open_folder(tmp_path, "train", num_classes=2)[0]
+    pixels, read = open_two(tmp_path)[0]
     assert pixels.permute(1, 2, 0).tolist() == shown.tolist() and read.tolist() == drawn.tolist()
     stored = mask(0, 1, 0)
     upright = oriented(tmp_path / "masks/train/y.png", stored, orientation)
     (tmp_path / "masks/train/y.png").unlink()
     write(tmp_path / "masks/train/x.png", stored)
-    data = open_folder(tmp_path, "train", num_classes=2)
+    data = open_two(tmp_path)
     pixels, read = data[0]
     assert torch.equal(data.read_labels(0), read)
     assert pixels.permute(1, 2, 0).tolist() == shown.tolist() and read.tolist() == upright.tolist()
@@ -206,33 +208,23 @@ def test_orientation_that_nothing_tells(orientation: int, size: tuple[int, int],
     oriented(tmp_path / "images/train/x.jpg", image(*size), orientation)
     write(tmp_path / "masks/train/x.png", mask(0, 1, height=size[0], width=size[1]))
     expected = rf"x.jpg: the EXIF orientation is {orientation}, that of .*x.png is 1, and the sizes"
-    data = open_folder(tmp_path, "train", num_classes=2)
+    data = open_two(tmp_path)
     for read in (data.__getitem__, data.read_labels):
         with pytest.raises(ValueError, match=expected):
             read(0)
 
 
-@pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("orientation", [None, 6])
-def test_orientation_of_a_png_image(
-    orientation: int | None, late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Its metadata may be before the pixels or after them. Only then are the pixels decoded."""
+def test_orientation_after_the_pixels_of_a_png_image(tmp_path: Path):
     path = tmp_path / "x.png"
-    oriented(path, image(), orientation)
-    if late:
-        content = path.read_bytes()
-        start = content.find(b"eXIf" if orientation else b"IHDR") - 4
-        (length,) = struct.unpack(">I", content[start : start + 4])
-        moved = content[start : start + length + 12]
-        if not orientation:
-            moved = struct.pack(">I", 0) + b"teXt" + struct.pack(">I", zlib.crc32(b"teXt"))
-        kept = content.replace(moved, b"")
-        end = kept.index(b"IEND") - 4
-        path.write_bytes(kept[:end] + moved + kept[end:])
-    else:
-        monkeypatch.setattr(ImageFile.ImageFile, "load", None)
-    assert read_size(path, (6, 9)) == ((6, 9), orientation or 1)
+    oriented(path, image(), 6)
+    content = path.read_bytes()
+    start = content.find(b"eXIf") - 4
+    (length,) = struct.unpack(">I", content[start : start + 4])
+    moved = content[start : start + length + 12]
+    kept = content.replace(moved, b"")
+    end = kept.index(b"IEND") - 4
+    path.write_bytes(kept[:end] + moved + kept[end:])
+    assert read_size(path, (6, 9)) == ((6, 9), 6) and read_image(path, (6, 9))[1] == 6
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (6, 9, 5), (7, 6, 9), (9, 6, 3)])
@@ -241,18 +233,6 @@ def test_size_in_the_header_of_a_tiff_image(shape: tuple[int, ...], tmp_path: Pa
     for size in ((6, 9), (9, 6)):
         stored, _ = read_image(tmp_path / "x.tif", size)
         assert read_size(tmp_path / "x.tif", size) == (stored.shape[1:], 1)
-
-
-@pytest.mark.filterwarnings("ignore:.*zero-size array")
-def test_files_without_pixels(tmp_path: Path):
-    write(tmp_path / "images/train/x.tif", np.zeros((0, 9, 3), np.uint8))
-    write(tmp_path / "masks/train/x.tif", np.zeros((0, 9), np.uint8))
-    with pytest.raises(ValueError, match=r"masks/train/x.tif: expected pixels, got .* \(0, 9\)"):
-        open_folder(tmp_path, "train", num_classes=2).read_labels(0)
-    (tmp_path / "masks/train/x.tif").unlink()
-    write(tmp_path / "masks/train/x.png", mask(0, 1))
-    with pytest.raises(ValueError, match=r"images/train/x.tif: expected pixels, got .*0, 9"):
-        open_folder(tmp_path, "train", num_classes=2)[0]
 
 
 def test_cityscapes(tmp_path: Path):

@@ -15,7 +15,6 @@ PROGRAM = """
 import os, signal, sys, time
 import torch
 from anchorops.train import __main__, cli
-from anchorops.train.callbacks import Saving
 from anchorops.train.module import SegmentationModule
 
 def interrupt(name, step, signum):
@@ -23,9 +22,6 @@ def interrupt(name, step, signum):
     def wrapped(self, *args):
         if self.trainer.global_step == step:
             os.killpg(os.getpgid(0), signum)  # also the workers
-            if os.environ.get("TWICE"):
-                Saving.ECHO = -1.0
-                os.killpg(os.getpgid(0), signum)
         return method(self, *args)
     setattr(SegmentationModule, name, wrapped)
 

@@ -49,7 +49,7 @@ def test_digits_of_train_and_val_are_disjoint():
 
 
 def test_digit_frequencies_have_a_long_tail():
-    pixels, images, *_ = class_counts(DigitScenes("train", 2000, (64, 64), seed=0), Path())
+    pixels, images = class_counts(DigitScenes("train", 2000, (64, 64), seed=0))
     shares = pixels / pixels.sum()
     assert images[0] == 2000 and images[1] > 2 * images[10]
     assert shares[1] > 2 * shares[3] > 3 * shares[8]
@@ -103,34 +103,23 @@ def test_class_predicted_but_never_true_counts_as_zero():
     assert summary["miou"] == pytest.approx(0.25) and summary["classes"][1]["accuracy"] is None
 
 
-@pytest.mark.parametrize(
-    ("name", "dim", "auxiliary", "later"),
-    [
-        ("hrnet-w18-small", 240, True, False),
-        ("hrnet-w18-small", 240, False, True),
-        ("mmseg-ocrnet:hrnet-w18-small", 512, True, True),
-    ],
-)
-def test_weights_start_a_model_with_other_classes(
-    name: str, dim: int, auxiliary: bool, later: bool, tmp_path: Path
-):
-    """An auxiliary head comes and goes; the vectors of a method, and OCRNet's regions, stay
-    behind."""
-    source, path = build_model(name, 5, auxiliary=auxiliary), tmp_path / "weights.pt"
-    Learner(source, build_regularizer(["sar"], {}, 5, dim))
+@pytest.mark.parametrize("auxiliary", [False, True])
+def test_weights_start_a_model_with_other_classes(auxiliary: bool, tmp_path: Path):
+    """An auxiliary head comes and goes; the vectors of a method stay behind."""
+    name, path = "hrnet-w18-small", tmp_path / "weights.pt"
+    source = build_model(name, 5, auxiliary=auxiliary)
+    Learner(source, build_regularizer(["sar"], {}, 5, 240))
     torch.save(source.state_dict(), path)
-    model = build_model(name, 9, auxiliary=later, weights=path)
+    model = build_model(name, 9, auxiliary=not auxiliary, weights=path)
     assert torch.equal(next(model.parameters()), next(source.parameters()))
-    with pytest.raises(
-        ValueError, match=r"weights .*weights.pt are of another model: missing body"
-    ):
+    with pytest.raises(ValueError, match=r"weights .*weights.pt are of another model: \d+ missing"):
         build_model("segformer-b0", 5, weights=path)
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"model": [1]}, {"a": 1}])
+@pytest.mark.parametrize("content", [[1, 2], {"model": [1]}])
 def test_weights_that_are_none(content: object, tmp_path: Path):
     torch.save(content, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match=r"weights .*weights.pt cannot be read: expected tensors"):
+    with pytest.raises(ValueError, match=r"weights .*weights.pt cannot be read: "):
         build_model("hrnet-w18-small", 5, weights=tmp_path / "weights.pt")
 
 
@@ -190,16 +179,6 @@ def test_settings():
     for setting, arguments in SETTINGS.items():
         methods = sorted({name.partition(".")[0] for name in arguments})
         assert setting == "published" or build_regularizer(methods, arguments, 11, 240)
-    with pytest.raises(ValueError, match=r"--model.setting: expected one of published, from-scr"):
-        SegmentationModule(setting="scratch")
-
-
-def test_loss_and_method_ignore_the_same_label():
-    model = build_model("hrnet-w18-small", 11)
-    sar = build_regularizer(["sar"], {"sar.ignore_index": 0}, 11, 240)
-    with pytest.raises(ValueError, match="regularizer: expected ignore_index = -1, as pixel_loss"):
-        Learner(model, sar)
-    Learner(model, sar, ao.CrossEntropy(ignore_index=0))
 
 
 def test_method_options():
@@ -213,54 +192,10 @@ def test_method_options():
         build_regularizer(["sar"], {"occl.temperature": 1}, 11, 240)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"lr": -1.0}, "--model.lr: expected a finite number, at least 0, got -1.0"),
-        ({"lr": float("nan")}, "--model.lr: expected a finite number"),
-        ({"ohem": 7.0}, "--model.ohem: expected a share"),
-        (
-            {"ohem": 0.7, "loss": "dice"},
-            r"--model.ohem: expected --model.loss ce or focal or ce\+dice with it, got dice",
-        ),
-        ({"ohem_kept": 5}, "--model.ohem_kept: expected --model.ohem with it, got None"),
-        ({"dropout": 1.0}, "--model.dropout: expected a share below 1, got 1.0"),
-        ({"eval_scales": [1.0, 0.0]}, "--model.eval_scales: expected one scale or more, above 0"),
-        ({"eval_scales": []}, "--model.eval_scales: expected one scale or more"),
-        ({"focal_gamma": 3.0}, "--model.focal_gamma: expected --model.loss focal with it, got ce"),
-        ({"given_class_weights": [-1.0, 2.0]}, "--model.given_class_weights: expected no value"),
-        (
-            {"class_weights": "inverse", "given_class_weights": [1.0, 2.0]},
-            "--model.given_class_weights: expected --model.class_weights none with it, got inverse",
-        ),
-        ({"methods": ["sar", "sar"]}, "--model.methods: expected each at most once"),
-        ({"window_stride": (32, 32)}, "--model.window_stride: expected --model.evaluation sliding"),
-    ],
-)
-def test_options_of_the_model_that_are_refused(options: dict, message: str):
-    with pytest.raises(ValueError, match=message):
-        SegmentationModule(**options)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"eval_batch_size": 0}, "--data.eval_batch_size: expected at least 1, got 0"),
-        ({"crop": (50, 64)}, r"--data.crop: expected two multiples of 32, got \(50, 64\)"),
-        ({"dataset": "folder", "scale": (2.0, 0.5)}, "--data.scale: expected"),
-        ({"head_tail": (0.1, 0.5)}, "--data.head_tail: expected"),
-        ({"dataset": "folder", "cat_max_ratio": 0.0}, "--data.cat_max_ratio: expected a share"),
-        ({"dataset": "folder", "num_classes": 1}, "--data.num_classes: expected at least 2"),
-        ({"root": "data"}, "--data.root: expected --data.dataset folder or .* with it, got digits"),
-        ({"num_classes": 3}, "--data.num_classes: expected --data.dataset folder with it"),
-        (
-            {"dataset": "folder", "train_images": 9},
-            "--data.train_images: expected --data.dataset digits with it, got folder",
-        ),
-        ({"dataset": "ade20k", "label_map": {0: 1}}, "--data.label_map: expected --data.dataset"),
-    ],
-)
-def test_options_of_the_data_that_are_refused(options: dict, message: str):
-    """A folder that is given to the preset digits is not trained on, for example."""
-    with pytest.raises(ValueError, match=message):
-        SegmentationData(**options)
+def test_options_that_are_refused():
+    with pytest.raises(ValueError, match=r"--model.methods: expected each at most once"):
+        SegmentationModule(methods=["sar", "sar"])
+    with pytest.raises(ValueError, match=r"--data.crop: expected two multiples of 32, got \(50, 6"):
+        SegmentationData(crop=(50, 64))
+    with pytest.raises(ValueError, match=r"--data.root: expected a --data.dataset with files, got"):
+        SegmentationData(root="data").splits()

@@ -40,7 +40,7 @@ def predict(run: Path, images: list[Path], out: Path) -> None:
     ],
 )
 def test_predictions_are_those_of_the_evaluation(folder: Path, options: list[str]) -> None:
-    place = ["--data.root", str(folder), "--data.cache", str(folder / "counts")]
+    place = ["--data.root", str(folder)]
     run = train(*OPTIONS, *place, "--run", str(folder / "run"), *options)
     images = [folder / "images/val/a/1.jpg", folder / "images/val/b.png"]
     predict(run, images, folder / "new/predictions")
@@ -76,7 +76,7 @@ def test_images_that_can_and_cannot_be_predicted(straight: Path, tmp_path: Path)
     for run, images, message in (
         (straight, [grey], "predict: --out: .*out/grey.png exists: give another directory"),
         (straight, [four, four], "four.png would be written twice"),
-        (straight, [four], "four.tif: expected an image of 3 channels, got 4"),
+        (straight, [four], "four.tif: expected 3 channels .*, got 4"),
         (straight, [tmp_path / "absent.png"], "absent.png"),
         (straight, [], "predict: --data.images: expected files of images, got none"),
         (tmp_path, [grey], r"--ckpt_path best: .* has no best.ckpt"),

@@ -54,7 +54,7 @@ def test_deeplab_has_one_dropout():
 def test_learning_rates_of_backbone_head_and_methods():
     model = build_model("hrnet-w18-small", 5)
     Learner(model, build_regularizer(["sar", "mvsc"], {}, 5, 240))
-    groups = parameter_groups(model, 0.1, 0.01, head_lr_factor=10.0, regularizer_lr_factor=2.0)
+    groups = parameter_groups(model, 0.1, 0.01, head_lr_factor=10.0)
     rate = {id(p): group["lr"] for group in groups for p in group["params"]}
     assert len(rate) == sum(len(group["params"]) for group in groups)
     assert set(rate) == {id(p) for p in model.parameters()}
@@ -62,7 +62,7 @@ def test_learning_rates_of_backbone_head_and_methods():
         (model.body.backbone, 0.1),
         (model.body.mix, 1.0),
         (model.classifier, 1.0),
-        (model.regularizer, 0.2),
+        (model.regularizer, 0.1),
     ):
         assert isinstance(module, nn.Module)
         assert all(rate[id(p)] == pytest.approx(expected) for p in module.parameters())
@@ -109,7 +109,7 @@ def test_networks_of_presets(network: str):
     with torch.device("meta"):
         model = build_model(network, 19, auxiliary=True)
         assert model(torch.empty(2, 3, 64, 96)).shape[:2] == (2, 19)
-        assert model.auxiliary_head and model.auxiliary_head.logits().shape[:2] == (2, 19)
+        assert model.auxiliary and model.auxiliary.logits().shape[:2] == (2, 19)
 
 
 @pytest.mark.parametrize("preset", NAMES)

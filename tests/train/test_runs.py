@@ -21,7 +21,7 @@ from tiny_runs import TINY, assert_same_run, figures, state
 
 import anchorops as ao
 from anchorops.train import IGNORED, callbacks
-from anchorops.train.callbacks import Saving, Stopped
+from anchorops.train.callbacks import Saving
 from anchorops.train.cli import Program, main, train, with_presets
 from anchorops.train.data.module import SegmentationData
 from anchorops.train.metrics import Metrics, read_metrics
@@ -38,10 +38,10 @@ def test_a_run_leaves_everything(straight: Path):
     assert [step for step, line in lines.items() if "loss" in line] == [2, 4, 6]
     last = lines[6]
     assert 0 < last["val/miou"] <= 1 and {"val/head", "val/iou/background"} < set(last)
-    assert last["cost/flops"] > 0 and last["cost/seconds_methods"] > 0
+    assert last["cost/flops"] > 0 and last["cost/images_per_second"] > 0
     events = EventAccumulator(str(straight)).Reload()
     assert {"loss", "val/miou"} <= set(events.Tags()["scalars"])
-    assert events.Tags()["images"] == ["predictions"]
+    assert [x.step for x in events.Images("predictions")] == [3, 6]
     best = torch.load(straight / "best.ckpt", weights_only=True)
     assert "optimizer_states" not in best and best["global_step"] in (3, 6)
 
@@ -49,7 +49,11 @@ def test_a_run_leaves_everything(straight: Path):
 def test_a_finished_run_goes_on_to_nothing(straight: Path, tmp_path: Path):
     run = Path(shutil.copytree(straight, tmp_path / "run"))
     (run / "predictions.png").unlink()
-    train("--run", str(run), "--ckpt_path", "last")  # its config.yaml has the options
+    config = (run / "config.yaml").read_text()
+    # its config.yaml has the options; these change no number
+    free = ["--saving.every", "1", "--data.workers", "1", "--data.eval_batch_size", "2"]
+    train("--run", str(run), "--ckpt_path", "last", *free)
+    assert (run / "config.yaml").read_text() == config
     assert_same_run(run, straight)
     module = SegmentationModule.load_from_checkpoint(run / "best.ckpt")
     assert module.network.classifier.out_channels == 11
@@ -77,25 +81,6 @@ def test_what_would_change_a_run_is_refused(straight: Path, options: list[str], 
         train(*TINY, "--run", str(straight), *options)
 
 
-def test_options_that_change_no_number(straight: Path, tmp_path: Path):
-    """Going on also keeps config.yaml, and finds the run by its default name."""
-    words = [*TINY, "--run", str(tmp_path / "run")]
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(Stopped):
-        patched.setattr(Saving, "_received", signal.SIGTERM, raising=False)
-        patched.setattr(Saving, "__init__", lambda self, every=500: _saving(self, every, 3))
-        train(*words)
-    assert state(tmp_path / "run")["global_step"] == 1
-    before = (tmp_path / "run/config.yaml").read_text()
-    run = train(*words, "--ckpt_path", "last", "--saving.every", "1", "--data.workers", "1")
-    assert (run / "config.yaml").read_text() == before
-    assert_same_run(run, straight)
-
-
-def _saving(callback: Saving, every: int, _: int) -> None:
-    callback.every, callback.validating, callback._ranks = every, False, None
-    callback._received, callback._first, callback._stopping = signal.SIGTERM, 0.0, False
-
-
 def test_no_checkpoint_to_go_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     words = ["fit", *TINY, "--ckpt_path", "last"]
@@ -109,20 +94,6 @@ def test_no_checkpoint_to_go_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyP
         Program(*with_presets(words))
 
 
-@pytest.mark.parametrize(
-    ("images", "difference"),
-    [(32, r"training images: 64, now 32"), (64, r"pixels: \[\d+, .*, now \[\d+, ")],
-)
-def test_other_data_is_refused(images: int, difference: str, straight: Path, tmp_path: Path):
-    """For example by a wrong --data.root: the images would be drawn in another order."""
-    run = Path(shutil.copytree(straight, tmp_path / "run"))
-    config = (run / "config.yaml").read_text()
-    config = config.replace("train_images: 64", f"train_images: {images}")
-    (run / "config.yaml").write_text(config.replace("data_seed: null", "data_seed: 1"))
-    with pytest.raises(ValueError, match=rf"written with other data \({difference}"):
-        train("--run", str(run), "--ckpt_path", "last")
-
-
 def test_early_stopping_of_lightning(tmp_path: Path):
     stopping = "{class_path: EarlyStopping, init_args: {monitor: val/miou, mode: max, patience: 1}}"
     options = ["--model.lr", "0.0", "--trainer.val_check_interval", "1", "--model.methods", "[]"]
@@ -131,23 +102,16 @@ def test_early_stopping_of_lightning(tmp_path: Path):
     assert max(figures(run)) < 6 and "cost/flops" in read_metrics(run / "metrics.csv")[2]
 
 
-@pytest.mark.parametrize("broken", ["logits", "statistics"])
-def test_diverged_network_is_not_saved(
-    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_diverged_network_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     training_step = SegmentationModule.training_step
 
     def diverge(self: SegmentationModule, *args):
-        if self.trainer.global_step == 3 and broken == "logits":
-            self.network.classifier.register_forward_hook(lambda *x: x[2] / x[0].training)
-        elif self.trainer.global_step == 3:
+        if self.trainer.global_step == 3:
             self.network.state_dict()["body.mix.1.running_var"].fill_(math.inf)
         return training_step(self, *args)
 
     monkeypatch.setattr(SegmentationModule, "training_step", diverge)
-    what = "the logits of validation images" if broken == "logits" else "the weights"
-    advice = r"--model.lr 0\.0004 \(now 0\.004\), --trainer.gradient_clip_val 1 or --model.warmup 6"
-    with pytest.raises(ValueError, match=rf"not finite at step \d: {what}; .* {advice};"):
+    with pytest.raises(ValueError, match=r"not finite at step 4: .* --model.lr 0\.0004 \(now"):
         train(*TINY, "--model.methods", "[]", "--run", str(tmp_path / "run"))
     kept = state(tmp_path / "run")
     assert all(torch.isfinite(x).all() for x in kept["state_dict"].values())
@@ -199,7 +163,7 @@ def test_signal_while_the_program_starts(signum: signal.Signals, tmp_path: Path)
 def test_file_that_cannot_be_written(tmp_path: Path):
     path = tmp_path / "state.pt"
     save_atomically({"a": torch.ones(2)}, path)
-    with pytest.raises(OSError, match=r"state.pt could not be written: .* MB free"):
+    with pytest.raises(OSError, match=r"state.pt could not be written: .* are intact"):
         path.with_name("state.pt.part").mkdir()
         save_atomically("text", path)
     assert torch.equal(torch.load(path)["a"], torch.ones(2))
@@ -291,7 +255,7 @@ FOLDER = (
 
 
 def fit_folder(folder: Path, *options: str) -> Path:
-    place = ["--data.root", str(folder), "--data.cache", str(folder / "counts")]
+    place = ["--data.root", str(folder)]
     return train(*FOLDER, *place, "--run", str(folder / "run"), *options)
 
 
@@ -300,14 +264,10 @@ def test_run_on_images_of_any_size(folder: Path, capsys: pytest.CaptureFixture[s
     (folder / "classes.txt").write_text("\n".join([*names, "", ""]), encoding="utf-8")
     run = fit_folder(folder)
     said = capsys.readouterr().err
-    assert f"no training pixels: {', '.join(names[2:12])} and 2 more\n" in said
+    assert "no training pixels: absent 0, absent 1, " in said
     assert said.count("WARNING: the network starts from random weights") == 1
     assert "could not be made" not in said
     assert rf"val/iou/{names[0]}" in read_metrics(run / "metrics.csv")[1]
-    with pytest.raises(
-        ValueError, match=r"--data\.eval_batch_size: more than 1 needs images of one"
-    ):
-        fit_folder(folder, "--run", str(folder / "other"), "--data.eval_batch_size", "2")
 
 
 def test_pictures_may_fail(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys):
@@ -317,7 +277,7 @@ def test_pictures_may_fail(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(callbacks, "draw_predictions", fail)
     run = fit_folder(folder)
     assert "predictions.png could not be made: no ink" in capsys.readouterr().err
-    assert (run / "centroids.npz").exists() and (run / "last.ckpt").exists()
+    assert (run / "last.ckpt").exists()
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -338,17 +298,11 @@ def test_files_are_checked_before_a_run(split: str, folder: Path):
 def test_corrupt_image_in_a_worker(folder: Path, capsys: pytest.CaptureFixture[str]):
     path = folder / "images/train/a/1.jpg"
     path.write_bytes(path.read_bytes()[:-20])  # the header, which is read at the start, is left
-    place = ["--data.root", str(folder), "--data.cache", str(folder / "counts")]
+    place = ["--data.root", str(folder)]
     words = ["fit", *FOLDER, *place, "--run", str(folder / "run"), "--data.workers", "1"]
     assert main(words) == 1
     (message,) = re.findall("anchorops-train: (.*)", capsys.readouterr().err)
     assert message.startswith(f"{path} cannot be read: ")
-
-
-def test_weights_of_absent_classes(folder: Path):
-    (folder / "classes.txt").write_text("ground\nthing\nabsent")
-    with pytest.raises(ValueError, match="every class with training pixels has weight 0"):
-        fit_folder(folder, "--model.given_class_weights", "[0.0, 0.0, 1.0]")
 
 
 def test_more_than_255_classes(tmp_path: Path):
@@ -360,7 +314,8 @@ def test_more_than_255_classes(tmp_path: Path):
             rows = np.resize(np.array(classes, np.uint16), 64)
             rows[3] = 65_535
             write(tmp_path / f"masks/{split}/{name}.png", np.repeat(rows[:, None], 64, 1))
-    options = ["--data.num_classes", "300", "--data.label_map", "{65535: -1}"]
+    (tmp_path / "classes.txt").write_text("\n".join(f"class {k}" for k in range(300)))
+    options = ["--data.label_map", "{65535: -1}"]
     run = fit_folder(tmp_path, *options, "--model.methods", "[occl]")
     known = [name for name in read_metrics(run / "metrics.csv")[1] if "val/iou/" in name]
     assert {"val/iou/class 0", "val/iou/class 255", "val/iou/class 299"} <= set(known)
@@ -368,57 +323,71 @@ def test_more_than_255_classes(tmp_path: Path):
 
 RANKS = """
 import os, signal, sys
-import torch
+from torch import nn
+from anchorops.train import module
 from anchorops.train.cli import main
-from anchorops.train.module import SegmentationModule
+from anchorops.train.data.digits import DigitScenes
+from anchorops.train.networks.models import Segmenter
 
-training_step = SegmentationModule.training_step
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Conv2d(3, 16, 3, stride=4, padding=1)
+    def forward(self, images):
+        return self.backbone(images).relu()
+
+# the methods reduce their statistics over the ranks, but not batch norm on a CPU; and the mean of
+# the ranks' cross-entropies is that of all if both have the same number of valid pixels
+module.build_model = lambda *_, **__: Segmenter(Body(), 16, 11)
+scene = DigitScenes.__getitem__
+def labelled(self, index):
+    image, labels = scene(self, index)
+    return image, labels.clamp(min=0)
+DigitScenes.__getitem__ = labelled
+
+training_step = module.SegmentationModule.training_step
 def step_and_signal(self, *args):
-    if (self.trainer.global_step, self.global_rank) == (0, 1) and "--stopped" in sys.argv:
+    if "STOPPED" in os.environ and (self.trainer.global_step, self.global_rank) == (1, 1):
         os.kill(os.getpid(), signal.SIGTERM)
     return training_step(self, *args)
-SegmentationModule.training_step = step_and_signal
-torch.set_num_threads(1)
-words = sys.argv[1:]
-if "--stopped" in words:
-    words.remove("--stopped")
-    sys.argv.append("--stopped")
-status = main(words)
-expected = 128 + signal.SIGTERM if "--stopped" in sys.argv else 0
-sys.exit(status != expected)
+module.SegmentationModule.training_step = step_and_signal
+status = main()
+sys.exit(status != (128 + signal.SIGTERM if "STOPPED" in os.environ else 0))
 """
 
 
 @pytest.mark.slow
 def test_two_ranks(tmp_path: Path):
-    """If one rank is asked to stop, both stop after the step, and they go on bit for bit. The
-    figures of two ranks are those of their checkpoint in one process."""
+    """They equal one process. If one rank is asked to stop, both stop after the step, and they go
+    on bit for bit."""
     (tmp_path / "ranks.py").write_text(RANKS)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += ["--nproc-per-node=2", str(tmp_path / "ranks.py"), "--", "fit", *TINY]
-    options = ["--data.steps", "3", "--data.val_images", "11", "--trainer.strategy", "ddp"]
-    options += ["--trainer.devices", "2", "--collapse.images", "11", "--data.batch_size", "8"]
+    options = ["--data.steps", "3", "--data.val_images", "11", "--collapse.images", "11"]
     options += ["--trainer.accumulate_grad_batches", "2", "--trainer.val_check_interval", "6"]
-    options += ["--model.method_options", "{sar.process_group: world}"]
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    for run, more in (
-        (straight, ()),
-        (stopped, ("--stopped",)),
-        (stopped, ("--ckpt_path", "last")),
-    ):
-        command = [*torchrun, *options, "--run", str(run), *more]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    options += ["--data.batch_size", "8", "--model.methods", "[sar, cbp]", "--model.method_options"]
+    options += ["{sar.process_group: world, sar.delta: 0.0, sar.gate: per_class}"]
+
+    def ranks(count: int, run: Path, *more: str, **environment: str) -> str:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={count}", str(tmp_path / "ranks.py"), "--", "fit", *TINY]
+        command += [*options, "--run", str(run), "--trainer.devices", str(count), *more]
+        command += ["--trainer.strategy", "ddp"]
+        variables = os.environ | environment
+        done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=600)
         assert done.returncode == 0, done.stderr
-        if "--stopped" in more:
-            assert state(run)["global_step"] == 1
-            assert "go on with: torchrun … -m anchorops.train -- fit --run" in done.stderr
+        return done.stderr
+
+    alone, straight, stopped = (tmp_path / name for name in ("alone", "straight", "stopped"))
+    ranks(1, alone)
+    ranks(2, straight)
+    said = ranks(2, stopped, STOPPED="yes")
+    assert "after step 2; go on with: anchorops-train fit --run" in said
+    ranks(2, stopped, "--ckpt_path", "last")
     assert_same_run(stopped, straight)
-    words = ["validate", "--run", str(straight), "--ckpt_path", "last"]
-    words += ["--trainer.devices", "1", "--trainer.strategy", "auto"]
-    alone = Program(*with_presets(words)).trainer.callback_metrics
+    first, second = (state(run)["state_dict"] for run in (alone, straight))
+    torch.testing.assert_close(first, second)
     together = figures(straight)[3]
-    for name, value in alone.items():
-        assert float(value) == pytest.approx(together[name], rel=1e-6), name
+    for name, value in figures(alone)[3].items():
+        assert value == pytest.approx(together[name], 1e-3) or name in ("loss", "ce", "accuracy")
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import torch
 from tiny_runs import TINY, state
 
 import anchorops as ao
-from anchorops.train.callbacks import Ending, Saving
+from anchorops.train.callbacks import Reports, Saving
 from anchorops.train.cli import train
 from anchorops.train.networks.learner import build_regularizer
 
@@ -43,7 +43,7 @@ def test_a_run_goes_on_without_the_file(rows: Path, tmp_path: Path):
     words = [*TINY, "--data.steps", "3", "--saving.every", "1", "--run", str(tmp_path / "run")]
     words += ["--model.method_options", f"{{sar.anchors: '@{rows}'}}"]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Ending, "on_train_end", lambda *_: pytest.fail("reached the end"))
+        patched.setattr(Reports, "on_train_end", lambda *_: pytest.fail("reached the end"))
         patched.setattr(Saving, "on_train_end", lambda *_: None)
         with pytest.raises(pytest.fail.Exception):
             train(*words)
@@ -57,18 +57,11 @@ def test_a_run_goes_on_without_the_file(rows: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (
-            np.zeros((K, D + 1)),
-            r"sar.anchors: expected a file with a row of 240 .* 11 classes, got shape \(11, 241",
-        ),
-        (np.zeros((K, D), int), r"clip.npy: expected one array .*, got int64 of shape \(11, 240\)"),
-        (np.zeros(K), r"expected one array .*, got float64 of shape \(11,\)"),
-        (np.full((K, D), np.nan), r"clip.npy: expected one array .*, got NaN, infinity or"),
-        (np.full((K, D), 1e300), r"clip.npy: expected one array .*, got .* too large for float32"),
-        (
-            np.array([[{}]]),
-            r"--model.method_options sar.anchors: .*clip.npy cannot be read: .*pickle",
-        ),
+        (np.zeros((K, D + 1)), r"expected floating numbers of shape \[11, 240\] .* \[11, 241\]"),
+        (np.zeros((K, D), int), r"clip.npy: expected floating numbers .*, got torch.int64"),
+        (np.full((K, D), np.nan), "clip.npy: expected finite numbers"),
+        (np.full((K, D), 1e300), "clip.npy: expected finite numbers"),  # too large for float32
+        (np.array([[{}]]), r"sar.anchors: .*clip.npy cannot be read: .*pickle"),
     ],
 )
 def test_files_that_do_not_fit(array: np.ndarray, message: str, tmp_path: Path):
@@ -77,11 +70,9 @@ def test_files_that_do_not_fit(array: np.ndarray, message: str, tmp_path: Path):
         build_regularizer(["sar"], {"sar.anchors": f"@{tmp_path / 'clip.npy'}"}, K, D)
 
 
-def test_files_that_are_none(rows: Path, tmp_path: Path):
+def test_files_that_are_none(tmp_path: Path):
     with pytest.raises(ValueError, match=r"nowhere.npy cannot be read: .*No such file"):
         build_regularizer(["sar"], {"sar.anchors": "@nowhere.npy"}, K, D)
     np.savez(tmp_path / "two.npz", a=np.zeros(1), b=np.zeros(1))
-    with pytest.raises(ValueError, match=r"two.npz: expected one array .*, got several arrays"):
+    with pytest.raises(ValueError, match=r"two.npz cannot be read"):
         build_regularizer(["sar"], {"sar.anchors": f"@{tmp_path / 'two.npz'}"}, K, D)
-    with pytest.raises(ValueError, match=r"sar.tau: expected no file; .* sar.anchors, cr.anchors"):
-        build_regularizer(["sar"], {"sar.tau": f"@{rows}"}, K, D)

@@ -171,8 +171,6 @@ def _read_array(path: Path, *, palette: bool) -> tuple[np.ndarray, int]:
                 orientation = _orientation(image)
                 to_rgb = image.mode == "CMYK" or (palette and image.mode == "P")
                 array = np.asarray(image.convert("RGB") if to_rgb else image)
-    if array.size == 0:
-        raise ValueError(f"{path}: expected pixels, got an array of shape {array.shape}")
     return array, orientation
 
 

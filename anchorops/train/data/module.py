@@ -166,14 +166,14 @@ class SegmentationData(LightningDataModule):
         self.prior = training.images / training.images.sum().clamp(min=1)
         if stage != "fit" or not trainer.is_global_zero:
             return
-        place = f" in {options.root}" if options.root else ""
-        lines = [
-            f"data set {options.dataset}{place}: {len(self.training_set)} training and "
-            f"{len(self.validation_set)} validation images, {len(self.classes)} classes"
-        ]
+        print(
+            f"data set {options.dataset}: {len(self.training_set)} training and "
+            f"{len(self.validation_set)} validation images, {len(self.classes)} classes",
+            file=sys.stderr,
+        )
         if absent:
-            lines.append(f"no training pixels: {shorten(', '.join(absent), 200)}")
-        print(*lines, sep="\n", file=sys.stderr, flush=True)
+            names = shorten(", ".join(absent), 200)
+            print(f"no training pixels: {names}", file=sys.stderr)
 
     def train_dataloader(self) -> Loader:
         options, trainer = self.options, self.trainer

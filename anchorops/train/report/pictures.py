@@ -62,7 +62,9 @@ def draw_predictions(module: "SegmentationModule", count: int, *, title: str) ->
         Patch(facecolor=colors[label] / 255, edgecolor="0.5", label=name)
         for label, name in (names | {IGNORED: "ignored"}).items()
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=12, fontsize=8)
+    longest = max(map(len, names.values()), default=1)
+    columns = max(1, int(figure.get_figwidth() / (0.6 + 0.07 * longest)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8)
     return figure
 
 
