@@ -155,11 +155,9 @@ class SegmentationData(LightningDataModule):
         if stage == "predict":
             return
         assert trainer is not None
-        self.training_set, self.validation_set = self.splits()
+        splits = self.training_set, self.validation_set = self.splits()
         self.classes = self.training_set.classes
-        counted: Any = None
-        if trainer.is_global_zero:
-            counted = [class_counts(split) for split in (self.training_set, self.validation_set)]
+        counted: Any = [class_counts(x) for x in splits] if trainer.is_global_zero else None
         training, validation = trainer.strategy.broadcast(counted)
         absent = check_classes(self.classes, training.pixels, validation.pixels)
         self.frequencies = training.pixels / training.pixels.sum()
@@ -172,8 +170,7 @@ class SegmentationData(LightningDataModule):
             file=sys.stderr,
         )
         if absent:
-            names = shorten(", ".join(absent), 200)
-            print(f"no training pixels: {names}", file=sys.stderr)
+            print("no training pixels:", shorten(", ".join(absent), 200), file=sys.stderr)
 
     def train_dataloader(self) -> Loader:
         options, trainer = self.options, self.trainer
