@@ -111,7 +111,6 @@ def build_regularizer(
             )
         # without num_classes and dim, which are those of the data and of the network
         known = list(inspect.signature(getattr(ao, CLASSES[method])).parameters)[2:]
-        known.remove("ignore_index")  # that of the loss
         if argument not in known:
             raise ValueError(f"--model.method_options {option}: {method} has {', '.join(known)}")
         if isinstance(value, str) and value.startswith("@"):
@@ -125,7 +124,7 @@ def build_regularizer(
     if "ceco" in arguments:
         arguments["ceco"].setdefault("prior", prior)
     for method_arguments in arguments.values():
-        method_arguments["ignore_index"] = IGNORED
+        method_arguments.setdefault("ignore_index", IGNORED)
     regularizers = [
         getattr(ao, CLASSES[method])(num_classes, dim, **kwargs)
         for method, kwargs in arguments.items()
