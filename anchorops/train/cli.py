@@ -188,7 +188,7 @@ class Program(LightningCLI):
                 save_weights_only=True,
                 enable_version_counter=False,
             )
-            self.trainer_defaults["callbacks"] = [Timing(), Reports(), best]
+            self.trainer_defaults["callbacks"] = [Reports(), Timing(), best]
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         given = self._get(self.config_init, "trainer")

@@ -87,9 +87,9 @@ class MaskFolder:
         return upright(image, orientation), upright(labels, turn)
 
     def read_labels(self, index: int) -> Tensor:
-        """Only the labels, as in `self[index]`. Of the image, only the header is read. Raises
-        ValueError that names a wrong mask, or files whose sizes differ or whose orientation is not
-        clear."""
+        """Only the labels, as in `self[index]`. Of an image that is no PNG file only the header is
+        read. Raises ValueError that names a wrong mask, or files whose sizes differ or whose
+        orientation is not clear."""
         labels, mask_orientation = self._read_labels(index)
         size, orientation = read_size(self.pairs[index][0], labels.shape)
         turn = self._turn_of_labels(index, labels, mask_orientation, size, orientation)
