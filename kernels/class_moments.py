@@ -23,15 +23,13 @@ from torch import Tensor
 from .class_moments_sorted import class_moments_sorted
 from .features import anchor_offset, anchors_of, channel_ptrs, features_of, pixels_of_tile
 from .fold import fold
-from .launch import INTERPRETED, as_pixels, check_keys, chunks_of, tile_of, without_spills
+from .launch import as_pixels, check_keys, chunks_of, tile_of, without_spills
 from .tile_keys import tile_keys
 
 BLOCK_K = 16  # keys in one one-hot product
 # They change with the images' size. Triton does not compile again if one becomes 1 or a multiple of
 # 16.
 TILE_COUNTS = ("tiles", "tiles_per_line", "tiles_per_chunk")
-
-_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 class Partials(NamedTuple):
@@ -142,14 +140,6 @@ def _one_key_kernel(
 
 
 @triton.jit
-def _product(x, member):
-    if _INTERPRETED:  # the interpreter has no bfloat16 product
-        return tl.dot(x.to(tl.float32), tl.where(member, 1.0, 0.0), input_precision="ieee")
-    else:
-        return tl.dot(x, member.to(x.dtype))
-
-
-@triton.jit
 def _sums_by_rank(x, local, rank):
     """Σ over pixels of x [BLOCK_D, BLOCK_P] where local [BLOCK_P] is rank [BLOCK_K].
 
@@ -164,9 +154,10 @@ def _sums_by_rank(x, local, rank):
         rest = x - high.to(tl.float32)
         middle = rest.to(tl.bfloat16)
         low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        sums = _product(low, member) + _product(middle, member) + _product(high, member)
+        one_hot = member.to(tl.bfloat16)
+        sums = tl.dot(low, one_hot) + tl.dot(middle, one_hot) + tl.dot(high, one_hot)
     else:
-        sums = _product(x, member)
+        sums = tl.dot(x, member.to(x.dtype))
     if tl.sum(sums - sums) != 0:  # Inf − Inf and NaN − NaN are NaN
         for j in range(rank.shape[0]):
             column = rank == tl.min(rank, 0) + j

@@ -5,10 +5,7 @@ from typing import Any, NamedTuple
 
 import triton
 from torch import Tensor
-from triton import knobs
 from triton.runtime import driver
-
-INTERPRETED = knobs.runtime.interpret
 
 
 class Pixels(NamedTuple):
@@ -110,14 +107,14 @@ _SORTED_TILES = {
 _TILES_BY_ARCH = {"sm_80": _TILES, "sm_90": _TILES, "sm_100": _TILES}
 
 # Enough programs to fill the device a few times, which balances tiles of unequal work.
-_PROGRAMS = {"sm_80": 1536, "sm_90": 2048, "sm_100": 2304, "interpreter": 16}
+_PROGRAMS = {"sm_80": 1536, "sm_90": 2048, "sm_100": 2304}
 _PROGRAMS_ELSEWHERE = 2048
 PARTIALS_IN_CACHE = 16 * 2**20  # bytes
+# Of a program of softmax moments: one warp, because it sums without barriers.
+FORWARD_LANES = 32
 
 
 def architecture() -> str:
-    if INTERPRETED:
-        return "interpreter"
     target: Any = driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
@@ -162,11 +159,6 @@ def pixels_per_range(pixels: int, blocks: int) -> int:
     warp. The rows of keys that continue in other ranges are at most 1/16 of the features."""
     wanted = triton.cdiv(pixels * blocks, 8 * programs())
     return min(max(triton.cdiv(wanted, 128), 1), 8) * 128
-
-
-def forward_lanes() -> int:
-    """Lanes of a program of softmax moments: one warp, because it sums without barriers."""
-    return 512 if INTERPRETED else 32
 
 
 def most_rows(options: bool, class_statistics: bool) -> int | None:

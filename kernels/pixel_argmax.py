@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .lanes import INF, contiguous_map, store_map
-from .launch import forward_lanes
+from .launch import FORWARD_LANES
 from .upsampling import (
     LOGITS,
     SIZES,
@@ -78,7 +78,7 @@ def pixel_argmax(
         return predictions
     logits = class_planes(logits)
     upsampling = upsampling_of(logits, height, width, align_corners)
-    block = forward_lanes()
+    block = FORWARD_LANES
     tiles = triton.cdiv(upsampling.lanes, block)
     _pixel_argmax_kernel[(logits.shape[0] * tiles,)](
         logits,

@@ -23,7 +23,7 @@ from .lanes import (
     store_map,
     sum_of,
 )
-from .launch import architecture, forward_lanes, without_spills
+from .launch import FORWARD_LANES, architecture, without_spills
 from .softmax import finite_or_zero
 from .upsampling import (
     LOGITS,
@@ -282,7 +282,7 @@ def pixel_kl_divergence(
         return logits.new_zeros((), dtype=torch.float32), *maps
     logits, teacher_logits = class_planes(logits), class_planes(teacher_logits)
     upsamplings = upsamplings_of(logits, teacher_logits, height, width, align_corners)
-    block = forward_lanes()
+    block = FORWARD_LANES
     tiles = triton.cdiv(upsamplings.student.lanes, block)
     totals = logits.new_empty(batch * tiles, dtype=torch.float32)
     _pixel_kl_divergence_kernel[(batch * tiles,)](

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .lanes import LABELS, NO_CLASS, PixelMap, load_labels, next_label, number_of
-from .launch import forward_lanes, without_spills
+from .launch import FORWARD_LANES, without_spills
 from .loss_options import LossOptions
 from .softmax import exponent_of, softmax_of
 from .upsampling import (
@@ -117,7 +117,7 @@ def probability_histograms(
         return counts
     logits = class_planes(logits)
     upsampling = upsampling_of(logits, *labels.shape[1:], align_corners)
-    block = forward_lanes()
+    block = FORWARD_LANES
     tiles = triton.cdiv(upsampling.lanes, block)
     _probability_histograms_kernel[(batch * tiles,)](
         logits,

@@ -30,7 +30,7 @@ from .lanes import (
     store_map,
     sum_of,
 )
-from .launch import PARTIALS_IN_CACHE, forward_lanes, most_rows, without_spills
+from .launch import FORWARD_LANES, PARTIALS_IN_CACHE, most_rows, without_spills
 from .loss_options import (
     is_used,
     loss_of_pixel,
@@ -252,7 +252,7 @@ def softmax_moments(logits: Tensor, labels: Tensor, options: Any) -> dict[str, T
     loss_options = loss_options_of(options)
     rows = most_rows(loss_options.change_losses, options.masses or options.squares)
     upsampling = upsampling_of(logits, *labels.shape[1:], options.align_corners, rows)
-    block = forward_lanes()
+    block = FORWARD_LANES
     row_bytes = 4 * len(floats) * batch * num_classes
     budget = max(PARTIALS_IN_CACHE, logits.numel() * logits.element_size() // 8)
     tiles = triton.cdiv(upsampling.lanes, block)

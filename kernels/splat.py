@@ -103,7 +103,7 @@ def splat_key(
     larger = tl.full(columns.weight.shape, NO_KEY, tl.int32)
     first_row = tl.maximum(((tile.y - 1) * axes.y.inverse).to(tl.int32) - 1, 0)
     for i in range(0, label_rows):
-        row = first_row + i + tl.arange(0, 1)  # not a scalar, which no mask in the interpreter is
+        row = first_row + i + tl.arange(0, 1)  # [1], as _weights takes it
         inside, weight = _weights(row, tile.y, axes.y)
         offset = row.to(tl.int64)[:, None] * axes.x.pixels + columns.label
         mask = columns.inside & inside[:, None]

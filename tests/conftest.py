@@ -1,10 +1,10 @@
 """The backends of the cases, and what the memory and the kernels of a case need.
 
 A test that takes `backend` runs in each place of its process. Usual processes have `reference` and
-`cpu`, and `cuda` and `triton` where a case is marked for a GPU. With PTX_ARCH or TRITON_INTERPRET
-the kernels of one backend of GPUs run without a GPU, on CPU tensors (helpers/simulated_gpu.py): the
-place is `simulated_triton` or `simulated_cuda`. Such a process runs the tests that take `backend`,
-and no others.
+`cpu`, and `cuda` and `triton` where a case is marked for a GPU. With PTX_ARCH the kernels of one
+backend of GPUs run without a GPU, on CPU tensors (helpers/simulated_gpu.py): the place is
+`simulated_triton` or `simulated_cuda`. Such a process runs the tests that take `backend`, and no
+others.
 
 The mark on("cpu", "simulated_triton", …) limits a case, or the cases of a module that have no mark
 of their own. "gpu" stands for both backends of a GPU, "cuda" and "triton" for one of them. Without
@@ -17,7 +17,6 @@ import platform
 from collections.abc import Iterator
 from importlib import metadata
 
-import numpy as np
 import pytest
 import torch
 from simulated_gpu import BACKEND, PTX_ARCH, SIMULATED
@@ -105,25 +104,6 @@ def poisoned() -> Iterator[None]:
         libc.mallopt(M_PERTURB, 0)
 
 
-@pytest.fixture(autouse=SIMULATED)
-def patched_once(monkeypatch):
-    """The interpreter patches triton.language at each call of a function by another function. For
-    our own functions the launch of the kernel has already done this. It takes half of the time of
-    kernels with many functions."""
-    if BACKEND != "triton" or PTX_ARCH is not None:
-        return
-    from triton.runtime.interpreter import InterpretedFunction
-
-    patching = InterpretedFunction.__call__
-
-    def call(self, *args, **kwargs):
-        if self.fn.__module__.startswith("anchorops."):
-            return self.rewrite()(*args, **kwargs)
-        return patching(self, *args, **kwargs)
-
-    monkeypatch.setattr(InterpretedFunction, "__call__", call)
-
-
 @pytest.fixture
 def set_order():
     """The order in which warps run in the PTX machine: a seed, or 0 for the usual one. Elsewhere it
@@ -140,17 +120,3 @@ def set_order():
 
     yield set_order
     set_order(0)
-
-
-@pytest.fixture
-def sorted_by_numpy(monkeypatch):
-    """NumPy sorts, because Triton's sorting network takes four fifths of the interpreter's time."""
-    if BACKEND != "triton" or PTX_ARCH is not None:
-        return
-    import triton.language as tl
-    from triton.runtime.interpreter import TensorHandle
-
-    def sort(x):
-        return tl.tensor(TensorHandle(np.sort(x.handle.data), x.handle.dtype), x.type)
-
-    monkeypatch.setattr(tl, "sort", sort)

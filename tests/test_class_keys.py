@@ -14,7 +14,7 @@ from anchorops._ops.split_groups import split_groups
 pytestmark = pytest.mark.on("cpu", "simulated_triton", "simulated_cuda")
 cpu = pytest.mark.on("cpu")
 not_cuda = pytest.mark.on("cpu", "simulated_triton")
-compiled = pytest.mark.on("cpu", "simulated_cuda")  # the interpreter takes a second for each call
+compiled = pytest.mark.on("cpu", "simulated_cuda")  # a call takes a second in Triton's
 INTEGERS = (
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.uint16, torch.uint32, torch.uint64),

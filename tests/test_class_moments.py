@@ -30,12 +30,11 @@ cpu = pytest.mark.on("cpu")
 on_cpu = pytest.mark.on("cpu", "reference")
 on_gpu = pytest.mark.on("gpu")
 simulated_cuda = pytest.mark.on("simulated_cuda")
-pytestmark = pytest.mark.usefixtures("sorted_by_numpy")
 
 
 @pytest.fixture(params=["tiles", "sorted"] if BACKEND == "triton" else ["tiles"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes Triton in the interpreter sum pixels tile by tile, or sorted by key, for any shape."""
+    """Makes Triton sum pixels tile by tile, or sorted by key, for any shape."""
     if BACKEND != "triton":
         return
     from anchorops.kernels import class_moments, launch
@@ -305,7 +304,7 @@ def test_not_finite_ignored_pixels_change_nothing(case: Case, backend: str, path
     assert ignored.any() and not clean[3].movedim(1, -1)[ignored].any()
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the machine for PTX
 @pytest.mark.parametrize("case", SPOILT, ids=str)
 @pytest.mark.parametrize(
     ("value", "channels"),

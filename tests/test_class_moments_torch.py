@@ -13,7 +13,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import anchorops as ao
 from anchorops._ops.class_moments import unchecked_moments
 
-pytestmark = pytest.mark.usefixtures("sorted_by_numpy")
 fused = pytest.mark.on("cpu", "simulated_triton", "simulated_cuda")
 F64 = torch.float64
 SECOND = (

@@ -9,7 +9,6 @@ from softmax_formulas import BF16, F16, F32, interpolated
 import anchorops as ao
 from anchorops import reference
 
-pytestmark = pytest.mark.usefixtures("sorted_by_numpy")
 INTEGERS = ["uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"]
 both_backends = pytest.mark.on("cpu", "reference")
 
@@ -159,7 +158,7 @@ def test_first_of_equal_logits(backend, pixels):
     assert not ao.pixel_argmax(logits, pixels).any()
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the machine for PTX
 @pytest.mark.parametrize("pixels", [(8, 12), (5, 7), (2, 3)])
 def test_nan_is_largest(backend, pixels):
     logits = torch.randn(1, 40, 2, 3)

@@ -40,7 +40,6 @@ def same(actual: list[Tensor], expected: list[Tensor], tolerance: float = 0.0) -
         torch.testing.assert_close(ours, right, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-@pytest.mark.usefixtures("sorted_by_numpy")
 @each("reference", "cpu", "simulated_triton")
 def test_operators(operator: Operator, backend: str, default_dtype: Callable[[], None]) -> None:
     inputs = operator.inputs(1)

@@ -23,7 +23,6 @@ from tests.test_class_keys import INTEGERS
 
 pytestmark = [
     pytest.mark.on("simulated_triton", "simulated_cuda", "gpu"),
-    pytest.mark.usefixtures("sorted_by_numpy"),
 ]
 BOTH, CUDA, TRITON = ("cuda", "triton"), ("cuda",), ("triton",)
 

@@ -11,8 +11,7 @@ from torch import Tensor
 F32, F64 = torch.float32, torch.float64
 FLOOR = 12 * 2**-23  # of the largest number, as in softmax_formulas.check
 pytestmark = [
-    pytest.mark.usefixtures("sorted_by_numpy"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, in the interpreter
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, in the machine for PTX
 ]
 
 

@@ -17,7 +17,6 @@ from tests.test_guarantees import same_bits
 
 F64 = torch.float64
 pytestmark = [
-    pytest.mark.usefixtures("sorted_by_numpy"),
     pytest.mark.filterwarnings("ignore"),  # of torch.jit: deprecated; of vmap: slow
 ]
 

@@ -56,7 +56,6 @@ def check(run: Callable[..., Any], inputs: Inputs) -> None:
     assert differentiable > 0 or not any(x.requires_grad for x in expected)
 
 
-@pytest.mark.usefixtures("sorted_by_numpy")
 @each()
 def test_operators(operator: Operator, backend: str) -> None:
     check(operator.run, operator.inputs(1))

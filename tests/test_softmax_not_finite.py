@@ -26,7 +26,7 @@ from anchorops._moments import Options
 from anchorops._ops.softmax_moments import moments_of
 
 on_cpu = pytest.mark.on("cpu", "reference")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the machine for PTX
 
 RATIOS = [  # of labels to logits of (3, 4)
     ((12, 16), False),

@@ -1,18 +1,15 @@
-"""Some cases of the Triton kernels in Triton's interpreter: each method, the statistics of the
-logits, predictions and confusion matrices. `make proofs` runs all cases. And how many variants of
-the kernels images of many sizes need."""
+"""Some cases of the Triton kernels, as compiled, in the machine for PTX: each method, the
+statistics of the logits, predictions and confusion matrices. `make proofs` runs all cases. And how
+many variants of the kernels images of many sizes need."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from simulated_gpu import SIMULATED
-from torch.torch_version import TorchVersion
 
-triton = pytest.importorskip("triton", reason="CPU builds of torch do not include Triton")
+pytest.importorskip("triton", reason="CPU builds of torch do not include Triton")
 
 METHODS = ("SAR-channels last", "OCCL-odd planes", "MVSC-crop", "CeCo-bfloat16", "CBP-crop")
 CASES = [
@@ -25,20 +22,15 @@ CASES = [
 ]
 
 
-@pytest.mark.skipif(
-    TorchVersion(triton.__version__) < "3.7" and TorchVersion(np.__version__) >= "2.4",
-    reason="the interpreter of Triton 3.6 does not work with NumPy 2.4 and later",
-)
 def test_some_kernels():
     folder = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += [str(folder / case) for case in CASES]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment = os.environ | {"PTX_ARCH": "80"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
 
 
-@pytest.mark.skipif(SIMULATED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("stride", [4, 8])
 def test_sizes_share_variants(stride: int):
     """Images are evaluated, and some are trained, in their own sizes. Each variant takes seconds to

@@ -1,5 +1,5 @@
 """The backend whose kernels run here on the CPU: those of Triton or of CUDA as compiled, in the PTX
-machine (tests/proofs/ptx), or those of Triton in its interpreter. In other processes it is "".
+machine (tests/proofs/ptx). In other processes it is "".
 
 tests/proofs/test_cuda.py runs CASES_OF_CUDA."""
 
@@ -17,11 +17,8 @@ elif PTX_ARCH is not None:
 
     triton_launches.install(int(PTX_ARCH))
 
-from anchorops._backend import TRITON_INTERPRETED  # noqa: E402
-
-BACKEND = "cuda" if PTX_BACKEND == "cuda" else "triton" if TRITON_INTERPRETED else ""
+BACKEND = "" if PTX_ARCH is None else PTX_BACKEND
 SIMULATED = bool(BACKEND)
-TRUNCATES = BACKEND == "triton" and PTX_ARCH is None  # Triton's interpreter, numbers to bfloat16
 HERE = Path(__file__).parent
 OF_CUDA = (  # files of the operators that have CUDA kernels
     "guarantees",
