@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, _decomp, nn
 
 import anchorops as ao
 
@@ -171,8 +171,8 @@ def test_other_decompositions_can_be_registered() -> None:
         library.define("twice(Tensor x) -> Tensor")
         library.impl("twice", lambda x: x + x, "CPU")
         operator = torch.ops.anchorops_test.twice.default
-        torch._decomp.register_decomposition(operator)(lambda x: 2 * x)
-        assert operator in torch._decomp.get_decompositions([operator])
+        _decomp.register_decomposition(operator)(lambda x: 2 * x)
+        assert operator in _decomp.get_decompositions([operator])
         ours = torch.ops.anchorops.pixel_argmax.cpu
-        assert not torch._decomp.get_decompositions([ours])
-        assert ours in dict(torch._decomp.decomposition_table.items())
+        assert not _decomp.get_decompositions([ours])
+        assert ours in dict(_decomp.decomposition_table.items())
