@@ -63,10 +63,11 @@ def panoptic(
     inside = torch.stack([mask.sum() for mask in inside])
     areas = owners.flatten().bincount(minlength=len(inside))
     valid = (inside > 0) & (areas > overlap * inside)
-    numbers = valid.cumsum(0) * valid
+    numbers = valid.cumsum(0) * valid  # the last two are 0
+    kept_queries = zip(numbers[:-2].tolist(), labels.tolist(), scores[:-2].tolist(), strict=True)
     segments = [
         {"id": i, "label_id": label, "was_fused": False, "score": round(score, 6)}
-        for i, label, score in zip(numbers.tolist(), labels.tolist(), scores.tolist(), strict=True)
+        for i, label, score in kept_queries
         if i
     ]
     return numbers[owners], segments
