@@ -210,7 +210,11 @@ describing = {"egg_info", "dist_info", "sdist"} & {*sys.argv}
 setup(
     packages=sorted({*find_packages(include=["anchorops", "anchorops.*"]), *parts}),
     package_dir=parts,
-    package_data={"": ["*.pyi", "py.typed"], "anchorops.csrc": ["**/*"]},
+    package_data={
+        "": ["*.pyi", "py.typed"],
+        "anchorops.csrc": ["**/*"],
+        "anchorops.train": ["presets/*.yaml"],
+    },
     include_package_data=False,
     **({} if describing else compiled_parts()),
 )
