@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._backend import FUSED, TRITON_INTERPRETED, WITH_CUDA, unusable, use_backend
+from ._backend import FUSED, TRITON_ON_HOST, WITH_CUDA, unusable, use_backend
 from ._ops.centroid_info_nce import centroid_info_nce
 from ._ops.class_moments import class_centroids, pixel_to_anchor_mse
 from ._ops.pixel_binary_cross_entropy import pixel_binary_cross_entropy
@@ -264,7 +264,7 @@ def benchmark(largest: int | None = None, seconds: float = 0.2) -> bool:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     on_device = ("cuda", "triton") if cuda else ("cpu",)
-    usable = [name for name in on_device if unusable()[name] is None and not TRITON_INTERPRETED]
+    usable = [name for name in on_device if unusable()[name] is None and not TRITON_ON_HOST]
     torch.manual_seed(0)
     host = "until the calls return" if cuda else "of labels of 8×8 pixels, with one thread"
     print(f"\n{environment(device)['device']}, {'bfloat16' if cuda else 'float32'}")

@@ -34,7 +34,7 @@ from ._backend import (
     NAMES,
     NOT_AUTO,
     OPERATORS,
-    TRITON_INTERPRETED,
+    TRITON_ON_HOST,
     WITH_CUDA,
     excluded,
     select,
@@ -789,7 +789,7 @@ def _environments(
 
 def device_of(backend: str) -> torch.device:
     """Where a backend runs: kernels without a GPU read tensors of the CPU."""
-    simulated = backend == "triton" and TRITON_INTERPRETED
+    simulated = backend == "triton" and TRITON_ON_HOST
     on_gpu = backend != "cpu" and torch.cuda.is_available() and not simulated
     return torch.device("cuda" if on_gpu else "cpu")
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import anchorops as ao
 from anchorops import reference
-from anchorops._backend import TRITON_INTERPRETED
+from anchorops._backend import TRITON_ON_HOST
 from anchorops._moments import ClassMoments
 from anchorops.measure import example_labels
 
@@ -83,7 +83,7 @@ def grid(quick: list[Case], full: list[Case], names: Callable[[Case, torch.devic
 def backends(device: torch.device) -> dict[str, str]:
     """Our implementations on the device, by their name in tables, fastest first."""
     kinds = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}[device.type]
-    usable = [kind for kind in kinds if ao.backends()[kind] is None and not TRITON_INTERPRETED]
+    usable = [kind for kind in kinds if ao.backends()[kind] is None and not TRITON_ON_HOST]
     return {f"anchorops ({kind})": kind for kind in usable or ["reference"]}
 
 

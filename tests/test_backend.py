@@ -190,7 +190,7 @@ def test_triton_that_could_launch_nothing(monkeypatch, tmp_path):
     gcc, header = tmp_path / "gcc", tmp_path / "include/Python.h"
     header.parent.mkdir()
     monkeypatch.setattr(_backend.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(_backend, "TRITON_INTERPRETED", False)
+    monkeypatch.setattr(_backend, "TRITON_ON_HOST", False)
     monkeypatch.setattr(_backend.sysconfig, "get_path", lambda *_: str(header.parent))
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in ("CC", "CPATH", "C_INCLUDE_PATH"):

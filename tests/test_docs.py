@@ -87,7 +87,7 @@ def test_command_parses(words: list[str], monkeypatch: pytest.MonkeyPatch, capsy
     words = words[exported:]
     while words and "=" in words[0]:
         variable, words = words[0].partition("=")[0], words[1:]
-        of_tools = ("TRITON_INTERPRET", "ATEN_CPU_CAPABILITY", "PTX_ARCH", "PTX_BACKEND")
+        of_tools = ("ATEN_CPU_CAPABILITY", "PTX_ARCH", "PTX_BACKEND")
         assert variable in sources() or variable in of_tools
     if exported:
         assert not words

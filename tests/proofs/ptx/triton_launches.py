@@ -46,13 +46,13 @@ class _Driver(NamedTuple):
 
 def install(arch: int) -> None:
     """From now on launches are for this GPU. anchorops registers its Triton operators for CPU
-    tensors if they are interpreted, which it asks once; Triton itself compiles."""
+    tensors too if the variable is set, which it asks once."""
     import triton.language  # noqa: F401
 
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["ANCHOROPS_TRITON_ON_HOST"] = "1"
     import anchorops._backend  # noqa: F401
 
-    del os.environ["TRITON_INTERPRET"]
+    del os.environ["ANCHOROPS_TRITON_ON_HOST"]
     import torch
     from triton.runtime import driver, interpreter, jit
 
