@@ -3,8 +3,8 @@
 //
 // The runs are in the order of the columns. Along a column of pixels the upsampled value z is
 // linear between two rows of logits, so its sign changes there at most once, also with rounded
-// terms: each is monotonic in the weight. Bisection finds the pixel, with the formula of each
-// pixel. A cell whose four logits have one sign is not visited.
+// terms: each is monotonic in the weight. A division finds the pixel, and the formula of each pixel
+// mends its rounding. A cell whose four logits have one sign is not visited.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -54,11 +54,13 @@ class Runs {
     write(width * height_);
   }
 
-  const std::vector<uint8_t>& code() const { return code_; }
+  std::vector<uint8_t> code() const { return {code_.begin(), code_.begin() + size_}; }
   int64_t area() const { return area_; }
   Box box() const { return area_ == 0 ? Box{} : box_; }
 
  private:
+  static constexpr size_t MOST_CHARACTERS = 13;  // of 64 bits
+
   // The run of ones that ends before (x, y).
   void add_to_box(int64_t x, int64_t y) {
     const int64_t last = y > 0 ? x : x - 1;  // its last column
@@ -77,11 +79,12 @@ class Runs {
     int64_t rest = runs_ > 2 ? length - lengths_[runs_ & 1] : length;
     lengths_[runs_++ & 1] = length;
     position_ = position;
+    if (code_.size() < size_ + MOST_CHARACTERS) code_.resize(2 * code_.size() + MOST_CHARACTERS);
     for (bool more = true; more;) {
       const int64_t bits = rest & 31;
       rest >>= 5;
       more = rest != (bits & 16 ? -1 : 0);
-      code_.push_back(static_cast<uint8_t>(48 + bits + 32 * more));
+      code_[size_++] = static_cast<uint8_t>(48 + bits + 32 * more);
     }
   }
 
@@ -90,7 +93,8 @@ class Runs {
   int64_t lengths_[2] = {};            // of the last two runs
   bool ones_ = false;
   Box box_ = {};
-  std::vector<uint8_t> code_;
+  std::vector<uint8_t> code_;  // of which size_ are written
+  size_t size_ = 0;
 };
 
 // What the masks share: where the pixels are between the logits.
@@ -98,6 +102,7 @@ template <class Stat>
 struct Grid {
   Bilinear<Stat> row_positions, column_positions;
   Axis<Stat> rows, columns;
+  Stat pixels_per_row;
   std::vector<int64_t>
       first;  // [h + 1]: the first row of pixels whose lower logit is row i or later
 
@@ -106,6 +111,7 @@ struct Grid {
         column_positions(width, logits.size(2), align_corners),
         rows(row_positions.axis()),
         columns(column_positions.axis()) {
+    pixels_per_row = Stat(rows.size) / Stat(rows.source);
     for (int64_t i = 0; i <= rows.source; ++i) first.push_back(row_positions.labels({0, i}).end);
   }
 };
@@ -174,12 +180,11 @@ class Encoder {
     if (column.index == index) return column;
     column.index = index;
     const T* source = logits_ + mask * stride_n_ + index * stride_w_;
-    for (int64_t i = near_.begin; i <= near_.end; ++i) {
-      const int64_t row = std::min(i, grid_.rows.source - 1);
-      const Stat z = static_cast<Stat>(source[row * stride_h_]) - level_;
-      column.z[i] = z;
-      column.ones[i] = is_one(z);
-    }
+    const int64_t last = grid_.rows.source - 1;  // its own neighbour
+    for (int64_t i = near_.begin; i <= std::min(near_.end, last); ++i)
+      column.z[i] = static_cast<Stat>(source[i * stride_h_]) - level_;
+    if (near_.end > last) column.z[near_.end] = column.z[last];
+    for (int64_t i = near_.begin; i <= near_.end; ++i) column.ones[i] = is_one(column.z[i]);
     return column;
   }
 
@@ -193,7 +198,10 @@ class Encoder {
     int before = 2;
     for (int64_t i = near_.begin; i < near_.end; ++i) {
       const int corners = corners_[i];
-      if (corners == before && corners % 4 == 0) continue;
+      if (corners == before && corners % 4 == 0) {  // and eight at a time that follow
+        while (i + 8 < near_.end && !std::memcmp(&corners_[i], &corners_[i + 1], 8)) i += 8;
+        continue;
+      }
       const int64_t begin = std::max(grid_.first[i], box.y0);
       const int64_t end = std::min(grid_.first[i + 1], box.y1);
       if (begin >= end) continue;
@@ -212,20 +220,29 @@ class Encoder {
       }
       const Stat low = blend(left.z[cell.row], right.z[cell.row], weight);
       const Stat high = blend(left.z[cell.row + 1], right.z[cell.row + 1], weight);
-      const auto pixel = [&](int64_t y) {
-        return is_one(blend(low, high, position(grid_.rows, y).weight));
-      };
-      const bool first = pixel(cell.begin);
-      if (first != runs.ones()) runs.change(x, cell.begin);
-      if (pixel(cell.end - 1) == first) continue;
-      int64_t same = cell.begin, other = cell.end - 1;
-      while (other - same > 1) {
-        const int64_t middle = (same + other) / 2;
-        (pixel(middle) == first ? same : other) = middle;
-      }
-      runs.change(x, other);
+      const bool first = is_one(low);
+      int64_t other = cell.end;  // the first pixel that has not the value of `low`
+      if (is_one(high) != first) other = find_change(low, high, cell);
+      if ((other > cell.begin ? first : !first) != runs.ones()) runs.change(x, cell.begin);
+      if (other > cell.begin && other < cell.end) runs.change(x, other);
     }
     if (runs.ones() && box.y1 < grid_.rows.size) runs.change(x, box.y1);
+  }
+
+  // The first pixel of the cell whose value is not that of `low`, or the cell's end: where z is 0,
+  // by division; its rounding is mended with the formula of each pixel. NaN is found by steps.
+  int64_t find_change(Stat low, Stat high, const Cell& cell) const {
+    const auto is_as_low = [&](int64_t y) {
+      return is_one(blend(low, high, position(grid_.rows, y).weight)) == is_one(low);
+    };
+    const Stat zero = low / (low - high);  // its weight
+    const Stat last = position(grid_.rows, cell.end - 1).weight;
+    const Stat behind = std::max(Stat(0), (last - zero) * grid_.pixels_per_row);
+    const Stat most = static_cast<Stat>(cell.end - cell.begin);
+    int64_t y = cell.end - static_cast<int64_t>(std::min(behind, most));
+    while (y < cell.end && is_as_low(y)) ++y;
+    while (y > cell.begin && !is_as_low(y - 1)) --y;
+    return y;
   }
 
   const Grid<Stat>& grid_;
