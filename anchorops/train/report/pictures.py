@@ -41,10 +41,10 @@ def draw_predictions(module: "SegmentationModule", count: int, *, title: str) ->
     module.eval()
     for index in range(min(count, len(dataset))):
         image, labels = dataset[index]
-        seen |= set(labels.unique().tolist())
         network_input = module.data.transform(tv_tensors.Image(image)).as_subclass(Tensor)
         images = network_input[None].to(module.device, memory_format=module.layout)
         (classes,) = predict(module.network, images, labels.shape, **module.prediction)
+        seen |= {*labels.unique().tolist(), *classes.unique().tolist()}
         parts = (_rgb(image), colors[labels.numpy()], colors[classes.cpu().numpy()])
         columns.append(np.concatenate(parts))
     module.train(training)
