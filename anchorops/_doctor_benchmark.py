@@ -75,8 +75,8 @@ def _cross_entropy_dice(x: Tensor, _: Tensor, labels: Tensor) -> Tensor:
     probabilities, targets = z.softmax(1), F.one_hot(labels, z.shape[1]).movedim(-1, 1).float()
     axes = (0, *range(2, z.dim()))
     counts = targets.sum(axes)
-    overlaps = (probabilities * targets).sum(axes)
-    scores = 2 * overlaps / (probabilities.sum(axes) + counts)
+    intersections = (probabilities * targets).sum(axes)
+    scores = 2 * intersections / (probabilities.sum(axes) + counts)
     return F.cross_entropy(z, labels) + (1 - scores)[counts > 0].mean()
 
 

@@ -148,31 +148,31 @@ class MeanIoU(Metric):
             )
         self.confusion = self.confusion + matrix  # new: a state may be a tensor of inference mode
 
-    def _hits_and_unions(self) -> tuple[Tensor, Tensor]:
+    def _intersections_and_unions(self) -> tuple[Tensor, Tensor]:
         """n_kk and the union of each class, [K], int64; 0 for a class that is ignored."""
         if self.sigmoid:
-            hits = self.confusion[:, 1, 1]
-            return hits, self.confusion.sum((1, 2)) - self.confusion[:, 0, 0]
-        hits = self.confusion.diagonal()
-        unions = self.confusion.sum(0) + self.confusion.sum(1) - hits
+            intersections = self.confusion[:, 1, 1]
+            return intersections, self.confusion.sum((1, 2)) - self.confusion[:, 0, 0]
+        intersections = self.confusion.diagonal()
+        unions = self.confusion.sum(0) + self.confusion.sum(1) - intersections
         if 0 <= self.ignore_index < self.num_classes:
             unions[self.ignore_index] = 0
-        return hits, unions
+        return intersections, unions
 
     def per_class(self) -> Tensor:
         """The IoU of each class, [K], float32, whatever the average. A class that is ignored, or
         occurs neither in the labels nor in the predictions, has none: it is NaN here. The values
         are those of this rank; for those of all ranks call it inside
         `with metric.sync_context():`."""
-        hits, unions = self._hits_and_unions()
-        return hits.float() / unions.float()
+        intersections, unions = self._intersections_and_unions()
+        return intersections.float() / unions.float()
 
     def compute(self) -> Tensor:
         """The average, a float32 scalar, 0 if no class occurs; or each class, [K], float32."""
-        hits, unions = self._hits_and_unions()
+        intersections, unions = self._intersections_and_unions()
         if self.average == "micro":
-            hits, unions = hits.sum(), unions.sum()
-        iou = torch.where(unions > 0, hits.float() / unions.float(), 0)
+            intersections, unions = intersections.sum(), unions.sum()
+        iou = torch.where(unions > 0, intersections.float() / unions.float(), 0)
         if self.average in ("micro", "none"):
             return iou
         if self.average == "weighted":

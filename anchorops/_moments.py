@@ -40,20 +40,20 @@ class UpsampledSums(NamedTuple):
 class SoftmaxMoments(NamedTuple):
     """Statistics of each class, from p = the softmax of the logits upsampled to full resolution.
 
-    `counts`, `hits`, `losses`, `overlaps`, `masses`, `squares` and `used` are [K], with per_image
-    [B, K]. `pixel_losses` has the labels' shape, `outside` is a scalar. What was not requested is
-    None.
+    `counts`, `correct`, `losses`, `intersections`, `probability_sums`, `squares` and `used` are
+    [K], with per_image [B, K]. `pixel_losses` has the labels' shape, `labels_out_of_range` is a
+    scalar. What was not requested is None.
     """
 
     counts: Tensor
-    hits: Tensor | None
+    correct: Tensor | None
     losses: Tensor
-    overlaps: Tensor | None
-    masses: Tensor | None
+    intersections: Tensor | None
+    probability_sums: Tensor | None
     squares: Tensor | None
     pixel_losses: Tensor | None
     used: Tensor | None = None
-    outside: Tensor | None = None
+    labels_out_of_range: Tensor | None = None
 
 
 class Options(NamedTuple):
@@ -64,7 +64,7 @@ class Options(NamedTuple):
     pixel_weights: w, of the labels' shape and any strides, in the statistics' dtype.
     min_loss: pixels of smaller −log p_y are not used in the losses; NaN is not smaller.
     with_lse: keep lse for the backward pass; set where a gradient may be requested.
-    The other flags request the results of these names; `masses` also the overlaps.
+    The other flags request the results of these names; `probability_sums` also the intersections.
     """
 
     true_weights: Tensor | None = None
@@ -75,12 +75,12 @@ class Options(NamedTuple):
     ignore_index: int = 255
     align_corners: bool = False
     per_image: bool = False
-    hits: bool = False
-    masses: bool = False
+    correct: bool = False
+    probability_sums: bool = False
     squares: bool = False
     pixel_losses: bool = False
     with_lse: bool = False
-    outside: bool = False
+    labels_out_of_range: bool = False
 
     def requests(self, result: str) -> bool:
         return RESULTS[result].requested(self)
@@ -155,15 +155,19 @@ class Result(NamedTuple):
 # In the order of the operator: opcheck needs a floating-point result first.
 RESULTS = {
     "losses": Result("classes", float, lambda options: True, differentiable=True),
-    "overlaps": Result("classes", float, lambda options: options.masses, differentiable=True),
-    "masses": Result("classes", float, lambda options: options.masses, differentiable=True),
+    "intersections": Result(
+        "classes", float, lambda options: options.probability_sums, differentiable=True
+    ),
+    "probability_sums": Result(
+        "classes", float, lambda options: options.probability_sums, differentiable=True
+    ),
     "squares": Result("classes", float, lambda options: options.squares, differentiable=True),
     "pixel_losses": Result("pixels", float, lambda o: o.pixel_losses, differentiable=True),
     "lse": Result("pixels", float, lambda options: options.with_lse),
     "counts": Result("classes", int, lambda options: True),
-    "hits": Result("classes", int, lambda options: options.hits),
+    "correct": Result("classes", int, lambda options: options.correct),
     "used": Result("classes", int, counts_used),  # float with pixel weights
-    "outside": Result("", int, lambda options: options.outside),
+    "labels_out_of_range": Result("", int, lambda options: options.labels_out_of_range),
 }
 Results = namedtuple("Results", RESULTS)  # tensors; those that were not requested are empty
 GRADIENTS = tuple(name for name, result in RESULTS.items() if result.differentiable)

@@ -306,9 +306,9 @@ class FrequencyCorrelation(Metric):
         labels = labels.long()  # torch has no comparisons for uint16 to uint64
         valid = (labels >= 0) & (labels < self.num_classes) & (labels != self.ignore_index)
         labels, predictions = labels[valid], predictions[valid]
-        hits = labels[predictions == labels]
+        correct_labels = labels[predictions == labels]
         self.pixels = self.pixels + labels.bincount(minlength=self.num_classes)
-        self.correct = self.correct + hits.bincount(minlength=self.num_classes)
+        self.correct = self.correct + correct_labels.bincount(minlength=self.num_classes)
 
     def compute(self) -> Tensor:
         """The correlation, a float64 scalar; NaN if all classes are equally frequent."""

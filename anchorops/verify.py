@@ -246,7 +246,7 @@ def _largest(z: Tensor, y: Tensor, *, align: bool) -> tuple[Tensor, Tensor]:
 def _our_statistics(z: Tensor, y: Tensor) -> Inputs:
     options = {"squares": True, "pixel_losses": True, "ignore_index": -1}
     m = ao.ops.softmax_moments(z, y, **options)
-    results = (m.hits, m.losses, m.overlaps, m.masses, m.squares, m.pixel_losses)
+    results = (m.correct, m.losses, m.intersections, m.probability_sums, m.squares, m.pixel_losses)
     return tuple(x for x in results if x is not None)
 
 

@@ -100,8 +100,8 @@ def weighted(z: Tensor, y: Tensor, of: Formula = ce) -> Tensor:
 def dice(z: Tensor, y: Tensor) -> Tensor:
     p, truth = z.softmax(1), F.one_hot(y, z.shape[1]).movedim(-1, 1)
     axes = (0, *range(2, z.dim()))
-    overlaps = (p * truth).sum(axes)
-    return 1 - (2 * overlaps / (p.sum(axes) + truth.sum(axes)).clamp(min=1e-7)).mean()
+    intersections = (p * truth).sum(axes)
+    return 1 - (2 * intersections / (p.sum(axes) + truth.sum(axes)).clamp(min=1e-7)).mean()
 
 
 def sorted_present(z: Tensor, y: Tensor) -> Tensor:

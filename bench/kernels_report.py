@@ -150,9 +150,10 @@ def launch_upsampled(dtype: torch.dtype, layout: torch.memory_format) -> None:
 
 
 class PixelVariant(NamedTuple):
-    """Upsampled logits; with `dice` masses, squares, hits and all gradients, otherwise only the
-    cross-entropy. `shaped`: with label smoothing, a focal factor, a smallest loss, pixel weights.
-    `dice` and `shaped` also count the labels outside, as the modules do."""
+    """Upsampled logits; with `dice` probability_sums, squares, correct and all gradients, otherwise
+    only the cross-entropy. `shaped`: with label smoothing, a focal factor, a smallest loss, pixel
+    weights.
+    `dice` and `shaped` also count the labels out of range, as the modules do."""
 
     dtype: torch.dtype
     size: tuple[int, ...]
@@ -162,7 +163,7 @@ class PixelVariant(NamedTuple):
     shaped: str = ""
 
     def __str__(self) -> str:
-        what = "masses, squares, hits, maps" if self.dice else "cross-entropy"
+        what = "all statistics of Dice, and maps" if self.dice else "cross-entropy"
         what += f" with {self.shaped}" if self.shaped else ""
         corners = ", corners aligned" if self.align_corners else ""
         dtype = str(self.dtype).removeprefix("torch.")
@@ -208,12 +209,12 @@ def launch_pixels(variant: PixelVariant) -> None:
         min_loss=1.0 if "smallest" in variant.shaped else -math.inf,
         focal_gamma=2.0 if "focal" in variant.shaped else 0.0,
         align_corners=align_corners,
-        hits=dice,
-        masses=dice,
+        correct=dice,
+        probability_sums=dice,
         squares=dice,
         pixel_losses=dice,
         with_lse=True,
-        outside=dice or variant.shaped != "",
+        labels_out_of_range=dice or variant.shaped != "",
     )
     moments = softmax_moments.softmax_moments(logits, labels, options)
     gradients = {f"d{name}": moments.get(name) for name in GRADIENTS}

@@ -2,11 +2,11 @@
 
 A program goes through some tiles of an image; a tile is LANES lanes (upsampling.py). For each tile
 it computes Σ_k e^(z_k) of the pixels, in one loop over the classes (softmax.py). Then it adds the
-statistics of the true class, for one label of the tile after the other; masses and squares need
-another loop over the classes.
+statistics of the true class, for one label of the tile after the other; probability_sums and
+squares need another loop over the classes.
 
-A program adds to its own partials; torch.sum adds these in a fixed order. Hits, counts, used pixels
-and labels outside need integer atomics.
+A program adds to its own partials; torch.sum adds these in a fixed order. counts, correct, used and
+labels_out_of_range need integer atomics.
 """
 
 from typing import Any, NamedTuple
@@ -61,13 +61,13 @@ class Results(NamedTuple):
     """What the kernel adds to, zero on entry; None if it is not wanted."""
 
     losses: Any  # partials: float32 [B · chunks, K]; also the next three
-    overlaps: Any
-    masses: Any
+    intersections: Any
+    probability_sums: Any
     squares: Any
     counts: Any  # int64 [K] or [B, K]; also the next two
-    hits: Any
+    correct: Any
     used: Any  # with pixel weights partials, as `losses`
-    outside: Any  # int64 []
+    labels_out_of_range: Any  # int64 []
 
 
 @triton.jit
@@ -121,13 +121,13 @@ def _add_true_classes(
             pixel_losses = [
                 tl.where(mine[i], losses[i], pixel_losses[i]) for i in () + CELLS.columns
             ]
-        if results.overlaps is not None:
+        if results.intersections is not None:
             p = [tl.exp2(exponents[i] - softmax.log_sums[i]) for i in () + CELLS.columns]
-            _add_where(mine, results.overlaps + row + label, p)
+            _add_where(mine, results.intersections + row + label, p)
         _count_where(mine, results.counts + counted + label)
-        if results.hits is not None:
+        if results.correct is not None:
             right = [mine[i] & (softmax.predicted[i] == label) for i in () + CELLS.columns]
-            _count_where(right, results.hits + counted + label)
+            _count_where(right, results.correct + counted + label)
         if results.used is not None and weight_map.ptr is None:
             kept = [mine[i] & used[i] for i in () + CELLS.columns]
             _count_where(kept, results.used + counted + label)
@@ -141,13 +141,14 @@ def _add_all_classes(results, row, logits, lanes, labels, lse, CELLS: tl.constex
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
     for k in range(logits.num_classes):
         z = logits_of_pixels(ptrs, lanes, CELLS)
-        mass, square = tl.zeros(lse[0].shape, tl.float32), tl.zeros(lse[0].shape, tl.float32)
+        probability_sum = tl.zeros(lse[0].shape, tl.float32)
+        square = tl.zeros(lse[0].shape, tl.float32)
         for i in tl.static_range(len(labels)):
             p = tl.where(labels[i] >= 0, probability(z[i], lse[i]), 0.0)
-            mass += p
+            probability_sum += p
             square = tl.fma(p, p, square)
-        if results.masses is not None:
-            _add(results.masses + row + k, mass)
+        if results.probability_sums is not None:
+            _add(results.probability_sums + row + k, probability_sum)
         if results.squares is not None:
             _add(results.squares + row + k, square)
         ptrs = next_class(ptrs, logits.stride_k)
@@ -192,8 +193,8 @@ def _softmax_moments_kernel(
 ):
     """Reads the logits of a tile once from memory, and again from the caches for each further loop
     and for neighbours. Reads each label and weight once. Writes the requested maps. For each tile
-    it writes one number per class for masses and for squares, and one per label of the tile for the
-    other statistics."""
+    it writes one number per class for probability_sums and for squares, and one per label of the
+    tile for the other statistics."""
     axes = axes_of(height, width, label_height, label_width, ratios, CELLS)
     image, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     row = tl.program_id(0).to(tl.int64) * num_classes
@@ -206,10 +207,10 @@ def _softmax_moments_kernel(
     for tile in range(chunk * tiles_per_chunk, tl.minimum((chunk + 1) * tiles_per_chunk, tiles)):
         lanes = lanes_of_tile(tile, axes, logits, CELLS, LANES)
         labels = load_labels(
-            label_map, image, lanes, num_classes, ignore_index, CELLS, results.outside
+            label_map, image, lanes, num_classes, ignore_index, CELLS, results.labels_out_of_range
         )
         softmax = softmax_of(
-            logits, lanes, labels, loss_options, image, results.hits is not None, CELLS
+            logits, lanes, labels, loss_options, image, results.correct is not None, CELLS
         )
         lse = lse_of(softmax, labels, CELLS)
         if lse_ptr is not None:
@@ -222,7 +223,7 @@ def _softmax_moments_kernel(
         if pixel_losses_ptr is not None:
             pixel_losses_map = contiguous_map(pixel_losses_ptr, axes)
             store_map(pixel_losses_map, pixel_losses, image, lanes, CELLS)
-        if results.masses is not None or results.squares is not None:
+        if results.probability_sums is not None or results.squares is not None:
             _add_all_classes(results, row, logits, lanes, labels, lse, CELLS)
 
 
@@ -235,7 +236,8 @@ def softmax_moments(logits: Tensor, labels: Tensor, options: Any) -> dict[str, T
     """
     batch, num_classes = logits.shape[:2]
     shape = (batch, num_classes) if options.per_image else (num_classes,)
-    integers, floats = ["counts", "hits"], ["losses", "overlaps", "masses", "squares"]
+    integers = ["counts", "correct"]
+    floats = ["losses", "intersections", "probability_sums", "squares"]
     (integers if options.pixel_weights is None else floats).append("used")
     maps = ["pixel_losses", "lse"]
     integers, floats, maps = (
@@ -243,14 +245,14 @@ def softmax_moments(logits: Tensor, labels: Tensor, options: Any) -> dict[str, T
     )
     results = {x: logits.new_zeros(shape, dtype=torch.int64) for x in integers}
     results |= {x: logits.new_empty(labels.shape, dtype=torch.float32) for x in maps}
-    if options.requests("outside"):
-        results["outside"] = logits.new_zeros((), dtype=torch.int64)
+    if options.requests("labels_out_of_range"):
+        results["labels_out_of_range"] = logits.new_zeros((), dtype=torch.int64)
     if labels.numel() == 0:
         return results | {x: logits.new_zeros(shape, dtype=torch.float32) for x in floats}
 
     logits = class_planes(logits)
     loss_options = loss_options_of(options)
-    rows = most_rows(loss_options.change_losses, options.masses or options.squares)
+    rows = most_rows(loss_options.change_losses, options.probability_sums or options.squares)
     upsampling = upsampling_of(logits, *labels.shape[1:], options.align_corners, rows)
     block = FORWARD_LANES
     row_bytes = 4 * len(floats) * batch * num_classes

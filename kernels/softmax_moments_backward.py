@@ -2,7 +2,7 @@
 
     dz_k = α·(p_k − [y = k]) + β·(V·p_k − v_k) + p_k·(u_k − Σ_j p_j u_j)
     α    = d·∂L/∂c,   β = d·∂L/∂u,   d = w·dlosses[y] + dpixel_losses
-    u_k  = dmasses[k] + [y = k]·doverlaps[k] + 2·p_k·dsquares[k]
+    u_k  = dprobability_sums[k] + [y = k]·dintersections[k] + 2·p_k·dsquares[k]
 
 and the transpose of the upsampling (upsampling_transposed.py), of dz. First the terms of a pixel
 that are the same for all classes are computed; then dz, for one class after the other. The
@@ -70,8 +70,8 @@ class ByClass(NamedTuple):
 
 class Gradients(NamedTuple):
     dlosses: ByClass
-    doverlaps: ByClass
-    dmasses: ByClass
+    dintersections: ByClass
+    dprobability_sums: ByClass
     dsquares: ByClass
 
 
@@ -121,30 +121,35 @@ def _add_map(x, pixel_map, pixels, CELLS: tl.constexpr):
 
 
 @triton.jit
-def _subtract_overlaps(x, gradients, pixels, CELLS: tl.constexpr):
-    """x − p_y·doverlaps[y]"""
-    if gradients.doverlaps.ptr is None:
+def _subtract_intersections(x, gradients, pixels, CELLS: tl.constexpr):
+    """x − p_y·dintersections[y]"""
+    if gradients.dintersections.ptr is None:
         return x
     else:
         image, logits, lanes, labels, lse = pixels
-        ptr = gradients.doverlaps.ptr + image * gradients.doverlaps.stride_b
-        doverlaps = values_of_labels(ptr, gradients.doverlaps.stride_k, labels)
+        ptr = gradients.dintersections.ptr + image * gradients.dintersections.stride_b
+        dintersections = values_of_labels(ptr, gradients.dintersections.stride_k, labels)
         z = true_logits(logits, lanes, labels, CELLS)
-        return [tl.fma(-probability(z[i], lse[i]), doverlaps[i], x[i]) for i in () + CELLS.columns]
+        return [
+            tl.fma(-probability(z[i], lse[i]), dintersections[i], x[i]) for i in () + CELLS.columns
+        ]
 
 
 @triton.jit
 def _subtract_all_classes(x, gradients, pixels, CELLS: tl.constexpr):
-    """x − Σ_j p_j·(dmasses[j] + 2·p_j·dsquares[j])"""
-    if gradients.dmasses.ptr is not None or gradients.dsquares.ptr is not None:
+    """x − Σ_j p_j·(dprobability_sums[j] + 2·p_j·dsquares[j])"""
+    if gradients.dprobability_sums.ptr is not None or gradients.dsquares.ptr is not None:
         image, logits, lanes, _, lse = pixels
         ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
         for k in range(logits.num_classes):
             z = logits_of_pixels(ptrs, lanes, CELLS)
-            dmass = _class_value(gradients.dmasses, image, k)
+            dprobability_sum = _class_value(gradients.dprobability_sums, image, k)
             dsquare = 2 * _class_value(gradients.dsquares, image, k)
             p = [probability(z[i], lse[i]) for i in () + CELLS.columns]
-            x = [tl.fma(-p[i], tl.fma(p[i], dsquare, dmass), x[i]) for i in () + CELLS.columns]
+            x = [
+                tl.fma(-p[i], tl.fma(p[i], dsquare, dprobability_sum), x[i])
+                for i in () + CELLS.columns
+            ]
             ptrs = next_class(ptrs, logits.stride_k)
     return x
 
@@ -154,20 +159,20 @@ def _pixel_gradients(k, z, factors, alphas, gradients, pixels, BY_PIXEL: tl.cons
     """dz_k of each pixel, except for β·v_k."""
     image, _, _, labels, lse = pixels
     alpha = _class_value(gradients.dlosses, image, k)
-    doverlap = _class_value(gradients.doverlaps, image, k)
-    dmass = _class_value(gradients.dmasses, image, k)
+    dintersection = _class_value(gradients.dintersections, image, k)
+    dprobability_sum = _class_value(gradients.dprobability_sums, image, k)
     dsquare = 2 * _class_value(gradients.dsquares, image, k)
     dz = ()
     for i in tl.static_range(len(z)):
         p = probability(z[i], lse[i])
         factor = factors[i]
-        if gradients.dmasses.ptr is not None:
-            factor += dmass
+        if gradients.dprobability_sums.ptr is not None:
+            factor += dprobability_sum
         if gradients.dsquares.ptr is not None:
             factor = tl.fma(p, dsquare, factor)
         label_term = -alphas[i] if BY_PIXEL else -alpha
-        if gradients.doverlaps.ptr is not None:
-            label_term = tl.fma(p, doverlap, label_term)
+        if gradients.dintersections.ptr is not None:
+            label_term = tl.fma(p, dintersection, label_term)
         gradient = tl.fma(p, factor, tl.where(labels[i] == k, label_term, 0.0))
         dz = dz + (tl.where(labels[i] >= 0, gradient, 0.0),)
     return dz
@@ -243,7 +248,7 @@ def _softmax_moments_bwd_kernel(
         d, logits, lanes, labels, lse, loss_options, image, weights_ptr is not None, CELLS
     )
     factors = add_sum_of_weights(alphas, betas, loss_options, image, CELLS)
-    factors = _subtract_overlaps(factors, gradients, pixels, CELLS)
+    factors = _subtract_intersections(factors, gradients, pixels, CELLS)
     factors = _subtract_all_classes(factors, gradients, pixels, CELLS)
     beta = betas
     if loss_options.all_weights is not None:
@@ -274,8 +279,8 @@ def softmax_moments_backward(
     labels: Tensor,
     lse: Tensor,
     dlosses: Tensor | None,
-    doverlaps: Tensor | None,
-    dmasses: Tensor | None,
+    dintersections: Tensor | None,
+    dprobability_sums: Tensor | None,
     dsquares: Tensor | None,
     dpixel_losses: Tensor | None,
     options: Any,
@@ -291,7 +296,7 @@ def softmax_moments_backward(
         return dlogits.zero_()
     logits = class_planes(logits)
     loss_options = loss_options_of(options)
-    by_class = any(gradient is not None for gradient in (doverlaps, dmasses, dsquares))
+    by_class = any(x is not None for x in (dintersections, dprobability_sums, dsquares))
     rows = most_rows(loss_options.change_losses, by_class)
     upsampling = upsampling_of(logits, *labels.shape[1:], options.align_corners, rows)
     weights = options.pixel_weights if dlosses is not None else None
@@ -306,7 +311,7 @@ def softmax_moments_backward(
         labels,
         *labels.stride(),
         lse.contiguous(),
-        Gradients(*map(_by_class, (dlosses, doverlaps, dmasses, dsquares))),
+        Gradients(*map(_by_class, (dlosses, dintersections, dprobability_sums, dsquares))),
         *pixel_map_of(dpixel_losses),
         loss_options,
         gradients,

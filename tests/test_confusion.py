@@ -218,7 +218,7 @@ def test_values_outside_are_left_out(backend):
         ((1, 7, 9, 8), (3, 5), False, F16),
     ],
 )
-def test_hits_are_the_diagonal(backend, size, pixels, align_corners, dtype):
+def test_correct_is_the_diagonal(backend, size, pixels, align_corners, dtype):
     """The arithmetic is the same, so this holds even if logits are equal up to rounding."""
     logits = (torch.randn(size) * 4).round().div(4).to(dtype)
     labels = torch.randint(0, size[1], (size[0], *pixels))
@@ -226,15 +226,15 @@ def test_hits_are_the_diagonal(backend, size, pixels, align_corners, dtype):
     options = {"align_corners": align_corners}
     predictions = ao.pixel_argmax(logits, pixels, **options)
     matrix = reference.confusion(predictions, labels, size[1], ignore_index=255)
-    assert torch.equal(ao.ops.softmax_moments(logits, labels, **options).hits, matrix.diagonal())
+    assert torch.equal(ao.ops.softmax_moments(logits, labels, **options).correct, matrix.diagonal())
     assert torch.equal(ao.pixel_confusion(logits, labels, **options), matrix)
 
 
 @pytest.mark.parametrize("num_classes", [2, 3])
 @pytest.mark.parametrize("pixels", [(7, 33), (21, 99)])
-def test_hits_of_almost_equal_logits_are_the_diagonal(num_classes: int, pixels: tuple[int, int]):
+def test_correct_is_the_diagonal_for_almost_equal_logits(num_classes: int, pixels: tuple[int, int]):
     base = 50 * torch.randn(1, 1, 7, 33)
     logits = base + 1e-3 * torch.randint(-1, 2, (1, num_classes, 7, 33))
     labels = torch.randint(0, num_classes, (1, *pixels))
     diagonal = ao.pixel_confusion(logits, labels).diagonal()
-    assert torch.equal(ao.ops.softmax_moments(logits, labels).hits, diagonal)
+    assert torch.equal(ao.ops.softmax_moments(logits, labels).correct, diagonal)

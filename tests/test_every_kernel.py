@@ -83,7 +83,12 @@ def softmax_moments() -> list[Case]:
             TRITON,
         )
         for layout in ("contiguous", "channels_last")
-        for statistics in (softmax.CE, ("masses",), ("masses", "squares"), softmax.ALL)
+        for statistics in (
+            softmax.CE,
+            ("probability_sums",),
+            ("probability_sums", "squares"),
+            softmax.ALL,
+        )
     ]
 
 

@@ -34,7 +34,7 @@ INPUTS: list[tuple[dict[str, Any], str]] = [
 
 FLAGS = [
     ({flag: 1}, f"{flag}: expected True or False, got 1 of type int")
-    for flag in ("per_image", "hits", "masses", "squares", "pixel_losses")
+    for flag in ("per_image", "correct", "probability_sums", "squares", "pixel_losses")
 ]
 
 CROSS_ENTROPY: list[tuple[dict[str, Any], str]] = [

@@ -291,8 +291,8 @@ def test_each_image_has_a_dice_of_its_own(backend: str) -> None:
 
     def theirs(x: Tensor) -> Tensor:
         p = F.interpolate(x, labels.shape[2:], mode="bilinear").sigmoid()
-        overlaps, axes = (p * labels).sum((2, 3)), (2, 3)
-        scores = (2 * overlaps + 1) / (p.sum(axes) + labels.sum(axes) + 1)
+        intersections, axes = (p * labels).sum((2, 3)), (2, 3)
+        scores = (2 * intersections + 1) / (p.sum(axes) + labels.sum(axes) + 1)
         return (1 - scores).mean()
 
     loss = ao.Dice(sigmoid=True, per_image=True, absent="keep", smooth=0.5)

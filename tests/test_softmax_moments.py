@@ -41,15 +41,15 @@ CASES = [
     # ×4: one cell, several tiles of cells, many classes
     Case((1, 3, 1, 1), (4, 4)),
     Case((2, 19, 3, 5), (12, 20)),
-    Case((2, 2, 3, 37), (12, 148), statistics=("masses",), per_image=True),
+    Case((2, 2, 3, 37), (12, 148), statistics=("probability_sums",), per_image=True),
     Case((1, 7, 9, 2), (36, 8), BF16, layout="channels_last", label_dtype=torch.uint8),
     Case((1, 150, 1, 3), (4, 12), BF16, statistics=CE),
-    Case((1, 37, 2, 3), (8, 12), F16, layout="every other", statistics=("masses",)),
+    Case((1, 37, 2, 3), (8, 12), F16, layout="every other", statistics=("probability_sums",)),
     # ×8
     Case((1, 8, 3, 4), (24, 32), layout="channels_last", statistics=CE),
     Case((2, 5, 2, 3), (16, 24), BF16, layout="cropped", label_dtype=torch.int16),
     # ×2 and ×3, and another ratio along each axis
-    Case((1, 7, 4, 5), (8, 10), statistics=("hits", "masses")),
+    Case((1, 7, 4, 5), (8, 10), statistics=("correct", "probability_sums")),
     Case((1, 4, 3, 9), (9, 9)),
     Case((1, 4, 9, 3), (3, 24), label_dtype=torch.uint16),
     # odd ratios, both ways to place the corners
@@ -63,7 +63,7 @@ CASES = [
     Case((1, 2, 4, 3), (4, 3)),
     Case((2, 2, 3, 2), (12, 8), per_image=True),
     Case((1, 7, 9, 8), (3, 5)),
-    Case((1, 7, 9, 8), (4, 2), F32, True, statistics=("masses",)),
+    Case((1, 7, 9, 8), (4, 2), F32, True, statistics=("probability_sums",)),
     Case((2, 3, 1, 1), (5, 3), F32, True),
     # cells of many pixels, which a program of the gradient takes in blocks
     Case((1, 3, 2, 1), (80, 3)),
@@ -74,7 +74,7 @@ CASES = [
     Case((150, 19), (), BF16, statistics=CE),
     Case((600, 5), ()),
     Case((2, 3, 300), (300,), per_image=True),
-    Case((1, 3, 1, 90), (1, 810), statistics=("hits", "masses")),
+    Case((1, 3, 1, 90), (1, 810), statistics=("correct", "probability_sums")),
     # one row of pixels in geometric sequences: the shifts of one row, of several small images
     Case((2, 5, 1, 40), (1, 160), F32, True),
     Case((20, 3, 1, 1), (1, 4), F32, True),
@@ -90,7 +90,8 @@ CASES = [
 ]
 CASES_OF_CPU = [
     Case((2, 5, 3, 15), (12, 60)),  # as many cells as the lanes of a vector, in a row
-    Case((1, 2, 3, 12_400), (2, 1), statistics=("masses",)),  # a tile of logits that no label reads
+    # a tile of logits that no label reads
+    Case((1, 2, 3, 12_400), (2, 1), statistics=("probability_sums",)),
     Case((2, 7, 5, 6), (20, 24), F64),
     Case((2, 7, 5, 6), (17, 25), F64, True, per_image=True),
     Case((2, 7, 1, 1), (4, 3), F64),
@@ -161,7 +162,7 @@ SHAPED = [
     Case((2, 19, 3, 5), (12, 20), smoothing="class"),
     Case((1, 2, 4, 3), (4, 3), statistics=CE, smoothing="class"),
     Case((1, 6, 4, 5), (8, 10), statistics=CE, focal_gamma=2.0),
-    Case((1, 4, 5, 4), (7, 9), F16, True, statistics=("masses",), focal_gamma=0.5),
+    Case((1, 4, 5, 4), (7, 9), F16, True, statistics=("probability_sums",), focal_gamma=0.5),
     Case((2, 5, 3, 4), (12, 16), min_loss=1.0, per_image=True),
     Case((70, 37), (), layout="every other", statistics=CE, smoothing="class", min_loss=3.0),
     Case((3, 4, 3, 4), (9, 7), F32, True, smoothing="class", focal_gamma=1.5),
@@ -183,7 +184,7 @@ SHAPES: list[dict[str, Any]] = [
     {"statistics": CE, "focal_gamma": 1.7},
     {"statistics": CE, "min_loss": 0.8},
     {"smoothing": "class", "focal_gamma": 3.0, "min_loss": 0.5},
-    {"statistics": ("masses",), "smoothing": "image and class", "per_image": True},
+    {"statistics": ("probability_sums",), "smoothing": "image and class", "per_image": True},
     {"statistics": CE, "pixel_weights": True},
     {"smoothing": "class", "focal_gamma": 3.0, "min_loss": 0.5, "pixel_weights": True},
 ]
@@ -241,7 +242,7 @@ def test_shaped_losses(case: Case, backend: str):
         Case((1, 3, 2, 3), (8, 12)),
         Case((1, 3, 2, 2), (24, 18)),
         Case((1, 3, 3, 2), (6, 16), dtype=BF16),
-        Case((1, 3, 2, 3), (7, 13), F32, True, statistics=("masses",)),
+        Case((1, 3, 2, 3), (7, 13), F32, True, statistics=("probability_sums",)),
         Case((1, 3, 2, 3), (8, 12), smoothing="class", focal_gamma=2.0, min_loss=0.5),
     ],
     ids=str,
@@ -256,7 +257,7 @@ def test_lanes_of_one_pixel(case: Case, backend: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    "through", [("losses",), ("masses",), ("overlaps", "pixel_losses"), ("squares",)]
+    "through", [("losses",), ("probability_sums",), ("intersections", "pixel_losses"), ("squares",)]
 )
 def test_gradient_through_some(through: tuple[str, ...], backend: str):
     check(Case((1, 6, 3, 4), (12, 16)), backend, through)
@@ -264,16 +265,18 @@ def test_gradient_through_some(through: tuple[str, ...], backend: str):
 
 
 @cpu
-def test_equal_gradients_of_two_masses_cancel_out(backend: str):
-    """The sum of the masses is the number of pixels."""
+def test_equal_gradients_of_two_probability_sums_cancel_out(backend: str):
+    """The sum of probability_sums is the number of pixels."""
     logits, labels = torch.randn(1, 2, 4, 6), torch.randint(0, 2, (1, 12, 12))
 
     def gradient(weight: float) -> Tensor:
         x = logits.clone().requires_grad_()
         moments = ao.ops.softmax_moments(x, labels)
-        assert moments.overlaps is not None and moments.masses is not None
-        overlaps = moments.overlaps * torch.tensor([0.3, 0.7])
-        return torch.autograd.grad(overlaps.sum() + weight * moments.masses.sum(), x)[0]
+        assert moments.intersections is not None and moments.probability_sums is not None
+        intersections = moments.intersections * torch.tensor([0.3, 0.7])
+        return torch.autograd.grad(
+            intersections.sum() + weight * moments.probability_sums.sum(), x
+        )[0]
 
     torch.testing.assert_close(gradient(1e7), gradient(0.0))
 
@@ -308,7 +311,7 @@ def test_steep_logits(case: Case, scale: float, backend: str):
 @pytest.mark.on("reference", "simulated_triton")
 def test_largest_logits(backend: str):
     """Neighbours whose difference is not finite in float32: p is 0 or 1, the gradient finite."""
-    case = Case((1, 4, 3, 4), (12, 16), statistics=("hits", "masses"))
+    case = Case((1, 4, 3, 4), (12, 16), statistics=("correct", "probability_sums"))
     logits = torch.where(make_logits(case)[0] > 0, 3e38, -3e38) * torch.rand(case.size)
     arguments = logits, make_labels(case), make_weights(case)
     torch.testing.assert_close(run(case, *arguments), run_reference(case, *arguments))
@@ -357,10 +360,10 @@ def test_rounding_errors_of_even_regions(case: Case, kind: str, backend: str):
     at most twice those of masked sums, plus two roundings."""
     logits, labels = even_logits(kind, case), make_labels(case)
     labels[..., : case.pixels[1] // 2] = 1
-    case = case._replace(statistics=("masses", "squares"))
+    case = case._replace(statistics=("probability_sums", "squares"))
     ours = moments_of(case, logits, labels)
     exact, plain = (by_torch(case, logits.to(dtype), labels) for dtype in (F64, F32))
-    for name in ("losses", "overlaps", "masses", "squares"):
+    for name in ("losses", "intersections", "probability_sums", "squares"):
         right = exact[name]
         largest, eps = right.abs().max(), torch.finfo(F32).eps
         allowed = 2 * (plain[name] - right).abs().max() + 2 * eps * largest
@@ -384,7 +387,12 @@ def test_losses_are_never_negative(case: Case, backend: str):
         logits = scale * torch.randn(case.size)
         labels = ao.pixel_argmax(logits, case.pixels, align_corners=align_corners)
         moments = ao.ops.softmax_moments(
-            logits, labels, align_corners=align_corners, hits=False, masses=False, pixel_losses=True
+            logits,
+            labels,
+            align_corners=align_corners,
+            correct=False,
+            probability_sums=False,
+            pixel_losses=True,
         )
         assert moments.pixel_losses is not None
         assert (moments.pixel_losses >= 0).all() and (moments.losses >= 0).all()
@@ -394,10 +402,10 @@ def test_far_from_zero(backend: str):
     """A constant that all classes share changes nothing."""
     case = Case((1, 5, 3, 4), (12, 16))
     logits, labels, weights = make_logits(case)[0].round(), make_labels(case), make_weights(case)
-    through = ("losses", "masses", "squares")
+    through = ("losses", "probability_sums", "squares")
     ours, dlogits = run(case, logits + 4096, labels, weights, through)
     exact, exact_gradient = run_reference(case, logits, labels, weights, through)
-    for name in ("overlaps", "masses", "squares", "pixel_losses"):
+    for name in ("intersections", "probability_sums", "squares", "pixel_losses"):
         torch.testing.assert_close(ours[name], exact[name], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(dlogits, exact_gradient, rtol=1e-3, atol=1e-3)
 
@@ -411,7 +419,7 @@ def test_every_combination_of_statistics(statistics: tuple[str, ...], backend: s
 def test_statistics_by_default():
     moments = ao.ops.softmax_moments(torch.zeros(4, 2), torch.zeros(4).long())
     given = {name for name, x in moments._asdict().items() if x is not None}
-    assert given == {"counts", "hits", "losses", "overlaps", "masses"}
+    assert given == {"counts", "correct", "losses", "intersections", "probability_sums"}
 
 
 @cpu
@@ -445,7 +453,9 @@ def test_labels_that_are_ignored(dtype: torch.dtype, backend: str):
     logits = torch.randn(1, 200, 2, 2, requires_grad=True)
     labels = torch.full((1, 8, 8), 3, dtype=dtype)
     labels[0, 0, :3] = torch.tensor([-100, 7, -1])
-    moments = ao.ops.softmax_moments(logits, labels, ignore_index=7, hits=False, masses=False)
+    moments = ao.ops.softmax_moments(
+        logits, labels, ignore_index=7, correct=False, probability_sums=False
+    )
     assert moments.counts.tolist() == [61 if k == 3 else 0 for k in range(200)]
     assert (moments.losses != 0).nonzero().tolist() == [[3]]
 

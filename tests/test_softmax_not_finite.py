@@ -67,7 +67,7 @@ def test_a_logit_spoils_the_pixels_that_read_it(pixels, align_corners, value, ba
     assert torch.equal(losses[0], clean_losses[0])
     torch.testing.assert_close(losses[1][~spoilt], clean_losses[1][~spoilt])
     assert not losses[1][spoilt].isfinite().any()
-    assert not ours["masses"][3].isfinite()
+    assert not ours["probability_sums"][3].isfinite()
     assert not ours["losses"][labels[1, spoilt]].isfinite().any()
     torch.testing.assert_close(ours["losses"][2:], clean["losses"][2:])
     # Positions that no affected pixel reads keep their gradient. That of the logit is not finite.
@@ -157,7 +157,7 @@ def test_minus_infinity_masks_a_class(pixels, align_corners, backend: str):
     labels[0, 1, 1] = 2  # a masked class is not expected: its loss is infinite
     ours, _ = run(case, logits, labels, weights)
     assert ours["losses"][2] == torch.inf and ours["pixel_losses"][0, 1, 1] == torch.inf
-    assert ours["losses"].isfinite().sum() == 4 and ours["overlaps"][2] == 0
+    assert ours["losses"].isfinite().sum() == 4 and ours["intersections"][2] == 0
 
 
 @on_cpu
@@ -269,7 +269,7 @@ def test_gradient_of_nan_reaches_the_logits_that_its_pixel_reads(backend: str):
     logits[0, :, 1, 1] = torch.nan
     labels = torch.full((1, 7, 7), 255)
     labels[0, 2, 2], labels[0, 6, 6] = 1, 2
-    for outputs in (["overlaps"], ["losses", "masses", "overlaps"], ["losses"]):
+    for outputs in (["intersections"], ["losses", "probability_sums", "intersections"], ["losses"]):
         leaf = logits.clone().requires_grad_()
         moments = ao.ops.softmax_moments(leaf, labels, align_corners=True)
         torch.stack([getattr(moments, name).sum() for name in outputs]).sum().backward()

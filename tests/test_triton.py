@@ -18,7 +18,7 @@ CASES = [
         for case in METHODS
     ),
     "test_softmax_moments.py::test_gradient_through_some",
-    "test_confusion.py::test_hits_are_the_diagonal",
+    "test_confusion.py::test_correct_is_the_diagonal",
 ]
 
 

@@ -11,7 +11,7 @@ from torch.func import vmap
 
 import anchorops as ao
 from anchorops._ops import volumes
-from anchorops._ops.probability_histograms import labels_outside
+from anchorops._ops.probability_histograms import count_labels_out_of_range
 from anchorops.losses.pixel import PixelLoss
 from tests.helpers.memory import peak_allocated_bytes
 from tests.test_class_keys import INTEGERS
@@ -123,7 +123,7 @@ def test_dtypes_and_ignored_labels(backend: str, dtype: torch.dtype, ignore_inde
 
 @pytest.mark.parametrize("ignore_index", [-100, -1, 3, 255, 300, 65_535, 2**40, 2**63 - 1])
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
-def test_labels_outside(dtype: torch.dtype, ignore_index: int) -> None:
+def test_labels_out_of_range_are_counted(dtype: torch.dtype, ignore_index: int) -> None:
     """Lovasz counts them."""
     limits = torch.iinfo(dtype)
     values = (-(2**63), -100, -1, 0, 3, 4, 5, 44, 127, 128, 255, 300, 65_535, 2**31, 2**63 - 1)
@@ -131,14 +131,14 @@ def test_labels_outside(dtype: torch.dtype, ignore_index: int) -> None:
     classes = torch.tensor(sum(0 <= n < 5 and n != ignore_index for n in values))
     labels = torch.tensor([[values]], dtype=dtype)
     expected = sum(not 0 <= n < 5 and n != ignore_index for n in values)
-    assert labels_outside(labels, classes, ignore_index) == expected
+    assert count_labels_out_of_range(labels, classes, ignore_index) == expected
 
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
-def test_labels_outside_needs_no_copy_in_int64(dtype: torch.dtype) -> None:
+def test_labels_out_of_range_are_counted_needs_no_copy_in_int64(dtype: torch.dtype) -> None:
     """The mask needs a byte a label, its copy for the sum four."""
     labels, counts = torch.zeros(2, 256, 256).to(dtype), torch.zeros(5, dtype=torch.int64)
-    peak = peak_allocated_bytes(lambda: labels_outside(labels, counts, 7))
+    peak = peak_allocated_bytes(lambda: count_labels_out_of_range(labels, counts, 7))
     assert peak < 6 * labels.numel()
 
 

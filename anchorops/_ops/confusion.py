@@ -135,8 +135,8 @@ def pixel_confusion(
     """The confusion matrix of low-resolution logits, compared with labels at their own size.
 
     Equal to confusion(pixel_argmax(logits, labels.shape[1:]), labels, K). In addition to the logits
-    it needs memory for the predictions, 8 bytes a pixel, and the matrix. Its diagonal is `hits` of
-    `softmax_moments`.
+    it needs memory for the predictions, 8 bytes a pixel, and the matrix. Its diagonal is `correct`
+    of `softmax_moments`.
 
     With sigmoid=True, each channel is a binary problem of its own, with a matrix of its own, as in
     torchmetrics' MultilabelConfusionMatrix; a prediction is positive if its logit is above 0.
@@ -189,12 +189,12 @@ def pixel_confusion_for(
         check_labels=check_labels,
     )
     if sigmoid:
-        options = Options(hits=True, ignore_index=ignore_index, align_corners=align_corners)
-        counts, hits, *_ = moments_of(function, logits.detach(), labels, options, sigmoid=True)
-        assert hits is not None
-        misses = counts - hits
-        negative = torch.stack([hits[:, 0], misses[:, 0]], -1)
-        positive = torch.stack([misses[:, 1], hits[:, 1]], -1)
+        options = Options(correct=True, ignore_index=ignore_index, align_corners=align_corners)
+        counts, correct, *_ = moments_of(function, logits.detach(), labels, options, sigmoid=True)
+        assert correct is not None
+        misses = counts - correct
+        negative = torch.stack([correct[:, 0], misses[:, 0]], -1)
+        positive = torch.stack([misses[:, 1], correct[:, 1]], -1)
         return torch.stack([negative, positive], -2)
     if logits.dim() not in (4, 5):
         fail(function, "logits", "a tensor (B, K, h, w) or (B, K, d, h, w)", describe(logits))

@@ -134,7 +134,7 @@ def hinge_loss(
     return operator(loss, logits, labels, slopes.to(loss.dtype), ignore_index, align_corners)
 
 
-def labels_outside(labels: Tensor, counts: Tensor, ignore_index: int) -> Tensor:
+def count_labels_out_of_range(labels: Tensor, counts: Tensor, ignore_index: int) -> Tensor:
     """How many labels are neither a class nor ignored, from the number of labels of each class."""
     return labels.numel() - counts.sum() - _number_of(ignore_index, labels)
 

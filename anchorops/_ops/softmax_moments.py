@@ -4,8 +4,8 @@ computed from low-resolution logits.
 Let z be the logits upsampled bilinearly to full resolution, p = softmax_k z, y the labels, V the
 valid pixels q. The results are defined in reference/softmax_moments.py: among others
 
-    losses[k] = Σ_{q ∈ V, y = k} w_q·L_q         overlaps[k] = Σ_{q ∈ V, y = k} p_k(q)
-    masses[k] = Σ_{q ∈ V} p_k(q)                 squares[k] = Σ_{q ∈ V} p_k(q)²
+    losses[k] = Σ_{q ∈ V, y = k} w_q·L_q      intersections[k] = Σ_{q ∈ V, y = k} p_k(q)
+    squares[k] = Σ_{q ∈ V} p_k(q)²            probability_sums[k] = Σ_{q ∈ V} p_k(q)
     L_q = m·(a_y·c + Σ_k v_k·(−log p_k))         c = −log p_y
 
 Their gradients are
@@ -13,7 +13,7 @@ Their gradients are
     dz_k = (α + β·Σ_j v_j)·p_k − α·[y = k] − β·v_k + p_k·(u_k − Σ_j p_j u_j)
     α    = d·(m·a_y + dm/dc·(a_y·c + Σ_k v_k·(−log p_k))),  β = d·m
     d    = w_q·dlosses[y] + dpixel_losses[q],  0 where ignored
-    u_k  = dmasses[k] + [y = k]·doverlaps[k] + 2·p_k·dsquares[k]
+    u_k  = dprobability_sums[k] + [y = k]·dintersections[k] + 2·p_k·dsquares[k]
     dw_q = dlosses[y]·L_q + dused[y],  0 where not used; an infinite L_q counts as 0
     dlogits = the transpose of the upsampling, of dz
 
@@ -224,8 +224,8 @@ def softmax_moments(
     ignore_index: int | None = None,
     align_corners: bool = False,
     per_image: bool = False,
-    hits: bool = True,
-    masses: bool = True,
+    correct: bool = True,
+    probability_sums: bool = True,
     squares: bool = False,
     pixel_losses: bool = False,
     check_labels: bool = False,
@@ -235,12 +235,12 @@ def softmax_moments(
     With z = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear",
     align_corners=align_corners) and p = z.softmax(1), neither of which is stored:
 
-        counts[k] = #{y = k}            hits[k] = #{y = k = argmax z}
-        losses[k] = Σ_{y = k} −log p_k  overlaps[k] = Σ_{y = k} p_k
-        masses[k] = Σ p_k               squares[k] = Σ p_k²
+        counts[k] = #{y = k}            correct[k] = #{y = k = argmax z}
+        losses[k] = Σ_{y = k} −log p_k  intersections[k] = Σ_{y = k} p_k
+        squares[k] = Σ p_k²             probability_sums[k] = Σ p_k
 
     over the valid pixels. Cross-entropy is (Σ losses)/(Σ counts). Dice, Tversky and Jaccard are
-    computed from counts, overlaps and masses. Accuracy is (Σ hits)/(Σ counts).
+    computed from counts, intersections and probability_sums. Accuracy is (Σ correct)/(Σ counts).
 
     Args:
         logits: (B, K, h, w), any strides; volumes (B, K, d, h, w), which are upsampled with
@@ -253,18 +253,19 @@ def softmax_moments(
         ignore_index: the label to ignore, 255 by default; with K > 255 it must be given.
         align_corners: of the upsampling, as in F.interpolate.
         per_image: compute the statistics of each image separately.
-        hits, masses, squares, pixel_losses: what to compute in addition to counts and losses;
-            `masses` includes the overlaps. Each of them needs time.
+        correct, probability_sums, squares, pixel_losses: what to compute in addition to counts and
+            losses; `probability_sums` includes the intersections. Each of them needs time.
         check_labels: raise an error if a label is neither a class nor ignore_index, or if labels of
             two classes are 0 and 255 alone and 255 is ignored, as in masks of 0 and 255 that need
             `mask > 0`; this synchronises with the device.
 
     Returns:
-        SoftmaxMoments(counts, hits, losses, overlaps, masses, squares, pixel_losses); None for what
-        was not requested. Statistics of classes are [K], with per_image [B, K]. pixel_losses
-        = −log p_y has the labels' shape and is 0 for ignored pixels. counts and hits are int64, the
-        others float32 (float64 for float64 logits). Results are bitwise reproducible.
-        For hits, the first of equal logits is the largest, and NaN is larger than all numbers.
+        SoftmaxMoments(counts, correct, losses, intersections, probability_sums, squares,
+        pixel_losses); None for what was not requested. Statistics of classes are [K], with
+        per_image [B, K]. pixel_losses = −log p_y has the labels' shape and is 0 for ignored pixels.
+        counts and correct are int64, the others float32 (float64 for float64 logits). Results are
+        bitwise reproducible.
+        For correct, the first of equal logits is the largest, and NaN is larger than all numbers.
         A pixel reads only logits whose interpolation weight is not 0, so a NaN affects only the
         pixels that read it. A logit of −inf has p = 0 and gradient 0.
 
@@ -276,8 +277,8 @@ def softmax_moments(
     flags: dict[str, Any] = {
         "align_corners": align_corners,
         "per_image": per_image,
-        "hits": hits,
-        "masses": masses,
+        "correct": correct,
+        "probability_sums": probability_sums,
         "squares": squares,
         "pixel_losses": pixel_losses,
     }
@@ -300,7 +301,7 @@ def moments_of(
 
     With sigmoid, those of the two classes of each channel: sigmoid(x) is the softmax of (0, x).
     Statistics of classes are then [C, 2], with per_image [B, C, 2]; maps have the labels' shape,
-    and `outside` is of all channels.
+    and `labels_out_of_range` is of all channels.
     """
     images, by_image = as_images(logits, labels, sigmoid)
     image_options = options.map(by_image)._replace(per_image=sigmoid or options.per_image)

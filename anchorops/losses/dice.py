@@ -143,34 +143,34 @@ class Dice(MomentsLoss):
         self.process_group = group_name("Dice", process_group)
 
     def options(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Options:
-        return Options(masses=True, squares=self.squared, per_image=self.per_image)
+        return Options(probability_sums=True, squares=self.squared, per_image=self.per_image)
 
     def parts(self, moments: SoftmaxMoments, logits: Tensor) -> dict[str, Tensor]:
         return {"dice": self._dice(moments, class_weight(self, logits))}
 
     def _dice(self, moments: SoftmaxMoments, weight: Tensor | None) -> Tensor:
-        masses = moments.squares if self.squared else moments.masses
-        overlaps, counts = moments.overlaps, moments.counts
-        assert masses is not None and overlaps is not None
+        sums = moments.squares if self.squared else moments.probability_sums
+        intersections, counts = moments.intersections, moments.counts
+        assert sums is not None and intersections is not None
         if self.sigmoid:  # of the two classes of a channel, class 1
-            overlaps, masses, counts = overlaps[..., 1], masses[..., 1], counts[..., 1]
+            intersections, sums, counts = intersections[..., 1], sums[..., 1], counts[..., 1]
         if self.process_group is not None:
             group = self.process_group
-            overlaps, masses = all_reduce(torch.stack([overlaps, masses]), group).unbind()
+            intersections, sums = all_reduce(torch.stack([intersections, sums]), group).unbind()
             counts = all_reduce(counts, group)
         if self.classes is not None:
             check_chosen_classes("Dice", self.classes, counts.shape[-1])
-            overlaps, masses, counts = (
+            intersections, sums, counts = (
                 torch.stack([x[..., k] for k in self.classes], -1)
-                for x in (overlaps, masses, counts)
+                for x in (intersections, sums, counts)
             )
             if weight is not None:
                 weight = torch.stack([weight[k] for k in self.classes])
         present = counts > 0
-        counts = counts.to(overlaps.dtype)
-        denominator = torch.add(overlaps, masses - overlaps, alpha=self.alpha)
-        denominator = torch.add(denominator, counts - overlaps, alpha=self.beta)
-        numerator, denominator = overlaps + self.smooth, denominator + self.smooth_denominator
+        counts = counts.to(intersections.dtype)
+        denominator = torch.add(intersections, sums - intersections, alpha=self.alpha)
+        denominator = torch.add(denominator, counts - intersections, alpha=self.beta)
+        numerator, denominator = intersections + self.smooth, denominator + self.smooth_denominator
         # Before the division, because the derivative of a skipped score may be 0 · ∞.
         undefined = denominator <= 0  # false for NaN, which must not become a score of 0
         if self.absent != "keep":
@@ -258,7 +258,9 @@ class CrossEntropyDice(MomentsLoss):
     def options(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Options:
         options = self.cross_entropy.options(logits, labels, pixel_weights)
         dice = self.dice
-        return options._replace(masses=True, squares=dice.squared, per_image=dice.per_image)
+        return options._replace(
+            probability_sums=True, squares=dice.squared, per_image=dice.per_image
+        )
 
     def parts(self, moments: SoftmaxMoments, logits: Tensor) -> dict[str, Tensor]:
         (ce,) = self.cross_entropy.parts(moments, logits).values()

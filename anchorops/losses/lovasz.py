@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from .._checks import check_choice, check_flags, check_int
 from .._ops.hinges import bin_edges, hinge_histograms
 from .._ops.probability_histograms import (
+    count_labels_out_of_range,
     error_loss,
     hinge_loss,
-    labels_outside,
     probability_histograms,
 )
 from .._ops.sigmoid import contiguous
@@ -95,8 +95,8 @@ class Lovasz(PixelLoss):
             loss, count = torch.stack(losses).mean(), torch.stack(counts).sum(0)
         else:
             loss, count = whole(logits, labels, ignore_index)
-        outside = labels_outside(labels, count, ignore_index)
-        return PixelLosses({"lovasz": loss}, {}, count.sum(), outside)
+        labels_out_of_range = count_labels_out_of_range(labels, count, ignore_index)
+        return PixelLosses({"lovasz": loss}, {}, count.sum(), labels_out_of_range)
 
     def _softmax(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
         """The loss, and the number of labels of each class."""

@@ -26,13 +26,13 @@ from .initialized import Initialized
 
 class PixelLosses(NamedTuple):
     """parts: weighted, their sum is the loss; logs: other values shown in the loss's `terms`;
-    valid, outside: the numbers of labels that are classes, and of those that are neither a class
-    nor ignored."""
+    valid, labels_out_of_range: the numbers of labels that are classes, and of those that are
+    neither a class nor ignored."""
 
     parts: dict[str, Tensor]
     logs: dict[str, Tensor]
     valid: Tensor
-    outside: Tensor
+    labels_out_of_range: Tensor
 
 
 class PixelLoss(Initialized):
@@ -108,12 +108,12 @@ class PixelLoss(Initialized):
             self._check_pixel_weights(pixel_weights, original_labels, labels)
             pixel_weights = savable(pixel_weights.to(statistics_dtype(logits.dtype)))
             pixel_weights = pixel_weights.view(labels.shape)
-        parts, logs, valid, outside = self.losses(logits, labels, pixel_weights)
+        parts, logs, valid, labels_out_of_range = self.losses(logits, labels, pixel_weights)
         loss = torch.stack(tuple(parts.values())).sum()  # not a part itself, which is in `terms`
         self.terms = {name: part.detach() for name, part in parts.items()} | logs
         # floating-point too, because loggers average over steps and ranks
-        self.terms["labels_out_of_range"] = outside.to(loss.dtype)
-        self.terms["labels_ignored"] = (labels.numel() - valid - outside).to(loss.dtype)
+        self.terms["labels_out_of_range"] = labels_out_of_range.to(loss.dtype)
+        self.terms["labels_ignored"] = (labels.numel() - valid - labels_out_of_range).to(loss.dtype)
         return loss
 
     def _no_pixel_weights(self) -> NoReturn:
@@ -164,8 +164,8 @@ class MomentsLoss(PixelLoss):
         self.accuracy = accuracy
 
     def options(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Options:
-        """The statistics that the loss needs, except hits. pixel_weights have the labels' shape and
-        the statistics' dtype."""
+        """The statistics that the loss needs, except `correct`. pixel_weights have the labels'
+        shape and the statistics' dtype."""
         raise NotImplementedError
 
     def parts(self, moments: SoftmaxMoments, logits: Tensor) -> dict[str, Tensor]:
@@ -176,15 +176,15 @@ class MomentsLoss(PixelLoss):
         options = self.options(logits, labels, pixel_weights)
         if pixel_weights is not None and options.pixel_weights is None:
             self._no_pixel_weights()
-        options = options._replace(hits=self.accuracy, outside=True)
+        options = options._replace(correct=self.accuracy, labels_out_of_range=True)
         moments = self.moments(logits, labels, options)
-        valid, outside = moments.counts.sum(), moments.outside
-        assert outside is not None
+        valid, labels_out_of_range = moments.counts.sum(), moments.labels_out_of_range
+        assert labels_out_of_range is not None
         logs = {}
-        if moments.hits is not None:
-            hits = moments.hits.sum().to(moments.losses.dtype)
-            logs["accuracy"] = hits / valid.clamp(min=1)
-        return PixelLosses(self.parts(moments, logits), logs, valid, outside)
+        if moments.correct is not None:
+            correct = moments.correct.sum().to(moments.losses.dtype)
+            logs["accuracy"] = correct / valid.clamp(min=1)
+        return PixelLosses(self.parts(moments, logits), logs, valid, labels_out_of_range)
 
     def moments(self, logits: Tensor, labels: Tensor, options: Options) -> SoftmaxMoments:
         """Of labels that were already checked. The statistics of classes are [K], or [C, 2] of C

@@ -18,12 +18,12 @@ from .upsampling import upsample
 def softmax_moments(logits: Tensor, labels: Tensor, options: Options) -> SoftmaxMoments:
     """Let z be the upsampled logits, p = softmax z, V the valid pixels q:
 
-    counts[k] = #{q ∈ V : y = k}                 hits[k] = #{q ∈ V : y = k = argmax z}
-    losses[k] = Σ_{q ∈ V, y = k} w_q·L_q         overlaps[k] = Σ_{q ∈ V, y = k} p_k(q)
-    masses[k] = Σ_{q ∈ V} p_k(q)                 squares[k] = Σ_{q ∈ V} p_k(q)²
+    counts[k] = #{q ∈ V : y = k}                 correct[k] = #{q ∈ V : y = k = argmax z}
+    losses[k] = Σ_{q ∈ V, y = k} w_q·L_q         intersections[k] = Σ_{q ∈ V, y = k} p_k(q)
+    squares[k] = Σ_{q ∈ V} p_k(q)²               probability_sums[k] = Σ_{q ∈ V} p_k(q)
     pixel_losses[q] = L_q;  0 where ignored
     used[k] = Σ_{q ∈ V, y = k, not c < min_loss} w_q
-    outside = #{q : y is neither a class nor ignore_index}
+    labels_out_of_range = #{q : y is neither a class nor ignore_index}
 
     L_q = m·(a_y·c + Σ_k v_k·(−log p_k)), c = −log p_y, m = (1 − e^{−c})^γ, 0 where not used
 
@@ -82,20 +82,24 @@ def softmax_moments(logits: Tensor, labels: Tensor, options: Options) -> Softmax
         sums = sums if options.per_image else sums.sum(0)
         return sums.to(dtype) if sums.is_floating_point() else sums
 
-    p = None
-    if options.masses or options.squares:
+    intersections = probability_sums = squares = None
+    if options.probability_sums or options.squares:
         p = torch.where(valid[:, None], (z - all_lse[:, None]).exp(), 0)
-    masses, squares = (p if options.masses else None), (p if options.squares else None)
+        if options.probability_sums:
+            intersections = by_class(p.gather(1, classes[:, None]))
+            probability_sums = over_images(p.flatten(2).sum(2))
+        if options.squares:
+            squares = over_images(p.square().flatten(2).sum(2))
     return SoftmaxMoments(
         counts=by_class(valid.long()),
-        hits=by_class((valid & (z.argmax(1) == classes)).long()) if options.hits else None,
+        correct=by_class((valid & (z.argmax(1) == classes)).long()) if options.correct else None,
         losses=by_class(weighted),
-        overlaps=None if masses is None else by_class(masses.gather(1, classes[:, None])),
-        masses=None if masses is None else over_images(masses.flatten(2).sum(2)),
-        squares=None if squares is None else over_images(squares.square().flatten(2).sum(2)),
+        intersections=intersections,
+        probability_sums=probability_sums,
+        squares=squares,
         pixel_losses=losses.to(dtype) if options.pixel_losses else None,
         used=by_class(shares.long() if pixel_weights is None else shares)
         if counts_used(options)
         else None,
-        outside=(~is_class & ~ignored).sum() if options.outside else None,
+        labels_out_of_range=(~is_class & ~ignored).sum() if options.labels_out_of_range else None,
     )

@@ -117,7 +117,7 @@ struct CellRow {
   int64_t first_column;              // the first cell's column in packed rows
   int64_t cell, upper, lower;        // the row of cells, and its two rows of logits
   int64_t y = 0, end = 0, rows = 0;  // rows of labels: first, end in this cell, number at a time
-  int64_t outside = 0;               // of the labels so far: neither a class nor ignored
+  int64_t labels_out_of_range = 0;   // of the labels so far: neither a class nor ignored
   float down[ROWS];                  // weight of the lower logits in each row of labels
   float at_down;                     // the same in the first row, rounded as the mean
   const char* next_logits;           // the row of logits below
@@ -175,8 +175,9 @@ struct CellRow {
     for (int64_t j = 0; j < rows; ++j) {
       down[j] = problem.rows.weight[y + j];
       if (problem.labels.read)
-        outside += problem.labels.read(problem.labels, tile.image, y + j, tile.label_columns,
-                                       workspace.classes + j * workspace.label_stride);
+        labels_out_of_range +=
+            problem.labels.read(problem.labels, tile.image, y + j, tile.label_columns,
+                                workspace.classes + j * workspace.label_stride);
     }
     at_down = down_start(0);
     next_logits = static_cast<const char*>(problem.logits.data) +

@@ -11,7 +11,7 @@ ALWAYS_INLINE Floats between(Floats l, Floats r, Floats w) {
 }
 
 // The class of the largest z of a block's pixels, the first of equal ones. It is not inlined, so
-// its products are always fused in the same way, and hits equal the diagonal of the confusion
+// its products are always fused in the same way, and `correct` is the diagonal of the confusion
 // matrix.
 __attribute__((noinline)) void largest_of_block(const CellRow& row, int64_t block,
                                                 int32_t* classes) {

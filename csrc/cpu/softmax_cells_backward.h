@@ -92,11 +92,11 @@ WeightedSums sums_of_values(const CellRow& row, int64_t block) {
 }
 
 // gradients += the sum over pixels of weight * dz, with
-// dz = e^z * (factors[0] + factors[1] * (dmasses + 2 * p * dsquares)) and p = factors[1] * e^z.
-// TERMS is 3 with dsquares, otherwise 2 with dmasses, otherwise 1. With
-// all weights, the gradient of the sum of v_k z_k is added, too: dz = factors[2].
+// dz = e^z * (factors[0] + factors[1] * (dprobability_sums + 2 * p * dsquares)) and p = factors[1]
+// * e^z. TERMS is 3 with dsquares, otherwise 2 with dprobability_sums, otherwise 1. With all
+// weights, the gradient of the sum of v_k z_k is added, too: dz = factors[2].
 template <int TERMS>
-void add_gradients(const CellRow& row, const float* dmasses, const float* dsquares,
+void add_gradients(const CellRow& row, const float* dprobability_sums, const float* dsquares,
                    bool with_all_weights) {
   using V = Simd<float>;
   constexpr int L = LANES<float>;
@@ -106,13 +106,13 @@ void add_gradients(const CellRow& row, const float* dmasses, const float* dsquar
     float* above = workspace.gradients[row.upper] + k * workspace.packed.stride + row.first_column;
     float* below = workspace.gradients[row.lower] + k * workspace.packed.stride + row.first_column;
     const bool is_class = k < num_classes;
-    const float dmass = is_class && dmasses ? dmasses[k] : 0;
+    const float dprobability_sum = is_class && dprobability_sums ? dprobability_sums[k] : 0;
     const float dsquare = is_class && dsquares ? 2 * dsquares[k] : 0;
     Floats last_above = {}, last_below = {};
     for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
       const auto factor = [&](int64_t j, int i) INLINE_LAMBDA {
         const Floats base = V::load(row.factors(0, block, j, i));
-        return TERMS > 1 ? base + V::load(row.factors(1, block, j, i)) * dmass : base;
+        return TERMS > 1 ? base + V::load(row.factors(1, block, j, i)) * dprobability_sum : base;
       };
       const auto gradient = [&](Floats v, int64_t j, int i) INLINE_LAMBDA {
         if constexpr (TERMS < 3) return v * factor(j, i);
@@ -197,7 +197,7 @@ void subtract_label_terms(const CellRow& row, int64_t block, const BlockClasses&
 // would be an error of all p. Then the sums are computed again.
 bool factors_of_block(const CellRow& row, int64_t block, const BlockClasses& classes,
                       const LossesOfImage<float>& losses, const Gradients<float>& gradients,
-                      const float* dmasses, const float* dsquares, float* label_terms) {
+                      const float* dprobability_sums, const float* dsquares, float* label_terms) {
   using V = Simd<float>;
   constexpr int L = LANES<float>;
   const int64_t image_offset = row.tile.image * gradients.stride_b;
@@ -208,14 +208,14 @@ bool factors_of_block(const CellRow& row, int64_t block, const BlockClasses& cla
   const Corners shifts = row.shifts(block);
   const bool large = shifts.any_beyond(LARGE);
   const bool plain = losses.shape.plain;
-  const bool needs_loss = gradients.doverlaps || losses.needs_c();
+  const bool needs_loss = gradients.dintersections || losses.needs_c();
   if (needs_loss) row.label_logits(block, classes, label_terms);
   Floats powers[HEIGHT * WIDTH] = {}, totals[HEIGHT * WIDTH] = {}, squares[HEIGHT * WIDTH] = {};
   Ints steep = {};
   for (int64_t j = 0; j < row.rows; ++j) {
     if (any_valid && j % HEIGHT == 0) {
       if (large) sum_block<Term::POWER>(row, j, block, nullptr, powers);
-      if (dmasses) sum_block<Term::WEIGHTED>(row, j, block, dmasses, totals);
+      if (dprobability_sums) sum_block<Term::WEIGHTED>(row, j, block, dprobability_sums, totals);
       if (dsquares) sum_block<Term::SQUARE>(row, j, block, dsquares, squares);
     }
     Floats lse[WIDTH], weights[WIDTH], dpixel_losses[WIDTH];
@@ -245,13 +245,14 @@ bool factors_of_block(const CellRow& row, int64_t block, const BlockClasses& cla
       }
       Floats rest = label_term + losses.total * smoothing_term;
       rest -= (totals[n] + 2 * q * squares[n]) * q;
-      if (gradients.doverlaps) {
-        const Floats overlap_term = exp<float>(-c) * class_values(gradients.doverlaps, k);
-        rest -= overlap_term;
-        label_term -= overlap_term;
+      if (gradients.dintersections) {
+        const Floats intersection_term = exp<float>(-c) * class_values(gradients.dintersections, k);
+        rest -= intersection_term;
+        label_term -= intersection_term;
       }
       V::store(row.factors(0, block, j, i), valid ? rest * q : Floats{});
-      if (dmasses || dsquares) V::store(row.factors(1, block, j, i), valid ? q : Floats{});
+      if (dprobability_sums || dsquares)
+        V::store(row.factors(1, block, j, i), valid ? q : Floats{});
       if (losses.all_weights)
         V::store(row.factors(2, block, j, i), valid ? -smoothing_term : Floats{});
       V::store(label_terms + (j * WIDTH + i) * L, valid ? label_term : Floats{});
@@ -268,7 +269,8 @@ void backward_cells(const Problem<float>& problem, const Tile& tile,
   CellRow row(problem, tile, workspace);
   const LossesOfImage<float> losses(problem.shape, tile.image);
   const int64_t image_offset = tile.image * gradients.stride_b;
-  const float* dmasses = gradients.dmasses ? gradients.dmasses + image_offset : nullptr;
+  const float* dprobability_sums =
+      gradients.dprobability_sums ? gradients.dprobability_sums + image_offset : nullptr;
   const float* dsquares = gradients.dsquares ? gradients.dsquares + image_offset : nullptr;
   while (row.next(ROWS)) {
     finish_until(row.upper);
@@ -284,7 +286,7 @@ void backward_cells(const Problem<float>& problem, const Tile& tile,
       BlockClasses classes;
       float label_terms[ROWS * PIXELS];
       row.find_classes(block, classes);
-      if (factors_of_block(row, block, classes, losses, gradients, dmasses, dsquares,
+      if (factors_of_block(row, block, classes, losses, gradients, dprobability_sums, dsquares,
                            label_terms)) {
         subtract_label_terms(row, block, classes, label_terms);
         continue;
@@ -297,7 +299,9 @@ void backward_cells(const Problem<float>& problem, const Tile& tile,
         }
       row.for_pixels(block, backward_pixels);
     }
-    const auto add = dsquares ? add_gradients<3> : dmasses ? add_gradients<2> : add_gradients<1>;
-    add(row, dmasses, dsquares, losses.all_weights != nullptr);
+    const auto add = dsquares            ? add_gradients<3>
+                     : dprobability_sums ? add_gradients<2>
+                                         : add_gradients<1>;
+    add(row, dprobability_sums, dsquares, losses.all_weights != nullptr);
   }
 }

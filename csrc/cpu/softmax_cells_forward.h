@@ -3,18 +3,18 @@
 
 #include "softmax_cells_argmax.h"
 
-// masses[k] += the sum over pixels of p = factors * e^z; squares[k] += the sum of p^2, if
+// probability_sums[k] += the sum over pixels of p = factors * e^z; squares[k] += the sum of p^2, if
 // requested. Sums of one block are float: where p is the same everywhere, each addition to a long
 // sum would have the same rounding error.
-void add_masses(const CellRow& row, double* masses, double* squares) {
+void add_probability_sums(const CellRow& row, double* probability_sums, double* squares) {
   using V = Simd<float>;
   const Workspace<float>& workspace = row.workspace;
   for (int64_t k = 0; k < row.problem.logits.num_classes; ++k) {
-    Vector<double, VECTOR_BYTES / sizeof(double)> mass = {}, square = {};
+    Vector<double, VECTOR_BYTES / sizeof(double)> probability_sum = {}, square = {};
     for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
-      Floats mass_of_block = {}, square_of_block = {};
+      Floats probability_sum_of_block = {}, square_of_block = {};
       const auto add = [&](Floats p) INLINE_LAMBDA {
-        mass_of_block += p;
+        probability_sum_of_block += p;
         if (squares) square_of_block += p * p;
       };
       const float* factors = workspace.cells.factors[0] + block * PIXELS;
@@ -38,10 +38,10 @@ void add_masses(const CellRow& row, double* masses, double* squares) {
             add(factor == 0 ? Floats{} : v * factor);
           }
       }
-      mass += widen(fold(mass_of_block));
+      probability_sum += widen(fold(probability_sum_of_block));
       if (squares) square += widen(fold(square_of_block));
     }
-    if (masses) masses[k] += sum_of_lanes(mass);
+    if (probability_sums) probability_sums[k] += sum_of_lanes(probability_sum);
     if (squares) squares[k] += sum_of_lanes(square);
   }
 }
@@ -93,9 +93,9 @@ void add_block(const CellRow& row, int64_t block, const BlockClasses& classes,
   for (int lane = 0; lane < L; ++lane)
     if (classes.cell_classes[lane] >= 0) sums.counts[classes.cell_classes[lane]] += counts[lane];
   for (int64_t n = 0; n < classes.count; ++n) ++sums.counts[classes.classes[classes.others[n]]];
-  if (sums.overlaps) {
+  if (sums.intersections) {
     for (int64_t n = 0; n < count; ++n) V::store(values + n * L, exp<float>(-V::load(c + n * L)));
-    add_by_class(row, classes, values, sums.overlaps);
+    add_by_class(row, classes, values, sums.intersections);
   }
   const float* losses = c;
   if (!image_losses.shape.plain) {
@@ -139,9 +139,9 @@ void forward_cells(const Problem<float>& problem, const Tile& tile,
   using V = Simd<float>;
   CellRow row(problem, tile, workspace);
   const LossesOfImage<float> losses(problem.shape, tile.image);
-  const bool with_probabilities = sums.masses || sums.squares;
-  Sums without_hits = sums;
-  without_hits.hits = nullptr;
+  const bool with_probabilities = sums.probability_sums || sums.squares;
+  Sums without_correct = sums;
+  without_correct.correct = nullptr;
   while (row.next(HEIGHT)) {
     if (!row.ordinary()) {
       row.for_pixels(-1, [&](const Group<float>& group) {
@@ -166,19 +166,19 @@ void forward_cells(const Problem<float>& problem, const Tile& tile,
           V::store(row.factors(0, block, n / WIDTH, n % WIDTH),
                    counts != 0 ? 1 / totals[n] : Floats{});
         }
-      if (sums.hits && any_valid) {
+      if (sums.correct && any_valid) {
         largest_of_block(row, block, predicted);
         for (int64_t t = 0; t < row.rows * PIXELS; ++t)
-          if (const int32_t k = classes.classes[t]; k >= 0) sums.hits[k] += k == predicted[t];
+          if (const int32_t k = classes.classes[t]; k >= 0) sums.correct[k] += k == predicted[t];
       }
       if (by_cells)
         add_block(row, block, classes, losses, totals, sums, maps);
       else
         row.for_pixels(block, [&](const Group<float>& group) {
-          forward_group(problem, tile, workspace, group, without_hits, maps);
+          forward_group(problem, tile, workspace, group, without_correct, maps);
         });
     }
-    if (with_probabilities) add_masses(row, sums.masses, sums.squares);
+    if (with_probabilities) add_probability_sums(row, sums.probability_sums, sums.squares);
   }
-  *sums.outside += row.outside;
+  *sums.labels_out_of_range += row.labels_out_of_range;
 }

@@ -48,7 +48,8 @@ class Partials {
 
 // RESULTS of anchorops/_moments.py. Empty if not requested.
 struct Results {
-  Tensor losses, overlaps, masses, squares, pixel_losses, lse, counts, hits, used, outside;
+  Tensor losses, intersections, probability_sums, squares, pixel_losses, lse, counts, correct, used,
+      labels_out_of_range;
 };
 
 template <class Value>
@@ -67,7 +68,8 @@ struct Options {
   std::optional<Tensor> true_weights, all_weights, pixel_weights;
   double min_loss, focal_gamma;
   int64_t ignore_index;
-  bool align_corners, per_image, hits, masses, squares, pixel_losses, with_lse, outside;
+  bool align_corners, per_image, correct, probability_sums, squares, pixel_losses, with_lse,
+      labels_out_of_range;
 
   bool has_min_loss() const { return min_loss > -std::numeric_limits<double>::infinity(); }
 };
@@ -138,24 +140,25 @@ void forward(const Tensor& logits, const Tensor& labels, const Options& options,
   std::vector<Partials<double>> loss_sums;
   for (const Tensor& output : loss_outputs)
     loss_sums.emplace_back(output.numel() > 0, items, num_classes);
-  Partials<double> overlaps(out.overlaps.numel() > 0, items, num_classes);
-  Partials<double> masses(out.masses.numel() > 0, items, num_classes);
+  Partials<double> intersections(out.intersections.numel() > 0, items, num_classes);
+  Partials<double> probability_sums(out.probability_sums.numel() > 0, items, num_classes);
   Partials<double> squares(out.squares.numel() > 0, items, num_classes);
   Partials<int64_t> counts(true, items, num_classes);
-  Partials<int64_t> hits(out.hits.numel() > 0, items, num_classes);
-  Partials<int64_t> outside(true, items, 1);
+  Partials<int64_t> correct(out.correct.numel() > 0, items, num_classes);
+  Partials<int64_t> labels_out_of_range(true, items, 1);
   const Maps<Stat> maps = {data_or_null<Stat>(out.pixel_losses), data_or_null<Stat>(out.lse)};
 
-  for_items(tiles, items, num_classes, false, out.masses.numel() + out.squares.numel() > 0,
+  for_items(tiles, items, num_classes, false,
+            out.probability_sums.numel() + out.squares.numel() > 0,
             [&](int64_t first, int64_t last, const Workspace<Stat>& workspace) {
               for (int64_t item = first; item < last; ++item) {
                 Sums sums = {{},
-                             overlaps.at(item),
-                             masses.at(item),
+                             intersections.at(item),
+                             probability_sums.at(item),
                              squares.at(item),
                              counts.at(item),
-                             hits.at(item),
-                             outside.at(item)};
+                             correct.at(item),
+                             labels_out_of_range.at(item)};
                 for (int s = 0; s < LOSS_SUMS; ++s) sums.loss_sums[s] = loss_sums[s].at(item);
                 const int64_t start = item / splits * tiles_of_group, split = item % splits;
                 for (int64_t i = tiles_of_group * split / splits;
@@ -169,12 +172,13 @@ void forward(const Tensor& logits, const Tensor& labels, const Options& options,
       loss_sums[s].add_up(groups, splits, data_or_null<int64_t>(loss_outputs[s]));
     else
       loss_sums[s].add_up(groups, splits, data_or_null<Stat>(loss_outputs[s]));
-  overlaps.add_up(groups, splits, data_or_null<Stat>(out.overlaps));
-  masses.add_up(groups, splits, data_or_null<Stat>(out.masses));
+  intersections.add_up(groups, splits, data_or_null<Stat>(out.intersections));
+  probability_sums.add_up(groups, splits, data_or_null<Stat>(out.probability_sums));
   squares.add_up(groups, splits, data_or_null<Stat>(out.squares));
   counts.add_up(groups, splits, out.counts.mutable_data_ptr<int64_t>());
-  hits.add_up(groups, splits, data_or_null<int64_t>(out.hits));
-  if (out.outside.numel()) outside.add_up(1, items, out.outside.mutable_data_ptr<int64_t>());
+  correct.add_up(groups, splits, data_or_null<int64_t>(out.correct));
+  if (out.labels_out_of_range.numel())
+    labels_out_of_range.add_up(1, items, out.labels_out_of_range.mutable_data_ptr<int64_t>());
 }
 
 Results softmax_moments(const Tensor& logits, const Tensor& labels, const Options& options) {
@@ -195,20 +199,20 @@ Results softmax_moments(const Tensor& logits, const Tensor& labels, const Option
     if (requested) size = {batch, labels.size(1), labels.size(2)};
     return new_empty(logits, size, stat);
   };
-  std::vector<int64_t> outside_size;  // of a scalar
-  if (!options.outside) outside_size = {0};
+  std::vector<int64_t> scalar_size;
+  if (!options.labels_out_of_range) scalar_size = {0};
   const bool weighted = options.pixel_weights.has_value();
   const Results results = {
       .losses = by_class(true, stat),
-      .overlaps = by_class(options.masses, stat),
-      .masses = by_class(options.masses, stat),
+      .intersections = by_class(options.probability_sums, stat),
+      .probability_sums = by_class(options.probability_sums, stat),
       .squares = by_class(options.squares, stat),
       .pixel_losses = by_pixel(options.pixel_losses),
       .lse = by_pixel(options.with_lse),
       .counts = by_class(true, ScalarType::Long),
-      .hits = by_class(options.hits, ScalarType::Long),
+      .correct = by_class(options.correct, ScalarType::Long),
       .used = by_class(weighted || options.has_min_loss(), weighted ? stat : ScalarType::Long),
-      .outside = torch::stable::new_zeros(logits, outside_size, ScalarType::Long)};
+      .labels_out_of_range = torch::stable::new_zeros(logits, scalar_size, ScalarType::Long)};
   if (!empty)
     for_dtype("softmax_moments.cpu", dtype,
               [&](auto element) { forward<decltype(element)>(logits, labels, options, results); });
@@ -217,7 +221,7 @@ Results softmax_moments(const Tensor& logits, const Tensor& labels, const Option
 
 // Of the results, None if there is none, and lse of the forward pass.
 struct ResultGradients {
-  std::optional<Tensor> losses, overlaps, masses, squares, pixel_losses;
+  std::optional<Tensor> losses, intersections, probability_sums, squares, pixel_losses;
   Tensor lse;
 };
 
@@ -233,8 +237,8 @@ void backward(const Tensor& logits, const Tensor& labels, const Options& options
     return table->template const_data_ptr<Stat>();
   };
   gradients.dlosses = by_class(d.losses);
-  gradients.doverlaps = by_class(d.overlaps);
-  gradients.dmasses = by_class(d.masses);
+  gradients.dintersections = by_class(d.intersections);
+  gradients.dprobability_sums = by_class(d.probability_sums);
   gradients.dsquares = by_class(d.squares);
   gradients.dpixel_losses = map_of<Stat>(d.pixel_losses);
   gradients.lse = d.lse.const_data_ptr<Stat>();
@@ -271,15 +275,16 @@ template <class... OptionTypes>
 struct Operators {
   static auto forward(Tensor logits, Tensor labels, OptionTypes... options) {
     const Results x = softmax_moments(logits, labels, Options{options...});
-    return std::make_tuple(x.losses, x.overlaps, x.masses, x.squares, x.pixel_losses, x.lse,
-                           x.counts, x.hits, x.used, x.outside);
+    return std::make_tuple(x.losses, x.intersections, x.probability_sums, x.squares, x.pixel_losses,
+                           x.lse, x.counts, x.correct, x.used, x.labels_out_of_range);
   }
 
   static Tensor backward(Tensor logits, Tensor labels, Tensor lse, std::optional<Tensor> dlosses,
-                         std::optional<Tensor> doverlaps, std::optional<Tensor> dmasses,
-                         std::optional<Tensor> dsquares, std::optional<Tensor> dpixel_losses,
-                         OptionTypes... options) {
-    const ResultGradients d = {dlosses, doverlaps, dmasses, dsquares, dpixel_losses, lse};
+                         std::optional<Tensor> dintersections,
+                         std::optional<Tensor> dprobability_sums, std::optional<Tensor> dsquares,
+                         std::optional<Tensor> dpixel_losses, OptionTypes... options) {
+    const ResultGradients d = {dlosses,  dintersections, dprobability_sums,
+                               dsquares, dpixel_losses,  lse};
     return softmax_moments_backward(logits, labels, d, Options{options...});
   }
 };

@@ -9,8 +9,8 @@
 namespace anchorops::cpu::softmax {
 
 // Labels [batch, height, width] of some integer dtype. read writes the classes of a row's columns,
-// -1 if the label is ignored or not a class. It returns the number of labels that are outside:
-// neither a class nor ignored.
+// -1 if the label is ignored or not a class. It returns the number of labels out of range: neither
+// a class nor ignored.
 struct Labels {
   const void* data;
   int64_t stride_b, stride_h, stride_w;
@@ -94,7 +94,7 @@ struct CellMemory {
   int32_t* columns;  // [lanes]: each lane's column among the tile's labels; -1: no label
   Stat* weights;     // [lanes]
   Stat* starts;      // [lanes]: the weight of the first label of a cell
-  Stat* factors[3];  // [ROWS, lanes]; backward, and forward with masses
+  Stat* factors[3];  // [ROWS, lanes]; backward, and forward with probability_sums
 };
 
 // Differences of two logits (softmax_two_classes.h).
@@ -155,9 +155,9 @@ enum LossSum { LOSSES, USED, LOSS_SUMS };
 // For each class [K], null if not requested.
 struct Sums {
   double* loss_sums[LOSS_SUMS];  // the first is never null
-  double *overlaps, *masses, *squares;
-  int64_t *counts, *hits;
-  int64_t* outside;  // one number, never null
+  double *intersections, *probability_sums, *squares;
+  int64_t *counts, *correct;
+  int64_t* labels_out_of_range;  // one number, never null
 };
 
 // For each pixel, contiguous [B, H, W], null if not requested.
@@ -169,7 +169,7 @@ struct Maps {
 // For each class [K], of image b at b * stride_b. Null if not given.
 template <class Stat>
 struct Gradients {
-  const Stat *dlosses, *doverlaps, *dmasses, *dsquares;
+  const Stat *dlosses, *dintersections, *dprobability_sums, *dsquares;
   int64_t stride_b;
   Map<Stat> dpixel_losses;
   const Stat* lse;  // contiguous [B, H, W], of the forward pass

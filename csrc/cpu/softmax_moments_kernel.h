@@ -14,7 +14,7 @@ void forward(const Problem<Stat>& problem, const Tile& tile, const Workspace<Sta
       return forward_two_classes(problem, tile, workspace, sums, maps);
     if (problem.column_cells.begin) return forward_cells(problem, tile, workspace, sums, maps);
   }
-  *sums.outside += for_groups(
+  *sums.labels_out_of_range += for_groups(
       problem, tile, workspace, [](int64_t) {},
       [&](const auto& group) { forward_group(problem, tile, workspace, group, sums, maps); });
 }

@@ -187,21 +187,21 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
   using Vec = VecOf<Stat>;
   constexpr int L = LANES<Stat>;
   const int64_t num_classes = problem.logits.num_classes;
-  const bool with_probabilities = sums.masses || sums.squares;
+  const bool with_probabilities = sums.probability_sums || sums.squares;
   const int64_t first = problem.pixel(tile, group.y, group.x);
   const LossesOfImage<Stat> image_losses(problem.shape, tile.image);
   const Map<Stat>& weights = problem.shape.pixel_weights;
-  Stat shift[GROUP] = {}, overlaps[GROUP], loss_terms[LOSS_SUMS][GROUP];
-  uint64_t hits = 0;
+  Stat shift[GROUP] = {}, intersections[GROUP], loss_terms[LOSS_SUMS][GROUP];
+  uint64_t correct = 0;
   logits_of_group(problem, tile, workspace, group);
   if (problem.upsampled && maps.lse)
     upsample(group, workspace.packed.shifts[group.row.lower],
              workspace.packed.shifts[group.row.upper], workspace.group.line, shift);
-  if (sums.hits) {
+  if (sums.correct) {
     int32_t predicted[GROUP];
     largest_of_group(problem, workspace, group, predicted);
-    hits = group.pixels([&](Ints k, int64_t t)
-                            INLINE_LAMBDA { return k == load_ints(predicted + t); });
+    correct = group.pixels([&](Ints k, int64_t t)
+                               INLINE_LAMBDA { return k == load_ints(predicted + t); });
   }
   for (int64_t t = 0; t < group.count; t += L) {
     Stat* const z = workspace.group.upsampled + t;
@@ -216,7 +216,7 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
     if (with_probabilities) scale(z, num_classes, workspace.group.size, 1 / sum.total);
     const Vec log_total = log_of_sum(sum.total);
     const Vec c = is_valid ? not_below_0(log_total - (label_logit - sum.largest)) : Vec{};
-    if (sums.overlaps) V::store(overlaps + t, exp<Stat>(-c));
+    if (sums.intersections) V::store(intersections + t, exp<Stat>(-c));
     Vec loss = c, weight = Vec{} + 1;
     if (weights.data) weight = load_map(weights, tile.image, group.y, group.x + t, count);
     if (!problem.shape.plain) {
@@ -239,20 +239,20 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
         group.pixels([k](Ints classes, int64_t) INLINE_LAMBDA { return classes == k; });
     rest &= ~same_class;
     sums.counts[k] += __builtin_popcountll(same_class);
-    if (sums.hits) sums.hits[k] += __builtin_popcountll(same_class & hits);
+    if (sums.correct) sums.correct[k] += __builtin_popcountll(same_class & correct);
     for (int s = 0; s < LOSS_SUMS; ++s)
       if (sums.loss_sums[s]) sums.loss_sums[s][k] += group.sum_of_class(k, loss_terms[s]);
-    if (sums.overlaps) sums.overlaps[k] += group.sum_of_class(k, overlaps);
+    if (sums.intersections) sums.intersections[k] += group.sum_of_class(k, intersections);
   }
   for (int64_t k = 0; with_probabilities && k < num_classes; ++k) {
-    Vector<double, LANES<double>> mass = {}, square = {};
+    Vector<double, LANES<double>> probability_sum = {}, square = {};
     for (int64_t t = 0; t < group.count; t += L) {
       const Vec p = V::load(workspace.group.upsampled + k * workspace.group.size + t);
       const Vec valid = group.is_valid(t) ? p : Vec{};
-      mass += widen(fold(valid));
+      probability_sum += widen(fold(valid));
       square += widen(fold(valid * valid));
     }
-    if (sums.masses) sums.masses[k] += sum_of_lanes(mass);
+    if (sums.probability_sums) sums.probability_sums[k] += sum_of_lanes(probability_sum);
     if (sums.squares) sums.squares[k] += sum_of_lanes(square);
   }
 }
@@ -270,11 +270,12 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
   const auto class_values = [&](const Stat* by_class, Indices<Stat> k) INLINE_LAMBDA {
     return by_class ? pick(by_class + image_offset, k) : Vec{};
   };
-  const bool with_u = gradients.dmasses || gradients.dsquares;
+  const bool with_u = gradients.dprobability_sums || gradients.dsquares;
   const auto u = [&](Vec p, int64_t k) INLINE_LAMBDA {
-    const Stat dmass = gradients.dmasses ? gradients.dmasses[image_offset + k] : 0;
+    const Stat dprobability_sum =
+        gradients.dprobability_sums ? gradients.dprobability_sums[image_offset + k] : 0;
     const Stat dsquare = gradients.dsquares ? gradients.dsquares[image_offset + k] : 0;
-    return dmass + 2 * p * dsquare;
+    return dprobability_sum + 2 * p * dsquare;
   };
   const LossesOfImage<Stat> losses(problem.shape, tile.image);
   Stat label_terms[GROUP];
@@ -313,11 +314,11 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
       const Vec p = V::load(z + k * stride);
       rest -= p * u(p, k);
     }
-    if (gradients.doverlaps) {
+    if (gradients.dintersections) {
       const Vec p = unit * group.label_logits(t, z, stride);
-      const Vec overlap_term = p * class_values(gradients.doverlaps, classes);
-      rest -= overlap_term;
-      label_term -= overlap_term;
+      const Vec intersection_term = p * class_values(gradients.dintersections, classes);
+      rest -= intersection_term;
+      label_term -= intersection_term;
     }
     V::store(label_terms + t, label_term);
     rest *= unit;
@@ -408,15 +409,15 @@ template <class Stat, class Begin, class Visit>
 ALWAYS_INLINE int64_t for_groups(const Problem<Stat>& problem, const Tile& tile,
                                  const Workspace<Stat>& workspace, Begin begin, Visit visit) {
   PackedRows<Stat> rows;
-  int64_t outside = 0;
+  int64_t labels_out_of_range = 0;
   for (int64_t y = tile.label_rows.begin; y < tile.label_rows.end; ++y) {
     if (problem.upsampled) begin(position(problem.rows, y).lower);
     if (problem.labels.read)
-      outside +=
+      labels_out_of_range +=
           problem.labels.read(problem.labels, tile.image, y, tile.label_columns, workspace.classes);
     for_label_row(problem, tile, workspace, rows, y, visit);
   }
-  return outside;
+  return labels_out_of_range;
 }
 
 // Calls visit(finish_until), which adds to the tile's dlogits, and calls finish_until(the first row

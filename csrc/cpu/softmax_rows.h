@@ -40,10 +40,10 @@ int64_t read_labels(const Labels& labels, int64_t image, int64_t row, Range colu
     for (int64_t i = 0; i < count; ++i) read(i, i * stride);
   }
   // They are counted in a loop of their own, because rows seldom have such labels.
-  int64_t outside = 0;
+  int64_t labels_out_of_range = 0;
   for (int64_t i = 0; any_outside && i < count; ++i)
-    outside += !(is_class(data[i * stride]) | is_ignored(data[i * stride]));
-  return outside;
+    labels_out_of_range += !(is_class(data[i * stride]) | is_ignored(data[i * stride]));
+  return labels_out_of_range;
 }
 
 // Calls put(k, j, vector) for logits of neighbouring columns, beginning with `source`: those of

@@ -22,7 +22,8 @@ class DifferenceRows {
   }
 
   // d of a row of labels; null if a logit around it is not finite. It is not inlined, so its
-  // products are always fused in the same way, and hits equal the diagonal of the confusion matrix.
+  // products are always fused in the same way, and `correct` is the diagonal of the confusion
+  // matrix.
   __attribute__((noinline)) const float* label_differences(int64_t y) {
     if (!problem_.upsampled) {
       float* d = memory_.planes + memory_.stride;
@@ -82,17 +83,17 @@ ALWAYS_INLINE int64_t for_differences(const Problem<float>& problem, const Tile&
                                       const Workspace<float>& workspace, Begin begin, Visit visit) {
   DifferenceRows rows(problem, tile, workspace.differences);
   const int64_t count = tile.label_columns.end - tile.label_columns.begin;
-  int64_t outside = 0;
+  int64_t labels_out_of_range = 0;
   for (int64_t y = tile.label_rows.begin; y < tile.label_rows.end; ++y) {
     if (problem.labels.read)
-      outside +=
+      labels_out_of_range +=
           problem.labels.read(problem.labels, tile.image, y, tile.label_columns, workspace.classes);
     const Ints none = Ints{} - 1;
     std::memcpy(workspace.classes + count, &none, sizeof none);
     begin(y);
     visit(y, rows.label_differences(y));
   }
-  return outside;
+  return labels_out_of_range;
 }
 
 // The two classes of a vector of pixels.
@@ -131,8 +132,8 @@ struct LogOfProduct {
 // The sums of a class over a tile.
 struct SumsOfClass {
   using Sum = Vector<double, LANES<double>>;
-  Sum loss_sums[LOSS_SUMS] = {}, overlaps = {}, masses = {}, squares = {};
-  int64_t counts = 0, hits = 0;
+  Sum loss_sums[LOSS_SUMS] = {}, intersections = {}, probability_sums = {}, squares = {};
+  int64_t counts = 0, correct = 0;
 };
 
 // BY_PRODUCT: the loss of a single pixel is not needed.
@@ -145,7 +146,7 @@ void forward_differences(const Problem<float>& problem, const Tile& tile,
   const int64_t count = tile.label_columns.end - tile.label_columns.begin;
   const LossesOfImage<float> losses(problem.shape, tile.image);
   const Map<float>& weights = problem.shape.pixel_weights;
-  const bool with_hits = sums.hits, with_squares = sums.squares;
+  const bool with_correct = sums.correct, with_squares = sums.squares;
   const auto number = [](Ints mask) INLINE_LAMBDA { return __builtin_popcount(lanes_of(mask)); };
   PackedRows<float> packed;
   SumsOfClass by_class[2];
@@ -157,7 +158,8 @@ void forward_differences(const Problem<float>& problem, const Tile& tile,
     float* map = maps.pixel_losses;
     if (map) map += problem.pixel(tile, y, tile.label_columns.begin);
     for (int64_t first = 0; first < count; first += 8 * L) {
-      Floats loss_sums[LOSS_SUMS][2] = {}, overlaps[2] = {}, masses[2] = {}, squares[2] = {};
+      Floats loss_sums[LOSS_SUMS][2] = {}, intersections[2] = {}, probability_sums[2] = {},
+             squares[2] = {};
       LogOfProduct totals[2];
       for (int64_t t = first; t < std::min(first + 8 * L, count); t += L) {
         const TwoClasses two(V::load(d + t));
@@ -165,8 +167,8 @@ void forward_differences(const Problem<float>& problem, const Tile& tile,
         const Floats other = has_label[1] ? two.d : -two.d;
         for (int i = 0; i < 2; ++i) {
           by_class[i].counts += number(has_label[i]);
-          if (with_hits)
-            by_class[i].hits += number(has_label[i] & (i == 1 ? two.d > 0 : ~(two.d > 0)));
+          if (with_correct)
+            by_class[i].correct += number(has_label[i] & (i == 1 ? two.d > 0 : ~(two.d > 0)));
         }
         if constexpr (BY_PRODUCT) {
           const Floats without_log = two.loss(other, Floats{});
@@ -191,8 +193,8 @@ void forward_differences(const Problem<float>& problem, const Tile& tile,
         }
         for (int i = 0; WITH_PROBABILITIES && i < 2; ++i) {
           const Floats p = two.chances(Ints{} + i).hit;
-          overlaps[i] += has_label[i] ? p : Floats{};
-          masses[i] += k >= 0 ? p : Floats{};
+          intersections[i] += has_label[i] ? p : Floats{};
+          probability_sums[i] += k >= 0 ? p : Floats{};
           if (with_squares) squares[i] += k >= 0 ? p * p : Floats{};
         }
       }
@@ -201,21 +203,22 @@ void forward_differences(const Problem<float>& problem, const Tile& tile,
         for (int s = 0; s < LOSS_SUMS; ++s)
           by_class[i].loss_sums[s] += widen(fold(loss_sums[s][i]));
         if (!WITH_PROBABILITIES) continue;
-        by_class[i].overlaps += widen(fold(overlaps[i]));
-        by_class[i].masses += widen(fold(masses[i]));
+        by_class[i].intersections += widen(fold(intersections[i]));
+        by_class[i].probability_sums += widen(fold(probability_sums[i]));
         by_class[i].squares += widen(fold(squares[i]));
       }
     }
   };
-  *sums.outside += for_differences(problem, tile, workspace, [](int64_t) {}, visit);
+  *sums.labels_out_of_range += for_differences(problem, tile, workspace, [](int64_t) {}, visit);
   for (int i = 0; i < 2; ++i) {
     for (int s = 0; s < LOSS_SUMS; ++s)
       if (sums.loss_sums[s]) sums.loss_sums[s][i] += sum_of_lanes(by_class[i].loss_sums[s]);
     sums.counts[i] += by_class[i].counts;
-    if (sums.overlaps) sums.overlaps[i] += sum_of_lanes(by_class[i].overlaps);
-    if (sums.masses) sums.masses[i] += sum_of_lanes(by_class[i].masses);
+    if (sums.intersections) sums.intersections[i] += sum_of_lanes(by_class[i].intersections);
+    if (sums.probability_sums)
+      sums.probability_sums[i] += sum_of_lanes(by_class[i].probability_sums);
     if (sums.squares) sums.squares[i] += sum_of_lanes(by_class[i].squares);
-    if (sums.hits) sums.hits[i] += by_class[i].hits;
+    if (sums.correct) sums.correct[i] += by_class[i].correct;
   }
 }
 
@@ -228,7 +231,7 @@ void forward_two_classes(const Problem<float>& problem, const Tile& tile,
   for (const double* sum : sums.loss_sums) requested += sum != nullptr;
   const bool by_product =
       shape.plain && !shape.pixel_weights.data && !maps.pixel_losses && requested == 1;
-  const bool with_probabilities = sums.masses || sums.squares;
+  const bool with_probabilities = sums.probability_sums || sums.squares;
   const auto add = by_product           ? with_probabilities ? forward_differences<true, true>
                                                              : forward_differences<true, false>
                    : with_probabilities ? forward_differences<false, true>
@@ -247,12 +250,13 @@ class DerivativeByDifference {
     const auto at = [&](const float* by_class, int k) {
       return by_class ? by_class[image * gradients.stride_b + k] : 0;
     };
-    // the sum of both masses is constant: equal gradients cancel out
-    const float dmasses = at(gradients.dmasses, 1) - at(gradients.dmasses, 0);
+    // the two probability_sums add up to a constant: equal gradients cancel out
+    const float dprobability_sums =
+        at(gradients.dprobability_sums, 1) - at(gradients.dprobability_sums, 0);
     for (int k = 0; k < 2; ++k) {
-      const float doverlaps = at(gradients.doverlaps, k);
+      const float dintersections = at(gradients.dintersections, k);
       dlosses_[k] = at(gradients.dlosses, k);
-      dp_1_[k] = dmasses + (k ? doverlaps : -doverlaps);
+      dp_1_[k] = dprobability_sums + (k ? dintersections : -dintersections);
       dsquares_[k] = 2 * at(gradients.dsquares, k);
     }
   }

@@ -139,7 +139,7 @@ def centroids(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return sums / counts.clamp(min=1)[..., None], counts
 
 
-STATISTICS = ("counts", "losses", "overlaps", "masses", "squares", "pixel_losses")
+STATISTICS = ("counts", "losses", "intersections", "probability_sums", "squares", "pixel_losses")
 
 
 def our_statistics(logits: Tensor, labels: Tensor, **options: Any) -> list[Tensor]:

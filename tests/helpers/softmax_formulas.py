@@ -19,8 +19,8 @@ from anchorops._moments import Options, changes_losses, statistics_dtype
 from anchorops._ops.softmax_moments import moments_of as checked_moments
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-FLOATING = ("losses", "overlaps", "masses", "squares", "pixel_losses")
-ALL = ("hits", "masses", "squares", "pixel_losses")
+FLOATING = ("losses", "intersections", "probability_sums", "squares", "pixel_losses")
+ALL = ("correct", "probability_sums", "squares", "pixel_losses")
 EVERYTHING = {name: True for name in ALL}
 CE = ()  # the cross-entropy needs only counts and losses
 ON_GPU = 2e-5
@@ -181,7 +181,7 @@ def upsampled(case: Case, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def by_torch(case: Case, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """All statistics but the hits by torch's formulas in the dtype of x. Unread logits are
+    """All statistics but `correct` by torch's formulas in the dtype of x. Unread logits are
     multiplied by 0, so all must be finite."""
     z, classes, valid = upsampled(case, x, labels)
     one_hot = (classes[:, None] == torch.arange(case.num_classes)[:, None]) & valid[:, None]
@@ -199,14 +199,14 @@ def by_torch(case: Case, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
     moments = {
         "counts": lambda: one_hot.sum(axes),
         "losses": lambda: torch.where(one_hot, weighted[:, None], 0).sum(axes),
-        "overlaps": lambda: torch.where(one_hot, p, 0).sum(axes),
-        "masses": lambda: p.sum(axes),
+        "intersections": lambda: torch.where(one_hot, p, 0).sum(axes),
+        "probability_sums": lambda: p.sum(axes),
         "squares": lambda: p.square().sum(axes),
         "pixel_losses": lambda: losses.view(labels.shape),
         "used": lambda: (one_hot * shares[:, None]).sum(axes),
     }
-    names = {"counts", "losses", *case.statistics} - {"hits"}
-    names |= {"overlaps"} if "masses" in case.statistics else set()
+    names = {"counts", "losses", *case.statistics} - {"correct"}
+    names |= {"intersections"} if "probability_sums" in case.statistics else set()
     names |= {"used"} if case.min_loss > -torch.inf or case.pixel_weights else set()
     return {name: moments[name]() for name in names}
 
@@ -239,8 +239,8 @@ def check(case: Case, backend: str, through=FLOATING, logits=None, labels=None) 
     exact, exact_gradient = formula(case, logits, labels, weights, F64, through)
     plain, plain_gradient = formula(case, logits, labels, weights, dtype, through)
 
-    assert ours.keys() - {"hits"} == exact.keys() and ("hits" in ours) == (
-        "hits" in case.statistics
+    assert ours.keys() - {"correct"} == exact.keys() and ("correct" in ours) == (
+        "correct" in case.statistics
     )
     assert torch.equal(ours["counts"], exact["counts"])
     if "used" in ours and case.pixel_weights:
@@ -256,8 +256,8 @@ def check(case: Case, backend: str, through=FLOATING, logits=None, labels=None) 
     eps, spread = torch.finfo(dtype).eps, float(logits.max()) - float(logits.min())
     roundings = 32 if dtype == F64 else 12 if BACKEND else 8  # of float64, like the formula
     floor = ON_GPU if logits.is_cuda else eps * max(roundings, spread / 2)
-    if "hits" in ours:
-        check_hits(case, logits, labels, ours["hits"], ON_GPU if logits.is_cuda else 2 * eps)
+    if "correct" in ours:
+        check_correct(case, logits, labels, ours["correct"], ON_GPU if logits.is_cuda else 2 * eps)
     for name in FLOATING:
         if name in ours:
             assert ours[name].dtype == dtype and ours[name].shape == exact[name].shape
@@ -276,7 +276,9 @@ def assert_close(name: str, ours: Tensor, exact: Tensor, plain: Tensor, floor: f
     assert (error <= allowed).all(), f"{name}: {error.max():.3g}, allowed {allowed.max():.3g}"
 
 
-def check_hits(case: Case, logits: Tensor, labels: Tensor, hits: Tensor, floor: float) -> None:
+def check_correct(
+    case: Case, logits: Tensor, labels: Tensor, correct: Tensor, floor: float
+) -> None:
     """Exact, except for pixels whose two largest logits are equal up to rounding."""
     z, classes, valid = upsampled(case, logits.double(), labels)
     others = z.scatter(1, classes[:, None], -torch.inf).amax(1)
@@ -287,7 +289,7 @@ def check_hits(case: Case, logits: Tensor, labels: Tensor, hits: Tensor, floor: 
         (one_hot & (lead > at_least)[:, None]).sum((2,) if case.per_image else (0, 2))
         for at_least in (floor, -floor)
     )
-    assert ((least <= hits) & (hits <= most)).all()
+    assert ((least <= correct) & (correct <= most)).all()
 
 
 def check_loss(ours: Tensor, expected: Tensor, logits: Tensor) -> None:
