@@ -20,15 +20,15 @@ def soft_confusion(
     if not sigmoid:
         m: Any = ao.ops.softmax_moments(logits, labels, per_image=True)
         total = m.counts.sum(1, keepdim=True)
-        tp, tn = m.overlaps, total - m.masses - m.counts + m.overlaps
-        return tp, m.masses - tp, m.counts - tp, tn
+        tp, tn = m.intersections, total - m.probability_sums - m.counts + m.intersections
+        return tp, m.probability_sums - tp, m.counts - tp, tn
     pairs = torch.stack([torch.zeros_like(logits), logits], 2).flatten(0, 1)
     m: Any = ao.ops.softmax_moments(pairs, labels.flatten(0, 1), per_image=True)
-    counts, masses, overlaps = (
-        x.view(*logits.shape[:2], 2) for x in (m.counts, m.masses, m.overlaps)
+    counts, probability_sums, intersections = (
+        x.view(*logits.shape[:2], 2) for x in (m.counts, m.probability_sums, m.intersections)
     )
-    tn, tp = overlaps.unbind(2)
-    return tp, masses[..., 1] - tp, counts[..., 1] - tp, tn
+    tn, tp = intersections.unbind(2)
+    return tp, probability_sums[..., 1] - tp, counts[..., 1] - tp, tn
 
 
 def mcc(tp: Tensor, fp: Tensor, fn: Tensor, tn: Tensor, smooth: float = 0.0) -> Tensor:
@@ -64,7 +64,7 @@ def wasserstein_dice(
     errors = right = torch.zeros((), device=logits.device)
     for k, distance in enumerate(distances):
         m: Any = ao.ops.softmax_moments(logits, labels.where(labels == k, 255), per_image=True)
-        error = m.masses @ distance.to(m.masses)
+        error = m.probability_sums @ distance.to(m.probability_sums)
         errors, right = errors + error, right + (m.counts[:, k] - error) * (k > 0)
     return (1 - (2 * right + smooth) / (2 * right + errors + smooth)).mean()
 
@@ -107,12 +107,12 @@ def reduced_focal(
 def dice_of_all_classes(logits: Tensor, labels: Tensor, eps: float = 1e-3) -> Tensor:
     """One score for all classes of an image (mmsegmentation)."""
     m: Any = ao.ops.softmax_moments(logits, labels, per_image=True, squares=True)
-    overlaps, squares, counts = (x.sum(1) for x in (m.overlaps, m.squares, m.counts))
-    return (1 - 2 * overlaps / (squares + counts + 2 * eps)).mean()
+    intersections, squares, counts = (x.sum(1) for x in (m.intersections, m.squares, m.counts))
+    return (1 - 2 * intersections / (squares + counts + 2 * eps)).mean()
 
 
 def balanced_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Of one channel: each class has the share of the other one as weight (PIDNet's boundaries)."""
     pairs = torch.cat([torch.zeros_like(logits), logits], 1)
-    m: Any = ao.ops.softmax_moments(pairs, labels.squeeze(1), masses=False)
+    m: Any = ao.ops.softmax_moments(pairs, labels.squeeze(1), probability_sums=False)
     return (m.losses * m.counts.flip(0)).sum() / m.counts.sum() ** 2

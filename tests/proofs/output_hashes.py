@@ -41,8 +41,13 @@ RATIOS: dict[str, tuple[tuple[int, ...], tuple[int, ...], bool]] = {
 }
 LARGE = ((65, 65), (257, 257), True)
 ALONE: list[dict[str, bool]] = [
-    {"hits": hits, "masses": masses, "squares": squares, "pixel_losses": pixel_losses}
-    for hits, masses, squares, pixel_losses in (
+    {
+        "correct": correct,
+        "probability_sums": probability_sums,
+        "squares": squares,
+        "pixel_losses": pixel_losses,
+    }
+    for correct, probability_sums, squares, pixel_losses in (
         (False, False, False, False),
         (True, False, False, False),
         (False, True, False, False),
@@ -111,7 +116,15 @@ def softmax_moments(
     labels = labels_of(size[1], *labels_size, dtype=labels_dtype)
     ignore_index = {"ignore_index": 255}
     moments = ao.ops.softmax_moments(logits, labels, **ignore_index, **options)
-    names = ("counts", "hits", "losses", "overlaps", "masses", "squares", "pixel_losses")
+    names = (
+        "counts",
+        "correct",
+        "losses",
+        "intersections",
+        "probability_sums",
+        "squares",
+        "pixel_losses",
+    )
     return with_gradients({name: getattr(moments, name) for name in names}, logits=logits)
 
 
