@@ -77,12 +77,12 @@ def check_int(
     argument: str,
     value: object,
     expected: str,
-    least: int = -(2**63),
-    most: int = 2**63 - 1,
+    minimum: int = -(2**63),
+    maximum: int = 2**63 - 1,
 ) -> int:
-    """The value `as_int`, from least to most."""
+    """The value `as_int`, from minimum to maximum."""
     number = as_int(value)
-    if number is None or not least <= number <= most:
+    if number is None or not minimum <= number <= maximum:
         fail(function, argument, expected, describe(value))
     return number
 
@@ -169,7 +169,7 @@ def check_logits(function: str, logits: Tensor, *, sigmoid: bool = False) -> Non
         fail(function, "logits", expected, describe(logits))
     if logits.dtype not in FLOATING:
         fail(function, "logits", "float32, bfloat16, float16 or float64", logits.dtype)
-    least = 1 if sigmoid else 2
+    min_classes = 1 if sigmoid else 2
     if logits.shape[1] == 1 and not sigmoid:
         # its softmax is 1: the loss would be 0, and each prediction right
         expected = (
@@ -179,8 +179,8 @@ def check_logits(function: str, logits: Tensor, *, sigmoid: bool = False) -> Non
             "torch.cat([torch.zeros_like(x), x], 1))"
         )
         fail(function, "logits", expected, f"shape {tuple(logits.shape)}")
-    if not least <= logits.shape[1] <= MAX_CLASSES:
-        expected = f"{least} to {MAX_CLASSES} classes in dimension 1"
+    if not min_classes <= logits.shape[1] <= MAX_CLASSES:
+        expected = f"{min_classes} to {MAX_CLASSES} classes in dimension 1"
         fail(function, "logits", expected, f"shape {tuple(logits.shape)}")
 
 

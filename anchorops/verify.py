@@ -139,23 +139,23 @@ def _cross_entropy(
     v: Tensor | None = None,
     *,
     weight: Tensor | None = None,
-    smoothing: float = 0.0,
-    gamma: float = 0.0,
-    ohem: float | None = None,
-    kept: int | None = None,
+    label_smoothing: float = 0.0,
+    focal_gamma: float = 0.0,
+    ohem_threshold: float | None = None,
+    ohem_min_kept: int | None = None,
     align: bool = False,
 ) -> Tensor:
-    """The formula of ao.CrossEntropy; `ohem` and `kept` without the rest."""
+    """The formula of ao.CrossEntropy; `ohem_threshold` and `ohem_min_kept` without the rest."""
     log_p, label, _ = _pixels(z, y, align)
     c = -log_p.gather(1, label[:, None])[:, 0]
     w = torch.ones_like(log_p[0]) if weight is None else weight.to(log_p)
-    loss = (1 - smoothing) * w[label] * c - smoothing / len(w) * (log_p * w).sum(1)
+    loss = (1 - label_smoothing) * w[label] * c - label_smoothing / len(w) * (log_p * w).sum(1)
     share = torch.ones_like(c) if v is None else v[y >= 0]
-    if ohem is not None:
-        share = share * (c.exp() * ohem >= 1)
-    if kept is not None:
-        share = share * (c >= c.topk(kept).values[-1])
-    return (share * (1 - (-c).exp()) ** gamma * loss).sum() / (share * w[label]).sum()
+    if ohem_threshold is not None:
+        share = share * (c.exp() * ohem_threshold >= 1)
+    if ohem_min_kept is not None:
+        share = share * (c >= c.topk(ohem_min_kept).values[-1])
+    return (share * (1 - (-c).exp()) ** focal_gamma * loss).sum() / (share * w[label]).sum()
 
 
 def _dice(
@@ -429,7 +429,7 @@ def _image_checks() -> Iterator[Check]:
         pair = ao.CrossEntropy(**options), ao.Dice(**options)
         ce = ao.CrossEntropy(weight, label_smoothing=0.1, focal_gamma=1.5, **options)
         dice = ao.Dice(squared=True, per_image=True, **options)
-        shaped = {"smoothing": 0.1, "gamma": 1.5, "weight": weight}
+        shaped = {"label_smoothing": 0.1, "focal_gamma": 1.5, "weight": weight}
         exact = partial(_with_dice, squared=True, per_image=True, **shaped)
         of_pixels = partial(ao.pixel_cross_entropy, reduction="none", **options)
         largest = partial(_argmax, align=images.align)
@@ -462,10 +462,10 @@ def _loss_checks() -> Iterator[Check]:
     """The options of pixel losses, sigmoids, points, volumes, divergence, confusion."""
     random, moments, (z, y) = _random("losses"), "softmax_moments", _base()
     plain, ce = partial(ao.pixel_cross_entropy, ignore_index=-1), _cross_entropy
-    hard = ao.CrossEntropy(ohem=0.3, ignore_index=-1)
-    yield Check(moments, "OHEM", (z, y), hard, partial(ce, ohem=0.3))
-    hard = ao.CrossEntropy(ohem_kept=len(y[0]) ** 2, ignore_index=-1)
-    formula, parts = partial(ce, kept=len(y[0]) ** 2), ("kth_largest", moments)
+    hard = ao.CrossEntropy(ohem_threshold=0.3, ignore_index=-1)
+    yield Check(moments, "OHEM", (z, y), hard, partial(ce, ohem_threshold=0.3))
+    hard = ao.CrossEntropy(ohem_min_kept=len(y[0]) ** 2, ignore_index=-1)
+    formula, parts = partial(ce, ohem_min_kept=len(y[0]) ** 2), ("kth_largest", moments)
     yield Check(COMPOSITION, "OHEM of a number", (z, y), hard, formula, parts=parts)
     values, k = (torch.rand(3000, generator=random),), 700
     formula = lambda x: x.detach().topk(k).values[-1]  # noqa: E731
@@ -475,15 +475,17 @@ def _loss_checks() -> Iterator[Check]:
     v = torch.rand(y.shape, generator=random)
     weighted = z, y, v.masked_fill(v < 0.1, 0)
     yield Check(moments, "pixel weights", weighted, ao.CrossEntropy(ignore_index=-1), ce)
-    hard = ao.CrossEntropy(label_smoothing=0.1, ohem=0.3, ignore_index=-1)
-    formula = partial(ce, smoothing=0.1, ohem=0.3)
+    hard = ao.CrossEntropy(label_smoothing=0.1, ohem_threshold=0.3, ignore_index=-1)
+    formula = partial(ce, label_smoothing=0.1, ohem_threshold=0.3)
     yield Check(moments, "OHEM, pixel weights, smoothing", weighted, hard, formula)
-    hard = ao.CrossEntropy(label_smoothing=0.1, ohem=0.3, focal_gamma=1.5, ignore_index=-1)
-    formula = partial(ce, smoothing=0.1, ohem=0.3, gamma=1.5)
+    hard = ao.CrossEntropy(
+        label_smoothing=0.1, ohem_threshold=0.3, focal_gamma=1.5, ignore_index=-1
+    )
+    formula = partial(ce, label_smoothing=0.1, ohem_threshold=0.3, focal_gamma=1.5)
     yield Check(moments, "OHEM, smoothing, focal", (z, y), hard, formula)
     smooth = ao.CrossEntropy(label_smoothing=0.1, ignore_index=-1)
     both = ao.CrossEntropyDice(smooth, ao.Dice(squared=True, ignore_index=-1))
-    formula = partial(_with_dice, squared=True, smoothing=0.1)
+    formula = partial(_with_dice, squared=True, label_smoothing=0.1)
     yield Check(moments, "label smoothing + Dice", (z, y), both, formula)
     hidden, ignored = z.clone(), y.clone()
     hidden[:, :, :1], ignored[:, :8] = torch.nan, -1

@@ -79,13 +79,13 @@ def ohem(z: Tensor, y: Tensor, of: Formula = ce) -> Tensor:
     return losses[losses.detach() >= -math.log(BOUND)].mean()
 
 
-def ohem_kept(z: Tensor, y: Tensor) -> Tensor:
+def ohem_min_kept(z: Tensor, y: Tensor) -> Tensor:
     losses = ce(z, y, reduction="none").flatten()
     return losses.topk(y.numel() // 16).values.mean()
 
 
 def kept(x: Tensor, y: Tensor) -> Tensor:
-    return ao.CrossEntropy(ohem_kept=y.numel() // 16)(x, y)
+    return ao.CrossEntropy(ohem_min_kept=y.numel() // 16)(x, y)
 
 
 def pixel_weights(y: Tensor) -> Tensor:
@@ -169,8 +169,8 @@ OPTIONS: dict[str, Option] = {
             "MONAI": with_channel(monai.FocalLoss(use_softmax=True, to_onehot_y=True, gamma=GAMMA)),
         },
     ),
-    "OHEM, threshold": Option(ao.CrossEntropy(ohem=BOUND), {"torch": ohem}),
-    "OHEM, largest": Option(kept, {"torch": ohem_kept}, ties=True),
+    "OHEM, threshold": Option(ao.CrossEntropy(ohem_threshold=BOUND), {"torch": ohem}),
+    "OHEM, largest": Option(kept, {"torch": ohem_min_kept}, ties=True),
     "pixel weights": Option(
         lambda x, y: ao.CrossEntropy()(x, y, pixel_weights(y)), {"torch": weighted}
     ),
@@ -215,7 +215,7 @@ OPTIONS: dict[str, Option] = {
         compiled=False,
     ),
     "sigmoid: OHEM, threshold": Option(
-        ao.BinaryCrossEntropy(ohem=BOUND),
+        ao.BinaryCrossEntropy(ohem_threshold=BOUND),
         {"torch": partial(ohem, of=bce)},
         sigmoid=True,
         compiled=False,

@@ -159,8 +159,8 @@ def largest_batches(network: str) -> str:
         if network in name and precision == "bf16" and not checkpointing
     )
     names = plot_counted_memory.BASELINE, plot_counted_memory.BOTH
-    least, most = (rows[name]["largest_batches"]["24 GB"] for name in names)
-    return f"{least} → {most} images"
+    before, after = (rows[name]["largest_batches"]["24 GB"] for name in names)
+    return f"{before} → {after} images"
 
 
 def gains_of_export(way: str) -> str:
@@ -322,7 +322,7 @@ def cases() -> str:
         if ours["operation"] in operations and ratio >= 2:
             continue
         operations.add(ours["operation"])
-        least, most = other["q20"] / ours["q80"], other["q80"] / ours["q20"]
+        lowest, highest = other["q20"] / ours["q80"], other["q80"] / ours["q20"]
         lines.append(
             [
                 ours["operation"] + ("" if training else f", {ours['direction']}"),
@@ -332,7 +332,7 @@ def cases() -> str:
                 other["name"].replace(", kept pages", "\\*"),
                 milliseconds(other),
                 mebibytes(other),
-                f"{ratio:.1f} ({least:.1f}–{most:.1f})",
+                f"{ratio:.1f} ({lowest:.1f}–{highest:.1f})",
             ]
         )
     header = ["operation", "sizes", "anchorops, ms", "MiB", "fastest other", "ms", "MiB", "×"]

@@ -207,13 +207,13 @@ def network_of(setting: Setting, device: torch.device) -> Segmenter:
 
 
 def rounds_of(
-    turns: list[Callable[[bool], Turn]], least: int, minutes: float
+    turns: list[Callable[[bool], Turn]], min_rounds: int, minutes: float
 ) -> Iterator[list[Turn]]:
     """The turns of each round; the first round, with memory, warms up: kernels are compiled."""
     deadline, last = time.monotonic() + 60 * minutes, 0.0
     for number in itertools.count():
         begin = time.monotonic()
-        if number > least and begin + last > deadline:
+        if number > min_rounds and begin + last > deadline:
             return
         first = number % len(turns)
         order = [*range(first, len(turns)), *range(first)]
@@ -223,11 +223,11 @@ def rounds_of(
 
 
 def times_of(
-    turns: list[Callable[[bool], Turn]], device: torch.device, least: int, minutes: float
+    turns: list[Callable[[bool], Turn]], device: torch.device, min_rounds: int, minutes: float
 ) -> Iterator[dict[str, Any]]:
     """Time and memory of each candidate."""
     processes = OtherProcesses(device)
-    warm_up, *rounds = rounds_of(turns, least, minutes)
+    warm_up, *rounds = rounds_of(turns, min_rounds, minutes)
     others = processes.cores()
     memory_of = warm_up if device.type == "cpu" else rounds[-1]
     plain = median(itertools.chain.from_iterable(done[0].seconds for done in rounds))
@@ -243,9 +243,9 @@ def times_of(
 
 
 def rows_of(
-    setting: Setting, device: torch.device, least: int, minutes: float, backend: str
+    setting: Setting, device: torch.device, min_rounds: int, minutes: float, backend: str
 ) -> Iterator[dict[str, Any]]:
-    """A row for each candidate, of `least` rounds or as many as the minutes allow. backend: of
+    """A row for each candidate, of `min_rounds` rounds or as many as the minutes allow. backend: of
     torch.compile."""
     images, labels = images_and_labels(setting, device)
     models: dict[tuple[bool, bool], Segmenter] = {}
@@ -265,7 +265,7 @@ def rows_of(
         return done._replace(peak_bytes=done.peak_bytes - unused)
 
     turns = [functools.partial(turn, candidate) for candidate in CANDIDATES]
-    measured = times_of(turns, device, least, minutes)
+    measured = times_of(turns, device, min_rounds, minutes)
     for candidate, times in zip(CANDIDATES, measured, strict=True):
         yield {
             "network": str(setting),
@@ -277,7 +277,9 @@ def rows_of(
         }
 
 
-def inference_rows(setting: Setting, device: torch.device, least: int) -> Iterator[dict[str, Any]]:
+def inference_rows(
+    setting: Setting, device: torch.device, min_rounds: int
+) -> Iterator[dict[str, Any]]:
     """Forward passes in evaluation mode without gradients."""
     images, _ = images_and_labels(setting, device)
     model = network_of(setting, device).eval()
@@ -291,7 +293,7 @@ def inference_rows(setting: Setting, device: torch.device, least: int) -> Iterat
             return timed(lambda: network(images), device, memory)
 
     turns = [functools.partial(turn, network) for network in networks.values()]
-    for name, times in zip(networks, times_of(turns, device, least, 0.0), strict=True):
+    for name, times in zip(networks, times_of(turns, device, min_rounds, 0.0), strict=True):
         yield {"network": str(setting), "name": name, **times}
 
 

@@ -33,7 +33,8 @@ class AnchoropsLoss(nn.Module):
         avg_non_ignore: False divides a cross-entropy by all pixels, which is the default of
             mmsegmentation's CrossEntropyLoss.
         ignore_index: as the head's.
-        options: of the loss, for example ohem=0.7, ohem_kept=100000 (mmsegmentation: a sampler).
+        options: of the loss, for example ohem_threshold=0.7, ohem_min_kept=100000 (mmsegmentation:
+            a sampler).
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class AnchoropsLoss(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        hard = "ohem" in options or "ohem_kept" in options
+        hard = "ohem_threshold" in options or "ohem_min_kept" in options
         if not avg_non_ignore and (hard or loss not in ("CrossEntropy", "BinaryCrossEntropy")):
             text = 'expected True, or "CrossEntropy" or "BinaryCrossEntropy" without OHEM'
             raise ValueError(f"AnchoropsLoss: avg_non_ignore: {text}, got {loss!r}")

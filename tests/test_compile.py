@@ -24,7 +24,9 @@ WITHOUT_CLASSIFIER = ao.SAR(K, D, embed=False)
 OF_LOGITS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "pixel_cross_entropy": lambda x, y: ao.pixel_cross_entropy(x, y, weight=WEIGHT),
     "label_smoothing": lambda x, y: ao.pixel_cross_entropy(x, y, label_smoothing=0.1),
-    "CrossEntropy": ao.CrossEntropy(WEIGHT, ohem=0.5, ohem_kept=7, focal_gamma=2.0, accuracy=True),
+    "CrossEntropy": ao.CrossEntropy(
+        WEIGHT, ohem_threshold=0.5, ohem_min_kept=7, focal_gamma=2.0, accuracy=True
+    ),
     "pixel_weights": lambda x, y: ao.CrossEntropy()(x, y, torch.ones_like(y, dtype=torch.float)),
     "Dice": ao.Dice(per_image=True, weight=WEIGHT),
     "CrossEntropyDice": ao.CrossEntropyDice(),

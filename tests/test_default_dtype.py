@@ -80,7 +80,7 @@ LOSSES: dict[str, Callable[[], torch.nn.Module]] = {
     "CrossEntropy": lambda: ao.CrossEntropy(accuracy=True),
     "weights": lambda: ao.CrossEntropy(WEIGHTS, accuracy=True, label_smoothing=0.1),
     "array": lambda: ao.CrossEntropy(np.array(WEIGHTS), focal_gamma=0.7),
-    "ohem": lambda: ao.CrossEntropy(ohem=0.3, ohem_kept=70_000, accuracy=True),
+    "ohem": lambda: ao.CrossEntropy(ohem_threshold=0.3, ohem_min_kept=70_000, accuracy=True),
     "Dice": lambda: ao.Dice(weight=WEIGHTS, accuracy=True, squared=True),
     "Dice, images": lambda: ao.Dice(per_image=True, log=True, absent="zero"),
     "Tversky": lambda: ao.Dice(alpha=0.3, beta=0.7, gamma=0.75, smooth=1.0),
@@ -89,7 +89,7 @@ LOSSES: dict[str, Callable[[], torch.nn.Module]] = {
 }
 SIGMOIDS: dict[str, Callable[[], torch.nn.Module]] = {
     "BinaryCrossEntropy": lambda: ao.BinaryCrossEntropy(accuracy=True),
-    "pos_weight": lambda: ao.BinaryCrossEntropy(WEIGHTS, ohem_kept=70_000, accuracy=True),
+    "pos_weight": lambda: ao.BinaryCrossEntropy(WEIGHTS, ohem_min_kept=70_000, accuracy=True),
     "Dice": lambda: ao.Dice(sigmoid=True, accuracy=True),
     "Lovasz": lambda: ao.Lovasz(sigmoid=True),
 }

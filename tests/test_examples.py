@@ -156,7 +156,7 @@ def test_mmsegmentation_binary_loss_of_all_pixels(mmsegmentation: dict[str, Any]
         with pytest.raises(ValueError, match=rf"avg_non_ignore: expected True, .* got '{kind}'"):
             mmsegmentation["AnchoropsLoss"](kind, avg_non_ignore=False)
     with pytest.raises(ValueError, match=r"avg_non_ignore: expected True, .* without OHEM"):
-        mmsegmentation["AnchoropsLoss"](avg_non_ignore=False, ohem=0.7)
+        mmsegmentation["AnchoropsLoss"](avg_non_ignore=False, ohem_threshold=0.7)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_exported_number_of_hard_examples_is_not_that_of_pixels(backend: str) ->
     class Loss(torch.nn.Module):
         def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
             with ao.use_backend(backend):
-                return ao.CrossEntropy(ohem_kept=100)(logits, labels)
+                return ao.CrossEntropy(ohem_min_kept=100)(logits, labels)
 
     def inputs(batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
         return torch.randn(batch, K, 3, 4), torch.randint(0, K, (batch, height, width))

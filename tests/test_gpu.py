@@ -130,7 +130,7 @@ def test_losses_wait_for_nothing(backend: str):
     logits = softmax.make_logits(OF_LOGITS)[0].requires_grad_()
     labels = softmax.make_labels(OF_LOGITS)
     losses = [
-        ao.CrossEntropy(ohem=0.7, ohem_kept=100, focal_gamma=2.0),
+        ao.CrossEntropy(ohem_threshold=0.7, ohem_min_kept=100, focal_gamma=2.0),
         ao.CrossEntropyDice(ao.CrossEntropy(label_smoothing=0.1), ao.Dice()),
     ]
     with torch.device("cpu"):  # the usual one for new tensors

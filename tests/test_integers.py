@@ -71,7 +71,7 @@ CALLS: dict[str, Callable[[Number], Any]] = {
     "MVSC": lambda i: method(ao.MVSC(i(K), i(D), groups=i(2), seed=i(3))),
     "CeCo": lambda i: method(ao.CeCo(i(K), i(D), reduced_dim=i(6), center_dim=i(9), dropout=0.0)),
     "CBP": lambda i: method(ao.CBP(i(K), i(D), update="penalty")),
-    "CrossEntropy": lambda i: loss(ao.CrossEntropy(ohem_kept=i(50), ignore_index=i(1))),
+    "CrossEntropy": lambda i: loss(ao.CrossEntropy(ohem_min_kept=i(50), ignore_index=i(1))),
     "Dice": lambda i: loss(ao.Dice(classes=[i(0), i(2)], ignore_index=i(1))),
     "CrossEntropyDice": lambda i: loss(ao.CrossEntropyDice(ignore_index=i(1))),
     "Lovasz": lambda i: loss(ao.Lovasz(bins=i(64), classes=(i(0), i(2)), ignore_index=i(1))),
@@ -141,7 +141,7 @@ TAKES_ONE: dict[str, Callable[[Any], Any]] = {
     "dim": lambda v: ao.SAR(K, v),
     "layers": lambda v: ao.SAR(K, D, layers=v),
     "bins": lambda v: ao.Lovasz(bins=v),
-    "ohem_kept": lambda v: ao.CrossEntropy(ohem_kept=v),
+    "ohem_min_kept": lambda v: ao.CrossEntropy(ohem_min_kept=v),
     "ignore_index": lambda v: ao.pixel_cross_entropy(LOGITS, LABELS, ignore_index=v),
 }
 MATRIX_CLASSES = {
@@ -254,7 +254,7 @@ OF_NUMBERS: dict[str, Callable[[Any], Any]] = {
     ),
     "CeCo": lambda n: method(ao.CeCo(K, D, loss_weight=n, scale=n, dropout=n)),
     "CBP": lambda n: method(ao.CBP(K, D, length=n, penalty_weight=n, update="penalty")),
-    "CrossEntropy": lambda n: ao.CrossEntropy(label_smoothing=n, focal_gamma=n, ohem=n)(
+    "CrossEntropy": lambda n: ao.CrossEntropy(label_smoothing=n, focal_gamma=n, ohem_threshold=n)(
         LOGITS, LABELS
     ),
     "Dice": lambda n: ao.Dice(alpha=n, beta=n, smooth=n, smooth_denominator=n, gamma=n)(

@@ -59,11 +59,17 @@ ARGUMENTS: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
     | {"groups": COUNT, "enhance": FLAG, "temperature": TEMPERATURE, "seed": SEED},
     ao.CrossEntropy: OF_PIXELS
     | {"weight": WEIGHT, "label_smoothing": SHARE, "focal_gamma": NUMBER}
-    | {"ohem": ("foo", -1, True, 2.5, NAN, 0), "ohem_kept": ("foo", -1, True, 2.5, 0)},
+    | {
+        "ohem_threshold": ("foo", -1, True, 2.5, NAN, 0),
+        "ohem_min_kept": ("foo", -1, True, 2.5, 0),
+    },
     ao.BinaryCrossEntropy: OF_PIXELS
     | {"pos_weight": ("foo", -1, [1.0, -1.0], [INFINITE], [[1.0, 2.0]])}
     | {"label_smoothing": SHARE, "focal_gamma": NUMBER}
-    | {"ohem": ("foo", -1, True, 2.5, NAN, 0), "ohem_kept": ("foo", -1, True, 2.5, 0)},
+    | {
+        "ohem_threshold": ("foo", -1, True, 2.5, NAN, 0),
+        "ohem_min_kept": ("foo", -1, True, 2.5, 0),
+    },
     ao.Dice: OF_PIXELS
     | dict.fromkeys(("alpha", "beta", "smooth"), NUMBER)
     | {"smooth_denominator": ("foo", -1, True, INFINITE, NAN, LARGE), "gamma": POSITIVE}

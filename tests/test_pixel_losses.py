@@ -47,7 +47,9 @@ def test_focal_gradient_is_finite_where_the_loss_is_zero(gamma):
     assert logits.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("options", [{}, {"focal_gamma": 2.0}, {"ohem": 0.9}, {"ohem_kept": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"focal_gamma": 2.0}, {"ohem_threshold": 0.9}, {"ohem_min_kept": 2}]
+)
 def test_a_pixel_of_weight_0_may_have_an_infinite_loss(options):
     logits = torch.tensor([[0.0, -math.inf], [0.0, 1.0], [2.0, 1.0]], requires_grad=True)
     labels, weights = torch.tensor([1, 0, 1]), torch.tensor([0.0, 1.0, 2.0], requires_grad=True)
@@ -72,25 +74,28 @@ def test_dice_gradient_of_an_absent_class_of_almost_no_probability(absent):
     assert logits.grad.isfinite().all() and logits.grad.any()
 
 
-def hardest(ce: Tensor, valid: Tensor, bound: float, kept: int) -> Tensor:
-    """By sorting: all with a loss of at least the bound, and the `kept` largest."""
+def hardest(ce: Tensor, valid: Tensor, bound: float, min_kept: int) -> Tensor:
+    """By sorting: all with a loss of at least the bound, and the `min_kept` largest."""
     largest = ce[valid].sort(descending=True).values
-    bound = min(bound, largest[min(kept, len(largest)) - 1].item()) if kept else bound
+    bound = min(bound, largest[min(min_kept, len(largest)) - 1].item()) if min_kept else bound
     return valid & (ce >= bound)
 
 
 @pytest.mark.parametrize(
-    ("ohem", "kept"), [(0.3, None), (0.3, 40), (0.01, 200), (None, 100), (0.9, 10**6), (None, 1)]
+    ("threshold", "min_kept"),
+    [(0.3, None), (0.3, 40), (0.01, 200), (None, 100), (0.9, 10**6), (None, 1)],
 )
-def test_hard_examples(ohem, kept):
+def test_hard_examples(threshold, min_kept):
     logits, z, labels = inputs(torch.float32)
     labels = ignoring(labels)
     pixel_weights = torch.rand(labels.shape)
-    loss = ao.CrossEntropy(ohem=ohem, ohem_kept=kept)(logits, labels, pixel_weights)
+    loss = ao.CrossEntropy(ohem_threshold=threshold, ohem_min_kept=min_kept)(
+        logits, labels, pixel_weights
+    )
     ce = F.cross_entropy(z, labels, ignore_index=255, reduction="none")
-    bound = math.inf if ohem is None else -math.log(ohem)
-    hard = hardest(ce.detach(), labels != 255, bound, kept or 0)
-    if kept == 10**6:
+    bound = math.inf if threshold is None else -math.log(threshold)
+    hard = hardest(ce.detach(), labels != 255, bound, min_kept or 0)
+    if min_kept == 10**6:
         assert hard.sum() == (labels != 255).sum()
     w = torch.where(hard, pixel_weights, 0)
     check_loss(loss, (w * ce).sum() / w.sum(), logits)
@@ -114,7 +119,7 @@ def test_kth_largest_is_that_of_sorting(backend):
 @pytest.mark.parametrize(
     "loss",
     [
-        ao.CrossEntropy(ohem=0.5, ohem_kept=10),
+        ao.CrossEntropy(ohem_threshold=0.5, ohem_min_kept=10),
         ao.CrossEntropy(focal_gamma=0.5),
         ao.Dice(),
         ao.Dice(log=True, absent="zero"),
@@ -191,7 +196,7 @@ def test_absent_classes(absent):
     "loss",
     [
         ao.CrossEntropy(),
-        ao.CrossEntropy(ohem=0.7, ohem_kept=9),
+        ao.CrossEntropy(ohem_threshold=0.7, ohem_min_kept=9),
         *(ao.Dice(gamma=gamma) for gamma in (0.1, 0.5, 1, 2)),
         ao.CrossEntropyDice(),
     ],
@@ -244,7 +249,13 @@ def test_wrong_inputs():
 @pytest.mark.on("cpu", "simulated_triton", "triton")
 @pytest.mark.parametrize("shape", [(2, K, 3, 4), (1, K, 2, 3, 4)])
 @pytest.mark.parametrize(
-    "options", [{}, {"ohem_kept": 20}, {"ohem": 0.5}, {"ohem": 0.5, "focal_gamma": 1.0}]
+    "options",
+    [
+        {},
+        {"ohem_min_kept": 20},
+        {"ohem_threshold": 0.5},
+        {"ohem_threshold": 0.5, "focal_gamma": 1.0},
+    ],
 )
 def test_weights_of_pixels_on_each_backend(options, shape, backend):
     logits = torch.randn(shape, requires_grad=True)
@@ -261,7 +272,7 @@ def test_weights_of_pixels_on_each_backend(options, shape, backend):
 
 
 @both_backends
-@pytest.mark.parametrize("options", [{}, {"ohem": 0.9}, {"focal_gamma": 2.0}])
+@pytest.mark.parametrize("options", [{}, {"ohem_threshold": 0.9}, {"focal_gamma": 2.0}])
 def test_infinite_loss_of_a_class_of_weight_0(options, backend):
     logits = torch.tensor([[-torch.inf, 0, 1], [0, 1, 2], [3, 1, 0]])
     weights = torch.tensor([1, 2, 0.5], requires_grad=True)
@@ -272,16 +283,21 @@ def test_infinite_loss_of_a_class_of_weight_0(options, backend):
 
 
 @both_backends
-@pytest.mark.parametrize("options", [{}, {"ohem": 0.6}, {"ohem": 0.6, "focal_gamma": 1.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"ohem_threshold": 0.6}, {"ohem_threshold": 0.6, "focal_gamma": 1.0}]
+)
 def test_gradient_of_weights_that_are_0(options, backend):
-    """`ohem` decides by the probability, so a pixel of weight 0 is used: dL/dv = (L_q − L)/Σv."""
+    """`ohem_threshold` decides by the probability, so a pixel of weight 0 is used:
+    dL/dv = (L_q − L)/Σv."""
     logits, labels = torch.tensor([[0.0, 3], [0, 1], [0, 2], [1, 0]]), torch.tensor([0, 1, 0, 0])
     weights = torch.tensor([0.0, 1, 2, 0], requires_grad=True)
     ao.CrossEntropy(**options)(logits, labels, weights).backward()
     p = logits.double().softmax(1).gather(1, labels[:, None])[:, 0]
     losses = -((1 - p) ** options.get("focal_gamma", 0)) * p.log()
-    used = p <= options.get("ohem", 1)
-    assert used.tolist() == ([True, False, True, False] if "ohem" in options else [True] * 4)
+    used = p <= options.get("ohem_threshold", 1)
+    assert used.tolist() == (
+        [True, False, True, False] if "ohem_threshold" in options else [True] * 4
+    )
     total = (weights * used).sum()
     loss = (weights * used * losses).sum() / total
     expected = torch.where(used, (losses - loss) / total, 0).float()
@@ -289,7 +305,7 @@ def test_gradient_of_weights_that_are_0(options, backend):
 
 
 @both_backends
-@pytest.mark.parametrize("options", [{"ohem_kept": 3}, {"ohem_kept": 100}])
+@pytest.mark.parametrize("options", [{"ohem_min_kept": 3}, {"ohem_min_kept": 100}])
 def test_removed_pixels_add_no_gradient_of_their_weights(options, backend):
     logits, labels = torch.tensor([[0.0, 3], [0, 1], [0, 2], [1, 0]]), torch.tensor([0, 1, 0, 0])
     weights = torch.tensor([0.0, 1, 2, 1], requires_grad=True)
@@ -319,7 +335,7 @@ def test_sums_of_equal_weights_are_exact(backend):
 def test_hard_examples_are_not_those_of_weight_0():
     logits = torch.zeros(1, 3, 1, 4)
     logits[..., 0, :2] = torch.tensor([-9.0, 0, 0]).view(1, 3, 1)
-    loss = ao.CrossEntropy([0.0, 1.0, 1.0], ohem_kept=2)
+    loss = ao.CrossEntropy([0.0, 1.0, 1.0], ohem_min_kept=2)
     torch.testing.assert_close(loss(logits, torch.tensor([[[0, 0, 1, 2]]])).item(), math.log(3))
 
 
@@ -341,7 +357,9 @@ def test_smoothing_in_half_precision_rounds_the_gradient_once():
     torch.testing.assert_close(logits.grad, exact.grad.bfloat16(), rtol=2**-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("options", [{}, {"ohem": 0.9}, {"focal_gamma": 2.0}, {"ohem_kept": 9}])
+@pytest.mark.parametrize(
+    "options", [{}, {"ohem_threshold": 0.9}, {"focal_gamma": 2.0}, {"ohem_min_kept": 9}]
+)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_smoothing_is_0_where_all_classes_have_weight_0(weighted, options):
     logits = torch.randn(1, 2, 4, 4, requires_grad=True)
@@ -368,7 +386,10 @@ def test_focal_gradient_with_smoothing_where_the_network_is_sure(gamma, ratio):
 def test_classes_beyond_the_labels_dtype(dtype, classes):
     logits = torch.randn(1, classes, 4, 4)
     labels = torch.randint(0, 100, (1, 8, 8))
-    for module in (ao.CrossEntropy(ignore_index=-1), ao.CrossEntropy(ohem_kept=9, ignore_index=-1)):
+    for module in (
+        ao.CrossEntropy(ignore_index=-1),
+        ao.CrossEntropy(ohem_min_kept=9, ignore_index=-1),
+    ):
         for weights in (None, torch.rand(1, 8, 8)):
             expected = module(logits, labels, weights)
             assert torch.equal(module(logits, labels.to(dtype), weights), expected) and expected > 0
@@ -379,7 +400,7 @@ def test_classes_beyond_the_labels_dtype(dtype, classes):
 )
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_hard_examples_with_pixel_weights_of_1(make, label_smoothing):
-    module = make(0.0, ohem=0.7, label_smoothing=label_smoothing)
+    module = make(0.0, ohem_threshold=0.7, label_smoothing=label_smoothing)
     logits = torch.randn(1, 1 if module.sigmoid else 2, 8, 8)
     labels = torch.randint(0, 2, (1, 16, 16))
     torch.testing.assert_close(

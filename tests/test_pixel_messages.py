@@ -137,7 +137,11 @@ def test_confusion(arguments: dict[str, Any], message: str):
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
-        (ao.CrossEntropy, {"ohem_kept": 2**63}, "ohem_kept: expected an int from 1 to 2^63 − 1"),
+        (
+            ao.CrossEntropy,
+            {"ohem_min_kept": 2**63},
+            "ohem_min_kept: expected an int from 1 to 2^63 − 1",
+        ),
         (ao.CrossEntropy, {"weight": torch.ones(5) * 1j}, "weight: expected a number for each"),
         (ao.Dice, {"per_image": True, "process_group": "world"}, "process_group: expected"),
         (ao.CrossEntropyDice, {"cross_entropy": ao.Dice()}, "cross_entropy: expected"),

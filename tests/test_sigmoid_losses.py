@@ -80,17 +80,19 @@ def test_focal_is_torchvisions(gamma):
     check_loss(0.75 * loss, theirs, logits)
 
 
-@pytest.mark.parametrize(("ohem", "kept"), [(0.4, None), (0.2, 300), (None, 100)])
-def test_hard_examples(ohem, kept):
+@pytest.mark.parametrize(("threshold", "min_kept"), [(0.4, None), (0.2, 300), (None, 100)])
+def test_hard_examples(threshold, min_kept):
     logits, z, labels = inputs()
     labels, valid = ignoring(labels)
     ce = bce(z, labels).detach()
-    bound = torch.inf if ohem is None else -torch.tensor(ohem).log().item()
-    if kept:
-        bound = min(bound, ce[valid].sort(descending=True).values[kept - 1].item())
+    bound = torch.inf if threshold is None else -torch.tensor(threshold).log().item()
+    if min_kept:
+        bound = min(bound, ce[valid].sort(descending=True).values[min_kept - 1].item())
     hard = valid & (ce >= bound)
     assert 0 < hard.sum() < valid.sum()
-    loss = ao.BinaryCrossEntropy(POS, ohem=ohem, ohem_kept=kept)(logits, labels)
+    loss = ao.BinaryCrossEntropy(POS, ohem_threshold=threshold, ohem_min_kept=min_kept)(
+        logits, labels
+    )
     check_loss(loss, bce(z, labels, POS)[hard].sum() / hard.sum(), logits)
 
 

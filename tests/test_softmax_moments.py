@@ -159,34 +159,34 @@ def test_values_and_gradients(case: Case, backend: str, poisoned: None):
 
 SHAPED = [
     # label smoothing, focal factor, smallest loss: each alone, two, and all of them
-    Case((2, 19, 3, 5), (12, 20), smoothing="class"),
-    Case((1, 2, 4, 3), (4, 3), statistics=CE, smoothing="class"),
+    Case((2, 19, 3, 5), (12, 20), weights_by="class"),
+    Case((1, 2, 4, 3), (4, 3), statistics=CE, weights_by="class"),
     Case((1, 6, 4, 5), (8, 10), statistics=CE, focal_gamma=2.0),
     Case((1, 4, 5, 4), (7, 9), F16, True, statistics=("probability_sums",), focal_gamma=0.5),
     Case((2, 5, 3, 4), (12, 16), min_loss=1.0, per_image=True),
-    Case((70, 37), (), layout="every other", statistics=CE, smoothing="class", min_loss=3.0),
-    Case((3, 4, 3, 4), (9, 7), F32, True, smoothing="class", focal_gamma=1.5),
+    Case((70, 37), (), layout="every other", statistics=CE, weights_by="class", min_loss=3.0),
+    Case((3, 4, 3, 4), (9, 7), F32, True, weights_by="class", focal_gamma=1.5),
     Case(
         *((2, 150, 2, 3), (4, 6), BF16, False, "channels_last"),
-        per_image=True, smoothing="image and class", focal_gamma=3.0, min_loss=4.0,
+        per_image=True, weights_by="image and class", focal_gamma=3.0, min_loss=4.0,
     ),
-    Case((2, 3, 2, 1), (40, 3), smoothing="image and class", focal_gamma=2.0),
+    Case((2, 3, 2, 1), (40, 3), weights_by="image and class", focal_gamma=2.0),
     # the factor of losses near 0 and far above
-    Case((1, 5, 4, 6), (16, 24), statistics=CE, scale=27.0, smoothing="class", focal_gamma=1.2),
+    Case((1, 5, 4, 6), (16, 24), statistics=CE, scale=27.0, weights_by="class", focal_gamma=1.2),
     Case((2, 5, 3, 4), (12, 16), statistics=("pixel_losses",), per_image=True, pixel_weights=True),
     Case((30, 4), (), statistics=CE, pixel_weights=True, min_loss=1.0),
-    Case((2, 3, 3, 4), (7, 9), statistics=CE, smoothing="class", min_loss=1.0, pixel_weights=True),
+    Case((2, 3, 3, 4), (7, 9), statistics=CE, weights_by="class", min_loss=1.0, pixel_weights=True),
 ]  # fmt: skip
 SHAPES: list[dict[str, Any]] = [
-    {"statistics": CE, "smoothing": "class"},
+    {"statistics": CE, "weights_by": "class"},
     {"statistics": CE, "focal_gamma": 2.0},
     {"statistics": CE, "focal_gamma": 0.5},
     {"statistics": CE, "focal_gamma": 1.7},
     {"statistics": CE, "min_loss": 0.8},
-    {"smoothing": "class", "focal_gamma": 3.0, "min_loss": 0.5},
-    {"statistics": ("probability_sums",), "smoothing": "image and class", "per_image": True},
+    {"weights_by": "class", "focal_gamma": 3.0, "min_loss": 0.5},
+    {"statistics": ("probability_sums",), "weights_by": "image and class", "per_image": True},
     {"statistics": CE, "pixel_weights": True},
-    {"smoothing": "class", "focal_gamma": 3.0, "min_loss": 0.5, "pixel_weights": True},
+    {"weights_by": "class", "focal_gamma": 3.0, "min_loss": 0.5, "pixel_weights": True},
 ]
 SHAPED_OF_CPU = [
     case._replace(**shape)
@@ -214,8 +214,8 @@ STEEP_AND_SHAPED = [
         ((2, 7, 9, 70), (9, 70), F32),
     )
     for shape in (
-        {"smoothing": "class"},
-        {"smoothing": "class", "focal_gamma": 2.0},
+        {"weights_by": "class"},
+        {"weights_by": "class", "focal_gamma": 2.0},
         {"focal_gamma": 1.5},
         {"focal_gamma": 1.5, "pixel_weights": True},
     )
@@ -243,7 +243,7 @@ def test_shaped_losses(case: Case, backend: str):
         Case((1, 3, 2, 2), (24, 18)),
         Case((1, 3, 3, 2), (6, 16), dtype=BF16),
         Case((1, 3, 2, 3), (7, 13), F32, True, statistics=("probability_sums",)),
-        Case((1, 3, 2, 3), (8, 12), smoothing="class", focal_gamma=2.0, min_loss=0.5),
+        Case((1, 3, 2, 3), (8, 12), weights_by="class", focal_gamma=2.0, min_loss=0.5),
     ],
     ids=str,
 )
@@ -431,7 +431,7 @@ def test_statistics_by_default():
         Case((1, 1200, 18, 70), (72, 280), F16, per_image=True),
         Case((2, 40, 1, 9000), (1, 9000)),
         *(
-            Case(size, pixels, smoothing="class", focal_gamma=1.5, min_loss=0.3)
+            Case(size, pixels, weights_by="class", focal_gamma=1.5, min_loss=0.3)
             for size, pixels in (
                 ((2, 1, 40, 33), (40, 33)),
                 ((2, 5, 40, 33), (40, 33)),

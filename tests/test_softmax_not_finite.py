@@ -184,7 +184,7 @@ def test_a_class_of_minus_infinity_is_no_class(backend: str):
 @each_ratio
 def test_shaped_losses(pixels, align_corners, backend: str):
     """A class that is −inf and has no weight; NaN in ignored pixels; a label whose loss is ∞."""
-    case = Case((1, 4, 3, 4), pixels, F32, align_corners, smoothing="class", focal_gamma=2.0)
+    case = Case((1, 4, 3, 4), pixels, F32, align_corners, weights_by="class", focal_gamma=2.0)
     logits, weights = make_logits(case)[0], make_weights(case)
     labels = torch.randint(1, 4, case.labels_size)
     logits[0, 0] = -torch.inf  # v = 0

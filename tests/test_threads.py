@@ -31,7 +31,7 @@ def losses(num_classes: int) -> dict[str, ao.CrossEntropy | ao.Dice | ao.CrossEn
         "ce": ao.CrossEntropy(weight, **ignored),
         "focal": ao.CrossEntropy(focal_gamma=2.0, **ignored),
         "focal 0.7": ao.CrossEntropy(focal_gamma=0.7, **ignored),
-        "ohem": ao.CrossEntropy(weight, ohem=0.3, ohem_kept=1000, **ignored),
+        "ohem": ao.CrossEntropy(weight, ohem_threshold=0.3, ohem_min_kept=1000, **ignored),
         "smoothing": ao.CrossEntropy(label_smoothing=0.1, **ignored),
         "dice": ao.Dice(squared=True, per_image=True, weight=weight, gamma=0.7, **ignored),
         "both": ao.CrossEntropyDice(smoothing, ao.Dice(log=True, **ignored)),

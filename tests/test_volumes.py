@@ -92,8 +92,8 @@ def test_predictions(size: Any, label_size: Any, align_corners: bool, backend: s
 
 LOSSES: dict[str, Callable[[], Any]] = {
     "smoothing": lambda: ao.CrossEntropy(torch.rand(K), label_smoothing=0.1),
-    "focal, ohem": lambda: ao.CrossEntropy(focal_gamma=2.0, ohem=0.7),
-    "kept": lambda: ao.CrossEntropy(ohem_kept=100),
+    "focal, ohem": lambda: ao.CrossEntropy(focal_gamma=2.0, ohem_threshold=0.7),
+    "kept": lambda: ao.CrossEntropy(ohem_min_kept=100),
     "dice": lambda: ao.Dice(per_image=True, squared=True),
     "both": lambda: ao.CrossEntropyDice(),
     "binary": lambda: ao.BinaryCrossEntropy(torch.arange(1.0, K + 1), label_smoothing=0.1),
@@ -135,7 +135,7 @@ def test_labels_with_a_channel(volume: bool, backend: str) -> None:
         expected = loss(logits, labels, weights)
         for pixel_weights in (weights, weights[:, None]):
             assert loss(logits, with_channel, pixel_weights) == expected
-    for loss in (ao.Dice(), ao.CrossEntropy(ohem_kept=9), ao.CrossEntropy(focal_gamma=1.0)):
+    for loss in (ao.Dice(), ao.CrossEntropy(ohem_min_kept=9), ao.CrossEntropy(focal_gamma=1.0)):
         assert loss(logits, with_channel) == loss(logits, labels)
     matrix = ao.pixel_confusion(logits, with_channel)
     assert torch.equal(matrix, ao.pixel_confusion(logits, labels))

@@ -20,8 +20,8 @@ NAME, IGNORED = "labels_out_of_range", "labels_ignored"
 LOSSES: dict[str, Callable[..., PixelLoss]] = {
     "CrossEntropy": ao.CrossEntropy,
     "focal": lambda **options: ao.CrossEntropy(focal_gamma=2.0, **options),
-    "ohem": lambda **options: ao.CrossEntropy(ohem=0.2, **options),
-    "ohem_kept": lambda **options: ao.CrossEntropy(ohem_kept=10, **options),
+    "ohem": lambda **options: ao.CrossEntropy(ohem_threshold=0.2, **options),
+    "ohem_min_kept": lambda **options: ao.CrossEntropy(ohem_min_kept=10, **options),
     "Dice": ao.Dice,
     "Dice per image": lambda **options: ao.Dice(per_image=True, **options),
     "CrossEntropyDice": ao.CrossEntropyDice,
@@ -143,7 +143,7 @@ def test_labels_out_of_range_are_counted_needs_no_copy_in_int64(dtype: torch.dty
 
 
 @pytest.mark.parametrize(
-    "loss", [ao.CrossEntropy(ohem=0.5), ao.CrossEntropy(ohem_kept=10)], ids=str
+    "loss", [ao.CrossEntropy(ohem_threshold=0.5), ao.CrossEntropy(ohem_min_kept=10)], ids=str
 )
 def test_with_pixel_weights(backend: str, loss: PixelLoss) -> None:
     labels, expected = wrong_labels((2, 16, 24), 5, 255)

@@ -216,7 +216,7 @@ def _parts(conv: _Call, modules: dict[str, nn.Module]) -> list[_Choice]:
     Counted in multiplications for each pixel of the result, with O outputs, H channels of the map,
     C of the tokens, r low-resolution pixels for each pixel, and u of UPSAMPLING, a map costs
     r·C·H + u·H + H·O now; with a later upsampling r·C·H + r·H·O + u·O, and with one product
-    r·C·O + u·O, and C·H·O once for the weights. The least of the three is taken.
+    r·C·O + u·O, and C·H·O once for the weights. The cheapest of the three is taken.
     """
     source = conv.sources[0]
     if conv.objection or source is None or conv.weight is None or not source.alone:
@@ -241,10 +241,10 @@ def _parts(conv: _Call, modules: dict[str, nn.Module]) -> list[_Choice]:
         weight_product = tokens * channels * outputs / max(shape[0] * shape[2:].numel(), 1)
         if product > later or product + weight_product >= now:  # a small image
             linear, product = None, math.inf
-        least = min(later, product)
-        if least + UPSAMPLING * outputs < now + UPSAMPLING * channels:
+        cheapest = min(later, product)
+        if cheapest + UPSAMPLING * outputs < now + UPSAMPLING * channels:
             parts[-1] = (up, linear)
-            saved += now - least
+            saved += now - cheapest
     return parts if saved > LEAST_SAVED * total else []
 
 

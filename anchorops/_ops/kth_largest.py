@@ -1,4 +1,4 @@
-"""The k-th largest of many numbers, for OHEM with a least number of pixels."""
+"""The k-th largest of many numbers, for OHEM with a minimum number of pixels."""
 
 import torch
 from torch import Tensor

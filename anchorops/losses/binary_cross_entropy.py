@@ -18,10 +18,11 @@ class BinaryCrossEntropy(BaseCrossEntropy):
         L = Σ_q v_q·(1 − p_y)^γ·L_q / Σ_q v_q
         L_q = (1 − ε)·w_y·(−log p_y) + ε/2·(w_1·(−log p_1) + w_0·(−log p_0))
 
-    over the valid labels q of all channels that are used (all, unless ohem or ohem_kept is given),
-    with p_1 = sigmoid(z) of the upsampled logits, p_0 = 1 − p_1, w_1 = pos_weight, w_0 = 1. It is 0
-    if the denominator is 0. Without options it equals F.binary_cross_entropy_with_logits of
-    F.interpolate(logits.float(), …) and labels.float(), over the valid labels.
+    over the valid labels q of all channels that are used (all, unless ohem_threshold or
+    ohem_min_kept is given), with p_1 = sigmoid(z) of the upsampled logits, p_0 = 1 − p_1,
+    w_1 = pos_weight, w_0 = 1. It is 0 if the denominator is 0. Without options it equals
+    F.binary_cross_entropy_with_logits of F.interpolate(logits.float(), …) and labels.float(), over
+    the valid labels.
 
     Args:
         pos_weight: a number of at least 0, or one for each channel: a tensor [C], (C, 1, 1) or
@@ -31,8 +32,8 @@ class BinaryCrossEntropy(BaseCrossEntropy):
         label_smoothing: ε in [0, 1]: the target is 1 − ε/2 for positive labels, else ε/2.
         focal_gamma: γ at least 0 (Lin et al., Focal Loss, arXiv 1708.02002, Eq. 4). torchvision's
             sigmoid_focal_loss, with α, is (1 − α) times this loss with pos_weight α/(1 − α).
-        ohem, ohem_kept, accuracy, ignore_index, align_corners, check_labels: as in `CrossEntropy`;
-            each label of each channel is an example.
+        ohem_threshold, ohem_min_kept, accuracy, ignore_index, align_corners, check_labels: as in
+            `CrossEntropy`; each label of each channel is an example.
 
     Shapes: logits (B, C, h, w), labels (B, C, H, W) of any size, or (B, H, W) if C = 1, of 0, 1 and
     ignore_index; integer or bool. (N, C), (B, C, N) and (B, C, d, h, w) are possible, too.
@@ -50,8 +51,8 @@ class BinaryCrossEntropy(BaseCrossEntropy):
         *,
         label_smoothing: float = 0.0,
         focal_gamma: float = 0.0,
-        ohem: float | None = None,
-        ohem_kept: int | None = None,
+        ohem_threshold: float | None = None,
+        ohem_min_kept: int | None = None,
         accuracy: bool = False,
         ignore_index: int | None = None,
         align_corners: bool = False,
@@ -60,8 +61,8 @@ class BinaryCrossEntropy(BaseCrossEntropy):
         super().__init__(
             label_smoothing=label_smoothing,
             focal_gamma=focal_gamma,
-            ohem=ohem,
-            ohem_kept=ohem_kept,
+            ohem_threshold=ohem_threshold,
+            ohem_min_kept=ohem_min_kept,
             accuracy=accuracy,
             ignore_index=ignore_index,
             align_corners=align_corners,

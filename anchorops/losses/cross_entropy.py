@@ -22,28 +22,28 @@ from .pixel import MomentsLoss, class_weight
 class BaseCrossEntropy(MomentsLoss):
     """What the cross-entropies of a softmax and of sigmoids share: all but the weights."""
 
-    settings = ("label_smoothing", "focal_gamma", "ohem", "ohem_kept")
+    settings = ("label_smoothing", "focal_gamma", "ohem_threshold", "ohem_min_kept")
 
     def __init__(
         self,
         *,
         label_smoothing: float = 0.0,
         focal_gamma: float = 0.0,
-        ohem: float | None = None,
-        ohem_kept: int | None = None,
+        ohem_threshold: float | None = None,
+        ohem_min_kept: int | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         name = type(self).__name__
         self.label_smoothing = check_share(name, "label_smoothing", label_smoothing)
         self.focal_gamma = check_number(name, "focal_gamma", focal_gamma)
-        if ohem is not None:
-            check_number(name, "ohem", ohem, above=True)
-            ohem = check_share(name, "ohem", ohem)
-        if ohem_kept is not None:
+        if ohem_threshold is not None:
+            check_number(name, "ohem_threshold", ohem_threshold, above=True)
+            ohem_threshold = check_share(name, "ohem_threshold", ohem_threshold)
+        if ohem_min_kept is not None:
             expected = "an int from 1 to 2^63 − 1"
-            ohem_kept = check_int(name, "ohem_kept", ohem_kept, expected, least=1)
-        self.ohem, self.ohem_kept = ohem, ohem_kept
+            ohem_min_kept = check_int(name, "ohem_min_kept", ohem_min_kept, expected, minimum=1)
+        self.ohem_threshold, self.ohem_min_kept = ohem_threshold, ohem_min_kept
 
     def class_weight(self, logits: Tensor) -> Tensor | None:
         """The weight of each class: [K], or [C, 2] of C sigmoids; None if all are 1."""
@@ -61,8 +61,8 @@ class BaseCrossEntropy(MomentsLoss):
 
     def options(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Options:
         weight = self.class_weight(logits)
-        min_loss = -math.inf if self.ohem is None else -math.log(self.ohem)
-        if self.ohem_kept is not None:
+        min_loss = -math.inf if self.ohem_threshold is None else -math.log(self.ohem_threshold)
+        if self.ohem_min_kept is not None:
             with torch.no_grad():  # Dynamo of torch 2.14 does not inline a decorated method in vmap
                 used = self._largest(logits, labels, pixel_weights, weight, min_loss)
             ones = used.new_ones((), dtype=statistics_dtype(logits.dtype))
@@ -81,7 +81,9 @@ class BaseCrossEntropy(MomentsLoss):
         weight = self.class_weight(logits)
         losses = class_losses(moments, weight, self.label_smoothing)
         used = used_counts(moments)
-        if weight is not None and (self.ohem is not None or self.ohem_kept is not None):
+        if weight is not None and (
+            self.ohem_threshold is not None or self.ohem_min_kept is not None
+        ):
             removed = weight == 0
             losses, used = torch.where(removed, 0, losses), torch.where(removed, 0, used)
         return {"ce": divide(fixed_order_sum(losses), fixed_order_sum(self.divisors(used, weight)))}
@@ -94,17 +96,17 @@ class BaseCrossEntropy(MomentsLoss):
         weight: Tensor | None,
         min_loss: float,
     ) -> Tensor:
-        """Which pixels have one of the ohem_kept largest −log p_y, or at least min_loss: bool, the
-        labels' shape. Any value where the label is ignored or its class has weight 0."""
+        """Which pixels have one of the ohem_min_kept largest −log p_y, or at least min_loss:
+        bool, the labels' shape. Any value where the label is ignored or its class has weight 0."""
         ce = self.moments(logits, labels, Options(pixel_losses=True)).pixel_losses
-        assert ce is not None and self.ohem_kept is not None
+        assert ce is not None and self.ohem_min_kept is not None
         ce = ce.float()  # kth_largest needs float32
         if pixel_weights is not None:
             ce = torch.where(pixel_weights == 0, 0, ce)
         if weight is not None:
             valid = self.valid(logits, labels)
             ce = torch.where(weights_of_pixels(labels, weight, valid) == 0, 0, ce)
-        bound = kth_largest(ce, self.ohem_kept)
+        bound = kth_largest(ce, self.ohem_min_kept)
         if min_loss > -math.inf:
             bound = bound.clamp(max=min_loss)
         used = ~(ce < bound)  # includes NaN
@@ -117,9 +119,9 @@ class CrossEntropy(BaseCrossEntropy):
         L = Σ_q v_q·(1 − p_y)^γ·L_q / Σ_q v_q·w_y
         L_q = (1 − ε)·w_y·(−log p_y) + ε/K·Σ_k w_k·(−log p_k)
 
-    over the valid pixels q that are used (all, unless ohem or ohem_kept is given), with p the
-    softmax of the upsampled logits. It is 0 if the denominator is 0. Without options it equals
-    F.cross_entropy of F.interpolate(logits.float(), …).
+    over the valid pixels q that are used (all, unless ohem_threshold or ohem_min_kept is given),
+    with p the softmax of the upsampled logits. It is 0 if the denominator is 0. Without options it
+    equals F.cross_entropy of F.interpolate(logits.float(), …).
 
     Args:
         weight: w, a number of at least 0 for each class; 1 if not given.
@@ -127,12 +129,12 @@ class CrossEntropy(BaseCrossEntropy):
         focal_gamma: γ at least 0 (Lin et al., Focal Loss, arXiv 1708.02002, Eq. 4, of the softmax).
             smp's FocalLoss("multiclass") uses K sigmoids; MONAI additionally divides by K. In
             float32 1 − p_y is at least 2⁻²⁴.
-        ohem: only pixels whose true class has at most this probability are used (Shrivastava et
-            al., arXiv 1604.03540).
-        ohem_kept: at least this number of pixels of the batch are used: those with the largest
-            losses, including ties. Pixels of weight 0 are removed first. Without `ohem` only these
-            pixels are used. mmsegmentation's OHEMPixelSampler has the same two parameters, but its
-            min_kept is per image, and its mean divides by all pixels.
+        ohem_threshold: only pixels whose true class has at most this probability are used
+            (Shrivastava et al., arXiv 1604.03540).
+        ohem_min_kept: at least this number of pixels of the batch are used: those with the largest
+            losses, including ties. Pixels of weight 0 are removed first. Without
+            `ohem_threshold` only these pixels are used. mmsegmentation's OHEMPixelSampler has the
+            same two parameters, but its min_kept is per image, and its mean divides by all pixels.
         accuracy: add the share of correctly predicted pixels to `terms`.
         ignore_index: the label to ignore, 255 by default; with K > 255 it must be given.
         align_corners: of the upsampling, as in F.interpolate; the same as in the layer it replaces.
@@ -147,8 +149,8 @@ class CrossEntropy(BaseCrossEntropy):
     `terms`: ce, labels_out_of_range, labels_ignored, and accuracy if requested.
 
     All of it is part of the passes over the logits, without full-resolution maps. Exceptions,
-    which need some maps, are ohem_kept, with one more pass, pixel weights on GPUs, and the gradient
-    of pixel weights.
+    which need some maps, are ohem_min_kept, with one more pass, pixel weights on GPUs, and the
+    gradient of pixel weights.
     """
 
     weight: Tensor | None
@@ -159,8 +161,8 @@ class CrossEntropy(BaseCrossEntropy):
         *,
         label_smoothing: float = 0.0,
         focal_gamma: float = 0.0,
-        ohem: float | None = None,
-        ohem_kept: int | None = None,
+        ohem_threshold: float | None = None,
+        ohem_min_kept: int | None = None,
         accuracy: bool = False,
         ignore_index: int | None = None,
         align_corners: bool = False,
@@ -169,8 +171,8 @@ class CrossEntropy(BaseCrossEntropy):
         super().__init__(
             label_smoothing=label_smoothing,
             focal_gamma=focal_gamma,
-            ohem=ohem,
-            ohem_kept=ohem_kept,
+            ohem_threshold=ohem_threshold,
+            ohem_min_kept=ohem_min_kept,
             accuracy=accuracy,
             ignore_index=ignore_index,
             align_corners=align_corners,

@@ -62,9 +62,10 @@ class SegmentationModule(LightningModule):
         loss: The loss of the logits at full resolution: cross-entropy, cross-entropy with the focal
             factor, Dice, or the sum of cross-entropy and Dice.
         focal_gamma: Exponent of the focal factor.
-        ohem: Online hard example mining: the cross-entropy uses only pixels whose true class has at
-            most this probability.
-        ohem_kept: With ohem, at least this number of pixels is used in each batch: the hardest.
+        ohem_threshold: Online hard example mining: the cross-entropy uses only pixels whose true
+            class has at most this probability.
+        ohem_min_kept: At least this number of pixels is used in each batch: the hardest. Without
+            ohem_threshold only these are used.
         class_weights: Weights of the loss from class frequencies f: 1/√f or 1/f, mean 1.
         optimizer: sgd has momentum 0.9.
         lr: Learning rate after warm-up.
@@ -101,8 +102,8 @@ class SegmentationModule(LightningModule):
         method_options: dict[str, bool | int | float | str | None] | None = None,
         loss: Literal["ce", "focal", "dice", "ce+dice"] = "ce",
         focal_gamma: float = 2.0,
-        ohem: float | None = None,
-        ohem_kept: int = 100_000,
+        ohem_threshold: float | None = None,
+        ohem_min_kept: int | None = None,
         class_weights: Literal["none", "inverse-sqrt", "inverse"] = "none",
         optimizer: Literal["sgd", "adamw"] = "sgd",
         lr: float = 0.01,
@@ -199,8 +200,8 @@ class SegmentationModule(LightningModule):
             options.loss,
             class_weights(options.class_weights, data.frequencies),
             focal_gamma=options.focal_gamma,
-            ohem=options.ohem,
-            ohem_kept=options.ohem_kept,
+            ohem_threshold=options.ohem_threshold,
+            ohem_min_kept=options.ohem_min_kept,
         )
         self.learner = Learner(model, regularizer, loss, options.auxiliary_weight)
         self.learner.to(memory_format=self.layout)  # pyright: ignore

@@ -9,7 +9,8 @@
 #include "softmax_pixels.h"
 
 constexpr int DOWN = 4;
-constexpr float LN_2 = 0.693147181f, LEAST = -57.0f;  // powers of smaller z are computed directly
+constexpr float LN_2 = 0.693147181f,
+                MIN_EXPONENT = -57.0f;  // powers of smaller z are computed directly
 
 template <class Stat>
 ALWAYS_INLINE VecOf<Stat> exp2(VecOf<Stat> x) {  // for x in [-126, 126]
@@ -208,10 +209,10 @@ ALWAYS_INLINE void add_classes(int64_t num_classes, DivergenceSums<Stat> (&sums)
 }
 
 // 2^z of one class of one vector of pixels in the first row of labels, and the factor from row to
-// row. It underflows if `least` is below LEAST.
+// row. It underflows if `smallest` is below MIN_EXPONENT.
 template <class Stat>
 struct Powers {
-  VecOf<Stat> z, change, power, factor, least;
+  VecOf<Stat> z, change, power, factor, smallest;
 
   ALWAYS_INLINE Powers(const Between<Stat>& rows, int64_t i) {
     const auto low = Simd<Stat>::load(rows.low + i), high = Simd<Stat>::load(rows.high + i);
@@ -220,13 +221,13 @@ struct Powers {
     change = rows.step * down;
     power = exp2<Stat>(z);
     factor = exp2<Stat>(change);
-    least = low < high ? low : high;
+    smallest = low < high ? low : high;
   }
 };
 
 template <class Stat>
 ALWAYS_INLINE bool underflow(const Powers<Stat>& a, const Powers<Stat>& b) {
-  return any_lane((a.least < b.least ? a.least : b.least) < Stat(LEAST));
+  return any_lane((a.smallest < b.smallest ? a.smallest : b.smallest) < Stat(MIN_EXPONENT));
 }
 
 template <class Stat>

@@ -31,10 +31,10 @@ struct Corners {
         d(Simd<float>::load(lower + 1)) {}
 
   ALWAYS_INLINE bool all_above(float bound) const {
-    Floats least = a < b ? a : b;
-    least = c < least ? c : least;
-    least = d < least ? d : least;
-    return !any(least < bound);
+    Floats smallest = a < b ? a : b;
+    smallest = c < smallest ? c : smallest;
+    smallest = d < smallest ? d : smallest;
+    return !any(smallest < bound);
   }
   ALWAYS_INLINE bool any_beyond(float bound) const {
     const auto beyond = [bound](Floats x) INLINE_LAMBDA { return (x > bound) | (x < -bound); };

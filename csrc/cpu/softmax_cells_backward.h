@@ -207,7 +207,7 @@ bool factors_of_block(const CellRow& row, int64_t block, const BlockClasses& cla
   const bool any_valid = any(classes.cell_classes >= 0);
   const Corners shifts = row.shifts(block);
   const bool large = shifts.any_beyond(LARGE);
-  const bool plain = losses.shape.plain;
+  const bool plain = losses.options.plain;
   const bool needs_loss = gradients.dintersections || losses.needs_c();
   if (needs_loss) row.label_logits(block, classes, label_terms);
   Floats powers[HEIGHT * WIDTH] = {}, totals[HEIGHT * WIDTH] = {}, squares[HEIGHT * WIDTH] = {};
@@ -220,7 +220,7 @@ bool factors_of_block(const CellRow& row, int64_t block, const BlockClasses& cla
     }
     Floats lse[WIDTH], weights[WIDTH], dpixel_losses[WIDTH];
     row.load_map(block, j, row.lse_map(gradients.lse), lse);
-    row.load_map(block, j, losses.shape.pixel_weights, weights);
+    row.load_map(block, j, losses.options.pixel_weights, weights);
     row.load_map(block, j, gradients.dpixel_losses, dpixel_losses);
 #pragma GCC unroll 8
     for (int i = 0; i < WIDTH; ++i) {
@@ -231,7 +231,7 @@ bool factors_of_block(const CellRow& row, int64_t block, const BlockClasses& cla
       steep |= valid & ~((log_total >= LOG_STEEP) & (log_total <= 80.0f));
       const Floats q = exp<float>(-log_total);
       Floats label_term = class_values(gradients.dlosses, k), smoothing_term = {};
-      if (losses.shape.pixel_weights.data) label_term *= weights[i];
+      if (losses.options.pixel_weights.data) label_term *= weights[i];
       label_term += dpixel_losses[i];
       Floats c = {};
       if (needs_loss) c = not_below_0(log_total - V::load(label_terms + (j * WIDTH + i) * L));
@@ -267,7 +267,7 @@ void backward_cells(const Problem<float>& problem, const Tile& tile,
                     Begin finish_until) {
   using V = Simd<float>;
   CellRow row(problem, tile, workspace);
-  const LossesOfImage<float> losses(problem.shape, tile.image);
+  const LossesOfImage<float> losses(problem.loss_options, tile.image);
   const int64_t image_offset = tile.image * gradients.stride_b;
   const float* dprobability_sums =
       gradients.dprobability_sums ? gradients.dprobability_sums + image_offset : nullptr;

@@ -98,7 +98,7 @@ void add_block(const CellRow& row, int64_t block, const BlockClasses& classes,
     add_by_class(row, classes, values, sums.intersections);
   }
   const float* losses = c;
-  if (!image_losses.shape.plain) {
+  if (!image_losses.options.plain) {
     losses = shaped;
     for (int64_t n = 0; n < count; ++n) {
       const Ints k = classes.pixel_classes(n);
@@ -110,7 +110,7 @@ void add_block(const CellRow& row, int64_t block, const BlockClasses& classes,
       V::store(shaped + n * L, k >= 0 ? loss : Floats{});
     }
   }
-  const Map<float>& map = image_losses.shape.pixel_weights;
+  const Map<float>& map = image_losses.options.pixel_weights;
   float weights[SIZE];
   for (int64_t j = 0; j < row.rows && map.data; ++j) {
     Floats line[WIDTH];
@@ -138,7 +138,7 @@ void forward_cells(const Problem<float>& problem, const Tile& tile,
                    const Workspace<float>& workspace, const Sums& sums, const Maps<float>& maps) {
   using V = Simd<float>;
   CellRow row(problem, tile, workspace);
-  const LossesOfImage<float> losses(problem.shape, tile.image);
+  const LossesOfImage<float> losses(problem.loss_options, tile.image);
   const bool with_probabilities = sums.probability_sums || sums.squares;
   Sums without_correct = sums;
   without_correct.correct = nullptr;

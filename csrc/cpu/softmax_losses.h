@@ -50,30 +50,31 @@ ALWAYS_INLINE VecOf<Stat> power_of(VecOf<Stat> x, Stat exponent) {
 template <class Stat>
 struct LossesOfImage {
   using Vec = VecOf<Stat>;
-  const LossShape<Stat>& shape;
+  const LossOptions<Stat>& options;
   const Stat *true_weights, *all_weights;  // a and v [K]; null: 1 and 0
   Stat total;                              // the sum of v
 
-  ALWAYS_INLINE LossesOfImage(const LossShape<Stat>& shape, int64_t image)
-      : shape(shape), true_weights(nullptr), all_weights(nullptr), total(0) {
-    if (!shape.true_weights) return;
-    true_weights = shape.true_weights + image * shape.stride_b;
-    all_weights = shape.all_weights + image * shape.stride_b;
-    total = shape.sums_of_all_weights[shape.stride_b ? image : 0];
+  ALWAYS_INLINE LossesOfImage(const LossOptions<Stat>& options, int64_t image)
+      : options(options), true_weights(nullptr), all_weights(nullptr), total(0) {
+    if (!options.true_weights) return;
+    true_weights = options.true_weights + image * options.stride_b;
+    all_weights = options.all_weights + image * options.stride_b;
+    total = options.sums_of_all_weights[options.stride_b ? image : 0];
   }
 
   // Pixels of such a loss add nothing; NaN is no such loss.
-  ALWAYS_INLINE auto is_unused(Vec c) const { return c < shape.min_loss; }
+  ALWAYS_INLINE auto is_unused(Vec c) const { return c < options.min_loss; }
 
   // Whether the derivatives depend on c.
   ALWAYS_INLINE bool needs_c() const {
-    return shape.focal_gamma > 0 || shape.min_loss > -__builtin_inf();
+    return options.focal_gamma > 0 || options.min_loss > -__builtin_inf();
   }
 
   template <class P>
   ALWAYS_INLINE Vec loss(Indices<Stat> classes, Vec c, Vec u, P p) const {
     const Vec loss = mixed(true_weight(classes), c, u);
-    return is_unused(c) ? Vec{} : (shape.focal_gamma > 0 ? modulation(c, p()).factor * loss : loss);
+    return is_unused(c) ? Vec{}
+                        : (options.focal_gamma > 0 ? modulation(c, p()).factor * loss : loss);
   }
 
   // What a pixel adds to a sum. c: -log p of its class; weight: 1 without pixel weights.
@@ -87,7 +88,7 @@ struct LossesOfImage {
                                  Vec& beta) const {
     alpha = true_weight(classes);
     beta = Vec{} + 1;
-    if (shape.focal_gamma > 0) {
+    if (options.focal_gamma > 0) {
       const Modulation m = modulation(c, p());
       const Vec by_factor = m.slope * mixed(alpha, c, u);
       alpha = m.factor * alpha + (c - c == 0 ? by_factor : Vec{});
@@ -115,8 +116,8 @@ struct LossesOfImage {
     // at least half the distance of 1 to the next number: c is rounded to multiples of about this,
     // and powers of smaller numbers have derivatives that are too large
     const Vec x = maximum(Vec{} + std::numeric_limits<Stat>::epsilon() / 2, p.miss);
-    const Vec lower = power_of<Stat>(x, shape.focal_gamma - 1), one = Vec{} + 1;
+    const Vec lower = power_of<Stat>(x, options.focal_gamma - 1), one = Vec{} + 1;
     // if c is not finite, the factor is 1
-    return {c - c == 0 ? lower * x : one, shape.focal_gamma * lower * p.hit};
+    return {c - c == 0 ? lower * x : one, options.focal_gamma * lower * p.hit};
   }
 };

@@ -74,7 +74,7 @@ struct Options {
   bool has_min_loss() const { return min_loss > -std::numeric_limits<double>::infinity(); }
 };
 
-// Contiguous weights of the classes, and the sums of all_weights: what LossShape points to.
+// Contiguous weights of the classes, and the sums of all_weights: what LossOptions points to.
 template <class Stat>
 struct ClassWeights {
   std::optional<Tensor> true_weights, all_weights;
@@ -96,19 +96,19 @@ struct ClassWeights {
 };
 
 template <class Stat>
-LossShape<Stat> loss_shape(const Options& options, const ClassWeights<Stat>& weights) {
-  LossShape<Stat> shape;
+LossOptions<Stat> loss_options(const Options& options, const ClassWeights<Stat>& weights) {
+  LossOptions<Stat> result;
   if (weights.true_weights) {
-    shape.true_weights = weights.true_weights->template const_data_ptr<Stat>();
-    shape.all_weights = weights.all_weights->template const_data_ptr<Stat>();
-    shape.sums_of_all_weights = weights.sums.data();
-    shape.stride_b = weights.true_weights->dim() == 2 ? weights.true_weights->stride(0) : 0;
+    result.true_weights = weights.true_weights->template const_data_ptr<Stat>();
+    result.all_weights = weights.all_weights->template const_data_ptr<Stat>();
+    result.sums_of_all_weights = weights.sums.data();
+    result.stride_b = weights.true_weights->dim() == 2 ? weights.true_weights->stride(0) : 0;
   }
-  shape.min_loss = static_cast<Stat>(options.min_loss);
-  shape.focal_gamma = static_cast<Stat>(options.focal_gamma);
-  shape.plain = !weights.true_weights && !options.has_min_loss() && options.focal_gamma == 0;
-  shape.pixel_weights = map_of<Stat>(options.pixel_weights);
-  return shape;
+  result.min_loss = static_cast<Stat>(options.min_loss);
+  result.focal_gamma = static_cast<Stat>(options.focal_gamma);
+  result.plain = !weights.true_weights && !options.has_min_loss() && options.focal_gamma == 0;
+  result.pixel_weights = map_of<Stat>(options.pixel_weights);
+  return result;
 }
 
 int64_t num_classes_of(const Tensor& logits) { return std::max<int64_t>(logits.size(1), 2); }
@@ -126,7 +126,7 @@ void forward(const Tensor& logits, const Tensor& labels, const Options& options,
   const Tiles<Stat> tiles(layout, labels.size(1), labels.size(2), options.align_corners);
   const int64_t num_classes = tiles.num_classes();
   Problem<Stat> problem = tiles.template problem<T>(logits, class_labels(labels, logits, options));
-  problem.shape = loss_shape(options, weights);
+  problem.loss_options = loss_options(options, weights);
   const auto kernels = best_kernels<Stat>();
 
   // The partials stay below a tenth of the logits.
@@ -246,7 +246,7 @@ void backward(const Tensor& logits, const Tensor& labels, const Options& options
   const Layout layout = layout_of(logits);
   const Tiles<Stat> tiles(layout, labels.size(1), labels.size(2), options.align_corners);
   Problem<Stat> problem = tiles.template problem<T>(logits, class_labels(labels, logits, options));
-  problem.shape = loss_shape(options, weights);
+  problem.loss_options = loss_options(options, weights);
   const Output<Stat> output = {layout_of(dlogits), dlogits.mutable_data_ptr<T>(),
                                best_rows<T>().finish_row, best_rows<T>().write_columns};
   const auto kernels = best_kernels<Stat>();

@@ -27,7 +27,7 @@ struct Map {
 
 // What makes a pixel's loss from -log p (softmax_losses.h).
 template <class Stat>
-struct LossShape {
+struct LossOptions {
   // a and v [K], of image b at b * stride_b; null: 1 and 0
   const Stat *true_weights = nullptr, *all_weights = nullptr;
   const Stat* sums_of_all_weights = nullptr;  // of each image, or of all
@@ -141,7 +141,7 @@ struct Problem {
   Axis<Stat> rows, columns;
   Cells row_cells, column_cells;
   Labels labels;
-  LossShape<Stat> shape;
+  LossOptions<Stat> loss_options;
 
   // The index of a pixel of the tile's image in contiguous maps [B, H, W].
   int64_t pixel(const Tile& tile, int64_t y, int64_t x) const {

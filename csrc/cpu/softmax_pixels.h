@@ -189,8 +189,8 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
   const int64_t num_classes = problem.logits.num_classes;
   const bool with_probabilities = sums.probability_sums || sums.squares;
   const int64_t first = problem.pixel(tile, group.y, group.x);
-  const LossesOfImage<Stat> image_losses(problem.shape, tile.image);
-  const Map<Stat>& weights = problem.shape.pixel_weights;
+  const LossesOfImage<Stat> image_losses(problem.loss_options, tile.image);
+  const Map<Stat>& weights = problem.loss_options.pixel_weights;
   Stat shift[GROUP] = {}, intersections[GROUP], loss_terms[LOSS_SUMS][GROUP];
   uint64_t correct = 0;
   logits_of_group(problem, tile, workspace, group);
@@ -219,7 +219,7 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
     if (sums.intersections) V::store(intersections + t, exp<Stat>(-c));
     Vec loss = c, weight = Vec{} + 1;
     if (weights.data) weight = load_map(weights, tile.image, group.y, group.x + t, count);
-    if (!problem.shape.plain) {
+    if (!problem.loss_options.plain) {
       const Vec u = image_losses.total * log_total - sum.mixed;
       const auto p = [c]() INLINE_LAMBDA { return chances_of<Stat>(c); };
       loss = is_valid ? image_losses.loss(group.classes_at(t), c, u, p) : Vec{};
@@ -277,7 +277,8 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
     const Stat dsquare = gradients.dsquares ? gradients.dsquares[image_offset + k] : 0;
     return dprobability_sum + 2 * p * dsquare;
   };
-  const LossesOfImage<Stat> losses(problem.shape, tile.image);
+  const LossOptions<Stat>& options = problem.loss_options;
+  const LossesOfImage<Stat> losses(options, tile.image);
   Stat label_terms[GROUP];
   logits_of_group(problem, tile, workspace, group);
 
@@ -289,13 +290,13 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
       return load_map(map, tile.image, group.y, group.x + t, group.count - t);
     };
     Vec label_term = class_values(gradients.dlosses, classes);
-    if (problem.shape.pixel_weights.data) label_term *= map_values(problem.shape.pixel_weights);
+    if (options.pixel_weights.data) label_term *= map_values(options.pixel_weights);
     label_term += map_values(gradients.dpixel_losses);
     Vec smoothing_term = {};
-    const Vec label_logit = problem.shape.plain ? Vec{} : group.label_logits(t, z, stride);
+    const Vec label_logit = options.plain ? Vec{} : group.label_logits(t, z, stride);
     const SumOfPowers<Stat> sum =
         sum_of_powers<Stat, true>(z, num_classes, stride, losses.all_weights);
-    if (!problem.shape.plain) {
+    if (!options.plain) {
       const Vec log_total = log_of_sum(sum.total);
       const Vec c = not_below_0(log_total - (label_logit - sum.largest));
       const auto p = [c]() INLINE_LAMBDA { return chances_of<Stat>(c); };

@@ -183,7 +183,7 @@ void finish_row(const Problem<StatOf<T>>& problem, const Output<StatOf<T>>& outp
   Stat* source = gradients + 1;
   const int64_t columns = tile.columns.end - tile.columns.begin;
   if (row >= tile.rows.begin && row < tile.rows.end) {
-    const LossesOfImage<Stat> losses(problem.shape, tile.image);
+    const LossesOfImage<Stat> losses(problem.loss_options, tile.image);
     const Stat* sum_gradients = gradients + num_classes * stride;
     for (int64_t k = 0; losses.all_weights && k < num_classes; ++k)
       for (int64_t j = 0; losses.all_weights[k] != 0 && j < stride; ++j)
@@ -225,7 +225,7 @@ void write_row(const Output<StatOf<T>>& output, int64_t num_classes, int64_t ima
 template <class Stat>
 void mix_row(const Problem<Stat>& problem, int64_t image, Stat* packed, int64_t stride) {
   const int64_t num_classes = problem.logits.num_classes;
-  const LossesOfImage<Stat> losses(problem.shape, image);
+  const LossesOfImage<Stat> losses(problem.loss_options, image);
   if (!losses.all_weights) return;
   Stat* sum = packed + num_classes * stride;
   std::memset(sum, 0, stride * sizeof(Stat));

@@ -144,8 +144,8 @@ void forward_differences(const Problem<float>& problem, const Tile& tile,
   using V = Simd<float>;
   constexpr int L = LANES<float>;
   const int64_t count = tile.label_columns.end - tile.label_columns.begin;
-  const LossesOfImage<float> losses(problem.shape, tile.image);
-  const Map<float>& weights = problem.shape.pixel_weights;
+  const LossesOfImage<float> losses(problem.loss_options, tile.image);
+  const Map<float>& weights = problem.loss_options.pixel_weights;
   const bool with_correct = sums.correct, with_squares = sums.squares;
   const auto number = [](Ints mask) INLINE_LAMBDA { return __builtin_popcount(lanes_of(mask)); };
   PackedRows<float> packed;
@@ -179,7 +179,7 @@ void forward_differences(const Problem<float>& problem, const Tile& tile,
         } else {
           const Floats log_total = log_of_1_plus(two.power), c = two.loss(other, log_total);
           Floats loss = c, weight = Floats{} + 1;
-          if (!losses.shape.plain)
+          if (!losses.options.plain)
             loss = losses.loss(k, c, two.losses(losses, log_total),
                                [&]() INLINE_LAMBDA { return two.chances(k); });
           if (map) V::store(map + t, k >= 0 ? loss : Floats{}, std::min<int64_t>(L, count - t));
@@ -226,11 +226,11 @@ template <class = void>
 void forward_two_classes(const Problem<float>& problem, const Tile& tile,
                          const Workspace<float>& workspace, const Sums& sums,
                          const Maps<float>& maps) {
-  const LossShape<float>& shape = problem.shape;
+  const LossOptions<float>& options = problem.loss_options;
   int requested = 0;
   for (const double* sum : sums.loss_sums) requested += sum != nullptr;
   const bool by_product =
-      shape.plain && !shape.pixel_weights.data && !maps.pixel_losses && requested == 1;
+      options.plain && !options.pixel_weights.data && !maps.pixel_losses && requested == 1;
   const bool with_probabilities = sums.probability_sums || sums.squares;
   const auto add = by_product           ? with_probabilities ? forward_differences<true, true>
                                                              : forward_differences<true, false>
@@ -246,7 +246,9 @@ class DerivativeByDifference {
  public:
   DerivativeByDifference(const Problem<float>& problem, const Gradients<float>& gradients,
                          int64_t image)
-      : losses_(problem.shape, image), gradients_(gradients), with_squares_(gradients.dsquares) {
+      : losses_(problem.loss_options, image),
+        gradients_(gradients),
+        with_squares_(gradients.dsquares) {
     const auto at = [&](const float* by_class, int k) {
       return by_class ? by_class[image * gradients.stride_b + k] : 0;
     };
@@ -271,8 +273,8 @@ class DerivativeByDifference {
     const auto [p_1, p_0] = two.chances(Ints{} + 1);
     Floats label_term = class_values(dlosses_), smoothing_term = {};
     if constexpr (!PLAIN) {
-      const LossShape<float>& shape = losses_.shape;
-      if (shape.pixel_weights.data) label_term *= map_values(shape.pixel_weights);
+      const LossOptions<float>& options = losses_.options;
+      if (options.pixel_weights.data) label_term *= map_values(options.pixel_weights);
       label_term += map_values(gradients_.dpixel_losses);
       Floats c = {}, u = {}, alpha, beta;
       if (losses_.needs_c()) {
@@ -369,8 +371,8 @@ template <class Begin>
 void backward_two_classes(const Problem<float>& problem, const Tile& tile,
                           const Workspace<float>& workspace, const Gradients<float>& gradients,
                           const Output<float>& output, Begin finish_until) {
-  const LossShape<float>& shape = problem.shape;
-  if (shape.plain && !shape.pixel_weights.data && !gradients.dpixel_losses.data)
+  const LossOptions<float>& options = problem.loss_options;
+  if (options.plain && !options.pixel_weights.data && !gradients.dpixel_losses.data)
     return backward_differences<true>(problem, tile, workspace, gradients, output, finish_until);
   backward_differences<false>(problem, tile, workspace, gradients, output, finish_until);
 }

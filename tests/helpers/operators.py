@@ -200,7 +200,7 @@ def our_info_nce(queries: Tensor, keys: Tensor, present: Tensor, positives: Tens
 GROUPS = {"groups": 2, "per_image": True, "seed": 5}
 ALIGNED = {"align_corners": True}
 shaped = our_loss(ao.CrossEntropy, label_smoothing=0.1, focal_gamma=1.5)
-shaped_formula = partial(verify._cross_entropy, smoothing=0.1, gamma=1.5)
+shaped_formula = partial(verify._cross_entropy, label_smoothing=0.1, focal_gamma=1.5)
 four_times, any_size = logit_inputs(3, 5, 12, 20), logit_inputs(5, 4, 9, 13)
 argmax = partial(verify._predictions, align=False)
 OPERATORS = [
@@ -250,15 +250,15 @@ OPERATORS = [
     Operator("CrossEntropy", shaped, without_options(shaped_formula), with_pixel_weights),
     Operator(
         "CrossEntropy of hard pixels",
-        our_loss(ao.CrossEntropy, ohem=0.5),
-        without_options(verify._cross_entropy, ohem=0.5),
+        our_loss(ao.CrossEntropy, ohem_threshold=0.5),
+        without_options(verify._cross_entropy, ohem_threshold=0.5),
         with_pixel_weights,
         ignores=False,  # other pixels have no gradient either
     ),
     Operator(
         "CrossEntropy of the hardest",
-        our_loss(ao.CrossEntropy, ohem_kept=40),
-        without_options(verify._cross_entropy, kept=40),
+        our_loss(ao.CrossEntropy, ohem_min_kept=40),
+        without_options(verify._cross_entropy, ohem_min_kept=40),
         four_times,
         ignores=False,
     ),

@@ -37,7 +37,7 @@ class Case(NamedTuple):
     statistics: tuple[str, ...] = ALL
     per_image: bool = False
     scale: float = 3.0  # of the logits
-    smoothing: str = ""  # by "class", or by "image and class"
+    weights_by: str = ""  # true_weights and all_weights, by "class", or by "image and class"
     min_loss: float = -torch.inf
     focal_gamma: float = 0.0
     pixel_weights: bool = False
@@ -58,9 +58,9 @@ class Case(NamedTuple):
     def options(self) -> Options:
         """One class has no weight of its own, another one none among all classes."""
         true_weights = all_weights = None
-        if self.smoothing:
+        if self.weights_by:
             size = (2, self.num_classes)
-            size = size if self.smoothing == "class" else (self.size[0], *size)
+            size = size if self.weights_by == "class" else (self.size[0], *size)
             weights = torch.arange(torch.Size(size).numel(), dtype=F64).cos().square().view(size)
             weights[..., 0, -1] = weights[..., 1, 0] = 0
             weights[..., 1, :] /= self.num_classes
@@ -285,11 +285,11 @@ def check_correct(
     lead = z.gather(1, classes[:, None])[:, 0] - others
     one_hot = (classes[:, None] == torch.arange(case.num_classes)[:, None]) & valid[:, None]
     floor *= 1 + float(z.abs().max())
-    least, most = (
+    lower, upper = (
         (one_hot & (lead > at_least)[:, None]).sum((2,) if case.per_image else (0, 2))
         for at_least in (floor, -floor)
     )
-    assert ((least <= correct) & (correct <= most)).all()
+    assert ((lower <= correct) & (correct <= upper)).all()
 
 
 def check_loss(ours: Tensor, expected: Tensor, logits: Tensor) -> None:

@@ -47,7 +47,7 @@ def test_hard_example_mining():
     truth = torch.tensor([0.9, 0.8, 0.2, 0.1])
     logits = torch.stack([truth.log(), (1 - truth).log()])[None, :, None]
     losses = -truth.log()
-    hard = build_loss(ohem=0.7, ohem_kept=1)(logits, labels)
+    hard = build_loss(ohem_threshold=0.7, ohem_min_kept=1)(logits, labels)
     torch.testing.assert_close(hard, losses[2])
-    two = build_loss(ohem=0.1, ohem_kept=2)(logits, labels)
+    two = build_loss(ohem_threshold=0.1, ohem_min_kept=2)(logits, labels)
     torch.testing.assert_close(two, losses[1:3].mean())

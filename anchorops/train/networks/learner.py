@@ -65,8 +65,8 @@ def build_loss(
     weights: Tensor | None = None,
     *,
     focal_gamma: float = 2.0,
-    ohem: float | None = None,
-    ohem_kept: int = 100_000,
+    ohem_threshold: float | None = None,
+    ohem_min_kept: int | None = None,
 ) -> MomentsLoss:
     """The loss of the logits; its `terms` contain the accuracy. weights: [K], of the classes."""
     common: dict[str, Any] = {"ignore_index": IGNORED, "accuracy": True}
@@ -75,8 +75,8 @@ def build_loss(
     cross_entropy = ao.CrossEntropy(
         weights,
         focal_gamma=focal_gamma if loss == "focal" else 0.0,
-        ohem=ohem,
-        ohem_kept=None if ohem is None else ohem_kept,
+        ohem_threshold=ohem_threshold,
+        ohem_min_kept=ohem_min_kept,
         **common,
     )
     if loss == "ce+dice":

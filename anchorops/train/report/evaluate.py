@@ -13,7 +13,7 @@ import anchorops as ao
 from .. import MULTIPLE
 
 TILE = 128  # label rows and columns whose logits exist at the same time
-LEAST = -1e30  # instead of −∞, whose product with a weight of 0 would be NaN
+LOWEST_LOGIT = -1e30  # instead of −∞, whose product with a weight of 0 would be NaN
 GROUPS = ("head", "body", "tail")
 
 
@@ -41,7 +41,9 @@ class Term(NamedTuple):
         row_weights, column_weights = self.rows[rows], self.columns[columns]
         i, j = (weights.any(0).nonzero()[:, 0] for weights in (row_weights, column_weights))
         device = self.logits.device
-        logits = self.logits[:, :, i[:, None].to(device), j.to(device)].float().clamp(min=LEAST)
+        logits = (
+            self.logits[:, :, i[:, None].to(device), j.to(device)].float().clamp(min=LOWEST_LOGIT)
+        )
         return row_weights[:, i].to(device) @ logits @ column_weights[:, j].T.to(device)
 
 

@@ -151,12 +151,12 @@ def _divide(i: Instruction, m: _Modifiers) -> Operation:
 
 
 def _extreme(i: Instruction, m: _Modifiers) -> Operation:
-    ty, least = i.types[-1], i.name == "min"
+    ty, is_min = i.types[-1], i.name == "min"
     if ty[0] == "f":
         nan = m.take("NaN")
-        ignoring = np.fmin if least else np.fmax
-        return _float(i, m, (np.minimum if least else np.maximum) if nan else ignoring)
-    function = np.minimum if least else np.maximum
+        ignoring = np.fmin if is_min else np.fmax
+        return _float(i, m, (np.minimum if is_min else np.maximum) if nan else ignoring)
+    function = np.minimum if is_min else np.maximum
     if m.take("relu"):
         return _plain(i, lambda x, y: np.maximum(function(x, y), x.dtype.type(0)))
     return _plain(i, function)
