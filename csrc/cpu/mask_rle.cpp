@@ -130,28 +130,23 @@ class Encoder {
         stride_n_(logits.stride(0)),
         stride_h_(logits.stride(1)),
         stride_w_(logits.stride(2)),
-        corners_(grid.rows.source) {
-    for (Column& column : columns_.values) {
-      column.z.resize(grid.rows.source + 1);
-      column.ones.resize(grid.rows.source + 1);
-    }
-  }
+        upper_(grid.columns.source + 1),
+        lower_(grid.columns.source + 1),
+        corners_(grid.columns.source),
+        corners_above_(grid.columns.source),
+        cells_(grid.columns.source) {}
 
   // box: not beyond the image.
   Runs encode(int64_t mask, const Box& box) {
     const int64_t height = grid_.rows.size, width = grid_.columns.size;
     Runs runs(height);
     if (box.x0 < box.x1 && box.y0 < box.y1) {
-      near_ = {position(grid_.rows, box.y0).lower, position(grid_.rows, box.y1 - 1).lower + 1};
-      for (Column& column : columns_.values) column.index = -1;
+      find_cells(logits_ + mask * stride_n_, box);
       for (int64_t x = box.x0; x < box.x1;) {
-        const auto at = position(grid_.columns, x);
-        const Column& left = load(mask, at.lower);
-        const Column& right = load(mask, at.upper);
-        find_cells(left, right, box);
-        const Range same = grid_.column_positions.labels({at.lower, at.lower + 1});
+        const int64_t left = position(grid_.columns, x).lower;
+        const Range same = grid_.column_positions.labels({left, left + 1});
         for (const int64_t end = std::min(same.end, box.x1); x < end; ++x)
-          add_column(left, right, x, box, runs);
+          add_column(cells_[left], x, box, runs);
       }
       if (runs.ones() && box.x1 < width) runs.change(box.x1, 0);
     }
@@ -160,66 +155,81 @@ class Encoder {
   }
 
  private:
-  // A column of logits minus the level; the last one is its own neighbour.
-  struct Column {
-    int64_t index;
-    std::vector<Stat> z;        // [h + 1]
-    std::vector<uint8_t> ones;  // [h + 1]
-  };
-
-  // Pixels of a column between two rows of logits.
+  // Pixels between two rows and two columns of logits.
   struct Cell {
-    int64_t row, begin, end;
-    int corners;  // how many of its four are 1
+    int64_t begin, end;  // rows of pixels
+    int corners;         // how many of the four are 1
+    Stat z[2][2];        // minus the level
   };
 
   static bool is_one(Stat z) { return !(z <= 0); }  // NaN is, as in pixel_argmax
 
-  const Column& load(int64_t mask, int64_t index) {
-    Column& column = columns_[index];
-    if (column.index == index) return column;
-    column.index = index;
-    const T* source = logits_ + mask * stride_n_ + index * stride_w_;
-    const int64_t last = grid_.rows.source - 1;  // its own neighbour
-    for (int64_t i = near_.begin; i <= std::min(near_.end, last); ++i)
-      column.z[i] = static_cast<Stat>(source[i * stride_h_]) - level_;
-    if (near_.end > last) column.z[near_.end] = column.z[last];
-    for (int64_t i = near_.begin; i <= near_.end; ++i) column.ones[i] = is_one(column.z[i]);
-    return column;
+  Stat z(const T* row, int64_t column) const {
+    return static_cast<Stat>(row[column * stride_w_]) - level_;
   }
 
   // The cells between two columns of logits that have pixels, and not all one value, or another one
-  // than the cell before.
-  void find_cells(const Column& left, const Column& right, const Box& box) {
-    const uint8_t *l = left.ones.data(), *r = right.ones.data();
-    for (int64_t i = near_.begin; i < near_.end; ++i)
-      corners_[i] = l[i] + l[i + 1] + r[i] + r[i + 1];
-    cells_.clear();
-    int before = 2;
-    for (int64_t i = near_.begin; i < near_.end; ++i) {
-      const int corners = corners_[i];
-      if (corners == before && corners % 4 == 0) {  // and eight at a time that follow
-        while (i + 8 < near_.end && !std::memcmp(&corners_[i], &corners_[i + 1], 8)) i += 8;
-        continue;
-      }
+  // than the cell above.
+  void find_cells(const T* logits, const Box& box) {
+    const int64_t last_row = grid_.rows.source - 1, last_column = grid_.columns.source - 1;
+    const Range rows = {position(grid_.rows, box.y0).lower,
+                        position(grid_.rows, box.y1 - 1).lower + 1};
+    const Range columns = {position(grid_.columns, box.x0).lower,
+                           position(grid_.columns, box.x1 - 1).lower + 1};
+    // the last row and the last column are their own neighbours
+    const auto load = [&](int64_t i, std::vector<uint8_t>& ones) {
+      const T* const row = logits + std::min(i, last_row) * stride_h_;
+      for (int64_t j = columns.begin; j <= std::min(columns.end, last_column); ++j)
+        ones[j] = is_one(z(row, j));
+      if (columns.end > last_column) ones[columns.end] = ones[last_column];
+    };
+    for (int64_t j = columns.begin; j < columns.end; ++j) cells_[j].clear();
+    std::fill(corners_above_.begin(), corners_above_.end(), 2);  // of no cell
+    load(rows.begin, lower_);
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      std::swap(upper_, lower_);
+      load(i + 1, lower_);
       const int64_t begin = std::max(grid_.first[i], box.y0);
       const int64_t end = std::min(grid_.first[i + 1], box.y1);
       if (begin >= end) continue;
-      cells_.push_back({i, begin, end, corners});
-      before = corners;
+      for (int64_t j = columns.begin; j < columns.end; ++j)
+        corners_[j] = upper_[j] + upper_[j + 1] + lower_[j] + lower_[j + 1];
+      const T* const row = logits + i * stride_h_;
+      const T* const next = logits + std::min(i + 1, last_row) * stride_h_;
+      for (int64_t j = columns.begin; j < columns.end; ++j) {
+        if (j + 8 <= columns.end && is_as_above<uint64_t>(j)) {
+          j += 7;
+          continue;
+        }
+        if (is_as_above<uint8_t>(j)) continue;
+        const int64_t right = std::min(j + 1, last_column);
+        cells_[j].push_back(
+            {begin, end, corners_[j], {{z(row, j), z(row, right)}, {z(next, j), z(next, right)}}});
+      }
+      std::swap(corners_, corners_above_);
     }
   }
 
-  void add_column(const Column& left, const Column& right, int64_t x, const Box& box, Runs& runs) {
+  // Whether these cells, one a byte, have all one value, and the cells above the same one.
+  template <class Bytes>
+  bool is_as_above(int64_t j) const {
+    Bytes here, above;
+    std::memcpy(&here, &corners_[j], sizeof here);
+    std::memcpy(&above, &corners_above_[j], sizeof above);
+    const Bytes mixed = here & static_cast<Bytes>(0x0303030303030303);  // neither 0 nor 4
+    return (mixed | (here ^ above)) == 0;
+  }
+
+  void add_column(const std::vector<Cell>& cells, int64_t x, const Box& box, Runs& runs) {
     if (runs.ones() && box.y0 > 0) runs.change(x, 0);
     const Stat weight = position(grid_.columns, x).weight;
-    for (const Cell& cell : cells_) {
+    for (const Cell& cell : cells) {
       if (cell.corners % 4 == 0) {
         if (runs.ones() != (cell.corners == 4)) runs.change(x, cell.begin);
         continue;
       }
-      const Stat low = blend(left.z[cell.row], right.z[cell.row], weight);
-      const Stat high = blend(left.z[cell.row + 1], right.z[cell.row + 1], weight);
+      const Stat low = blend(cell.z[0][0], cell.z[0][1], weight);
+      const Stat high = blend(cell.z[1][0], cell.z[1][1], weight);
       const bool first = is_one(low);
       int64_t other = cell.end;  // the first pixel that has not the value of `low`
       if (is_one(high) != first) other = find_change(low, high, cell);
@@ -249,10 +259,9 @@ class Encoder {
   const Stat level_;
   const T* const logits_;
   const int64_t stride_n_, stride_h_, stride_w_;
-  Range near_ = {};               // the rows of logits above the pixels of a box
-  TwoRows<Column> columns_;       // two neighbours
-  std::vector<uint8_t> corners_;  // [h]: how many of the four of each cell are 1
-  std::vector<Cell> cells_;
+  std::vector<uint8_t> upper_, lower_;            // [w + 1]: which logits of two rows are 1
+  std::vector<uint8_t> corners_, corners_above_;  // [w]: how many of the four of each cell are 1
+  std::vector<std::vector<Cell>> cells_;          // [w]
 };
 
 // boxes: int64 [N, 4], x0, y0, x1, y1, not beyond the image.
