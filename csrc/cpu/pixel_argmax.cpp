@@ -12,6 +12,7 @@ Tensor pixel_argmax(Tensor logits, int64_t height, int64_t width, bool align_cor
                     ScalarType dtype) {
   Tensor predictions = new_empty(logits, {logits.size(0), height, width}, dtype);
   if (predictions.numel() == 0) return predictions;
+  const int64_t element_size = predictions.element_size();
   for_dtype("pixel_argmax.cpu", logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using Stat = StatOf<T>;
@@ -23,7 +24,7 @@ Tensor pixel_argmax(Tensor logits, int64_t height, int64_t width, bool align_cor
               [&](int64_t first, int64_t last, const Workspace<Stat>& workspace) {
                 for (int64_t i = first; i < last; ++i)
                   kernels.argmax(problem, tiles.tile(i, false), workspace,
-                                 {predictions.mutable_data_ptr(), predictions.element_size()});
+                                 {predictions.mutable_data_ptr(), element_size});
               });
   });
   return predictions;
