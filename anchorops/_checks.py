@@ -427,7 +427,7 @@ def check_share(function: str, argument: str, value: object, *, below_one: bool 
 
 
 def check_threshold(function: str, threshold: object) -> float:
-    """Of a probability."""
+    """The threshold of a probability as a float. Raises unless it lies in (0, 1)."""
     number = as_number(threshold)
     if number is None or not 0 < number < 1:
         fail(function, "threshold", "a float in (0, 1)", describe(threshold))

@@ -140,8 +140,8 @@ class Inputs:
 
 
 def trained_logits(labels: Tensor, num_classes: int, ratio: int) -> Tensor:
-    """Of a network that was trained on images of low resolution, whose noisy colours are those of
-    the classes."""
+    """Logits of a network that was trained on images of low resolution, whose noisy colours are
+    those of the classes."""
     generator = torch.Generator().manual_seed(0)
     colours = torch.randn(num_classes, 3, generator=generator)
     images = colours[labels[:, ::ratio, ::ratio]].movedim(-1, 1)

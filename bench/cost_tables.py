@@ -379,7 +379,7 @@ def counted_windows() -> str:
 
 
 def traffic_table(rows: list[dict]) -> str:
-    """Of each kernel KB: of its operands; of the different sectors that it moves; of the sectors of
+    """KB of each kernel: of its operands; of the different sectors that it moves; of the sectors of
     all requests, and which part of them the lanes asked for."""
 
     def kilobytes(size: int) -> str:

@@ -72,7 +72,7 @@ class Network(NamedTuple):
         return len(self.size) == 3
 
     def images(self) -> Tensor:
-        """Of two examples, for a dry run of a model on "meta"."""
+        """A batch of two images, for a dry run of a model on "meta"."""
         return torch.empty(2, self.channels, *self.size, device="meta")
 
     def runs_later(self, model: nn.Module) -> bool:

@@ -64,7 +64,7 @@ def operations(model: nn.Module, size: tuple[int, int]) -> int:
 
 
 def row_of(network: Network) -> dict[str, Any]:
-    """Of one image in evaluation mode; late: None if there is nothing to move."""
+    """Operations for one image in evaluation mode; late: None if there is nothing to move."""
     model = network.build().eval().to("meta")
     images = torch.empty(1, 3, *network.size, device="meta")
     plain, late = operations(model, network.size), None

@@ -360,7 +360,7 @@ def instead_of_launches(name: str, do: Callable[..., None]) -> Iterator[None]:
 
 
 def _processor_seconds() -> float:
-    """Of this process and of ptxas, which it runs."""
+    """Processor time of this process and of ptxas, which it runs."""
     return sum(os.times()[:4])
 
 

@@ -31,7 +31,7 @@ plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.righ
 
 
 class Section(NamedTuple):
-    """Of a file of rows. suffix: of the picture's name."""
+    """How a section of a file of rows is shown. suffix: the end of the picture's name."""
 
     suffix: str
     draw: Callable[[dict], Figure | None]

@@ -79,7 +79,7 @@ def measure_again(tests: list[str], path: Path, device: str) -> None:
 
 
 def timings(row: dict) -> Iterator[tuple[str, float, float]]:
-    """Of a row of an operator or an option: each implementation, the seconds of its fastest call,
+    """Each implementation in a row of an operator or an option, the seconds of its fastest call,
     and the seconds that most of its calls need at most."""
     if "name" in row:
         yield row["name"], row["minimum"], row["q80"]

@@ -16,7 +16,7 @@ using torch::headeronly::Half;
 
 constexpr unsigned FULL_WARP = 0xffffffff;
 
-// Of all lanes of a warp; every lane gets it.
+// The sum over all lanes of a warp; every lane gets it.
 template <class T>
 __device__ __forceinline__ T sum_of_warp(T value) {
   for (int lanes = 16; lanes; lanes /= 2) value += __shfl_xor_sync(FULL_WARP, value, lanes);
@@ -106,13 +106,13 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
                : "memory");
 }
 
-// The same for all 16 bytes, which needs fewer instructions.
+// Asynchronous copy of all 16 bytes, which needs fewer instructions.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   const auto address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
 }
 
-// The same for 4 bytes.
+// Asynchronous copy of 4 bytes.
 __device__ __forceinline__ void copy_word_async(void* shared, const void* global) {
   const auto address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(global) : "memory");

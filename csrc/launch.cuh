@@ -37,7 +37,7 @@ struct Hardware {
   size_t shared_bytes, reserved_bytes;
 };
 
-// Of the current device, read once for each device.
+// Hardware of the current device, read once for each device.
 inline Hardware hardware() {
   static std::mutex mutex;
   static std::map<int, Hardware> by_device;

@@ -89,7 +89,7 @@ def unified_focal(
 
 
 def normalized_focal(logits: Tensor, labels: Tensor, gamma: float = 2.0) -> Tensor:
-    """Of one channel, divided by the sum of the focal factors (arXiv 1909.07829)."""
+    """Focal loss of one channel, divided by the sum of the focal factors (arXiv 1909.07829)."""
     losses = ao.pixel_binary_cross_entropy(logits, labels, reduction="none")
     factors = (1 - (-losses).exp()) ** gamma
     return (factors * losses).mean() / factors.sum()
@@ -98,7 +98,7 @@ def normalized_focal(logits: Tensor, labels: Tensor, gamma: float = 2.0) -> Tens
 def reduced_focal(
     logits: Tensor, labels: Tensor, gamma: float = 2.0, threshold: float = 0.5
 ) -> Tensor:
-    """Of one channel: the factor is 1 below the threshold (arXiv 1903.01347)."""
+    """Focal loss of one channel, whose factor is 1 below the threshold (arXiv 1903.01347)."""
     losses = ao.pixel_binary_cross_entropy(logits, labels, reduction="none")
     p = (-losses).exp()
     return (torch.where(p < threshold, 1, ((1 - p) / threshold) ** gamma) * losses).mean()
@@ -112,7 +112,8 @@ def dice_of_all_classes(logits: Tensor, labels: Tensor, eps: float = 1e-3) -> Te
 
 
 def balanced_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Of one channel: each class has the share of the other one as weight (PIDNet's boundaries)."""
+    """Cross-entropy of one channel, where each class has the share of the other one as weight
+    (PIDNet's boundaries)."""
     pairs = torch.cat([torch.zeros_like(logits), logits], 1)
     m: Any = ao.ops.softmax_moments(pairs, labels.squeeze(1), probability_sums=False)
     return (m.losses * m.counts.flip(0)).sum() / m.counts.sum() ** 2

@@ -84,7 +84,7 @@ def instances(
 
 
 def of_mask2former(classes: Tensor, masks: Tensor, size: Size, threshold: float = 0.5) -> Instances:
-    """Of one image, from class logits (Q, K + 1) and mask logits (Q, h, w)."""
+    """Instances of one image, from class logits (Q, K + 1) and mask logits (Q, h, w)."""
     scores = classes.softmax(1)[:, :-1]
     best, pairs = scores.flatten().topk(len(scores))  # a query may be an instance of two classes
     queries, labels = pairs // scores.shape[1], pairs % scores.shape[1]
@@ -94,7 +94,8 @@ def of_mask2former(classes: Tensor, masks: Tensor, size: Size, threshold: float 
 def of_eomt(
     classes: Tensor, masks: Tensor, size: Size, threshold: float = 0.8, side: int = 640
 ) -> Instances:
-    """The same; the image was resized to a longer side of `side`, and padded to a square."""
+    """Instances of one image that was resized to a longer side of `side`, and padded to a
+    square."""
     scores, labels = classes.softmax(1)[:, :-1].max(1)
     height, width = get_size_with_aspect_ratio(size, side, side)  # of the image in the input
     if height * masks.shape[1] % side or width * masks.shape[2] % side:
@@ -104,7 +105,7 @@ def of_eomt(
 
 
 def compare_labels() -> None:
-    """Of two images with 20 queries."""
+    """Compare the results for two images with 20 queries with those of transformers."""
     regions = torch.randint(0, 20, (2, 8, 8))
     outputs: Any = modeling_mask2former.Mask2FormerForUniversalSegmentationOutput(
         class_queries_logits=4 * torch.randn(2, 20, 8),

@@ -33,7 +33,7 @@ TILE_COUNTS = ("tiles", "tiles_per_line", "tiles_per_chunk")
 
 
 class Partials(NamedTuple):
-    """Of each chunk of tiles; None if it is not wanted."""
+    """Partial results of each chunk of tiles; None if not requested."""
 
     sums: Any  # float32 [chunks, num_keys, D]
     sqdists: Any  # float32 [chunks · blocks, num_keys]
@@ -42,13 +42,13 @@ class Partials(NamedTuple):
 
 @triton.jit
 def _sums_ptrs(partials, d, dim):
-    """Of this program's chunk, key 0."""
+    """Pointers to the partial sums of this program's chunk for key 0."""
     return partials.sums + (tl.program_id(1).to(tl.int64) * partials.num_keys * dim + d)
 
 
 @triton.jit
 def _sqdists_ptr(partials):
-    """Of this program's chunk and block of channels, key 0."""
+    """Pointer to the partial sqdist of this program's chunk and block of channels for key 0."""
     row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     return partials.sqdists + row * partials.num_keys
 

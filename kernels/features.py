@@ -55,7 +55,7 @@ def pixels_of_tile(features, tile, tiles_per_line, BLOCK_P: tl.constexpr):
 
 @triton.jit
 def channel_ptrs(features, d):
-    """Of features or anchors."""
+    """Pointers to channels d of features or anchors."""
     return features.ptr + d.to(tl.int64) * features.stride_d
 
 

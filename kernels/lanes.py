@@ -32,7 +32,7 @@ def pixel_map_of(tensor: Tensor | None) -> PixelMap:
 
 @triton.jit
 def contiguous_map(ptr, axes):
-    """Of all labels."""
+    """A contiguous map with the labels' size."""
     return PixelMap(ptr, axes.y.pixels.to(tl.int64) * axes.x.pixels, axes.x.pixels, 1)
 
 
@@ -45,7 +45,7 @@ def inside_of(lanes, CELLS: tl.constexpr):
 
 @triton.jit
 def pointers(pixel_map, image, lanes, CELLS: tl.constexpr):
-    """To the numbers of a map."""
+    """Pointers to the numbers of a map."""
     ptr = pixel_map.ptr + image.to(tl.int64) * pixel_map.stride_b
     ptr += (lanes.y.start + rows_of_lane(CELLS)).to(tl.int64) * pixel_map.stride_h
     return [ptr + (lanes.x.start + i).to(tl.int64) * pixel_map.stride_w for i in () + CELLS.columns]
@@ -53,7 +53,7 @@ def pointers(pixel_map, image, lanes, CELLS: tl.constexpr):
 
 @triton.jit
 def sum_of(x):
-    """Of [rows, lanes]."""
+    """The sum of x [rows, lanes], a scalar."""
     return tl.sum(tl.sum(x, ROW_AXIS), 0)
 
 

@@ -162,8 +162,8 @@ def pixels_per_range(pixels: int, blocks: int) -> int:
 
 
 def most_rows(options: bool, class_statistics: bool) -> int | None:
-    """Of pixels of a lane, for softmax moments. With options of the loss and class statistics, 16
-    pixels would need more registers than a thread has."""
+    """The largest number of rows of pixels of a lane, for softmax moments; None: no limit. With
+    options of the loss and class statistics, 16 pixels would need more registers than there are."""
     return 2 if options and class_statistics else None
 
 

@@ -79,7 +79,7 @@ def losses_of_all_classes(weighted, lse, lanes, options, image, CELLS: tl.conste
 
 @triton.jit
 def _read_losses_of_all_classes(logits, lse, lanes, options, image, CELLS: tl.constexpr):
-    """The same, with a loop of its own over the classes."""
+    """u of each pixel, computed with a loop of its own over the classes."""
     zero = tl.zeros(lanes.x.cell.shape, tl.float32)
     weighted = (zero, zero, zero, zero)
     if options.all_weights is not None:

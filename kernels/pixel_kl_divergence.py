@@ -104,7 +104,7 @@ def _column(span):
 
 @triton.jit
 def _with_stride(span, axis, stride):
-    """The same lanes, for other logits of the same size."""
+    """The span for logits of the same size with another stride."""
     lower, upper = neighbours(span.cell, axis, stride)
     return Span(span.cell, span.start, span.stop, span.weights, lower, upper)
 

@@ -28,7 +28,7 @@ _SMALLEST_SUM = tl.constexpr(2.0**-100)
 
 
 class Softmax(NamedTuple):
-    """Of the pixels of a tile."""
+    """What the first pass over the classes computes for the pixels of a tile."""
 
     log_sums: Any  # log2 Σ_k e^(z_k − shift)
     shifts: Any
@@ -46,8 +46,9 @@ def finite_or_zero(shift):
 
 @triton.jit
 def _sums_by_cell(logits, lanes, options, image, PREDICT: tl.constexpr, CELLS: tl.constexpr):
-    """Of each pixel Σ_k e^(z_k − m), where m is the largest logit of the cell, and with PREDICT the
-    class of its largest logit; of each cell −m·log2(e), and Σ_k v_k x_k of its four logits x."""
+    """For each pixel Σ_k e^(z_k − m), where m is the largest logit of the cell, and with PREDICT
+    the class of its largest logit; for each cell −m·log2(e), and Σ_k v_k x_k of its four logits
+    x."""
     zero = tl.zeros(lanes.x.cell.shape, tl.float32)
     maximum, shift = zero - INF, zero
     zeros = zeros_of_pixels(lanes, CELLS)

@@ -31,7 +31,7 @@ class Moments(NamedTuple):
 
 @triton.jit
 def _add_moments(moments, x, mask, count):
-    """Of `count` more numbers of each channel, x [BLOCK_D, BLOCK_P]."""
+    """The moments with `count` more numbers of each channel, x [BLOCK_D, BLOCK_P]."""
     mean = tl.sum(x, 1) / count
     deviations = tl.where(mask, x - mean[:, None], 0.0)
     shift, total = mean - moments.mean, moments.count + count
@@ -172,7 +172,7 @@ class Launch(NamedTuple):
 
     @property
     def tiles(self) -> int:
-        """Of an image."""
+        """The number of tiles of an image."""
         return self.axes.y.source * triton.cdiv(self.axes.x.source, self.blocks["BLOCK_P"])
 
 

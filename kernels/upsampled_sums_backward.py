@@ -24,7 +24,7 @@ class Gradients(NamedTuple):
 
 @triton.jit
 def _gradient_of_moments(gradients, x, d, some, pixels):
-    """Of mean and variance: of all pixels, [BLOCK_D, BLOCK_P] like the features x."""
+    """The gradient of mean and variance over all pixels, [BLOCK_D, BLOCK_P] like the features x."""
     mean, dmean = tl.load(gradients.mean + d, mask=some), tl.load(gradients.dmean + d, mask=some)
     dvariance = tl.load(gradients.dvariance + d, mask=some)
     gradient = 2 * dvariance[:, None] * (x - mean[:, None]) + dmean[:, None]

@@ -127,7 +127,7 @@ class Upsampling(NamedTuple):
 
     @property
     def lanes(self) -> int:
-        """Of an image."""
+        """The number of lanes of an image."""
         return self.y.lanes * self.x.lanes
 
     @property
@@ -318,8 +318,9 @@ def lanes_of_tile(tile, axes, logits, CELLS: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def corner_ptrs(ptr, lanes, CELLS: tl.constexpr):
-    """To the four logits of a cell; to one if the sizes are the same. Long loops over the classes
-    carry them: Triton takes longer to compile a load whose pointer is computed inside the loop."""
+    """Pointers to the four logits of a cell; to one if the sizes are the same. Long loops over the
+    classes carry them: Triton takes longer to compile a load whose pointer is computed inside the
+    loop."""
     y, x = lanes.y, lanes.x
     if CELLS.y.same:
         return (ptr + y.lower + x.lower,)
@@ -330,7 +331,7 @@ def corner_ptrs(ptr, lanes, CELLS: tl.constexpr):
 
 @triton.jit
 def next_class(ptrs, stride_k):
-    """Of the pointers of corner_ptrs."""
+    """The pointers of corner_ptrs, moved to the next class."""
     return [ptr + stride_k for ptr in ptrs]
 
 
@@ -366,7 +367,7 @@ def upsampled(four, lanes, CELLS: tl.constexpr):
 
 @triton.jit
 def logits_of_pixels(ptrs, lanes, CELLS: tl.constexpr):
-    """The same, from the class's logits in memory."""
+    """z of a lane's pixels, from pointers to the four logits of its cell."""
     return upsampled(corners(ptrs, CELLS), lanes, CELLS)
 
 

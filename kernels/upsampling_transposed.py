@@ -28,8 +28,8 @@ DLOGITS = (*strides_of("dlogits", "bkhw"), "dlogits_block")
 
 
 class Tile(NamedTuple):
-    """Of a program, along an axis: `cells`, the first `edge` of them without a gradient of their
-    own, and `parts` of each cell. The other parts belong to other `blocks`."""
+    """What a program computes along an axis: `cells`, the first `edge` of them without a gradient
+    of their own, and `parts` of each cell. The other parts belong to other `blocks`."""
 
     cells: int
     edge: int

@@ -372,7 +372,7 @@ def test_table_of_options(tmp_path):
 
 @pytest.mark.slow
 def test_rows_of_export(tmp_path):
-    """Of small volumes. In one file with the other sections of the run."""
+    """Rows of small volumes stand in one file with the other sections of the run."""
     out = tmp_path / "rows.json"
     save(out, "options", head_of(CPU), [])
     command = [sys.executable, "bench/export.py", "--quick", "--out", str(out)]
@@ -386,7 +386,7 @@ def test_rows_of_export(tmp_path):
 
 
 def test_rows_of_masks(tmp_path, monkeypatch):
-    """Of small masks; the tables name the gain."""
+    """Rows of small masks are right, and the tables name the gain."""
     masks, out = importlib.import_module("masks"), tmp_path / "rows.json"
     monkeypatch.setattr(sys, "argv", ["masks.py", "--quick", "--out", str(out)])
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # of this process

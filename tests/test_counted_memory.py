@@ -24,7 +24,8 @@ B, K, D, SIZE = 3, 19, 48, (96, 128)
 
 
 class Residual(nn.Module):
-    """Of linear layers: the CPU's kernels of convolutions allocate buffers, as cuDNN's on a GPU."""
+    """A network of linear layers: the CPU's kernels of convolutions allocate buffers, as
+    cuDNN's do on a GPU."""
 
     def __init__(self, checkpointing: bool = False) -> None:
         super().__init__()

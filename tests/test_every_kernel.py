@@ -171,7 +171,7 @@ def test_every_kernel_is_launched(backend: str):
 
 @pytest.mark.on("simulated_triton", "triton")
 def test_volumes_launch_the_kernels_images(backend: str):
-    """Of the same backend, in both directions."""
+    """Volumes launch the kernels that images launch, forward and backward."""
 
     def cross_entropy(*size: int) -> None:
         logits, label_size = torch.randn(size, requires_grad=True), [4 * n for n in size[2:]]

@@ -58,7 +58,7 @@ def test_threads_do_not_matter(operator: Operator, backend: str):
 
 @each()
 def test_strides(operator: Operator, backend: str):
-    """Of all inputs and of the incoming gradients. Gradients of images have their layout."""
+    """Inputs and incoming gradients may have any strides. Gradients of images have their layout."""
     inputs = operator.inputs(1)
     expected = results(operator.run, inputs)
     changed = {name: x if name in operator.dense else strided(x) for name, x in inputs.items()}
@@ -74,7 +74,7 @@ def test_strides(operator: Operator, backend: str):
 
 
 def far(x: Tensor, axis: int, memory_format: torch.memory_format) -> Tensor:
-    """The same numbers, of which those of the last index of this axis lie beyond 2^31. Few pages
+    """A copy of x, of which the numbers of the last index of this axis lie beyond 2^31. Few pages
     are touched."""
     strides, last = list(x.contiguous(memory_format=memory_format).stride()), x.shape[axis] - 1
     strides[axis] = 2**31 // last + 1

@@ -16,7 +16,7 @@ from anchorops import diagnostics
 
 
 def inference(x: Any) -> Any:
-    """The same numbers, made under inference mode."""
+    """A copy of x that was made under inference mode."""
     with torch.inference_mode():
         return x.clone() if isinstance(x, Tensor) else x
 

@@ -443,7 +443,7 @@ CHANGES = [
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("how", CHANGES, ids=lambda how: how.__name__)
 def test_changed_layers(how: Callable[[Any], None], after: bool) -> None:
-    """The same results, whether the layers are changed before late_upsampling or after it."""
+    """Results do not depend on whether layers are changed before late_upsampling or after it."""
     model, plain = Net().double(), Net().double()
     plain.load_state_dict(model.state_dict())
     torch.manual_seed(0)

@@ -220,7 +220,7 @@ def test_operator():
 
 @pytest.mark.skipif(ao.backends()["cpu"] is not None, reason="the reference stores masks")
 def test_memory():
-    """Of the order of the runs, not of the pixels, 1.4 GB."""
+    """The memory is of the order of the runs, not of the pixels, 1.4 GB."""
     z = 5 * F.interpolate(torch.randn(1, 20, 6, 6), (64, 64), mode="bicubic")[0]
     size = (6000, 12000)
     characters = sum(len(code["counts"]) for code in ao.mask_rle(z, size).coco())

@@ -141,7 +141,7 @@ def documented_arguments(section: str) -> set[str]:
     ("section", "library"), [("segmentation_models.pytorch", smp), ("MONAI", monai)]
 )
 def test_every_argument_has_a_row(section: str, library: Any):
-    """Of the losses that docs/loss-map.md computes."""
+    """Arguments of the losses that docs/loss-map.md computes."""
     named = re.findall(r"`(\w+Loss)\(", SECTIONS[section])
     losses = {name for name in named if hasattr(library, name)}
     assert len(losses) > 5
@@ -152,7 +152,7 @@ def test_every_argument_has_a_row(section: str, library: Any):
 
 
 def test_every_argument_of_mmsegmentation_has_a_row():
-    """Of version 1.2.2."""
+    """Arguments of version 1.2.2."""
     arguments = (
         "use_sigmoid use_mask reduction class_weight loss_weight loss_name avg_non_ignore "
         "activate naive_dice eps gamma alpha smooth beta ignore_index ignore_label thres min_kept"

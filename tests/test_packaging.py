@@ -158,7 +158,7 @@ class Built(NamedTuple):
     wheel: Path
     """Made from it without a compiler, which leaves a pure one."""
     python: Path
-    """Of an environment that holds the wheel, and what this one holds but for anchorops."""
+    """The interpreter of an environment with the wheel, and what this one has but for anchorops."""
 
 
 @pytest.fixture(scope="module")

@@ -250,7 +250,7 @@ WHOLE = INTEGERS.float()
     ids=str,
 )
 def test_forms_of_pos_weight(form):
-    """The same in the function and in the module."""
+    """The function and the module take all forms, and give one result."""
     z, y = torch.randn(2, 3, 4, 5), torch.randint(0, 2, (2, 3, 8, 10))
     expected = ao.pixel_binary_cross_entropy(z, y, pos_weight=WHOLE)
     torch.testing.assert_close(ao.pixel_binary_cross_entropy(z, y, pos_weight=form), expected)

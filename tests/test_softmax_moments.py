@@ -332,7 +332,7 @@ def test_rounding_errors_of_many_factors(num_classes: int, allowed: float, backe
 
 
 def even_logits(kind: str, case: Case) -> Tensor:
-    """The same logits everywhere, different for each class; or slow waves."""
+    """Logits [B, K, h, w] that are equal everywhere, different for each class; or slow waves."""
     class_offsets = torch.arange(case.num_classes)[:, None, None] * 0.3
     rows, columns = (torch.linspace(0, 1, n) for n in case.size[2:])
     waves = (1 + 10 * class_offsets + 2 * rows[:, None] + columns).sin()

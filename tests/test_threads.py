@@ -1,5 +1,5 @@
-"""The same bits for any number of threads, from shapes where torch divides one sum among threads:
-long rows, many rows, many classes. The other tests of each operator have images.
+"""Results have equal bits for any number of threads, from shapes where torch divides one sum among
+threads: long rows, many rows, many classes. The other tests of each operator have images.
 
 Products of matrices (InfoNCE, CeCo, embeddings) are torch's, and may depend on the threads.
 """

@@ -31,7 +31,7 @@ def test_all_is_right():
     ],
 )
 def test_check(check: verify.Check, backend: str, record_property):
-    """Of kernels that run without a GPU."""
+    """The checks pass for kernels that run without a GPU."""
     row = verify.run(check, backend, CPU)
     if row.right is None or "Unsupported: " in row.note:
         pytest.skip(row.note or f"{backend} does not serve it")

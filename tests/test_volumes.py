@@ -51,7 +51,7 @@ def upsampled(logits: Tensor, labels: Tensor, align_corners: bool = False) -> Te
 def assert_same(
     ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], logits: Tensor
 ) -> None:
-    """The same value and the same gradient."""
+    """Assert equal values and gradients."""
     actual, expected = ours(logits), theirs(logits)
     torch.testing.assert_close(actual.double(), expected.double(), rtol=1e-5, atol=1e-6)
     (gradient,) = torch.autograd.grad(actual, logits)
@@ -103,7 +103,7 @@ LOSSES: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses(name: str) -> None:
-    """The same as the loss of full-resolution logits, which are points."""
+    """The loss is that of full-resolution logits, which are points."""
     logits, labels = inputs()
     if name in ("binary", "dice of sigmoids"):
         labels = (torch.rand(2, K, *labels.shape[1:]) < 0.3).long()

@@ -239,7 +239,7 @@ CHECKS: dict[str, tuple[str, Callable[..., Callable[[Tensor, Tensor], object]]]]
 
 
 def of_classes(call: Callable[..., Any]) -> Callable[..., Callable[[Tensor, Tensor], object]]:
-    """Of logits or features of two channels, and labels without a channel."""
+    """Makes calls with logits or features of two channels, and labels without a channel."""
 
     def make(**options: Any) -> Callable[[Tensor, Tensor], object]:
         return lambda x, y: call(x.expand(-1, 2, -1, -1), y[:, 0], **options)

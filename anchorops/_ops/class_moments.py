@@ -285,7 +285,8 @@ def class_moments(
 
 
 def refusal(num_keys: int, backend: str) -> str | None:
-    """Of `select`. Without the number, because torch.compile would compile again for each one."""
+    """Why a backend cannot serve so many keys, for `select`. The text does not contain the number
+    of keys, because torch.compile would compile again for each one."""
     if backend == "cuda" and num_keys > CUDA_MAX_KEYS:
         return f"it supports at most {CUDA_MAX_KEYS} keys (images × classes × groups)"
     return None

@@ -25,7 +25,7 @@ BINS = LAST - FIRST + 1  # the first has all errors below 2^-20
 
 
 class _Hinges(NamedTuple):
-    """Of the pixels [B, H, W] of a channel."""
+    """Hinge errors of the pixels of a channel; each field is [B, H, W]."""
 
     errors: Tensor
     slopes: Tensor  # of the errors in the logits: ±1, 0 where the error is 0; NaN where it is ∞

@@ -129,7 +129,8 @@ def hinge_loss(
     ignore_index: int,
     align_corners: bool,
 ) -> Tensor:
-    """The same for a channel (B, 1, h, w), with the slopes [2, BINS] of its hinges."""
+    """`loss` of a channel (B, 1, h, w), with the gradient that `slopes` [2, BINS] of its hinge
+    errors give."""
     operator = torch.ops.anchorops.hinge_loss.reference
     return operator(loss, logits, labels, slopes.to(loss.dtype), ignore_index, align_corners)
 

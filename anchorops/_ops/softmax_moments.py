@@ -350,6 +350,6 @@ def _fused_moments(
 
 
 def in_shape(moments: SoftmaxMoments, shape: Sequence[int]) -> SoftmaxMoments:
-    """The same, with a map of this shape."""
+    """The moments, with `pixel_losses` in this shape."""
     losses = moments.pixel_losses
     return moments if losses is None else moments._replace(pixel_losses=losses.view(shape))

@@ -113,7 +113,7 @@ class Lovasz(PixelLoss):
         return error_loss("Lovasz", loss, logits, labels, slopes, **options), counts[:, 0].sum(-1)
 
     def _shares(self, counts: Tensor) -> Tensor:
-        """Of each class in the mean. counts: of its pixels."""
+        """The weight of each class in the mean. counts: its number of pixels."""
         used = torch.ones_like(counts, dtype=torch.float64)
         if self.classes is not None:
             # computed on the device, because copying numbers to it would synchronise
@@ -133,7 +133,7 @@ class Lovasz(PixelLoss):
         return (torch.stack(losses) * share).sum().to(losses[0].dtype), counts.sum(0)
 
     def _hinge(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-        """Of a channel (B, 1, h, w)."""
+        """Loss of a channel (B, 1, h, w), and its numbers of pixels that are 0 and 1."""
         options = {"ignore_index": ignore_index, "align_corners": self.align_corners}
         not_finite, counts = hinge_histograms(logits, labels, **options)
         losses, slopes = _losses_and_slopes(counts[None], bin_edges(logits.device))

@@ -87,8 +87,8 @@ class PixelLoss(Initialized):
         return valid_pixels(labels, num_classes, self.ignored(logits))
 
     def losses(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> PixelLosses:
-        """Of labels that were already checked. pixel_weights have the labels' shape and the
-        statistics' dtype."""
+        """The losses, for labels that were already checked. pixel_weights have the labels' shape
+        and the statistics' dtype."""
         raise NotImplementedError
 
     def forward(
@@ -123,8 +123,8 @@ class PixelLoss(Initialized):
     def _check_pixel_weights(
         self, pixel_weights: Tensor, original_labels: Tensor, labels: Tensor
     ) -> None:
-        """Of the shape of the given labels, or of `labels`, which are the same with or without a
-        channel."""
+        """Raises unless the shape is that of the given labels, or of `labels`: the same labels with
+        or without a channel."""
         check_strided(type(self).__name__, "pixel_weights", pixel_weights)
         if (
             not isinstance(pixel_weights, Tensor)
@@ -187,8 +187,8 @@ class MomentsLoss(PixelLoss):
         return PixelLosses(self.parts(moments, logits), logs, valid, labels_out_of_range)
 
     def moments(self, logits: Tensor, labels: Tensor, options: Options) -> SoftmaxMoments:
-        """Of labels that were already checked. The statistics of classes are [K], or [C, 2] of C
-        sigmoids; with per_image [B, …]."""
+        """Softmax moments, for labels that were already checked. The statistics of classes are [K],
+        or [C, 2] of C sigmoids; with per_image [B, …]."""
         options = options._replace(
             ignore_index=self.ignored(logits), align_corners=self.align_corners
         )

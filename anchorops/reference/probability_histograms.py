@@ -57,7 +57,7 @@ def histogram(places: Tensor, valid: Tensor, length: int) -> Tensor:
 
 
 def _chunks(logits: Tensor, labels: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Of the first axis of the labels, and of the logits that these labels read."""
+    """Ranges along the first axis of the labels, each with that of the logits which they read."""
     row_probabilities, size = logits.shape[1] * labels[:, :1].numel(), labels.shape[1]
     step = max(1, CHUNK // max(row_probabilities, 1))
     for first in range(0, size, step) if labels.numel() > 0 else ():
@@ -68,8 +68,8 @@ def _chunks(logits: Tensor, labels: Tensor) -> Iterator[tuple[slice, slice]]:
 def _places(
     p: Tensor, labels: Tensor, bins: int, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each class and pixel: the place in [K, 2, bins], and −1 for the pixel's class, otherwise
-    1. Of each pixel: whether it is valid. NaN is an error of 1 for the pixel's class, of 0 for
+    """For each class and pixel its place in [K, 2, bins], and −1 for the pixel's class, otherwise
+    1; for each pixel whether it is valid. NaN is an error of 1 for the pixel's class, of 0 for
     others."""
     classes = torch.arange(p.shape[1], device=p.device).view(-1, *[1] * (p.dim() - 2))
     labels = labels.long()

@@ -129,7 +129,7 @@ class SegmentationModule(LightningModule):
         self.confusion: Tensor
         """int64 [K, K], pixels of a validation by their true and predicted classes."""
         self.figures: dict[str, Any] = {}
-        """Of the last validation: see `summarize`."""
+        """Results of the last validation: see `summarize`."""
 
     @property
     def network(self) -> Segmenter:

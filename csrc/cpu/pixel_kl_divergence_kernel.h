@@ -175,8 +175,8 @@ void read_valid(const Divergence<Stat>& divergence, int64_t image, int64_t y, Ra
     for (int64_t t = 0; t < count; ++t) is_valid[t] = line[t * valid.stride_w];
 }
 
-// Of one vector of pixels: sums of 2^s, 2^t and 2^t * (t - s), where s and t are the logits of
-// student and teacher.
+// Sums over the classes of 2^s, 2^t and 2^t * (t - s), for one vector of pixels, where s and t are
+// the logits of student and teacher.
 template <class Stat>
 struct DivergenceSums {
   using Vec = VecOf<Stat>;

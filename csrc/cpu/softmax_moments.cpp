@@ -219,7 +219,7 @@ Results softmax_moments(const Tensor& logits, const Tensor& labels, const Option
   return results;
 }
 
-// Of the results, None if there is none, and lse of the forward pass.
+// The gradients of the results, None if there is none, and lse of the forward pass.
 struct ResultGradients {
   std::optional<Tensor> losses, intersections, probability_sums, squares, pixel_losses;
   Tensor lse;

@@ -403,9 +403,9 @@ ALWAYS_INLINE void for_label_row(const Problem<Stat>& problem, const Tile& tile,
                     {0, columns.end - columns.begin}, visit);
 }
 
-// The same for all rows of the tile, whose classes it reads. For each row it first calls begin(the
-// first row of logits that is still read). It returns the number of labels that are neither a class
-// nor ignored.
+// Calls visit(group) for all rows of the tile, whose classes it reads. For each row it first calls
+// begin(the first row of logits that is still read). It returns the number of labels that are
+// neither a class nor ignored.
 template <class Stat, class Begin, class Visit>
 ALWAYS_INLINE int64_t for_groups(const Problem<Stat>& problem, const Tile& tile,
                                  const Workspace<Stat>& workspace, Begin begin, Visit visit) {

@@ -28,7 +28,7 @@ ALWAYS_INLINE Vec blend(Vec low, Vec high, Vec weight) {
   return weight == 0 ? low : (1 - weight) * low + weight * high;
 }
 
-// The same for lines: whole vectors from `first` until `end` is reached.
+// blend of two lines: whole vectors from `first` until `end` is reached.
 template <class Stat>
 ALWAYS_INLINE void blend_lines(const Stat* low, const Stat* high, Stat weight, int64_t first,
                                int64_t end, Stat* line) {

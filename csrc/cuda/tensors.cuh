@@ -45,7 +45,7 @@ inline void check_shape(const char* operation, const char* argument,
                   ": expected shape ", text_of(shape), ", got ", text_of(tensor->sizes()));
 }
 
-// The same for a tensor that kernels read without strides.
+// Also raises unless it is contiguous: for a tensor that kernels read without strides.
 inline void check_table(const char* operation, const char* argument,
                         const std::optional<Tensor>& tensor, Numbers shape) {
   check_shape(operation, argument, tensor, shape);

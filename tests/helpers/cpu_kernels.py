@@ -40,7 +40,7 @@ def in_layout(values: Tensor, layout: str) -> tuple[Tensor, Tensor]:
 
 
 def same_for_all_threads(run: Callable[[], list[Tensor] | tuple[Tensor, ...]]) -> None:
-    """The same bits with 1 to 8 threads, and from run to run."""
+    """Assert equal bits with 1 to 8 threads, and from run to run."""
     threads = torch.get_num_threads()
     results = []
     try:

@@ -18,7 +18,7 @@ def sorted_loss(errors: Tensor, is_class: Tensor) -> Tensor:
 
 
 def softmax_losses(z: Tensor, labels: Tensor, ignored: int) -> Tensor:
-    """Of each class, from full-resolution logits."""
+    """The loss of each class [K], from full-resolution logits."""
     valid = labels != ignored
     p, labels = z.softmax(1).movedim(1, -1)[valid], labels[valid]
     losses = []

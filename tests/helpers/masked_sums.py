@@ -249,7 +249,7 @@ def _cpu_budget(case, backend, exact, straightforward, formula, anchors, dsqdist
 
 
 def _gpu_budget(case, backend, exact, straightforward, formula, anchors, dsqdists):
-    """The same for kernels on a GPU, or without one."""
+    """The allowed errors of sums, sqdists, dfeatures, danchors of GPU kernels, on a GPU or not."""
     largest = [x.abs().max() for x in (formula(anchors.double(), torch.abs).sums, *exact[2:])]
     on_gpu = [ON_GPU * largest[0], ON_GPU * largest[1]]
     simulated = [_twice(straightforward[i], exact[i]) + FLOOR * largest[i - 1] for i in (1, 2)]

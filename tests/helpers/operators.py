@@ -386,7 +386,7 @@ def as_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 
 
 def strided(x: Tensor) -> Tensor:
-    """The same numbers in the opposite order of axes, with gaps between them."""
+    """x with its axes in the opposite order in memory, and gaps between the numbers."""
     axes = [*range(x.dim())][::-1]
     return torch.stack([x.permute(axes).contiguous()] * 2, -1)[..., 1].permute(axes)
 

@@ -293,7 +293,7 @@ def check_correct(
 
 
 def check_loss(ours: Tensor, expected: Tensor, logits: Tensor) -> None:
-    """The same value and the same gradient."""
+    """Assert equal values and gradients."""
     torch.testing.assert_close(ours, expected)
     gradients = [
         torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0] for loss in (ours, expected)

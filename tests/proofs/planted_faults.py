@@ -37,7 +37,7 @@ def prepare() -> None:
 
 
 def compile_changes() -> None:
-    """Of the kernels only those for this processor's best instruction set."""
+    """Compile what changed; kernels only for this processor's best instruction set."""
     folder = next((COPY / "build").glob("temp.*"))
     best = torch.backends.cpu.get_cpu_capability().lower().replace("default", "baseline")
     others = tuple(f"_{x}.o" for x in {"baseline", "avx2", "avx512"} - {best})

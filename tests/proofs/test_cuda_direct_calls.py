@@ -9,7 +9,7 @@ pytestmark = pytest.mark.on("simulated_cuda")
 
 
 def strided(x: Tensor) -> Tensor:
-    """The same numbers, not contiguous."""
+    """A copy of x that is not contiguous."""
     return torch.stack([x, x], -1)[..., 0]
 
 

@@ -105,8 +105,8 @@ def test_strides_of_windows():
     ],
 )
 def test_mean_of_probabilities(image_size: Size, size: Size, window: Size | None, flip: bool):
-    """Of several scales and mirror images, the same as mmsegmentation: logits are upsampled to the
-    image's size, then to the labels' size."""
+    """The mean over several scales and mirror images is that of mmsegmentation: logits are
+    upsampled to the image's size, then to the labels' size."""
     torch.manual_seed(0)
     model, images = nn.Conv2d(3, 5, 4, 4), torch.randn(2, 3, *image_size)
     scales = (0.5, 1.0, 2.0)

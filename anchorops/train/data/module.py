@@ -117,7 +117,7 @@ class SegmentationData(LightningDataModule):
         self.prior: Tensor
         """float32 [K], of the training images that contain each class, with sum 1: CeCo's π."""
         self.transform: v2.Transform
-        """Of an image before its evaluation."""
+        """What is applied to an image before its evaluation."""
 
     def splits(self) -> tuple[Segmentation, Segmentation]:
         """Training and validation split."""

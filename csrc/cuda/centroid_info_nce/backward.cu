@@ -25,7 +25,7 @@ struct Gradients {
   float* dpositives;                    // [R, D], or null
 };
 
-// Of inner products. The row is present.
+// The gradients of the inner products of a row that is present.
 struct DlogitsOfRow {
   float dloss, lse, dpositive;
   int own_key;

@@ -13,7 +13,7 @@
 
 namespace anchorops::cuda {
 
-// Of the chunks; only those of keys that a chunk has met are written.
+// Partial results of the chunks; only those of keys that a chunk has met are written.
 struct Partials {
   float2* sums;    // [chunks, num_keys, blocks, 32]
   float* sqdists;  // [chunks, num_keys, blocks]
@@ -63,7 +63,7 @@ struct Slots {
     for (int k = lane; k < in.num_keys; k += 32) slot_of_key[k] = NOT_MET;
   }
 
-  // Of the lane's channels.
+  // Values of a slot for the lane's channels.
   __device__ float2& sums(int slot) const {
     return reinterpret_cast<float2*>(memory + slot * SLOT)[lane];
   }

@@ -75,8 +75,8 @@ def remainder(x, y):
 
 
 def fma(x, y, z, rounding: str = "rn"):
-    """Of float32. The product is exact in float64; the sum is rounded there first, which differs
-    from one rounding in rare cases."""
+    """x·y + z. In float32 the product is exact in float64; the sum is rounded there first, which
+    differs from one rounding in rare cases."""
     if x.dtype == F8:
         return x * y + z
     exact = x.astype(F8) * y + z
@@ -95,7 +95,7 @@ def shift_left(x, by):
 
 
 def shift_right(x, by):
-    """Of a signed number its sign fills."""
+    """x shifted to the right; the sign of a signed number fills."""
     bits = 8 * x.dtype.itemsize
     shifted = x >> np.minimum(by, bits - 1).astype(x.dtype)
     return shifted if x.dtype.kind == "i" else np.where(by < bits, shifted, x.dtype.type(0))

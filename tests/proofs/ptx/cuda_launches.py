@@ -60,7 +60,7 @@ SMALL = Gpu(2, 228)
 
 
 def readable(names: Iterable[str]) -> list[str]:
-    """Of C++ functions, without result, namespaces and arguments."""
+    """Readable names of C++ functions, without result, namespaces and arguments."""
     text = subprocess.run(
         ["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True
     ).stdout
@@ -274,7 +274,7 @@ def _serve(name: str) -> None:
 
 
 def hardware(multiprocessors: int, shared_kilobytes: int) -> None:
-    """Of the GPU that the machine is from now on."""
+    """Set the hardware of the GPU that the machine is from now on."""
     gpu = Gpu(multiprocessors, shared_kilobytes)
     if gpu not in machine.gpus:
         machine.gpus.append(gpu)

@@ -381,7 +381,7 @@ def _copy(i: Instruction, m: _Modifiers) -> Operation:
 
 
 def _policy(i: Instruction, m: _Modifiers) -> Operation:
-    """Of a cache: a hint, of no meaning."""
+    """A cache policy: a hint, without effect here."""
     m.must("fractional")
     return Operation(lambda x: x, [(i.operands[0], "u8")], [(Literal(0), "u8")])
 

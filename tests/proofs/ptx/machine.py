@@ -41,8 +41,8 @@ class Launch(NamedTuple):
 
 
 class Traffic:
-    """Of global memory. `asked`: bytes of all lanes; `sectors`: of 32 bytes, of the request of each
-    warp; `moved`: sectors that were asked for at least once."""
+    """Accesses of global memory. `asked`: bytes of all lanes; `sectors`: of 32 bytes, of the
+    request of each warp; `moved`: sectors that were asked for at least once."""
 
     def __init__(self) -> None:
         self.asked, self.sectors = 0, 0
@@ -482,7 +482,8 @@ class Batch:
     # Matrices
 
     def load_matrices(self, lanes, at, guard, count, flip, address):
-        """Of 8 × 8 elements of 16 bits, from rows at the addresses of the first 8·count lanes."""
+        """Matrices of 8 × 8 elements of 16 bits, from rows at the addresses of the first 8·count
+        lanes."""
         rows = lanes.reshape(-1, WARP)[:, : 8 * count].reshape(-1)
         chosen = address.reshape(-1, WARP)[:, : 8 * count].reshape(-1)
         words = np.stack(self._load("shared", rows, at, None, "u4", 4, chosen), -1).reshape(

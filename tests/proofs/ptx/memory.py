@@ -11,7 +11,7 @@ EPOCH = 16  # bits of a time below those that count a block's barriers: barriers
 
 
 class Fault(Exception):
-    """Of an access: what is wrong, for which of its lanes."""
+    """What is wrong in an access, and for which of its lanes."""
 
     def __init__(self, what: str, wrong, detail: str = ""):
         super().__init__(what)
@@ -19,8 +19,8 @@ class Fault(Exception):
 
 
 class Lanes(NamedTuple):
-    """Of an access: the threads' numbers in the grid, and when they run: how many barriers of the
-    thread block and of the warp they have passed."""
+    """The lanes of an access: the threads' numbers in the grid, and when they run: how many
+    barriers of the thread block and of the warp they have passed."""
 
     number: np.ndarray  # in the batch
     thread: np.ndarray

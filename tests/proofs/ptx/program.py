@@ -58,7 +58,7 @@ class Step:
             self.reads = self.reads | {instruction.guard} | self.writes
 
     def is_method(self, *beginnings: str) -> bool:
-        """Of machine.Batch."""
+        """Whether its operation is a method of machine.Batch whose name begins so."""
         function = self.operation.function
         return isinstance(function, str) and function.startswith(beginnings)
 

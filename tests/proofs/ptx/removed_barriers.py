@@ -98,7 +98,7 @@ def without(program: Program, block: int, step: Step) -> Program:
 
 
 class Memory:
-    """Of a launch, as it is now."""
+    """A copy of the memory of a launch."""
 
     def __init__(self, launch: Launch):
         self.launch = launch

@@ -26,7 +26,7 @@ class Row(NamedTuple):
 
 
 class Record:
-    """Of all tests; pytest-xdist's processes send them with the reports."""
+    """Results of all tests; pytest-xdist's processes send them with the reports."""
 
     def __init__(self) -> None:
         self.cases: dict[Row, Counter[str]] = defaultdict(Counter)  # forward, backward, findings
@@ -97,7 +97,7 @@ _lines: dict[str, list[set[str]]] = {}  # file:line of each block of code, by pr
 
 
 def _new_lines() -> tuple[list[str], list[str]]:
-    """Of programs that are new, and of the blocks that ran, since the last call."""
+    """Source lines of programs that are new, and of the blocks that ran, since the last call."""
     compiled: set[str] = set()
     ran: set[str] = set()
     for key, program in triton_launches.programs.items():

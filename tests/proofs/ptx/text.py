@@ -121,7 +121,7 @@ def _split(text: str) -> list[str]:
 
 
 class _Reader:
-    """Of a kernel's body."""
+    """Reads the instructions of a kernel's body."""
 
     def __init__(self, kernel: Kernel, files: dict[str, str]):
         self.kernel, self.files, self.source = kernel, files, ""
