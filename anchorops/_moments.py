@@ -85,34 +85,37 @@ class Options(NamedTuple):
     def requests(self, result: str) -> bool:
         return RESULTS[result].requested(self)
 
-    def only(self, **requested: bool) -> "Options":
-        """To request other results of the same pixels, with L = −log p_y."""
+    def without_loss_options(self, **requested: bool) -> "Options":
+        """The options that request other results of the same pixels, with L = −log p_y."""
         options = Options(ignore_index=self.ignore_index, align_corners=self.align_corners)
         return options._replace(**requested)
 
-    def of_all_pixels(self) -> "Options":
-        """To request L of all pixels, used or not."""
-        return self.only(pixel_losses=True)._replace(
+    def without_selection(self) -> "Options":
+        """The options that request L of all pixels, used or not."""
+        return self.without_loss_options(pixel_losses=True)._replace(
             true_weights=self.true_weights,
             all_weights=self.all_weights,
             focal_gamma=self.focal_gamma,
         )
 
-    def map(
-        self, maps: Callable[[Tensor], Tensor], images: Callable[[Tensor], Tensor] | None = None
+    def convert(
+        self,
+        convert_pixels: Callable[[Tensor], Tensor],
+        convert_images: Callable[[Tensor], Tensor] | None = None,
     ) -> "Options":
-        """The options of other images: `maps` converts what each pixel has, `images` what each
-        image has."""
+        """The options for other images: `convert_pixels` converts what each pixel has,
+        `convert_images` what each image has."""
 
-        def of_class(weights: Tensor | None) -> Tensor | None:
-            if weights is None or weights.dim() == 1 or images is None:
+        def class_weights(weights: Tensor | None) -> Tensor | None:
+            if weights is None or weights.dim() == 1 or convert_images is None:
                 return weights
-            return images(weights)
+            return convert_images(weights)
 
+        pixel_weights = self.pixel_weights
         return self._replace(
-            true_weights=of_class(self.true_weights),
-            all_weights=of_class(self.all_weights),
-            pixel_weights=None if self.pixel_weights is None else maps(self.pixel_weights),
+            true_weights=class_weights(self.true_weights),
+            all_weights=class_weights(self.all_weights),
+            pixel_weights=None if pixel_weights is None else convert_pixels(pixel_weights),
         )
 
 

@@ -27,7 +27,7 @@ from .._checks import describe, fail
 # modes for each call that it postpones, so the numbers of low_resolution's calls do not change.
 _INNERMOST_FIRST = ("late_upsampling", "low_resolution")
 # reads that tell nothing of a tensor's values or size
-PEEKS = {Tensor.dim, Tensor.is_floating_point, Tensor.is_complex} | {
+METADATA_READS = {Tensor.dim, Tensor.is_floating_point, Tensor.is_complex} | {
     getattr(Tensor, name).__get__ for name in ("ndim", "dtype", "device", "is_cuda", "is_meta")
 }
 # their forward is generated for each instance, or compiled
@@ -63,7 +63,7 @@ def made_by_call(result: object, read: list[Tensor]) -> list[Tensor]:
 def reads(func: Any, args: Any, kwargs: Any, result: object, watched: list[Tensor]) -> bool:
     """Whether this call uses one of the watched tensors. One that only gives it back does not."""
     arguments = [tensor for _, tensor in tensors([args, kwargs])]
-    if func in PEEKS or not any(x is y for x in watched for y in arguments):
+    if func in METADATA_READS or not any(x is y for x in watched for y in arguments):
         return False
     # len: Dynamo of torch 2.10 does not trace bool of a list
     return not isinstance(result, Tensor) or len(made_by_call(result, arguments)) > 0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from .changed import GENERATED, PEEKS, copied, dry_run, made_by_call, tensors, version
+from .changed import GENERATED, METADATA_READS, copied, dry_run, made_by_call, tensors, version
 from .late_plan import (
     KINDS,
     SIZES,
@@ -130,7 +130,7 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func in PEEKS or func in SIZES:
+        if func in METADATA_READS or func in SIZES:
             return result
         read = [tensor for _, tensor in tensors([args, kwargs])]
         made = made_by_call(result, read)

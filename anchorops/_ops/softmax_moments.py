@@ -112,7 +112,7 @@ def backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
     if ctx.needs.logits and any(grad is not None for grad in result_grads):
         if not options.with_lse and reads_lse(operator._overloadname, logits):
             # torch.vmap and traces without gradients hide that a gradient will be requested
-            lse = again(options.only(with_lse=True)).lse
+            lse = again(options.without_loss_options(with_lse=True)).lse
         gradients["logits"] = operator(logits, labels, lse, *result_grads, *options)
     if ctx.needs.pixel_weights:
         gradients["pixel_weights"] = _dpixel_weights(
@@ -131,8 +131,8 @@ def _dpixel_weights(
 ) -> Tensor:
     """dw of all pixels."""
     num_classes = max(logits.shape[1], 2)
-    plain = options.only(pixel_losses=True)
-    shaped = options.of_all_pixels()
+    plain = options.without_loss_options(pixel_losses=True)
+    shaped = options.without_selection()
     losses = again(shaped).pixel_losses
     used = valid_pixels(labels, num_classes, options.ignore_index)
     if selects(options):
@@ -304,7 +304,7 @@ def moments_of(
     and `labels_out_of_range` is of all channels.
     """
     images, by_image = as_images(logits, labels, sigmoid)
-    image_options = options.map(by_image)._replace(per_image=sigmoid or options.per_image)
+    image_options = options.convert(by_image)._replace(per_image=sigmoid or options.per_image)
     backend = select(function, images, images.shape[1], runs=("softmax_moments",))
     if images.shape[1] == 1 and backend != "cpu":
         images = torch.cat([torch.zeros_like(images), images], 1)

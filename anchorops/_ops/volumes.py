@@ -85,7 +85,7 @@ def _images(logits: Tensor, slab: _Slab, sources: list[tuple[int, int, float]]) 
 
 
 def _slab_options(slab: _Slab, options: Options) -> Options:
-    return options.map(slab.select_pixels, slab.repeat_values)
+    return options.convert(slab.select_pixels, slab.repeat_values)
 
 
 def _moments(backend: str, logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

@@ -21,7 +21,7 @@ from .._checks import (
 )
 from .._moments import Options, SoftmaxMoments, statistics_dtype
 from .._ops.softmax_moments import moments_of, valid_pixels
-from .initialized import Initialized
+from .initialized_module import InitializedModule
 
 
 class PixelLosses(NamedTuple):
@@ -35,7 +35,7 @@ class PixelLosses(NamedTuple):
     labels_out_of_range: Tensor
 
 
-class PixelLoss(Initialized):
+class PixelLoss(InitializedModule):
     """A loss of low-resolution logits, compared with labels at their own size.
 
     Shapes:

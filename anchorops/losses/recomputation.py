@@ -2,9 +2,10 @@
 
 The rule for every method: a training forward updates the state once. A recomputation updates
 nothing, and reads the state that the first pass read. With use_reentrant=False, the first pass adds
-the node `_KnowAgain` to the graph, which says which forward is recomputed. With use_reentrant=True
-there is no such node, so the recomputation must be that of the last forward. A compiled forward
-cannot be distinguished from its recomputation. Cases that cannot be handled raise an error.
+the node `_RecomputationMark` to the graph, which says which forward is recomputed. With
+use_reentrant=True there is no such node, so the recomputation must be that of the last forward. A
+compiled forward cannot be distinguished from its recomputation. Cases that cannot be handled raise
+an error.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .initialized import Initialized
+from .initialized_module import InitializedModule
 
 _WAY_OUT = "call it outside of the checkpointed function"
 _library = torch.library.Library("anchorops", "FRAGMENT")
@@ -35,7 +36,7 @@ def checkpointed() -> bool:
     return hooks(True) is not None
 
 
-class Recomputable(Initialized):
+class Recomputable(InitializedModule):
     """A module whose training forward updates its state, once."""
 
     def __init__(self) -> None:
@@ -101,10 +102,10 @@ class Recomputable(Initialized):
         """The loss of this forward, from which a recomputation knows which forward it repeats."""
         if torch.compiler.is_compiling() or not loss.requires_grad or not checkpointed():
             return loss
-        return _KnowAgain.apply(loss, self)
+        return _RecomputationMark.apply(loss, self)
 
 
-class _KnowAgain(torch.autograd.Function):
+class _RecomputationMark(torch.autograd.Function):
     """The identity on the loss of a checkpointed forward.
 
     Its backward pass unpacks a saved tensor, the number of the forward. The checkpoint has not kept

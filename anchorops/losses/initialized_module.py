@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .._checks import fail
 
 
-class Initialized(nn.Module):
+class InitializedModule(nn.Module):
     """A module that raises an error after `to_empty()`, until a checkpoint with all its state is
     loaded."""
 
