@@ -237,7 +237,7 @@ bool factors_of_block(const CellRow& row, int64_t block, const BlockClasses& cla
       if (needs_loss) c = not_below_0(log_total - V::load(label_terms + (j * WIDTH + i) * L));
       if (!plain) {
         Floats alpha, beta;
-        const auto p = [c]() INLINE_LAMBDA { return chances_of<float>(c); };
+        const auto p = [c]() INLINE_LAMBDA { return probabilities_of<float>(c); };
         losses.derivatives(k, c, row.losses_of_all_classes(losses, block, j, i, log_total), p,
                            alpha, beta);
         smoothing_term = label_term * beta;

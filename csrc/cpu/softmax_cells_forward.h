@@ -105,7 +105,7 @@ void add_block(const CellRow& row, int64_t block, const BlockClasses& classes,
       const Floats u =
           row.losses_of_all_classes(image_losses, block, n / WIDTH, n % WIDTH, log(totals[n]));
       const Floats plain = V::load(c + n * L);
-      const auto p = [plain]() INLINE_LAMBDA { return chances_of<float>(plain); };
+      const auto p = [plain]() INLINE_LAMBDA { return probabilities_of<float>(plain); };
       const Floats loss = image_losses.loss(k, plain, u, p);
       V::store(shaped + n * L, k >= 0 ? loss : Floats{});
     }

@@ -7,13 +7,13 @@
 
 // The probability of the true class and that of the others together.
 template <class Stat>
-struct Chances {
-  VecOf<Stat> hit, miss;
+struct Probabilities {
+  VecOf<Stat> true_class, others;
 };
 
 // For c >= 0.
 template <class Stat>
-ALWAYS_INLINE Chances<Stat> chances_of(VecOf<Stat> c) {
+ALWAYS_INLINE Probabilities<Stat> probabilities_of(VecOf<Stat> c) {
   using Vec = VecOf<Stat>;
   const Vec power = exp<Stat>(-c);
   Vec x;
@@ -112,12 +112,12 @@ struct LossesOfImage {
   ALWAYS_INLINE Vec mixed(Vec weight, Vec c, Vec u) const {
     return true_weights ? (weight == 0 ? Vec{} : weight * c) + u : c;
   }
-  ALWAYS_INLINE Modulation modulation(Vec c, Chances<Stat> p) const {
+  ALWAYS_INLINE Modulation modulation(Vec c, Probabilities<Stat> p) const {
     // at least half the distance of 1 to the next number: c is rounded to multiples of about this,
     // and powers of smaller numbers have derivatives that are too large
-    const Vec x = maximum(Vec{} + std::numeric_limits<Stat>::epsilon() / 2, p.miss);
+    const Vec x = maximum(Vec{} + std::numeric_limits<Stat>::epsilon() / 2, p.others);
     const Vec lower = power_of<Stat>(x, options.focal_gamma - 1), one = Vec{} + 1;
     // if c is not finite, the factor is 1
-    return {c - c == 0 ? lower * x : one, options.focal_gamma * lower * p.hit};
+    return {c - c == 0 ? lower * x : one, options.focal_gamma * lower * p.true_class};
   }
 };

@@ -221,7 +221,7 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
     if (weights.data) weight = load_map(weights, tile.image, group.y, group.x + t, count);
     if (!problem.loss_options.plain) {
       const Vec u = image_losses.total * log_total - sum.mixed;
-      const auto p = [c]() INLINE_LAMBDA { return chances_of<Stat>(c); };
+      const auto p = [c]() INLINE_LAMBDA { return probabilities_of<Stat>(c); };
       loss = is_valid ? image_losses.loss(group.classes_at(t), c, u, p) : Vec{};
     }
     for (int s = 0; s < LOSS_SUMS; ++s)
@@ -299,7 +299,7 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
     if (!options.plain) {
       const Vec log_total = log_of_sum(sum.total);
       const Vec c = not_below_0(log_total - (label_logit - sum.largest));
-      const auto p = [c]() INLINE_LAMBDA { return chances_of<Stat>(c); };
+      const auto p = [c]() INLINE_LAMBDA { return probabilities_of<Stat>(c); };
       Vec alpha, beta;
       losses.derivatives(classes, c, losses.total * log_total - sum.mixed, p, alpha, beta);
       smoothing_term = label_term * beta;

@@ -113,10 +113,10 @@ struct TwoClasses {
            (d < 0 ? -losses.all_weights[1] * d : losses.all_weights[0] * d);
   }
   // The probability of class k and of the other one.
-  ALWAYS_INLINE Chances<float> chances(Ints k) const {
+  ALWAYS_INLINE Probabilities<float> probabilities(Ints k) const {
     const Floats larger = 1 / (1 + power), smaller = power * larger;
-    const Ints hit = (k == 1) == (d > 0);
-    return {hit ? larger : smaller, hit ? smaller : larger};
+    const Ints is_larger = (k == 1) == (d > 0);
+    return {is_larger ? larger : smaller, is_larger ? smaller : larger};
   }
 };
 
@@ -181,7 +181,7 @@ void forward_differences(const Problem<float>& problem, const Tile& tile,
           Floats loss = c, weight = Floats{} + 1;
           if (!losses.options.plain)
             loss = losses.loss(k, c, two.losses(losses, log_total),
-                               [&]() INLINE_LAMBDA { return two.chances(k); });
+                               [&]() INLINE_LAMBDA { return two.probabilities(k); });
           if (map) V::store(map + t, k >= 0 ? loss : Floats{}, std::min<int64_t>(L, count - t));
           if (weights.data)
             weight = load_map(weights, tile.image, y, tile.label_columns.begin + t, count - t);
@@ -192,7 +192,7 @@ void forward_differences(const Problem<float>& problem, const Tile& tile,
           }
         }
         for (int i = 0; WITH_PROBABILITIES && i < 2; ++i) {
-          const Floats p = two.chances(Ints{} + i).hit;
+          const Floats p = two.probabilities(Ints{} + i).true_class;
           intersections[i] += has_label[i] ? p : Floats{};
           probability_sums[i] += k >= 0 ? p : Floats{};
           if (with_squares) squares[i] += k >= 0 ? p * p : Floats{};
@@ -270,7 +270,7 @@ class DerivativeByDifference {
       return k == 1 ? Floats{} + values[1] : Floats{} + values[0];
     };
     const TwoClasses two(d);
-    const auto [p_1, p_0] = two.chances(Ints{} + 1);
+    const auto [p_1, p_0] = two.probabilities(Ints{} + 1);
     Floats label_term = class_values(dlosses_), smoothing_term = {};
     if constexpr (!PLAIN) {
       const LossOptions<float>& options = losses_.options;
@@ -283,7 +283,7 @@ class DerivativeByDifference {
         u = two.losses(losses_, log_total);
       }
       const auto p = [&]() INLINE_LAMBDA {
-        return Chances<float>{k == 1 ? p_1 : p_0, k == 1 ? p_0 : p_1};
+        return Probabilities<float>{k == 1 ? p_1 : p_0, k == 1 ? p_0 : p_1};
       };
       losses_.derivatives(k, c, u, p, alpha, beta);
       if (losses_.all_weights)
