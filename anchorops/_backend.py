@@ -25,14 +25,14 @@ from ._checks import check_choice, fail, is_jit_traced
 _logger = logging.getLogger("anchorops")
 NAMES = ("cuda", "triton", "cpu", "reference")
 FUSED = ("cpu", "triton")  # the backends of most operators, besides `reference`
-WITH_CUDA = (*FUSED, "cuda")  # of class keys, random groups and class moments
+CUDA_BACKENDS = (*FUSED, "cuda")  # of class keys, random groups and class moments
 # The functions that torch.onnx.export writes as standard operators: those of predictions.
-IN_ONNX = ("pixel_argmax", "confusion", "pixel_confusion")
+ONNX_OPERATORS = ("pixel_argmax", "confusion", "pixel_confusion")
 # Those for which a backend is selected, and the backends that have them. `class_moments` includes
 # class_keys, which precede it.
 OPERATORS = {
-    "class_moments": WITH_CUDA,
-    "split_groups": WITH_CUDA,
+    "class_moments": CUDA_BACKENDS,
+    "split_groups": CUDA_BACKENDS,
     "upsampled_sums": FUSED,
     "centroid_info_nce": ("triton", "cuda"),
     "softmax_moments": FUSED,
@@ -381,13 +381,13 @@ def _why_not(
 
 def onnx_refusal(function: str) -> RuntimeError:
     return RuntimeError(
-        f"{function}: an ONNX model can contain {', '.join(IN_ONNX)}: export a module that does "
-        "not compute a loss"
+        f"{function}: an ONNX model can contain {', '.join(ONNX_OPERATORS)}: export a module that "
+        "does not compute a loss"
     )
 
 
 def _check_onnx_export(function: str, chosen: str) -> None:
-    if function not in IN_ONNX:
+    if function not in ONNX_OPERATORS:
         raise onnx_refusal(function)
     if chosen not in ("auto", "reference"):
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._backend import FUSED, TRITON_ON_HOST, WITH_CUDA, unusable, use_backend
+from ._backend import CUDA_BACKENDS, FUSED, TRITON_ON_HOST, unusable, use_backend
 from ._ops.centroid_info_nce import centroid_info_nce
 from ._ops.class_moments import class_centroids, pixel_to_anchor_mse
 from ._ops.pixel_binary_cross_entropy import pixel_binary_cross_entropy
@@ -143,7 +143,7 @@ CASES = [
         lambda f, a, y: (class_centroids(f, y, len(a))[0] * a).mean(),
         _centroids,
         inputs=("coherent", "random"),
-        backends=WITH_CUDA,
+        backends=CUDA_BACKENDS,
     ),
     Case(
         "pixel-to-anchor MSE",
@@ -152,7 +152,7 @@ CASES = [
         lambda f, a, y: pixel_to_anchor_mse(f, y, a),
         _anchor_mse,
         inputs=("coherent", "random"),
-        backends=WITH_CUDA,
+        backends=CUDA_BACKENDS,
     ),
     Case(
         "centroid InfoNCE",
@@ -161,7 +161,7 @@ CASES = [
         lambda q, k, _: centroid_info_nce(q, k),
         _info_nce,
         inputs=("centroids",),
-        backends=WITH_CUDA,
+        backends=CUDA_BACKENDS,
     ),
 ]
 

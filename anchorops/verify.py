@@ -31,11 +31,11 @@ from torch import Tensor, nn
 import anchorops as ao
 
 from ._backend import (
+    CUDA_BACKENDS,
     NAMES,
     NOT_AUTO,
     OPERATORS,
     TRITON_ON_HOST,
-    WITH_CUDA,
     excluded,
     select,
     unusable,
@@ -283,7 +283,7 @@ def _split(key: Tensor, groups: int, seed: int) -> Tensor:
 
 
 def _our_groups(keys: Tensor, counts: Tensor, *, groups: int, seed: int) -> Inputs:
-    backend = select("split_groups", keys, len(counts), operators=WITH_CUDA)
+    backend = select("split_groups", keys, len(counts), operators=CUDA_BACKENDS)
     return split_groups(keys, counts, groups, seed, backend=backend)
 
 

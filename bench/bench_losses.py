@@ -27,7 +27,7 @@ METHODS = {
         ao.SAR(k, d, ignore_index=-1), ao.OCCL(k, d, ignore_index=-1)
     ),
 }
-WITH_ANCHORS = ("SAR", "SAR + OCCL")
+METHODS_WITH_ANCHORS = ("SAR", "SAR + OCCL")
 OWN_PASS = ("CeCo", "CeCo at label size")  # they do not use class_statistics
 ALTERNATIVES = ("index_add", "one_hot bmm")
 
@@ -57,7 +57,7 @@ def test_loss(bench, case: Case, name: str):
     torch.manual_seed(0)
     module = METHODS[case.operation](num_classes, dim).to(bench.device)
     classifier = nn.Conv2d(dim, num_classes, 1).to(bench.device)
-    if case.operation in WITH_ANCHORS:
+    if case.operation in METHODS_WITH_ANCHORS:
         open_gate(module if isinstance(module, ao.SAR) else module.methods[0], classifier)
     parameters = [*classifier.parameters(), *module.parameters()]
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
@@ -83,7 +83,7 @@ def test_loss(bench, case: Case, name: str):
             num_classes,
             "forward" if case.operation.startswith("CBP") else TRAINING,
             sums=case.operation != "SAR",
-            sqdists=case.operation in WITH_ANCHORS,
+            sqdists=case.operation in METHODS_WITH_ANCHORS,
         )
         bench.record(
             lambda: step(module, parameters), case._replace(shape=shape), name, counted, features

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 import anchorops as ao
 
 PIXELS, DIGITS = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
-OF_DIGIT = [PIXELS[k == DIGITS].float().view(-1, 8, 8) / 16 for k in range(10)]
+DIGIT_IMAGES = [PIXELS[k == DIGITS].float().view(-1, 8, 8) / 16 for k in range(10)]
 Pictures = tuple[Tensor, Tensor]
 
 
 def picture(kinds: list[int]) -> Pictures:
     """An image (1, 16, 32) of two digits side by side in random order, and a mask (16, 32), which
     is 1 on the strokes of the first digit."""
-    first, second = (OF_DIGIT[k][torch.randint(len(OF_DIGIT[k]), ())] for k in kinds)
+    first, second = (DIGIT_IMAGES[k][torch.randint(len(DIGIT_IMAGES[k]), ())] for k in kinds)
     image = torch.stack([torch.cat([first, second], 1), torch.cat([first, 0 * second], 1)])
     image = image.roll(8 * int(torch.randint(2, ())), dims=2)
     image = F.interpolate(image[None], scale_factor=2)[0]

@@ -45,7 +45,7 @@ import anchorops as ao
 from anchorops.train.saving import save_atomically
 
 GROUPS = ("all", "head", "body", "tail")
-OF_ONE_CALL = ("out", "seeds", "device", "root")  # options that do not affect a run
+CALL_OPTIONS = ("out", "seeds", "device", "root")  # options that do not affect a run
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and standard deviation
 CIFAR = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]
 _CIFAR: dict[str, Any] = {"size": 32, "padding": 4, "epochs": 200, "batch_size": 128, "lr": 0.1}
@@ -230,7 +230,7 @@ def train(task: Task, options: argparse.Namespace, name: str, seed: int) -> list
             model.parameters(), momentum=0.9, nesterov=options.nesterov, **decay
         )
     saved = options.out and options.out / f"{name}-seed{seed}.pt"
-    settings = {k: repr(v) for k, v in vars(options).items() if k not in OF_ONE_CALL}
+    settings = {k: repr(v) for k, v in vars(options).items() if k not in CALL_OPTIONS}
     first = 0
     if saved and saved.exists():
         state = torch.load(saved, weights_only=True)

@@ -60,7 +60,7 @@ from .upsampling_transposed import (
 )
 
 
-class ByClass(NamedTuple):
+class ClassGradient(NamedTuple):
     """float32 [K] or [B, K] by strides; the pointer is None if there is no gradient."""
 
     ptr: Any
@@ -69,10 +69,10 @@ class ByClass(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    dlosses: ByClass
-    dintersections: ByClass
-    dprobability_sums: ByClass
-    dsquares: ByClass
+    dlosses: ClassGradient
+    dintersections: ClassGradient
+    dprobability_sums: ClassGradient
+    dsquares: ClassGradient
 
 
 class Pixels(NamedTuple):
@@ -267,11 +267,11 @@ def _softmax_moments_bwd_kernel(
         dptrs += dlogits_k
 
 
-def _by_class(gradient: Tensor | None) -> ByClass:
+def _by_class(gradient: Tensor | None) -> ClassGradient:
     if gradient is None:
-        return ByClass(None, 0, 0)
+        return ClassGradient(None, 0, 0)
     stride_b, stride_k = (0, *gradient.stride())[-2:]
-    return ByClass(gradient, stride_b, stride_k)
+    return ClassGradient(gradient, stride_b, stride_k)
 
 
 def softmax_moments_backward(

@@ -25,7 +25,7 @@ class Tile(NamedTuple):
     inside: Any
 
 
-class Around(NamedTuple):
+class LabelsAround(NamedTuple):
     """Labels around the features of a tile, in one axis: [BLOCK_P, BLOCK_L]."""
 
     label: Any
@@ -62,7 +62,7 @@ def columns_around(tile, axis, BLOCK_L: tl.constexpr):
     first = tl.maximum(((tile.x - 1) * axis.inverse).to(tl.int32) - 1, 0)
     label = first[:, None] + tl.arange(0, BLOCK_L)[None, :]
     around, weights = _weights(label, tile.x[:, None], axis)
-    return Around(label, around & tile.inside[:, None], weights)
+    return LabelsAround(label, around & tile.inside[:, None], weights)
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def splat_key(
     key,
     first,
     tile,
-    columns,  # Around, from columns_around
+    columns,  # LabelsAround, from columns_around
     axes,  # YX of Axis
     label_rows,  # more rows of labels than are around any feature
 ):

@@ -294,7 +294,7 @@ class Gpus:
         features: Any = SimpleNamespace(
             device=torch.device("cuda", index), dtype=torch.bfloat16, shape=(2, 3, 4, 5)
         )
-        options = {"operators": _backend.WITH_CUDA} | options
+        options = {"operators": _backend.CUDA_BACKENDS} | options
         return _backend.select(function, features, 6, **options)
 
 

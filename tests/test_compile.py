@@ -21,7 +21,7 @@ WEIGHT = torch.linspace(0.5, 2, K)
 WITHOUT_CLASSIFIER = ao.SAR(K, D, embed=False)
 
 # of logits (B, K, 5, 6) and labels (B, 10, 12)
-OF_LOGITS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+LOGITS_FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "pixel_cross_entropy": lambda x, y: ao.pixel_cross_entropy(x, y, weight=WEIGHT),
     "label_smoothing": lambda x, y: ao.pixel_cross_entropy(x, y, label_smoothing=0.1),
     "CrossEntropy": ao.CrossEntropy(
@@ -33,7 +33,7 @@ OF_LOGITS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "confusion": lambda x, y: ao.confusion(y, y, K),
 }
 # of features (B, D, 5, 6), the labels and a classifier
-OF_FEATURES: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+FEATURES_FUNCTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
     "groups": lambda f, y, _: ao.ops.class_moments(f, y, K, groups=2, seed=SEED)[:2],
     "SAR": lambda f, y, _: WITHOUT_CLASSIFIER(f, y),
     "OCCL": ao.OCCL(K, D),
@@ -49,14 +49,14 @@ OF_FEATURES: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
     "name",
     slow_but(
         *("pixel_cross_entropy", "CrossEntropyDice", "confusion", "groups", "SAR", "CBP"),
-        of={name: name for name in OF_LOGITS | OF_FEATURES},
+        of={name: name for name in LOGITS_FUNCTIONS | FEATURES_FUNCTIONS},
     ),
 )
 def test_batch_sizes(name: str) -> None:
-    if name in OF_LOGITS:
-        function, channels = OF_LOGITS[name], K
+    if name in LOGITS_FUNCTIONS:
+        function, channels = LOGITS_FUNCTIONS[name], K
     else:
-        function, channels = lambda f, y: OF_FEATURES[name](f, y, ANCHORS), D
+        function, channels = lambda f, y: FEATURES_FUNCTIONS[name](f, y, ANCHORS), D
     torch._dynamo.reset()
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -20,7 +20,7 @@ from tests.test_methods import METHODS, classifier_of, labels_of
 
 pytestmark = pytest.mark.on("gpu")
 CASE = Case((2, 720, 32, 64), 19, BF16, labels="coherent")
-OF_LOGITS = softmax.Case((2, 19, 32, 64), (128, 256), layout="channels_last")
+LOGITS_CASE = softmax.Case((2, 19, 32, 64), (128, 256), layout="channels_last")
 
 
 def same(ours, expected) -> bool:
@@ -37,9 +37,11 @@ def calls(request: pytest.FixtureRequest, backend: str) -> list[Calls]:
     """Values and gradient of an operator, of two inputs."""
     if request.param == "class_moments":
         return [(run, CASE, [*make_inputs(CASE)]) for _ in range(2)]
-    inputs = [[softmax.make_logits(OF_LOGITS)[0], softmax.make_labels(OF_LOGITS)] for _ in range(2)]
-    weights = softmax.make_weights(OF_LOGITS)
-    return [(softmax.results, OF_LOGITS, [*tensors, weights]) for tensors in inputs]
+    inputs = [
+        [softmax.make_logits(LOGITS_CASE)[0], softmax.make_labels(LOGITS_CASE)] for _ in range(2)
+    ]
+    weights = softmax.make_weights(LOGITS_CASE)
+    return [(softmax.results, LOGITS_CASE, [*tensors, weights]) for tensors in inputs]
 
 
 def test_cuda_graph(calls: list[Calls]):
@@ -127,8 +129,8 @@ def test_graph_of_a_training_step(backend: str, name: str):
 
 @pytest.mark.on("triton")
 def test_losses_wait_for_nothing(backend: str):
-    logits = softmax.make_logits(OF_LOGITS)[0].requires_grad_()
-    labels = softmax.make_labels(OF_LOGITS)
+    logits = softmax.make_logits(LOGITS_CASE)[0].requires_grad_()
+    labels = softmax.make_labels(LOGITS_CASE)
     losses = [
         ao.CrossEntropy(ohem_threshold=0.7, ohem_min_kept=100, focal_gamma=2.0),
         ao.CrossEntropyDice(ao.CrossEntropy(label_smoothing=0.1), ao.Dice()),
@@ -191,7 +193,7 @@ def test_compiles_as_one_graph(backend: str):
         return ao.pixel_cross_entropy(logits, labels)
 
     compiled = torch.compile(cross_entropy, fullgraph=True, dynamic=True)
-    logits = softmax.make_logits(OF_LOGITS)[0]
+    logits = softmax.make_logits(LOGITS_CASE)[0]
     torch.testing.assert_close(compiled(logits), cross_entropy(logits))
 
 

@@ -181,7 +181,7 @@ def test_opcheck(operator: Operator, backend: str):
 
 
 # Outputs of other operators, which no compiler lays out: their kernels read them as contiguous.
-FROM_OPERATORS = {"keys", "lse", "teacher_lse"}
+OPERATOR_RESULTS = {"keys", "lse", "teacher_lse"}
 
 
 @each("cpu", "simulated_triton", "simulated_cuda")
@@ -195,6 +195,6 @@ def test_strides_that_a_compiler_chooses(operator: Operator, backend: str):
         expected = call(*arguments)
         for i, argument in enumerate(call._schema.arguments):
             x = arguments[i]
-            if isinstance(x, Tensor) and x.numel() > 1 and argument.name not in FROM_OPERATORS:
+            if isinstance(x, Tensor) and x.numel() > 1 and argument.name not in OPERATOR_RESULTS:
                 actual = call(*arguments[:i], strided(x.detach()), *arguments[i + 1 :])
                 torch.testing.assert_close(actual, expected, msg=lambda m, a=argument: f"{a}: {m}")

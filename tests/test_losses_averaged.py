@@ -19,12 +19,12 @@ AVERAGES = {
     "ema": {"avg_fn": swa_utils.get_ema_avg_fn(DECAY)},
     "multi_ema": {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(DECAY)},
 }
-OF_TIMM = ("ModelEmaV2", "ModelEmaV3")
+TIMM_AVERAGES = ("ModelEmaV2", "ModelEmaV3")
 
 
 def average(model: nn.Module, name: str) -> tuple[nn.Module, Callable[[nn.Module], Any]]:
     """The average, and the function that updates it."""
-    if name in OF_TIMM:
+    if name in TIMM_AVERAGES:
         averaged = getattr(pytest.importorskip("timm.utils"), name)(model, decay=DECAY)
         return averaged.module, averaged.update
     averaged = swa_utils.AveragedModel(model, use_buffers=True, **AVERAGES[name])
@@ -55,7 +55,7 @@ def train(model: nn.Module, loss: Any, steps: int = 1) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("kind", [*AVERAGES, *OF_TIMM])
+@pytest.mark.parametrize("kind", [*AVERAGES, *TIMM_AVERAGES])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_average_of_a_model(method: str, kind: str) -> None:
     model, loss = model_and_loss(method)
@@ -68,9 +68,9 @@ def test_the_average_of_a_model(method: str, kind: str) -> None:
             if kind == "swa":
                 share = 1 / (n + 1)
             else:  # AveragedModel begins with a copy, timm with the state before the first step
-                share = 1.0 if n == 0 and kind not in OF_TIMM else 1 - DECAY
+                share = 1.0 if n == 0 and kind not in TIMM_AVERAGES else 1 - DECAY
             before = expected.get(name, torch.zeros_like(value))
-            if n == 0 and kind in OF_TIMM:
+            if n == 0 and kind in TIMM_AVERAGES:
                 before = model_and_loss(method)[0].state_dict()[name]
             expected[name] = before + share * (value - before)
     state = averaged.state_dict()

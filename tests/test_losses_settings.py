@@ -27,20 +27,20 @@ IGNORE_INDEX = ("foo", True, 2.5, 2**63)
 VECTORS = ("foo", -1, 2.5, [1.0], torch.zeros(K, D + 1))
 WEIGHT = ("foo", -1, 2.5, [1.0, -1.0], [INFINITE], [[1.0]])
 
-OF_METHODS = {"num_classes": COUNT, "dim": COUNT, "ignore_index": IGNORE_INDEX}
-OF_METHODS |= {"process_group": GROUP, "check_labels": FLAG}
-OF_PIXELS = {"ignore_index": IGNORE_INDEX}
-OF_PIXELS |= dict.fromkeys(("accuracy", "align_corners", "check_labels"), FLAG)
+METHOD_SETTINGS = {"num_classes": COUNT, "dim": COUNT, "ignore_index": IGNORE_INDEX}
+METHOD_SETTINGS |= {"process_group": GROUP, "check_labels": FLAG}
+PIXEL_SETTINGS = {"ignore_index": IGNORE_INDEX}
+PIXEL_SETTINGS |= dict.fromkeys(("accuracy", "align_corners", "check_labels"), FLAG)
 ARGUMENTS: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
-    ao.SAR: OF_METHODS
+    ao.SAR: METHOD_SETTINGS
     | dict.fromkeys(("loss_weight", "aux_weight"), NUMBER)
     | dict.fromkeys(("momentum", "tau", "delta"), SHARE)
     | dict.fromkeys(("embed", "reweight", "detach_weights"), FLAG)
     | {"gate": NAME, "layers": (*NAME, 2.0), "anchors": (*VECTORS, torch.zeros(K, D).long())},
-    ao.CBP: OF_METHODS
+    ao.CBP: METHOD_SETTINGS
     | {"length": ("foo", -1, True, INFINITE, NAN, 0, LARGE), "init": VECTORS, "orthogonalize": FLAG}
     | {"update": NAME, "momentum": SHARE, "penalty_weight": NUMBER},
-    ao.OCCL: OF_METHODS
+    ao.OCCL: METHOD_SETTINGS
     | dict.fromkeys(("centroid_weight", "category_weight"), NUMBER)
     | {
         "temperature": TEMPERATURE,
@@ -49,28 +49,28 @@ ARGUMENTS: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
         "split": NAME,
         "seed": SEED,
     },
-    ao.CeCo: OF_METHODS
+    ao.CeCo: METHOD_SETTINGS
     | {"loss_weight": NUMBER, "scale": POSITIVE, "dropout": (*SHARE, 1)}
     | {"reduced_dim": COUNT, "center_dim": (*COUNT, K - 2), "resolution": NAME}
     | {"prior": (*VECTORS, torch.zeros(K), torch.linspace(-1, 1, K), torch.full((K,), INFINITE))}
     | dict.fromkeys(("per_image", "freeze_projection"), FLAG),
-    ao.MVSC: OF_METHODS
+    ao.MVSC: METHOD_SETTINGS
     | dict.fromkeys(("fca_weight", "cos_weight", "visual_weight"), NUMBER)
     | {"groups": COUNT, "enhance": FLAG, "temperature": TEMPERATURE, "seed": SEED},
-    ao.CrossEntropy: OF_PIXELS
+    ao.CrossEntropy: PIXEL_SETTINGS
     | {"weight": WEIGHT, "label_smoothing": SHARE, "focal_gamma": NUMBER}
     | {
         "ohem_threshold": ("foo", -1, True, 2.5, NAN, 0),
         "ohem_min_kept": ("foo", -1, True, 2.5, 0),
     },
-    ao.BinaryCrossEntropy: OF_PIXELS
+    ao.BinaryCrossEntropy: PIXEL_SETTINGS
     | {"pos_weight": ("foo", -1, [1.0, -1.0], [INFINITE], [[1.0, 2.0]])}
     | {"label_smoothing": SHARE, "focal_gamma": NUMBER}
     | {
         "ohem_threshold": ("foo", -1, True, 2.5, NAN, 0),
         "ohem_min_kept": ("foo", -1, True, 2.5, 0),
     },
-    ao.Dice: OF_PIXELS
+    ao.Dice: PIXEL_SETTINGS
     | dict.fromkeys(("alpha", "beta", "smooth"), NUMBER)
     | {"smooth_denominator": ("foo", -1, True, INFINITE, NAN, LARGE), "gamma": POSITIVE}
     | dict.fromkeys(("squared", "per_image", "log", "sigmoid"), FLAG)

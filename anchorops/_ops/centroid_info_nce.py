@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._backend import WITH_CUDA, select
+from .._backend import CUDA_BACKENDS, select
 from .._checks import (
     FLOATING,
     check_choice,
@@ -139,7 +139,7 @@ def centroid_info_nce(
                 fail(function, argument, "a bool tensor", mask.dtype)
     temperature = check_temperature(function, temperature)
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
-    backend = select(function, queries, queries.shape[0], operators=WITH_CUDA)
+    backend = select(function, queries, queries.shape[0], operators=CUDA_BACKENDS)
     if backend not in BACKENDS:
         return reference.centroid_info_nce(
             *map(savable, (queries, keys)),

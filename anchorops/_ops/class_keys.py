@@ -9,7 +9,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from .._backend import WITH_CUDA
+from .._backend import CUDA_BACKENDS
 from .registration import define
 from .split_groups import split_groups
 
@@ -43,7 +43,7 @@ define(
     "(Tensor labels, SymInt height, SymInt width, SymInt num_classes, bool per_image, "
     "int ignore_index, ScalarType? class_dtype=None) -> (Tensor keys, Tensor counts)",
     _class_keys_fake,
-    backends=WITH_CUDA,
+    backends=CUDA_BACKENDS,
 )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._backend import CUDA_MAX_KEYS, WITH_CUDA, select
+from .._backend import CUDA_BACKENDS, CUDA_MAX_KEYS, select
 from .._checks import (
     check_anchors,
     check_choice,
@@ -150,7 +150,7 @@ define(
     "class_moments",
     _SCHEMA,
     _forward_fake,
-    backends=WITH_CUDA,
+    backends=CUDA_BACKENDS,
     gradient=Gradient(_BACKWARD_SCHEMA, _backward_fake, _setup_context, _backward),
     any_strides=True,
 )
@@ -312,7 +312,7 @@ def unchecked_moments(
         num_classes,
         runs=runs,
         refusal=partial(refusal, num_keys),
-        operators=WITH_CUDA,
+        operators=CUDA_BACKENDS,
     )
     if backend == "reference":
         return reference.class_moments(features, labels, num_classes, anchors=anchors, **options)
@@ -396,7 +396,7 @@ def pixel_to_anchor_mse(
         num_classes,
         runs=("class_moments",),
         refusal=partial(refusal, num_classes),
-        operators=WITH_CUDA,
+        operators=CUDA_BACKENDS,
     )
     if backend == "reference":
         return reference.pixel_to_anchor_mse(

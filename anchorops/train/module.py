@@ -25,7 +25,7 @@ from .networks.learner import (
     class_weights,
     parameter_groups,
 )
-from .networks.models import IN_CHECKPOINT, Segmenter, build_model, upsample_late
+from .networks.models import CHECKPOINT_PREFIX, Segmenter, build_model, upsample_late
 from .report.evaluate import predict, summarize
 
 RANDOM_WEIGHTS = (
@@ -222,12 +222,12 @@ class SegmentationModule(LightningModule):
             return
         state = checkpoint["state_dict"]
         for name in list(state):
-            if not name.startswith(IN_CHECKPOINT) or name.startswith(
-                f"{IN_CHECKPOINT}regularizer."
+            if not name.startswith(CHECKPOINT_PREFIX) or name.startswith(
+                f"{CHECKPOINT_PREFIX}regularizer."
             ):
                 del state[name]
-        weight = state[f"{IN_CHECKPOINT}classifier.weight"]
-        state.setdefault(f"{IN_CHECKPOINT}classifier.bias", weight.new_zeros(len(weight)))
+        weight = state[f"{CHECKPOINT_PREFIX}classifier.weight"]
+        state.setdefault(f"{CHECKPOINT_PREFIX}classifier.bias", weight.new_zeros(len(weight)))
         options = self.options
         model = build_model(
             options.network,

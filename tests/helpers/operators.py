@@ -24,7 +24,7 @@ K, D = 4, 6
 F32 = torch.float32
 Inputs = dict[str, Tensor]
 FUSED = ("reference", "cpu", "simulated_triton")
-WITH_CUDA = (*FUSED, "simulated_cuda")
+CUDA_BACKENDS = (*FUSED, "simulated_cuda")
 ON_CPU = ("reference", "cpu")
 NOT_CPU = ("reference", "simulated_triton", "simulated_cuda")  # on the CPU it is the reference
 
@@ -209,7 +209,7 @@ OPERATORS = [
         our_moments,
         without_options(verify._moments, num_classes=K),
         feature_inputs,
-        WITH_CUDA,
+        CUDA_BACKENDS,
         tables=("anchors",),
     ),
     Operator(
@@ -217,7 +217,7 @@ OPERATORS = [
         partial(our_moments, **GROUPS),
         without_options(verify._moments, num_classes=K, **GROUPS),
         feature_inputs,
-        WITH_CUDA,
+        CUDA_BACKENDS,
         tables=("anchors",),
     ),
     Operator(
@@ -225,10 +225,10 @@ OPERATORS = [
         our_mse,
         without_options(verify._mse),
         feature_inputs,
-        WITH_CUDA,
+        CUDA_BACKENDS,
         tables=("anchors",),
     ),
-    Operator("class_centroids", our_centroids, centroids, without_anchors, WITH_CUDA),
+    Operator("class_centroids", our_centroids, centroids, without_anchors, CUDA_BACKENDS),
     Operator(
         "softmax_moments",
         partial(our_statistics, per_image=True),

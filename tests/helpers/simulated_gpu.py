@@ -20,7 +20,7 @@ elif PTX_ARCH is not None:
 BACKEND = "" if PTX_ARCH is None else PTX_BACKEND
 SIMULATED = bool(BACKEND)
 HERE = Path(__file__).parent
-OF_CUDA = (  # files of the operators that have CUDA kernels
+CUDA_FILES = (  # files of the operators that have CUDA kernels
     "guarantees",
     "class_keys",
     "class_moments",
@@ -29,7 +29,7 @@ OF_CUDA = (  # files of the operators that have CUDA kernels
     "methods",
     "every_kernel",
 )
-OF_PYTORCH = ("guarantees_of_torch", "class_moments_torch")  # compile, opcheck, …
+TORCH_FILES = ("guarantees_of_torch", "class_moments_torch")  # compile, opcheck, …
 
 
 def _files(*names: str) -> list[Path]:
@@ -37,6 +37,6 @@ def _files(*names: str) -> list[Path]:
 
 
 CASES_OF_CUDA = [
-    *_files(*OF_CUDA, *OF_PYTORCH, "verify"),
+    *_files(*CUDA_FILES, *TORCH_FILES, "verify"),
     *sorted((HERE.parent / "proofs").glob("test_cuda_*.py")),
 ]

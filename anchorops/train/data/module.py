@@ -216,14 +216,14 @@ class SegmentationData(LightningDataModule):
         if not paths:
             raise ValueError("predict: --data.images: expected files of images, got none")
         return Loader(
-            NewImages(paths, self.transform, self.options.channels),
+            UnlabelledImages(paths, self.transform, self.options.channels),
             self.options.workers,
             batch_size=1,
             sampler=range(trainer.global_rank, len(paths), trainer.world_size),
         )
 
 
-class NewImages(Dataset):
+class UnlabelledImages(Dataset):
     """Images without masks: index, the normalised image (C, h, w), height and width in the file."""
 
     def __init__(self, paths: Sequence[str], transform: v2.Transform, channels: int) -> None:

@@ -20,7 +20,9 @@ HRNETS = {
 }
 # the parts that depend on the classes; in a checkpoint, a method is under "regularizer"
 HEADS = ("classifier.", "auxiliary.", "regularizer.")
-IN_CHECKPOINT = "learner.model."  # of the names of a network's weights in a checkpoint of Lightning
+CHECKPOINT_PREFIX = (
+    "learner.model."  # of the names of a network's weights in a checkpoint of Lightning
+)
 AUXILIARY_DIM = 256
 SEGFORMERS = {f"segformer-b{size}": f"mit_b{size}" for size in range(6)}
 
@@ -251,7 +253,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         state = torch.load(path, map_location="cpu", weights_only=True)
         for key in ("model", "state_dict"):
             state = state.get(key, state)
-        state = {key.removeprefix(IN_CHECKPOINT): value for key, value in state.items()}
+        state = {key.removeprefix(CHECKPOINT_PREFIX): value for key, value in state.items()}
     except Exception as error:
         raise ValueError(f"weights {path} cannot be read: {error!r:.200}") from error
     model_state = model.state_dict()
