@@ -22,7 +22,10 @@ PAGES = (
     ROOT / "README.md",
     *(
         ROOT / "docs" / name
-        for name in ("cost.md", "evaluation.md", "frameworks.md", "gpu.md", "losses.md")
+        for name in (
+            *("cost.md", "evaluation.md", "frameworks.md"),
+            *("gpu.md", "how-it-works.md", "losses.md"),
+        )
     ),
 )
 RESULTS = ROOT / "bench/results"
@@ -33,6 +36,7 @@ COUNTED_LOVASZ = RESULTS / "counted-lovasz.json"
 COUNTED_OPERATIONS = RESULTS / "counted-operations.json"
 COUNTED_WINDOWS = RESULTS / "counted-windows.json"
 COUNTED_TRAFFIC = RESULTS / "counted-traffic.json"
+PRECISION = RESULTS / "precision.json"
 BOTH = "late upsampling, ours (both)"  # a row of a training step
 
 
@@ -378,6 +382,39 @@ def counted_windows() -> str:
     return markdown_table([*header, "trained", "its accuracy, full → low resolution"], lines)
 
 
+def rows_of_precision(section: str) -> list[dict]:
+    rows = json.loads(PRECISION.read_text())["rows"]
+    return [row for row in rows if row["section"] == section]
+
+
+def precision() -> str:
+    lines = []
+    for (scale,), group in grouped(rows_of_precision("losses"), "scale").items():
+        results, larger = (sum(row[name] for row in group) for name in ("results", "larger"))
+        worst = max(row["worst"] for row in group)
+        lines.append([f"{scale:,.0f}", f"{results:,}", str(larger), f"{worst:.0f}" * (larger > 0)])
+    header = ["scale of the logits", "results and gradients", "larger errors", "worst, times torch's"]
+    return markdown_table(header, lines, words=())
+
+
+def divergence_precision() -> str:
+    lines = []
+    for (spread,), group in grouped(rows_of_precision("divergence"), "spread").items():
+        cells = [f"{row['ours']:.0e} ({row['torch']:.0e})".replace("e-0", "e-") for row in group]
+        lines.append([f"{spread:,.0f}", *cells])
+    header = ["largest − smallest logit/T", "independent student and teacher"]
+    return markdown_table([*header, "teacher = student plus noise of 1"], lines, words=())
+
+
+def lovasz_precision() -> str:
+    lines = []
+    for (pixels,), group in grouped(rows_of_precision("lovasz"), "pixels").items():
+        cells = [f"{row['worst']:.1%} (median {row['median']:.1%})" for row in group]
+        lines.append([str(pixels), *cells])
+    header = ["pixels of the class", "worst error of 150, 1,024 bins", "8,192 bins"]
+    return markdown_table(header, lines, words=())
+
+
 def traffic_table(rows: list[dict]) -> str:
     """KB of each kernel: of its operands; of the different sectors that it moves; of the sectors of
     all requests, and which part of them the lanes asked for."""
@@ -418,6 +455,9 @@ TABLES = {
     "counted_lovasz": counted_lovasz,
     "counted_operations": counted_operations,
     "counted_windows": counted_windows,
+    "precision": precision,
+    "divergence_precision": divergence_precision,
+    "lovasz_precision": lovasz_precision,
     "counted_traffic": lambda: traffic_table(json.loads(COUNTED_TRAFFIC.read_text())["rows"]),
 }
 

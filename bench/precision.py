@@ -1,0 +1,176 @@
+"""How far results are from float64, beside torch's formulas in float32.
+
+    python bench/precision.py [--out bench/results/precision.json]
+
+Three sections: values and gradients of pixel losses, the gradient of the divergence from a teacher,
+and the gradient of `ao.Lovasz`, which rounds errors to bins. An error is the largest one, divided
+by the largest entry of the exact result (of Lovász the 2-norm of both), at least by 1e-6, for
+gradients by 1e-6 for each label: smaller ones come of saturated pixels alone. On a CPU; a minute.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from record import ROOT, save_counts
+from torch import Tensor
+
+import anchorops as ao
+
+Function = Callable[..., Tensor]
+SHAPES = (  # logits (B, K, h, w), and the size of the labels
+    ((1, 2, 16, 16), (64, 64)),
+    ((1, 2, 33, 33), (33, 33)),
+    ((2, 3, 9, 21), (36, 84)),
+    ((1, 5, 12, 7), (96, 56)),
+    ((1, 7, 17, 17), (65, 65)),
+    ((1, 19, 16, 32), (64, 128)),
+    ((1, 19, 40, 24), (40, 24)),
+    ((1, 21, 10, 14), (25, 51)),
+    ((1, 40, 20, 20), (11, 13)),
+    ((1, 150, 8, 8), (64, 64)),
+)
+SCALES, SEEDS = (1.0, 10.0, 100.0, 1e3, 1e4), 20  # of normal logits
+SPREADS = (100.0, 1e3, 1e4)  # largest − smallest logit/T
+CLASS_PIXELS, EXAMPLES, BINS = (1, 2, 7, 20, 50), 150, (1024, 8192)
+NUM_CLASSES, PIXELS = 5, 4096  # of Lovász
+
+
+def cross_entropy(z: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(z, labels)
+
+
+def dice(z: Tensor, labels: Tensor) -> Tensor:
+    p, classes = z.softmax(1), F.one_hot(labels, z.shape[1]).movedim(-1, 1).to(z.dtype)
+    counts, present = classes.sum((0, 2, 3)), classes.amax((0, 2, 3)) > 0
+    scores = 2 * (p * classes).sum((0, 2, 3)) / (p.sum((0, 2, 3)) + counts)
+    return 1 - scores[present].mean()
+
+
+def focal(z: Tensor, labels: Tensor) -> Tensor:
+    losses = F.cross_entropy(z, labels, reduction="none")
+    return ((1 - (-losses).exp()) ** 2 * losses).mean()
+
+
+def squared(z: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(z, labels, reduction="none").square().mean()
+
+
+def our_squared(logits: Tensor, labels: Tensor) -> Tensor:
+    return ao.pixel_cross_entropy(logits, labels, reduction="none").square().mean()
+
+
+LOSSES: dict[str, tuple[Function, Function]] = {
+    "cross-entropy": (ao.pixel_cross_entropy, cross_entropy),
+    "squared cross-entropies": (our_squared, squared),
+    "Dice": (ao.Dice(), dice),
+    "focal": (ao.CrossEntropy(focal_gamma=2.0), focal),
+}
+
+
+def with_gradient(loss: Function, logits: Tensor) -> tuple[Tensor, Tensor]:
+    logits = logits.detach().requires_grad_()
+    value = loss(logits)
+    return value.detach(), torch.autograd.grad(value, logits)[0]
+
+
+def error(actual: Tensor, exact: Tensor, labels: int) -> float:
+    floor = 1e-6 / (labels if exact.dim() else 1)
+    return float((actual - exact).abs().max() / exact.abs().max().clamp(min=floor))
+
+
+def upsampled(loss: Function, size: tuple[int, int], logits: Tensor) -> Tensor:
+    return loss(F.interpolate(logits, size, mode="bilinear"))
+
+
+def rows_of_losses() -> Iterator[dict[str, Any]]:
+    """For each loss and scale the number of results, of those whose error is more than twice
+    torch's and more than 1e-6, and the largest such ratio."""
+    for name, (ours, formula) in LOSSES.items():
+        for scale in SCALES:
+            pairs = []
+            for (shape, size), seed in ((shape, seed) for shape in SHAPES for seed in range(SEEDS)):
+                torch.manual_seed(seed)
+                logits, labels = scale * torch.randn(shape), torch.randint(shape[1], (1, *size))
+                labels = labels.expand(shape[0], *size).contiguous()
+                theirs = partial(upsampled, partial(formula, labels=labels), size)
+                exact = with_gradient(theirs, logits.double())
+                results = with_gradient(partial(ours, labels=labels), logits)
+                torchs = with_gradient(theirs, logits)
+                for ours_, torchs_, exact_ in zip(results, torchs, exact, strict=True):
+                    pairs.append([error(x, exact_, labels.numel()) for x in (ours_, torchs_)])
+            larger = [a / b for a, b in pairs if a > max(2 * b, 1e-6)]
+            row = {"loss": name, "scale": scale, "results": len(pairs), "larger": len(larger)}
+            yield row | {"worst": max(larger, default=0.0)}
+
+
+def rows_of_divergence() -> Iterator[dict[str, Any]]:
+    """The largest error of the gradient, for a student and an independent teacher, or one whose
+    logits are the student's plus noise of 1."""
+
+    def formula(teacher: Tensor, size: tuple[int, int], logits: Tensor) -> Tensor:
+        z, t = (F.interpolate(x, size, mode="bilinear") for x in (logits, teacher.to(logits)))
+        loss = F.kl_div(z.log_softmax(1), t.log_softmax(1), reduction="none", log_target=True)
+        return loss.sum(1).mean()
+
+    for spread in SPREADS:
+        for near in (False, True):
+            errors = []
+            for (shape, size), seed in ((shape, seed) for shape in SHAPES for seed in range(SEEDS)):
+                torch.manual_seed(seed)
+                logits, other = torch.rand(shape) * spread, torch.rand(shape) * spread
+                teacher = logits + torch.randn(shape) if near else other
+                theirs = partial(formula, teacher, size)
+                exact = with_gradient(theirs, logits.double())[1]
+                both = (partial(ao.pixel_kl_divergence, teacher_logits=teacher, size=size), theirs)
+                gradients = (with_gradient(loss, logits)[1] for loss in both)
+                errors.append([error(x, exact, shape[0] * size[0] * size[1]) for x in gradients])
+            ours, torchs = map(max, zip(*errors, strict=True))
+            yield {"spread": spread, "near": near, "ours": ours, "torch": torchs}
+
+
+def sorted_errors(logits: Tensor, is_class: Tensor) -> Tensor:
+    """The Lovász loss of the last class, by sorting (Berman et al., arXiv 1705.08790)."""
+    errors, order = (is_class.to(logits) - logits.softmax(1)[:, -1]).abs().sort(descending=True)
+    is_class = is_class[order].double()
+    intersections = is_class.sum() - is_class.cumsum(0)
+    jaccard = 1 - intersections / (is_class.sum() + (1 - is_class).cumsum(0))
+    return (errors * torch.cat([jaccard[:1], jaccard.diff()])).sum()
+
+
+def rows_of_lovasz() -> Iterator[dict[str, Any]]:
+    """The relative error of the gradient of one class with few pixels, in float64. Trained: the
+    logit of the pixel's class is larger by 6."""
+    for bins, trained, pixels in product(BINS, (False, True), CLASS_PIXELS):
+        loss, errors = ao.Lovasz(classes=[NUM_CLASSES - 1], bins=bins), []
+        for seed in range(EXAMPLES):
+            torch.manual_seed(seed)
+            labels = torch.randint(NUM_CLASSES - 1, (PIXELS,))
+            labels[:pixels] = NUM_CLASSES - 1
+            logits = 2 * torch.randn(PIXELS, NUM_CLASSES, dtype=torch.float64)
+            logits += 6 * trained * F.one_hot(labels, NUM_CLASSES)
+            is_class = labels == NUM_CLASSES - 1
+            exact = with_gradient(partial(sorted_errors, is_class=is_class), logits)[1]
+            ours = with_gradient(partial(loss, labels=labels), logits)[1]
+            errors.append(float((ours - exact).norm() / exact.norm()))
+        row = {"bins": bins, "trained": trained, "pixels": pixels, "worst": max(errors)}
+        yield row | {"median": float(torch.tensor(errors).median())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/precision.json")
+    args = parser.parse_args()
+    rows = [{"section": "losses", **row} for row in rows_of_losses()]
+    rows += [{"section": "divergence", **row} for row in rows_of_divergence()]
+    rows += [{"section": "lovasz", **row} for row in rows_of_lovasz()]
+    save_counts(args.out, rows)
+
+
+if __name__ == "__main__":
+    main()
