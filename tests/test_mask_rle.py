@@ -216,6 +216,9 @@ def test_operator():
     operator = torch.ops.anchorops.mask_rle.cpu
     for limits in (None, boxes):
         torch.library.opcheck(operator, (torch.randn(2, 4, 5), 8, 10, 0.4, limits, False))
+    for wrong in ([[0, 0, 11, 8]], [[0, 0, 10, 9]], [[-1, 0, 5, 5]], [[0, -1, 5, 5]], [[0.0] * 4]):
+        with pytest.raises(RuntimeError, match="boxes"):
+            operator(torch.randn(1, 4, 5), 8, 10, 0.4, torch.tensor(wrong), False)
 
 
 @pytest.mark.skipif(ao.backends()["cpu"] is not None, reason="the reference stores masks")

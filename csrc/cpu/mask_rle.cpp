@@ -105,14 +105,20 @@ struct Grid {
   Stat pixels_per_row;
   std::vector<int64_t>
       first;  // [h + 1]: the first row of pixels whose lower logit is row i or later
+  std::vector<uint8_t> is_read;  // [w]: whether pixels are between columns j and j + 1
 
   Grid(const Tensor& logits, int64_t height, int64_t width, bool align_corners)
       : row_positions(height, logits.size(1), align_corners),
         column_positions(width, logits.size(2), align_corners),
         rows(row_positions.axis()),
         columns(column_positions.axis()) {
-    pixels_per_row = Stat(rows.size) / Stat(rows.source);
+    const bool inner = align_corners && rows.source > 1;  // from the first to the last row
+    pixels_per_row = Stat(rows.size - inner) / Stat(rows.source - inner);
     for (int64_t i = 0; i <= rows.source; ++i) first.push_back(row_positions.labels({0, i}).end);
+    for (int64_t j = 0; j < columns.source; ++j) {
+      const Range pixels = column_positions.labels({j, j + 1});
+      is_read.push_back(pixels.begin < pixels.end);
+    }
   }
 };
 
@@ -201,7 +207,7 @@ class Encoder {
           j += 7;
           continue;
         }
-        if (is_as_above<uint8_t>(j)) continue;
+        if (is_as_above<uint8_t>(j) || !grid_.is_read[j]) continue;
         const int64_t right = std::min(j + 1, last_column);
         cells_[j].push_back(
             {begin, end, corners_[j], {{z(row, j), z(row, right)}, {z(next, j), z(next, right)}}});
@@ -249,7 +255,7 @@ class Encoder {
     const Stat last = position(grid_.rows, cell.end - 1).weight;
     const Stat behind = std::max(Stat(0), (last - zero) * grid_.pixels_per_row);
     const Stat most = static_cast<Stat>(cell.end - cell.begin);
-    int64_t y = cell.end - static_cast<int64_t>(std::min(behind, most));
+    int64_t y = std::max(cell.begin, cell.end - static_cast<int64_t>(std::min(behind, most)));
     while (y < cell.end && is_as_low(y)) ++y;
     while (y > cell.begin && !is_as_low(y - 1)) --y;
     return y;
@@ -264,12 +270,25 @@ class Encoder {
   std::vector<std::vector<Cell>> cells_;          // [w]
 };
 
-// boxes: int64 [N, 4], x0, y0, x1, y1, not beyond the image.
+// Raises unless boxes are int64 [count, 4], x0, y0, x1, y1, not beyond the image.
+void check_boxes(const Tensor& boxes, int64_t count, int64_t height, int64_t width) {
+  STD_TORCH_CHECK(boxes.scalar_type() == ScalarType::Long && boxes.dim() == 2 &&
+                      boxes.size(0) == count && boxes.size(1) == 4 && boxes.is_contiguous(),
+                  "mask_rle.cpu: boxes: expected int64 [N, 4], contiguous");
+  const int64_t* box = boxes.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < count; ++i, box += 4)
+    STD_TORCH_CHECK(box[0] >= 0 && box[1] >= 0 && box[2] <= width && box[3] <= height,
+                    "mask_rle.cpu: boxes: expected none beyond the image");
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> mask_rle(Tensor logits, int64_t height, int64_t width,
                                                     double threshold, std::optional<Tensor> boxes,
                                                     bool align_corners) {
   const int64_t count = logits.size(0);
-  if (boxes) boxes = torch::stable::contiguous(*boxes);
+  if (boxes) {
+    boxes = torch::stable::contiguous(*boxes);
+    check_boxes(*boxes, count, height, width);
+  }
   const int64_t* limits = boxes ? boxes->const_data_ptr<int64_t>() : nullptr;
   std::vector<std::vector<uint8_t>> codes(count);
   Tensor offsets = new_empty(logits, {count + 1}, ScalarType::Long);
