@@ -36,7 +36,7 @@ COUNTED_LOVASZ = RESULTS / "counted-lovasz.json"
 COUNTED_OPERATIONS = RESULTS / "counted-operations.json"
 COUNTED_WINDOWS = RESULTS / "counted-windows.json"
 COUNTED_TRAFFIC = RESULTS / "counted-traffic.json"
-PRECISION = RESULTS / "precision.json"
+COUNTED_PRECISION = RESULTS / "counted-precision.json"
 BOTH = "late upsampling, ours (both)"  # a row of a training step
 
 
@@ -383,7 +383,7 @@ def counted_windows() -> str:
 
 
 def rows_of_precision(section: str) -> list[dict]:
-    rows = json.loads(PRECISION.read_text())["rows"]
+    rows = json.loads(COUNTED_PRECISION.read_text())["rows"]
     return [row for row in rows if row["section"] == section]
 
 
@@ -393,7 +393,7 @@ def precision() -> str:
         results, larger = (sum(row[name] for row in group) for name in ("results", "larger"))
         worst = max(row["worst"] for row in group)
         lines.append([f"{scale:,.0f}", f"{results:,}", str(larger), f"{worst:.0f}" * (larger > 0)])
-    header = ["scale of the logits", "results and gradients", "larger errors", "worst, times torch's"]
+    header = ["scale", "values and gradients", "with larger errors", "worst, times torch's"]
     return markdown_table(header, lines, words=())
 
 
@@ -407,12 +407,18 @@ def divergence_precision() -> str:
 
 
 def lovasz_precision() -> str:
+    def percent(share: float) -> str:
+        return f"{share:.2%}" if share < 0.001 else f"{share:.1%}"
+
     lines = []
     for (pixels,), group in grouped(rows_of_precision("lovasz"), "pixels").items():
-        cells = [f"{row['worst']:.1%} (median {row['median']:.1%})" for row in group]
+        group.sort(key=lambda row: row["trained"])
+        cells = [f"{percent(row['median'])} ({percent(row['worst'])})" for row in group]
         lines.append([str(pixels), *cells])
-    header = ["pixels of the class", "worst error of 150, 1,024 bins", "8,192 bins"]
-    return markdown_table(header, lines, words=())
+    kinds = [
+        f"{kind}, {bins} bins" for kind in ("random", "trained") for bins in ("1,024", "8,192")
+    ]
+    return markdown_table(["pixels of the class", *kinds], lines, words=())
 
 
 def traffic_table(rows: list[dict]) -> str:

@@ -1,11 +1,9 @@
 """How far results are from float64, beside torch's formulas in float32.
 
-    python bench/precision.py [--out bench/results/precision.json]
+    python bench/counted_precision.py [--out bench/results/counted-precision.json]
 
 Three sections: values and gradients of pixel losses, the gradient of the divergence from a teacher,
-and the gradient of `ao.Lovasz`, which rounds errors to bins. An error is the largest one, divided
-by the largest entry of the exact result (of Lovász the 2-norm of both), at least by 1e-6, for
-gradients by 1e-6 for each label: smaller ones come of saturated pixels alone. On a CPU; a minute.
+and the gradient of `ao.Lovasz`, which rounds errors to bins. On a CPU; a minute.
 """
 
 import argparse
@@ -80,6 +78,8 @@ def with_gradient(loss: Function, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def error(actual: Tensor, exact: Tensor, labels: int) -> float:
+    """The largest error, divided by the largest entry of the exact result, at least by 1e-6, for a
+    gradient by 1e-6 for each label: all pixels of smaller ones are saturated."""
     floor = 1e-6 / (labels if exact.dim() else 1)
     return float((actual - exact).abs().max() / exact.abs().max().clamp(min=floor))
 
@@ -110,8 +110,8 @@ def rows_of_losses() -> Iterator[dict[str, Any]]:
 
 
 def rows_of_divergence() -> Iterator[dict[str, Any]]:
-    """The largest error of the gradient, for a student and an independent teacher, or one whose
-    logits are the student's plus noise of 1."""
+    """The largest error of the gradient, times the number of labels, for a student and an
+    independent teacher, or one whose logits are the student's plus noise of 1."""
 
     def formula(teacher: Tensor, size: tuple[int, int], logits: Tensor) -> Tensor:
         z, t = (F.interpolate(x, size, mode="bilinear") for x in (logits, teacher.to(logits)))
@@ -129,7 +129,8 @@ def rows_of_divergence() -> Iterator[dict[str, Any]]:
                 exact = with_gradient(theirs, logits.double())[1]
                 both = (partial(ao.pixel_kl_divergence, teacher_logits=teacher, size=size), theirs)
                 gradients = (with_gradient(loss, logits)[1] for loss in both)
-                errors.append([error(x, exact, shape[0] * size[0] * size[1]) for x in gradients])
+                pixels = shape[0] * size[0] * size[1]
+                errors.append([float((x - exact).abs().max()) * pixels for x in gradients])
             ours, torchs = map(max, zip(*errors, strict=True))
             yield {"spread": spread, "near": near, "ours": ours, "torch": torchs}
 
@@ -164,7 +165,7 @@ def rows_of_lovasz() -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/precision.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/counted-precision.json")
     args = parser.parse_args()
     rows = [{"section": "losses", **row} for row in rows_of_losses()]
     rows += [{"section": "divergence", **row} for row in rows_of_divergence()]
