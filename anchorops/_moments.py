@@ -61,7 +61,7 @@ class Options(NamedTuple):
 
     true_weights, all_weights: a and v, both or none: [K], or of each image, [B, K]; of at least 0,
         in the statistics' dtype. Classes of v_k = 0 are left out of the sum over the classes.
-    pixel_weights: w, of the labels' shape and any strides, in the statistics' dtype.
+    pixel_weights: ω, of the labels' shape and any strides, in the statistics' dtype.
     min_loss: pixels of smaller −log p_y are not used in the losses; NaN is not smaller.
     with_lse: keep lse for the backward pass; set where a gradient may be requested.
     The other flags request the results of these names; `probability_sums` also the intersections.

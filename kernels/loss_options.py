@@ -6,8 +6,8 @@ class y:
     m = (1 − e^−c)^γ, 0 if c < min_loss
     L = m·(a_y·c + u)
 
-Without these options a = 1, v = 0, γ = 0, min_loss = −∞, so L = c. A sum has w·L of its pixels; a
-pixel that is not used, or of w = 0, adds nothing.
+Without these options a = 1, v = 0, γ = 0, min_loss = −∞, so L = c. A sum has ω·L of its pixels; a
+pixel that is not used, or of ω = 0, adds nothing.
 """
 
 import math
@@ -29,7 +29,7 @@ class LossOptions(NamedTuple):
     true_weights: Any  # a, float32 [K], or [B, K] by stride_b
     all_weights: Any  # v, the same
     stride_b: int
-    sum_all_weights: Any  # V, float32 [], or [B] by stride_sum_b
+    sums_of_all_weights: Any  # V, float32 [], or [B] by stride_sum_b
     stride_sum_b: int
     min_loss: float | None
     focal_gamma: float | None
@@ -71,7 +71,7 @@ def losses_of_all_classes(weighted, lse, lanes, options, image, CELLS: tl.conste
     if options.all_weights is None:
         return [0.0 for _ in lse]
     else:
-        total = tl.load(options.sum_all_weights + image * options.stride_sum_b)
+        total = tl.load(options.sums_of_all_weights + image * options.stride_sum_b)
         z = upsampled(weighted, lanes, CELLS)
         u = [tl.fma(total, lse[i], -z[i]) for i in () + CELLS.columns]
         return [tl.where(x < 0, 0.0, x) for x in u]  # negative by rounding
@@ -202,7 +202,7 @@ def add_sum_of_weights(x, betas, options, image, CELLS: tl.constexpr):
     if options.all_weights is None:
         return x
     else:
-        total = tl.load(options.sum_all_weights + image * options.stride_sum_b)
+        total = tl.load(options.sums_of_all_weights + image * options.stride_sum_b)
         return [tl.fma(betas[i], total, x[i]) for i in () + CELLS.columns]
 
 

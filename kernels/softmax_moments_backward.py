@@ -1,7 +1,7 @@
 """The gradient of softmax moments. With the terms of loss_options.py, for each valid pixel
 
     dz_k = α·(p_k − [y = k]) + β·(V·p_k − v_k) + p_k·(u_k − Σ_j p_j u_j)
-    α    = d·∂L/∂c,   β = d·∂L/∂u,   d = w·dlosses[y] + dpixel_losses
+    α    = d·∂L/∂c,   β = d·∂L/∂u,   d = ω·dlosses[y] + dpixel_losses
     u_k  = dprobability_sums[k] + [y = k]·dintersections[k] + 2·p_k·dsquares[k]
 
 and the transpose of the upsampling (upsampling_transposed.py), of dz. First the terms of a pixel

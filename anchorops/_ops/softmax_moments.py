@@ -4,7 +4,7 @@ computed from low-resolution logits.
 Let z be the logits upsampled bilinearly to full resolution, p = softmax_k z, y the labels, V the
 valid pixels q. The results are defined in reference/softmax_moments.py: among others
 
-    losses[k] = Σ_{q ∈ V, y = k} w_q·L_q      intersections[k] = Σ_{q ∈ V, y = k} p_k(q)
+    losses[k] = Σ_{q ∈ V, y = k} ω_q·L_q      intersections[k] = Σ_{q ∈ V, y = k} p_k(q)
     squares[k] = Σ_{q ∈ V} p_k(q)²            probability_sums[k] = Σ_{q ∈ V} p_k(q)
     L_q = m·(a_y·c + Σ_k v_k·(−log p_k))         c = −log p_y
 
@@ -12,9 +12,9 @@ Their gradients are
 
     dz_k = (α + β·Σ_j v_j)·p_k − α·[y = k] − β·v_k + p_k·(u_k − Σ_j p_j u_j)
     α    = d·(m·a_y + dm/dc·(a_y·c + Σ_k v_k·(−log p_k))),  β = d·m
-    d    = w_q·dlosses[y] + dpixel_losses[q],  0 where ignored
+    d    = ω_q·dlosses[y] + dpixel_losses[q],  0 where ignored
     u_k  = dprobability_sums[k] + [y = k]·dintersections[k] + 2·p_k·dsquares[k]
-    dw_q = dlosses[y]·L_q + dused[y],  0 where not used; an infinite L_q counts as 0
+    dω_q = dlosses[y]·L_q + dused[y],  0 where not used; an infinite L_q counts as 0
     dlogits = the transpose of the upsampling, of dz
 
 The upsampled logits are never stored: the backward pass computes p again, from the logits and
@@ -129,7 +129,7 @@ def _dpixel_weights(
     dlosses: Tensor | None,
     dused: Tensor | None,
 ) -> Tensor:
-    """dw of all pixels."""
+    """dω of all pixels."""
     num_classes = max(logits.shape[1], 2)
     plain = options.without_loss_options(pixel_losses=True)
     shaped = options.without_selection()

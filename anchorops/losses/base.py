@@ -211,7 +211,7 @@ class Regularizer(Recomputable):
         self.terms = {key: value.detach() for key, value in losses.terms.items()}
         # counts too are floating-point, because loggers average over steps and ranks
         self.terms |= {key: value.detach().to(loss.dtype) for key, value in losses.logs.items()}
-        return self._known_again(loss)
+        return self._marked(loss)
 
     def _losses(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Losses:
         request, losses = self.plan(features, labels, classifier)

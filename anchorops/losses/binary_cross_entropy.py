@@ -15,7 +15,7 @@ from .cross_entropy import BaseCrossEntropy
 class BinaryCrossEntropy(BaseCrossEntropy):
     """Binary cross-entropy of low-resolution logits, compared with labels at their own size.
 
-        L = Σ_q v_q·(1 − p_y)^γ·L_q / Σ_q v_q
+        L = Σ_q ω_q·(1 − p_y)^γ·L_q / Σ_q ω_q
         L_q = (1 − ε)·w_y·(−log p_y) + ε/2·(w_1·(−log p_1) + w_0·(−log p_0))
 
     over the valid labels q of all channels that are used (all, unless ohem_threshold or

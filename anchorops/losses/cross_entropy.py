@@ -116,7 +116,7 @@ class BaseCrossEntropy(MomentsLoss):
 class CrossEntropy(BaseCrossEntropy):
     """Cross-entropy of low-resolution logits, compared with labels at their own size.
 
-        L = Σ_q v_q·(1 − p_y)^γ·L_q / Σ_q v_q·w_y
+        L = Σ_q ω_q·(1 − p_y)^γ·L_q / Σ_q ω_q·w_y
         L_q = (1 − ε)·w_y·(−log p_y) + ε/K·Σ_k w_k·(−log p_k)
 
     over the valid pixels q that are used (all, unless ohem_threshold or ohem_min_kept is given),
@@ -142,9 +142,9 @@ class CrossEntropy(BaseCrossEntropy):
             two classes are 0 and 255 alone and 255 is ignored, as in masks of 0 and 255 that need
             `mask > 0`; this synchronises with the device.
 
-    Call it with (logits, labels, pixel_weights=None). pixel_weights is v, a floating-point tensor
+    Call it with (logits, labels, pixel_weights=None). pixel_weights is ω, a floating-point tensor
     of the labels' shape; 1 if not given. A pixel of weight 0 adds nothing, even if its loss is ∞.
-    (If its logits are NaN, its gradient is NaN: ignore it by label.) v may have a gradient, but not
+    (If its logits are NaN, its gradient is NaN: ignore it by label.) ω may have a gradient, but not
     where the loss is ∞ or OHEM does not use the pixel.
     `terms`: ce, labels_out_of_range, labels_ignored, and accuracy if requested.
 

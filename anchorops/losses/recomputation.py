@@ -98,7 +98,7 @@ class Recomputable(InitializedModule):
             )
         self._without_grad = 0
 
-    def _known_again(self, loss: Tensor) -> Tensor:
+    def _marked(self, loss: Tensor) -> Tensor:
         """The loss of this forward, from which a recomputation knows which forward it repeats."""
         if torch.compiler.is_compiling() or not loss.requires_grad or not checkpointed():
             return loss
