@@ -150,6 +150,18 @@ def share_of_time(network: str, name: str) -> float:
     return rows_of_step(network)[name]["ratio"]["median"]
 
 
+def steps_with_methods() -> str:
+    """The README's sentence on the time that a method adds to a step."""
+    added: dict[str, list[float]] = {}
+    for network in ("hrnet", "segformer"):
+        rows = rows_of_step(network)
+        for name in (name for name in rows if name.endswith(", both")):
+            share = rows[name]["ratio"]["median"] / rows[BOTH]["ratio"]["median"]
+            added.setdefault(name.removesuffix(", both"), []).append(share - 1)
+    ceco = max(added.pop("CeCo"))
+    return f"A method adds at most {max(map(max, added.values())):.0%} to a step (CeCo {ceco:.0%})."
+
+
 def rows_of_step(network: str) -> dict[str, dict]:
     rows = run()["training_steps"]
     return {plot_training_step.label(row): row for row in rows if network in row["network"]}
@@ -185,7 +197,7 @@ def gains_of_masks() -> str:
     groups = grouped(run().get("masks", []), "masks", "threads").values()
     seconds = [{row["way"]: row["seconds"] for row in rows} for rows in groups]
     gains = [x["torch, pycocotools"] / x["anchorops"] for x in seconds]
-    return f"{min(gains):.0f} to {max(gains):.0f}×" if gains else ""
+    return f"{min(gains):,.0f} to {max(gains):,.0f}×" if gains else ""
 
 
 def export() -> str:
@@ -450,6 +462,7 @@ TABLES = {
     "gains": gains,
     "uses": uses,
     "slower": slower,
+    "steps_with_methods": steps_with_methods,
     "speedups": speedups,
     "headlines": lambda: plot_operators.table(run()),
     "cases": cases,
