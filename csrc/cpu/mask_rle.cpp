@@ -150,9 +150,10 @@ class Encoder {
       find_cells(logits_ + mask * stride_n_, box);
       for (int64_t x = box.x0; x < box.x1;) {
         const int64_t left = position(grid_.columns, x).lower;
-        const Range same = grid_.column_positions.labels({left, left + 1});
-        for (const int64_t end = std::min(same.end, box.x1); x < end; ++x)
-          add_column(cells_[left], x, box, runs);
+        const int64_t same = grid_.column_positions.labels({left, left + 1}).end;
+        const int64_t end = std::min({same, x + COLUMNS, box.x1});
+        add_columns(cells_[left], {x, end}, box, runs);
+        x = end;
       }
       if (runs.ones() && box.x1 < width) runs.change(box.x1, 0);
     }
@@ -161,11 +162,30 @@ class Encoder {
   }
 
  private:
+  static constexpr int64_t COLUMNS = 16;  // at once
+
   // Pixels between two rows and two columns of logits.
   struct Cell {
     int64_t begin, end;  // rows of pixels
     int corners;         // how many of the four are 1
     Stat z[2][2];        // minus the level
+  };
+
+  // A column of pixels: 0 above the first change.
+  struct Column {
+    Stat weight;
+    bool ones;  // whether the pixels from the last change on are 1
+    std::vector<int64_t> changes;
+
+    void start(Stat its_weight) {
+      weight = its_weight, ones = false;
+      changes.clear();
+    }
+
+    void change(int64_t y) {
+      changes.push_back(y);
+      ones = !ones;
+    }
   };
 
   static bool is_one(Stat z) { return !(z <= 0); }  // NaN is, as in pixel_argmax
@@ -226,23 +246,40 @@ class Encoder {
     return (mixed | (here ^ above)) == 0;
   }
 
-  void add_column(const std::vector<Cell>& cells, int64_t x, const Box& box, Runs& runs) {
-    if (runs.ones() && box.y0 > 0) runs.change(x, 0);
-    const Stat weight = position(grid_.columns, x).weight;
-    for (const Cell& cell : cells) {
-      if (cell.corners % 4 == 0) {
-        if (runs.ones() != (cell.corners == 4)) runs.change(x, cell.begin);
-        continue;
+  // Columns of pixels between the same two columns of logits. Cell by cell, because neighbouring
+  // columns take the same branches.
+  void add_columns(const std::vector<Cell>& cells, Range range, const Box& box, Runs& runs) {
+    const int64_t count = range.end - range.begin;
+    for (int64_t k = 0; k < count; ++k)
+      pixels_[k].start(position(grid_.columns, range.begin + k).weight);
+    for (const Cell& cell : cells)
+      for (int64_t k = 0; k < count; ++k) add_cell(cell, pixels_[k]);
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t x = range.begin + k;
+      auto change = pixels_[k].changes.cbegin();
+      if (runs.ones()) {  // the last column's end
+        if (change != pixels_[k].changes.cend() && *change == 0)
+          ++change;
+        else
+          runs.change(x, 0);
       }
-      const Stat low = blend(cell.z[0][0], cell.z[0][1], weight);
-      const Stat high = blend(cell.z[1][0], cell.z[1][1], weight);
-      const bool first = is_one(low);
-      int64_t other = cell.end;  // the first pixel that has not the value of `low`
-      if (is_one(high) != first) other = find_change(low, high, cell);
-      if ((other > cell.begin ? first : !first) != runs.ones()) runs.change(x, cell.begin);
-      if (other > cell.begin && other < cell.end) runs.change(x, other);
+      for (; change != pixels_[k].changes.cend(); ++change) runs.change(x, *change);
+      if (runs.ones() && box.y1 < grid_.rows.size) runs.change(x, box.y1);
     }
-    if (runs.ones() && box.y1 < grid_.rows.size) runs.change(x, box.y1);
+  }
+
+  void add_cell(const Cell& cell, Column& column) const {
+    if (cell.corners % 4 == 0) {
+      if (column.ones != (cell.corners == 4)) column.change(cell.begin);
+      return;
+    }
+    const Stat low = blend(cell.z[0][0], cell.z[0][1], column.weight);
+    const Stat high = blend(cell.z[1][0], cell.z[1][1], column.weight);
+    const bool first = is_one(low);
+    // the first pixel that has not the value of `low`
+    const int64_t other = is_one(high) == first ? cell.end : find_change(low, high, cell);
+    if (column.ones != first && other > cell.begin) column.change(cell.begin);
+    if (column.ones == first && other < cell.end) column.change(other);
   }
 
   // The first pixel of the cell whose value is not that of `low`, or the cell's end: where z is 0,
@@ -251,11 +288,10 @@ class Encoder {
     const auto is_as_low = [&](int64_t y) {
       return is_one(blend(low, high, position(grid_.rows, y).weight)) == is_one(low);
     };
-    const Stat zero = low / (low - high);  // its weight
+    const Stat zero = low / (low - high);  // its weight, 0 to 1 or NaN
     const Stat last = position(grid_.rows, cell.end - 1).weight;
-    const Stat behind = std::max(Stat(0), (last - zero) * grid_.pixels_per_row);
-    const Stat most = static_cast<Stat>(cell.end - cell.begin);
-    int64_t y = std::max(cell.begin, cell.end - static_cast<int64_t>(std::min(behind, most)));
+    const Stat behind = std::max(Stat(0), (last - zero) * grid_.pixels_per_row + 1);
+    int64_t y = std::max(cell.begin, cell.end - static_cast<int64_t>(behind));
     while (y < cell.end && is_as_low(y)) ++y;
     while (y > cell.begin && !is_as_low(y - 1)) --y;
     return y;
@@ -268,6 +304,7 @@ class Encoder {
   std::vector<uint8_t> upper_, lower_;            // [w + 1]: which logits of two rows are 1
   std::vector<uint8_t> corners_, corners_above_;  // [w]: how many of the four of each cell are 1
   std::vector<std::vector<Cell>> cells_;          // [w]
+  Column pixels_[COLUMNS];
 };
 
 // Raises unless boxes are int64 [count, 4], x0, y0, x1, y1, not beyond the image.
