@@ -197,7 +197,7 @@ def gains_of_masks() -> str:
     groups = grouped(run().get("masks", []), "masks", "threads").values()
     seconds = [{row["way"]: row["seconds"] for row in rows} for rows in groups]
     gains = [x["torch, pycocotools"] / x["anchorops"] for x in seconds]
-    return f"{min(gains):,.0f} to {max(gains):,.0f}×" if gains else ""
+    return f"{min(gains):,.0f} to {max(gains):,.0f}× (torch, pycocotools)" if gains else ""
 
 
 def export() -> str:
