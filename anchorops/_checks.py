@@ -3,7 +3,7 @@
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from textwrap import shorten
 from typing import Any, NoReturn, TypeVar
 
@@ -35,6 +35,10 @@ def describe(value: object) -> str:
         return f"{value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
     if isinstance(value, int) and value.bit_length() > 64:
         return f"an int of {value.bit_length()} bits"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with the keys {', '.join(map(repr, value))}"
+    if isinstance(value, tuple | list) and any(isinstance(part, Tensor) for part in value):
+        return f"a {type(value).__name__} of {', '.join(map(describe, value))}"
     text = shorten(repr(value), 80, placeholder=" …")  # on one line
     return f"{text} of type {type(value).__name__}"
 
@@ -238,12 +242,10 @@ def labels_of_channels(function: str, labels: Tensor, logits: Tensor) -> Tensor:
 def _fail_labels(function: str, labels: object, logits: Tensor) -> NoReturn:
     shape = (logits.shape[0], *logits.shape[2:])
     images = {4: f"({shape[0]}, H, W)", 5: f"({shape[0]}, D, H, W)"}
-    fail(
-        function,
-        "labels",
-        f"a tensor {images.get(logits.dim(), shape)}, as logits",
-        describe(labels),
-    )
+    expected = f"a tensor {images.get(logits.dim(), shape)}, as logits"
+    if logits.dim() == 3 and isinstance(labels, Tensor) and labels.dim() == 2:
+        expected += " (B, K, N); of one image (K, h, w) give logits[None] and labels[None]"
+    fail(function, "labels", expected, describe(labels))
 
 
 def flat_pos_weight(function: str, pos_weight: object) -> Tensor:

@@ -82,7 +82,7 @@ class Row(NamedTuple):
         unchecked = "not checked" if self.note else "not served"
         found = {True: "ok", False: "WRONG", None: unchecked}[self.right]
         numbers = " " * 18 if self.right is None else f"{self.error:9.1e}{self.limit:9.1e}"
-        start = f"{self.operator:<21}{self.backend:<10}{self.check:<52}"
+        start = f"{self.operator:<23}{self.backend:<10}{self.check:<52}"
         return f"{start}{numbers}  {self.note + ' ' if self.note else ''}{found}"
 
 
@@ -889,7 +889,7 @@ def report(backend: str | None, everything: bool, path: Path | None) -> bool:
         return False
     if path is not None:
         path.touch()  # an error before the checks, not after them
-    print(f"\n{'operator':<21}{'backend':<10}{'check':<54}{'error':>7}{'limit':>9}")
+    print(f"\n{'operator':<23}{'backend':<10}{'check':<54}{'error':>7}{'limit':>9}")
     names = [name for name, reason in reasons.items() if not reason]
     summary, rows = [], []
     for name in names if backend is None else [backend]:

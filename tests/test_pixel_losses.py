@@ -246,6 +246,19 @@ def test_wrong_inputs():
         ao.Dice(classes=[7])(logits, labels)
 
 
+def test_a_message_shows_what_was_wrong():
+    logits, _, labels = inputs()
+    for weight, got in ((19, "19 of type int"), (torch.tensor([1.0, -3.0]), "-3.0")):
+        with pytest.raises(ValueError, match=f"for each class, got {got}$"):
+            ao.CrossEntropy(weight)
+    with pytest.raises(ValueError, match="got a dict with the keys 'out', 'aux'"):
+        ao.pixel_cross_entropy({"out": logits, "aux": logits}, labels)
+    with pytest.raises(ValueError, match=r"got a tuple of torch.float64 tensor of shape"):
+        ao.CrossEntropy()((logits, logits), labels)
+    with pytest.raises(ValueError, match=r"of one image \(K, h, w\) give logits\[None\]"):
+        ao.CrossEntropy()(logits[0], labels[0])
+
+
 @pytest.mark.on("cpu", "simulated_triton", "triton")
 @pytest.mark.parametrize("shape", [(2, K, 3, 4), (1, K, 2, 3, 4)])
 @pytest.mark.parametrize(

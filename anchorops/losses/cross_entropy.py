@@ -143,9 +143,9 @@ class CrossEntropy(BaseCrossEntropy):
             `mask > 0`; this synchronises with the device.
 
     Call it with (logits, labels, pixel_weights=None). pixel_weights is ω, a floating-point tensor
-    of the labels' shape; 1 if not given. A pixel of weight 0 adds nothing, even if its loss is ∞.
-    (If its logits are NaN, its gradient is NaN: ignore it by label.) ω may have a gradient, but not
-    where the loss is ∞ or OHEM does not use the pixel.
+    of the labels' shape, at least 0 (not checked); 1 if not given. A pixel of weight 0 adds
+    nothing, even if its loss is ∞. (If its logits are NaN, its gradient is NaN: ignore it by
+    label.) ω may have a gradient, but not where the loss is ∞ or OHEM does not use the pixel.
     `terms`: ce, labels_out_of_range, labels_ignored, and accuracy if requested.
 
     All of it is part of the passes over the logits, without full-resolution maps. Exceptions,

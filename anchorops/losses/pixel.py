@@ -198,7 +198,7 @@ class MomentsLoss(PixelLoss):
         """Register the buffer `name`: None or a copy [K], float32 (float64 if it was that). The
         number `pos_weight` has the shape (1,), and axes of length 1 beside the channels are left
         out."""
-        function = type(self).__name__
+        function, given = type(self).__name__, weight
         if weight is not None:
             try:
                 dtype = torch.float64 if getattr(weight, "dtype", 0) == torch.float64 else None
@@ -212,9 +212,11 @@ class MomentsLoss(PixelLoss):
                 fail(function, name, expected, describe(weight))
             if name == "pos_weight":
                 weight = flat_pos_weight(function, weight)
-            if weight.dim() != 1 or not ((weight >= 0) & weight.isfinite()).all():
-                expected = "a finite number of at least 0 for each class"
-                fail(function, name, expected, describe(weight))
+            expected = "a finite number of at least 0 for each class"
+            if weight.dim() != 1:
+                fail(function, name, expected, describe(given))
+            if len(wrong := weight[~((weight >= 0) & weight.isfinite())]):
+                fail(function, name, expected, wrong[0].item())
         self.register_buffer(name, weight)
 
 

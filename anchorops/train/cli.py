@@ -37,7 +37,9 @@ try:
     from .report.compare import comparison, load_results
     from .run import CONFIG, check_same
 except ModuleNotFoundError as error:
-    sys.exit(f"anchorops-train: {error}: install what training needs: pip install anchorops[train]")
+    sys.exit(
+        f"anchorops-train: {error}: install what training needs: pip install 'anchorops[train]'"
+    )
 
 PRESETS = Path(__file__).with_name("presets")
 DEMO = ("digits", "digits-segformer-b0")  # a laptop needs minutes for this
