@@ -36,9 +36,11 @@ def describe(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > 64:
         return f"an int of {value.bit_length()} bits"
     if isinstance(value, Mapping):
-        return f"a {type(value).__name__} with the keys {', '.join(map(repr, value))}"
+        keys = shorten(", ".join(map(repr, value)), 160, placeholder=" …")
+        return f"a {type(value).__name__} with the keys {keys}"
     if isinstance(value, tuple | list) and any(isinstance(part, Tensor) for part in value):
-        return f"a {type(value).__name__} of {', '.join(map(describe, value))}"
+        parts = shorten(", ".join(map(describe, value)), 160, placeholder=" …")
+        return f"a {type(value).__name__} of {parts}"
     text = shorten(repr(value), 80, placeholder=" …")  # on one line
     return f"{text} of type {type(value).__name__}"
 

@@ -154,10 +154,11 @@ def steps_with_methods() -> str:
     """The README's sentence on the time that a method adds to a step."""
     added: dict[str, list[float]] = {}
     for network in ("hrnet", "segformer"):
-        rows = rows_of_step(network)
-        for name in (name for name in rows if name.endswith(", both")):
-            share = rows[name]["ratio"]["median"] / rows[BOTH]["ratio"]["median"]
-            added.setdefault(name.removesuffix(", both"), []).append(share - 1)
+        without = share_of_time(network, BOTH)
+        for name in rows_of_step(network):
+            if name.endswith(", both"):
+                share = share_of_time(network, name) / without
+                added.setdefault(name.removesuffix(", both"), []).append(share - 1)
     ceco = max(added.pop("CeCo"))
     return f"A method adds at most {max(map(max, added.values())):.0%} to a step (CeCo {ceco:.0%})."
 

@@ -394,7 +394,7 @@ def test_rows_of_masks(tmp_path, monkeypatch):
     run = json.loads(out.read_text())
     assert len(run["masks"]) == 6 and all(row["differ"] == 0 for row in run["masks"])
     monkeypatch.setattr(cost_tables, "run", lambda: run)
-    assert re.match(r"\d+ to \d+× ", cost_tables.gains_of_masks())
+    assert re.match(r"[\d,]+ to [\d,]+× ", cost_tables.gains_of_masks())
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
