@@ -15,14 +15,15 @@ def nearest_index(size: int, source: int, device: torch.device) -> Tensor:
 
 def resize_labels(labels: Tensor, features: Tensor) -> Tensor:
     """Labels on the features' grid: int64 [B, P], with B = 1 for points (N,)."""
+    labels = labels.long()  # a GPU cannot index unsigned integers of 16 bits or more
     if features.dim() == 2:
-        return labels.long()[None]
+        return labels[None]
     if features.dim() == 4:
         rows, columns = (
             nearest_index(features.shape[i], labels.shape[i - 1], labels.device) for i in (2, 3)
         )
         labels = labels[:, rows[:, None], columns]
-    return labels.long().flatten(1)
+    return labels.flatten(1)
 
 
 def class_keys(
