@@ -8,6 +8,7 @@ memory = peak_extra_bytes(loss, device)
 """
 
 import ctypes
+import math
 import os
 import platform
 import time
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 Run = Callable[[], object]
+MOST_WAIT = 0.02  # seconds that a GPU is kept busy before a timed call
 
 
 class Measurement(NamedTuple):
@@ -119,22 +121,29 @@ def duration(run: Run) -> float:
 
 def _sample_cuda(runs: Sequence[Run], rounds: int) -> list[list[float]]:
     # Reading this buffer evicts the inputs from L2, and makes L2 write back the results of the call
-    # before. It also keeps the GPU busy while the host launches the timed call. The buffer is only
-    # read: written lines would be written back during the timed call.
+    # before. The buffer is only read: written lines would be written back during the timed call.
     memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     clean = torch.zeros(min(2**30, memory // 16) // 4, dtype=torch.float32, device="cuda")
 
-    def events(run: Run) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    def timed(run: Run, reads: int) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        clean.sum()
+        for _ in range(reads):
+            clean.sum()
         start.record()
         run()
         end.record()
         return start, end
 
-    pairs = [[events(run) for run in runs] for _ in range(rounds)]
-    torch.cuda.synchronize()
-    times = [[start.elapsed_time(end) / 1e3 for start, end in row] for row in pairs]
+    def seconds(events: tuple[torch.cuda.Event, torch.cuda.Event]) -> float:
+        events[1].synchronize()
+        return events[0].elapsed_time(events[1]) / 1e3
+
+    # Reads also keep the GPU busy while the host launches the timed call, which may take longer
+    # than the call itself: twice as long as the host needs, or MOST_WAIT.
+    read = min(seconds(timed(clean.sum, 1)) for _ in range(3))
+    reads = [1 + math.ceil(min(2 * duration(run), MOST_WAIT) / read) for run in runs]
+    pairs = [list(map(timed, runs, reads)) for _ in range(rounds)]
+    times = [list(map(seconds, row)) for row in pairs]
     return [list(column) for column in zip(*times, strict=True)]
 
 
