@@ -180,8 +180,9 @@ def test_equals_the_reference(case: tuple, dtype: torch.dtype, layout: str, back
     counts = operator(logits, labels, 64, *options)
     right = reference.probability_histograms(logits, labels, 64, *options)
     assert (counts.sum((1, 2)) == (labels != IGNORED).sum()).all()
-    moved = (counts - right).abs().sum()  # errors at the edge of a bin
-    assert moved <= 1e-4 * right.sum() and torch.equal(counts.sum(2), right.sum(2))
+    # an error at the edge of a bin, moved to the next one, changes two counts
+    moved = (counts - right).abs().sum()
+    assert moved <= max(2, 1e-4 * right.sum()) and torch.equal(counts.sum(2), right.sum(2))
     slopes = torch.randn(num_classes, 2, 64, dtype=torch.promote_types(dtype, torch.float32))
     operator = getattr(torch.ops.anchorops.error_loss_backward, backend)
     gradient = operator(logits, labels, slopes, *options)
