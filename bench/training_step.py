@@ -243,17 +243,18 @@ def times_of(
 
 
 def rows_of(
-    setting: Setting, device: torch.device, min_rounds: int, minutes: float, backend: str
+    setting: Setting, device: torch.device, min_rounds: int, minutes: float, backend: str | None
 ) -> Iterator[dict[str, Any]]:
     """A row for each candidate, of `min_rounds` rounds or as many as the minutes allow. backend: of
-    torch.compile."""
+    torch.compile; with None compiled candidates are left out."""
     images, labels = images_and_labels(setting, device)
+    candidates = [c for c in CANDIDATES if backend is not None or not c.compiled]
     models: dict[tuple[bool, bool], Segmenter] = {}
-    for late, compiled in dict.fromkeys((c.late, c.compiled) for c in CANDIDATES):
+    for late, compiled in dict.fromkeys((c.late, c.compiled) for c in candidates):
         model = models[late, compiled] = network_of(setting, device)
         if late:
             ao.late_upsampling(model, images[:1])
-        if compiled:
+        if compiled and backend is not None:
             model.compile(backend=backend)
     unused = bytes_of(next(iter(models.values()))) * (len(models) - 1)
 
@@ -264,9 +265,9 @@ def rows_of(
             return done
         return done._replace(peak_bytes=done.peak_bytes - unused)
 
-    turns = [functools.partial(turn, candidate) for candidate in CANDIDATES]
+    turns = [functools.partial(turn, candidate) for candidate in candidates]
     measured = times_of(turns, device, min_rounds, minutes)
-    for candidate, times in zip(CANDIDATES, measured, strict=True):
+    for candidate, times in zip(candidates, measured, strict=True):
         yield {
             "network": str(setting),
             "cross_entropy": candidate.cross_entropy,
@@ -303,6 +304,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=0.0, help="for all, if more (default 0)")
     parser.add_argument("--out", type=Path, help="write the rows to this JSON file")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=DEVICE)
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--dry-run", action="store_true", help="small images")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -313,6 +315,7 @@ def main() -> None:
     print(f"{head['device']}, torch {head['torch']}, commit {head['commit']}")
     inference: list[dict[str, Any]] = []
     backend = "eager" if arguments.dry_run else "inductor"  # which compiles for minutes
+    backend = None if arguments.eager else backend
     for setting in settings:
         print(f"\n{setting}\n{'':<32}      ms   q1–q3         to the first   q1–q3      MiB")
         minutes = arguments.minutes / len(settings)
