@@ -279,15 +279,16 @@ def rows_of(
 
 
 def inference_rows(
-    setting: Setting, device: torch.device, min_rounds: int
+    setting: Setting, device: torch.device, min_rounds: int, export: bool
 ) -> Iterator[dict[str, Any]]:
     """Forward passes in evaluation mode without gradients."""
     images, _ = images_and_labels(setting, device)
     model = network_of(setting, device).eval()
     late = copy.deepcopy(model)
     ao.late_upsampling(late, images[:1])
-    exported = torch.export.export(late, (images,)).module()
-    networks = {"plain": model, "late": late, "late, exported": exported}
+    networks: dict[str, nn.Module] = {"plain": model, "late": late}
+    if export:
+        networks["late, exported"] = torch.export.export(late, (images,)).module()
 
     def turn(network: Callable[..., Tensor], memory: bool) -> Turn:
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda):
@@ -304,7 +305,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=0.0, help="for all, if more (default 0)")
     parser.add_argument("--out", type=Path, help="write the rows to this JSON file")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=DEVICE)
-    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile and export")
     parser.add_argument("--dry-run", action="store_true", help="small images")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -322,7 +323,7 @@ def main() -> None:
         for row in rows_of(setting, device, arguments.rounds, minutes, backend):
             rows.append(row)
             print(line(label(row), row), flush=True)
-        for row in inference_rows(setting, device, arguments.rounds):
+        for row in inference_rows(setting, device, arguments.rounds, not arguments.eager):
             inference.append(row)
             print(line(f"inference: {row['name']}", row), flush=True)
         if arguments.out:
