@@ -159,7 +159,6 @@ class Bench:
             if unsteadiness(tries[-1][0]) <= (False, MOST_SPREAD):
                 break
         measured, times = min(tries, key=lambda attempt: unsteadiness(attempt[0]))
-        our_name = [*backends(self.device), ""][0]
         row = {
             "operation": case.operation,
             "direction": case.direction,
@@ -169,7 +168,6 @@ class Bench:
             "dtype": case.dtype,
             "labels": case.labels,
             "name": name,
-            "ours": name.removesuffix(GRAPH) == our_name,
             **measured._asdict(),
             "bytes": counted_bytes,
             # a graph allocates when it is captured
