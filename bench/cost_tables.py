@@ -15,7 +15,7 @@ import plot_options
 import plot_training_step
 from charts import number
 from markdown_table import markdown_table
-from record import grouped
+from record import by_case, grouped
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
@@ -31,6 +31,7 @@ PAGES = (
 RESULTS = ROOT / "bench/results"
 MARKED = re.compile(r"(<!-- rows: (\w+) -->\n).*?(?=<!-- end of rows -->)", re.S)
 RUN = RESULTS / "amd-epyc-avx512-2-threads.json"  # of `make bench BENCH=bench/results`
+GPU_RUN = RESULTS / "nvidia-h100-80gb-hbm3-132-multiprocessors.json"
 COUNTED_MEMORY = RESULTS / "counted-memory.json"
 COUNTED_LOVASZ = RESULTS / "counted-lovasz.json"
 COUNTED_OPERATIONS = RESULTS / "counted-operations.json"
@@ -54,6 +55,10 @@ def run() -> dict:
     return json.loads(RUN.read_text())
 
 
+def gpu_run() -> dict:
+    return json.loads(GPU_RUN.read_text())
+
+
 def counted_memory() -> dict:
     return json.loads(COUNTED_MEMORY.read_text())
 
@@ -68,6 +73,13 @@ def gain_of(option: str, num_classes: int, ratio: int, axes: int = 2) -> str:
 def gains() -> str:
     """The README's first table: a typical and the best case of what it promises."""
     network, best = step_with_both("hrnet"), step_with_both("segformer")
+    losses = {
+        rows[0]["shape"]: gain_of_case(rows)
+        for rows in by_case(gpu_run()["operators"])
+        if (rows[0]["operation"], rows[0]["direction"])
+        == ("cross-entropy", plot_operators.TRAINING)
+    }
+    on_gpu = [step_with_both(name, gpu_run()) for name in ("hrnet", "segformer")]
     lines = [
         [
             "cross-entropy, forward and backward",
@@ -77,10 +89,22 @@ def gains() -> str:
             "CPU",
         ],
         [
+            "the same, bfloat16",
+            f"{losses['HRNet, Cityscapes']}: 19 classes, stride 4, random logits",
+            f"{losses['SegFormer, ADE20K']}: 150 classes, stride 4, random logits",
+            "[H100](docs/gpu.md#how-fast)",
+        ],
+        [
             "a training step, with late upsampling",
             f"{network}: HRNet-W18-small, 19 classes",
             f"{best}: SegFormer-B0, 150 classes",
             "CPU",
+        ],
+        [
+            "the same, autocast",
+            f"{on_gpu[0]}: HRNet-W48",
+            f"{on_gpu[1]}: SegFormer-B5",
+            "[H100](docs/gpu.md#how-fast)",
         ],
         [
             "largest batch in 24 GB, with late upsampling",
@@ -140,10 +164,18 @@ def uses() -> str:
     return markdown_table(["you have", "line of code", "gain on a CPU"], lines, words=(0, 1, 2))
 
 
-def step_with_both(network: str) -> str:
-    rows = rows_of_step(network)
+def gain_of_case(rows: list[dict]) -> str:
+    """The time of the fastest alternative divided by that of ours."""
+    ours = next(row for row in rows if row["ours"])
+    other = next(row for row in rows if "anchorops" not in row["name"])
+    return f"{other['median'] / ours['median']:.0f}×"
+
+
+def step_with_both(network: str, of: dict | None = None) -> str:
+    rows = rows_of_step(network, of)
     memory = rows[BOTH]["peak_bytes"] / rows["baseline, torch's cross-entropy"]["peak_bytes"]
-    return f"{share_of_time(network, BOTH):.0%} of the time, {memory:.0%} of the memory"
+    time = rows[BOTH]["ratio"]["median"]
+    return f"{time:.0%} of the time, {memory:.0%} of the memory"
 
 
 def share_of_time(network: str, name: str) -> float:
@@ -163,8 +195,8 @@ def steps_with_methods() -> str:
     return f"A method adds at most {max(map(max, added.values())):.0%} to a step (CeCo {ceco:.0%})."
 
 
-def rows_of_step(network: str) -> dict[str, dict]:
-    rows = run()["training_steps"]
+def rows_of_step(network: str, of: dict | None = None) -> dict[str, dict]:
+    rows = (of or run())["training_steps"]
     return {plot_training_step.label(row): row for row in rows if network in row["network"]}
 
 
@@ -314,10 +346,10 @@ def sizes(row: dict, seen: set[str]) -> str:
     return text + dtype + (", random labels" if named and row["labels"] == "random" else "")
 
 
-def cases() -> str:
+def cases(of: dict) -> str:
     """The first case of each operation, and those less than twice as fast as the fastest other
     implementation: forward and backward, or forward if there is nothing else."""
-    groups = plot_operators.quick_cases(run())
+    groups = plot_operators.quick_cases(of)
     fields = ("operation", "shape", "sizes", "dtype", "labels")
     trained = {
         tuple(rows[0][field] for field in fields)
@@ -354,6 +386,22 @@ def cases() -> str:
         )
     header = ["operation", "sizes", "anchorops, ms", "MiB", "fastest other", "ms", "MiB", "×"]
     return markdown_table(header, lines, words=(0, 1, 4))
+
+
+def cuda_and_triton() -> str:
+    """Operators that both backends of a GPU have."""
+    lines = []
+    seen: set[str] = set()
+    for rows in by_case(gpu_run()["operators"]):
+        by_name = {row["name"]: row for row in rows}
+        cuda, triton = (by_name.get(f"anchorops ({name})") for name in ("cuda", "triton"))
+        if cuda is None or triton is None or cuda["direction"] != plot_operators.TRAINING:
+            continue
+        bandwidth = "" if cuda["copy_share"] is None else f"{cuda['copy_share']:.0%}"
+        cells = [milliseconds(cuda), bandwidth, milliseconds(triton)]
+        lines.append([cuda["operation"], sizes(cuda, seen), *cells])
+    header = ["operation", "sizes", "CUDA, ms", "of a copy's bandwidth", "Triton, ms"]
+    return markdown_table(header, lines, words=(0, 1))
 
 
 def counted_lovasz() -> str:
@@ -466,8 +514,11 @@ TABLES = {
     "steps_with_methods": steps_with_methods,
     "speedups": speedups,
     "headlines": lambda: plot_operators.table(run()),
-    "cases": cases,
+    "cases": lambda: cases(run()),
+    "cases_on_a_gpu": lambda: cases(gpu_run()),
+    "cuda_and_triton": cuda_and_triton,
     "training_steps": lambda: plot_training_step.table(run()),
+    "steps_on_a_gpu": lambda: plot_training_step.table(gpu_run()),
     "inference": lambda: plot_training_step.inference(run()),
     "export": export,
     "lovasz": lovasz,

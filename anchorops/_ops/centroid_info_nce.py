@@ -1,10 +1,11 @@
 """InfoNCE between the centroids of K classes. It computes only K×K×D products, so on a GPU the
 launches determine its time.
 
-On GPUs the losses of the queries are an operator, `anchorops::centroid_info_nce.triton` and `.cuda`
-of one schema. It stores no logits: the backward pass computes them again. On CPU the formula of the
-reference is used: with its masks of classes it takes 0.17 ms at K = 19, up to eight times as long
-as a plain cross-entropy.
+On GPUs the losses of few queries are an operator, `anchorops::centroid_info_nce.triton` and `.cuda`
+of one schema. It stores no logits: the backward pass computes them again. It uses no matrix
+products, so for more than KERNEL_LOGITS logits the formula of the reference is faster (on an H100
+equally fast at 171 classes, 18 times at 1,000). On CPU the formula is always used: with its masks
+of classes it takes 0.17 ms at K = 19, up to eight times as long as a plain cross-entropy.
 """
 
 from typing import Any
@@ -26,6 +27,7 @@ from .._checks import (
 from .registration import Gradient, define
 
 BACKENDS = ("triton", "cuda")  # on the CPU it is the reference
+KERNEL_LOGITS = 2**15  # that a kernel computes at most: queries × keys
 
 # float32 queries, positives [R, D] by strides, R = K·G: row r is a query of class r // G; keys
 # [K, D] by strides; bool present [R], present_keys [K]. Without positives, that of a row is the key
@@ -99,8 +101,8 @@ def centroid_info_nce(
 
     (OCCL, doi 10.1016/j.patcog.2024.110431, Eqs. 4-6 as described in the text; MVSC, Eq. 2.)
     Nothing is normalised here. Inner products and sums are float32, also under autocast.
-    On GPUs the K·G×K logits are never stored. On CPU they are kept for the gradient if these are
-    at most 2^23 (32 MiB in float32); otherwise the backward pass computes parts of them again.
+    On GPUs up to 2^15 logits (K·G×K) are never stored. Otherwise they are kept for the gradient if
+    these are at most 2^23 (32 MiB in float32); of more the backward pass computes parts again.
 
     Args:
         queries: [K, D], or [K, G, D] for G queries of each class; float.
@@ -140,7 +142,8 @@ def centroid_info_nce(
     temperature = check_temperature(function, temperature)
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
     backend = select(function, queries, queries.shape[0], operators=CUDA_BACKENDS)
-    if backend not in BACKENDS:
+    few = queries.shape[:-1].numel() * keys.shape[0] <= KERNEL_LOGITS
+    if backend not in BACKENDS or not few:
         return reference.centroid_info_nce(
             *map(savable, (queries, keys)),
             positives=savable(positives),
