@@ -14,7 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from .changed import GENERATED, METADATA_READS, copied, dry_run, made_by_call, tensors, version
+from .changed import (
+    GENERATED,
+    METADATA_READS,
+    class_of,
+    copied,
+    dry_run,
+    made_by_call,
+    may_change,
+    tensors,
+    version,
+)
 from .late_plan import (
     KINDS,
     SIZES,
@@ -393,7 +403,7 @@ def _plan(
             if call.kind != "view":
                 postponed.add((call.kind, number(call)))
     classes = {
-        name: type(layer)
+        name: class_of(layer)
         for name, layer in modules[run.name].named_modules()
         if name and layer in layers
     }
@@ -430,8 +440,7 @@ def _unwatched(
             and all(counts == first for counts in others)
             and sum(first.values()) >= FEWEST_UNWATCHED
             and not any(layer == inside or layer.startswith(f"{inside}.") for layer in layers)
-            and not isinstance(module, GENERATED)
-            and "forward" not in vars(module)
+            and may_change(module)
         ):
             result[inside] = _counts(first)
     return result
