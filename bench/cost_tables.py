@@ -175,7 +175,7 @@ def step_with_both(network: str, of: dict | None = None) -> str:
     rows = rows_of_step(network, of)
     memory = rows[BOTH]["peak_bytes"] / rows["baseline, torch's cross-entropy"]["peak_bytes"]
     time = rows[BOTH]["ratio"]["median"]
-    return f"{time:.0%} of the time, {memory:.0%} of the memory"
+    return f"time {time:.0%}, memory {memory:.0%}"
 
 
 def share_of_time(network: str, name: str) -> float:

@@ -119,8 +119,10 @@ def test_measure_leaves_out_its_own_process(clock, monkeypatch):
     assert measure(run, 1, CPU, seconds=0)[0].others == 0.25
 
 
-def test_measure_on_cuda(monkeypatch):
-    """The order of events, with a replacement for CUDA: read a clean buffer, start, call, end."""
+@pytest.mark.parametrize(("host", "reads"), [(0.0, 1), (3e-3, 1 + 3), (1.0, 1 + 10)])
+def test_measure_on_cuda(monkeypatch, clock, host: float, reads: int):
+    """The order of events, with a replacement for CUDA: read a clean buffer for twice as long as
+    the host needs for a call, and at most 20 ms; start, call, end."""
     order = []
 
     class Event:
@@ -134,6 +136,9 @@ def test_measure_on_cuda(monkeypatch):
             assert isinstance(end, Event)
             return 2.0  # milliseconds
 
+        def synchronize(self) -> None:
+            pass
+
     class Clean:
         def sum(self) -> None:  # only a read, because a write would leave dirty lines
             order.append("read")
@@ -143,17 +148,21 @@ def test_measure_on_cuda(monkeypatch):
         return Clean()
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("synchronize"))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     properties = SimpleNamespace(total_memory=141 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch, "zeros", zeros)
-    run = lambda: order.append("call")  # noqa: E731
+
+    def run() -> None:
+        order.append("call")
+        clock.now += host
+
     measured, times = measure(run, 10**6, torch.device("cuda"), seconds=0)
     assert times == [2e-3] * 3
     assert measured.gbps == pytest.approx(0.5)
-    once = ["read", "event", "call", "event"]
-    assert order == [*once, *once, *once, "synchronize"]
+    of_a_read = ["read", "event", "read", "event"]
+    once = [*["read"] * reads, "event", "call", "event"]
+    assert order == [*of_a_read * 3, "call", *once * 3]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
