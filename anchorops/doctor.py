@@ -30,7 +30,7 @@ from ._backend import (
 )
 from ._doctor_benchmark import benchmark
 from .measure import environment
-from .verify import report
+from .verify.run import report
 
 
 def _tool(command: list[str], line: int) -> str:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 import anchorops as ao
-from anchorops import _backend, doctor, verify
+from anchorops import _backend, doctor
+from anchorops.verify import checks
+from anchorops.verify import run as verify
 
 CPU = torch.device("cpu")
 BACKEND = "reference" if ao.backends()["cpu"] else "cpu"
@@ -30,7 +32,7 @@ def test_all_is_right():
         for check in verify.checks()
     ],
 )
-def test_check(check: verify.Check, backend: str, record_property):
+def test_check(check: checks.Check, backend: str, record_property):
     """The checks pass for kernels that run without a GPU."""
     row = verify.run(check, backend, CPU)
     if row.right is None or "Unsupported: " in row.note:
@@ -151,9 +153,9 @@ def test_the_operators_of_the_checks(monkeypatch):
         looked_up.clear()
         verify._evaluate(check.ours, check.inputs, check.name)
         assert looked_up == set(check.parts or [check.operator]), check.name
-        assert bool(check.parts) == (check.operator == verify.COMPOSITION)
+        assert bool(check.parts) == (check.operator == checks.COMPOSITION)
         own.add(check.operator)
-    assert own == {*_backend.OPERATORS, verify.COMPOSITION} - {"mask_rle"}
+    assert own == {*_backend.OPERATORS, checks.COMPOSITION} - {"mask_rle"}
 
 
 def test_the_driver(monkeypatch):

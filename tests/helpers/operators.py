@@ -1,7 +1,7 @@
 """An example of each operator, called by its public function, and the same by torch's functions:
 what tests/test_guarantees.py and tests/test_guarantees_of_torch.py run.
 
-The formulas are those of `anchorops-doctor --verify` (anchorops/verify.py), where there is one.
+The formulas are those of `anchorops-doctor --verify` (anchorops/verify/formulas.py), if any.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchorops as ao
-from anchorops import verify
 from anchorops._ops.upsampled_sums import upsampled_sums
+from anchorops.verify import formulas
 
 K, D = 4, 6
 F32 = torch.float32
@@ -135,7 +135,7 @@ def our_centroids(features: Tensor, labels: Tensor):
 
 
 def centroids(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    counts, sums = verify._moments(features, labels, num_classes=K, per_image=True)
+    counts, sums = formulas.moments(features, labels, num_classes=K, per_image=True)
     return sums / counts.clamp(min=1)[..., None], counts
 
 
@@ -200,14 +200,14 @@ def our_info_nce(queries: Tensor, keys: Tensor, present: Tensor, positives: Tens
 GROUPS = {"groups": 2, "per_image": True, "seed": 5}
 ALIGNED = {"align_corners": True}
 shaped = our_loss(ao.CrossEntropy, label_smoothing=0.1, focal_gamma=1.5)
-shaped_formula = partial(verify._cross_entropy, label_smoothing=0.1, focal_gamma=1.5)
+shaped_formula = partial(formulas.cross_entropy, label_smoothing=0.1, focal_gamma=1.5)
 four_times, any_size = logit_inputs(3, 5, 12, 20), logit_inputs(5, 4, 9, 13)
-argmax = partial(verify._predictions, align=False)
+argmax = partial(formulas.predictions, align=False)
 OPERATORS = [
     Operator(
         "class_moments",
         our_moments,
-        without_options(verify._moments, num_classes=K),
+        without_options(formulas.moments, num_classes=K),
         feature_inputs,
         CUDA_BACKENDS,
         tables=("anchors",),
@@ -215,7 +215,7 @@ OPERATORS = [
     Operator(
         "class_moments of groups",
         partial(our_moments, **GROUPS),
-        without_options(verify._moments, num_classes=K, **GROUPS),
+        without_options(formulas.moments, num_classes=K, **GROUPS),
         feature_inputs,
         CUDA_BACKENDS,
         tables=("anchors",),
@@ -223,7 +223,7 @@ OPERATORS = [
     Operator(
         "pixel_to_anchor_mse",
         our_mse,
-        without_options(verify._mse),
+        without_options(formulas.mse),
         feature_inputs,
         CUDA_BACKENDS,
         tables=("anchors",),
@@ -244,34 +244,34 @@ OPERATORS = [
     Operator(
         "pixel_cross_entropy",
         partial(ao.pixel_cross_entropy, ignore_index=-1, reduction="none"),
-        without_options(verify._loss_of_pixels),
+        without_options(formulas.loss_of_pixels),
         logit_inputs(6, 7, 6, 7, num_classes=2),
     ),
     Operator("CrossEntropy", shaped, without_options(shaped_formula), with_pixel_weights),
     Operator(
         "CrossEntropy of hard pixels",
         our_loss(ao.CrossEntropy, ohem_threshold=0.5),
-        without_options(verify._cross_entropy, ohem_threshold=0.5),
+        without_options(formulas.cross_entropy, ohem_threshold=0.5),
         with_pixel_weights,
         ignores=False,  # other pixels have no gradient either
     ),
     Operator(
         "CrossEntropy of the hardest",
         our_loss(ao.CrossEntropy, ohem_min_kept=40),
-        without_options(verify._cross_entropy, ohem_min_kept=40),
+        without_options(formulas.cross_entropy, ohem_min_kept=40),
         four_times,
         ignores=False,
     ),
     Operator(
         "Dice",
         our_loss(ao.Dice, squared=True, per_image=True),
-        without_options(verify._dice, squared=True, per_image=True),
+        without_options(formulas.dice, squared=True, per_image=True),
         any_size,
     ),
     Operator(
         "Lovasz",
         our_loss(ao.Lovasz),
-        without_options(verify._lovasz),
+        without_options(formulas.lovasz),
         any_size,
         exact=False,  # errors are rounded to bins
     ),
@@ -286,33 +286,33 @@ OPERATORS = [
     Operator(
         "pixel_binary_cross_entropy",
         partial(ao.pixel_binary_cross_entropy, pos_weight=2.5, ignore_index=-1),
-        without_options(verify._binary, pos_weight=2.5),
+        without_options(formulas.binary, pos_weight=2.5),
         channel_inputs,
     ),
     Operator(
         "CrossEntropyDice of volumes",
         our_loss(ao.CrossEntropyDice),
-        without_options(verify._with_dice),
+        without_options(formulas.with_dice),
         volume_inputs,
         ON_CPU,
     ),
     Operator(
         "pixel_kl_divergence",
         our_divergence,
-        without_options(verify._divergence, temperature=2.0),
+        without_options(formulas.divergence, temperature=2.0),
         partial(teacher_inputs, False),
     ),
     Operator(
         "pixel_kl_divergence of volumes",
         our_divergence,
-        without_options(verify._divergence, temperature=2.0),
+        without_options(formulas.divergence, temperature=2.0),
         partial(teacher_inputs, True),
         ON_CPU,
     ),
     Operator(
         "pixel_argmax",
         without_options(argmax),
-        without_options(verify._largest, align=False),
+        without_options(formulas.largest, align=False),
         four_times,
         differentiable=False,
         ignores=False,
@@ -320,7 +320,7 @@ OPERATORS = [
     Operator(
         "pixel_argmax of volumes",
         without_options(argmax),
-        without_options(verify._largest, align=False),
+        without_options(formulas.largest, align=False),
         volume_inputs,
         ON_CPU,
         differentiable=False,
@@ -329,7 +329,7 @@ OPERATORS = [
     Operator(
         "pixel_confusion",
         partial(ao.pixel_confusion, ignore_index=-1),
-        without_options(verify._confusion),
+        without_options(formulas.confusion),
         four_times,
         differentiable=False,
         ignores=False,
@@ -346,7 +346,7 @@ OPERATORS = [
     Operator(
         "centroid_info_nce",
         our_info_nce,
-        without_options(verify._info_nce),
+        without_options(formulas.info_nce),
         centroid_inputs,
         NOT_CPU,
         tables=("queries", "keys", "present", "positives"),

@@ -19,7 +19,7 @@ def main() -> None:
     triton_launches.install(int(sys.argv[1]))
     import torch
 
-    from anchorops import verify
+    from anchorops.verify import run as verify
 
     compile_, store = JITFunction.run, Region.store
     unfused: set[str] = set()

@@ -136,7 +136,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def _missing() -> list[str]:
     """Branches that no check runs, if all checks ran."""
-    from anchorops.verify import checks
+    from anchorops.verify.checks import checks
 
     all_ran = record.checks >= {check.name for check in checks()}
     return list(never_run(record.compiled, record.ran)) if all_ran else []

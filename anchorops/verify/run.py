@@ -1,0 +1,359 @@
+"""Runs the checks on each usable backend, compares, and reports.
+
+A check calls public functions, on tensors that lie between NaN, and compares values and gradients
+with torch's functions in float64. An error may be twice that of torch's functions in float32, plus
+2⁻²⁰ of the largest number; a gradient in half precision may be rounded once more. A second call
+must give the same bits. Only the methods have no formula here: they are compared with themselves in
+float64, by the backend `reference`.
+
+What is wrong can be taken out of "auto": `report` prints how.
+"""
+
+import json
+import multiprocessing
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import anchorops as ao
+
+from .._backend import (
+    NAMES,
+    NOT_AUTO,
+    OPERATORS,
+    TRITON_ON_HOST,
+    excluded,
+    unusable,
+)
+from ..measure import cuda_graph, environment
+from .checks import Check, base, checks, random_of
+from .formulas import Inputs
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+MOST_WORKERS = 8  # processes that compile Triton's kernels
+
+
+class Row(NamedTuple):
+    """What a check found. `error` and `limit` are relative to the largest number."""
+
+    operator: str  # or COMPOSITION, or "environment"
+    backend: str
+    check: str
+    error: float
+    limit: float
+    right: bool | None  # None: not checked, for the reason in `note`, or not served by the backend
+    note: str
+    seconds: float
+    parts: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        unchecked = "not checked" if self.note else "not served"
+        found = {True: "ok", False: "WRONG", None: unchecked}[self.right]
+        numbers = " " * 18 if self.right is None else f"{self.error:9.1e}{self.limit:9.1e}"
+        start = f"{self.operator:<23}{self.backend:<10}{self.check:<52}"
+        return f"{start}{numbers}  {self.note + ' ' if self.note else ''}{found}"
+
+
+def _between_nan(x: Tensor, device: torch.device) -> Tensor:
+    """x, with its strides, on the device; before, after and between its numbers are NaN or 0."""
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    fill = torch.nan if x.is_floating_point() else 0
+    buffer = torch.full((extent + 128,), fill, dtype=x.dtype, device=device)
+    return buffer.as_strided(x.shape, x.stride(), 64).copy_(x)
+
+
+def _evaluate(function: Callable[..., Any], inputs: Inputs, seed: str) -> list[Tensor | None]:
+    """The outputs, and the gradients of all floating inputs, of a random sum of the outputs."""
+    leaves = [x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs]
+    outputs = function(*leaves)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    random, total = random_of(seed), None
+    for output in outputs:
+        weights = 0.5 + torch.rand(output.shape, generator=random)
+        if output.requires_grad:
+            part = (output * weights.to(output)).sum()
+            total = part if total is None else total + part
+    floating = [x for x in leaves if x.is_floating_point()]
+    gradients = [None for _ in floating]
+    if total is not None:
+        gradients = torch.autograd.grad(total, floating, allow_unused=True)
+    return [*(x.detach() for x in outputs), *gradients]
+
+
+def _error(ours: Tensor, exact: Tensor, narrow: Tensor, floor: float) -> tuple[float, float]:
+    """The largest error and its limit, relative to the largest number."""
+    if ours.shape != exact.shape:
+        return torch.inf, floor
+    exact = exact.double()
+    difference = (ours.double() - exact).abs()
+    if ours.dtype in (BF16, F16):
+        half = torch.finfo(ours.dtype)
+        rounding = half.eps / 2 * exact.abs().clamp(min=half.smallest_normal)
+        difference = (difference - rounding).clamp(min=0)
+    largest = max(float(exact.abs().max()), torch.finfo(F32).tiny)
+    if not difference.isfinite().all():
+        return torch.inf, floor
+    limit = 2 * float((narrow.double() - exact).abs().max()) / largest + floor
+    return float(difference.max()) / largest, limit
+
+
+def _compare(check: Check, backend: str, device: torch.device) -> tuple[float, float, str]:
+    """Error, limit, and what else is wrong."""
+    inputs = tuple(_between_nan(x, device) for x in check.inputs)
+    wide, narrow = (
+        tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs) for dtype in (F64, F32)
+    )
+    exact, rounded = (_evaluate(check.formula, x, check.name) for x in (wide, narrow))
+    with ao.use_backend(backend):
+        function = check.ours.to(device) if isinstance(check.ours, nn.Module) else check.ours
+        ours, again = (_evaluate(function, inputs, check.name) for _ in range(2))
+    error, limit = 0.0, check.floor
+    for one, two, right, other in zip(ours, again, exact, rounded, strict=True):
+        if one is None or right is None or two is None or other is None:
+            if (one is None) != (right is None):
+                return torch.inf, 0.0, "a gradient is missing"
+            continue
+        if not torch.equal(*(x.flatten().contiguous().view(torch.uint8) for x in (one, two))):
+            return torch.inf, 0.0, "a second call gives other bits"
+        error_and_limit = _error(one, right, other, check.floor)
+        if error_and_limit[0] / error_and_limit[1] > error / limit:
+            error, limit = error_and_limit
+    return error, limit, ""
+
+
+def _alive(device: torch.device) -> bool:
+    """After an illegal access, every call on a GPU fails until the process ends."""
+    try:
+        return bool(torch.ones(1, device=device).sum() == 1)
+    except RuntimeError:
+        return False
+
+
+def _row(
+    operator: str,
+    backend: str,
+    name: str,
+    device: torch.device,
+    compare: Callable[[], tuple[float, float, str]],
+    parts: tuple[str, ...] = (),
+) -> Row:
+    """What `compare` finds. Everything that it raises is a result, which the user must see."""
+    start, error, limit = time.monotonic(), torch.inf, 0.0
+    right, note = None, "the GPU failed in an earlier check:"
+    if _alive(device):
+        try:
+            error, limit, note = compare()
+            right = error <= limit
+        except Exception as raised:
+            note = f"{type(raised).__name__}: {' '.join(str(raised).split())[:200]}"
+            if "does not support this call" in note:
+                note = ""
+            elif not isinstance(raised, torch.OutOfMemoryError) and "unavailable" not in note:
+                right = False
+    return Row(operator, backend, name, error, limit, right, note, time.monotonic() - start, parts)
+
+
+def run(check: Check, backend: str, device: torch.device) -> Row:
+    """One check on the device, whose default is the backend that is verified."""
+    compare = partial(_compare, check, backend, device)
+    return _row(check.operator, backend, check.name, device, compare, check.parts)
+
+
+def _environments(
+    backend: str, device: torch.device
+) -> dict[str, Callable[[Inputs], list[Tensor]]]:
+    """Ways to call a loss, which give the same bits as a plain call."""
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        if backend == "cuda":  # it has no pixel losses
+            _, sums, _ = ao.ops.class_moments(z, y, z.shape[1], ignore_index=-1)
+            return sums.square().sum()
+        return ao.pixel_cross_entropy(z, y, ignore_index=-1)
+
+    def call(inputs: Inputs, function: Callable[..., Tensor] = loss) -> list[Tensor]:
+        z = inputs[0].detach().requires_grad_()
+        value = function(z, inputs[1])
+        return [value.detach(), *torch.autograd.grad(value, z)]
+
+    def compiled(inputs: Inputs) -> list[Tensor]:
+        return call(inputs, torch.compile(loss, fullgraph=True, backend="aot_eager"))
+
+    def autocast(inputs: Inputs) -> list[Tensor]:
+        with torch.autocast(device.type, torch.bfloat16):
+            return call(inputs)
+
+    def other_stream(inputs: Inputs) -> list[Tensor]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            results = call(inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        return results
+
+    def graph(inputs: Inputs) -> list[Tensor]:
+        results = cuda_graph(lambda: call(inputs))()
+        assert isinstance(results, list)
+        return results
+
+    def without_synchronising(inputs: Inputs) -> list[Tensor]:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return call(inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def other_gpu(inputs: Inputs) -> list[Tensor]:
+        results = call(tuple(x.to("cuda:1") for x in inputs))
+        return [x.to(device) for x in results]
+
+    ways = {"a plain call": call, "torch.compile, fullgraph": compiled, "autocast": autocast}
+    if device.type == "cuda":
+        ways |= {"another stream": other_stream, "a CUDA graph": graph}
+        ways["no synchronisation"] = without_synchronising
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if len(names) > 1 and names[0] == names[1]:  # other GPUs may add in another order
+            ways["GPU 1 while 0 is current"] = other_gpu
+    return ways
+
+
+def device_of(backend: str) -> torch.device:
+    """Where a backend runs: kernels without a GPU read tensors of the CPU."""
+    simulated = backend == "triton" and TRITON_ON_HOST
+    on_gpu = backend != "cpu" and torch.cuda.is_available() and not simulated
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def environment_rows(backend: str, device: torch.device) -> Iterator[Row]:
+    """The ways to call a loss, of which the first gives what the others must give. They say nothing
+    about an operator."""
+    expected: list[Tensor] = []
+
+    def same(way: Callable[[Inputs], list[Tensor]]) -> tuple[float, float, str]:
+        inputs = tuple(_between_nan(x, device) for x in base())
+        with ao.use_backend(backend):
+            results = way(inputs)
+        expected.extend(results if not expected else ())
+        equal = all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
+        return (0.0, 0.0, "") if equal else (torch.inf, 0.0, "other bits than a plain call")
+
+    for name, way in _environments(backend, device).items():
+        yield _row("environment", backend, name, device, partial(same, way))
+
+
+def _run_number(number: int, backend: str) -> Row:
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")  # of the formulas
+    return run(checks()[number], backend, device_of(backend))
+
+
+def verify(backend: str, everything: bool) -> Iterator[Row]:
+    """All checks of a backend, `quick` ones alone of Triton's unless `everything`."""
+    device = device_of(backend)
+    torch.set_float32_matmul_precision("highest")
+    if backend == "triton":
+        yield from _in_processes(backend, everything)
+    else:
+        for check in checks():
+            yield run(check, backend, device)
+    yield from environment_rows(backend, device)
+
+
+def _in_processes(backend: str, everything: bool) -> Iterator[Row]:
+    """Side by side, because Triton compiles each kernel at its first launch."""
+    chosen = [(i, check) for i, check in enumerate(checks()) if everything or check.quick]
+    spawn = multiprocessing.get_context("spawn")
+    workers = min(MOST_WORKERS, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        futures = [pool.submit(_run_number, number, backend) for number, _ in chosen]
+        for future, (_, check) in zip(futures, chosen, strict=True):
+            try:
+                yield future.result()
+            except BrokenProcessPool:
+                note = "a process that ran checks ended:"
+                yield Row(check.operator, backend, check.name, 0.0, 0.0, None, note, 0.0)
+
+
+def not_auto(rows: Sequence[Row]) -> list[str]:
+    """The lines of a shell that take what is wrong out of "auto", besides what is excluded already.
+    The first is for operators whose own check failed. For a composition without such an operator,
+    one line follows for each of its parts."""
+    out = {(backend, name) for backend, names in excluded.items() for name in names}
+    faults = [row for row in rows if row.right is False and row.backend in excluded]
+    wrong = {(row.backend, row.operator) for row in faults if row.operator in OPERATORS}
+
+    def line(pairs: set[tuple[str, str]]) -> str:
+        parts = [
+            f"{backend}:{name}"
+            for backend in NAMES
+            for name in OPERATORS
+            if (backend, name) in pairs
+        ]
+        return f"export {NOT_AUTO}={','.join(parts)}"
+
+    lines = [line(out | wrong)] if wrong else []
+    for row in faults:
+        pairs = [(row.backend, part) for part in row.parts if row.backend in OPERATORS[part]]
+        if wrong.isdisjoint(pairs):
+            lines += [f"{line(out | wrong | {pair})}  # one of: {row.check}" for pair in pairs]
+    return lines
+
+
+def _driver() -> str:
+    """The version of the GPUs' driver."""
+    for file in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
+        with suppress(OSError):
+            if match := re.search(r"\d+\.[\d.]+", Path(file).read_text()):
+                return match[0]
+    return "unknown"
+
+
+def report(backend: str | None, everything: bool, path: Path | None) -> bool:
+    """Verify a backend, or all that are usable here; print a line for each check, and a summary.
+    True if everything that the backends serve was checked and is right."""
+    reasons = unusable()
+    if backend is not None and reasons[backend]:
+        print(f"\n{backend} is not usable here: {reasons[backend]}")
+        return False
+    if path is not None:
+        path.touch()  # an error before the checks, not after them
+    print(f"\n{'operator':<23}{'backend':<10}{'check':<54}{'error':>7}{'limit':>9}")
+    names = [name for name, reason in reasons.items() if not reason]
+    summary, rows = [], []
+    for name in names if backend is None else [backend]:
+        start, backend_rows = time.monotonic(), []
+        for row in verify(name, everything):
+            print(row, flush=True)
+            backend_rows.append(row)
+        faults = [
+            row for row in backend_rows if row.right is False or (row.right is None and row.note)
+        ]
+        right = sum(row.right is True for row in backend_rows)
+        wrong = sum(row.right is False for row in backend_rows)
+        refused = len(backend_rows) - right - len(faults)
+        summary.append(
+            f"{name}: {right} right, {wrong} WRONG, {len(faults) - wrong} not checked, "
+            f"{refused} not served, {time.monotonic() - start:.0f} s"
+        )
+        summary += map(str, faults)
+        rows += backend_rows
+    versions = {**environment(device_of(rows[0].backend)), "driver": _driver()}
+    print("\nPlease report this, for a GPU also if everything is right:\n")
+    print(", ".join(f"{name} {value}" for name, value in versions.items()))
+    print("\n".join(summary))
+    if lines := not_auto(rows):
+        print('\nWhat takes it out of "auto" (docs/install.md; in Python exclude_from_auto):\n')
+        print("\n".join(lines))
+    if path is not None:
+        record = [row._replace(error=min(row.error, 1e300))._asdict() for row in rows]  # no ∞
+        path.write_text(json.dumps({**versions, "rows": record}, indent=1))
+    return not any(row.right is False or (row.right is None and row.note) for row in rows)
