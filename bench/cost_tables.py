@@ -15,7 +15,7 @@ import plot_options
 import plot_training_step
 from charts import number
 from markdown_table import markdown_table
-from record import by_case, grouped
+from record import GRAPH, by_case, grouped
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
@@ -192,7 +192,7 @@ def steps_with_methods() -> str:
                 share = share_of_time(network, name) / without
                 added.setdefault(name.removesuffix(", both"), []).append(share - 1)
     ceco = max(added.pop("CeCo"))
-    return f"A method adds at most {max(map(max, added.values())):.0%} to a step (CeCo {ceco:.0%})."
+    return f"A method adds at most {max(map(max, added.values())):.0%} to a step (CeCo {ceco:.0%}) on a CPU."
 
 
 def rows_of_step(network: str, of: dict | None = None) -> dict[str, dict]:
@@ -360,7 +360,7 @@ def cases(of: dict) -> str:
     seen: set[str] = set()
     operations: set[str] = set()
     for rows in groups:
-        ours = next((row for row in rows if row["ours"]), None)
+        ours = next((row for row in rows if row["ours"] and not row["name"].endswith(GRAPH)), None)
         other = next((row for row in rows if not row["name"].startswith("anchorops")), None)
         if ours is None or other is None:
             continue
@@ -388,20 +388,11 @@ def cases(of: dict) -> str:
     return markdown_table(header, lines, words=(0, 1, 4))
 
 
-def cuda_and_triton() -> str:
-    """Operators that both backends of a GPU have."""
-    lines = []
-    seen: set[str] = set()
-    for rows in by_case(gpu_run()["operators"]):
-        by_name = {row["name"]: row for row in rows}
-        cuda, triton = (by_name.get(f"anchorops ({name})") for name in ("cuda", "triton"))
-        if cuda is None or triton is None or cuda["direction"] != plot_operators.TRAINING:
-            continue
-        bandwidth = "" if cuda["copy_share"] is None else f"{cuda['copy_share']:.0%}"
-        cells = [milliseconds(cuda), bandwidth, milliseconds(triton)]
-        lines.append([cuda["operation"], sizes(cuda, seen), *cells])
-    header = ["operation", "sizes", "CUDA, ms", "of a copy's bandwidth", "Triton, ms"]
-    return markdown_table(header, lines, words=(0, 1))
+def steps_on_a_gpu() -> str:
+    """Without the methods."""
+    of = gpu_run()
+    plain = [row for row in of["training_steps"] if row["methods"] == "plain"]
+    return plot_training_step.table({**of, "training_steps": plain})
 
 
 def counted_lovasz() -> str:
@@ -516,9 +507,8 @@ TABLES = {
     "headlines": lambda: plot_operators.table(run()),
     "cases": lambda: cases(run()),
     "cases_on_a_gpu": lambda: cases(gpu_run()),
-    "cuda_and_triton": cuda_and_triton,
     "training_steps": lambda: plot_training_step.table(run()),
-    "steps_on_a_gpu": lambda: plot_training_step.table(gpu_run()),
+    "steps_on_a_gpu": steps_on_a_gpu,
     "inference": lambda: plot_training_step.inference(run()),
     "export": export,
     "lovasz": lovasz,
