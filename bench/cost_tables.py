@@ -192,7 +192,8 @@ def steps_with_methods() -> str:
                 share = share_of_time(network, name) / without
                 added.setdefault(name.removesuffix(", both"), []).append(share - 1)
     ceco = max(added.pop("CeCo"))
-    return f"A method adds at most {max(map(max, added.values())):.0%} to a step (CeCo {ceco:.0%}) on a CPU."
+    most = max(map(max, added.values()))
+    return f"A method adds at most {most:.0%} to a step (CeCo {ceco:.0%}) on a CPU."
 
 
 def rows_of_step(network: str, of: dict | None = None) -> dict[str, dict]:
