@@ -818,9 +818,9 @@ def test_calls_of_a_backbone_are_not_watched(monkeypatch, training: bool, after:
     model, x = OneForward(after).train(training), images()
     expected, classes = model(x), [type(module) for module in model.modules()]
     seen = []
-    watch = late_plan.Late.__torch_function__
+    watch = late_plan._Late.__torch_function__
     monkeypatch.setattr(
-        late_plan.Late,
+        late_plan._Late,
         "__torch_function__",
         lambda mode, func, *call: (seen.append(func), watch(mode, func, *call))[1],
     )
@@ -831,7 +831,7 @@ def test_calls_of_a_backbone_are_not_watched(monkeypatch, training: bool, after:
         torch.testing.assert_close(changed(x), expected)
         assert seen.count(F.batch_norm) == 4 * after
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
-    torch.testing.assert_close(torch.jit.trace(model, x, check_trace=False)(x), expected)  # pyright: ignore
+    torch.testing.assert_close(torch.jit.trace(model, x, check_trace=False)(x), expected)
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
     handle.remove()
     assert [type(module) for module in model.modules()] == classes

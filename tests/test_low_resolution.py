@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
-import segmentation_models_pytorch as smp
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import anchorops as ao
-from anchorops._forward import low_resolution as low_resolution_module
 
 D = 8
 
@@ -584,27 +582,3 @@ def test_advice_where_it_does_not_commute(after: Callable[..., Any], advice: str
     with pytest.raises(ValueError, match=f"return the upsampled logits, and call .*{advice}"):
         ao.low_resolution(model, x)
     ao.low_resolution(Net(), x)  # the advice
-
-
-def test_calls_of_a_backbone_are_not_watched(monkeypatch):
-    """The encoder and the decoder of a U-Net run without the mode, in compiled code too."""
-    model: Any = smp.Unet("resnet18", encoder_weights=None, classes=5)
-    model.segmentation_head = nn.Sequential(nn.Conv2d(16, 5, 1), nn.UpsamplingBilinear2d(None, 2))
-    images, seen = torch.randn(2, 3, 64, 64), []
-    plain = copy.deepcopy(model)
-    watch = low_resolution_module._Skip.__torch_function__
-    monkeypatch.setattr(
-        low_resolution_module._Skip,
-        "__torch_function__",
-        lambda mode, func, *call: (seen.append(func), watch(mode, func, *call))[1],
-    )
-    classes = [type(module) for module in model.modules()]
-    handle = ao.low_resolution(model, images)
-    output = model(images)
-    assert seen.count(F.interpolate) == 1 and torch.conv2d in seen and F.batch_norm not in seen
-    expected = F.interpolate(output, scale_factor=2, mode="bilinear", align_corners=True)
-    torch.testing.assert_close(expected, plain(images))
-    torch.testing.assert_close(torch.compile(model, backend="eager")(images), model(images))
-    model(torch.randn(2, 3, 96, 96))
-    handle.remove()
-    assert [type(module) for module in model.modules()] == classes

@@ -14,17 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from .changed import (
-    GENERATED,
-    METADATA_READS,
-    class_of,
-    copied,
-    dry_run,
-    made_by_call,
-    may_change,
-    tensors,
-    version,
-)
+from .changed import GENERATED, METADATA_READS, copied, dry_run, made_by_call, tensors, version
 from .late_plan import (
     KINDS,
     SIZES,
@@ -403,7 +393,7 @@ def _plan(
             if call.kind != "view":
                 postponed.add((call.kind, number(call)))
     classes = {
-        name: class_of(layer)
+        name: type(layer)
         for name, layer in modules[run.name].named_modules()
         if name and layer in layers
     }
@@ -440,7 +430,8 @@ def _unwatched(
             and all(counts == first for counts in others)
             and sum(first.values()) >= FEWEST_UNWATCHED
             and not any(layer == inside or layer.startswith(f"{inside}.") for layer in layers)
-            and may_change(module)
+            and not isinstance(module, GENERATED)
+            and "forward" not in vars(module)
         ):
             result[inside] = _counts(first)
     return result

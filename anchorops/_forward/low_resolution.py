@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import operator
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -18,15 +17,12 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from .._checks import check_flags, fail
 from .changed import (
-    CountingMode,
     change,
     check_model,
     check_restorable,
     copied,
     dry_run,
-    leave_unwatched,
     made_by_call,
-    may_change,
     reads,
     restore,
     tensors,
@@ -140,27 +136,12 @@ def _name(func: Any) -> str:
     return resolve_name(func) or getattr(func, "__name__", repr(func))
 
 
-@dataclass(eq=False)
-class _Run:
-    """One run of a module in the dry run, and its calls of F.interpolate."""
-
-    name: str
-    upsamplings: list[_Upsampling] = field(default_factory=list)
-
-
 class _Watch(TorchFunctionMode):
     """Records every F.interpolate of a forward, and which function made each tensor."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.upsamplings: list[_Upsampling] = []
-        self.runs: list[_Run] = []
-        self.called: set[str] = set()  # modules that the model's own forward calls
-        self._stack: list[_Run] = []
-        for name, module in model.named_modules():
-            if module is not model:
-                module.register_forward_pre_hook(functools.partial(self._begin, name))
-                module.register_forward_hook(self._end)
         # id: the tensor, the function that made it, and whether that read an upsampled tensor
         self._makers: dict[int, tuple[weakref.ref[Tensor], str, bool]] = {}
 
@@ -186,28 +167,6 @@ class _Watch(TorchFunctionMode):
                 up.readers.append(_name(func))
         if func is F.interpolate:
             self.upsamplings.append(_Upsampling(read[0], result, kwargs))
-            for run in self._stack:
-                run.upsamplings.append(self.upsamplings[-1])
-        return result
-
-    def _begin(self, name: str, *_: Any) -> None:
-        if not self._stack:
-            self.called.add(name)
-        self._stack.append(_Run(name))
-        self.runs.append(self._stack[-1])
-
-    def _end(self, *_: Any) -> None:
-        self._stack.pop()
-
-    def unwatched(self, returned: list[_Upsampling]) -> dict[str, int]:
-        """The modules that the model calls, without a returned upsampling, and how often they call
-        F.interpolate, which is always the same."""
-        result = {}
-        for name in self.called:
-            runs = [run.upsamplings for run in self.runs if run.name == name]
-            counts = {len(calls) for calls in runs}
-            if len(counts) == 1 and not any(up in returned for calls in runs for up in calls):
-                result[name] = counts.pop()
         return result
 
     def maker(self, tensor: Tensor) -> str:
@@ -224,7 +183,6 @@ class _Plan:
     calls: int  # in one forward
     returned: frozenset[int]
     align_corners: bool
-    unwatched: dict[str, int]  # calls of the modules that run without the mode
 
 
 class _Low(NamedTuple):
@@ -257,19 +215,13 @@ class _Skipped(NamedTuple):
     results: list[_Low]
 
 
-class _Skip(CountingMode):
+class _Skip(TorchFunctionMode):
     """Skips the calls of F.interpolate that a plan names. `calls` receives each skipped call, and
     None for every other one."""
 
     def __init__(self, plan: _Plan, calls: list[_Skipped | None], model: str) -> None:
-        super().__init__(plan.unwatched)
+        super().__init__()
         self.plan, self.calls, self.model = plan, calls, model
-
-    def sees_every_call(self) -> bool:
-        return any(call is not None for call in self.calls)
-
-    def count(self, calls: int) -> None:
-        self.calls.extend([None] * calls)
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -317,7 +269,8 @@ def _fail(model: str, why: str) -> NoReturn:
     raise RuntimeError(f"low_resolution: {model}: {why}: {advice}")
 
 
-class _Plans(NamedTuple):
+@dataclass(frozen=True)
+class _Plans:
     """The plans of training mode and of evaluation mode; None: nothing is skipped."""
 
     training: _Plan
@@ -353,29 +306,28 @@ class LowResolution:
             example "['out']".
     """
 
-    def __init__(self, modules: list[nn.Module], align_corners: bool, outputs: list[str]) -> None:
+    def __init__(self, model: nn.Module, align_corners: bool, outputs: list[str]) -> None:
         self.align_corners, self.outputs = align_corners, outputs
-        self._modules = modules  # the model, and those in it that run without the mode
+        self._model = model
 
     def remove(self) -> None:
         """Restore the upsampling of the model."""
-        check_restorable(*self._modules)
-        for module in self._modules:
-            restore("low_resolution", module)
+        check_restorable(self._model)
+        restore("low_resolution", self._model)
 
     def __repr__(self) -> str:
         places = ", ".join(self.outputs)
         options = f"align_corners={self.align_corners}"
-        return f"low_resolution of {type(self._modules[0]).__name__}: {places} ({options})"
+        return f"low_resolution of {type(self._model).__name__}: {places} ({options})"
 
 
 def _find(
     model: nn.Module, args: Any, kwargs: Any, training: bool
 ) -> tuple[_Plan, dict[str, bool]]:
     """The plan of one mode, and align_corners of the upsampling at each place of the output."""
+    watch = _Watch()
     with torch.inference_mode(False), torch.no_grad():
         trial = copied("low_resolution", model)
-        watch = _Watch(trial)
         forward_output, output = dry_run(trial, args, kwargs, training, watch)
     outputs = dict(tensors(output))
     returned: dict[int, str] = {}
@@ -411,8 +363,7 @@ def _find(
     corners = {place: watch.upsamplings[number].align_corners for number, place in returned.items()}
     # all alike, or low_resolution refuses the model
     align_corners = next(iter(corners.values()))
-    unwatched = watch.unwatched([watch.upsamplings[number] for number in returned])
-    return _Plan(len(watch.upsamplings), frozenset(returned), align_corners, unwatched), corners
+    return _Plan(len(watch.upsamplings), frozenset(returned), align_corners), corners
 
 
 def low_resolution(
@@ -475,16 +426,7 @@ def low_resolution(
     if len({*corners.values()}) > 1:
         places = ", ".join(f"{place}: {value}" for place, value in corners.items())
         fail("low_resolution", "model", "one align_corners for all outputs", places)
-    modules = {"": model}
+    handle = LowResolution(model, next(iter(corners.values())), list(corners))
     change("low_resolution", model, plans)
-    names = {
-        name
-        for some in plans
-        if some is not None
-        for name in some.unwatched
-        if may_change(model.get_submodule(name))
-    }
-    leave_unwatched("low_resolution", _Skip, modules, {"": names})
-    handle = LowResolution([*modules.values()], next(iter(corners.values())), list(corners))
     _logger.info("%r", handle)
     return handle
