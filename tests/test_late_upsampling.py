@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import anchorops as ao
-from anchorops._forward import late_plan
 
 up = functools.partial(F.interpolate, mode="bilinear", align_corners=False)
 WIDTHS = (8, 16, 24)
@@ -791,57 +790,3 @@ def test_small_images_and_generated_forwards() -> None:
     traced = torch.fx.symbolic_trace(nn.Conv2d(3, 4, 1))
     with pytest.raises(ValueError, match="a model whose forward is written in Python, got"):
         ao.late_upsampling(traced, x)
-
-
-class OneForward(nn.Module):
-    """Backbone and head in one forward. after: the backbone runs again, between an upsampling and
-    the convolution."""
-
-    def __init__(self, after: bool) -> None:
-        super().__init__()
-        layers = [x for _ in range(4) for x in (nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU())]
-        self.first, self.backbone = nn.Conv2d(3, 8, 1, stride=2), nn.Sequential(*layers)
-        self.mix, self.after = nn.Conv2d(16, 4, 1), after
-
-    def forward(self, x: Tensor) -> Tensor:
-        maps = self.backbone(self.first(x))
-        large = up(maps, x.shape[2:])
-        if self.after:
-            maps = self.backbone(maps)
-        return self.mix(torch.cat([large, up(maps, x.shape[2:])], 1))
-
-
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("training", [True, False])
-def test_calls_of_a_backbone_are_not_watched(monkeypatch, training: bool, after: bool):
-    """Those after the first upsampling are, because a stand-in exists."""
-    model, x = OneForward(after).train(training), images()
-    expected, classes = model(x), [type(module) for module in model.modules()]
-    seen = []
-    watch = late_plan._Late.__torch_function__
-    monkeypatch.setattr(
-        late_plan._Late,
-        "__torch_function__",
-        lambda mode, func, *call: (seen.append(func), watch(mode, func, *call))[1],
-    )
-    handle = ao.late_upsampling(model, x)
-    again = copy.deepcopy(model)
-    for changed in (model, again, pickle.loads(pickle.dumps(model))):
-        seen.clear()
-        torch.testing.assert_close(changed(x), expected)
-        assert seen.count(F.batch_norm) == 4 * after
-    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
-    torch.testing.assert_close(torch.jit.trace(model, x, check_trace=False)(x), expected)
-    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
-    handle.remove()
-    assert [type(module) for module in model.modules()] == classes
-    torch.testing.assert_close(model(x), expected)
-
-
-def test_a_backbone_that_raises_leaves_the_mode():
-    model, x = OneForward(False), images()
-    ao.late_upsampling(model, x)
-    model.backbone[3].register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        model(x)
-    assert not torch.overrides._get_current_function_mode_stack()

@@ -25,12 +25,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import (
-    TorchFunctionMode,
-    _get_current_function_mode,
-    _pop_mode_temporarily,
-    resolve_name,
-)
+from torch.overrides import TorchFunctionMode, resolve_name
 
 from .changed import reads, tensors, version
 
@@ -79,14 +74,13 @@ class Plan:
 
     moves: by the number of the convolution. postponed: kind and number of the calls that give
     stand-ins. counts: of the calls of each kind. layers: the modules that see a stand-in, with
-    their classes. unwatched: the modules whose calls run as always, with the counts of theirs.
+    their classes.
     """
 
     moves: dict[int, Move]
     postponed: frozenset[tuple[str, int]]
     counts: dict[str, int]
     layers: dict[str, type]
-    unwatched: dict[str, dict[str, int]]
 
 
 class GraphState(NamedTuple):
@@ -324,7 +318,8 @@ def _size(up: _Postponed) -> Any:
     return up.rest[0] if up.rest else up.options.get("size")
 
 
-class Plans(NamedTuple):
+@dataclass(frozen=True)
+class Plans:
     """The plans of training mode and of evaluation mode; None: nothing runs differently."""
 
     training: Plan | None
@@ -349,27 +344,6 @@ class Plans(NamedTuple):
             stand_ins.clear()
             if any(x() is not None for x in left):
                 late._fail("something keeps a map that only the convolution reads")
-        return output
-
-
-class Unwatched(NamedTuple):
-    """How a module runs, inside of one with a plan, whose calls the plan does not change. The mode
-    does not see them, because it needs 4 µs of the host for each: 5 ms for HRNet's backbone.
-
-    name: of the module, in the one with the plan.
-    """
-
-    name: str
-
-    def run(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        late = None if torch.compiler.is_compiling() else _get_current_function_mode()
-        counts = late.plan.unwatched.get(self.name) if isinstance(late, _Late) else None
-        if not isinstance(late, _Late) or counts is None or late.stand_ins:
-            return forward(*args, **kwargs)
-        with _pop_mode_temporarily():
-            output = forward(*args, **kwargs)
-        for kind, count in counts.items():
-            late.counts[kind] += count
         return output
 
 

@@ -6,7 +6,7 @@ import itertools
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -35,8 +35,6 @@ from .late_plan import (
 UPSAMPLING = 64
 # The share of a convolution's multiplications that must be saved
 LEAST_SAVED = 0.25
-# The calls of a module that is not watched: from here on they take longer than not to watch it
-FEWEST_UNWATCHED = 8
 
 
 @dataclass(eq=False)
@@ -325,7 +323,7 @@ def find(model: nn.Module, args: Any, kwargs: Any, training: bool) -> LatePlans:
     moved: dict[_Call, str] = {}
     for name in dict.fromkeys(run.name for run in moves):
         runs = [run for run in watch.runs if run.name == name]
-        candidates = [_plan(run, moves.get(run, []), choices, modules, watch) for run in runs]
+        candidates = [_plan(run, moves.get(run, []), choices, modules) for run in runs]
         convs = [conv for run in runs for conv in moves.get(run, [])]
         if any(plan != candidates[0] for plan in candidates):
             objection = f"in {name}, which runs several times, not always the same"
@@ -376,7 +374,6 @@ def _plan(
     convs: list[_Call],
     choices: dict[_Call, list[_Choice]],
     modules: dict[str, nn.Module],
-    watch: _Watch,
 ) -> Plan:
     moves, postponed, layers = {}, set(), set()
 
@@ -397,44 +394,8 @@ def _plan(
         for name, layer in modules[run.name].named_modules()
         if name and layer in layers
     }
-    moved = {call for conv in convs for call in (conv, *_later(conv, choices[conv]))}
-    unwatched = _unwatched(run, moved, classes, modules, watch)
-    return Plan(moves, frozenset(postponed), _counts(run.counts), classes, unwatched)
-
-
-def _counts(every: Counter[str]) -> dict[str, int]:
-    return {kind: every[kind] for kind in sorted({*KINDS.values()})}
-
-
-def _unwatched(
-    run: _Run,
-    moved: set[_Call],
-    layers: Iterable[str],
-    modules: dict[str, nn.Module],
-    watch: _Watch,
-) -> dict[str, dict[str, int]]:
-    """The modules that this run calls, with many calls that are not moved, equally many each
-    time."""
-    children: dict[str, bool] = {}  # by name, whether nothing is moved
-    for call in watch.calls:
-        runs = [outer for outer, _ in call.place]
-        if run in runs[:-1]:
-            name = runs[runs.index(run) + 1].name
-            children[name] = children.get(name, True) and call not in moved
-    result = {}
-    for name, unmoved in children.items():
-        module, inside = modules[name], name.removeprefix(run.name).removeprefix(".")
-        first, *others = (other.counts for other in watch.runs if other.name == name)
-        if (
-            unmoved
-            and all(counts == first for counts in others)
-            and sum(first.values()) >= FEWEST_UNWATCHED
-            and not any(layer == inside or layer.startswith(f"{inside}.") for layer in layers)
-            and not isinstance(module, GENERATED)
-            and "forward" not in vars(module)
-        ):
-            result[inside] = _counts(first)
-    return result
+    counts = {kind: run.counts[kind] for kind in sorted({*KINDS.values()})}
+    return Plan(moves, frozenset(postponed), counts, classes)
 
 
 def _line(conv: _Call, parts: list[_Choice]) -> str:

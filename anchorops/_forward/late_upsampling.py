@@ -9,7 +9,7 @@ from torch import nn
 
 from .._checks import fail
 from .changed import change, check_model, check_restorable, restore
-from .late_plan import Plans, Unwatched
+from .late_plan import Plans
 from .late_search import find
 
 _logger = logging.getLogger("anchorops")
@@ -93,16 +93,9 @@ def late_upsampling(model: nn.Module, *args: Any, **kwargs: Any) -> LateUpsampli
         fail("late_upsampling", "model", expected, "; ".join(shown) or "no call of F.interpolate")
     names = dict.fromkeys([*training.plans, *evaluation.plans])
     modules = {name: model.get_submodule(name) for name in names}
-    for name, module in list(modules.items()):
+    for name, module in modules.items():
         plans = Plans(training.plans.get(name), evaluation.plans.get(name))
         change("late_upsampling", module, plans)
-        for inside in dict.fromkeys(
-            x for plan in plans if plan is not None for x in plan.unwatched
-        ):
-            unwatched = f"{name}.{inside}" if name else inside
-            if unwatched not in modules:
-                modules[unwatched] = module.get_submodule(inside)
-                change("late_upsampling", modules[unwatched], Unwatched(inside))
     moved = list(dict.fromkeys([*training.moved, *evaluation.moved]))
     handle = LateUpsampling(model, list(modules.values()), moved)
     _logger.info("%r", handle)
