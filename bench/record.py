@@ -104,8 +104,8 @@ def by_case(rows: Iterable[dict]) -> list[list[dict]]:
 
 
 def add_ratios(rows: list[dict]) -> None:
-    """To rows of operators: whether it is that of our fastest backend in the same case, and the time
-    divided by that of this backend."""
+    """To rows of operators: whether it is the one of our fastest backend in the same case, and the
+    time divided by that of this backend."""
     for case in by_case(rows):
         base = next((row for row in case if row["name"].startswith("anchorops")), None)
         for row in case:
