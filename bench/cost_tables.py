@@ -9,6 +9,7 @@ import json
 import re
 from pathlib import Path
 
+import charts
 import plot_counted_memory
 import plot_operators
 import plot_options
@@ -38,6 +39,7 @@ COUNTED_OPERATIONS = RESULTS / "counted-operations.json"
 COUNTED_WINDOWS = RESULTS / "counted-windows.json"
 COUNTED_TRAFFIC = RESULTS / "counted-traffic.json"
 COUNTED_PRECISION = RESULTS / "counted-precision.json"
+REQUESTS = ("loads", "stores", "atomics")  # of counted traffic
 BOTH = "late upsampling, ours (both)"  # a row of a training step
 
 
@@ -61,6 +63,16 @@ def gpu_run() -> dict:
 
 def counted_memory() -> dict:
     return json.loads(COUNTED_MEMORY.read_text())
+
+
+def bandwidth() -> str:
+    """Where the picture of the cost was measured, and how fast the features are read."""
+    forward, _ = plot_operators.headline_groups(run(), *plot_operators.HEADLINES[1][:2])
+    share = next(row["read_share"] for row in forward if row["ours"])
+    return (
+        f"{charts.machine(run())}.\nThe forward pass of class moments reads the features at "
+        f"{share:.0%} of the bandwidth at which torch sums them."
+    )
 
 
 def gain_of(option: str, num_classes: int, ratio: int, axes: int = 2) -> str:
@@ -327,12 +339,10 @@ def speedups() -> str:
     return markdown_table(header, lines)
 
 
-def milliseconds(row: dict) -> str:
-    return number(row["median"] * 1e3)
-
-
-def mebibytes(row: dict) -> str:
-    return "" if row["extra_bytes"] is None else number(row["extra_bytes"] / 2**20)
+def measured(row: dict) -> str:
+    """Milliseconds and mebibytes."""
+    memory = [] if row["extra_bytes"] is None else [number(row["extra_bytes"] / 2**20)]
+    return "; ".join([number(row["median"] * 1e3), *memory])
 
 
 def sizes(row: dict, seen: set[str]) -> str:
@@ -372,21 +382,19 @@ def cases(of: dict) -> str:
         if ours["operation"] in operations and ratio >= 2:
             continue
         operations.add(ours["operation"])
+        name = other["name"].replace(", kept pages", "\\*")
         lowest, highest = other["q20"] / ours["q80"], other["q80"] / ours["q20"]
         lines.append(
             [
                 ours["operation"] + ("" if training else f", {ours['direction']}"),
                 sizes(ours, seen),
-                milliseconds(ours),
-                mebibytes(ours),
-                other["name"].replace(", kept pages", "\\*"),
-                milliseconds(other),
-                mebibytes(other),
+                measured(ours),
+                f"{name}: {measured(other)}",
                 f"{ratio:.1f} ({lowest:.1f}–{highest:.1f})",
             ]
         )
-    header = ["operation", "sizes", "anchorops, ms", "MiB", "fastest other", "ms", "MiB", "×"]
-    return markdown_table(header, lines, words=(0, 1, 4))
+    header = ["operation", "sizes", "anchorops: ms, MiB", "fastest other: ms, MiB", "×"]
+    return markdown_table(header, lines, words=(0, 1, 3))
 
 
 def steps_on_a_gpu() -> str:
@@ -397,13 +405,15 @@ def steps_on_a_gpu() -> str:
 
 
 def counted_lovasz() -> str:
+    """A sentence for two of the networks."""
     rows = json.loads(COUNTED_LOVASZ.read_text())["rows"]
-    lines = []
-    for (network, sizes), pair in grouped(rows, "network", "sizes").items():
-        memory = " → ".join(f"{row['peak_bytes'] / 1e9:.1f}" for row in pair)
-        images = " → ".join(str(row["largest_batches"]["24 GB"]) for row in pair)
-        lines.append([f"{network}, {sizes}", memory, images])
-    return markdown_table(["network", "bf16 autocast, GB", "images in 24 GB"], lines)
+    texts = []
+    for (network,), pair in grouped(rows, "network").items():
+        if network.startswith(("SegFormer", "HRNet")):
+            memory = " → ".join(f"{row['peak_bytes'] / 1e9:.1f}" for row in pair)
+            images = " → ".join(str(row["largest_batches"]["24 GB"]) for row in pair)
+            texts.append(f"{network} {memory} GB, images in 24 GB {images}")
+    return "; ".join(texts) + "."
 
 
 def counted_operations() -> str:
@@ -450,15 +460,6 @@ def precision() -> str:
     return markdown_table(header, lines, words=())
 
 
-def divergence_precision() -> str:
-    lines = []
-    for (spread,), group in grouped(rows_of_precision("divergence"), "spread").items():
-        cells = [f"{row['ours']:.0e} ({row['torch']:.0e})".replace("e-0", "e-") for row in group]
-        lines.append([f"{spread:,.0f}", *cells])
-    header = ["largest − smallest logit/T", "independent student and teacher"]
-    return markdown_table([*header, "teacher = student plus noise of 1"], lines, words=())
-
-
 def lovasz_precision() -> str:
     def percent(share: float) -> str:
         return f"{share:.2%}" if share < 0.001 else f"{share:.1%}"
@@ -474,9 +475,16 @@ def lovasz_precision() -> str:
     return markdown_table(["pixels of the class", *kinds], lines, words=())
 
 
+def counted_traffic() -> str:
+    """Without the kernels that ask for little."""
+    rows = json.loads(COUNTED_TRAFFIC.read_text())["rows"]
+    asked = [sum(row[what]["sectors"] for what in REQUESTS if what in row) for row in rows]
+    return traffic_table([row for row, size in zip(rows, asked, strict=True) if size >= 100_000])
+
+
 def traffic_table(rows: list[dict]) -> str:
     """KB of each kernel: of its operands; of the different sectors that it moves; of the sectors of
-    all requests, and which part of them the lanes asked for."""
+    all requests, and which part of them the lanes asked for. Equal rows of a kernel stand once."""
 
     def kilobytes(size: int) -> str:
         return f"{size / 1000:,.0f}"
@@ -487,15 +495,17 @@ def traffic_table(rows: list[dict]) -> str:
         asked, sectors = row[what]["asked"], row[what]["sectors"]
         return f"{kilobytes(sectors)} ({asked / sectors:.2f})"
 
-    lines, before = [], ""
+    lines, before, seen = [], "", []
     for row in rows:
-        kinds = ("loads", "stores", "atomics")
-        moved = sum(row[what]["moved"] for what in kinds if what in row)
-        cells = [kilobytes(row["operands"]), kilobytes(moved)]
-        cells += [requests(row, what) for what in kinds]
-        lines.append([row["case"] if row["case"] != before else "", f"`{row['kernel']}`", *cells])
+        moved = sum(row[what]["moved"] for what in REQUESTS if what in row)
+        cells = [f"`{row['kernel']}`", kilobytes(row["operands"]), kilobytes(moved)]
+        cells += [requests(row, what) for what in REQUESTS]
+        if cells in seen:
+            continue
+        seen.append(cells)
+        lines.append([row["case"] if row["case"] != before else "", *cells])
         before = row["case"]
-    header = ["operation", "kernel", "operands, KB", "moved, KB", *("loads", "stores", "atomics")]
+    header = ["operation", "kernel", "operands, KB", "moved, KB", *REQUESTS]
     return markdown_table(header, lines, words=(0, 1))
 
 
@@ -505,7 +515,7 @@ TABLES = {
     "slower": slower,
     "steps_with_methods": steps_with_methods,
     "speedups": speedups,
-    "headlines": lambda: plot_operators.table(run()),
+    "bandwidth": bandwidth,
     "cases": lambda: cases(run()),
     "cases_on_a_gpu": lambda: cases(gpu_run()),
     "training_steps": lambda: plot_training_step.table(run()),
@@ -518,9 +528,8 @@ TABLES = {
     "counted_operations": counted_operations,
     "counted_windows": counted_windows,
     "precision": precision,
-    "divergence_precision": divergence_precision,
     "lovasz_precision": lovasz_precision,
-    "counted_traffic": lambda: traffic_table(json.loads(COUNTED_TRAFFIC.read_text())["rows"]),
+    "counted_traffic": counted_traffic,
 }
 
 

@@ -25,6 +25,7 @@ NOT_PLANNED = (
     "Few and more long-tailed scenes are planned with 1,500 steps (baseline, SAR and MVSC also\n"
     "with 4,000), and without CR, CBP, and the published weights of OCCL and CeCo."
 )
+RATIOS = 1_500  # steps of the runs whose gradients are shown
 CONVERGED = 1.0  # converged: the next schedule adds less than these points of mIoU
 COLORS = {"plain": "black", "cr": "tab:gray", "sar": "tab:blue", "cbp": "tab:olive"} | {
     "occl": "tab:orange",
@@ -43,15 +44,13 @@ The networks are trained from random weights on scenes of handwritten digits wit
 64×64 pixels, 11 classes. A schedule is a number of training steps; each schedule is a separate
 training, whose learning rate decays to 0 at its end.
 
-In the tables, the baseline is the network without a method (`plain` in the rows). Its mIoU is given
-in %; that of a method as the difference to the baseline of the same seeds, in points. "Tail" is the
-IoU of the three rarest classes in %. Figures are mean ± standard deviation over {seeds} seeds;
-those without ± are of one seed. "From scratch" is `--model.setting from-scratch`; the others have
-the published weights. CR is SAR with fixed anchors. The pictures also show the four most frequent
-classes (head) and the next four (body); bands are one standard deviation.
-
-A network has converged at a schedule if the next one adds less than {converged:g} point to the mIoU
-of the baseline. Of the longest schedule this is not known.
+The baseline is the network without a method (`plain` in the rows). Its mIoU is given in %; that
+of a method as the difference to the baseline of the same seeds, in points. "Tail" is the IoU of
+the three rarest classes in %. Figures are mean ± standard deviation over {seeds} seeds; those
+without ± are of one seed. "From scratch" is `--model.setting from-scratch`; the others have the
+published weights. The pictures also show the four most frequent classes (head) and the next four
+(body); bands are one standard deviation. A network has converged at a schedule if the next one
+adds less than {converged:g} point to the mIoU of the baseline.
 
 {missing}
 """
@@ -205,32 +204,29 @@ def _baseline_by_schedule(rows: Sequence[Row]) -> str:
 
 
 def _gradient_ratios(rows: Sequence[Row]) -> str:
-    """A table for each network of the methods' gradients on the features, relative to the
-    cross-entropy's. The ratio changes during a training, so schedules are not mixed."""
+    """A table of the methods' gradients on the features, relative to the cross-entropy's. The ratio
+    changes during a training, so it is that of one schedule."""
     single = [
         row
         for row in rows
         if row["scenes"] == "digits"
+        and row["steps"] == RATIOS
         and any(row["gradient_ratios"].values())
         and "+" not in row["methods"]
     ]
     if not single:
         return ""
-    lines = [
-        "## Gradient on the features",
-        "",
-        "The norm of the method's gradient on the features, divided by that of the cross-entropy,",
-        "every 100 steps: median (smallest–largest) of a schedule's runs on digit scenes.",
-    ]
-    for (model,), network_rows in grouped(single, "model").items():
-        schedules = sorted({row["steps"] for row in network_rows})
-        header = [NETWORKS[model], *(f"{steps:,} steps" for steps in schedules)]
-        cells = []
-        for runs in grouped(network_rows, "methods", "setting").values():
-            ranges = [_range([run for run in runs if run["steps"] == steps]) for steps in schedules]
-            cells.append([label(runs[0]), *ranges])
-        lines += ["", markdown_table(header, cells)]
-    return "\n".join(lines) + "\n"
+    networks = [model for (model,) in grouped(single, "model")]
+    lines = []
+    for runs in grouped(single, "methods", "setting").values():
+        cells = [_range([run for run in runs if run["model"] == model]) for model in networks]
+        lines.append([label(runs[0]), *cells])
+    return (
+        "## Gradient on the features\n\n"
+        "The norm of the method's gradient on the features, divided by that of the cross-entropy,\n"
+        f"every 100 steps: median (smallest–largest) of the runs of {RATIOS:,} steps on digit "
+        "scenes.\n\n" + markdown_table(["", *(NETWORKS[model] for model in networks)], lines) + "\n"
+    )
 
 
 def _range(runs: Sequence[Row]) -> str:
