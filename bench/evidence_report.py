@@ -44,13 +44,14 @@ The networks are trained from random weights on scenes of handwritten digits wit
 64×64 pixels, 11 classes. A schedule is a number of training steps; each schedule is a separate
 training, whose learning rate decays to 0 at its end.
 
-The baseline is the network without a method (`plain` in the rows). Its mIoU is given in %; that
-of a method as the difference to the baseline of the same seeds, in points. "Tail" is the IoU of
-the three rarest classes in %. Figures are mean ± standard deviation over {seeds} seeds; those
-without ± are of one seed. "From scratch" is `--model.setting from-scratch`; the others have the
-published weights. The pictures also show the four most frequent classes (head) and the next four
-(body); bands are one standard deviation. A network has converged at a schedule if the next one
-adds less than {converged:g} point to the mIoU of the baseline.
+The baseline is the network without a [method](methods.md) (`plain` in the rows). Its mIoU is
+given in %; that of a method as the difference to the baseline of the same seeds, in points.
+"Tail" is the IoU of the three rarest classes in %. Figures are mean ± standard deviation over
+{seeds} seeds; those without ± are of one seed. "From scratch" is `--model.setting from-scratch`;
+the others have the published weights. The pictures also show the four most frequent classes
+(head) and the next four (body); bands are one standard deviation. A network has converged at a
+schedule if the next one adds less than {converged:g} point to the mIoU of the baseline (not known
+of the longest).
 
 {missing}
 """

@@ -18,8 +18,10 @@ BACKEND = "reference" if ao.backends()["cpu"] else "cpu"
 PLAIN = next(check for check in verify.checks() if check.name == "cross-entropy, 1.5×")
 
 
-def test_all_is_right():
-    rows = [verify.run(check, BACKEND, CPU) for check in verify.checks()]
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_all_is_right(every: bool):
+    chosen = [check for check in verify.checks() if every or check.quick]
+    rows = [verify.run(check, BACKEND, CPU) for check in chosen]
     environment = list(verify.environment_rows(BACKEND, CPU))
     assert not [str(row) for row in (*rows, *environment) if row.right is not True]
 

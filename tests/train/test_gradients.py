@@ -13,6 +13,7 @@ from anchorops.train.networks.learner import Learner, build_regularizer
 from anchorops.train.networks.models import build_model
 
 
+@pytest.mark.slow
 def test_measuring_changes_no_run(tmp_path: Path):
     """With accumulated batches and automatic mixed precision too."""
     methods = ["sar", "occl", "ceco", "mvsc"]

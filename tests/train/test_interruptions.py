@@ -89,9 +89,12 @@ def undisturbed(programs: Programs, tmp_path_factory: pytest.TempPathFactory) ->
 # training_step runs before the step is counted; validations are after 3, 6 and 7 steps
 PLACES = {"training_step": range(STEPS), "validation_step": (3, 6, 7)}
 CASES = [
-    *((place, signum) for place in PLACES for signum in (signal.SIGTERM, signal.SIGINT)),
+    ("training_step", signal.SIGTERM),
+    ("validation_step", signal.SIGINT),
     ("training_step", signal.SIGKILL),
-    ("validation_step", signal.SIGKILL),
+    pytest.param("validation_step", signal.SIGTERM, marks=pytest.mark.slow),
+    pytest.param("training_step", signal.SIGINT, marks=pytest.mark.slow),
+    pytest.param("validation_step", signal.SIGKILL, marks=pytest.mark.slow),
 ]
 
 

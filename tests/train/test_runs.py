@@ -305,6 +305,7 @@ def test_corrupt_image_in_a_worker(folder: Path, capsys: pytest.CaptureFixture[s
     assert message.startswith(f"{path} cannot be read: ")
 
 
+@pytest.mark.slow
 def test_more_than_255_classes(tmp_path: Path):
     """16-bit masks; class 255 is an ordinary class."""
     for split in ("train", "val"):
