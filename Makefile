@@ -67,9 +67,11 @@ proofs: setup
 faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/proofs/planted_faults.py $(FAULTS)
 
-# does the machine for PTX notice each barrier that is taken out of Triton's kernels?
+# does the machine for PTX notice each barrier that is taken out of Triton's and the CUDA kernels?
+removed_barriers = PYTHONPATH=tests/proofs OMP_NUM_THREADS=1 $(BIN)/python -m ptx.removed_barriers 80
 barriers: setup
-	PYTHONPATH=tests/proofs OMP_NUM_THREADS=1 $(BIN)/python -m ptx.removed_barriers 80
+	$(removed_barriers)
+	PTX_BACKEND=cuda $(removed_barriers)
 
 # the examples for nnU-Net and Ultralytics against their releases, in environments of their own of 7 GB
 check-nnunet check-ultralytics: check-%: setup build/%

@@ -73,12 +73,13 @@ def removable(program: Program) -> dict[Place, tuple[int, Step]]:
     """With the number of the block."""
     found: dict[Place, tuple[int, Step]] = {}
     seen: Counter[tuple[str, str]] = Counter()
+    kernel = program.kernel.name.partition("<")[0]  # without the arguments of a CUDA template
     for b, steps in enumerate(program.steps):
         for step in steps:
             if step.is_method("barrier", "warp_barrier", "fence_async", "await_copies"):
                 i = step.instruction
                 name = i.text.split()[0]
-                found[Place(program.kernel.name, name, i.source, seen[name, i.source])] = b, step
+                found[Place(kernel, name, i.source, seen[name, i.source])] = b, step
                 seen[name, i.source] += 1
     return found
 
