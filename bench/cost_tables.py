@@ -384,13 +384,14 @@ def cases(of: dict) -> str:
         operations.add(ours["operation"])
         name = other["name"].replace(", kept pages", "\\*")
         lowest, highest = other["q20"] / ours["q80"], other["q80"] / ours["q20"]
+        digits = 1 if ratio >= 0.1 else 2
         lines.append(
             [
                 ours["operation"] + ("" if training else f", {ours['direction']}"),
                 sizes(ours, seen),
                 measured(ours),
                 f"{name}: {measured(other)}",
-                f"{ratio:.1f} ({lowest:.1f}–{highest:.1f})",
+                f"{ratio:.{digits}f} ({lowest:.{digits}f}–{highest:.{digits}f})",
             ]
         )
     header = ["operation", "sizes", "anchorops: ms, MiB", "fastest other: ms, MiB", "×"]
