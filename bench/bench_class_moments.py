@@ -1,6 +1,6 @@
 """Class moments and functions that use them, compared with the formulas people write by hand.
 
-Bytes are those of the byte model. Forward reads the features once. Forward and backward together
+Bytes are counted, not measured. Forward reads the features once. Forward and backward together
 read them twice and write their gradient once; without squared distances they read and write once.
 
 On CPU large outputs are new memory in each call, as in training, and their page faults are part of

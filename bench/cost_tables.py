@@ -498,8 +498,7 @@ def traffic_table(rows: list[dict]) -> str:
 
     lines, before, seen = [], "", []
     for row in rows:
-        moved = sum(row[what]["moved"] for what in REQUESTS if what in row)
-        cells = [f"`{row['kernel']}`", kilobytes(row["operands"]), kilobytes(moved)]
+        cells = [f"`{row['kernel']}`", kilobytes(row["operands"]), kilobytes(row["moved"])]
         cells += [requests(row, what) for what in REQUESTS]
         if cells in seen:
             continue

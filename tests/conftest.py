@@ -38,6 +38,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(report)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tables that tests have recorded as properties."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "table":
+                terminalreporter.write_line(f"{report.nodeid}\n{value}")
+
+
 def pytest_report_header() -> str:
     versions = {"Python": platform.python_version(), "torch": torch.__version__}
     versions |= {name: _version(name) for name in ("torchvision", "triton", "numpy")}

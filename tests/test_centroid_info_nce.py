@@ -22,7 +22,6 @@ BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float6
 REDUCTIONS = ("mean", "sum", "none")
 on_reference = pytest.mark.on("reference")
 pytestmark = pytest.mark.on("reference", "simulated_triton", "simulated_cuda")
-not_interpreted = pytest.mark.on("reference", "simulated_cuda")
 on_kernels = pytest.mark.on("simulated_triton", "simulated_cuda")
 
 
@@ -263,7 +262,7 @@ def test_some_are_present(backend: str, shape, reduction: str, with_positives: b
     )
 
 
-@pytest.mark.parametrize("groups", [None, pytest.param(2, marks=not_interpreted)])
+@pytest.mark.parametrize("groups", [None, 2])
 @pytest.mark.parametrize("with_positives", [False, True])
 @pytest.mark.parametrize("with_keys", [False, True])
 def test_absent_classes_may_hold_anything(

@@ -14,7 +14,6 @@ from anchorops._ops.split_groups import split_groups
 pytestmark = pytest.mark.on("cpu", "simulated_triton", "simulated_cuda")
 cpu = pytest.mark.on("cpu")
 not_cuda = pytest.mark.on("cpu", "simulated_triton")
-compiled = pytest.mark.on("cpu", "simulated_cuda")  # a call takes a second in Triton's
 INTEGERS = (
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.uint16, torch.uint32, torch.uint64),
@@ -58,15 +57,15 @@ def test_integer_dtypes(both, dtype: torch.dtype, poisoned: None):
 @pytest.mark.parametrize(
     ("source", "size"),
     [
-        pytest.param((16, 24), (8, 12), marks=compiled),  # twice as large
+        ((16, 24), (8, 12)),  # twice as large
         ((36, 52), (9, 13)),  # four times
-        pytest.param((23, 31), (9, 13), marks=compiled),  # odd ratios
-        pytest.param((1024, 769), (113, 97), marks=cpu),
+        ((23, 31), (9, 13)),  # odd ratios
+        ((1024, 769), (113, 97)),
         ((9, 30), (9, 13)),  # one side unchanged
-        pytest.param((4, 3), (8, 6), marks=compiled),  # smaller than the features
+        ((4, 3), (8, 6)),  # smaller than the features
         ((7, 5), (9, 13)),
         ((1, 1), (3, 4)),
-        pytest.param((5, 6), (1, 1), marks=compiled),
+        ((5, 6), (1, 1)),
     ],
 )
 @pytest.mark.parametrize("per_image", [False, True])
@@ -86,7 +85,7 @@ def test_labels_of_any_strides(both):
         both(strided, (2, 1, *strided.shape[1:]), 5)
 
 
-@cpu
+@cpu  # the PTX machine takes nine seconds
 def test_every_ratio_of_sizes(both):
     """Where float32 rounds the scale, the source index may differ by one from exact arithmetic."""
     for size in range(1, 40):
@@ -100,7 +99,7 @@ def test_every_ratio_of_sizes(both):
 @not_cuda  # for CeCo
 @pytest.mark.parametrize(
     ("num_classes", "dtype"),
-    [(5, torch.uint8), pytest.param(255, torch.uint8, marks=cpu), (300, torch.int16)],
+    [(5, torch.uint8), (255, torch.uint8), (300, torch.int16)],
     ids=str,
 )
 @pytest.mark.parametrize("per_image", [False, True])
@@ -141,7 +140,7 @@ def test_many_pixels_and_classes(both):
     both(torch.randint(0, 40_000, (300,)), (300, 1), 16_384)
 
 
-@cpu
+@cpu  # the kernels of GPUs take 16,384
 def test_65536_classes(both):
     labels = torch.randint(0, 65_536, (4, 64, 64))
     labels[0, 0, 0], labels[0, 0, 1] = 0, 65_535
@@ -165,7 +164,7 @@ def test_nothing_to_count(both, per_image: bool, poisoned: None):
 # Groups
 
 
-@pytest.mark.parametrize("groups", [3, *(pytest.param(n, marks=compiled) for n in (2, 4, 7, 1000))])
+@pytest.mark.parametrize("groups", [2, 3, 4, 7, 1000])
 @pytest.mark.parametrize("per_image", [False, True])
 def test_groups_are_of_equal_size(both, groups: int, per_image: bool):
     labels = torch.randint(-1, 6, (2, 20, 15)).repeat_interleave(2, 1)  # resized
@@ -204,7 +203,6 @@ def test_groups_never_change(both):
     assert groups(3, 12345 + 2**32) == [0, 0, 1, 2, 1, 0, -1, 0, 1, 1, 0, 2]
 
 
-@cpu
 def test_seeds_differ(both):
     """With two seeds, about half of the pixels are in the same one of two groups, as by chance."""
     labels = torch.zeros(4096, dtype=torch.int64)
@@ -215,7 +213,7 @@ def test_seeds_differ(both):
             assert abs((a == b).double().mean() - 0.5) < 5 * 0.5 / 4096**0.5
 
 
-@cpu
+@cpu  # the PTX machine takes seven seconds
 def test_groups_are_spread_evenly(both):
     """Pixels next to each other, and a pixel under consecutive seeds, are grouped independently."""
     labels = torch.zeros(64, 64, dtype=torch.int64)[None]

@@ -110,17 +110,16 @@ def loss_gradients_and_state(
     return {"loss": loss.detach(), **dict(zip(leaves, gradients, strict=True)), **state, **terms}
 
 
-def places(name: str, interpreted: bool = True) -> pytest.MarkDecorator:
+def places(name: str) -> pytest.MarkDecorator:
     """Where a method runs: CeCo has no CUDA kernels."""
     cuda = () if "CeCo" in name else ("simulated_cuda", "cuda")
-    return pytest.mark.on("cpu", "triton", *cuda, *["simulated_triton"] * interpreted)
+    return pytest.mark.on("cpu", "simulated_triton", "triton", *cuda)
 
 
-# The interpreter, which is slow, runs each method with one kind of images.
 CASES = [
-    pytest.param(name, images, id=f"{name}-{kind}", marks=places(name, (i + j) % 4 == 3))
-    for i, name in enumerate(METHODS)
-    for j, (kind, images) in enumerate(IMAGES.items())
+    pytest.param(name, images, id=f"{name}-{kind}", marks=places(name))
+    for name in METHODS
+    for kind, images in IMAGES.items()
 ]
 
 

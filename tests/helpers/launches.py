@@ -1,6 +1,6 @@
-"""The kernels of a backend, and those that a call launches: on a GPU, in the PTX machine or in the
-interpreter. A kernel of Triton has one name for all its variants; each instance of a CUDA template
-is a kernel of its own, as class_moments_kernel<float, true, false>."""
+"""The kernels of a backend, and those that a call launches: on a GPU or in the PTX machine. A
+kernel of Triton has one name for all its variants; each instance of a CUDA template is a kernel of
+its own, as class_moments_kernel<float, true, false>."""
 
 import importlib
 import pkgutil
@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-import pytest
 import torch
 from ptx import cuda_launches
 from ptx.cuda_launches import readable
@@ -53,19 +52,6 @@ def launched_by(run: Callable[[], object], backend: str) -> set[str]:
             run()
             torch.cuda.synchronize()
         return set(readable([event.key for event in profiler.key_averages()])) & kernels_of(backend)
-    if backend == "cuda":
-        before = launches.copy()
-        run()
-        return set(launches - before)
-    from triton.runtime.interpreter import InterpretedFunction
-
-    names, interpret = set(), InterpretedFunction.run
-
-    def recorded(self, *args, **kwargs):
-        names.add(self.fn.__name__)
-        return interpret(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InterpretedFunction, "run", recorded)
-        run()
-    return names
+    before = launches.copy()
+    run()
+    return set(launches - before)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import tomllib  # Python 3.11
 import torch
-import triton.language  # noqa: F401
+import triton.language  # noqa: F401  # once, for the forked processes that run the tests
 
 ROOT = Path(__file__).parents[2]
 COPY = ROOT / "build/faults"

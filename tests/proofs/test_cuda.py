@@ -15,7 +15,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(OBSTACLE is not None, reason=
 HERE = Path(__file__).parent
 
 
-def check(arch: int, *arguments: str) -> None:
+def check(arch: int, *arguments: str) -> str:
+    """The table of what ran."""
     cuda_launches.build()
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
@@ -24,13 +25,15 @@ def check(arch: int, *arguments: str) -> None:
         text=True,
     )
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    _, _, table = run.stdout.partition("What ran")
+    return f"What ran{table}"
 
 
 @pytest.mark.parametrize("first", [0, 1])  # two halves, for two processes
-def test_cases(first: int):
-    check(80, *map(str, CASES_OF_CUDA[first::2]))
+def test_cases(first: int, record_property):
+    record_property("table", check(80, *map(str, CASES_OF_CUDA[first::2])))
 
 
-def test_cases_for_sm_90():
+def test_cases_for_sm_90(record_property):
     """One case of each kernel: its PTX has no other instructions than that for sm_80."""
-    check(90, str(HERE.parent / "test_every_kernel.py"))
+    record_property("table", check(90, str(HERE.parent / "test_every_kernel.py")))

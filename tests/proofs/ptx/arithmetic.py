@@ -74,9 +74,19 @@ def remainder(x, y):
     return np.where(y == 0, x, x - quotient(x, y) * y)
 
 
+def extreme(x, y, is_min: bool, keep_nan: bool):
+    """−0 is less than 0. With one NaN the other number, or NaN if `keep_nan` is true."""
+    if is_min:
+        result = (np.minimum if keep_nan else np.fmin)(x, y)
+    else:
+        result = (np.maximum if keep_nan else np.fmax)(x, y)
+    both_zero = np.where(np.signbit(x) == is_min, x, y)
+    return np.where((x == 0) & (y == 0), both_zero, result)
+
+
 def fma(x, y, z, rounding: str = "rn"):
     """x·y + z. In float32 the product is exact in float64; the sum is rounded there first, which
-    differs from one rounding in rare cases."""
+    differs from one rounding in rare cases. In float64 both are rounded."""
     if x.dtype == F8:
         return x * y + z
     exact = x.astype(F8) * y + z
@@ -180,14 +190,19 @@ def reversed_bits(x):
 
 
 def rounded_to_integer(x, mode: str, dtype: str):
-    """Within the integers of dtype; NaN is 0."""
+    """Within the integers of dtype. NaN is 0, or the highest bit alone where float64 or an integer
+    of 64 bits takes part."""
     to_integer = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[mode]
     rounded, info = to_integer(x.astype(F8)), np.iinfo(dtype)
     low, above = float(info.min), float(info.max) + (info.bits < 64)  # 2^k
     inside = (rounded >= low) & (rounded < above)
     number = np.where(inside, rounded, 0).astype(dtype)
     number = np.where(rounded >= above, info.max, number)
-    return np.where(rounded < low, info.min, number).astype(dtype)
+    number = np.where(rounded < low, info.min, number).astype(dtype)
+    if x.dtype == F8 or info.bits == 64:
+        highest = np.array(1 << (info.bits - 1), f"u{info.bits // 8}").view(dtype)
+        return np.where(np.isnan(x), highest, number)
+    return number
 
 
 def to_bfloat16(x, towards_zero: bool = False):
@@ -222,6 +237,7 @@ def packed(low, high):
 
 
 def fma_of_halves(x, y, z, dtype: str):
+    """For bfloat16 rounded to float32 first, which differs from one rounding in rare cases."""
     a, b, c = (halves(value, dtype).astype(F8) for value in (x, y, z))
     exact = a * b + c
     result = to_float16(exact) if dtype == "f16x2" else to_bfloat16(exact.astype(F4))

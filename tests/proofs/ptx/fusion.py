@@ -12,6 +12,7 @@ from triton.runtime.jit import JITFunction
 from . import triton_launches
 from .memory import Fault, Region
 
+# how the names of the checks begin that launch kernels compiled without them
 CHECKS = ("sums, distances, ", "InfoNCE, rows")
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from . import arithmetic, matrices
 from .text import Instruction, Literal, Nothing, Operand, Register, Symbol, Unsupported, bits_of
 
-CACHE = re.compile(r"L[12]_\w+|ca|cg|cs|wb|wt|nc|lu|cv")  # hints: of no meaning
+# Hints, of no meaning here; of `nc` it is not checked that nobody writes what it reads.
+CACHE = re.compile(r"L[12]_\w+|ca|cg|cs|wb|wt|nc|lu|cv")
 ORDER = ("relaxed", "weak", "acquire", "release", "acq_rel")
 
 
@@ -35,7 +36,6 @@ class Operation(NamedTuple):
 class _Modifiers:
     def __init__(self, instruction: Instruction):
         self.left = [m for m in instruction.modifiers if not CACHE.fullmatch(m)]
-        self.hints = len(instruction.modifiers) - len(self.left)
 
     def take(self, *names: str) -> str | None:
         """The one of these that is there."""
@@ -56,7 +56,14 @@ def dtype_of(ty: str) -> str:
     if ty == "pred":
         return "?"
     kind = "u" if ty[0] == "b" or ty in ("tf32", "f16x2") else ty[0]
+    if bits_of(ty) > 64:
+        raise ValueError(f"type {ty}")
     return {"s": "i"}.get(kind, kind) + str(bits_of(ty) // 8)
+
+
+def bits_as(ty: str) -> str:
+    """NumPy's name for what copies bits: a NaN stays what it is."""
+    return dtype_of(ty).replace("i", "u").replace("f", "u")
 
 
 def operation(i: Instruction) -> Operation:
@@ -83,6 +90,12 @@ def _plain(i: Instruction, function: Callable[..., object], *dtypes: str) -> Ope
     return Operation(function, [(to, result)], list(zip(arguments, rest, strict=True)))
 
 
+def _integer(i: Instruction, function: Callable[..., object]) -> Operation:
+    if i.types[-1][0] not in "su":
+        raise ValueError(f"type {i.types[-1]}")
+    return _plain(i, function)
+
+
 def _float(i: Instruction, m: _Modifiers, function: Callable[..., object]) -> Operation:
     """With `.ftz` and `.sat`; `.rn` is what numbers are rounded by anyhow."""
     if i.types[-1] not in ("f32", "f64"):
@@ -102,7 +115,7 @@ def _float(i: Instruction, m: _Modifiers, function: Callable[..., object]) -> Op
 
 def _arithmetic(function: Callable[..., object]) -> Callable[..., Operation]:
     def decode(i: Instruction, m: _Modifiers) -> Operation:
-        return _float(i, m, function) if i.types[-1][0] == "f" else _plain(i, function)
+        return _float(i, m, function) if i.types[-1][0] == "f" else _integer(i, function)
 
     return decode
 
@@ -146,20 +159,19 @@ def _fma(i: Instruction, m: _Modifiers) -> Operation:
 
 def _divide(i: Instruction, m: _Modifiers) -> Operation:
     if i.types[-1][0] != "f":
-        return _plain(i, arithmetic.quotient)
+        return _integer(i, arithmetic.quotient)
     return _approximate(np.divide)(i, m)
 
 
 def _extreme(i: Instruction, m: _Modifiers) -> Operation:
     ty, is_min = i.types[-1], i.name == "min"
     if ty[0] == "f":
-        nan = m.take("NaN")
-        ignoring = np.fmin if is_min else np.fmax
-        return _float(i, m, (np.minimum if is_min else np.maximum) if nan else ignoring)
+        keep_nan = m.take("NaN") is not None
+        return _float(i, m, partial(arithmetic.extreme, is_min=is_min, keep_nan=keep_nan))
     function = np.minimum if is_min else np.maximum
     if m.take("relu"):
-        return _plain(i, lambda x, y: np.maximum(function(x, y), x.dtype.type(0)))
-    return _plain(i, function)
+        return _integer(i, lambda x, y: np.maximum(function(x, y), x.dtype.type(0)))
+    return _integer(i, function)
 
 
 def _shift(i: Instruction, m: _Modifiers) -> Operation:
@@ -193,7 +205,7 @@ def _highest_bit(i: Instruction, m: _Modifiers) -> Operation:
 
 
 def _select(i: Instruction, m: _Modifiers) -> Operation:
-    one = dtype_of(i.types[-1])
+    one = bits_as(i.types[-1])
     return _plain(i, lambda x, y, p: np.where(p, x, y), one, one, one, "?")
 
 
@@ -222,7 +234,7 @@ def _move(i: Instruction, m: _Modifiers) -> Operation:
             return result
 
         return Operation(joined, [(to, whole.str[1:])], [(x, part) for x in source])
-    one = dtype_of(i.types[-1]).replace("f", "u").replace("i", "u")
+    one = bits_as(i.types[-1])
     return _plain(i, lambda x: x, one, one)
 
 
@@ -279,6 +291,8 @@ def _compare(i: Instruction, m: _Modifiers) -> Operation:
     """setp: p|q = a ? b, and both combined with a predicate."""
     to, x, y, *rest = i.operands
     ty, flush = i.types[-1], m.take("ftz")
+    if ty.endswith("x2"):
+        raise ValueError(f"type {ty}")
     integer = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
     name = m.must(*arithmetic.COMPARE, *integer)
     compare = (
@@ -331,7 +345,7 @@ def _load(i: Instruction, m: _Modifiers) -> Operation:
     space = _space(m, "global", "shared", "shared_cta", "param")
     _ordinary(m)
     m.take("v2", "v4", "v8")
-    targets, one = _values(i.operands[0]), dtype_of(i.types[-1])
+    targets, one = _values(i.operands[0]), dtype_of(i.types[-1]).replace("f", "u")
     method = f"load_{space}:{one}:{len(targets)}"
     return Operation(method, [(x, one) for x in targets], [(i.operands[1], "address")])
 
@@ -340,7 +354,7 @@ def _store(i: Instruction, m: _Modifiers) -> Operation:
     space = _space(m, "global", "shared", "shared_cta")
     _ordinary(m)
     m.take("v2", "v4", "v8")
-    values, one = _values(i.operands[1]), dtype_of(i.types[-1]).replace("i", "u").replace("f", "u")
+    values, one = _values(i.operands[1]), bits_as(i.types[-1])
     arguments = [(i.operands[0], "address"), *((x, one) for x in values)]
     return Operation(f"store_{space}:{one}:{len(values)}", [], arguments)
 
@@ -360,6 +374,12 @@ def _atomic(i: Instruction, m: _Modifiers) -> Operation:
     return Operation(f"atomic:{space}:{kind}:{one}:{scope}", result, arguments)
 
 
+def _number(operand: Operand) -> int:
+    if not isinstance(operand, Literal):
+        raise ValueError("a number in a register")
+    return operand.value
+
+
 def _copy(i: Instruction, m: _Modifiers) -> Operation:
     m.must("async")
     if m.take("commit_group"):
@@ -367,17 +387,16 @@ def _copy(i: Instruction, m: _Modifiers) -> Operation:
     if m.take("wait_all"):
         return Operation("await_copies:-1", [], [])
     if m.take("wait_group"):
-        (left,) = i.operands
-        assert isinstance(left, Literal)
-        return Operation(f"await_copies:{left.value}", [], [])
+        return Operation(f"await_copies:{_number(i.operands[0])}", [], [])
     m.must("shared", "shared_cta")
     m.must("global")
     to, source, size, *more = i.operands
-    assert isinstance(size, Literal)
     # an operand of 64 bits is a cache policy, one of 32 the number of bytes before zeros
-    read = [x for x in more if not isinstance(x, Register) or x.bits == 32]
+    read = [x for x in more if not isinstance(x, Register) or x.bits != 64]
+    if any(isinstance(x, Register) and x.bits == 1 for x in read):
+        raise ValueError("a predicate")
     arguments = [(to, "address"), (source, "address"), (read[0] if read else size, "u4")]
-    return Operation(f"copy:{size.value}", [], arguments)
+    return Operation(f"copy:{_number(size)}", [], arguments)
 
 
 def _policy(i: Instruction, m: _Modifiers) -> Operation:
@@ -511,8 +530,8 @@ def _wgmma(i: Instruction, m: _Modifiers) -> Operation:
         return Operation("nothing", [], [], Waits.BLOCK)
     m.must("sync")
     m.must("aligned")
-    n = next(int(x[4:-3]) for x in m.left if re.fullmatch(r"m64n\d+k16", x))
-    m.must(f"m64n{n}k16")
+    shape = m.must(*(f"m64n{n}k16" for n in range(8, 257, 8)))
+    n = int(shape[4:-3])
     result, dtype, other = i.types
     to, a, b, keep, *signs = i.operands
     literals = [x.value for x in signs if isinstance(x, Literal)]

@@ -42,7 +42,7 @@ class Launch(NamedTuple):
 
 class Traffic:
     """Accesses of global memory. `asked`: bytes of all lanes; `sectors`: of 32 bytes, of the
-    request of each warp; `moved`: sectors that were asked for at least once."""
+    request of each warp."""
 
     def __init__(self) -> None:
         self.asked, self.sectors = 0, 0
@@ -54,9 +54,10 @@ class Traffic:
         self.sectors += len(np.unique(np.stack([warps, sector]), axis=1).T)
         self._moved.append(np.unique(sector))
 
-    @property
-    def moved(self) -> int:
-        return len(np.unique(np.concatenate(self._moved)))
+    @staticmethod
+    def moved(*parts: "Traffic") -> int:
+        """Sectors that were asked for at least once, in any of them."""
+        return len(np.unique(np.concatenate([x for part in parts for x in part._moved])))
 
 
 class _Copy(NamedTuple):
@@ -125,7 +126,8 @@ class Batch:
         self.not_copied = np.zeros(len(self.shared.unwritten), bool)
         self.copies: list[_Copy] = []
         self.copy_group = np.zeros(self.n, np.int64)
-        self.not_fenced = np.zeros(blocks, bool)  # shared memory, for wgmma
+        # lanes that stored to shared memory, without a fence before wgmma reads it
+        self.not_fenced = np.zeros(self.n, bool)
 
     def _grain(self) -> int:
         """The smallest access of shared memory."""
@@ -149,7 +151,8 @@ class Batch:
                 waiting[at] = rest
             block, everyone = program.kernel.blocks[at], len(lanes) == self.n
             program.hits[at] += 1
-            executed += len(program.steps[at]) * max(len(lanes) // WARP, 1)
+            warps = 1 + int(np.count_nonzero(np.diff(lanes // WARP)))
+            executed += (len(program.steps[at]) + (block.condition is not None)) * warps
             condition = program.blocks[at](self, self.registers, lanes, everyone)
             if condition is None:
                 self._arrive(waiting, block.following, lanes)
@@ -186,8 +189,13 @@ class Batch:
             return lanes
         size = WARP if waits == Waits.WARP else self.threads
         here = np.bincount(lanes // size, minlength=self.n // size)
-        complete = here == self.alive.reshape(-1, size).sum(1)
-        return lanes[complete[lanes // size]]
+        alive = self.alive.reshape(-1, size).sum(1)
+        if waits == Waits.WARP and ((alive > 0) & (alive < WARP)).any():
+            raise Unsupported(
+                f"{self.program.kernel.name}: the PTX machine does not know exchanges in a warp of "
+                "which some threads have ended"
+            )
+        return lanes[(here == alive)[lanes // size]]
 
     def _arrive(self, waiting: dict[int, np.ndarray], at: int | None, lanes: np.ndarray) -> None:
         if not len(lanes):
@@ -358,7 +366,7 @@ class Batch:
         if not len(address):
             return
         if space == "shared":
-            self.not_fenced[self.shared_base[chosen.number] // self.stride] = True
+            self.not_fenced[chosen.number] = True
         size = np.dtype(dtype).itemsize * count
         for region, position, of, some in self._accesses(
             space, "stores", at, chosen, address, size
@@ -439,12 +447,12 @@ class Batch:
             raise Fault("a copy that was not awaited", bad)
 
     def commit_copies(self, lanes, at, guard):
-        self.copy_group[lanes] += 1
+        self.copy_group[lanes if guard is None else lanes[guard]] += 1
 
     def await_copies(self, lanes, at, guard, left):
         """All but the last `left` groups; all copies if it is −1."""
         active = np.zeros(self.n, bool)
-        active[lanes] = True
+        active[lanes if guard is None else lanes[guard]] = True
         remaining = []
         for copy in self.copies:
             done = active[copy.lanes]
@@ -474,7 +482,7 @@ class Batch:
         self.time[lanes] += 1
 
     def fence_async(self, lanes, at, guard):
-        self.not_fenced[self.shared_base[lanes] // self.stride] = False
+        self.not_fenced[lanes if guard is None else lanes[guard]] = False
 
     def nothing(self, lanes, at, guard):
         pass
@@ -508,7 +516,8 @@ class Batch:
         descriptors = descriptor.reshape(groups.shape)
         if (descriptors != descriptors[:, :1]).any():
             raise self._finding("descriptors that differ in a warp group", at, lanes[0])
-        if self.not_fenced[self.shared_base[lanes] // self.stride].any():
+        not_fenced = np.any(self.not_fenced.reshape(-1, self.threads), axis=1)
+        if not_fenced[lanes // self.threads].any():
             raise self._finding("wgmma of shared memory without a fence", at, lanes[0])
         offsets = [
             matrices.operand_offsets(int(d), n, bool(n_major)).reshape(-1)

@@ -4,6 +4,7 @@ once, where tensor cores truncate."""
 import numpy as np
 
 from .arithmetic import F4, F8, U2, U4, halves
+from .text import Unsupported
 
 LANE = np.arange(32)
 ROW, COLUMN = LANE // 4, LANE % 4
@@ -75,7 +76,7 @@ def operand_offsets(descriptor: int, n: int, n_major: bool):
     the swizzle."""
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     if descriptor >> 49 & 7:
-        raise NotImplementedError("a descriptor of wgmma with a base offset")
+        raise Unsupported("the PTX machine does not know descriptors of wgmma with a base offset")
     chunks = {0: 1, 3: 2, 2: 4, 1: 8}[descriptor >> 62]  # of 16 bytes, in a row that is swizzled
     k, column = np.meshgrid(np.arange(16), np.arange(n), indexing="ij")
     inner, outer = (column, k) if n_major else (k, column)

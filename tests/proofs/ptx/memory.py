@@ -149,9 +149,9 @@ class Region:
         self.read.add(words, of_words)
 
     def _read_by_writer(self, words, lanes: Lanes, at: int):
-        """Whether the thread that wrote a word had read it by this instruction. Then both have
-        copies of one value, of which one thread writes the new one back; a thread that uses what
-        it reads late would write it, which is a race itself."""
+        """Whether the thread that wrote a word had read it by this instruction. Several threads may
+        hold copies of one number, all read by one instruction, and one of them writes the new one.
+        """
         table = self.last_read.get(at)
         if table is None:
             return np.zeros(len(words), bool)
@@ -181,6 +181,7 @@ class Region:
         words, of_words = self.words(position, np.dtype(dtype).itemsize * count, lanes)
         per = len(words) // len(position)
         if self.tracked:
+            # threads may store equal copies of a number: no race where it is there already
             changes = np.any([view[i] != v for i, v in zip(indices, values, strict=True)], axis=0)
             changes = np.repeat(changes, per)
             bad = self.read.unordered(words, of_words)

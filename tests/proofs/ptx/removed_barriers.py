@@ -30,13 +30,15 @@ TESTS = (
     "tests/test_class_moments.py::test_values_and_gradients",
     "tests/test_class_moments.py::test_not_finite_pixels_spoil_their_class_alone",
     "tests/test_verify.py::test_check",
+    # of test_values_and_gradients and the next those of tiles, with many or few pixels of a class
     "-k=launched or test_check or tiles and (long or few or spoil)",
 )
 SEEDS = (1, 2)
 ROOT = Path(__file__).parents[3]
 BY_TRITON = "Triton's compiler put it there: it alone orders no accesses of different threads"
 BY_A_SUM = "a sum over threads that follows has a barrier too, which Triton does not promise"
-NOT_NEEDED = {  # by kernel: of tl.debug_barrier(), and in CUDA of all
+# By kernel; in Triton's for tl.debug_barrier() alone, in CUDA's for every barrier.
+NOT_NEEDED = {
     "_upsampled_sums_kernel": BY_A_SUM,
     "_one_key_kernel": BY_A_SUM,
     "_several_keys_kernel": BY_A_SUM,
@@ -49,14 +51,15 @@ class Place(NamedTuple):
 
     kernel: str
     instruction: str
-    source: str  # file:line
+    source: str  # folder/file:line
     n: int
 
     @property
     def line(self) -> str:
         name, _, line = self.source.partition(":")
-        files = [file for top in ("kernels", "csrc") for file in (ROOT / top).rglob(name)]
-        return linecache.getline(str(files[0]), int(line)).strip() if files else ""
+        files = [ROOT / name, *(ROOT / "csrc").rglob(name)]
+        lines = (linecache.getline(str(file), int(line)).strip() for file in files)
+        return next(filter(None, lines), "")
 
     @property
     def reason(self) -> str | None:

@@ -32,6 +32,7 @@ class Record:
         self.cases: dict[Row, Counter[str]] = defaultdict(Counter)  # forward, backward, findings
         self.errors: dict[Row, tuple[float, float]] = {}  # the largest and its limit
         self.checks: set[str] = set()
+        self.skipped: Counter[str] = Counter()  # by what the machine does not know
         self.compiled: Lines = defaultdict(set)
         self.ran: Lines = defaultdict(set)  # by a check
 
@@ -62,6 +63,7 @@ class Record:
             numbers = [f"{x:.1e}" for x in self.errors.get(row, ())] or ["", ""]
             counts = [cases[what] for what in ("forward", "backward", "findings")]
             yield line(*row, *counts[:2], *numbers, counts[2])
+        yield from (f"skipped: {n} cases: {reason}" for reason, n in self.skipped.items())
 
 
 def _add(places: list[str], lines: Lines) -> None:
@@ -87,10 +89,11 @@ def _never_run(body: list[ast.stmt], compiled: set[int], ran: set[int]) -> Itera
 def never_run(compiled: Lines, ran: Lines) -> Iterator[str]:
     """kernels/file:line."""
     for path in sorted(KERNELS.glob("*.py")):
+        name = f"kernels/{path.name}"
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef):
-                lines = _never_run(node.body, compiled[path.name], ran[path.name])
-                yield from (f"kernels/{path.name}:{line}" for line in lines)
+                lines = _never_run(node.body, compiled[name], ran[name])
+                yield from (f"{name}:{line}" for line in lines)
 
 
 _lines: dict[str, list[set[str]]] = {}  # file:line of each block of code, by program
@@ -132,6 +135,10 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" and not report.skipped:
         record.add(report)
+    elif report.skipped and isinstance(report.longrepr, tuple):
+        _, _, reason = report.longrepr
+        if "the PTX machine" in reason:
+            record.skipped[reason.removeprefix("Skipped: ")] += 1
 
 
 def _missing() -> list[str]:

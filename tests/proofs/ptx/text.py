@@ -63,7 +63,7 @@ class Instruction(NamedTuple):
     inverted: bool
     text: str
     line: int  # of the PTX
-    source: str  # file:line
+    source: str  # folder/file:line
 
     def refuse(self, reason: str) -> Unsupported:
         return Unsupported(f"the PTX machine does not know {reason} of `{self.text}`")
@@ -143,7 +143,8 @@ class _Reader:
 
     def register(self, name: str) -> Register:
         register = self.named(name)
-        assert isinstance(register, Register), name
+        if not isinstance(register, Register):
+            raise Unsupported(f"{self.kernel.name}: the PTX machine does not know {name}")
         return register
 
     def operand(self, text: str) -> Operand:
@@ -154,7 +155,8 @@ class _Reader:
         if text[0] == "[":
             base, _, offset = text[1:-1].partition("+")
             inner = self.operand(base.strip())
-            assert isinstance(inner, Register | Symbol | Literal)
+            if not isinstance(inner, Register | Symbol | Literal):
+                raise Unsupported(f"the PTX machine does not know the address `{text}`")
             return Address(inner, int(offset or "0", 0))
         if "|" in text:
             return tuple(self.operand(part.strip()) for part in text.split("|"))
@@ -172,10 +174,9 @@ class _Reader:
         if declared := re.match(r"\.reg\s+\.(\w+)\s+(.*)", text, re.S):
             self.declare(declared[1], declared[2])
             return
-        if variable := VARIABLE.match(text):
-            {"shared": self.kernel.shared, "local": self.kernel.local}[variable["space"]].place(
-                variable
-            )
+        if (variable := VARIABLE.match(text)) and variable["space"] != "param":
+            space = self.kernel.shared if variable["space"] == "shared" else self.kernel.local
+            space.place(variable)
             return
         match = re.match(r"(?:@(!?)([%\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)", text, re.S)
         if match is None:
@@ -243,8 +244,9 @@ class _Reader:
             yield Block(code[start : end - 1], last.guard, last.inverted, target, following)
 
     def target(self, branch: Instruction) -> int:
-        (label,) = branch.operands
-        assert isinstance(label, Symbol)
+        label = branch.operands[0]
+        if not isinstance(label, Symbol) or label.name not in self.labels:
+            raise branch.refuse("the target")
         return self.labels[label.name]
 
 
@@ -252,7 +254,7 @@ def kernels(text: str, only: str | None = None) -> Iterator[Kernel]:
     """The kernels of a module, or the one of that name."""
     text = re.sub(r"/\*.*?\*/", "", text, flags=re.S)
     named = re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', text, re.M)
-    files = {number: path.rpartition("/")[2] for number, path in named}
+    files = {number: "/".join(path.split("/")[-2:]) for number, path in named}
     for entry in re.finditer(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)[^{]*\{", text):
         if only not in (None, entry[1]):
             continue

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import machine, triton_launches
+from .machine import Traffic
 
 triton_launches.install(80)  # before anchorops is imported
 
@@ -103,11 +104,8 @@ def rows_of(case: str) -> list[dict[str, Any]]:
     for kernel, counted in triton_launches.traffic.items():
         row: dict[str, Any] = {"case": case, "kernel": kernel, "operands": operands[kernel]}
         for what, traffic in counted.items():
-            row[what] = {
-                "asked": traffic.asked,
-                "sectors": SECTOR * traffic.sectors,
-                "moved": SECTOR * traffic.moved,
-            }
+            row[what] = {"asked": traffic.asked, "sectors": SECTOR * traffic.sectors}
+        row["moved"] = SECTOR * Traffic.moved(*counted.values())
         rows.append(row)
     return rows
 

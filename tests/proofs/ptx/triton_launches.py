@@ -8,7 +8,7 @@ import pkgutil
 import struct
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from .machine import Launch, Traffic, run
 from .memory import CANARY, MOST_TRACKED, Region, bytes_at
 from .program import Program, Step
-from .text import Address, Kernel, Register, Symbol, kernels
+from .text import Address, Kernel, Register, Symbol, Unsupported, kernels
 
 programs: dict[str, Program] = {}  # by the hash of what was compiled
 launches: Counter[str] = Counter()  # by kernel
@@ -54,21 +54,10 @@ def install(arch: int) -> None:
 
     del os.environ["ANCHOROPS_TRITON_ON_HOST"]
     import torch
-    from triton.runtime import driver, interpreter, jit
+    from triton.runtime import driver, jit
 
     driver._active = _Driver(arch)  # type: ignore[assignment]
-    # tests replace InterpretedFunction.run to see launches
-    interpreter.InterpretedFunction.run = _run  # type: ignore[method-assign]
-
-    def launcher(kernel: Any, grid: Any) -> Any:
-        def launch(*args: Any, **kwargs: Any) -> Any:
-            return interpreter.InterpretedFunction.run(
-                kernel, *args, grid=grid, warmup=False, **kwargs
-            )
-
-        return launch
-
-    jit.JITFunction.__getitem__ = launcher  # type: ignore[method-assign]
+    jit.JITFunction.__getitem__ = _launcher  # type: ignore[method-assign]
     plain = torch.Tensor.new_empty
 
     def new_empty(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -115,8 +104,9 @@ def _mark_new(address: int, size: int) -> None:
     if size > 4 * MOST_TRACKED:
         return
     bytes_at(address, size)[:] = np.full(-(-size // 4), CANARY, np.uint32).view(np.uint8)[:size]
-    if len(_new) > 4096:
-        _new.clear()
+    _new.pop(address, None)
+    if len(_new) > 4096:  # the oldest, which is probably freed
+        _new.pop(next(iter(_new)))
     _new[address] = size
 
 
@@ -140,7 +130,7 @@ def _packed(kernel: Kernel, values: list[tuple[str, Any]]) -> np.ndarray:
         elif kind.startswith(("i", "u")):
             raw = (int(value) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
         else:
-            raise NotImplementedError(f"a parameter of type {kind}")
+            raise Unsupported(f"{kernel.name}: the PTX machine does not know the type {kind}")
         data[begin : begin + size] = np.frombuffer(raw, np.uint8)
     return data
 
@@ -225,12 +215,15 @@ def _device() -> str:
     return active.get_current_device()
 
 
-def _run(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> Any:
-    """Instead of JITFunction.run."""
-    from triton.runtime import jit
+def _launcher(function: Any, grid: Any) -> Any:
+    """function[grid], which is called with the arguments of the kernel."""
+    return partial(_run, function, grid)
 
-    compiled = jit.JITFunction.run(self, *args, grid=None, warmup=True, **kwargs)
-    binder = self.device_caches[_device()][4]
+
+def _run(function: Any, grid: Any, *args: Any, **kwargs: Any) -> None:
+    """Compiles a JITFunction as before a launch, and runs it in the machine."""
+    compiled = function.run(*args, grid=None, warmup=True, **kwargs)
+    binder = function.device_caches[_device()][4]
     bound = binder(*args, **kwargs)[0]
     grid = grid(bound) if callable(grid) else grid
     x, y, z = (*grid, 1, 1)[:3]
@@ -253,4 +246,3 @@ def _run(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) 
         order = None if seed is None else seed + sum(launches.values())
         instructions[name] += run(launch, order, counted)
     launches[name] += 1
-    return compiled
