@@ -190,7 +190,7 @@ class Batch:
         size = WARP if waits == Waits.WARP else self.threads
         here = np.bincount(lanes // size, minlength=self.n // size)
         alive = self.alive.reshape(-1, size).sum(1)
-        if waits == Waits.WARP and ((alive > 0) & (alive < WARP)).any():
+        if waits == Waits.WARP and ((here > 0) & (alive < WARP)).any():
             raise Unsupported(
                 f"{self.program.kernel.name}: the PTX machine does not know exchanges in a warp of "
                 "which some threads have ended"
