@@ -68,10 +68,11 @@ faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/proofs/planted_faults.py $(FAULTS)
 
 # does the machine for PTX notice each barrier that is taken out of Triton's and the CUDA kernels?
-removed_barriers = PYTHONPATH=tests/proofs OMP_NUM_THREADS=1 $(BIN)/python -m ptx.removed_barriers 80
+removed_barriers = PYTHONPATH=tests/proofs OMP_NUM_THREADS=1 $(BIN)/python -m ptx.removed_barriers
 barriers: setup
-	$(removed_barriers)
-	PTX_BACKEND=cuda $(removed_barriers)
+	$(removed_barriers) 80
+	$(removed_barriers) 90
+	PTX_BACKEND=cuda $(removed_barriers) 80
 
 # the examples for nnU-Net and Ultralytics against their releases, in environments of their own of 7 GB
 check-nnunet check-ultralytics: check-%: setup build/%
