@@ -142,12 +142,12 @@ def uses() -> str:
         ],
         [
             "a model that upsamples its logits: torchvision, segmentation_models.pytorch, "
-            "Transformers, timm",
+            "UperNet of Transformers",
             "`ao.low_resolution(model, images)`",
             "the same",
         ],
         [
-            "a head that upsamples before a 1×1 convolution: SegFormer, HRNet, PSPNet, DeepLab",
+            "a head that upsamples before a 1×1 convolution: SegFormer, HRNet, PSPNet, DPT",
             "`ao.late_upsampling(model, images)`",
             f"SegFormer-B0's step: {steps[0]:.0%} → {steps[1]:.0%} of the baseline's",
         ],
