@@ -309,9 +309,9 @@ def test_halves():
         a, b, c, exact = (bits(v)[:, 0] for v in (x, y, z, x * y + z))
         result = compute(f"fma.rn.{ty} {{to}}, {{0}}, {{1}}, {{2}};", a, b, c, dtype="u4")
         assert result.tolist() == exact.tolist(), ty
-    text = "mov.b32 {{%h1, %h2}}, {0}; mov.b32 {to}, {{%h2, %h1}};"
-    swapped = compute(text, integers_ := integers("u4"), dtype="u4")
-    assert swapped.tolist() == (integers_ >> 16 | integers_ << 16).tolist()
+    pairs = integers("u4")
+    swapped = compute("mov.b32 {{%h1, %h2}}, {0}; mov.b32 {to}, {{%h2, %h1}};", pairs, dtype="u4")
+    assert swapped.tolist() == (pairs >> 16 | pairs << 16).tolist()
 
 
 def test_zeros_and_bits_of_nan():
@@ -486,35 +486,40 @@ def test_matrix_moves(flip: bool):
     assert (result.view("u2").reshape(4, 8, 8) == exact).all()
 
 
-LOADED = "".join(f"st.shared.b32 [%r5+{512 * i}], %r{22 + i};" for i in range(4))
-WGMMA = (
-    load_words(16, 128)
-    + "mov.u32 %r5, memory; shl.b32 %r4, %r0, 2; add.u32 %r5, %r5, %r4;"
-    + LOADED
-    + """
-{fence}
-bar.sync 0;
-wgmma.fence.sync.aligned;
-mov.b64 %d5, {descriptor};
-setp.eq.u32 %p1, %r0, %r0;
-{change}
-wgmma.mma_async.sync.aligned.m64n16k16.f32.{dtype}.{dtype} {{%r14, %r15, %r16, %r17, %r18, %r19,
-%r20, %r21}}, {{%r10, %r11, %r12, %r13}}, %d5, %p1, 1, 1, {n_major};
-wgmma.commit_group.sync.aligned;
-wgmma.wait_group.sync.aligned 0;
-mad.wide.u32 %d3, %r0, 4, %d1;
-"""
-    + "".join(f"st.global.b32 [%d3+{512 * i}], %r{14 + i};" for i in range(8))
-)
 FENCE = "fence.proxy.async.shared::cta;"
+
+
+def wgmma(
+    swizzle: int = 1,
+    width: int = 128,
+    n_major: int = 0,
+    dtype: str = "f16",
+    fence: str = FENCE,
+    change: str = "",
+) -> str:
+    """Each of 128 threads loads four words of A, eight of C, and four of B, which lies in shared
+    memory in rows of `width` bytes. `change`: before the product, of its descriptor %d5."""
+    store_b = "".join(f"st.shared.b32 [%r5+{512 * i}], %r{22 + i};" for i in range(4))
+    store_c = "".join(f"st.global.b32 [%d3+{512 * i}], %r{14 + i};" for i in range(8))
+    return f"""
+    {load_words(16, 128)}
+    mov.u32 %r5, memory; shl.b32 %r4, %r0, 2; add.u32 %r5, %r5, %r4;
+    {store_b} {fence} bar.sync 0;
+    wgmma.fence.sync.aligned;
+    mov.b64 %d5, {(8 * width >> 4) << 32 | swizzle << 62};
+    setp.eq.u32 %p1, %r0, %r0; {change}
+    wgmma.mma_async.sync.aligned.m64n16k16.f32.{dtype}.{dtype} {{%r14, %r15, %r16, %r17, %r18, %r19,
+    %r20, %r21}}, {{%r10, %r11, %r12, %r13}}, %d5, %p1, 1, 1, {n_major};
+    wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
+    mad.wide.u32 %d3, %r0, 4, %d1; {store_c}
+    """
 
 
 @pytest.mark.parametrize("n_major", [0, 1])
 @pytest.mark.parametrize(("swizzle", "width"), [(1, 128), (2, 64), (3, 32)])
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_products_of_warp_groups(dtype: str, swizzle: int, width: int, n_major: int):
-    """wgmma: B in rows of `width` bytes, whose parts of 16 bytes are swizzled by bits 7 and up of
-    their address."""
+    """Parts of 16 bytes of B are swizzled by bits 7 and up of their address."""
     a, b, c = (RANDOM.integers(-8, 9, size).astype("f4") for size in ((64, 16), (16, 16), (64, 16)))
     thread = np.arange(128)
     g, t, w = thread % 32 // 4, thread % 4, 16 * (thread // 32)
@@ -531,8 +536,7 @@ def test_products_of_warp_groups(dtype: str, swizzle: int, width: int, n_major: 
     given = np.stack(
         [*of_a, *(c[at].view("u4") for at in of_c), *memory.view("u4").reshape(4, 128)]
     )
-    descriptor = (8 * width >> 4) << 32 | swizzle << 62
-    text = WGMMA.format(fence=FENCE, descriptor=descriptor, change="", dtype=dtype, n_major=n_major)
+    text = wgmma(swizzle, width, n_major, dtype)
     result = launch(text, given, np.zeros((8, 128), "f4"), threads=128, shared=2048)
     exact = a @ b + c
     np.testing.assert_array_equal(result, [exact[at] for at in of_c])
@@ -648,14 +652,14 @@ FOUND = {
     ),
     "after the last": (
         ADDRESS + "st.global.b32 [%d2+4], %r3;",
-        r"out of bounds \(global memory\) at tested source.py:7 .*, block \(1, 0, 0\), thread 63",
+        r"out of bounds \(global memory\) at tested source.py:7 .*, block \(1, 0, 0\), thread 127",
     ),
     "before the first": (
         ADDRESS + "ld.global.b32 %r4, [%d3+-4];",
         r"out of bounds \(global memory\)",
     ),
     "shared memory that was not requested": (
-        "mov.u32 %r5, memory; st.shared.b32 [%r5+1024], %r3;",
+        "mov.u32 %r5, memory; st.shared.b32 [%r5+2048], %r3;",
         r"out of bounds \(shared memory\)",
     ),
     "misaligned": (
@@ -690,28 +694,13 @@ FOUND = {
         "@%p1 cp.async.ca.shared.global [%r5], [%d0], 4; cp.async.wait_all;",
         "a race.*copies to what another thread reads",
     ),
-    "wgmma without a fence": (
-        WGMMA.format(fence="", descriptor=64 << 32 | 1 << 62, change="", dtype="f16", n_major=0),
-        "wgmma of shared memory without a fence",
-    ),
+    "wgmma without a fence": (wgmma(fence=""), "wgmma of shared memory without a fence"),
     "a fence of one thread for others": (
-        WGMMA.format(
-            fence=f"setp.eq.u32 %p2, %r0, 0; @%p2 {FENCE}",
-            descriptor=64 << 32 | 1 << 62,
-            change="",
-            dtype="f16",
-            n_major=0,
-        ),
+        wgmma(fence=f"setp.eq.u32 %p2, %r0, 0; @%p2 {FENCE}"),
         "wgmma of shared memory without a fence",
     ),
     "descriptors that differ": (
-        WGMMA.format(
-            fence=FENCE,
-            descriptor=64 << 32 | 1 << 62,
-            change="cvt.u64.u32 %d6, %r0; add.u64 %d5, %d5, %d6;",
-            dtype="f16",
-            n_major=0,
-        ),
+        wgmma(change="cvt.u64.u32 %d6, %r0; add.u64 %d5, %d5, %d6;"),
         "descriptors that differ in a warp group",
     ),
     "a copy that is read too early": (COPY.format(wait=""), "a copy that was not awaited"),
@@ -733,11 +722,9 @@ FOUND = {
 @pytest.mark.parametrize("name", FOUND)
 def test_findings(name: str):
     body, message = FOUND[name]
-    given = np.zeros(256, "u4")
+    given = np.zeros(2048, "u4")
     with pytest.raises(Finding, match=message):
-        if "wgmma" in body:
-            launch(body, np.zeros(2048, "u4"), np.zeros(1024, "u4"), threads=128, shared=2048)
-        launch(body, given, np.full(128, 7, "u4"), blocks=2, threads=64, shared=1024)
+        launch(body, given, np.full(256, 7, "u4"), blocks=2, threads=128, shared=2048)
 
 
 def test_awaited_copies():
