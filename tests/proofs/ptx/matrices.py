@@ -77,14 +77,13 @@ def operand_offsets(descriptor: int, n: int, n_major: bool):
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     if descriptor >> 49 & 7:
         raise Unsupported("the PTX machine does not know descriptors of wgmma with a base offset")
-    chunks = {0: 1, 3: 2, 2: 4, 1: 8}[descriptor >> 62]  # of 16 bytes, in a row that is swizzled
+    if descriptor >> 62 == 0:
+        raise Unsupported("the PTX machine does not know descriptors of wgmma without a swizzle")
+    chunks = {3: 2, 2: 4, 1: 8}[descriptor >> 62]  # of 16 bytes, in a row that is swizzled
     k, column = np.meshgrid(np.arange(16), np.arange(n), indexing="ij")
     inner, outer = (column, k) if n_major else (k, column)
     part, chunk = 2 * (inner % 8), inner // 8
-    if chunks == 1:
-        far, near = (stride, leading) if n_major else (leading, stride)
-        offset = chunk * far + outer // 8 * near + outer % 8 * 16 + part
-    elif n_major:
+    if n_major:
         offset = chunk % chunks * 16 + chunk // chunks * leading
         offset += outer % 8 * 16 * chunks + outer // 8 * stride + part
     else:
