@@ -2,7 +2,7 @@
 
     python bench/plot.py bench/results/amd-epyc-avx512-2-threads.json
 
-With --table it prints the README's tables instead. The pictures are written next to the rows:
+With --table it prints the main tables instead. The pictures are written next to the rows:
 
 ….png                 operators compared with formulas that people write, in milliseconds; of
                       counted-memory.json the memory of training steps
@@ -68,7 +68,7 @@ def draw(path: Path) -> None:
 
 
 def tables(run: dict) -> str:
-    """The README's tables."""
+    """The main tables."""
     made = [part.table(run) for name, part in SECTIONS.items() if part.table and name in run]
     return "\n\n".join(made)
 

@@ -7,9 +7,8 @@ backend, training_steps, options, and, for the CPU alone, export and masks. On t
 all need about an hour, in which nothing else may run: it does not begin on a machine whose cores
 other processes use, and it fails if other processes disturbed a row. Rows that contradict each
 other are measured again; if they still do, they are not recorded, and it fails. The rows are in one
-file, named after the device, beside its pictures. At the end it prints the tables for the README,
-and the share of the bandwidth that each backend reaches. ATEN_CPU_CAPABILITY=avx2 measures without
-AVX-512.
+file, named after the device, beside its pictures. At the end it prints the main tables, and the
+share of the bandwidth that each backend reaches. ATEN_CPU_CAPABILITY=avx2 measures without AVX-512.
 """
 
 import argparse
