@@ -65,6 +65,7 @@ def load_words(count: int, lanes: int = 32) -> str:
 
 
 FENCE = "fence.proxy.async.shared::cta;"
+COMMIT_AND_WAIT = "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;"
 
 
 def wgmma(
@@ -74,20 +75,23 @@ def wgmma(
     dtype: str = "f16",
     fence: str = FENCE,
     change: str = "",
+    before: str = "wgmma.fence.sync.aligned;",
+    after: str = COMMIT_AND_WAIT,
 ) -> str:
     """Each of 128 threads loads four words of A, eight of C, and four of B, which lies in shared
-    memory in rows of `width` bytes. `change`: before the product, of its descriptor %d5."""
+    memory in rows of `width` bytes. `change`: of the product's descriptor %d5. `before` and `after`
+    the product: how it is fenced and awaited."""
     store_b = "".join(f"st.shared.b32 [%r5+{512 * i}], %r{22 + i};" for i in range(4))
     store_c = "".join(f"st.global.b32 [%d3+{512 * i}], %r{14 + i};" for i in range(8))
     return f"""
     {load_words(16, 128)}
     mov.u32 %r5, memory; shl.b32 %r4, %r0, 2; add.u32 %r5, %r5, %r4;
     {store_b} {fence} bar.sync 0;
-    wgmma.fence.sync.aligned;
+    {before}
     mov.b64 %d5, {(8 * width >> 4) << 32 | swizzle << 62};
     setp.eq.u32 %p1, %r0, %r0; {change}
     wgmma.mma_async.sync.aligned.m64n16k16.f32.{dtype}.{dtype} {{%r14, %r15, %r16, %r17, %r18, %r19,
     %r20, %r21}}, {{%r10, %r11, %r12, %r13}}, %d5, %p1, 1, 1, {n_major};
-    wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
+    {after}
     mad.wide.u32 %d3, %r0, 4, %d1; {store_c}
     """

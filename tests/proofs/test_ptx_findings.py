@@ -13,7 +13,7 @@ from ptx.machine import Finding, Launch, Traffic, run
 from ptx.memory import CANARY, Region
 from ptx.program import Program
 from ptx.text import kernels
-from ptx_kernels import FENCE, KERNEL, launch, wgmma
+from ptx_kernels import COMMIT_AND_WAIT, FENCE, KERNEL, launch, wgmma
 
 # Lane i stores to shared memory, and reads what the next thread of its block stored.
 ROTATE = """
@@ -141,6 +141,46 @@ FOUND = {
         wgmma(change="cvt.u64.u32 %d6, %r0; add.u64 %d5, %d5, %d6;"),
         "descriptors that differ in a warp group",
     ),
+    "wgmma without its own fence": (wgmma(before=""), "wgmma of registers without a fence"),
+    "a register that is written after the fence": (
+        wgmma(change="mov.b32 %r12, %r3;"),
+        "wgmma of registers without a fence",
+    ),
+    "wgmma that is not committed": (
+        wgmma(after="wgmma.wait_group.sync.aligned 0;"),
+        "a result of wgmma that is not awaited",
+    ),
+    "wgmma that is read too early": (
+        wgmma(after="wgmma.commit_group.sync.aligned;"),
+        "a result of wgmma that is not awaited",
+    ),
+    "too many groups of wgmma left": (
+        wgmma(after="wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 1;"),
+        "a result of wgmma that is not awaited",
+    ),
+    "wgmma that is not awaited on one of two ways": (
+        wgmma(
+            after="wgmma.commit_group.sync.aligned; setp.eq.u32 %p2, %r1, 0; @%p2 bra $on;"
+            "wgmma.wait_group.sync.aligned 0; $on:"
+        ),
+        "a result of wgmma that is not awaited",
+    ),
+    "wgmma that nobody awaits": (
+        wgmma(after="wgmma.commit_group.sync.aligned; ret;"),
+        "wgmma that nobody awaits",
+    ),
+    "wgmma whose input changes": (
+        wgmma(after=f"mov.b32 %r12, %r3; {COMMIT_AND_WAIT}"),
+        "a change of a register that wgmma reads",
+    ),
+    "wgmma whose shared memory changes": (
+        wgmma(after=f"st.shared.b32 [%r5], %r3; {COMMIT_AND_WAIT}"),
+        "a change of shared memory that wgmma may read",
+    ),
+    "wgmma before a barrier": (
+        wgmma(after=f"bar.sync 0; {COMMIT_AND_WAIT}"),
+        "a change of shared memory that wgmma may read",
+    ),
     "a copy that is read too early": (COPY.format(wait=""), "a copy that was not awaited"),
     "a copy that nobody awaits": (
         COPY.format(wait="").partition("ld.shared")[0],
@@ -180,6 +220,30 @@ def test_awaited_copies():
         body = fewer.format(wait="cp.async.wait_all;", part=part)
         result = launch(body, given, np.ones(32, "u4"), shared=1024)
         assert result.tolist() == exact.tolist()
+
+
+def test_awaited_products():
+    """A loop that waits for all but its last product, and then for that."""
+    loop = (
+        "mov.u32 %r6, 0; $loop: {fence} wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {{%r14,"
+        "%r15, %r16, %r17, %r18, %r19, %r20, %r21}}, {{%r10, %r11, %r12, %r13}}, %d5, %p1, 1, 1, 0;"
+        "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 1; add.u32 %r6, %r6, 1;"
+        "setp.lt.u32 %p3, %r6, 3; @%p3 bra $loop; wgmma.wait_group.sync.aligned {left};"
+    )
+
+    def result(after: str) -> np.ndarray:
+        given = np.tile(np.float16([1, 2]), 2048).view("u4")
+        given[4 * 128 : 12 * 128] = 0  # C
+        text = wgmma(after=after)
+        return launch(text, given, np.zeros(1024, "u4"), threads=128, shared=2048).view("f4")
+
+    once = result(COMMIT_AND_WAIT)
+    assert (once > 0).all()
+    assert (result(loop.format(fence="", left=0)) == 4 * once).all()
+    with pytest.raises(Finding, match="a result of wgmma that is not awaited"):
+        result(loop.format(fence="", left=1))
+    with pytest.raises(Finding, match="a change of a register that wgmma reads"):
+        result(loop.format(fence="mov.b32 %r12, %r12;", left=0))
 
 
 def test_new_memory():

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import arithmetic, matrices
+from . import arithmetic, matrices, products
 from .instructions import Waits
 from .memory import CANARY, EPOCH, Fault, Lanes, Region
 from .program import Program
@@ -142,6 +142,8 @@ class Batch:
     # Schedule
 
     def run(self) -> int:
+        if (fault := products.fault_of(self.program)) is not None:
+            raise self._finding(*fault, 0)
         waiting = {0: np.arange(self.n)}  # block of code -> lanes
         executed, program = 0, self.program
         while waiting:

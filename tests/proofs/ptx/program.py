@@ -1,7 +1,7 @@
 """A kernel as Python functions, one for each basic block: an instruction becomes one call for all
 lanes that run the block."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -37,8 +37,8 @@ def held(x, dtype: str, bits: int):
     return x.view(f"u{bits // 8}")
 
 
-def _registers(operands: list[Operand]) -> Live:
-    found = set()
+def registers_of(operands: Iterable[Operand]) -> Live:
+    found: Live = set()
     for x in operands:
         x = x.base if isinstance(x, Address) else x.register if isinstance(x, Inverted) else x
         if isinstance(x, Register):
@@ -52,8 +52,8 @@ class Step:
     def __init__(self, instruction: Instruction):
         self.instruction = instruction
         self.operation: Operation = operation(instruction)
-        self.writes = _registers([x for x, _ in self.operation.results])
-        self.reads = _registers([x for x, _ in self.operation.arguments])
+        self.writes = registers_of([x for x, _ in self.operation.results])
+        self.reads = registers_of([x for x, _ in self.operation.arguments])
         if instruction.guard is not None:  # where it is false, results keep their values
             self.reads = self.reads | {instruction.guard} | self.writes
 
@@ -65,7 +65,7 @@ class Step:
     @property
     def bases(self) -> Live:
         """Registers of its address in memory."""
-        return _registers([x for x, dtype in self.operation.arguments[:1] if dtype == "address"])
+        return registers_of([x for x, dtype in self.operation.arguments[:1] if dtype == "address"])
 
 
 class Program:
