@@ -58,6 +58,7 @@ CASES = [
     Case((70, 9), 3, BF16, "transposed", "long runs"),
     Case((3, 7, 50), 4, F32, "every other", groups=2),
     Case((3, 130, 40), 6, BF16, labels="few ignored", per_image=True),
+    Case((3, 130, 600), 6, BF16, labels="long runs", per_image=True),
     Case((2, 4, 30, 1), 3, F32, "every other"),
     Case((60, 3), 1024),
 ]
@@ -284,6 +285,7 @@ def test_gradient_of_anchors_near_the_mean(distance: float, backend: str):
 SPOILT = [
     Case((2, 19, 7, 33), 3, F32, labels="coherent"),
     Case((2, 19, 7, 33), 40, BF16),
+    Case((3, 130, 40), 6, BF16, labels="few ignored", per_image=True),
     *marked([Case((2, 19, 7, 33), 3, F16, "channels_last", "coherent")], on_cpu),
     *marked([Case((2, 19, 7, 33), 3, F64, "every other", groups=2)], on_cpu),
     Case((90, 17), 3, F32, per_image=True),
