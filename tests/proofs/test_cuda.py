@@ -29,9 +29,9 @@ def check(arch: int, *arguments: str) -> str:
     return f"What ran{table}"
 
 
-@pytest.mark.parametrize("first", [0, 1])  # two halves, for two processes
-def test_cases(first: int, record_property):
-    record_property("table", check(80, *map(str, CASES_OF_CUDA[first::2])))
+def test_cases(record_property):
+    in_two_processes = ("-n", "2", "--dist", "worksteal")
+    record_property("table", check(80, *in_two_processes, *map(str, CASES_OF_CUDA)))
 
 
 def test_cases_for_sm_90(record_property):

@@ -121,7 +121,7 @@ def test_wrong_arguments(operator: str, argument: str, wrong: object, message: s
         ("centroid_info_nce", "positives", NCE["positives"].half()),
         ("centroid_info_nce", "present", NCE["present"].byte()),
     ],
-    ids=str,
+    ids=lambda x: str(x.dtype) if isinstance(x, Tensor) else x,
 )
 def test_wrong_dtypes(operator: str, argument: str, wrong: Tensor, backend: str):
     with pytest.raises(RuntimeError, match="expected scalar type"):

@@ -1,6 +1,7 @@
 """What ran in the machine: a plugin of pytest (tests/conftest.py) that prints a table after the
 tests. Where all checks of `anchorops-doctor --verify` ran, it is an error if none of them runs a
-branch of kernels/ that some test compiled."""
+branch of kernels/ that some test compiled; where all cases of CUDA ran, if none of them runs a line
+of csrc/."""
 
 import ast
 import os
@@ -14,7 +15,9 @@ import pytest
 from . import triton_launches
 from .text import Unsupported
 
-KERNELS = Path(__file__).parents[3] / "kernels"
+ROOT = Path(__file__).parents[3]
+KERNELS = ROOT / "kernels"
+BACKEND = os.environ.get("PTX_BACKEND", "triton")
 
 
 Lines = dict[str, set[int]]  # by file
@@ -34,7 +37,7 @@ class Record:
         self.checks: set[str] = set()
         self.skipped: Counter[str] = Counter()  # by what the machine does not know
         self.compiled: Lines = defaultdict(set)
-        self.ran: Lines = defaultdict(set)  # by a check
+        self.ran: Lines = defaultdict(set)  # Triton: by a check
 
     def add(self, report: pytest.TestReport) -> None:
         found: dict[str, Any] = dict(report.user_properties)
@@ -44,6 +47,8 @@ class Record:
             cases["backward" if backward else "forward"] += 1
             cases["findings"] += "Finding: " in report.longreprtext
         _add(found["compiled"], self.compiled)
+        if BACKEND == "cuda":
+            _add(found["ran"], self.ran)
         if "check" not in found:
             return
         name, operator, dtype, error, limit = found["check"]
@@ -54,8 +59,8 @@ class Record:
         _add(found["ran"], self.ran)
 
     def table(self) -> Iterator[str]:
-        arch, backend = os.environ["PTX_ARCH"], os.environ.get("PTX_BACKEND", "triton")
-        yield f"What ran as compiled for sm_{arch}, backend {backend}, in cases of each direction,"
+        arch = os.environ["PTX_ARCH"]
+        yield f"What ran as compiled for sm_{arch}, backend {BACKEND}, in cases of each direction,"
         yield "and of the checks of --verify the largest error and its limit:"
         line = "{:<24}{:<10}{:>8}{:>9}{:>9}{:>9}{:>9}".format
         yield line("operator", "dtype", "forward", "backward", "error", "limit", "findings")
@@ -141,8 +146,19 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
             record.skipped[reason.removeprefix("Skipped: ")] += 1
 
 
-def _missing() -> list[str]:
-    """Branches that no check runs, if all checks ran."""
+def _missing(config: pytest.Config) -> list[str]:
+    """Branches or lines that nothing runs, if everything ran that must run them."""
+    if BACKEND == "cuda":
+        from simulated_gpu import CASES_OF_CUDA
+
+        ours = {path.name for path in (ROOT / "csrc").rglob("*.*")}
+        lines = [
+            f"{file}:{line}"
+            for file, compiled in sorted(record.compiled.items())
+            for line in sorted(compiled - record.ran[file])
+            if Path(file).name in ours
+        ]
+        return lines if {*map(str, CASES_OF_CUDA)} <= {*config.args} else []
     from anchorops.verify.checks import checks
 
     all_ran = record.checks >= {check.name for check in checks()}
@@ -150,11 +166,12 @@ def _missing() -> list[str]:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if _missing():
+    if _missing(session.config):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("the PTX machine")
-    lines = [*record.table(), *(f"no check runs {place}" for place in _missing())]
+    missing = _missing(terminalreporter.config)
+    lines = [*record.table(), *(f"no check runs {place}" for place in missing)]
     terminalreporter.write_line("\n".join(lines))
