@@ -481,7 +481,7 @@ def counted_traffic() -> str:
     """Without the kernels that ask for little."""
     rows = json.loads(COUNTED_TRAFFIC.read_text())["rows"]
     asked = [sum(row[what]["sectors"] for what in REQUESTS if what in row) for row in rows]
-    return traffic_table([row for row, size in zip(rows, asked, strict=True) if size >= 100_000])
+    return traffic_table([row for row, size in zip(rows, asked, strict=True) if size >= 200_000])
 
 
 def traffic_table(rows: list[dict]) -> str:
@@ -504,8 +504,9 @@ def traffic_table(rows: list[dict]) -> str:
         if cells in seen:
             continue
         seen.append(cells)
-        lines.append([row["case"] if row["case"] != before else "", *cells])
-        before = row["case"]
+        case = row["case"] if row["backend"] == "triton" else f"CUDA: {row['case']}"
+        lines.append([case if case != before else "", *cells])
+        before = case
     header = ["operation", "kernel", "operands, KB", "moved, KB", *REQUESTS]
     return markdown_table(header, lines, words=(0, 1))
 

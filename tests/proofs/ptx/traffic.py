@@ -1,9 +1,10 @@
-"""Global memory that each Triton kernel moves at a small shape, counted by the machine for sm_80:
+"""Global memory that each kernel moves at a small shape, counted by the machine for sm_80:
 
     PYTHONPATH=tests/proofs:bench python -m ptx.traffic [--out bench/results/counted-traffic.json]
 
 docs/gpu.md shows the table of these rows. Without --out they are compared with those of the file,
-if it was written with this torch, and the exit status is 1 if they differ."""
+if it was written with this torch, and the exit status is 1 if they differ. Where the CUDA sources
+cannot be compiled, their rows are left out."""
 
 import argparse
 import json
@@ -16,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import machine, triton_launches
+from . import cuda_launches, machine, triton_launches
 from .machine import Traffic
 
 triton_launches.install(80)  # before anchorops is imported
+cuda_launches.install(80)
 
 from cost_tables import COUNTED_TRAFFIC, traffic_table  # noqa: E402
 from record import save_counts  # noqa: E402
@@ -94,15 +96,19 @@ CASES: dict[str, Callable[[], object]] = {
 }
 
 
-def rows_of(case: str) -> list[dict[str, Any]]:
+CASES_OF_CUDA = ("class moments", "bfloat16, channels last", "2 groups", "InfoNCE")
+
+
+def rows_of(case: str, backend: str) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     operands.clear()
     triton_launches.traffic = {}
-    with ao.use_backend("triton"):
+    with ao.use_backend(backend):
         CASES[case]()
     rows = []
     for kernel, counted in triton_launches.traffic.items():
-        row: dict[str, Any] = {"case": case, "kernel": kernel, "operands": operands[kernel]}
+        row: dict[str, Any] = {"backend": backend, "case": case}
+        row |= {"kernel": kernel.partition("<")[0], "operands": operands[kernel]}
         for what, traffic in counted.items():
             row[what] = {"asked": traffic.asked, "sectors": SECTOR * traffic.sectors}
         row["moved"] = SECTOR * Traffic.moved(*counted.values())
@@ -117,14 +123,20 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the rows to this JSON file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    triton_launches.run = run
-    rows = [row for case in CASES for row in rows_of(case)]
+    triton_launches.run = cuda_launches.run = run
+    rows = [row for case in CASES for row in rows_of(case, "triton")]
+    if (obstacle := cuda_launches.obstacle()) is None:
+        rows += [row for case in CASES_OF_CUDA for row in rows_of(case, "cuda")]
+    else:
+        print(obstacle)
     print(traffic_table(rows))
     if arguments.out:
         save_counts(arguments.out, rows)
         return 0
     committed = json.loads(COUNTED_TRAFFIC.read_text())
-    if committed["torch"] == torch.__version__ and committed["rows"] != rows:
+    counted = {row["backend"] for row in rows}
+    expected = [row for row in committed["rows"] if row["backend"] in counted]
+    if committed["torch"] == torch.__version__ and expected != rows:
         print(f"These are not the rows of {COUNTED_TRAFFIC}: write them with --out.")
         return 1
     return 0
