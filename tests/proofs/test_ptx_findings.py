@@ -78,6 +78,17 @@ cp.async.commit_group;
 ld.shared.b32 %r6, [%r5];
 mad.wide.u32 %d2, %r3, 4, %d1; st.global.b32 [%d2], %r6;
 """
+
+
+def product(results: range, a: range, n: int = 16) -> str:
+    """Of these registers, with the B of `wgmma`."""
+    to, of = (", ".join(f"%r{i}" for i in registers) for registers in (results, a))
+    shape = f"m64n{n}k16.f32.f16.f16"
+    return f"wgmma.mma_async.sync.aligned.{shape} {{{to}}}, {{{of}}}, %d5, %p1, 1, 1, 0;"
+
+
+ZEROS = "".join(f"mov.b32 %r{i}, 0;" for i in range(30, 38))
+PRODUCT_FENCE = "wgmma.fence.sync.aligned;"
 FOUND = {
     "no barrier": (
         ROTATE.format(barrier=""),
@@ -169,9 +180,38 @@ FOUND = {
         wgmma(after="wgmma.commit_group.sync.aligned; ret;"),
         "wgmma that nobody awaits",
     ),
+    "wgmma of what another one computes": (
+        wgmma(
+            before=ZEROS + PRODUCT_FENCE,
+            after=product(range(30, 38), range(14, 18)) + COMMIT_AND_WAIT,
+        ),
+        "a result of wgmma that is not awaited",
+    ),
+    "wgmma into what another one reads": (
+        wgmma(
+            before=ZEROS + PRODUCT_FENCE,
+            after=product(range(10, 18), range(30, 34)) + COMMIT_AND_WAIT,
+        ),
+        "a use of a register that wgmma reads",
+    ),
+    "wgmma of an awaited result without another fence": (
+        wgmma(
+            before=ZEROS + PRODUCT_FENCE,
+            after=COMMIT_AND_WAIT + product(range(30, 38), range(14, 18)) + COMMIT_AND_WAIT,
+        ),
+        "wgmma of registers without a fence",
+    ),
+    "wgmma of two shapes with the same registers": (
+        wgmma(after=product(range(14, 18), range(10, 14), 8) + COMMIT_AND_WAIT),
+        "wgmma of registers without a fence",
+    ),
+    "wgmma whose input is read": (
+        wgmma(after=f"mov.b32 %r50, %r12; {COMMIT_AND_WAIT}"),
+        "a use of a register that wgmma reads",
+    ),
     "wgmma whose input changes": (
         wgmma(after=f"mov.b32 %r12, %r3; {COMMIT_AND_WAIT}"),
-        "a change of a register that wgmma reads",
+        "a use of a register that wgmma reads",
     ),
     "wgmma whose shared memory changes": (
         wgmma(after=f"st.shared.b32 [%r5], %r3; {COMMIT_AND_WAIT}"),
@@ -224,12 +264,13 @@ def test_awaited_copies():
 
 def test_awaited_products():
     """A loop that waits for all but its last product, and then for that."""
-    loop = (
-        "mov.u32 %r6, 0; $loop: {fence} wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {{%r14,"
-        "%r15, %r16, %r17, %r18, %r19, %r20, %r21}}, {{%r10, %r11, %r12, %r13}}, %d5, %p1, 1, 1, 0;"
-        "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 1; add.u32 %r6, %r6, 1;"
-        "setp.lt.u32 %p3, %r6, 3; @%p3 bra $loop; wgmma.wait_group.sync.aligned {left};"
-    )
+
+    def loop(before: str, left: int) -> str:
+        return (
+            f"mov.u32 %r6, 0; $loop: {before} {product(range(14, 22), range(10, 14))}"
+            "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 1; add.u32 %r6, %r6, 1;"
+            f"setp.lt.u32 %p3, %r6, 3; @%p3 bra $loop; wgmma.wait_group.sync.aligned {left};"
+        )
 
     def result(after: str) -> np.ndarray:
         given = np.tile(np.float16([1, 2]), 2048).view("u4")
@@ -239,11 +280,11 @@ def test_awaited_products():
 
     once = result(COMMIT_AND_WAIT)
     assert (once > 0).all()
-    assert (result(loop.format(fence="", left=0)) == 4 * once).all()
+    assert (result(loop("", left=0)) == 4 * once).all()
     with pytest.raises(Finding, match="a result of wgmma that is not awaited"):
-        result(loop.format(fence="", left=1))
-    with pytest.raises(Finding, match="a change of a register that wgmma reads"):
-        result(loop.format(fence="mov.b32 %r12, %r12;", left=0))
+        result(loop("", left=1))
+    with pytest.raises(Finding, match="a use of a register that wgmma reads"):
+        result(loop("mov.b32 %r12, %r12;", left=0))
 
 
 def test_new_memory():

@@ -76,9 +76,12 @@ def run(launch: Launch, seed: int | None = None, traffic: dict[str, Traffic] | N
         raise Unsupported("the PTX machine does not know warps that are not full")
     size = min(MOST_LANES // launch.threads, MOST_SHARED // max(launch.shared_bytes, 1), blocks)
     executed, random = 0, None if seed is None else np.random.default_rng(seed)
+    fault = products.fault_of(launch.program)
     with np.errstate(all="ignore"):
         for first in range(0, blocks, max(size, 1)):
             batch = Batch(launch, first, min(max(size, 1), blocks - first), random, traffic)
+            if fault is not None:
+                raise batch._finding(*fault, 0)
             executed += batch.run()
     return executed
 
@@ -142,8 +145,6 @@ class Batch:
     # Schedule
 
     def run(self) -> int:
-        if (fault := products.fault_of(self.program)) is not None:
-            raise self._finding(*fault, 0)
         waiting = {0: np.arange(self.n)}  # block of code -> lanes
         executed, program = 0, self.program
         while waiting:

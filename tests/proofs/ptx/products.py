@@ -2,7 +2,9 @@
 computes them at once. So this follows every path through a kernel's text, whatever its data.
 
 Until wgmma.wait_group, a product writes the registers of its results, and reads those of A and the
-shared memory of B. Before it, wgmma.fence must follow the last other use of these registers."""
+shared memory of B. Before it, wgmma.fence must follow the last use of these registers, but for that
+of a result by a product of the same shape. Stricter than PTX: until all products are done, there
+may be no barrier, and no change of shared memory, wherever it is."""
 
 from typing import NamedTuple
 
@@ -11,6 +13,9 @@ from .text import Literal, Register
 
 NOT_COMMITTED = -1
 Pending = dict[Register, int]  # with how many groups were committed after its product's
+# A register that was used after the last fence -> the shape of the product whose result it is; ""
+# after another use.
+Used = dict[Register, str]
 CHANGES_OF_SHARED_MEMORY = (
     "barrier",  # after it, other threads may store
     *("store_shared", "store_matrices", "atomic:shared", "copy"),
@@ -18,17 +23,17 @@ CHANGES_OF_SHARED_MEMORY = (
 
 
 class State(NamedTuple):
-    """At a place of the text, by any path to it. used: registers that other instructions used after
-    the last fence; None if there was no fence."""
+    """At a place of the text, by any path to it. used: None if there was no fence."""
 
     results: Pending
     inputs: Pending
-    used: Live | None
+    used: Used | None
 
     def joined(self, other: "State") -> "State":
         used = None
         if self.used is not None and other.used is not None:
-            used = self.used | other.used
+            x, y = self.used, other.used
+            used = {r: shape if x.get(r, shape) == shape else "" for r, shape in (x | y).items()}
         return State(_least(self.results, other.results), _least(self.inputs, other.inputs), used)
 
 
@@ -49,21 +54,34 @@ def _is(step: Step, modifier: str) -> bool:
     return step.instruction.name == "wgmma" and modifier in step.instruction.modifiers
 
 
-def _matrices(step: Step) -> Live:
-    """Registers of A and of the result."""
-    _, _, *operands = step.operation.arguments  # without B's descriptor and a predicate
-    return registers_of(x for x, _ in operands)
+def _inputs(step: Step) -> Live:
+    """Registers of A."""
+    _, _, *operands = step.operation.arguments  # B's descriptor and a predicate
+    return registers_of(x for x, _ in operands) - step.writes
+
+
+def _shape(step: Step) -> str:
+    return next(x for x in step.instruction.modifiers if x.startswith("m64"))
 
 
 def _fault(step: Step, state: State) -> str | None:
     if _is(step, "mma_async"):
-        if state.used is None or state.used & _matrices(step):
+        reads, shapes = _inputs(step), dict.fromkeys(step.writes, _shape(step))
+        if reads & state.results.keys():
+            return "a result of wgmma that is not awaited"
+        if step.writes & state.inputs.keys():
+            return "a use of a register that wgmma reads"
+        if state.used is None or any(
+            state.used.get(x, shapes.get(x)) != shapes.get(x) for x in reads | step.writes
+        ):
             return "wgmma of registers without a fence"
-    elif (step.reads | step.writes) & state.results.keys():
+        return None
+    touched = step.reads | step.writes
+    if touched & state.results.keys():
         return "a result of wgmma that is not awaited"
-    elif step.writes & state.inputs.keys():
-        return "a change of a register that wgmma reads"
-    elif state.results and step.is_method(*CHANGES_OF_SHARED_MEMORY):
+    if touched & state.inputs.keys():
+        return "a use of a register that wgmma reads"
+    if state.results and step.is_method(*CHANGES_OF_SHARED_MEMORY):
         return "a change of shared memory that wgmma may read"
     return None
 
@@ -71,9 +89,10 @@ def _fault(step: Step, state: State) -> str | None:
 def _after(step: Step, state: State) -> State:
     results, inputs, used = state
     if _is(step, "mma_async"):
-        a = _matrices(step) - step.writes
         new = dict.fromkeys(step.writes, NOT_COMMITTED)
-        return State(results | new, inputs | dict.fromkeys(a, NOT_COMMITTED), used)
+        inputs = inputs | dict.fromkeys(_inputs(step), NOT_COMMITTED)
+        shapes = dict.fromkeys(step.writes, _shape(step))
+        return State(results | new, inputs, None if used is None else used | shapes)
     if _is(step, "commit_group"):
         return State(_older(results), _older(inputs), used)
     if _is(step, "wait_group"):
@@ -81,28 +100,30 @@ def _after(step: Step, state: State) -> State:
         assert isinstance(groups, Literal)
         return State(_left(results, groups.value), _left(inputs, groups.value), used)
     if _is(step, "fence"):
-        return State(results, inputs, set())
-    return State(results, inputs, None if used is None else used | step.reads | step.writes)
+        return State(results, inputs, {})
+    touched = dict.fromkeys(step.reads | step.writes, "")
+    return State(results, inputs, None if used is None else used | touched)
 
 
 def fault_of(program: Program) -> tuple[str, int] | None:
     """What is wrong, and the number of the instruction."""
-    if not any(step.is_method("wgmma") for steps in program.steps for step in steps):
+    steps = [step for steps in program.steps for step in steps]
+    products = [number for number, step in enumerate(steps) if _is(step, "mma_async")]
+    if not products:
         return None
     before: dict[int, State] = {0: State({}, {}, None)}  # of a block
     waiting, blocks = [0], program.kernel.blocks
     while waiting:
         b = waiting.pop()
-        state, at = before[b], sum(map(len, program.steps[:b])) - 1
-        for step in program.steps[b]:
-            at += 1
+        state, first = before[b], sum(map(len, program.steps[:b]))
+        for at, step in enumerate(program.steps[b], first):
             if (what := _fault(step, state)) is not None:
                 return what, at
             state = _after(step, state)
         block = blocks[b]
         ends = block.following is None or (block.condition is not None and block.target is None)
         if state.results and ends:
-            return "wgmma that nobody awaits", at
+            return "wgmma that nobody awaits", products[0]
         for after in program.successors(block):
             joined = state.joined(before[after]) if after in before else state
             if joined != before.get(after):

@@ -1,7 +1,7 @@
 """What ran in the machine: a plugin of pytest (tests/conftest.py) that prints a table after the
 tests. Where all checks of `anchorops-doctor --verify` ran, it is an error if none of them runs a
 branch of kernels/ that some test compiled; where all cases of CUDA ran, if none of them runs a line
-of csrc/."""
+of csrc/ from which nvcc made a block of PTX."""
 
 import ast
 import os
@@ -46,9 +46,6 @@ class Record:
             cases = self.cases[Row(operator, dtype)]
             cases["backward" if backward else "forward"] += 1
             cases["findings"] += "Finding: " in report.longreprtext
-        _add(found["compiled"], self.compiled)
-        if BACKEND == "cuda":
-            _add(found["ran"], self.ran)
         if "check" not in found:
             return
         name, operator, dtype, error, limit = found["check"]
@@ -56,7 +53,12 @@ class Record:
         if error / limit >= worst / its_limit:
             self.errors[Row(operator, dtype)] = error, limit
         self.checks.add(name)
-        _add(found["ran"], self.ran)
+
+    def add_lines(self, report: pytest.TestReport) -> None:
+        found: dict[str, Any] = dict(report.user_properties)
+        _add(found["compiled"], self.compiled)
+        if BACKEND == "cuda" or "check" in found:
+            _add(found["ran"], self.ran)
 
     def table(self) -> Iterator[str]:
         arch = os.environ["PTX_ARCH"]
@@ -138,6 +140,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call":
+        record.add_lines(report)
     if report.when == "call" and not report.skipped:
         record.add(report)
     elif report.skipped and isinstance(report.longrepr, tuple):
@@ -147,22 +151,31 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def _missing(config: pytest.Config) -> list[str]:
-    """Branches or lines that nothing runs, if everything ran that must run them."""
+    """What nothing runs, if everything ran that must run it."""
     if BACKEND == "cuda":
-        from simulated_gpu import CASES_OF_CUDA
-
-        ours = {path.name for path in (ROOT / "csrc").rglob("*.*")}
-        lines = [
-            f"{file}:{line}"
-            for file, compiled in sorted(record.compiled.items())
-            for line in sorted(compiled - record.ran[file])
-            if Path(file).name in ours
-        ]
-        return lines if {*map(str, CASES_OF_CUDA)} <= {*config.args} else []
+        return _lines_without_a_case() if _has_all_cases_of_cuda(config) else []
     from anchorops.verify.checks import checks
 
     all_ran = record.checks >= {check.name for check in checks()}
-    return list(never_run(record.compiled, record.ran)) if all_ran else []
+    places = never_run(record.compiled, record.ran) if all_ran else ()
+    return [f"no check runs {place}" for place in places]
+
+
+def _has_all_cases_of_cuda(config: pytest.Config) -> bool:
+    from simulated_gpu import CASES_OF_CUDA
+
+    files = {(config.invocation_params.dir / argument).resolve() for argument in config.args}
+    return files >= {*CASES_OF_CUDA} and not (config.option.keyword or config.option.markexpr)
+
+
+def _lines_without_a_case() -> list[str]:
+    ours = {path.name for path in (ROOT / "csrc").rglob("*.*")}
+    return [
+        f"no case runs {Path(file).name}:{line}"
+        for file, compiled in sorted(record.compiled.items())
+        for line in sorted(compiled - record.ran[file] - {0})
+        if Path(file).name in ours
+    ]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -172,6 +185,5 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("the PTX machine")
-    missing = _missing(terminalreporter.config)
-    lines = [*record.table(), *(f"no check runs {place}" for place in missing)]
+    lines = [*record.table(), *_missing(terminalreporter.config)]
     terminalreporter.write_line("\n".join(lines))

@@ -96,7 +96,7 @@ CASES: dict[str, Callable[[], object]] = {
 }
 
 
-CASES_OF_CUDA = ("class moments", "bfloat16, channels last", "2 groups", "InfoNCE")
+WITH_CUDA = ("class moments", "bfloat16, channels last", "2 groups", "InfoNCE")
 
 
 def rows_of(case: str, backend: str) -> list[dict[str, Any]]:
@@ -122,11 +122,14 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, help="write the rows to this JSON file")
     arguments = parser.parse_args()
+    obstacle = cuda_launches.obstacle()
+    if arguments.out and obstacle is not None:
+        parser.error(f"--out: {obstacle}")
     torch.set_num_threads(1)
     triton_launches.run = cuda_launches.run = run
     rows = [row for case in CASES for row in rows_of(case, "triton")]
-    if (obstacle := cuda_launches.obstacle()) is None:
-        rows += [row for case in CASES_OF_CUDA for row in rows_of(case, "cuda")]
+    if obstacle is None:
+        rows += [row for case in WITH_CUDA for row in rows_of(case, "cuda")]
     else:
         print(obstacle)
     print(traffic_table(rows))
