@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from alternatives import lovasz_by_sorting
 from cases import IGNORE_INDEX
-from plain_networks import plain_network, segformer
 from record import save_counts
+from segformer import segformer
 from storages import Storages, as_on_cuda, largest_batch, make_fake
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -37,6 +37,7 @@ from torch.utils.checkpoint import checkpoint
 
 import anchorops as ao
 from anchorops.losses import Regularizer
+from anchorops.train.networks.models import build_model
 
 METHODS: dict[str, Callable[..., Regularizer]] = {
     "SAR": ao.SAR,
@@ -151,7 +152,7 @@ NETWORKS = (
         upsamples=True,
     ),
     Network(
-        *("HRNet-W48", lambda: plain_network("hrnet-w48", 19), (512, 1024), 8, 19, 720),
+        *("HRNet-W48", lambda: build_model("hrnet-w48", 19), (512, 1024), 8, 19, 720),
         blocks=(BASIC, BOTTLENECK),
     ),
     Network(

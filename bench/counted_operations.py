@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 
 import segmentation_models_pytorch as smp
 import torch
-from plain_networks import plain_network, segformer
 from record import save_counts
+from segformer import segformer
 from storages import make_fake
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import anchorops as ao
+from anchorops.train.networks.models import build_model
 
 
 class Network(NamedTuple):
@@ -42,10 +43,8 @@ NETWORKS = (
     Network("SegFormer-B0", "Transformers", lambda: segformer(0, 150), (512, 512)),
     Network("SegFormer-B2", "Transformers", lambda: segformer(2, 150), (512, 512)),
     Network("SegFormer-B5", "Transformers", lambda: segformer(5, 150), (512, 512)),
-    Network(
-        *("HRNet-W18-small", "timm", lambda: plain_network("hrnet-w18-small", 19), (512, 1024))
-    ),
-    Network("HRNet-W48", "timm", lambda: plain_network("hrnet-w48", 19), (512, 1024)),
+    Network(*("HRNet-W18-small", "timm", lambda: build_model("hrnet-w18-small", 19), (512, 1024))),
+    Network("HRNet-W48", "timm", lambda: build_model("hrnet-w48", 19), (512, 1024)),
     Network("PSPNet-R101", "smp", smp_network("pspnet", "resnet101"), (512, 512)),
     Network(
         *("DPT-ViT-B", "smp"),
@@ -56,7 +55,7 @@ NETWORKS = (
 
 
 def operations(model: nn.Module, size: tuple[int, int]) -> int:
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model).to("meta")
     with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.no_grad():
         make_fake(model)
         model(torch.empty(1, 3, *size))
@@ -65,11 +64,10 @@ def operations(model: nn.Module, size: tuple[int, int]) -> int:
 
 def row_of(network: Network) -> dict[str, Any]:
     """Operations for one image in evaluation mode; late: None if there is nothing to move."""
-    model = network.build().eval().to("meta")
-    images = torch.empty(1, 3, *network.size, device="meta")
+    model = network.build().eval()  # on the CPU: what is moved depends on the device
     plain, late = operations(model, network.size), None
     try:
-        moved = ao.late_upsampling(model, images).moved
+        moved = ao.late_upsampling(model, torch.zeros(1, 3, *network.size)).moved
         late = operations(model, network.size)
     except ValueError as error:
         moved = [str(error)]

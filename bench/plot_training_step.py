@@ -61,9 +61,13 @@ def table(run: dict) -> str:
     for (name,) in networks:
         heads += [f"{name}: time", "memory"]
     lines = []
-    for column in zip(*networks.values(), strict=True):
-        cells = [label(column[0])]
-        for row, rows in zip(column, networks.values(), strict=True):
+    for name in dict.fromkeys(map(label, run["training_steps"])):
+        cells = [name]
+        for rows in networks.values():
+            row = {label(row): row for row in rows}.get(name)
+            if row is None:  # nothing could run later
+                cells += ["", ""]
+                continue
             milliseconds = 1e3 * row["seconds"]["median"]
             ratio = row["ratio"]
             between = f"{100 * ratio['q1']:.0f}–{100 * ratio['q3']:.0f}"

@@ -4,10 +4,11 @@ step with torch's; time of inference.
     python bench/training_step.py [--rounds 10] [--minutes 3] [--out ROWS.json]
 
 The candidates: the network with F.interpolate and F.cross_entropy, in eager mode and compiled; with
-late_upsampling; with our cross-entropy; with both; with both and each method. For inference: the
-network, with late_upsampling, and that exported. On a GPU HRNet-W48 at 512×1024, batch 8, 19
-classes, and SegFormer-B5 at 512×512, batch 16, 150 classes, bf16 autocast; on the CPU
-HRNet-W18-small and SegFormer-B0 with batch 2 in float32. A step is forward, backward and optimizer.
+late_upsampling, if it finds something to move; with our cross-entropy; with both; with both and
+each method. For inference: the network, with late_upsampling, and that exported. On a GPU HRNet-W48
+at 512×1024, batch 8, 19 classes, and SegFormer-B5 at 512×512, batch 16, 150 classes, bf16 autocast;
+on the CPU HRNet-W18-small and SegFormer-B0 with batch 2 in float32. A step is forward, backward and
+optimizer.
 The candidates take turns, a few steps each, in a round that is not counted and then in --rounds
 rounds, or in more if --minutes allow them. A ratio is the time of the steps, their median and
 quartiles, divided by the median of the first candidate.
@@ -29,7 +30,6 @@ import torch
 import yaml
 from bench_pixel_losses import cross_entropy, upsampled
 from cases import IGNORE_INDEX, labels_of
-from plain_networks import plain_network
 from plot_training_step import label
 from record import DEVICE, head_of, save, spread
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ from anchorops.train.networks.learner import (
     build_regularizer,
     parameter_groups,
 )
-from anchorops.train.networks.models import Segmenter
+from anchorops.train.networks.models import Segmenter, build_model
 
 METHODS = (("cr",), ("sar",), ("cbp",), ("occl",), ("cbp", "occl"), ("ceco",), ("mvsc",))
 WARM_UP, STEPS = 1, 4  # of a turn on a GPU
@@ -202,8 +202,17 @@ def bytes_of(model: nn.Module) -> int:
 
 def network_of(setting: Setting, device: torch.device) -> Segmenter:
     torch.manual_seed(0)
-    model = plain_network(setting.model, setting.num_classes).to(device)
+    model = build_model(setting.model, setting.num_classes).to(device)
     return model.to(memory_format=setting.layout).train()  # pyright: ignore
+
+
+def runs_later(model: nn.Module, images: Tensor) -> bool:
+    """late_upsampling of the model, if there is something to move."""
+    try:
+        ao.late_upsampling(model, images[:1])
+    except ValueError:
+        return False
+    return True
 
 
 def rounds_of(
@@ -248,7 +257,9 @@ def rows_of(
     """A row for each candidate, of `min_rounds` rounds or as many as the minutes allow. backend: of
     torch.compile; with None compiled candidates are left out."""
     images, labels = images_and_labels(setting, device)
-    candidates = [c for c in CANDIDATES if backend is not None or not c.compiled]
+    possible = runs_later(network_of(setting, device), images)
+    candidates = dict.fromkeys(c._replace(late=c.late and possible) for c in CANDIDATES)
+    candidates = [c for c in candidates if backend is not None or not c.compiled]
     models: dict[tuple[bool, bool], Segmenter] = {}
     for late, compiled in dict.fromkeys((c.late, c.compiled) for c in candidates):
         model = models[late, compiled] = network_of(setting, device)
@@ -285,8 +296,9 @@ def inference_rows(
     images, _ = images_and_labels(setting, device)
     model = network_of(setting, device).eval()
     late = copy.deepcopy(model)
-    ao.late_upsampling(late, images[:1])
-    networks: dict[str, nn.Module] = {"plain": model, "late": late}
+    networks: dict[str, nn.Module] = {"plain": model}
+    if runs_later(late, images):
+        networks["late"] = late
     if export:
         networks["late, exported"] = torch.export.export(late, (images,)).module()
 

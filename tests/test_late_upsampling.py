@@ -634,6 +634,37 @@ def test_models_it_refuses(after: Callable[..., Tensor], got: str) -> None:
     assert type(model.head) is Head
 
 
+class Pyramid(nn.Module):
+    """One map of few channels is upsampled, joined with another one and mixed, as in HRNet."""
+
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, channels, 4, stride=4)
+        self.mix = nn.Conv2d(3 + channels, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(torch.cat([x, up(self.body(x), x.shape[2:])], 1))
+
+
+@pytest.mark.parametrize(
+    ("channels", "outputs", "on_cpu", "on_gpu"),
+    [(96, 96, True, True), (96, 720, True, False), (24, 720, False, False), (96, 19, True, True)],
+)
+def test_what_is_moved_depends_on_the_device(
+    channels: int, outputs: int, on_cpu: bool, on_gpu: bool
+) -> None:
+    """Everything but the CPU is taken for a GPU, on which upsampling takes longer in relation."""
+    for device, moves in (("cpu", on_cpu), ("meta", on_gpu)):
+        x = torch.zeros(1, 3, 32, 32, device=device)
+        expected = (
+            contextlib.nullcontext()
+            if moves
+            else pytest.raises(ValueError, match="where little is saved")
+        )
+        with expected:
+            ao.late_upsampling(Pyramid(channels, outputs).to(device), x)
+
+
 def test_what_gains_little_stays() -> None:
     with pytest.raises(ValueError, match="where little is saved"):
         ao.late_upsampling(smp.DeepLabV3("resnet18", encoder_weights=None), images((64, 64)))

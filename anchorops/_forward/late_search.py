@@ -31,8 +31,8 @@ from .late_plan import (
 )
 
 # A value that is upsampled and added takes as long as this number of multiplications and additions
-# of a convolution (measured on a CPU: bench/NOTES.md).
-UPSAMPLING = 64
+# of a convolution (measured: bench/NOTES.md). Tensor cores multiply faster than memory is written.
+UPSAMPLING_ON_CPU, UPSAMPLING_ON_GPU = 64, 2000
 # The share of a convolution's multiplications that must be saved
 LEAST_SAVED = 0.25
 
@@ -214,7 +214,7 @@ def _parts(conv: _Call, modules: dict[str, nn.Module]) -> list[_Choice]:
     """For each map that the convolution reads: the upsampling and the linear layer to run later.
 
     Counted in multiplications for each pixel of the result, with O outputs, H channels of the map,
-    C of the tokens, r low-resolution pixels for each pixel, and u of UPSAMPLING, a map costs
+    C of the tokens, r low-resolution pixels for each pixel, and u to upsample a value, a map costs
     r·C·H + u·H + H·O now; with a later upsampling r·C·H + r·H·O + u·O, and with one product
     r·C·O + u·O, and C·H·O once for the weights. The cheapest of the three is taken.
     """
@@ -224,6 +224,7 @@ def _parts(conv: _Call, modules: dict[str, nn.Module]) -> list[_Choice]:
     joined = source if source.kind == "cat" and source.objection is None else conv
     parts: list[_Choice] = []
     outputs, saved, total = conv.weight.shape[0], 0.0, 0.0
+    upsampling = UPSAMPLING_ON_CPU if conv.weight.is_cpu else UPSAMPLING_ON_GPU
     for up, shape in zip(joined.sources, joined.shapes, strict=True):
         channels = shape[1]
         parts.append((None, None))
@@ -242,7 +243,7 @@ def _parts(conv: _Call, modules: dict[str, nn.Module]) -> list[_Choice]:
         if product > later or product + weight_product >= now:  # a small image
             linear, product = None, math.inf
         cheapest = min(later, product)
-        if cheapest + UPSAMPLING * outputs < now + UPSAMPLING * channels:
+        if cheapest + upsampling * outputs < now + upsampling * channels:
             parts[-1] = (up, linear)
             saved += now - cheapest
     return parts if saved > LEAST_SAVED * total else []

@@ -204,10 +204,12 @@ class SegmentationModule(LightningModule):
             ohem_min_kept=options.ohem_min_kept,
         )
         self.learner = Learner(model, regularizer, loss, options.auxiliary_weight)
-        self.learner.to(memory_format=self.layout)  # pyright: ignore
-        upsample_late(model, torch.zeros(1, channels, *data.options.crop))
-        on_gpus = self.trainer.strategy.root_device.type == "cuda"
-        if self.trainer.world_size > 1 and on_gpus:  # torch has no other synchronised batch norm
+        device = self.trainer.strategy.root_device
+        self.learner.to(device).to(memory_format=self.layout)  # pyright: ignore
+        upsample_late(model, torch.zeros(1, channels, *data.options.crop, device=device))
+        if (
+            self.trainer.world_size > 1 and device.type == "cuda"
+        ):  # torch has no other synchronised batch norm
             convert_sync_batchnorm(self.learner)
         if options.compile:
             self.learner.compile()

@@ -40,43 +40,6 @@ def at_first_size(maps: Sequence[Tensor]) -> Tensor:
     return torch.cat([maps[0], *resized], dim=1)
 
 
-def _without_autocast() -> contextlib.AbstractContextManager[Any]:
-    """CUDA's autocast would make the results of F.interpolate float32. Where it is disabled, there
-    is no context for torch.export to record."""
-    if torch.is_autocast_enabled("cuda"):
-        return torch.autocast("cuda", enabled=False)
-    return contextlib.nullcontext()
-
-
-# Fewer channels are upsampled and mixed faster than the results of their convolution are upsampled
-LEAST_CHANNELS = 64
-
-
-def mixed(mix: nn.Sequential, maps: Sequence[Tensor]) -> Tensor:
-    """mix(at_first_size(maps)), where mix begins with a 1×1 convolution without bias. Upsampling
-    and a 1×1 convolution commute, so it runs at each map's own size:
-
-        conv(cat(x_1, up(x_2), …, up(x_n))) = conv_1(x_1) + Σ_i up(conv_i(x_i))
-
-    with conv_i the columns of the weight for the channels of x_i. Maps with few channels are
-    upsampled first.
-    """
-    convolution, *others = mix
-    assert isinstance(convolution, nn.Conv2d)
-    few = sum(x.shape[1] < LEAST_CHANNELS for x in maps[1:])
-    first, late = at_first_size(maps[: 1 + few]), maps[1 + few :]
-    widths = [x.shape[1] for x in (first, *late)]
-    weight, *weights = convolution.weight.split(widths, dim=1)
-    result = F.conv2d(first, weight)
-    for x, weight in zip(late, weights, strict=True):
-        y = F.conv2d(x, weight)
-        with _without_autocast():
-            result += F.interpolate(y, result.shape[2:], mode="bilinear")
-    for layer in others:
-        result = layer(result)
-    return result
-
-
 class Segmenter(nn.Module):
     """Computes logits (B, K, H/s, W/s) of images (B, C, H, W); s is the stride of the body
     (usually 4).
@@ -164,7 +127,7 @@ class HRNetBody(nn.Module):
         self.mix = conv_norm_relu(self.dim, self.dim)
 
     def forward(self, images: Tensor) -> Tensor:
-        return mixed(self.mix, self.backbone(images))
+        return self.mix(at_first_size(self.backbone(images)))
 
 
 def build_model(
@@ -230,11 +193,9 @@ def _smp_body(
 
 
 def upsample_late(model: Segmenter, images: Tensor) -> None:
-    """`late_upsampling` of one of segmentation-models-pytorch's networks, where there is something
-    to move. HRNet is written so itself (`mixed`)."""
-    if not isinstance(model.body, HRNetBody):
-        with contextlib.suppress(ValueError):
-            ao.late_upsampling(model, images)
+    """`late_upsampling`, where there is something to move."""
+    with contextlib.suppress(ValueError):
+        ao.late_upsampling(model, images)
 
 
 def _options(architecture: str, encoder: str, dropout: float) -> dict[str, Any]:
