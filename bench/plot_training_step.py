@@ -86,9 +86,10 @@ def inference(run: dict) -> str:
         return "Not measured yet."
     lines = []
     for (network,), group in grouped(rows, "network").items():
-        times = [
-            f"{1e3 * row['seconds']['median']:,.0f} ms ({row['ratio']['median']:.0%})"
+        times = {
+            row["name"]: f"{1e3 * row['seconds']['median']:,.0f} ms ({row['ratio']['median']:.0%})"
             for row in group
-        ]
-        lines.append([network, *times])
+        }
+        names = ("plain", "late", "late, exported")
+        lines.append([network, *(times.get(name, "") for name in names)])
     return markdown_table(["inference", "baseline", "late upsampling", "exported"], lines)

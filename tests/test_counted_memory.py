@@ -178,7 +178,7 @@ def test_committed_rows():
     groups = settings(run)
     assert len({key[:2] for key in groups}) == 7
     for (name, *_), rows in groups.items():
-        late = name in ("SegFormer-B5", "HRNet-W48", "PSPNet-R101")
+        late = name == "SegFormer-B5"  # where something is moved on a GPU
         methods = ["SAR", "OCCL", "CeCo", "MVSC"]
         assert [*rows] == [BASELINE, OWN, *([LATE, BOTH] if late else []), *methods]
         assert all(rows[method]["late"] == late for method in methods)

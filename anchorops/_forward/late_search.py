@@ -269,7 +269,7 @@ def _read_by(call: _Call) -> str:
     if reader.kind == "cat" and reader.objection is None:
         return f"read by {what}, {_read_by(reader)}"
     if reader.kind == "conv" and reader.objection is None:
-        return f"read by {what}, where little is saved"
+        return f"read by {what}, where it would save little time"
     return f"read by {what}"
 
 

@@ -124,6 +124,8 @@ class SegmentationModule(LightningModule):
             raise ValueError(f"--model.methods: expected each at most once, got {methods}")
         self.learner: Learner | None = None
         """Built where the data or a checkpoint tell the number of classes."""
+        self.channels: int
+        """Of the images that a checkpoint's network takes."""
         self.from_checkpoint = False
         """Whether a training goes on, and needs no initial weights."""
         self.confusion: Tensor
@@ -207,9 +209,8 @@ class SegmentationModule(LightningModule):
         device = self.trainer.strategy.root_device
         self.learner.to(device).to(memory_format=self.layout)  # pyright: ignore
         upsample_late(model, torch.zeros(1, channels, *data.options.crop, device=device))
-        if (
-            self.trainer.world_size > 1 and device.type == "cuda"
-        ):  # torch has no other synchronised batch norm
+        on_gpus = device.type == "cuda"
+        if self.trainer.world_size > 1 and on_gpus:  # torch has no other synchronised batch norm
             convert_sync_batchnorm(self.learner)
         if options.compile:
             self.learner.compile()
@@ -240,6 +241,7 @@ class SegmentationModule(LightningModule):
         )
         self.learner = Learner(model, None, auxiliary_weight=options.auxiliary_weight)
         self.learner.to(memory_format=self.layout)  # pyright: ignore
+        self.channels = checkpoint["channels"]
 
     def configure_optimizers(self) -> Any:
         options, steps = self.options, self.data.options.steps
@@ -278,7 +280,18 @@ class SegmentationModule(LightningModule):
         self.log_dict({"step": float(step), "lr": optimizer.param_groups[0]["lr"], **terms})
         return loss
 
+    def _upsample_late(self) -> None:
+        """For a network of `on_load_checkpoint`, when it is on its device: what runs later depends
+        on that."""
+        images = torch.zeros(1, self.channels, *self.data.options.crop, device=self.device)
+        upsample_late(self.network, images)
+
+    def on_predict_start(self) -> None:
+        self._upsample_late()
+
     def on_validation_start(self) -> None:
+        if self.trainer.state.fn == "validate":
+            self._upsample_late()
         if dist.is_initialized():  # statistics of batch normalisation: those of the first rank
             for buffer in self.buffers():
                 dist.broadcast(buffer, 0)

@@ -20,9 +20,9 @@ OPTIONS = (
 )
 
 
-def predict(run: Path, images: list[Path], out: Path) -> None:
+def predict(run: Path, images: list[Path], out: Path) -> Program:
     words = ["predict", "--run", str(run), "--trainer.enable_progress_bar", "false", "--out"]
-    Program(*with_presets([*words, str(out), "--data.images", *map(str, images)]))
+    return Program(*with_presets([*words, str(out), "--data.images", *map(str, images)]))
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,8 @@ def test_predictions_are_those_of_the_evaluation(folder: Path, options: list[str
     place = ["--data.root", str(folder)]
     run = train(*OPTIONS, *place, "--run", str(folder / "run"), *options)
     images = [folder / "images/val/a/1.jpg", folder / "images/val/b.png"]
-    predict(run, images, folder / "new/predictions")
+    program = predict(run, images, folder / "new/predictions")
+    assert any("_forward_changes" in vars(x) for x in program.model.network.modules())  # late
     matrix = torch.zeros(2, 2, dtype=torch.int64)
     for path in images:
         mask = (folder / "masks/val" / path.relative_to(folder / "images/val")).with_suffix(".png")
