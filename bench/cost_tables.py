@@ -457,13 +457,18 @@ def rows_of_precision(section: str) -> list[dict]:
 
 
 def precision() -> str:
+    """How many results have larger errors; the worst, divided by torch's."""
+    rows = rows_of_precision("losses")
+    (results,) = {row["results"] for row in rows}
     lines = []
-    for (scale,), group in grouped(rows_of_precision("losses"), "scale").items():
-        results, larger = (sum(row[name] for row in group) for name in ("results", "larger"))
-        worst = max(row["worst"] for row in group)
-        lines.append([f"{scale:,.0f}", f"{results:,}", str(larger), f"{worst:.1f}" * (larger > 0)])
-    header = ["scale", "values and gradients", "with larger errors", "worst, times torch's"]
-    return markdown_table(header, lines, words=())
+    for (loss,), group in grouped(rows, "loss").items():
+        if loss == "squared cross-entropies":  # fewer than cross-entropy
+            continue
+        counts = [str(row["larger"]) for row in group]
+        worst = [f" ({row['worst']:.1f})" * (row["larger"] > 0) for row in group]
+        lines.append([loss, *map("".join, zip(counts, worst, strict=True))])
+    scales = dict.fromkeys(f"{row['scale']:,.0f}" for row in rows)
+    return markdown_table([f"of {results} (worst, divided by torch's)", *scales], lines)
 
 
 def lovasz_precision() -> str:
