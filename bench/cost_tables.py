@@ -462,8 +462,6 @@ def precision() -> str:
     (results,) = {row["results"] for row in rows}
     lines = []
     for (loss,), group in grouped(rows, "loss").items():
-        if loss == "squared cross-entropies":  # fewer than cross-entropy
-            continue
         counts = [str(row["larger"]) for row in group]
         worst = [f" ({row['worst']:.1f})" * (row["larger"] > 0) for row in group]
         lines.append([loss, *map("".join, zip(counts, worst, strict=True))])

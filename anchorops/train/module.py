@@ -125,7 +125,7 @@ class SegmentationModule(LightningModule):
         self.learner: Learner | None = None
         """Built where the data or a checkpoint tell the number of classes."""
         self.channels: int
-        """Of the images that a checkpoint's network takes."""
+        """Of the images."""
         self.from_checkpoint = False
         """Whether a training goes on, and needs no initial weights."""
         self.confusion: Tensor
@@ -170,7 +170,7 @@ class SegmentationModule(LightningModule):
     def _build(self, *, from_checkpoint: bool) -> None:
         options, data = self.options, self.data
         assert data.training_set is not None
-        num_classes, channels = len(data.classes), data.training_set.channels
+        num_classes, self.channels = len(data.classes), data.training_set.channels
         random = not (options.pretrained or options.weights or from_checkpoint)
         if random and data.options.dataset != "digits" and self.trainer.is_global_zero:
             print(RANDOM_WEIGHTS, file=sys.stderr)
@@ -178,7 +178,7 @@ class SegmentationModule(LightningModule):
         model = build_model(
             options.network,
             num_classes,
-            channels=channels,
+            channels=self.channels,
             pretrained=options.pretrained and not from_checkpoint,
             weights=None if from_checkpoint else options.weights,
             auxiliary=options.auxiliary_weight > 0,
@@ -208,7 +208,7 @@ class SegmentationModule(LightningModule):
         self.learner = Learner(model, regularizer, loss, options.auxiliary_weight)
         device = self.trainer.strategy.root_device
         self.learner.to(device).to(memory_format=self.layout)  # pyright: ignore
-        upsample_late(model, torch.zeros(1, channels, *data.options.crop, device=device))
+        self._upsample_late(device)
         on_gpus = device.type == "cuda"
         if self.trainer.world_size > 1 and on_gpus:  # torch has no other synchronised batch norm
             convert_sync_batchnorm(self.learner)
@@ -216,8 +216,7 @@ class SegmentationModule(LightningModule):
             self.learner.compile()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        assert self.data.training_set is not None
-        checkpoint["channels"] = self.data.training_set.channels
+        checkpoint["channels"] = self.channels
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the network alone, without its methods. CBP has removed the classifier's bias."""
@@ -232,16 +231,16 @@ class SegmentationModule(LightningModule):
         weight = state[f"{CHECKPOINT_PREFIX}classifier.weight"]
         state.setdefault(f"{CHECKPOINT_PREFIX}classifier.bias", weight.new_zeros(len(weight)))
         options = self.options
+        self.channels = checkpoint["channels"]
         model = build_model(
             options.network,
             len(weight),
-            channels=checkpoint["channels"],
+            channels=self.channels,
             auxiliary=options.auxiliary_weight > 0,
             dropout=options.dropout,
         )
         self.learner = Learner(model, None, auxiliary_weight=options.auxiliary_weight)
         self.learner.to(memory_format=self.layout)  # pyright: ignore
-        self.channels = checkpoint["channels"]
 
     def configure_optimizers(self) -> Any:
         options, steps = self.options, self.data.options.steps
@@ -280,18 +279,17 @@ class SegmentationModule(LightningModule):
         self.log_dict({"step": float(step), "lr": optimizer.param_groups[0]["lr"], **terms})
         return loss
 
-    def _upsample_late(self) -> None:
-        """For a network of `on_load_checkpoint`, when it is on its device: what runs later depends
-        on that."""
-        images = torch.zeros(1, self.channels, *self.data.options.crop, device=self.device)
+    def _upsample_late(self, device: torch.device) -> None:
+        """When the network is on its device: what runs later depends on that."""
+        images = torch.zeros(1, self.channels, *self.data.options.crop, device=device)
         upsample_late(self.network, images)
 
     def on_predict_start(self) -> None:
-        self._upsample_late()
+        self._upsample_late(self.device)
 
     def on_validation_start(self) -> None:
         if self.trainer.state.fn == "validate":
-            self._upsample_late()
+            self._upsample_late(self.device)
         if dist.is_initialized():  # statistics of batch normalisation: those of the first rank
             for buffer in self.buffers():
                 dist.broadcast(buffer, 0)

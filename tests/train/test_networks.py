@@ -7,10 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from anchorops.train.networks.learner import Learner, build_regularizer
-from anchorops.train.networks.models import (
-    build_model,
-    upsample_late,
-)
+from anchorops.train.networks.models import build_model, upsample_late
 
 
 @pytest.mark.parametrize(
