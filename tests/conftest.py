@@ -19,6 +19,7 @@ from importlib import metadata
 
 import pytest
 import torch
+from own_places import ROOT, Untouched, move_home
 from simulated_gpu import BACKEND, PTX_ARCH, SIMULATED
 
 import anchorops as ao
@@ -32,6 +33,9 @@ PLACES = {"triton": ["simulated_triton"], "cuda": ["simulated_cuda"]}.get(
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # workers of pytest-xdist inherit the variables
+        config.pluginmanager.register(Untouched(ROOT))
+        move_home(config)
     if PTX_ARCH is not None:
         from ptx import report
 
@@ -86,6 +90,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     device = torch.device("cuda") if request.param in GPU else contextlib.nullcontext()
     with ao.use_backend(name), device:
         yield name
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("current-directory"))
+        yield
 
 
 @pytest.fixture(autouse=True)
