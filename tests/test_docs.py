@@ -154,7 +154,7 @@ def check_train(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "MaskWriter", lambda *_: Callback())
     monkeypatch.setattr(cli, "load_results", programs.append)
     monkeypatch.setattr(cli, "comparison", lambda results: "")
-    monkeypatch.setattr(cli, "train", lambda *words: programs.append(words) or Path())
+    monkeypatch.setattr(cli, "_train_anew", lambda run, options: programs.append(options))
     assert cli.main(words) == 0
     assert programs or words in (["presets"], ["fit", "--help"])
     for program in programs:

@@ -289,7 +289,8 @@ def _demo(arguments: Sequence[str]) -> None:
         description="HRNet-W18-small and SegFormer-B0 on digit scenes, plain and with SAR.",
     )
     parser.add_argument("--steps", type=int, default=500, help="of each of the four runs")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="earlier runs go")
+    help = "directory of the runs; a run replaces an earlier one when it has ended"
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help=help)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     options = parser.parse_args(arguments)
@@ -298,15 +299,29 @@ def _demo(arguments: Sequence[str]) -> None:
     for preset in DEMO:
         for methods in ("", "sar"):
             run = options.out / f"{preset}-{methods or 'plain'}"
-            if (run / CONFIG).exists():
-                shutil.rmtree(run)
             print(f"\n{run}", file=sys.stderr)
-            words = ["--config", preset, "--run", str(run), "--model.methods", f"[{methods}]"]
+            words = ["--config", preset, "--model.methods", f"[{methods}]"]
             words += ["--data.steps", str(options.steps), "--seed_everything", str(options.seed)]
-            runs.append(train(*words))
+            _train_anew(run, words)
+            runs.append(run)
     print(comparison([load_results(run) for run in runs]))
     print(*(run / "predictions.png" for run in runs), sep="\n")
     print(DEMO_SHOWS)
+
+
+def _train_anew(run: Path, options: Sequence[str]) -> None:
+    """Train in RUN.new, which replaces the run when it has ended."""
+    new = run.with_name(f"{run.name}.new")
+    if run.exists() and not (run / CONFIG).exists():
+        raise ValueError(f"--out: expected runs of a demo, {run} has no {CONFIG}")
+    if new.exists():  # of a demo that was stopped
+        shutil.rmtree(new)
+    train(*options, "--run", str(new))
+    config = yaml.safe_load((new / CONFIG).read_text()) | {"run": str(run.absolute())}
+    (new / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
+    if run.exists():
+        shutil.rmtree(run)
+    new.rename(run)
 
 
 COMMANDS = {"demo": _demo, "compare": _compare, "presets": lambda _: print(presets())}

@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from image_files import image, mask, write
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import TINY, assert_same_run, figures, state
 
 import anchorops as ao
-from anchorops.train import IGNORED, callbacks
+from anchorops.train import IGNORED, callbacks, cli
 from anchorops.train.callbacks import Saving
 from anchorops.train.cli import Program, main, train, with_presets
 from anchorops.train.data.module import SegmentationData
@@ -92,6 +93,42 @@ def test_no_checkpoint_to_go_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (path.parent / "config.yaml").write_text("data: {}\n")
     with pytest.raises(ValueError, match=r"checkpoint .*last.ckpt is damaged"):
         Program(*with_presets(words))
+
+
+def test_demo_keeps_each_run_until_its_successor_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The second demo is stopped in its second run, the third one is not."""
+    trained: list[Path] = []
+
+    def train(*words: str) -> None:
+        """Writes the seed into the run's checkpoint."""
+        options = dict(zip(words[::2], words[1::2], strict=True))
+        trained.append(run := Path(options["--run"]))
+        assert not run.exists() and all(path.exists() for path in kept)
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text(f"data: {{steps: 1}}\nrun: {run}\n")
+        (run / "last.ckpt").write_text(options["--seed_everything"])
+        if len(trained) == 6:
+            raise callbacks.Stopped(signal.SIGINT, run, 3)
+
+    monkeypatch.setattr(cli, "train", train)
+    monkeypatch.setattr(cli, "load_results", Path)
+    monkeypatch.setattr(cli, "comparison", lambda runs: str(runs))
+    names = [f"{x}-{y}" for x in ("digits", "digits-segformer-b0") for y in ("plain", "sar")]
+    runs, kept = [tmp_path / name for name in names], []
+    for seed, seeds in ((0, "0000"), (1, "1000"), (2, "2222")):
+        status = main(["demo", "--out", str(tmp_path), "--seed", str(seed)])
+        assert status == (130 if seed == 1 else 0)
+        kept = [run / name for run in runs for name in ("config.yaml", "last.ckpt")]
+        assert [(run / "last.ckpt").read_text() for run in runs] == [*seeds]
+        for run in runs:
+            assert yaml.safe_load((run / "config.yaml").read_text())["run"] == str(run)
+        assert trained[-1].exists() == (seed == 1)
+    assert len(trained) == 10 and sorted(tmp_path.iterdir()) == sorted(runs)
+    (runs[0] / "config.yaml").unlink()
+    assert main(["demo", "--out", str(tmp_path)]) == 1
+    assert runs[0].exists() and len(trained) == 10
 
 
 def test_early_stopping_of_lightning(tmp_path: Path):
