@@ -28,7 +28,8 @@ from .._checks import (
 )
 from .._moments import ClassMoments
 from ..distributed import group_name, reduce_moments
-from .recomputation import Recomputable
+from .initialized_module import InitializedModule
+from .recomputation import check_first_pass
 from .statistics import Request, class_statistics
 
 Classifier = nn.Module | Tensor
@@ -92,7 +93,7 @@ class Attached(Protocol):
     def detach(self) -> None: ...
 
 
-class Regularizer(Recomputable):
+class Regularizer(InitializedModule):
     """A loss on the features before a model's last classifier.
 
     Call it with (features, labels, classifier). Or use `anchorops.attach`, which gets the features
@@ -121,9 +122,8 @@ class Regularizer(Recomputable):
     Raises ValueError for a wrong argument or input; the message names it.
 
     The state (step counters, moving averages, running statistics) is updated once in each training
-    forward, with or without gradients, and never in evaluation. When activation checkpointing
-    recomputes a forward, the state is not updated, and the recomputation reads the same state as
-    the first pass; if this is not possible, it raises RuntimeError.
+    forward, with or without gradients, and never in evaluation. If it has a state, it cannot be
+    called inside of a function that torch.utils.checkpoint recomputes: this raises RuntimeError.
 
     `terms` contains the weighted terms of the last loss, and other values to log, as floating-point
     scalars, detached, still on their device.
@@ -189,10 +189,10 @@ class Regularizer(Recomputable):
     def _next_seed(self) -> Tensor:
         """The seed of this step's random splits, on the device. In training mode this increments
         the step counter."""
-        read = self.step + (self.seed << 32)
-        if self._updates(self.step):
+        seed = self.step + (self.seed << 32)
+        if self.training:
             self.step.add_(1)
-        return self._first_read(read)
+        return seed
 
     def forward(
         self, features: Tensor, labels: Tensor, classifier: Classifier | None = None
@@ -200,8 +200,10 @@ class Regularizer(Recomputable):
         self.check_initialized()
         self._check_inputs(features, labels, classifier)
         self._warn_if_frozen()
+        if self.training and self.has_state:
+            *_, state = self.buffers()
+            check_first_pass(state, type(self).__name__)
         features = savable(features)
-        self._count_forward()
         # There is no autocast for the device "meta".
         with torch.autocast("cpu" if features.is_meta else features.device.type, enabled=False):
             losses = self._losses(features, labels, classifier)
@@ -211,7 +213,7 @@ class Regularizer(Recomputable):
         self.terms = {key: value.detach() for key, value in losses.terms.items()}
         # counts too are floating-point, because loggers average over steps and ranks
         self.terms |= {key: value.detach().to(loss.dtype) for key, value in losses.logs.items()}
-        return self._marked(loss)
+        return loss
 
     def _losses(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Losses:
         request, losses = self.plan(features, labels, classifier)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from .._checks import fail
 from ..distributed import all_reduce, group_name
-from .recomputation import recomputing
 
 
 class BatchNorm(NamedTuple):
@@ -45,8 +44,6 @@ def batch_norm(
         expected = "running statistics and a momentum that is a number"
         fail(function, "norm", f"a batch norm with {expected}", norm)
     assert norm.num_batches_tracked is not None  # as the running statistics
-    if torch.compiler.is_compiling() and norm.training:
-        torch.ops.anchorops.first_pass(norm.running_mean, function)
     if isinstance(norm, nn.SyncBatchNorm):
         group = group_name(function, norm.process_group or "world")
     if not norm.training or (pixels == 0 and group is None):
@@ -61,12 +58,10 @@ def batch_norm(
         variance = all_reduce(pixels * (variance + shift.square()), group) / size
     elif pixels == 1:
         fail(function, "features", "more than one pixel in training, for batch norm", pixels)
-    # A recomputation runs the same operators, because torch.utils.checkpoint may count them.
-    momentum, batches = (0.0, 0) if recomputing() else (norm.momentum, 1)
     with torch.no_grad():
         unbiased = variance * (size / (size - 1))
         running = [norm.running_mean, norm.running_var]
         here = [x.to(running[0].dtype) for x in (mean, unbiased)]
-        torch._foreach_lerp_(running, here, momentum)  # pyright: ignore
-        norm.num_batches_tracked.add_(batches)
+        torch._foreach_lerp_(running, here, norm.momentum)  # pyright: ignore
+        norm.num_batches_tracked.add_(1)
     return BatchNorm(norm.weight, norm.bias, mean, variance, norm.eps)

@@ -14,7 +14,6 @@ from .._moments import ClassMoments
 from ..anchors import category_basis
 from ..distributed import reduce_moments
 from .base import Classifier, Losses, Plan, Regularizer, linear_weight
-from .recomputation import recomputing
 from .statistics import Request
 
 
@@ -250,6 +249,6 @@ class CBP(Regularizer):
     @torch.no_grad()
     def _remember(self, moments: ClassMoments | None, zero: Tensor) -> Losses:
         assert moments is not None
-        if self.training and not recomputing():
+        if self.training:
             self.centroids.copy_(moments.sums / moments.counts.clamp(min=1)[:, None])
         return Losses({"basis": zero}, {})

@@ -1,7 +1,5 @@
 """SAR, semantic anchor regularization (arXiv 2312.11872), and its ablation CR."""
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +18,6 @@ from .._moments import ClassMoments
 from ..anchors import orthogonal_anchors, random_anchors, simplex_etf
 from ..reference import fixed_order_sum
 from .base import Classifier, Losses, Plan, Regularizer, linear_weight
-from .recomputation import recomputing, statistics_kept
 from .statistics import Request
 
 _ANCHORS = {
@@ -159,8 +156,7 @@ class SAR(Regularizer):
         if not self.embed:
             return self._plan(self.anchors, None, {}, {})
         weight, bias = linear_weight("SAR", classifier, self.num_classes, self.dim)
-        with statistics_kept(self.embedding) if recomputing() else nullcontext():
-            embedded = self.embedding(self.anchors)  # h(A)
+        embedded = self.embedding(self.anchors)  # h(A)
         logits = F.linear(embedded.to(weight.dtype), weight, bias)
         log_p = logits.log_softmax(1).diagonal()  # of the anchor of class k to be class k
         p = log_p.detach().exp()
@@ -190,9 +186,9 @@ class SAR(Regularizer):
         average = self.momentum * kept + (1 - self.momentum) * embedded
         average = torch.where(self.started[:, None], average, embedded)
         average = torch.where(gate[:, None], average, kept)
-        if self._updates(kept):
+        if self.training:
             kept.copy_(average)
-        return self._first_read(average)
+        return average
 
     def _plan(
         self,
