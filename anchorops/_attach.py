@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ._checks import check_flags, describe, fail
 from .losses.base import Regularizer
-from .losses.recomputation import checkpointed, recomputing
+from .losses.recomputation import recomputation_refused, recomputing
 
 _logger = logging.getLogger("anchorops")
 
@@ -51,10 +51,6 @@ class Attachment:
         # was so when the classifier ran again.
         self._pending: object | None = None
         self._several = False
-        # If the regulariser is called inside a checkpointed function, the recomputation calls it
-        # again with recomputed features.
-        self._taken_in_checkpoint = False
-        self._recomputed: Tensor | None = None
         # input and output of the last dropout that may have run immediately before the classifier
         self._dropped: tuple[Tensor, Tensor] | None = None
 
@@ -101,7 +97,7 @@ class Attachment:
     def forget(self) -> None:
         """Drop the features of the last forward (`model.eval()` does). Call it after a forward
         whose features are not used, if the next one follows without a backward pass."""
-        self._features = self._dropped = self._recomputed = self._pending = None
+        self._features = self._dropped = self._pending = None
         self._several = False
 
     def watch(self, dropouts: list[nn.Module]) -> None:
@@ -116,8 +112,8 @@ class Attachment:
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model has had no forward pass. (Features are not leaves: they cannot be
         # copied.)
-        empty = dict.fromkeys(("_features", "_dropped", "_recomputed", "_pending"))
-        flags = dict.fromkeys(("_taken", "_taken_in_checkpoint", "_several"), False)
+        empty = dict.fromkeys(("_features", "_dropped", "_pending"))
+        flags = dict.fromkeys(("_taken", "_several"), False)
         return self.__dict__ | empty | flags
 
     def __repr__(self) -> str:
@@ -130,25 +126,20 @@ class Attachment:
             self._dropped = (args[0], output)
 
     def _see_classifier(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        again = recomputing()
         if not self._watches(module):
-            if not (again or torch.compiler.is_compiling()):
+            if not (recomputing() or torch.compiler.is_compiling()):
                 self._taken = False  # the classifier ran again, and no features were kept
             return
-        if not again:
-            self.regularizer.before_classifier(module)
+        self.regularizer.before_classifier(module)
         features = args[0]
         if self._dropped is not None and self._dropped[1] is features:
             features = self._dropped[0]
         if isinstance(module, nn.Linear):
             features = features.movedim(-1, 1)  # channels last; a view
         self._dropped = None
-        if again:
-            self._recomputed = features
-        else:
-            self._several = not self._use_last and self._pending is not None
-            self._features, self._taken = features, False
-            self._pending = self._until_backward(args[0])
+        self._several = not self._use_last and self._pending is not None
+        self._features, self._taken = features, False
+        self._pending = self._until_backward(args[0])
 
     def _until_backward(self, features: Tensor) -> object:
         """What `_pending` is until a backward pass goes through these features."""
@@ -175,17 +166,16 @@ class Attachment:
             self.regularizer.check_checkpoint(weight)
 
     def _watches(self, module: nn.Module) -> bool:
-        """Whether this is a training forward, or a recomputation that calls the regulariser."""
+        """Whether this is a training forward, and no recomputation of one."""
         # in what torch.compile traces, torch 2.11's torch.compiler.is_exporting() is always true
         exporting = getattr(torch.compiler, "_is_exporting_flag", False)
         if not module.training or not torch.is_grad_enabled() or exporting:
             return False
-        return not recomputing() or self._taken_in_checkpoint
+        return not recomputing()
 
     def _take_features(self) -> Tensor:
-        if recomputing() and self._recomputed is not None:
-            features, self._recomputed = self._recomputed, None
-            return features
+        if recomputing():
+            raise recomputation_refused(type(self.regularizer).__name__)
         if self._several:
             raise RuntimeError(
                 f"{type(self.regularizer).__name__}: features of several forwards: layer "
@@ -196,7 +186,6 @@ class Attachment:
         features, self._features = self._features, None
         if features is not None:
             self._taken, self._pending = True, None
-            self._taken_in_checkpoint = not torch.compiler.is_compiling() and checkpointed()
             return features
         if not self._hooks:
             why = "it was detached from the model: call what the latest attach returned"

@@ -11,11 +11,11 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def checkpointed() -> bool:
-    """Whether hooks replace saved tensors. A checkpoint with use_reentrant=False has such hooks, in
-    its first pass and in its recomputation."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore
-    return hooks(True) is not None
+def recomputation_refused(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"{name}: torch.utils.checkpoint recomputes this loss: call it outside of the checkpointed "
+        "function"
+    )
 
 
 def check_first_pass(state: Tensor, name: str) -> None:
@@ -30,10 +30,7 @@ def check_first_pass(state: Tensor, name: str) -> None:
 
 def _first_pass(state: Tensor, name: str) -> None:
     if torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(
-            f"{name}: torch.utils.checkpoint recomputes this loss: call it outside of the "
-            "checkpointed function"
-        )
+        raise recomputation_refused(name)
 
 
 _library.define("first_pass(Tensor(a!) state, str name) -> ()", tags=torch.Tag.pt2_compliant_tag)
