@@ -13,6 +13,7 @@ from ._forward.low_resolution import LowResolution, low_resolution
 from ._ops.class_moments import class_centroids, pixel_to_anchor_mse
 from ._ops.confusion import confusion, pixel_confusion
 from ._ops.mask_rle import MaskRLE, mask_rle
+from ._ops.onnx_export import onnx_decompositions
 from ._ops.pixel_argmax import pixel_argmax
 from ._ops.pixel_binary_cross_entropy import pixel_binary_cross_entropy
 from ._ops.pixel_cross_entropy import pixel_cross_entropy
@@ -55,6 +56,7 @@ __all__ = [
     "late_upsampling",
     "low_resolution",
     "mask_rle",
+    "onnx_decompositions",
     "pixel_argmax",
     "pixel_binary_cross_entropy",
     "pixel_confusion",

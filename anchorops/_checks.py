@@ -1,9 +1,11 @@
 """Argument checks. Messages name the function, the argument, what was expected and received."""
 
+import contextlib
 import math
 import numbers
 import operator
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from textwrap import shorten
 from typing import Any, NoReturn, TypeVar
 
@@ -96,6 +98,31 @@ def check_int(
 def is_jit_traced() -> bool:
     """Whether torch.jit.trace, or torch.onnx.export by means of it, makes tensors of sizes."""
     return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+
+
+class _Formulas(threading.local):
+    """An attribute of the instance, which torch.compile guards."""
+
+    def __init__(self) -> None:
+        self.for_onnx = False
+
+
+_formulas = _Formulas()
+
+
+@contextlib.contextmanager
+def formulas_for_onnx() -> Iterator[None]:
+    """The formulas of the reference are those for ONNX inside this context."""
+    before, _formulas.for_onnx = _formulas.for_onnx, True
+    try:
+        yield
+    finally:
+        _formulas.for_onnx = before
+
+
+def is_for_onnx() -> bool:
+    """Whether formulas are recorded for an ONNX model, which has not all operators of torch."""
+    return torch.onnx.is_in_onnx_export() or _formulas.for_onnx
 
 
 def _traces_sizes() -> bool:

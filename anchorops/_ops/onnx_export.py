@@ -1,19 +1,20 @@
-"""ONNX models of an ExportedProgram: the formulas by which torch.onnx.export replaces the operators
-of predictions.
+"""ONNX models of an ExportedProgram: the formulas of the operators of predictions.
 
 A module that torch.onnx.export traces itself calls no operators: `_backend.select` chooses the
 reference there.
 """
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from .._backend import onnx_refusal
+from .._checks import formulas_for_onnx
 from .._moments import RESULTS, Options
+from .registration import defined
 
 
 def _two_classes(logits: Tensor) -> Tensor:
@@ -39,13 +40,6 @@ def _confusion(predictions: Tensor, labels: Tensor, num_classes: int, ignore_ind
     return reference.confusion(predictions, labels, num_classes, ignore_index=ignore_index)
 
 
-def _refused(name: str) -> Callable[..., NoReturn]:
-    def refuse(*arguments: Any) -> NoReturn:
-        raise onnx_refusal(name)
-
-    return refuse
-
-
 _FORMULAS = {
     "pixel_argmax": _argmax,
     "volume_argmax": _argmax,
@@ -55,6 +49,20 @@ _FORMULAS = {
 }
 
 
-def formula(name: str) -> Callable[..., Any]:
-    """What computes the results of an operator; it raises an error for those of losses."""
-    return _FORMULAS.get(name) or _refused(name)
+def onnx_decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
+    """The table by which an ExportedProgram replaces anchorops' operators by standard ones:
+    `torch.onnx.export(program.run_decompositions(anchorops.onnx_decompositions()), …)`.
+
+    It replaces those of predictions. For a loss, `run_decompositions` raises RuntimeError.
+    """
+    return {operator: _formula(name) for operator, name in defined.items()}
+
+
+def _formula(name: str) -> Callable[..., Any]:
+    def formula(*arguments: Any) -> Any:
+        if name not in _FORMULAS:
+            raise onnx_refusal(name)
+        with formulas_for_onnx():
+            return _FORMULAS[name](*arguments)
+
+    return formula

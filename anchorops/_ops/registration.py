@@ -5,27 +5,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor, _decomp
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from .._backend import FUSED, register_triton
 from .._checks import in_transform, savable
 
 library = torch.library.Library("anchorops", "FRAGMENT")
-_formulas_in_onnx: dict[Any, Callable[..., Any]] = {}
-
-
-class _Decompositions(dict):
-    """torch's table of decompositions. torch.onnx.export reads its items, and finds our formulas
-    among them. They are no keys: Inductor raises an error for an operator in the table where the
-    environment variable CI is set, and fake tensors of symbolic sizes would compute the formula."""
-
-    def items(self) -> Any:
-        return {**self, **_formulas_in_onnx}.items()
-
-
-_decomp.decomposition_table = _Decompositions(_decomp.decomposition_table)
-_decomp.global_decomposition_table["post_autograd"] = _decomp.decomposition_table
+defined: dict[torch._ops.OpOverload, str] = {}
+"""The operators of every backend, by name."""
 
 
 def call(launcher: Callable[..., Any], *arguments: Any) -> Any:
@@ -105,7 +93,7 @@ def define(
         if gradient is not None:
             _define(f"{name}_backward.{backend}", gradient.schema, gradient.fake, any_strides)
             _register_autograd(name, backend, gradient)
-        _replace_in_onnx(name, backend)
+        defined[getattr(getattr(torch.ops.anchorops, name), backend)] = name
     if "triton" in backends and not in_python:
         register_triton(library, name, launch)
         if gradient is not None:
@@ -118,19 +106,6 @@ def _define(overload: str, schema: str, fake: Callable[..., Any], any_strides: b
         tags.append(torch.Tag.flexible_layout)
     library.define(overload + schema, tags=tags)
     torch.library.register_fake(f"anchorops::{overload}", fake, lib=library)
-
-
-def _replace_in_onnx(name: str, backend: str) -> None:
-    """torch.onnx.export of an ExportedProgram applies torch._decomp.decomposition_table;
-    torch.compile and torch.export have tables of their own, so they keep the operators."""
-    operator = getattr(getattr(torch.ops.anchorops, name), backend)
-
-    def formula(*arguments: Any) -> Any:
-        from . import onnx_export  # it imports the modules that call `define`
-
-        return onnx_export.formula(name)(*arguments)
-
-    _formulas_in_onnx[operator] = formula
 
 
 def _register_autograd(name: str, backend: str, gradient: Gradient) -> None:

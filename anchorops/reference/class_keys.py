@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .._checks import is_for_onnx
+
 
 def nearest_index(size: int, source: int, device: torch.device) -> Tensor:
     """Row (or column) of the labels for each row of the features, as F.interpolate's "nearest":
@@ -45,7 +47,7 @@ def sum_by_key(keys: Tensor, values: Tensor, num_keys: int) -> Tensor:
     """Σ of values [N, …] for each key [N]; values with key −1 are ignored."""
     keys = torch.where(keys >= 0, keys, num_keys)
     out = values.new_zeros(num_keys + 1, *values.shape[1:])
-    if torch.onnx.is_in_onnx_export():  # its index_add forgets all but one value of a key
+    if is_for_onnx():  # its index_add forgets all but one value of a key
         columns = keys.view(-1, *(1,) * (values.dim() - 1)).expand_as(values)
         out = out.scatter_add(0, columns, values)
     elif values.is_cuda:  # index_put sorts, and so sums in a fixed order; index_add uses atomics

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._checks import is_for_onnx
 from .._moments import statistics_dtype
 
 
@@ -32,7 +33,7 @@ def upsample(logits: Tensor, size: Sequence[int], align_corners: bool) -> Tensor
     """F.interpolate(logits, size, mode="bilinear"), of volumes "trilinear", but terms of weight 0
     are removed by selection, because 0 · NaN and 0 · ∞ would be NaN. logits: (B, K, h, w) or
     (B, K, d, h, w); returns (B, K, *size)."""
-    if torch.onnx.is_in_onnx_export():
+    if is_for_onnx():
         # one operator of ONNX, Resize, which onnxruntime has for float32, not for float64
         mode = "bilinear" if logits.dim() == 4 else "trilinear"
         upsampled = F.interpolate(logits.float(), size, mode=mode, align_corners=align_corners)
