@@ -16,6 +16,7 @@ import anchorops as ao
 from . import IGNORED
 from .data.loading import mixed_seed
 from .data.module import SegmentationData
+from .evaluation import predict, summarize
 from .networks.learner import (
     Learner,
     arguments_of,
@@ -26,7 +27,6 @@ from .networks.learner import (
     parameter_groups,
 )
 from .networks.models import CHECKPOINT_PREFIX, Segmenter, build_model, upsample_late
-from .report.evaluate import predict, summarize
 
 RANDOM_WEIGHTS = (
     "WARNING: the network starts from random weights; trained ones are usually much better "

@@ -11,6 +11,7 @@ from anchorops.train.data.counts import class_counts
 from anchorops.train.data.digits import DigitScenes
 from anchorops.train.data.loading import BatchSampler, Draws, PhotometricDistort, VariedCrop
 from anchorops.train.data.module import SegmentationData
+from anchorops.train.evaluation import class_groups, summarize
 from anchorops.train.module import SegmentationModule
 from anchorops.train.networks.learner import (
     SETTINGS,
@@ -19,7 +20,6 @@ from anchorops.train.networks.learner import (
     build_regularizer,
 )
 from anchorops.train.networks.models import build_model
-from anchorops.train.report.evaluate import class_groups, summarize
 
 
 def test_scene_is_a_function_of_seed_split_and_index():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import anchorops as ao
-from anchorops.train.report.evaluate import (
+from anchorops.train.evaluation import (
     _starts,
     largest,
     pad_to_multiple,

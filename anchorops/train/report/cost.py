@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...losses import Regularizer
 from ...measure import duration
-from .evaluate import predict
+from ..evaluation import predict
 
 if TYPE_CHECKING:
     from ..module import SegmentationModule

@@ -12,7 +12,7 @@ from torch import Tensor
 import anchorops as ao
 
 from .. import IGNORED
-from .evaluate import pad_to_multiple
+from ..evaluation import pad_to_multiple
 
 if TYPE_CHECKING:
     from ..module import SegmentationModule

@@ -12,7 +12,7 @@ from torchvision import tv_tensors
 
 from ...plots import plain
 from .. import IGNORED
-from .evaluate import predict
+from ..evaluation import predict
 
 if TYPE_CHECKING:
     from ..module import SegmentationModule

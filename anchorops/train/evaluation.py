@@ -10,7 +10,7 @@ from torch import Tensor
 
 import anchorops as ao
 
-from .. import MULTIPLE
+from . import MULTIPLE
 
 TILE = 128  # label rows and columns whose logits exist at the same time
 LOWEST_LOGIT = -1e30  # instead of −∞, whose product with a weight of 0 would be NaN
