@@ -138,7 +138,7 @@ def features_with_anchors(
     interpolation; or (N, D) and (N,). At most max_points features are drawn, evenly spaced.
     anchors: [K, D]. A row of zeros, the centroid of an absent class, is not drawn.
     """
-    from .reference import feature_rows, resize_labels
+    from ._shared.pixels import feature_rows, resize_labels
 
     stars = _matrix("features_with_anchors", "anchors", anchors)
     ignored = check_ignore_index("features_with_anchors", ignore_index, len(stars))

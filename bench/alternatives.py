@@ -14,6 +14,7 @@ from torch import Tensor
 
 from anchorops import reference
 from anchorops._moments import ClassMoments
+from anchorops._shared.pixels import feature_rows
 
 Statistics = tuple[Tensor, Tensor | None]
 Alternative = Callable[[Tensor, Tensor, int, Tensor | None], Statistics]
@@ -142,7 +143,7 @@ def gather_mse(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
     """The mean squared distance to anchors gathered for each pixel."""
     keys = class_keys(features, labels, len(anchors))
     valid = (keys < len(anchors)).flatten()
-    rows = reference.feature_rows(features).float()
+    rows = feature_rows(features).float()
     nearest = torch.cat([anchors, anchors.new_zeros(1, anchors.shape[1])])[keys.flatten()]
     squares = torch.where(valid[:, None], rows - nearest, 0).square()
     return squares.sum() / (features.shape[1] * valid.sum())
@@ -151,7 +152,7 @@ def gather_mse(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
 def loop_mse(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
     """A mask for each class, as in the released code of SAR."""
     keys = class_keys(features, labels, len(anchors)).flatten()
-    rows, total = reference.feature_rows(features).float(), 0
+    rows, total = feature_rows(features).float(), 0
     for k, anchor in enumerate(anchors):
         total = total + (rows[keys == k] - anchor).square().sum()
     return total / (features.shape[1] * (keys < len(anchors)).sum())

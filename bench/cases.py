@@ -11,6 +11,7 @@ import anchorops as ao
 from anchorops import reference
 from anchorops._backend import TRITON_ON_HOST
 from anchorops._moments import ClassMoments
+from anchorops._shared.pixels import feature_rows
 from anchorops.measure import example_labels
 
 IGNORE_INDEX = 255  # in the labels of pixel losses
@@ -127,7 +128,7 @@ class Inputs:
         num_classes = self.shape.num_classes
         keys, _ = reference.class_keys(self.features, self.labels, num_classes, False, -1)
         keys = keys.flatten()
-        rows = reference.feature_rows(self.features).float()
+        rows = feature_rows(self.features).float()
         gradient = torch.zeros_like(rows)
         if dsqdists is not None:
             gradient = 2 * dsqdists[keys][:, None] * (rows - self.anchors[keys])

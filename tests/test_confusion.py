@@ -8,6 +8,7 @@ from softmax_formulas import BF16, F16, F32, interpolated
 
 import anchorops as ao
 from anchorops import reference
+from anchorops._shared.upsampling import upsample
 
 INTEGERS = ["uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"]
 both_backends = pytest.mark.on("cpu", "reference")
@@ -100,7 +101,7 @@ def test_confusion(shape: tuple[int, ...], num_classes: int, backend: str):
 def check_argmax(logits, size, align_corners=False):
     """The logit of our class is the largest, up to rounding."""
     ours = ao.pixel_argmax(logits, size, align_corners=align_corners)
-    z = reference.upsample(logits.float(), size, align_corners)
+    z = upsample(logits.float(), size, align_corners)
     assert ours.dtype == torch.int64 and ours.shape == z[:, 0].shape
     assert ours.is_contiguous()
     chosen = z.gather(1, ours[:, None])[:, 0]

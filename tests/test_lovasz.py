@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import anchorops as ao
 from anchorops import reference
-from anchorops.reference.upsampling import transposed_rows
+from anchorops._shared.upsampling import transposed_rows
 
 IGNORED = 255
 EVERYWHERE = pytest.mark.on("reference", "cpu", "simulated_triton", "triton")

@@ -21,9 +21,9 @@ from softmax_formulas import (
 from torch import Tensor
 
 import anchorops as ao
-from anchorops import reference
 from anchorops._moments import Options
 from anchorops._ops.softmax_moments import moments_of
+from anchorops._shared.upsampling import upsample
 
 on_cpu = pytest.mark.on("cpu", "reference")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the machine for PTX
@@ -49,7 +49,7 @@ def read_by(pixels: tuple[int, int], align_corners: bool, row: int, column: int)
     """bool [H, W]: the pixels that read the logit at (row, column)."""
     x = torch.zeros(1, 1, 3, 4)
     x[0, 0, row, column] = 1
-    return reference.upsample(x, pixels, align_corners)[0, 0] != 0
+    return upsample(x, pixels, align_corners)[0, 0] != 0
 
 
 @each_ratio

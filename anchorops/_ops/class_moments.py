@@ -33,7 +33,7 @@ from .._checks import (
     shape_of,
 )
 from .._moments import ClassMoments, statistics_dtype
-from ..reference.class_keys import sum_by_key
+from .._shared.sums import fixed_order_sum, sum_by_key
 from .class_keys import KeyOptions, class_keys
 from .registration import Gradient, define
 
@@ -405,6 +405,6 @@ def pixel_to_anchor_mse(
     keys, counts = class_keys(features, labels, num_classes, ignore_index=ignored, backend=backend)
     _, sqdists = _moments(features, keys, num_classes, anchors, with_sums=False, backend=backend)
     if reduction == "sum":
-        return reference.fixed_order_sum(sqdists)
-    total = reference.fixed_order_sum(sqdists)
+        return fixed_order_sum(sqdists)
+    total = fixed_order_sum(sqdists)
     return total / (features.shape[1] * counts.sum()).clamp(min=1)

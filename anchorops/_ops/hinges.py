@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._moments import statistics_dtype
-from ..reference.probability_histograms import histogram
-from ..reference.upsampling import transposed_rows
+from .._shared.sums import histogram
+from .._shared.upsampling import transposed_rows
 from .registration import define, library
 
 # A float's exponent and the first bits of its mantissa number the bins, from 2^-20 to 2^40.

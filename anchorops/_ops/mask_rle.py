@@ -90,7 +90,7 @@ class MaskRLE:
 
     def _counts(self) -> list[Tensor]:
         codes = self._characters.split(self._offsets.diff().tolist())
-        return [reference.decode(code) for code in codes]
+        return [_decode(code) for code in codes]
 
     def __len__(self) -> int:
         return len(self._areas)
@@ -184,3 +184,17 @@ def _pixels_inside(boxes: Tensor, count: int, height: int, width: int) -> Tensor
         fail("mask_rle", "boxes", "numbers", f"NaN in box {limits.isnan().any(1).nonzero()[0, 0]}")
     most = limits.new_tensor([width, height, width, height])
     return limits.ceil().clamp(min=0).minimum(most).long()
+
+
+def _decode(characters: Tensor) -> Tensor:
+    """The lengths of the runs of one mask, int64."""
+    bits = characters.long() - 48
+    last = bits < 32
+    number = last.cumsum(0) - last.long()  # to which a character belongs
+    begin = torch.cat([last.new_ones(1), last[:-1]]).nonzero()[:, 0]
+    shift = 5 * (torch.arange(len(bits), device=bits.device) - begin[number])
+    numbers = bits.new_zeros(len(begin)).index_add(0, number, (bits & 31) << shift)
+    numbers -= (bits[last] & 16) << shift[last] + 1
+    for first in (1, 2):
+        numbers[first::2] = numbers[first::2].cumsum(0)
+    return numbers

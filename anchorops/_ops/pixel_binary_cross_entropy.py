@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._checks import check_choice, check_flags, check_pixels, check_pos_weight
 from .._moments import Options, statistics_dtype
-from ..reference import fixed_order_sum
+from .._shared.sums import fixed_order_sum
 from .pixel_cross_entropy import (
     class_losses,
     divide,

@@ -15,7 +15,7 @@ from .._checks import (
     shape_of,
 )
 from .._moments import Options, SoftmaxMoments, statistics_dtype
-from ..reference import fixed_order_sum
+from .._shared.sums import fixed_order_sum
 from .softmax_moments import moments_of, valid_pixels, weighted
 
 

@@ -22,7 +22,7 @@ from .. import reference
 from .._backend import select
 from .._checks import in_transform
 from .._moments import UpsampledSums, statistics_dtype
-from ..reference import SPLAT_UNITS
+from .._shared.splats import SPLAT_UNITS, splat_axis, splat_keys, splat_of
 from .class_keys import class_keys
 from .registration import Gradient, define, library
 
@@ -58,17 +58,17 @@ def _parts(keys: Tensor, size: tuple[int, int], num_classes: int) -> Iterator[Pa
     images = max(1, CACHED // max(num_classes * height * width, 1))
     step = height if images > 1 else max(1, CACHED // (num_classes * width) - 1)
     starts = range(0, height, step)
-    row, below = reference.splat_axis(label_height, height, keys.device)
+    row, below = splat_axis(label_height, height, keys.device)
     edges = [*torch.searchsorted(row, torch.tensor(starts)).tolist(), label_height]
-    columns = reference.splat_axis(label_width, width, keys.device)
+    columns = splat_axis(label_width, width, keys.device)
     for start, (begin, end) in zip(starts, itertools.pairwise(edges), strict=True):
         rows = slice(start, min(start + step + 1, height))
         part_rows = row[begin:end] - start, below[begin:end]
-        splat = reference.splat_of(part_rows, columns, (rows.stop - start, width))
+        splat = splat_of(part_rows, columns, (rows.stop - start, width))
         for first in range(0, batch, images):
             some = slice(first, first + images)
             part = _keys_of_images(keys[some, begin:end], num_classes, num_classes)
-            table = reference.splat_keys(part, len(part) * num_classes, splat)
+            table = splat_keys(part, len(part) * num_classes, splat)
             yield Part(some, rows, table.view(len(part), num_classes, -1))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .._backend import FUSED
 from .._moments import GRADIENTS, RESULTS, Options, statistics_dtype
-from ..reference import bilinear_sources
+from .._shared.upsampling import bilinear_sources
 from . import pixel_kl_divergence as kl
 from .registration import Gradient, define, library
 from .softmax_moments import define_moments, forward_fake

@@ -15,7 +15,7 @@ from .._ops.pixel_cross_entropy import class_losses, divide, smoothed, used_coun
 from .._ops.pixel_cross_entropy import (
     pixel_weights as weights_of_pixels,
 )
-from ..reference import fixed_order_sum
+from .._shared.sums import fixed_order_sum
 from .pixel import MomentsLoss, class_weight
 
 

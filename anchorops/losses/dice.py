@@ -10,8 +10,8 @@ from torch.distributed import ProcessGroup
 
 from .._checks import check_choice, check_flags, check_number, describe, fail
 from .._moments import Options, SoftmaxMoments
+from .._shared.sums import fixed_order_sum
 from ..distributed import all_reduce, group_name
-from ..reference import fixed_order_sum
 from .binary_cross_entropy import BinaryCrossEntropy
 from .cross_entropy import CrossEntropy
 from .pixel import (

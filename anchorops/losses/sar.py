@@ -15,8 +15,8 @@ from .._checks import (
     fail,
 )
 from .._moments import ClassMoments
+from .._shared.sums import fixed_order_sum
 from ..anchors import orthogonal_anchors, random_anchors, simplex_etf
-from ..reference import fixed_order_sum
 from .base import Classifier, Losses, Plan, Regularizer, linear_weight
 from .statistics import Request
 

@@ -4,14 +4,10 @@ import torch
 from torch import Tensor
 
 from .._moments import ClassMoments, statistics_dtype
-from .class_keys import class_keys, sum_by_key
-from .fixed_order_sum import fixed_order_sum
+from .._shared.pixels import feature_rows
+from .._shared.sums import fixed_order_sum, sum_by_key
+from .class_keys import class_keys
 from .split_groups import group_counts, split_groups
-
-
-def feature_rows(features: Tensor) -> Tensor:
-    """One row per pixel: [N, D] or [B·P, D], in the order of the labels."""
-    return features if features.dim() == 2 else features.flatten(2).transpose(1, 2).flatten(0, 1)
 
 
 def class_moments(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .class_keys import sum_by_key
+from .._shared.sums import sum_by_key
 
 
 def confusion(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._moments import statistics_dtype
-from .upsampling import upsample
+from .._shared.upsampling import upsample
 
 
 def mask_rle(
@@ -57,17 +57,3 @@ def encode(counts: Tensor) -> Tensor:
     characters = 48 + (shifted & 31) + 32 * more
     written = torch.cat([torch.ones_like(more[:, :1]), more[:, :-1]], 1)
     return characters[written].to(torch.uint8)
-
-
-def decode(characters: Tensor) -> Tensor:
-    """The lengths of the runs of one mask, int64."""
-    bits = characters.long() - 48
-    last = bits < 32
-    number = last.cumsum(0) - last.long()  # to which a character belongs
-    begin = torch.cat([last.new_ones(1), last[:-1]]).nonzero()[:, 0]
-    shift = 5 * (torch.arange(len(bits), device=bits.device) - begin[number])
-    numbers = bits.new_zeros(len(begin)).index_add(0, number, (bits & 31) << shift)
-    numbers -= (bits[last] & 16) << shift[last] + 1
-    for first in (1, 2):
-        numbers[first::2] = numbers[first::2].cumsum(0)
-    return numbers

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .upsampling import upsample
+from .._shared.upsampling import upsample
 
 
 def pixel_argmax(logits: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:

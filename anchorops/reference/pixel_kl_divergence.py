@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._moments import statistics_dtype
-from .upsampling import upsample
+from .._shared.upsampling import upsample
 
 
 def pixel_kl_divergence(

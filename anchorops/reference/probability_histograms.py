@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .._moments import statistics_dtype
-from .upsampling import rows_near, transposed_rows, upsample_rows
+from .._shared.sums import histogram
+from .._shared.upsampling import rows_near, transposed_rows, upsample_rows
 
 CHUNK = 2**21  # probabilities at a time
 
@@ -46,14 +47,6 @@ def error_gradients(
         dz = torch.where(valid[:, None], p * (u - (p * u).sum(1, keepdim=True)), 0)
         dlogits[:, :, near] += transposed_rows(dz, x.shape, source, size, align_corners, rows, near)
     return dlogits.to(logits.dtype)
-
-
-def histogram(places: Tensor, valid: Tensor, length: int) -> Tensor:
-    """int64 [length]: how often each place occurs where it is valid. The shapes do not depend on
-    the values, and integers have the same sum in every order."""
-    places = torch.where(valid, places, length).flatten()
-    counts = places.new_zeros(length + 1)
-    return counts.index_add(0, places, places.new_ones(1).expand(len(places)))[:length]
 
 
 def _chunks(logits: Tensor, labels: Tensor) -> Iterator[tuple[slice, slice]]:

@@ -11,8 +11,8 @@ from .._moments import (
     selects,
     statistics_dtype,
 )
-from .class_keys import sum_by_key
-from .upsampling import upsample
+from .._shared.sums import sum_by_key
+from .._shared.upsampling import upsample
 
 
 def softmax_moments(logits: Tensor, labels: Tensor, options: Options) -> SoftmaxMoments:

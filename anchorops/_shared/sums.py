@@ -1,9 +1,9 @@
-"""The sum of all numbers of a tensor, in an order that follows from its shape."""
+"""Sums whose bits follow from the shape, and sums by key."""
 
 import torch
 from torch import Tensor
 
-from .._checks import is_jit_traced
+from .._checks import is_for_onnx, is_jit_traced
 
 _RUN = 2**14  # torch divides a sum among threads from 2^15 numbers on
 
@@ -34,3 +34,25 @@ def _sums_of_runs(values: Tensor) -> Tensor:
     rest = values.numel() % _RUN
     runs, last = values.split((values.numel() - rest, rest))
     return torch.cat([runs.view(-1, _RUN).sum(-1), last.sum()[None]])
+
+
+def sum_by_key(keys: Tensor, values: Tensor, num_keys: int) -> Tensor:
+    """Σ of values [N, …] for each key [N]; values with key −1 are ignored."""
+    keys = torch.where(keys >= 0, keys, num_keys)
+    out = values.new_zeros(num_keys + 1, *values.shape[1:])
+    if is_for_onnx():  # its index_add forgets all but one value of a key
+        columns = keys.view(-1, *(1,) * (values.dim() - 1)).expand_as(values)
+        out = out.scatter_add(0, columns, values)
+    elif values.is_cuda:  # index_put sorts, and so sums in a fixed order; index_add uses atomics
+        out = out.index_put((keys,), values, accumulate=True)
+    else:
+        out = out.index_add(0, keys, values)
+    return out[:-1]
+
+
+def histogram(places: Tensor, valid: Tensor, length: int) -> Tensor:
+    """int64 [length]: how often each place occurs where it is valid. The shapes do not depend on
+    the values, and integers have the same sum in every order."""
+    places = torch.where(valid, places, length).flatten()
+    counts = places.new_zeros(length + 1)
+    return counts.index_add(0, places, places.new_ones(1).expand(len(places)))[:length]

@@ -1,0 +1,1 @@
+"""PyTorch code that the operators and the reference have in common."""
