@@ -359,11 +359,11 @@ def _why_not(
     tensor: Tensor,
     num_classes: int,
     refusal: Callable[[str], str | None],
-    operators: Sequence[str],
+    backends: Sequence[str],
 ) -> str | None:
     """Why the backend does not support a call with this input, or None."""
-    if name not in ("reference", *operators):
-        return f'it does not have this operator: choose "{operators[-1]}" or "auto"'
+    if name not in ("reference", *backends):
+        return f'it does not have this operator: choose "{backends[-1]}" or "auto"'
     device = "cpu" if name == "cpu" or _ON_HOST.get(name) else "cuda"
     if name != "reference" and tensor.device.type != device:
         return f"it supports {device} tensors, the input is on {tensor.device}"
@@ -415,25 +415,25 @@ def select(
     tensor: Tensor,
     num_classes: int,
     *,
-    runs: Sequence[str] = (),
+    called: Sequence[str] = (),
     refusal: Callable[[str], str | None] = _takes_every_call,
-    operators: Sequence[str] = FUSED,
+    backends: Sequence[str] = FUSED,
 ) -> str:
     """The backend of a call with this input (features, logits or predictions). Raises ValueError if
     the chosen backend does not support it.
 
     Args:
-        runs: the operators that the call runs, if not the one of the name `function`.
+        called: the operators that the function calls, if not the one of its name.
         refusal: of a backend that has the operator and the device, why it leaves this call to the
             next one, or None.
-        operators: the backends that have this operator, besides `reference`.
+        backends: those that have these operators, besides `reference`.
     """
-    chosen, runs = _choice.backend, runs or (function,)
+    chosen, called = _choice.backend, called or (function,)
     # torch.onnx.export always traces; is_in_onnx_export takes longer than the rest of this function
     if (torch.compiler.is_compiling() or is_jit_traced()) and torch.onnx.is_in_onnx_export():
         _check_onnx_export(function, chosen)
         return "reference"
-    call = tensor, num_classes, refusal, operators
+    call = tensor, num_classes, refusal, backends
     if chosen != "auto":
         reason = _why_not(chosen, *call)
         if reason:
@@ -443,7 +443,7 @@ def select(
         # Kernels without a GPU are for tests: they are never selected automatically.
         if _MISSING[name] or _ON_HOST.get(name):
             continue
-        if any(operator in excluded[name] for operator in runs):
+        if any(operator in excluded[name] for operator in called):
             continue
         if not _why_not(name, *call):
             return name

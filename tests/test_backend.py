@@ -221,9 +221,9 @@ def test_it_is_said_once_that_triton_is_missing(monkeypatch, caplog):
     gpus = Gpus(monkeypatch, "9.0", "9.0", "7.5")
     monkeypatch.setitem(_backend._MISSING, "triton", "triton is not installed")
     monkeypatch.setattr(_backend, "_told", set())
-    pixels = {"operators": _backend.FUSED}
+    pixels = {"backends": _backend.FUSED}
     assert gpus.select(1, **pixels) == "reference"  # the GPU is too old
-    assert gpus.select(0, operators=("cpu",)) == "reference"
+    assert gpus.select(0, backends=("cpu",)) == "reference"
     assert gpus.select(0, refusal=lambda backend: backend, **pixels) == "reference"
     with ao.use_backend("reference"):
         assert gpus.select(0, **pixels) == "reference"
@@ -294,7 +294,7 @@ class Gpus:
         features: Any = SimpleNamespace(
             device=torch.device("cuda", index), dtype=torch.bfloat16, shape=(2, 3, 4, 5)
         )
-        options = {"operators": _backend.CUDA_BACKENDS} | options
+        options = {"backends": _backend.CUDA_BACKENDS} | options
         return _backend.select(function, features, 6, **options)
 
 
@@ -329,18 +329,18 @@ def test_more_keys_than_cuda_supports_are_for_triton(monkeypatch):
 
 def test_operators_without_cuda_kernels_are_for_triton(monkeypatch):
     gpus = Gpus(monkeypatch, "9.0", "9.0")
-    assert gpus.select(0, operators=_backend.FUSED) == "triton"
+    assert gpus.select(0, backends=_backend.FUSED) == "triton"
     message = '^f: backend cuda .* it does not have this operator: choose "triton" or "auto"$'
     with ao.use_backend("cuda"), pytest.raises(ValueError, match=message):
-        gpus.select(0, operators=_backend.FUSED)
+        gpus.select(0, backends=_backend.FUSED)
     monkeypatch.setitem(_backend._MISSING, "triton", "not installed")
-    assert gpus.select(0, operators=_backend.FUSED) == "reference"
+    assert gpus.select(0, backends=_backend.FUSED) == "reference"
 
 
 def test_keys_are_images_times_classes_times_groups(monkeypatch):
     num_keys = []
 
-    def select(function, tensor, num_classes, *, runs, refusal, operators):
+    def select(function, tensor, num_classes, *, called, refusal, backends):
         num_keys.append(refusal.args[0])
         return "reference"
 
@@ -410,7 +410,7 @@ def test_the_choice_among_gpus_is_traced(monkeypatch):
     assert [y.item() for y in compiled(torch.zeros(()))] == [1, 0]
 
 
-SELECT = partial(_backend.select, "f", FEATURES, 6, runs=("class_moments", "split_groups"))
+SELECT = partial(_backend.select, "f", FEATURES, 6, called=("class_moments", "split_groups"))
 
 
 @pytest.fixture

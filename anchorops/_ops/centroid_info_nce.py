@@ -141,7 +141,7 @@ def centroid_info_nce(
                 fail(function, argument, "a bool tensor", mask.dtype)
     temperature = check_temperature(function, temperature)
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
-    backend = select(function, queries, queries.shape[0], operators=CUDA_BACKENDS)
+    backend = select(function, queries, queries.shape[0], backends=CUDA_BACKENDS)
     few = queries.shape[:-1].numel() * keys.shape[0] <= KERNEL_LOGITS
     if backend not in BACKENDS or not few:
         return reference.centroid_info_nce(

@@ -305,14 +305,14 @@ def unchecked_moments(
     operators do not compute them, and `sums` is empty."""
     images = features.shape[0] if options["per_image"] and features.dim() > 2 else 1
     num_keys = images * num_classes * options["groups"]
-    runs = ("class_moments", "split_groups") if options["groups"] > 1 else ("class_moments",)
+    called = ("class_moments", "split_groups") if options["groups"] > 1 else ("class_moments",)
     backend = select(
         "class_moments",
         features,
         num_classes,
-        runs=runs,
+        called=called,
         refusal=partial(refusal, num_keys),
-        operators=CUDA_BACKENDS,
+        backends=CUDA_BACKENDS,
     )
     if backend == "reference":
         return reference.class_moments(features, labels, num_classes, anchors=anchors, **options)
@@ -394,9 +394,9 @@ def pixel_to_anchor_mse(
         function,
         features,
         num_classes,
-        runs=("class_moments",),
+        called=("class_moments",),
         refusal=partial(refusal, num_classes),
-        operators=CUDA_BACKENDS,
+        backends=CUDA_BACKENDS,
     )
     if backend == "reference":
         return reference.pixel_to_anchor_mse(

@@ -116,7 +116,7 @@ def confusion_for(
         check_label_values(function, labels, num_classes, ignore_index)
     if labels.dim() > 3:
         predictions, labels = predictions.flatten(2), labels.flatten(2)
-    backend = select(function, predictions, num_classes, runs=("confusion",))
+    backend = select(function, predictions, num_classes, called=("confusion",))
     if backend == "reference":
         return reference.confusion(predictions, labels, num_classes, ignore_index=ignore_index)
     operator = getattr(torch.ops.anchorops.confusion, backend)

@@ -164,7 +164,7 @@ def mask_rle(
     check_flags(function, align_corners=align_corners)
     limits = None if boxes is None else _pixels_inside(boxes, len(logits), height, width)
     logits = logits.detach().cpu()
-    if select(function, logits, 1, operators=BACKENDS) == "cpu":
+    if select(function, logits, 1, backends=BACKENDS) == "cpu":
         operator = torch.ops.anchorops.mask_rle.cpu
         results = operator(logits, height, width, threshold, limits, align_corners)
     else:

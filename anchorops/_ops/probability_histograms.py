@@ -160,5 +160,5 @@ def _backend(function: str, logits: Tensor) -> str:
         volume = backend != "reference" and logits.dim() == 5
         return "it supports no volumes that are upsampled" if volume else None
 
-    runs = ("probability_histograms",)
-    return select(function, logits, logits.shape[1], runs=runs, refusal=refused)
+    called = ("probability_histograms",)
+    return select(function, logits, logits.shape[1], called=called, refusal=refused)

@@ -305,7 +305,7 @@ def moments_of(
     """
     images, by_image = as_images(logits, labels, sigmoid)
     image_options = options.convert(by_image)._replace(per_image=sigmoid or options.per_image)
-    backend = select(function, images, images.shape[1], runs=("softmax_moments",))
+    backend = select(function, images, images.shape[1], called=("softmax_moments",))
     if images.shape[1] == 1 and backend != "cpu":
         images = torch.cat([torch.zeros_like(images), images], 1)
     if backend == "reference":

@@ -49,5 +49,5 @@ def random_halves(items: int, seed: Tensor, like: Tensor) -> Tensor:
     operator on `like`."""
     keys = torch.zeros(1, items, dtype=torch.int32, device=seed.device)
     counts = torch.full((1,), items, dtype=torch.int64, device=seed.device)
-    backend = select("split_groups", like, 1, operators=CUDA_BACKENDS)
+    backend = select("split_groups", like, 1, backends=CUDA_BACKENDS)
     return split_groups(keys, counts, 2, seed, backend=backend)[0].view(items)

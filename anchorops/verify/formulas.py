@@ -187,7 +187,7 @@ def split_keys(key: Tensor, groups: int, seed: int) -> Tensor:
 
 
 def our_groups(keys: Tensor, counts: Tensor, *, groups: int, seed: int) -> Inputs:
-    backend = select("split_groups", keys, len(counts), operators=CUDA_BACKENDS)
+    backend = select("split_groups", keys, len(counts), backends=CUDA_BACKENDS)
     return split_groups(keys, counts, groups, seed, backend=backend)
 
 
