@@ -149,8 +149,7 @@ class CrossEntropy(BaseCrossEntropy):
     `terms`: ce, labels_out_of_range, labels_ignored, and accuracy if requested.
 
     All of it is part of the passes over the logits, without full-resolution maps. Exceptions,
-    which need some maps, are ohem_min_kept, with one more pass, pixel weights on GPUs, and the
-    gradient of pixel weights.
+    which need some maps, are ohem_min_kept, with one more pass, and the gradient of pixel weights.
     """
 
     weight: Tensor | None
