@@ -731,7 +731,9 @@ def test_a_forward_unlike_the_dry_run_raises(how: str, message: str) -> None:
     ao.late_upsampling(model, images())
     model(images())
     model.head.how = how
-    advice = r"remove\(\) the handle, and call late_upsampling with arguments as in this forward"
+    advice = (
+        r"remove\(\) the handle, and call late_upsampling again, with arguments as in this forward"
+    )
     with torch.no_grad(), pytest.raises(RuntimeError, match=f"Unlike: .*{message}.*{advice}"):
         model(images())
 
@@ -742,7 +744,7 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="got Net after late_upsampling"):
         ao.late_upsampling(model, x)
     other = Net()
-    other.head.forward = other.head.forward  # type: ignore[assignment]
+    other.head.forward = functools.partial(other.head.forward)  # type: ignore[assignment]
     with pytest.raises(ValueError, match="in head, whose forward was replaced"):
         ao.late_upsampling(other, x)
 

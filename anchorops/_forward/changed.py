@@ -12,14 +12,18 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import MethodType
 from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map_only
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._pytree import tree_any, tree_map_only
 
 from .._checks import describe, fail
 
@@ -35,12 +39,42 @@ GENERATED = (torch.fx.GraphModule, torch.jit.ScriptModule)
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
 
-class Change(Protocol):
-    """How the forward of a module runs; it can be copied and pickled."""
+class Plan(Protocol):
+    """How the forward of a module runs in one mode; it can be copied and pickled."""
 
-    def run(
-        self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any: ...
+    def run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What forward(*args, **kwargs) returns, from a forward that runs as planned."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plans:
+    """The plans of training mode and of evaluation mode; None: nothing runs differently."""
+
+    training: Plan | None
+    evaluation: Plan | None
+
+    def run(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        plan = self.training if module.training else self.evaluation
+        return forward(*args, **kwargs) if plan is None else plan.run(module, forward, args, kwargs)
+
+
+class ForwardMode(TorchFunctionMode):
+    """The mode in which a module's forward runs differently."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def _is_proxy(x: object) -> bool:
+    return isinstance(x, torch.fx.Proxy)
+
+
+def _is_running(module: nn.Module) -> bool:
+    """Whether the module's forward runs in a mode, and calls itself: the mode sees all calls."""
+    modes = _get_current_function_mode_stack()
+    return any(isinstance(mode, ForwardMode) and mode.module is module for mode in modes)
 
 
 def tensors(value: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -76,10 +110,18 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
-def check_model(function: str, model: object, args: Any, kwargs: Any) -> nn.Module:
-    """Raises ValueError unless `function` can change this model's forward by a dry run."""
+def forward_is_replaced(module: nn.Module) -> bool:
+    """Whether the module has another forward than its class. Accelerate's unwrap_model leaves that
+    of the class in the module."""
+    return "forward" in vars(module) and module.forward != MethodType(type(module).forward, module)
+
+
+def check_model(function: str, model: Any, args: Any, kwargs: Any) -> nn.Module:
+    """The model that `function` changes. Raises ValueError unless it can, by a dry run."""
     if not isinstance(model, nn.Module):
         fail(function, "model", "an nn.Module", describe(model))
+    if hasattr(model, "get_base_model"):  # PEFT's; its merge_and_unload returns the model inside
+        model = model.get_base_model()  # type: ignore[operator]
     name = type(model).__name__
     sharded = any(base.__name__ == "FSDPModule" for base in type(model).__mro__)
     if name in _WRAPPERS or sharded or hasattr(model, "_orig_mod"):
@@ -90,8 +132,11 @@ def check_model(function: str, model: object, args: Any, kwargs: Any) -> nn.Modu
         fail(function, "model", expected, f"{name} after {function}")
     if isinstance(model, GENERATED):
         fail(function, "model", "a model whose forward is written in Python", name)
-    if "forward" in vars(model):
-        expected = "a model with the forward of its class"
+    if forward_is_replaced(model):
+        expected = (
+            "a model with the forward of its class (call it before accelerator.prepare, and "
+            "before anything else that replaces forward)"
+        )
         fail(function, "model", expected, f"{name} whose forward was replaced")
     if not args and not kwargs:
         expected = f"the arguments of one training forward, as {function}(model, images)"
@@ -121,7 +166,7 @@ def copied(function: str, model: nn.Module) -> nn.Module:
         fail(function, "model", expected, reason)
     for module in trial.modules():
         for name in (*vars(module).get("_forward_changes", ()),):
-            restore(name, module)
+            _restore(name, module)
     return trial
 
 
@@ -160,14 +205,22 @@ def dry_run(
 def _changed_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The class of a module of class `cls` whose forward runs differently."""
 
-    @functools.wraps(cls.forward)  # Hugging Face's Trainer reads the signature
+    @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         changes: Any = getattr(self, "_forward_changes", {})  # another instance has none
         run = functools.partial(cls.forward, self)
+        if not changes or _is_running(self):
+            return run(*args, **kwargs)
+        if not torch.compiler.is_compiling() and tree_any(_is_proxy, (args, kwargs)):
+            refuse("torch.fx.symbolic_trace", self, "cannot be traced")
         for function in _INNERMOST_FIRST:
             if function in changes:
                 run = functools.partial(changes[function].run, self, run)
         return run(*args, **kwargs)
+
+    # Hugging Face's Trainer reads the signature, and Accelerate takes out what has __wrapped__.
+    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+    del forward.__wrapped__
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         # pickle finds classes by name, so it gets the class of the original module
@@ -177,10 +230,13 @@ def _changed_class(cls: type[nn.Module]) -> type[nn.Module]:
         return (make, args, *state)
 
     def __prepare_scriptable__(self: nn.Module) -> NoReturn:  # torch.jit.script calls it
-        changes = ", ".join(getattr(self, "_forward_changes", ()))
+        refuse("torch.jit.script", self, "is no TorchScript")
+
+    def refuse(function: str, module: nn.Module, why: str) -> NoReturn:
+        changes = ", ".join(getattr(module, "_forward_changes", ()))
         raise RuntimeError(
-            f"torch.jit.script: {cls.__name__} after {changes} is no TorchScript: remove() the "
-            "handle first, or use torch.export or torch.jit.trace"
+            f"{function}: {cls.__name__} after {changes} {why}: remove() the handle first, or use "
+            "torch.export or torch.jit.trace"
         )
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
@@ -198,32 +254,53 @@ def _new(cls: type[nn.Module]) -> nn.Module:
     return changed.__new__(changed)
 
 
-def change(function: str, module: nn.Module, how: Change) -> None:
-    """Let the module's forward run as `how` says, in the name of `function`."""
+def _change(function: str, module: nn.Module, plans: Plans) -> None:
+    """Let the module's forward run as planned, in the name of `function`."""
     changes: Any = vars(module).get("_forward_changes", {})
     if "_original_class" not in vars(type(module)):
         module.__class__ = _changed_class(type(module))
-    vars(module)["_forward_changes"] = {**changes, function: how}
+    vars(module).pop("forward", None)  # that of its class
+    vars(module)["_forward_changes"] = {**changes, function: plans}
 
 
-def check_restorable(*modules: nn.Module) -> None:
+def _check_restorable(module: nn.Module) -> None:
     """Raises ValueError if the class of a module was changed again."""
-    for module in modules:
-        if "_forward_changes" in vars(module) and "_original_class" not in vars(type(module)):
-            expected = (
-                "the class that anchorops gave it: first undo what changed it later (before "
-                "fully_shard, which cannot be undone, call remove())"
-            )
-            fail("remove", "model", expected, type(module).__name__)
+    if "_original_class" not in vars(type(module)):
+        expected = (
+            "the class that anchorops gave it: first undo what changed it later (before "
+            "fully_shard, which cannot be undone, call remove())"
+        )
+        fail("remove", "model", expected, type(module).__name__)
 
 
-def restore(function: str, module: nn.Module) -> None:
-    """Undo `change`; nothing happens if it was undone already."""
-    changes: Any = dict(vars(module).get("_forward_changes", {}))
-    if changes.pop(function, None) is None:
+def _restore(function: str, module: nn.Module) -> None:
+    """Undo `_change`."""
+    changes: Any = vars(module).pop("_forward_changes")
+    if others := {name: plans for name, plans in changes.items() if name != function}:
+        vars(module)["_forward_changes"] = others
         return
-    if changes:
-        vars(module)["_forward_changes"] = changes
-    else:
-        module.__class__ = type(module)._original_class  # type: ignore[assignment]
-        del module._forward_changes
+    if not forward_is_replaced(module):
+        vars(module).pop("forward", None)  # that of the class, which is no longer the module's
+    module.__class__ = type(module)._original_class  # type: ignore[assignment]
+
+
+class Handle:
+    """Changes modules of a model, in the name of a function, until `remove()`."""
+
+    def __init__(self, function: str, model: nn.Module, plans: dict[nn.Module, Plans]) -> None:
+        self._function, self._model, self._plans = function, model, [*plans.items()]
+        for module, how in self._plans:
+            _change(function, module, how)
+
+    def remove(self) -> None:
+        """Restore the forward of the model. Called again, it does nothing, also if the model was
+        changed again meanwhile."""
+        changed = [
+            module
+            for module, plans in self._plans
+            if vars(module).get("_forward_changes", {}).get(self._function) is plans
+        ]
+        for module in changed:
+            _check_restorable(module)
+        for module in changed:
+            _restore(self._function, module)

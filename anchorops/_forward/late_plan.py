@@ -25,9 +25,9 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import resolve_name
 
-from .changed import reads, tensors, version
+from .changed import ForwardMode, reads, tensors, version
 
 KINDS: dict[Any, str] = {
     F.interpolate: "up",
@@ -81,6 +81,26 @@ class Plan:
     postponed: frozenset[tuple[str, int]]
     counts: dict[str, int]
     layers: dict[str, type]
+
+    def run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if not all(_as_planned(module, *layer) for layer in self.layers.items()):
+            return forward(*args, **kwargs)
+        counts = dict.fromkeys(self.counts, 0)
+        stand_ins: list[tuple[Tensor, int | None]] = []
+        late = _Late(self, module, graph_state().hooks, counts, {}, stand_ins)
+        with late:
+            output = forward(*args, **kwargs)
+        if counts != self.counts:
+            late._fail(f"calls {counts}, where the dry run had {self.counts}")
+        returned = [tensor for _, tensor in tensors(output)]
+        if late.postponed or any(late._is_stand_in(x) for x in returned):
+            late._fail("an upsampled map is returned, or no convolution reads it")
+        if not torch.compiler.is_compiling():
+            left = [weakref.ref(x) for x, _ in stand_ins]
+            stand_ins.clear()
+            if any(x() is not None for x in left):
+                late._fail("something keeps a map that only the convolution reads")
+        return output
 
 
 class GraphState(NamedTuple):
@@ -145,7 +165,7 @@ def _with_size(x: Tensor, channels: int, batch: int) -> Tensor:
     return x[:, :1].expand(batch, channels, *x.shape[2:])
 
 
-class _Late(TorchFunctionMode):
+class _Late(ForwardMode):
     """Runs a plan. hooks: of the GraphState in which the module's forward began. counts, postponed
     and stand_ins are changed: they are made outside of the mode, because torch.compile requires
     it. stand_ins: each with the number of the call of F.linear that it is a view of, or None."""
@@ -153,14 +173,14 @@ class _Late(TorchFunctionMode):
     def __init__(
         self,
         plan: Plan,
-        module: str,
+        module: nn.Module,
         hooks: Any,
         counts: dict[str, int],
         postponed: dict[tuple[str, int], _Postponed],
         stand_ins: list[tuple[Tensor, int | None]],
     ) -> None:
-        super().__init__()
-        self.plan, self.module, self.hooks = plan, module, hooks
+        super().__init__(module)
+        self.plan, self.hooks = plan, hooks
         self.counts, self.postponed, self.stand_ins = counts, postponed, stand_ins
 
     def __torch_function__(
@@ -195,8 +215,10 @@ class _Late(TorchFunctionMode):
         return any(x is y for y, _ in self.stand_ins)
 
     def _fail(self, why: str) -> NoReturn:
-        advice = "remove() the handle, and call late_upsampling with arguments as in this forward"
-        raise RuntimeError(f"late_upsampling: {self.module}: {why}: {advice}")
+        advice = (
+            "remove() the handle, and call late_upsampling again, with arguments as in this forward"
+        )
+        raise RuntimeError(f"late_upsampling: {type(self.module).__name__}: {why}: {advice}")
 
     def _stand_in(
         self, kind: str, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -316,35 +338,6 @@ def _upsampled(y: Tensor, size: torch.Size, up: _Postponed) -> Tensor:
 
 def _size(up: _Postponed) -> Any:
     return up.rest[0] if up.rest else up.options.get("size")
-
-
-@dataclass(frozen=True)
-class Plans:
-    """The plans of training mode and of evaluation mode; None: nothing runs differently."""
-
-    training: Plan | None
-    evaluation: Plan | None
-
-    def run(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        plan = self.training if module.training else self.evaluation
-        if plan is None or not all(_as_planned(module, *layer) for layer in plan.layers.items()):
-            return forward(*args, **kwargs)
-        counts = dict.fromkeys(plan.counts, 0)
-        stand_ins: list[tuple[Tensor, int | None]] = []
-        late = _Late(plan, type(module).__name__, graph_state().hooks, counts, {}, stand_ins)
-        with late:
-            output = forward(*args, **kwargs)
-        if counts != plan.counts:
-            late._fail(f"calls {counts}, where the dry run had {plan.counts}")
-        returned = [tensor for _, tensor in tensors(output)]
-        if late.postponed or any(late._is_stand_in(x) for x in returned):
-            late._fail("an upsampled map is returned, or no convolution reads it")
-        if not torch.compiler.is_compiling():
-            left = [weakref.ref(x) for x, _ in stand_ins]
-            stand_ins.clear()
-            if any(x() is not None for x in left):
-                late._fail("something keeps a map that only the convolution reads")
-        return output
 
 
 def has_hooks(layer: nn.Module) -> bool:

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from .changed import GENERATED, METADATA_READS, copied, dry_run, made_by_call, tensors, version
+from .changed import (
+    GENERATED,
+    METADATA_READS,
+    copied,
+    dry_run,
+    forward_is_replaced,
+    made_by_call,
+    tensors,
+    version,
+)
 from .late_plan import (
     KINDS,
     SIZES,
@@ -327,7 +336,7 @@ def find(model: nn.Module, args: Any, kwargs: Any, training: bool) -> LatePlans:
         candidates = [_plan(run, moves.get(run, []), choices, modules) for run in runs]
         convs = [conv for run in runs for conv in moves.get(run, [])]
         if any(plan != candidates[0] for plan in candidates):
-            objection = f"in {name}, which runs several times, not always the same"
+            objection = f"in {name or 'the model'}, which runs several times, not always the same"
             for conv in convs:
                 objections.update(dict.fromkeys(_later(conv, choices[conv]), objection))
             continue
@@ -359,7 +368,7 @@ def _objection(
         return f"where a checkpoint or torch.no_grad begins or ends in {run.name or 'the model'}"
     if isinstance(modules[run.name], GENERATED):
         return f"in {run.name}, whose forward is not written in Python"
-    if "forward" in vars(modules[run.name]):
+    if forward_is_replaced(modules[run.name]):
         return f"in {run.name}, whose forward was replaced"
     inside = {*modules[run.name].modules()}
     for name in sorted(name for call in calls for name in call.layers):

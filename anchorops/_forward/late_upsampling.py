@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from .._checks import fail
-from .changed import change, check_model, check_restorable, restore
-from .late_plan import Plans
+from .changed import Handle, Plans, check_model
 from .late_search import find
 
 _logger = logging.getLogger("anchorops")
 
 
-class LateUpsampling:
-    """The result of `late_upsampling`. `remove()` restores the model.
+class LateUpsampling(Handle):
+    """The result of `late_upsampling`. `remove()` restores the order of the model's calls."""
 
-    Attributes:
-        moved: a line for each convolution that runs before the upsampling, with its name.
-    """
+    def __init__(
+        self, model: nn.Module, plans: dict[nn.Module, Plans], moved: Iterable[str]
+    ) -> None:
+        super().__init__("late_upsampling", model, plans)
+        self._moved = tuple(moved)
 
-    def __init__(self, model: nn.Module, modules: list[nn.Module], moved: list[str]) -> None:
-        self.moved = moved
-        self._model, self._modules = model, modules
-
-    def remove(self) -> None:
-        """Restore the order of the model's calls."""
-        check_restorable(*self._modules)
-        for module in self._modules:
-            restore("late_upsampling", module)
+    @property
+    def moved(self) -> list[str]:
+        """A line for each convolution that runs before the upsampling, with its name."""
+        return [*self._moved]
 
     def __repr__(self) -> str:
         return f"late_upsampling of {type(self._model).__name__}: {'; '.join(self.moved)}"
@@ -93,12 +90,11 @@ def late_upsampling(model: nn.Module, *args: Any, **kwargs: Any) -> LateUpsampli
         expected = "a 1×1 convolution that alone reads upsampled maps, directly or by torch.cat"
         shown = training.left[:3] + [f"{len(training.left) - 3} more"] * (len(training.left) > 3)
         fail("late_upsampling", "model", expected, "; ".join(shown) or "no call of F.interpolate")
-    names = dict.fromkeys([*training.plans, *evaluation.plans])
-    modules = {name: model.get_submodule(name) for name in names}
-    for name, module in modules.items():
-        plans = Plans(training.plans.get(name), evaluation.plans.get(name))
-        change("late_upsampling", module, plans)
-    moved = list(dict.fromkeys([*training.moved, *evaluation.moved]))
-    handle = LateUpsampling(model, list(modules.values()), moved)
+    plans = {
+        model.get_submodule(name): Plans(training.plans.get(name), evaluation.plans.get(name))
+        for name in dict.fromkeys([*training.plans, *evaluation.plans])
+    }
+    moved = dict.fromkeys([*training.moved, *evaluation.moved])
+    handle = LateUpsampling(model, plans, moved)
     _logger.info("%r", handle)
     return handle

@@ -17,14 +17,14 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from .._checks import check_flags, fail
 from .changed import (
-    change,
+    ForwardMode,
+    Handle,
+    Plans,
     check_model,
-    check_restorable,
     copied,
     dry_run,
     made_by_call,
     reads,
-    restore,
     tensors,
     version,
 )
@@ -184,6 +184,22 @@ class _Plan:
     returned: frozenset[int]
     align_corners: bool
 
+    def run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        calls: list[_Skipped | None] = []
+        with _Skip(self, calls, module):
+            output = forward(*args, **kwargs)
+        if (got := len(calls)) != self.calls:
+            _fail(module, f"{got} calls of F.interpolate, where the dry run had {self.calls}")
+        outputs = [tensor for _, tensor in tensors(output)]
+        for number in self.returned:
+            call = calls[number]
+            results = [] if call is None else call.results
+            if not any(tensor is low.tensor for tensor in outputs for low in results):
+                _fail(module, "the output is not the input of the last upsampling")
+            if any(version(low.tensor) != low.version for low in results):
+                _fail(module, "the logits are changed in place after the upsampling")
+        return output
+
 
 class _Low(NamedTuple):
     """A tensor of low resolution, the version of its memory when it was made, and the shape that it
@@ -215,13 +231,13 @@ class _Skipped(NamedTuple):
     results: list[_Low]
 
 
-class _Skip(TorchFunctionMode):
+class _Skip(ForwardMode):
     """Skips the calls of F.interpolate that a plan names. `calls` receives each skipped call, and
     None for every other one."""
 
-    def __init__(self, plan: _Plan, calls: list[_Skipped | None], model: str) -> None:
-        super().__init__()
-        self.plan, self.calls, self.model = plan, calls, model
+    def __init__(self, plan: _Plan, calls: list[_Skipped | None], module: nn.Module) -> None:
+        super().__init__(module)
+        self.plan, self.calls = plan, calls
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -232,9 +248,9 @@ class _Skip(TorchFunctionMode):
             skipped = len(self.calls) in self.plan.returned
             if skipped and not torch.compiler.is_compiling():  # which gives options by position
                 if bool(kwargs.get("align_corners")) != self.plan.align_corners:
-                    _fail(self.model, "the upsampling has another align_corners")
+                    _fail(self.module, "the upsampling has another align_corners")
                 if objection := _objection(kwargs):
-                    _fail(self.model, f"the upsampling has {objection}")
+                    _fail(self.module, f"the upsampling has {objection}")
             result = source.view_as(source) if skipped else func(*args, **kwargs)
             if skipped:
                 low = _Low(result, version(source), _full_shape(args, kwargs, source))
@@ -259,61 +275,32 @@ class _Skip(TorchFunctionMode):
 
     def _add(self, call: _Skipped, made: _Low | None, func: Any) -> _Low:
         if made is None:
-            _fail(self.model, f"{_name(func)} reads the upsampled tensor")
+            _fail(self.module, f"{_name(func)} reads the upsampled tensor")
         call.results.append(made)
         return made
 
 
-def _fail(model: str, why: str) -> NoReturn:
-    advice = "remove() the handle, and call low_resolution with arguments as in this forward"
-    raise RuntimeError(f"low_resolution: {model}: {why}: {advice}")
+def _fail(module: nn.Module, why: str) -> NoReturn:
+    advice = "remove() the handle, and call low_resolution again, with arguments as in this forward"
+    raise RuntimeError(f"low_resolution: {type(module).__name__}: {why}: {advice}")
 
 
-@dataclass(frozen=True)
-class _Plans:
-    """The plans of training mode and of evaluation mode; None: nothing is skipped."""
-
-    training: _Plan
-    evaluation: _Plan | None
-
-    def run(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        plan = self.training if module.training else self.evaluation
-        if plan is None:
-            return forward(*args, **kwargs)
-        model = type(module).__name__
-        calls: list[_Skipped | None] = []
-        with _Skip(plan, calls, model):
-            output = forward(*args, **kwargs)
-        if len(calls) != plan.calls:
-            _fail(model, f"{len(calls)} calls of F.interpolate, where the dry run had {plan.calls}")
-        outputs = [tensor for _, tensor in tensors(output)]
-        for number in plan.returned:
-            call = calls[number]
-            results = [] if call is None else call.results
-            if not any(tensor is low.tensor for tensor in outputs for low in results):
-                _fail(model, "the output is not the input of the last upsampling")
-            if any(version(low.tensor) != low.version for low in results):
-                _fail(model, "the logits are changed in place after the upsampling")
-        return output
-
-
-class LowResolution:
+class LowResolution(Handle):
     """The result of `low_resolution`. `remove()` restores the upsampling.
 
     Attributes:
         align_corners: of the removed upsampling; pass it to the loss.
-        outputs: the places of low-resolution logits in the model's output in training mode, for
-            example "['out']".
     """
 
-    def __init__(self, model: nn.Module, align_corners: bool, outputs: list[str]) -> None:
-        self.align_corners, self.outputs = align_corners, outputs
-        self._model = model
+    def __init__(self, model: nn.Module, plans: Plans, corners: dict[str, bool]) -> None:
+        super().__init__("low_resolution", model, {model: plans})
+        self._outputs, self.align_corners = tuple(corners), next(iter(corners.values()))
 
-    def remove(self) -> None:
-        """Restore the upsampling of the model."""
-        check_restorable(self._model)
-        restore("low_resolution", self._model)
+    @property
+    def outputs(self) -> list[str]:
+        """The places of low-resolution logits in the model's output in training mode, for example
+        "['out']"."""
+        return [*self._outputs]
 
     def __repr__(self) -> str:
         places = ", ".join(self.outputs)
@@ -416,17 +403,16 @@ def low_resolution(
     model = check_model("low_resolution", model, args, kwargs)
     check_flags("low_resolution", always=always)
     plan, corners = _find(model, args, kwargs, training=True)
-    plans = _Plans(plan, None)
+    plans = Plans(plan, None)
     if always:
         plan, evaluation_corners = _find(model, args, kwargs, training=False)
-        plans = _Plans(plans.training, plan)
+        plans = Plans(plans.training, plan)
         evaluation_corners = {f"{k} in evaluation mode": v for k, v in evaluation_corners.items()}
         if {*evaluation_corners.values()} != {*corners.values()}:
             corners |= evaluation_corners
     if len({*corners.values()}) > 1:
         places = ", ".join(f"{place}: {value}" for place, value in corners.items())
         fail("low_resolution", "model", "one align_corners for all outputs", places)
-    handle = LowResolution(model, next(iter(corners.values())), list(corners))
-    change("low_resolution", model, plans)
+    handle = LowResolution(model, plans, corners)
     _logger.info("%r", handle)
     return handle
