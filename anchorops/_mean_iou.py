@@ -32,10 +32,10 @@ class MeanIoU(Metric):
         IoU_k = n_kk / (Σ_j n_kj + Σ_j n_jk − n_kk),   n = the confusion matrix
 
     It equals torchmetrics' JaccardIndex(task="multiclass"), with sigmoid task="multilabel", for
-    every average, except that it is 0 where no pixel is valid (theirs is then NaN for some
-    averages); with "macro" also the mIoU of mmsegmentation. (torchmetrics.segmentation.MeanIoU
-    computes a mean over images.) `update` reads low-resolution logits; the upsampled ones are never
-    stored.
+    every average, except where no pixel is valid: it is 0 (theirs is then NaN for some averages).
+    Before any `update` it is NaN, and torchmetrics warns. With "macro" it is also the mIoU of
+    mmsegmentation. (torchmetrics.segmentation.MeanIoU computes a mean over images.) `update` reads
+    low-resolution logits; the upsampled ones are never stored.
 
     Args:
         num_classes: K, 2 to 4,096; with sigmoid C, at least 1.
@@ -168,7 +168,15 @@ class MeanIoU(Metric):
         return intersections.float() / unions.float()
 
     def compute(self) -> Tensor:
-        """The average, a float32 scalar, 0 if no class occurs; or each class, [K], float32."""
+        """The average, a float32 scalar, 0 if no class occurs; or each class, [K], float32. NaN
+        before any `update`."""
+        iou = self._average()
+        if self.update_called:
+            return iou
+        # another rank may have counted pixels, or a checkpoint
+        return torch.where(self.confusion.any(), iou, torch.nan)
+
+    def _average(self) -> Tensor:
         intersections, unions = self._intersections_and_unions()
         if self.average == "micro":
             intersections, unions = intersections.sum(), unions.sum()

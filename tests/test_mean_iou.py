@@ -150,6 +150,22 @@ def test_without_pixels_and_reset(average: str | None) -> None:
     assert metric.confusion.sum() == 16
     metric.reset()
     assert metric.confusion.sum() == 0
+    with pytest.warns(UserWarning, match="was called before the ``update`` method"):
+        assert metric.compute().isnan().all()
+
+
+def test_pixels_that_another_rank_or_a_run_before_has_counted() -> None:
+    metric = ao.MeanIoU(K)
+    metric.confusion = torch.eye(K, dtype=torch.int64)
+    with pytest.warns(UserWarning, match="was called before the ``update`` method"):
+        assert metric.compute() == 1
+
+
+def test_a_collection_of_ignored_pixels() -> None:
+    collection = MetricCollection({"one": ao.MeanIoU(K), "two": ao.MeanIoU(K)})
+    for _ in range(2):  # from the second batch on they have one state
+        collection.update(torch.randn(1, K, 2, 2), torch.full((1, 4, 4), 255))
+    assert collection.compute() == {"one": 0, "two": 0}
 
 
 def test_as_a_metric() -> None:
