@@ -202,7 +202,7 @@ class CentroidGeometry(Metric):
 
     def centroids(self) -> tuple[Tensor, Tensor]:
         """The values of this rank so far: centroids [K, D], float64, zero if absent; counts [K]."""
-        return self.sums / self.counts.clamp(min=1)[:, None], self.counts
+        return self.sums / self.counts.clamp(min=1)[:, None], self.counts.clone()
 
     def compute(self) -> dict[str, Tensor]:
         """The five measures by name, float64 scalars."""

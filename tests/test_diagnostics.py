@@ -118,6 +118,8 @@ def test_centroid_geometry_accumulates(mean: str, near: bool) -> None:
     got_centroids, counts = metric.centroids()
     np.testing.assert_allclose(got_centroids[:-1].numpy(), centroids, rtol=1e-5)
     assert counts.tolist() == [int((labels == k).sum()) for k in range(K)]
+    counts.zero_()  # the caller's
+    assert metric.centroids()[1].any()
     metric.reset()
     assert all(math.isnan(value) for value in metric.compute().values())
 

@@ -28,6 +28,10 @@ def test_terms_sum_to_the_loss_and_settings_show(build: Callable[[], Regularizer
     before = {name: value.clone() for name, value in method.terms.items()}
     with torch.no_grad():
         loss += 1  # as in an accumulated loss
+    given = method.terms
+    for value in given.values():
+        value += 1  # as a mean over ranks in place
+    given.clear()
     assert method.terms == before
     for value in method.terms.values():
         assert not value.requires_grad and value.is_floating_point() and value.dim() == 0

@@ -176,10 +176,27 @@ def test_result():
     assert masks[-1].coco() == codes[-1:]
     assert [mask.coco()[0] for mask in masks] == codes
     assert len(pickle.dumps(masks[:1])) < len(pickle.dumps(masks))
-    with pytest.raises(IndexError):
-        masks[5]
+    for index, got in ((99, "99"), (-6, "-6"), ([99], r"\[99\]"), ("x", "'x'")):
+        error = TypeError if index == "x" else IndexError
+        with pytest.raises(error, match=rf"^MaskRLE: index: .* indices of 5 masks, got {got}"):
+            masks[index]  # pyright: ignore
     with pytest.raises(ValueError, match=r"^MaskRLE.coco: compressed: expected True or False"):
         masks.coco(1)  # pyright: ignore[reportArgumentType]
+
+
+def test_what_a_result_returns_is_the_callers():
+    masks = ao.mask_rle(torch.randn(3, 6, 7), (20, 30))
+    boxes, areas, codes = masks.boxes(), masks.areas(), masks.coco()
+    expected = boxes.clone(), areas.clone()
+    boxes[:, 2:] -= boxes[:, :2]  # x, y, w, h
+    areas.zero_()
+    codes[0]["size"].clear()
+    assert torch.equal(masks.boxes(), expected[0]) and torch.equal(masks.areas(), expected[1])
+    assert torch.equal(masks[:2].boxes(), expected[0][:2])
+    assert masks.coco()[0]["size"] == [20, 30]
+    part = masks[1:]
+    part.boxes().zero_()
+    assert torch.equal(part.boxes(), expected[0][1:])
 
 
 def test_threads():

@@ -51,7 +51,8 @@ class MaskRLE:
     """N masks of one size as run lengths, on the CPU: what `mask_rle` returns.
 
     It can be pickled. len(masks) is N. masks[i], masks[i:j], and masks[x] of a tensor of numbers or
-    bools, are MaskRLEs of these masks; they own their memory. `size` is (H, W).
+    bools, are MaskRLEs of these masks, or raise IndexError; they own their memory. `size` is
+    (H, W).
     """
 
     def __init__(self, size: tuple[int, int], results: Sequence[Tensor]) -> None:
@@ -72,12 +73,12 @@ class MaskRLE:
 
     def areas(self) -> Tensor:
         """The number of pixels of each mask, int64 [N]."""
-        return self._areas
+        return self._areas.clone()
 
     def boxes(self) -> Tensor:
         """x0, y0, x1, y1 of the pixels of each mask, int64 [N, 4]; x1 and y1 are exclusive. Zeros
         for an empty mask."""
-        return self._boxes
+        return self._boxes.clone()
 
     def dense(self) -> Tensor:
         """The masks, bool [N, H, W]."""
@@ -98,7 +99,11 @@ class MaskRLE:
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> "MaskRLE":
         if isinstance(index, Tensor):
             index = index.cpu()
-        chosen = torch.arange(len(self), device="cpu")[index].flatten()
+        try:
+            chosen = torch.arange(len(self), device="cpu")[index].flatten()
+        except (IndexError, TypeError) as error:
+            problem = f"expected indices of {len(self)} masks, got {describe(index)}"
+            raise type(error)(f"MaskRLE: index: {problem}") from None
         begins, ends = self._offsets[chosen].tolist(), self._offsets[chosen + 1].tolist()
         codes = [self._characters[a:b] for a, b in zip(begins, ends, strict=True)]
         characters = torch.cat([self._characters[:0], *codes])

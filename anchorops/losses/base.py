@@ -156,12 +156,17 @@ class Regularizer(InitializedModule):
         check_flags(name, check_labels=check_labels)
         self.check_labels = check_labels
         self.process_group = group_name(name, process_group)
-        self.terms: dict[str, Tensor] = {}
+        self._terms: dict[str, Tensor] = {}
         self.attachment: Attached | None = None
 
     def plan(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Plan:
         """The statistics and the losses of this step; updates the state in training mode."""
         raise NotImplementedError
+
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        """The terms of the last loss: copies."""
+        return {key: value.clone() for key, value in self._terms.items()}
 
     def train(self, mode: bool = True) -> Regularizer:
         if not mode and self.attachment is not None:
@@ -210,9 +215,9 @@ class Regularizer(InitializedModule):
             # in new memory: if the caller changes the loss in place, the terms keep their values
             loss = torch.stack(list(losses.terms.values())).sum()
             loss = loss.to(torch.promote_types(features.dtype, torch.float32))
-        self.terms = {key: value.detach() for key, value in losses.terms.items()}
+        self._terms = {key: value.detach() for key, value in losses.terms.items()}
         # counts too are floating-point, because loggers average over steps and ranks
-        self.terms |= {key: value.detach().to(loss.dtype) for key, value in losses.logs.items()}
+        self._terms |= {key: value.detach().to(loss.dtype) for key, value in losses.logs.items()}
         return loss
 
     def _losses(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Losses:

@@ -74,7 +74,12 @@ class PixelLoss(InitializedModule):
         check_flags(name, align_corners=align_corners, check_labels=check_labels)
         self.ignore_index, self.align_corners = ignore_index, align_corners
         self.check_labels = check_labels
-        self.terms: dict[str, Tensor] = {}
+        self._terms: dict[str, Tensor] = {}
+
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        """The terms of the last loss: copies."""
+        return {name: term.clone() for name, term in self._terms.items()}
 
     def ignored(self, logits: Tensor) -> int:
         """The label to ignore, for the number of classes of these logits."""
@@ -110,10 +115,11 @@ class PixelLoss(InitializedModule):
             pixel_weights = pixel_weights.view(labels.shape)
         parts, logs, valid, labels_out_of_range = self.losses(logits, labels, pixel_weights)
         loss = torch.stack(tuple(parts.values())).sum()  # not a part itself, which is in `terms`
-        self.terms = {name: part.detach() for name, part in parts.items()} | logs
+        terms = {name: part.detach() for name, part in parts.items()} | logs
         # floating-point too, because loggers average over steps and ranks
-        self.terms["labels_out_of_range"] = labels_out_of_range.to(loss.dtype)
-        self.terms["labels_ignored"] = (labels.numel() - valid - labels_out_of_range).to(loss.dtype)
+        terms["labels_out_of_range"] = labels_out_of_range.to(loss.dtype)
+        terms["labels_ignored"] = (labels.numel() - valid - labels_out_of_range).to(loss.dtype)
+        self._terms = terms
         return loss
 
     def _no_pixel_weights(self) -> NoReturn:
