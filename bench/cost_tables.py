@@ -24,8 +24,8 @@ PAGES = (
     *(
         ROOT / "docs" / name
         for name in (
-            *("cost.md", "evaluation.md", "frameworks.md"),
-            *("gpu.md", "how-it-works.md", "losses.md"),
+            *("cost.md", "evaluation.md", "gpu.md"),
+            *("how-it-works.md", "losses.md"),
         )
     ),
 )
@@ -35,8 +35,6 @@ RUN = RESULTS / "amd-epyc-avx512-2-threads.json"  # of `make bench BENCH=bench/r
 GPU_RUN = RESULTS / "nvidia-h100-80gb-hbm3-132-multiprocessors.json"
 COUNTED_MEMORY = RESULTS / "counted-memory.json"
 COUNTED_LOVASZ = RESULTS / "counted-lovasz.json"
-COUNTED_OPERATIONS = RESULTS / "counted-operations.json"
-COUNTED_WINDOWS = RESULTS / "counted-windows.json"
 COUNTED_TRAFFIC = RESULTS / "counted-traffic.json"
 COUNTED_PRECISION = RESULTS / "counted-precision.json"
 REQUESTS = ("loads", "stores", "atomics")  # of counted traffic
@@ -422,35 +420,6 @@ def counted_lovasz() -> str:
     return "; ".join(texts) + "."
 
 
-def counted_operations() -> str:
-    lines = []
-    for row in json.loads(COUNTED_OPERATIONS.read_text())["rows"]:
-        baseline, late = row["plain"], row["late"]
-        changed = f"{late / 1e9:.1f} ({late / baseline:.0%})" if late else "nothing to move"
-        lines.append(
-            [row["network"], row["library"], row["size"], f"{baseline / 1e9:.1f}", changed]
-        )
-    header = ["network", "of", "image", "baseline, GFLOP", "late upsampling"]
-    return markdown_table(header, lines, words=(0, 1, 2))
-
-
-def counted_windows() -> str:
-    """The share of labels that differ with constant and with Gaussian weights; the accuracy with
-    constant ones."""
-    lines = []
-    rows = json.loads(COUNTED_WINDOWS.read_text())["rows"]
-    for (align_corners, stride), group in grouped(rows, "align_corners", "stride").items():
-        shares: dict[str, list[str]] = {}
-        for row in group:
-            shares.setdefault(row["logits"], []).append(f"{row['differ'] / row['labels']:.2%}")
-        row = next(row for row in group if row["logits"] == "trained")
-        full, low = (f"{row[right] / row['valid']:.1%}" for right in ("right_full", "right_low"))
-        cells = map(", ".join, shares.values())
-        lines.append([f"`{align_corners}`", stride, *cells, f"{full} → {low}"])
-    header = ["`align_corners`", "stride of the windows", "smooth noise", "random weights"]
-    return markdown_table([*header, "trained", "its accuracy, full → low resolution"], lines)
-
-
 def rows_of_precision(section: str) -> list[dict]:
     rows = json.loads(COUNTED_PRECISION.read_text())["rows"]
     return [row for row in rows if row["section"] == section]
@@ -534,8 +503,6 @@ TABLES = {
     "lovasz": lovasz,
     "counted_memory": lambda: plot_counted_memory.table(counted_memory()),
     "counted_lovasz": counted_lovasz,
-    "counted_operations": counted_operations,
-    "counted_windows": counted_windows,
     "precision": precision,
     "lovasz_precision": lovasz_precision,
     "counted_traffic": counted_traffic,

@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from alternatives import lovasz_by_sorting
 from cases import IGNORE_INDEX
 from record import save_counts
-from segformer import segformer
 from storages import Storages, as_on_cuda, largest_batch, make_fake
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -100,6 +99,20 @@ class Network(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name} {'×'.join(map(str, self.size))} batch {self.batch} K{self.num_classes}"
+
+
+def segformer(size: int, num_classes: int) -> nn.Module:
+    """SegFormer-B0, B2 or B5."""
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    small = size == 0
+    sizes: dict[str, Any] = {
+        "depths": {0: [2, 2, 2, 2], 2: [3, 4, 6, 3], 5: [3, 6, 40, 3]}[size],
+        "hidden_sizes": [32, 64, 160, 256] if small else [64, 128, 320, 512],
+        "decoder_hidden_size": 256 if small else 768,
+        "num_labels": num_classes,
+    }
+    return SegformerForSemanticSegmentation(SegformerConfig(**sizes))
 
 
 def upernet(num_classes: int) -> nn.Module:

@@ -406,20 +406,6 @@ def test_rows_of_masks(tmp_path, monkeypatch):
     assert re.match(r"[\d,]+ to [\d,]+× ", cost_tables.gains_of_masks())
 
 
-@pytest.mark.parametrize("align_corners", [False, True])
-def test_counted_windows(align_corners: bool):
-    """Equal for one window, and of several that begin at multiples of the output stride almost."""
-    for package in ("monai", "segmentation_models_pytorch", "lightning"):
-        pytest.importorskip(package, reason="it is not installed")
-    windows = importlib.import_module("counted_windows")
-    logits = windows.smooth_noise()
-    for images, most in ((logits[..., :128, :128], 1e-5), (logits, 0.1 if align_corners else 0.01)):
-        network = torch.nn.AvgPool2d(4)
-        full, low = windows.stitched(network, images, align_corners, overlap=0.5, mode="constant")
-        assert full.shape == low.shape == (4, *images.shape[2:])
-        assert (full != low).double().mean() <= most
-
-
 def test_trained_logits():
     """Few errors, and neighbours of different classes differ by much."""
     labels = example_labels((2, 64, 64), 19, "coherent").clamp(min=0)
