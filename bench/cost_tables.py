@@ -9,28 +9,30 @@ import json
 import re
 from pathlib import Path
 
-import charts
-import plot_counted_memory
-import plot_operators
-import plot_options
-import plot_training_step
-from charts import number
-from markdown_table import markdown_table
-from record import GRAPH, by_case, grouped
-
-ROOT = Path(__file__).parents[1]
-PAGES = (
-    ROOT / "README.md",
-    *(
-        ROOT / "docs" / name
-        for name in (
-            *("cost.md", "evaluation.md", "gpu.md"),
-            *("how-it-works.md", "losses.md"),
-        )
-    ),
+from record import (
+    BASELINE,
+    BOTH,
+    GRAPH,
+    OWN,
+    ROOT,
+    by_case,
+    compared,
+    gain,
+    grouped,
+    machine,
+    markdown_table,
+    number,
 )
-RESULTS = ROOT / "bench/results"
+
+PAGES = [
+    ROOT / page
+    for page in (
+        *("README.md", "docs/cost.md", "docs/evaluation.md"),
+        *("docs/gpu.md", "docs/how-it-works.md", "docs/losses.md"),
+    )
+]
 MARKED = re.compile(r"(<!-- rows: (\w+) -->\n).*?(?=<!-- end of rows -->)", re.S)
+RESULTS = ROOT / "bench/results"
 RUN = RESULTS / "amd-epyc-avx512-2-threads.json"  # of `make bench BENCH=bench/results`
 GPU_RUN = RESULTS / "nvidia-h100-80gb-hbm3-132-multiprocessors.json"
 COUNTED_MEMORY = RESULTS / "counted-memory.json"
@@ -38,7 +40,7 @@ COUNTED_LOVASZ = RESULTS / "counted-lovasz.json"
 COUNTED_TRAFFIC = RESULTS / "counted-traffic.json"
 COUNTED_PRECISION = RESULTS / "counted-precision.json"
 REQUESTS = ("loads", "stores", "atomics")  # of counted traffic
-BOTH = "late upsampling, ours (both)"  # a row of a training step
+TRAINING = "forward + backward"
 
 
 def main() -> None:
@@ -51,45 +53,34 @@ def with_tables(page: str) -> str:
     return MARKED.sub(lambda marked: f"{marked[1]}\n{TABLES[marked[2]]()}\n\n", page)
 
 
-def run() -> dict:
-    return json.loads(RUN.read_text())
+def load(path: Path = RUN) -> dict:
+    return json.loads(path.read_text())
 
 
-def gpu_run() -> dict:
-    return json.loads(GPU_RUN.read_text())
+def one_of(rows: list[dict], **fields: object) -> dict:
+    """The first row with these fields."""
+    return next(row for row in rows if fields.items() <= row.items())
 
 
-def counted_memory() -> dict:
-    return json.loads(COUNTED_MEMORY.read_text())
-
-
-def bandwidth() -> str:
-    """Where the picture of the cost was measured, and how fast the features are read."""
-    forward, _ = plot_operators.headline_groups(run(), *plot_operators.HEADLINES[1][:2])
-    share = next(row["read_share"] for row in forward if row["ours"])
-    return (
-        f"{charts.machine(run())}.\nThe forward pass of class moments reads the features at "
-        f"{share:.0%} of the bandwidth at which torch sums them."
-    )
-
-
-def gain_of(option: str, num_classes: int, ratio: int, axes: int = 2) -> str:
-    """How many times as fast as the fastest alternative."""
-    what = {"option": option, "num_classes": num_classes, "ratio": ratio, "axes": axes}
-    row = next(row for row in run()["options"] if what.items() <= row.items())
-    return f"{plot_options.gain(row):.0f}×"
+# README
 
 
 def gains() -> str:
-    """The README's first table: a typical and the best case of what it promises."""
-    network, best = step_with_both("hrnet"), step_with_both("segformer")
-    losses = {
-        rows[0]["shape"]: gain_of_case(rows)
-        for rows in by_case(gpu_run()["operators"])
-        if (rows[0]["operation"], rows[0]["direction"])
-        == ("cross-entropy", plot_operators.TRAINING)
+    """A typical and the best case of what the README promises."""
+
+    def share(network: str, run: dict) -> str:
+        """With late upsampling, if something could run later."""
+        rows = step_of(network, run)
+        ours = rows.get(BOTH) or rows[OWN]
+        memory = ours["peak_bytes"] / rows[BASELINE]["peak_bytes"]
+        return f"time {ours['ratio']['median']:.0%}, memory {memory:.0%}"
+
+    cpu, gpu = load(), load(GPU_RUN)
+    on_gpu = {
+        group[0]["shape"]: gain_of_case(group)
+        for group in by_case(gpu["operators"])
+        if (group[0]["operation"], group[0]["direction"]) == ("cross-entropy", TRAINING)
     }
-    on_gpu = [step_with_both(name, gpu_run()) for name in ("hrnet", "segformer")]
     lines = [
         [
             "cross-entropy, forward and backward",
@@ -100,37 +91,74 @@ def gains() -> str:
         ],
         [
             "the same, bfloat16",
-            f"{losses['HRNet, Cityscapes']}: 19 classes, stride 4, random logits",
-            f"{losses['SegFormer, ADE20K']}: 150 classes, stride 4, random logits",
+            f"{on_gpu['HRNet, Cityscapes']:.0f}×: 19 classes, stride 4, random logits",
+            f"{on_gpu['SegFormer, ADE20K']:.0f}×: 150 classes, stride 4, random logits",
             "[H100](docs/gpu.md#how-fast)",
         ],
         [
             "a training step, with late upsampling",
-            f"{network}: HRNet-W18-small, 19 classes",
-            f"{best}: SegFormer-B0, 150 classes",
+            f"{share('hrnet', cpu)}: HRNet-W18-small, 19 classes",
+            f"{share('segformer', cpu)}: SegFormer-B0, 150 classes",
             "CPU",
         ],
         [
             "the same, autocast",
-            f"{on_gpu[0]}: HRNet-W48, without it",
-            f"{on_gpu[1]}: SegFormer-B5",
+            f"{share('hrnet', gpu)}: HRNet-W48, without it",
+            f"{share('segformer', gpu)}: SegFormer-B5",
             "[H100](docs/gpu.md#how-fast)",
         ],
         [
             "largest batch in 24 GB, with late upsampling",
             f"{largest_batches('SegFormer-B5')}: SegFormer-B5",
-            f"{largest_batches('PSPNet')}: PSPNet-R101, without it",
+            f"{largest_batches('PSPNet-R101')}: PSPNet-R101, without it",
             "counted",
         ],
     ]
     return markdown_table(["", "typical", "best", "source"], lines, words=(0, 1, 2, 3))
 
 
+def gain_of(option: str, num_classes: int, ratio: int, axes: int = 2) -> str:
+    """How many times as fast as the fastest alternative."""
+    case = {"option": option, "num_classes": num_classes, "ratio": ratio, "axes": axes}
+    return f"{gain(one_of(load()['options'], **case)):.0f}×"
+
+
+def gain_of_case(rows: list[dict]) -> float:
+    """The same, of the rows of an operator's case, the fastest first."""
+    other = next(row for row in rows if "anchorops" not in row["name"])
+    return other["median"] / one_of(rows, ours=True)["median"]
+
+
+def step_of(network: str, run: dict) -> dict[str, dict]:
+    """The rows of a training step by name."""
+    return {row["name"]: row for row in run["training_steps"] if network in row["network"]}
+
+
+def largest_batches(network: str) -> str:
+    """With late upsampling, if something can be moved on a GPU."""
+    rows = next(
+        rows
+        for (name, _, *setting), rows in counted_steps().items()
+        if name == network and setting == ["bf16", False]
+    )
+    after = rows.get(BOTH) or rows[OWN]
+    sizes = (row["largest_batches"]["24 GB"] for row in (rows[BASELINE], after))
+    return " → ".join(map(str, sizes)) + " images"
+
+
+def counted_steps() -> dict[tuple, dict[str, dict]]:
+    names = ("network", "sizes", "precision", "checkpointing")
+    return compared(load(COUNTED_MEMORY)["rows"], *names)
+
+
 def uses() -> str:
-    """The README's table of what to write, and what it gains."""
-    exported, torch_exported = (gains_of_export(way) for way in ("nnU-Net", "torch"))
-    steps = [share_of_time("segformer", name) for name in ("baseline, ours", BOTH)]
-    lovasz = [plot_options.gain(row) for row in rows_of_lovasz()]
+    """What to write, and what it gains."""
+    run = load()
+    steps = [step_of("segformer", run)[name]["ratio"]["median"] for name in (OWN, BOTH)]
+    exports = compared(run["export"], "volume", "dtype")
+    torch_exported, exported = (gains_over(way, exports) for way in ("torch", "nnU-Net"))
+    masks = compared(run["masks"], "masks", "threads")
+    lovasz = [gain(row) for row in run["options"] if row["option"].startswith("Lovász")]
     lines = [
         [
             "logits and labels, in any framework",
@@ -163,7 +191,7 @@ def uses() -> str:
         [
             "masks of instances: Ultralytics, SAM",
             "[`ao.mask_rle(logits, size)`](docs/evaluation.md#masks-of-instances)",
-            gains_of_masks(),
+            f"{gains_over('torch, pycocotools', masks)} (torch, pycocotools)",
         ],
         [
             "Lovász of a softmax",
@@ -174,139 +202,13 @@ def uses() -> str:
     return markdown_table(["you have", "line of code", "gain on a CPU"], lines, words=(0, 1, 2))
 
 
-def gain_of_case(rows: list[dict]) -> str:
-    """The time of the fastest alternative divided by that of ours."""
-    ours = next(row for row in rows if row["ours"])
-    other = next(row for row in rows if "anchorops" not in row["name"])
-    return f"{other['median'] / ours['median']:.0f}×"
-
-
-def step_with_both(network: str, of: dict | None = None) -> str:
-    """With late upsampling, if something could run later."""
-    rows = rows_of_step(network, of)
-    ours = rows.get(BOTH) or rows["baseline, ours"]
-    memory = ours["peak_bytes"] / rows["baseline, torch's cross-entropy"]["peak_bytes"]
-    return f"time {ours['ratio']['median']:.0%}, memory {memory:.0%}"
-
-
-def share_of_time(network: str, name: str) -> float:
-    return rows_of_step(network)[name]["ratio"]["median"]
-
-
-def steps_with_methods() -> str:
-    """The README's sentence on the time that a method adds to a step."""
-    added: dict[str, list[float]] = {}
-    for network in ("hrnet", "segformer"):
-        without = share_of_time(network, BOTH)
-        for name in rows_of_step(network):
-            if name.endswith(", both"):
-                share = share_of_time(network, name) / without
-                added.setdefault(name.removesuffix(", both"), []).append(share - 1)
-    ceco = max(added.pop("CeCo"))
-    most = max(map(max, added.values()))
-    return f"A method adds at most {most:.0%} to a step (CeCo {ceco:.0%}) on a CPU."
-
-
-def rows_of_step(network: str, of: dict | None = None) -> dict[str, dict]:
-    rows = (of or run())["training_steps"]
-    return {plot_training_step.label(row): row for row in rows if network in row["network"]}
-
-
-def largest_batches(network: str) -> str:
-    """With late upsampling, if something can be moved on a GPU."""
-    settings = plot_counted_memory.settings(counted_memory())
-    rows = next(
-        rows
-        for (name, _, precision, checkpointing), rows in settings.items()
-        if network in name and precision == "bf16" and not checkpointing
-    )
-    ours = rows.get(plot_counted_memory.BOTH) or rows[plot_counted_memory.OWN]
-    before, after = (
-        row["largest_batches"]["24 GB"] for row in (rows[plot_counted_memory.BASELINE], ours)
-    )
-    return f"{before} → {after} images"
-
-
-def gains_of_export(way: str) -> str:
-    gains = [
-        ways[way]["seconds"] / ways["anchorops"]["seconds"] for ways in rows_of_export().values()
-    ]
-    return f"{min(gains):.0f} to {max(gains):.0f}×"
-
-
-def rows_of_export() -> dict[tuple, dict[str, dict]]:
-    """By volume and dtype, then by way."""
-    groups = grouped(run()["export"], "volume", "dtype").items()
-    return {case: {row["way"]: row for row in rows} for case, rows in groups}
-
-
-def gains_of_masks() -> str:
-    """Over torch in chunks and pycocotools; nothing where the run has no such rows."""
-    groups = grouped(run().get("masks", []), "masks", "threads").values()
-    seconds = [{row["way"]: row["seconds"] for row in rows} for rows in groups]
-    gains = [x["torch, pycocotools"] / x["anchorops"] for x in seconds]
-    return f"{min(gains):,.0f} to {max(gains):,.0f}× (torch, pycocotools)" if gains else ""
-
-
-def export() -> str:
-    lines = [
-        [
-            *case,
-            *(f"{row['seconds']:.2f} s, {row['memory'] / 1e6:,.0f} MB" for row in ways.values()),
-        ]
-        for case, ways in rows_of_export().items()
-    ]
-    (ways, *_) = rows_of_export().values()
-    return markdown_table(["volume", "logits", *ways], lines, words=(0, 1))
-
-
-def rows_of_lovasz() -> list[dict]:
-    return [row for row in run()["options"] if row["option"].startswith("Lovász")]
-
-
-def lovasz() -> str:
-    def cell(row: dict, name: str) -> str:
-        if name not in row["seconds"]:
-            return ""
-        seconds, gain = row["seconds"][name], row["seconds"][name] / row["seconds"]["ours"]
-        return f"{number(seconds * 1e3)} ms" + (f" ({gain:.0f}×)" if name != "ours" else "")
-
-    dice = {
-        (row["num_classes"], row["ratio"]): row["seconds"]["ours"]
-        for row in run()["options"]
-        if row["option"] == "Dice"
-    }
-    lines = []
-    for row in rows_of_lovasz():
-        trained = ", trained logits" if "trained" in row["option"] else ""
-        images = f"{row['batch']} image{'s' if row['batch'] > 1 else ''}"
-        share = row["seconds"]["ours"] / dice[row["num_classes"], row["ratio"]]
-        lines.append(
-            [
-                f"{row['num_classes']}, {images}{trained}",
-                *(cell(row, name) for name in ("ours", "smp", "torch", "compiled")),
-                f"{share:.1f}",
-            ]
-        )
-    header = ["classes, images", "`ao.Lovasz`", "smp", "the authors' formula", "compiled"]
-    return markdown_table([*header, "times our Dice"], lines)
-
-
-def slower() -> str:
-    """Losses that take longer than the fastest alternative."""
-    lines = []
-    for row in run()["options"]:
-        if plot_options.gain(row) < 1:
-            assert row["ratio"] == 1, f"docs/losses.md says otherwise of {row['test']}"
-            what = "channel" if "sigmoid" in row["option"] else "class"
-            plural = {"channel": "channels", "class": "classes"}[what]
-            number_of = f"{row['num_classes']} {plural if row['num_classes'] > 1 else what}"
-            lines.append([row["option"], number_of, f"{plot_options.gain(row):.2f}"])
-    return markdown_table(["loss", "logits", "times as fast"], lines, words=(0, 1))
+def gains_over(other: str, cases: dict[tuple, dict[str, dict]]) -> str:
+    gains = [rows[other]["seconds"] / rows["anchorops"]["seconds"] for rows in cases.values()]
+    return f"{min(gains):,.0f} to {max(gains):,.0f}×"
 
 
 def speedups() -> str:
-    """The README's table of the pixel losses."""
+    """Of the pixel losses."""
     kinds = {
         "150 classes": (150, 2, False),
         "19 classes": (19, 2, False),
@@ -315,31 +217,84 @@ def speedups() -> str:
         "one sigmoid": (1, 2, True),
         "20 sigmoids": (20, 2, True),
     }
+    columns = [(8, "cross-entropy"), (4, "cross-entropy"), (4, "cross-entropy, trained")]
+    columns += [(1, "cross-entropy")]
     lines = []
-    for name, (num_classes, axes, sigmoid) in kinds.items():
-        rows = [
-            row
-            for row in run()["options"]
-            if (row["num_classes"], row["axes"]) == (num_classes, axes)
-            and ("sigmoid" in row["option"]) == sigmoid
-        ]
-        cells = [name]
-        for ratio in (8, 4, 1):
-            gains = [
-                plot_options.gain(x)
-                for x in rows
-                if x["ratio"] == ratio and x["option"].endswith("cross-entropy")
+    for name, kind in kinds.items():
+        gains = {
+            (row["ratio"], row["option"].removeprefix("sigmoid: ")): gain(row)
+            for row in load()["options"]
+            if (row["num_classes"], row["axes"], "sigmoid" in row["option"]) == kind
+        }
+        every = [value for (ratio, _), value in gains.items() if ratio == 4]
+        cells = [f"{gains[column]:.2g}" if column in gains else "" for column in columns]
+        lines.append([name, *cells, f"{min(every):.2g} to {max(every):.0f}"])
+    header = ["times as fast", "output stride 8", "4", "4, trained network", "1"]
+    return markdown_table([*header, "all losses, stride 4"], lines)
+
+
+def steps_with_methods() -> str:
+    """The time that a method adds to a step."""
+    added: dict[str, list[float]] = {}
+    for network in ("hrnet", "segformer"):
+        rows = step_of(network, load())
+        for name, row in rows.items():
+            if name.endswith(", both"):
+                share = row["ratio"]["median"] / rows[BOTH]["ratio"]["median"]
+                added.setdefault(name.removesuffix(", both"), []).append(share - 1)
+    ceco = max(added.pop("CeCo"))
+    most = max(map(max, added.values()))
+    return f"A method adds at most {most:.0%} to a step (CeCo {ceco:.0%}) on a CPU."
+
+
+# Times
+
+
+def bandwidth() -> str:
+    """Where the picture of the cost was measured, and how fast the features are read."""
+    run = load()
+    case = {"operation": "class moments with anchors", "direction": "forward"}
+    share = one_of(run["operators"], **case, shape="HRNet-W48, Cityscapes", ours=True)["read_share"]
+    return (
+        f"{machine(run)}.\nThe forward pass of class moments reads the features at "
+        f"{share:.0%} of the bandwidth at which torch sums them."
+    )
+
+
+def cases(run: dict) -> str:
+    """The first case of each operation, and those less than twice as fast as the fastest other
+    implementation: forward and backward, or forward if there is nothing else."""
+    fields = ("operation", "shape", "sizes", "dtype", "labels")
+    rows = [row for row in run["operators"] if row["quick"] and not row["name"].endswith(GRAPH)]
+    trained = {tuple(row[x] for x in fields) for row in rows if row["direction"] == TRAINING}
+    lines = []
+    seen: set[str] = set()
+    for group in by_case(rows):
+        ours = next((row for row in group if row["ours"]), None)
+        other = next((row for row in group if not row["name"].startswith("anchorops")), None)
+        if ours is None or other is None:
+            continue
+        training, operation = ours["direction"] == TRAINING, ours["operation"]
+        if not training and tuple(ours[x] for x in fields) in trained:
+            continue
+        ratio = other["median"] / ours["median"]
+        if operation in seen and ratio >= 2:
+            continue
+        seen.add(operation)
+        lowest, highest = other["q20"] / ours["q80"], other["q80"] / ours["q20"]
+        digits = 1 if ratio >= 0.1 else 2
+        name = other["name"].replace(", kept pages", "\\*")
+        lines.append(
+            [
+                operation + ("" if training else f", {ours['direction']}"),
+                sizes(ours, seen),
+                measured(ours),
+                f"{name}: {measured(other)}",
+                f"{ratio:.{digits}f} ({lowest:.{digits}f}–{highest:.{digits}f})",
             ]
-            cells.append(f"{gains[0]:.2g}" if gains else "")
-        trained = [plot_options.gain(x) for x in rows if x["option"] == "cross-entropy, trained"]
-        cells.insert(3, f"{trained[0]:.2g}" if trained else "")
-        every = [plot_options.gain(row) for row in rows if row["ratio"] == 4]
-        lines.append([*cells, f"{min(every):.2g} to {max(every):.0f}"])
-    header = [
-        *("times as fast", "output stride 8", "4", "4, trained network", "1"),
-        "all losses, stride 4",
-    ]
-    return markdown_table(header, lines)
+        )
+    header = ["operation", "sizes", "anchorops: ms, MiB", "fastest other: ms, MiB", "×"]
+    return markdown_table(header, lines, words=(0, 1, 3))
 
 
 def measured(row: dict) -> str:
@@ -360,59 +315,140 @@ def sizes(row: dict, seen: set[str]) -> str:
     return text + dtype + (", random labels" if named and row["labels"] == "random" else "")
 
 
-def cases(of: dict) -> str:
-    """The first case of each operation, and those less than twice as fast as the fastest other
-    implementation: forward and backward, or forward if there is nothing else."""
-    groups = plot_operators.quick_cases(of)
-    fields = ("operation", "shape", "sizes", "dtype", "labels")
-    trained = {
-        tuple(rows[0][field] for field in fields)
-        for rows in groups
-        if rows[0]["direction"] == plot_operators.TRAINING
-    }
+def training_steps(run: dict, methods: bool = True) -> str:
+    """Time and memory of every candidate, as shares of the first: the ratio of the medians, and of
+    the quartiles to the first's median."""
+    rows = [row for row in run["training_steps"] if methods or row["methods"] == "plain"]
+    header, networks = ["a training step"], compared(rows, "network")
+    for (network,) in networks:
+        header += [f"{network}: time", "memory"]
     lines = []
-    seen: set[str] = set()
-    operations: set[str] = set()
-    for rows in groups:
-        ours = next((row for row in rows if row["ours"] and not row["name"].endswith(GRAPH)), None)
-        other = next((row for row in rows if not row["name"].startswith("anchorops")), None)
-        if ours is None or other is None:
+    for name in dict.fromkeys(row["name"] for row in rows):
+        cells = [name]
+        for candidates in networks.values():
+            if name not in candidates:  # nothing could run later
+                cells += ["", ""]
+                continue
+            row, ratio = candidates[name], candidates[name]["ratio"]
+            between = f"{100 * ratio['q1']:.0f}–{100 * ratio['q3']:.0f}"
+            cells.append(f"{milliseconds(row)} ({ratio['median']:.0%}; {between})")
+            peak, plain = row["peak_bytes"], candidates[BASELINE]["peak_bytes"]
+            cells.append(f"{peak / 2**20:,.0f} MiB ({peak / plain:.0%})" if peak else "")
+        lines.append(cells)
+    head = f"{run['device']}; torch {run['torch']}, commit {run['commit']}."
+    return f"{head}\n\n{markdown_table(header, lines)}"
+
+
+def milliseconds(row: dict) -> str:
+    return f"{1e3 * row['seconds']['median']:,.0f} ms"
+
+
+def inference(run: dict) -> str:
+    """Time of a forward pass without gradients."""
+    names = ("plain", "late", "late, exported")
+    lines = [
+        [
+            network,
+            *(
+                f"{milliseconds(rows[name])} ({rows[name]['ratio']['median']:.0%})"
+                if name in rows
+                else ""
+                for name in names
+            ),
+        ]
+        for (network,), rows in compared(run["inference"], "network").items()
+    ]
+    return markdown_table(["inference", "baseline", "late upsampling", "exported"], lines)
+
+
+def export() -> str:
+    exports = compared(load()["export"], "volume", "dtype")
+    lines = [
+        [
+            *case,
+            *(f"{row['seconds']:.2f} s, {row['memory'] / 1e6:,.0f} MB" for row in rows.values()),
+        ]
+        for case, rows in exports.items()
+    ]
+    (ways, *_) = exports.values()
+    return markdown_table(["volume", "logits", *ways], lines, words=(0, 1))
+
+
+def lovasz() -> str:
+    def cell(row: dict, name: str) -> str:
+        if name not in row["seconds"]:
+            return ""
+        seconds, ours = row["seconds"][name], row["seconds"]["ours"]
+        return f"{number(seconds * 1e3)} ms" + (
+            "" if name == "ours" else f" ({seconds / ours:.0f}×)"
+        )
+
+    options, lines = load()["options"], []
+    for row in options:
+        if not row["option"].startswith("Lovász"):
             continue
-        training = ours["direction"] == plot_operators.TRAINING
-        if not training and tuple(ours[field] for field in fields) in trained:
-            continue
-        ratio = other["median"] / ours["median"]
-        if ours["operation"] in operations and ratio >= 2:
-            continue
-        operations.add(ours["operation"])
-        name = other["name"].replace(", kept pages", "\\*")
-        lowest, highest = other["q20"] / ours["q80"], other["q80"] / ours["q20"]
-        digits = 1 if ratio >= 0.1 else 2
+        trained = ", trained logits" if "trained" in row["option"] else ""
+        images = f"{row['batch']} image{'s' if row['batch'] > 1 else ''}"
+        case = {name: row[name] for name in ("num_classes", "ratio")}
+        dice = one_of(options, option="Dice", **case)["seconds"]["ours"]
         lines.append(
             [
-                ours["operation"] + ("" if training else f", {ours['direction']}"),
-                sizes(ours, seen),
-                measured(ours),
-                f"{name}: {measured(other)}",
-                f"{ratio:.{digits}f} ({lowest:.{digits}f}–{highest:.{digits}f})",
+                f"{row['num_classes']}, {images}{trained}",
+                *(cell(row, name) for name in ("ours", "smp", "torch", "compiled")),
+                f"{row['seconds']['ours'] / dice:.1f}",
             ]
         )
-    header = ["operation", "sizes", "anchorops: ms, MiB", "fastest other: ms, MiB", "×"]
-    return markdown_table(header, lines, words=(0, 1, 3))
+    header = ["classes, images", "`ao.Lovasz`", "smp", "the authors' formula", "compiled"]
+    return markdown_table([*header, "times our Dice"], lines)
 
 
-def steps_on_a_gpu() -> str:
-    """Without the methods."""
-    of = gpu_run()
-    plain = [row for row in of["training_steps"] if row["methods"] == "plain"]
-    return plot_training_step.table({**of, "training_steps": plain})
+def slower() -> str:
+    """Losses that take longer than the fastest alternative."""
+    lines = []
+    for row in load()["options"]:
+        if gain(row) < 1:
+            assert row["ratio"] == 1, f"docs/losses.md says otherwise of {row['test']}"
+            singular, plural = (
+                ("channel", "channels") if "sigmoid" in row["option"] else ("class", "classes")
+            )
+            logits = f"{row['num_classes']} {plural if row['num_classes'] > 1 else singular}"
+            lines.append([row["option"], logits, f"{gain(row):.2f}"])
+    return markdown_table(["loss", "logits", "times as fast"], lines, words=(0, 1))
+
+
+# Counts
+
+
+def counted_memory() -> str:
+    """For each network and checkpointing, with bf16: memory in GB and the largest batches. "→":
+    baseline, with our cross-entropy, and with late upsampling too."""
+    capacities = ("24 GB", "80 GB")
+    lines = []
+    seen = ""
+    for (network, size, precision, checkpointing), rows in counted_steps().items():
+        if precision != "bf16":
+            continue
+        name = f"{network}, {size}"
+        shown = [rows[x] for x in (BASELINE, OWN, BOTH) if x in rows]
+        batches = ([str(row["largest_batches"][gb]) for row in shown] for gb in capacities)
+        most = max(row["peak_bytes"] for row in rows.values() if row["method"])
+        lines.append(
+            [
+                "checkpointing" if checkpointing and name == seen else name,
+                " → ".join(f"{row['peak_bytes'] / 1e9:.1f}" for row in shown),
+                f"{most / 1e9:.1f}",
+                *map(" → ".join, batches),
+            ]
+        )
+        seen = name
+    header = ["network", "bf16 autocast, GB", "with a method, at most"]
+    return markdown_table([*header, *(f"images in {gb}" for gb in capacities)], lines)
 
 
 def counted_lovasz() -> str:
     """A sentence for two of the networks."""
-    rows = json.loads(COUNTED_LOVASZ.read_text())["rows"]
     texts = []
-    for (network,), pair in grouped(rows, "network").items():
+    for (network,), pair in grouped(load(COUNTED_LOVASZ)["rows"], "network").items():
         if network.startswith(("SegFormer", "HRNet")):
             memory = " → ".join(f"{row['peak_bytes'] / 1e9:.1f}" for row in pair)
             images = " → ".join(str(row["largest_batches"]["24 GB"]) for row in pair)
@@ -421,8 +457,7 @@ def counted_lovasz() -> str:
 
 
 def rows_of_precision(section: str) -> list[dict]:
-    rows = json.loads(COUNTED_PRECISION.read_text())["rows"]
-    return [row for row in rows if row["section"] == section]
+    return [row for row in load(COUNTED_PRECISION)["rows"] if row["section"] == section]
 
 
 def precision() -> str:
@@ -431,8 +466,8 @@ def precision() -> str:
     (results,) = {row["results"] for row in rows}
     lines = []
     for (loss,), group in grouped(rows, "loss").items():
-        counts = [str(row["larger"]) for row in group]
-        worst = [f" ({row['worst']:.1f})" * (row["larger"] > 0) for row in group]
+        worst = (f" ({row['worst']:.1f})" if row["larger"] else "" for row in group)
+        counts = (str(row["larger"]) for row in group)
         lines.append([loss, *map("".join, zip(counts, worst, strict=True))])
     scales = dict.fromkeys(f"{row['scale']:,.0f}" for row in rows)
     return markdown_table([f"of {results} (worst, divided by torch's)", *scales], lines)
@@ -446,7 +481,7 @@ def lovasz_precision() -> str:
     for (pixels,), group in grouped(rows_of_precision("lovasz"), "pixels").items():
         group.sort(key=lambda row: row["trained"])
         cells = [f"{percent(row['median'])} ({percent(row['worst'])})" for row in group]
-        lines.append([str(pixels), *cells])
+        lines.append([pixels, *cells])
     kinds = [
         f"{kind}, {bins} bins" for kind in ("random", "trained") for bins in ("1,024", "8,192")
     ]
@@ -455,7 +490,7 @@ def lovasz_precision() -> str:
 
 def counted_traffic() -> str:
     """Without the kernels that ask for little."""
-    rows = json.loads(COUNTED_TRAFFIC.read_text())["rows"]
+    rows = load(COUNTED_TRAFFIC)["rows"]
     asked = [sum(row[what]["sectors"] for what in REQUESTS if what in row) for row in rows]
     return traffic_table([row for row, size in zip(rows, asked, strict=True) if size >= 200_000])
 
@@ -487,6 +522,7 @@ def traffic_table(rows: list[dict]) -> str:
     return markdown_table(header, lines, words=(0, 1))
 
 
+OF_A_MACHINE = {"operators": cases, "training_steps": training_steps, "inference": inference}
 TABLES = {
     "gains": gains,
     "uses": uses,
@@ -494,14 +530,14 @@ TABLES = {
     "steps_with_methods": steps_with_methods,
     "speedups": speedups,
     "bandwidth": bandwidth,
-    "cases": lambda: cases(run()),
-    "cases_on_a_gpu": lambda: cases(gpu_run()),
-    "training_steps": lambda: plot_training_step.table(run()),
-    "steps_on_a_gpu": steps_on_a_gpu,
-    "inference": lambda: plot_training_step.inference(run()),
+    "cases": lambda: cases(load()),
+    "cases_on_a_gpu": lambda: cases(load(GPU_RUN)),
+    "training_steps": lambda: training_steps(load()),
+    "steps_on_a_gpu": lambda: training_steps(load(GPU_RUN), methods=False),
+    "inference": lambda: inference(load()),
     "export": export,
     "lovasz": lovasz,
-    "counted_memory": lambda: plot_counted_memory.table(counted_memory()),
+    "counted_memory": counted_memory,
     "counted_lovasz": counted_lovasz,
     "precision": precision,
     "lovasz_precision": lovasz_precision,

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from alternatives import lovasz_by_sorting
 from cases import IGNORE_INDEX
-from record import save_counts
+from record import STEP_NAMES, save_counts
 from storages import Storages, as_on_cuda, largest_batch, make_fake
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -196,6 +196,10 @@ class Setting(NamedTuple):
     method: str
     lovasz: bool = False
 
+    @property
+    def name(self) -> str:
+        return self.method or STEP_NAMES[self.loss, self.late]
+
 
 def settings_of(late: bool) -> list[Setting]:
     """late: late_upsampling can be applied; then the methods are counted with it."""
@@ -338,6 +342,7 @@ def row_of(network: Network, model: nn.Module, setting: Setting) -> dict[str, An
     return {
         "network": network.name,
         "sizes": f"{'×'.join(map(str, network.size))} B{network.batch} K{network.num_classes}",
+        "name": setting.name,
         **setting._asdict(),
         "peak_bytes": int(alive[peak]),
         "parts": parts,
@@ -366,12 +371,12 @@ def rows_of(network: Network, lovasz: bool) -> Iterator[dict[str, Any]]:
 
 def line(row: dict[str, Any]) -> str:
     checkpointing = "checkpointing" if row["checkpointing"] else ""
-    what = f"{row['method'] or 'plain'}, {row['loss']}{', late' if row['late'] else ''}"
     batches = ", ".join(f"{batch} in {gb}" for gb, batch in row["largest_batches"].items())
     first = row["largest"][0]
     return (
-        f"  {row['precision']:<8}{checkpointing:<14}{what:<23}{row['peak_bytes'] / 1e9:7.2f} GB; "
-        f"{batches}; {first['operator']} {first['shape']} {first['dtype']}"
+        f"  {row['precision']:<8}{checkpointing:<14}{row['name']:<31}"
+        f"{row['peak_bytes'] / 1e9:7.2f} GB; {batches}; "
+        f"{first['operator']} {first['shape']} {first['dtype']}"
     )
 
 

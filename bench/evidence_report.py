@@ -7,9 +7,8 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
-from markdown_table import markdown_table
 from matplotlib.figure import Figure
-from record import grouped, json_of
+from record import grouped, json_of, markdown_table
 
 from anchorops.train.networks.learner import CLASSES, PUBLISHED
 from anchorops.train.saving import save_atomically

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from markdown_table import markdown_table
 from record import ROOT, head_of, save
 from torch import Tensor
 
@@ -92,7 +91,7 @@ def cell(way: str, volume: str, dtype: str) -> dict[str, Any]:
     memory = peak_extra_bytes(call, CPU)
     (seconds,), others = in_turns([call], CPU, seconds=SECONDS, rounds=1)
     differ = (labels[0] != our_labels(logits, size)).double().mean().item()
-    row = {"volume": volume, "dtype": dtype, "way": way, "seconds": min(seconds)}
+    row = {"volume": volume, "dtype": dtype, "name": way, "seconds": min(seconds)}
     return row | {"memory": memory, "differ": differ, "others": others}
 
 
@@ -122,18 +121,6 @@ def main() -> None:
                 print(rows[-1], file=sys.stderr)
     if arguments.out:
         save(arguments.out, "export", head_of(CPU), rows)
-    table = [
-        [
-            row["volume"],
-            row["dtype"],
-            row["way"],
-            f"{row['seconds']:.2f} s",
-            f"{row['memory'] / 1e6:,.0f} MB",
-            f"{row['differ']:.1e}",
-        ]
-        for row in rows
-    ]
-    print(markdown_table(["volume", "dtype", "way", "time", "memory", "other labels"], table))
     if any((row["others"] or 0) > DISTURBED for row in rows):
         print("other processes disturbed a row", file=sys.stderr)
 

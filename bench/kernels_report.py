@@ -30,7 +30,7 @@ from unittest import mock
 
 import torch
 import triton
-from markdown_table import markdown_table
+from record import markdown_table
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit

@@ -72,7 +72,7 @@ def rows_of(case: str, count: int, side: int, size: Size) -> list[dict]:
         torch.set_num_threads(threads)
         times, others = in_turns(runs, CPU, seconds=0, rounds=ROUNDS)
         for i, way in enumerate(WAYS):
-            row = {"masks": case, "threads": threads, "way": way, "seconds": min(times[i])}
+            row = {"masks": case, "threads": threads, "name": way, "seconds": min(times[i])}
             row |= {"memory": memory[i], "differ": float(differ[i]), "others": others}
             print(row, file=sys.stderr)
             rows.append(row)

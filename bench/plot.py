@@ -2,75 +2,218 @@
 
     python bench/plot.py bench/results/amd-epyc-avx512-2-threads.json
 
-With --table it prints the main tables instead. The pictures are written next to the rows:
+The pictures are written next to the rows:
 
-….png                 operators compared with formulas that people write, in milliseconds; of
-                      counted-memory.json the memory of training steps
-…-training-steps.png  time and memory of a step with each method
-…-options.png         every option of the pixel losses
+….png          operators compared with formulas that people write, in milliseconds; of
+               counted-memory.json the memory of training steps
+…-options.png  every option of the pixel losses
 """
 
 import argparse
 import json
-from collections.abc import Callable
+from math import isnan, nan
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 
 matplotlib.use("agg")
-import charts
 import matplotlib.pyplot as plt
-import plot_counted_memory
-import plot_operators
-import plot_options
-import plot_training_step
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from record import BASELINE, BOTH, GRAPH, OWN, by_case, compared, gain, machine, number
 
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-
-
-class Section(NamedTuple):
-    """How a section of a file of rows is shown. suffix: the end of the picture's name."""
-
-    suffix: str
-    draw: Callable[[dict], Figure | None]
-    caption: Callable[[dict], str]
-    table: Callable[[dict], str] | None
-
-
-SECTIONS = {
-    "operators": Section(
-        *("", plot_operators.headlines, plot_operators.caption, plot_operators.table)
+OURS, PALE, OTHER, GREY = "#1f6f54", "#9ecae1", "#b9c2bd", "#555555"
+# operation, shape, title, and the formulas that are shown in addition to the fastest alternative
+HEADLINES = (
+    (
+        "cross-entropy",
+        "SegFormer, ADE20K",
+        "Cross-entropy at full resolution",
+        {
+            "interpolate + cross_entropy": "interpolate + cross_entropy",
+            "interpolate + cross_entropy, kept pages": "the same, malloc keeps memory",
+        },
     ),
-    "training_steps": Section(
-        *("-training-steps", plot_training_step.draw, charts.medians, plot_training_step.table)
+    (
+        "class moments with anchors",
+        "HRNet-W48, Cityscapes",
+        "Class sums and squared distances to anchors",
+        {"index_add": "index_add", "class loop": "class loop"},
     ),
-    "options": Section("-options", plot_options.draw, charts.medians, None),
-    "rows": Section(
-        *("", plot_counted_memory.draw, plot_counted_memory.caption, plot_counted_memory.table)
-    ),
+)
+COUNTED = {  # name of a row: colour, and text of the legend
+    BASELINE: (OTHER, "torch's cross-entropy"),
+    OWN: (PALE, "our cross-entropy"),
+    BOTH: (OURS, "our cross-entropy and late upsampling"),
 }
+
+
+def operators(run: dict) -> Figure | None:
+    """Ours, the fastest alternative, the usual formula and the published formula."""
+    dtype = "bf16" if run["device_type"] == "cuda" else "fp32"
+    quick = [row for row in run["operators"] if row["quick"] and not row["name"].endswith(GRAPH)]
+    cases, drawn = by_case(quick), []
+    for operation, shape, *rest in HEADLINES:
+        case = {"operation": operation, "shape": shape, "dtype": dtype, "labels": "coherent"}
+        groups = [
+            group
+            for direction in ("forward", "forward + backward")
+            for group in cases
+            if (case | {"direction": direction}).items() <= group[0].items()
+        ]
+        if groups:
+            drawn.append((groups, *rest))
+    if not drawn:
+        return None
+    figure = plt.figure(figsize=(10, 2.6 * len(drawn)), layout="constrained")
+    parts = figure.subfigures(len(drawn), 1, squeeze=False)[:, 0]
+    for part, (groups, what, formulas) in zip(parts, drawn, strict=True):
+        axes = part.subplots(1, len(groups), squeeze=False, sharey=True)[0]
+        for axis, group in zip(axes, groups, strict=True):
+            headline(axis, group, formulas)
+        axes[0].invert_yaxis()
+        row = groups[0][0]
+        text = f"{what}, {row['dtype']}\n{row['shape']}: {row['sizes']}"
+        part.suptitle(text, x=0.01, ha="left", fontsize=10)
+    return figure
+
+
+def headline(axis: Axes, group: list[dict], formulas: dict[str, str]) -> None:
+    """Horizontal bars of a case's times."""
+    ours = next(row for row in group if row["ours"])
+    rows = {row["name"]: row for row in group}
+    shown = {"anchorops": ours}
+    fastest = next((row for row in group if "anchorops" not in row["name"]), None)
+    if fastest and fastest["name"] not in formulas:
+        shown["fastest alternative"] = fastest
+    shown |= {label: rows[name] for name, label in formulas.items() if name in rows}
+    times = {label: row["median"] * 1e3 for label, row in shown.items()}
+    texts = [
+        f"{number(row['median'] * 1e3)} ms" + ("" if row is ours else f", {row['ratio']:.0f}×")
+        for row in shown.values()
+    ]
+    if fastest and "fastest alternative" in shown:
+        texts[1] += f" ({fastest['name']})"
+    colours = [OURS, *[OTHER] * (len(shown) - 1)]
+    bars = axis.barh([*times], [*times.values()], color=colours)
+    clear = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    axis.bar_label(bars, texts, padding=4, fontsize=8, bbox=clear)
+    axis.set_xlim(0, 1.35 * max(times.values()))
+    axis.set_title(group[0]["direction"], loc="left", fontsize=9, fontweight="bold")
+    axis.set_xlabel("milliseconds")
+
+
+def options(run: dict) -> Figure:
+    """The time of the fastest alternative over ours."""
+    images = [row for row in run["options"] if row["axes"] == 2]
+    groups = {
+        "classes": [row for row in images if "sigmoid" not in row["option"]],
+        "channels": [row for row in images if "sigmoid" in row["option"]],
+        "classes\n3-D": [row for row in run["options"] if row["axes"] == 3],
+    }
+    heights = [len({row["option"] for row in rows}) for rows in groups.values()]
+    figure, axes = plt.subplot_mosaic(
+        [["classes", "classes"], ["channels", "classes\n3-D"], ["channels", "."]],
+        figsize=(10, 8.4),
+        layout="constrained",
+        height_ratios=[heights[0], heights[2], max(heights[1] - heights[2], 1)],
+        width_ratios=(4, 1),
+    )
+    for what, rows in groups.items():
+        axis = axes[what]
+        names = list(dict.fromkeys(row["option"] for row in rows))
+        columns = sorted({(row["num_classes"], row["ratio"]) for row in rows})
+        gains = {(row["option"], row["num_classes"], row["ratio"]): gain(row) for row in rows}
+        table = [[gains.get((name, *column), nan) for column in columns] for name in names]
+        axis.imshow(table, norm=LogNorm(1 / 40, 40), cmap="BrBG", aspect="auto")
+        for i, line in enumerate(table):
+            for j, value in enumerate(line):
+                if isnan(value):  # was not measured
+                    continue
+                digits = 2 if value < 1 else 1 if value < 10 else 0
+                dark = value > 10 or value < 0.1
+                colour = "white" if dark else "black"
+                axis.text(
+                    j, i, f"{value:.{digits}f}", ha="center", va="center", fontsize=9, color=colour
+                )
+        axis.set_yticks(range(len(names)), names)
+        axis.set_xticks(
+            range(len(columns)),
+            [
+                f"{number} {what if number > 1 else 'channel'}\nstride {ratio}"
+                for number, ratio in columns
+            ],
+        )
+        axis.tick_params(length=0, labelsize=7)
+    figure.suptitle(
+        "Time of the fastest alternative divided by ours, forward and backward "
+        "(pseudo-labels: forward)\nstride 4: logits of output stride 4",
+        x=0.01,
+        ha="left",
+        fontsize=10,
+    )
+    return figure
+
+
+def counted_memory(run: dict) -> Figure:
+    """With bf16 autocast. The methods are in the tables."""
+    groups = compared(run["rows"], "network", "sizes", "precision", "checkpointing")
+    networks = list(dict.fromkeys(key[:2] for key in groups))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.75 * len(networks) + 1), layout="constrained")
+    for axis, checkpointing in zip(axes, (False, True), strict=True):
+        for y, network in enumerate(networks):
+            rows = groups[(*network, "bf16", checkpointing)]
+            drawn = [name for name in COUNTED if name in rows]
+            for i, name in enumerate(drawn):
+                size, baseline = (rows[x]["peak_bytes"] for x in (name, BASELINE))
+                at = y + 0.26 * (i - (len(drawn) - 1) / 2)
+                bar = axis.barh(at, size / 1e9, 0.24, color=COUNTED[name][0])
+                share = "" if name == BASELINE else f" ({size / baseline:.0%})"
+                axis.bar_label(bar, [f"{size / 1e9:.1f} GB{share}"], padding=4, fontsize=7)
+        axis.set_title(f"with{'' if checkpointing else 'out'} activation checkpointing", loc="left")
+        axis.set_yticks(
+            range(len(networks)), [" ".join(x) for x in networks] if axis is axes[0] else []
+        )
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.3 * axis.dataLim.x1)
+        axis.set_xlabel("GB at the peak of a training step, bf16 autocast")
+    figure.legend(
+        handles=[Patch(color=colour, label=text) for colour, text in COUNTED.values()],
+        loc="outside upper left",
+        ncols=3,
+        frameon=False,
+    )
+    return figure
+
+
+def caption(run: dict) -> str:
+    if "rows" in run:
+        return (
+            "counted on fake tensors, not measured: parameters, Adam's state, gradients, "
+            f"activations, loss; torch {run['torch']}, commit {run['commit']}"
+        )
+    bandwidth = ""
+    if "copy_gbps" in run:
+        bandwidth = f"; copies {run['copy_gbps']:,.0f} GB/s, reads {run['read_gbps']:,.0f} GB/s"
+    return f"{machine(run)}; medians{bandwidth}"
 
 
 def draw(path: Path) -> None:
     """The pictures of the sections that the file has."""
     run = json.loads(path.read_text())
-    for name, section in SECTIONS.items():
-        figure = section.draw(run) if name in run else None
+    drawn = {"operators": ("", operators), "options": ("-options", options)}
+    for section, (suffix, picture) in (drawn | {"rows": ("", counted_memory)}).items():
+        figure = picture(run) if section in run else None
         if figure is None:  # no such rows
             continue
-        figure.supxlabel(section.caption(run), fontsize=7.5, color=charts.GREY, ha="left", x=0.01)
-        picture = path.with_name(path.stem + section.suffix + ".png")
-        figure.savefig(picture, dpi=150)
+        figure.supxlabel(caption(run), fontsize=7.5, color=GREY, ha="left", x=0.01)
+        file = path.with_name(path.stem + suffix + ".png")
+        figure.savefig(file, dpi=150)
         plt.close(figure)
-        print(picture)
-
-
-def tables(run: dict) -> str:
-    """The main tables."""
-    made = [part.table(run) for name, part in SECTIONS.items() if part.table and name in run]
-    return "\n\n".join(made)
+        print(file)
 
 
 def main() -> None:
@@ -78,12 +221,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("rows", type=Path)
-    parser.add_argument("--table", action="store_true")
-    options = parser.parse_args()
-    if options.table:
-        print(tables(json.loads(options.rows.read_text())))
-    else:
-        draw(options.rows)
+    draw(parser.parse_args().rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """The results of one machine in one file: its head, and rows in sections.
 
 {"device": …, "torch": …, "commit": …, "operators": [row, …], "training_steps": […], "options": […]}
+
+A row has the fields of its case, the `name` of the implementation, and its measurements. Only rows
+of options have several implementations, which took turns: their measurements are by name.
 """
 
 import json
@@ -8,7 +11,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -20,6 +23,15 @@ from anchorops.measure import environment
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where nothing else is chosen
 GRAPH = ", CUDA graph"  # of names: the implementation is replayed
+# names of training steps, measured or counted
+BASELINE, OWN = "baseline, torch's cross-entropy", "baseline, ours"
+LATE, BOTH = "late upsampling alone", "late upsampling, ours (both)"
+STEP_NAMES = {  # whose cross-entropy, and whether with late upsampling
+    ("torch", False): BASELINE,
+    ("anchorops", False): OWN,
+    ("torch", True): LATE,
+    ("anchorops", True): BOTH,
+}
 
 
 def file_name(device: torch.device) -> str:
@@ -63,7 +75,7 @@ def save(path: Path, section: str, head: dict, rows: list[dict]) -> None:
                 f"{path} has rows of {name} {run[name]}, and this run is of {head[name]}: remove "
                 "it, or choose another file"
             )
-    path.write_text(json.dumps({**run, **head, section: rows}, indent=1) + "\n")
+    path.write_text(json_of({**run, **head, section: rows}))
 
 
 def json_of(run: dict[str, Any]) -> str:
@@ -92,6 +104,12 @@ def grouped(rows: Iterable[dict], *names: str) -> dict[tuple, list[dict]]:
     return groups
 
 
+def compared(rows: Iterable[dict], *case: str) -> dict[tuple, dict[str, dict]]:
+    """The rows of each case by the name of the implementation."""
+    groups = grouped(rows, *case).items()
+    return {key: {row["name"]: row for row in group} for key, group in groups}
+
+
 def by_case(rows: Iterable[dict]) -> list[list[dict]]:
     """The rows of operators that are compared, the fastest first; CUDA graphs separately."""
     names = ("operation", "direction", "shape", "sizes", "num_classes", "dtype", "labels")
@@ -118,3 +136,35 @@ def spread(values: Iterable[float]) -> dict[str, float]:
     values = sorted(values)
     q1, middle, q3 = quantiles(values if len(values) > 1 else 2 * values, n=4, method="inclusive")
     return {"minimum": values[0], "q1": q1, "median": middle, "q3": q3}
+
+
+def gain(option: dict) -> float:
+    """Of a row of options: the time of the fastest alternative, divided by ours."""
+    seconds = option["seconds"]
+    return min(value for name, value in seconds.items() if name != "ours") / seconds["ours"]
+
+
+def machine(run: dict) -> str:
+    """Where the rows were measured, and with which versions."""
+    cuda = f", CUDA {run['cuda']}" if run["device_type"] == "cuda" else ""
+    return (
+        f"{run['device']}; torch {run['torch']}{cuda}, anchorops {run['anchorops']} at commit "
+        f"{run['commit']}"
+    )
+
+
+def number(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def markdown_table(
+    header: Sequence[str], rows: Iterable[Sequence[object]], *, words: Collection[int] = (0,)
+) -> str:
+    """words: the columns that contain words; the others contain numbers, at the right."""
+
+    def line(cells: Sequence[object]) -> str:
+        return f"| {' | '.join(map(str, cells))} |"
+
+    aligned = ("---" if column in words else "--:" for column in range(len(header)))
+    return "\n".join([line(header), f"|{'|'.join(aligned)}|", *map(line, rows)])

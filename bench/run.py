@@ -7,8 +7,8 @@ backend, training_steps, options, and, for the CPU alone, export and masks. On t
 all need about an hour, in which nothing else may run: it does not begin on a machine whose cores
 other processes use, and it fails if other processes disturbed a row. Rows that contradict each
 other are measured again; if they still do, they are not recorded, and it fails. The rows are in one
-file, named after the device, beside its pictures. At the end it prints the main tables, and the
-share of the bandwidth that each backend reaches. ATEN_CPU_CAPABILITY=avx2 measures without AVX-512.
+file, named after the device, beside its pictures. At the end it prints the main tables.
+ATEN_CPU_CAPABILITY=avx2 measures without AVX-512.
 """
 
 import argparse
@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import cost_tables
 import plot
 import torch
-from markdown_table import markdown_table
-from record import DEVICE, ROOT, add_ratios, by_case, file_name
+from record import DEVICE, ROOT, add_ratios, file_name, json_of
 
 from anchorops.measure import DISTURBED, OtherProcesses
 
@@ -126,7 +126,7 @@ def make_consistent(path: Path, measure: Callable[[list[str], Path], None]) -> N
             rows = [new.get(row["test"], row) for row in run[section]]
             run[section] = [row for row in rows if row is not None]
         add_ratios(run.get("operators", []))
-        path.write_text(json.dumps(run, indent=1) + "\n")
+        path.write_text(json_of(run))
 
     def wrong() -> list[str]:
         pairs = (pair for _, *pair in contradictions(run))
@@ -148,37 +148,12 @@ def make_consistent(path: Path, measure: Callable[[list[str], Path], None]) -> N
         )
 
 
-def table_of_backends(run: dict) -> str:
-    """Each operator with each of our backends: its time, its counted bytes a second as a share of
-    those of a copy and of a sum, and the time of the fastest alternative divided by its own."""
-    lines = []
-    for case in by_case(run.get("operators", [])):
-        alternatives = [row["median"] for row in case if "anchorops" not in row["name"]]
-        for row in case:
-            if "anchorops" not in row["name"]:
-                continue
-            shares = (row["copy_share"], row["read_share"])
-            gain = f"{min(alternatives) / row['median']:.1f}" if alternatives else ""
-            lines.append(
-                [
-                    *(row[name] for name in ("operation", "direction", "shape", "dtype", "labels")),
-                    row["name"],
-                    f"{1e3 * row['median']:.3f}",
-                    *("" if share is None else f"{share:.0%}" for share in shares),
-                    gain,
-                ]
-            )
-    heads = ["operation", "direction", "shape", "dtype", "labels", "backend", "ms"]
-    heads += ["of copy", "of read", "gain"]
-    return markdown_table(heads, lines, words=range(6))
-
-
 def disturbed(path: Path) -> list[str]:
     """The rows that were measured while other processes used the cores."""
     run = json.loads(path.read_text())
     names = (
         *("operation", "direction", "shape", "network", "option", "num_classes", "ratio", "name"),
-        *("volume", "dtype", "masks", "threads", "way"),
+        *("volume", "dtype", "masks", "threads"),
     )
     return [
         f"{section}: {', '.join(str(row[name]) for name in names if name in row)}"
@@ -219,8 +194,9 @@ def main() -> None:
     plot.draw(path)
     run = json.loads(path.read_text())
     print(f"\n{(time.monotonic() - start) / 60:.0f} minutes. Rows: {path}\n")
-    print(plot.tables(run), end="\n\n")
-    print(table_of_backends(run))
+    for section, table in cost_tables.OF_A_MACHINE.items():
+        if section in run:
+            print(table(run), end="\n\n")
     if not options.tiny and (names := disturbed(path)):
         sys.exit("disturbed by other processes, so measure again:\n" + "\n".join(names))
 

@@ -30,8 +30,7 @@ import torch
 import yaml
 from bench_pixel_losses import cross_entropy, upsampled
 from cases import IGNORE_INDEX, labels_of
-from plot_training_step import label
-from record import DEVICE, head_of, save, spread
+from record import DEVICE, STEP_NAMES, head_of, save, spread
 from torch import Tensor, nn
 
 import anchorops as ao
@@ -40,6 +39,7 @@ from anchorops.measure import OtherProcesses, duration, peak_extra_bytes
 from anchorops.train.cli import PRESETS
 from anchorops.train.module import SegmentationModule
 from anchorops.train.networks.learner import (
+    CLASSES,
     build_optimizer,
     build_regularizer,
     parameter_groups,
@@ -92,6 +92,16 @@ class Candidate(NamedTuple):
     methods: tuple[str, ...] = ()
     late: bool = False
     compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        if self.methods:
+            names = CLASSES | {"cr": "CR"}
+            methods = " + ".join(names[method] for method in self.methods)
+            return f"{methods}, {'both' if self.late else 'ours'}"
+        if self.compiled:
+            return "baseline, torch.compile"
+        return STEP_NAMES[self.cross_entropy, self.late]
 
 
 CANDIDATES = (
@@ -281,6 +291,7 @@ def rows_of(
     for candidate, times in zip(candidates, measured, strict=True):
         yield {
             "network": str(setting),
+            "name": candidate.name,
             "cross_entropy": candidate.cross_entropy,
             "methods": "+".join(candidate.methods) or "plain",
             "late": candidate.late,
@@ -334,7 +345,7 @@ def main() -> None:
         minutes = arguments.minutes / len(settings)
         for row in rows_of(setting, device, arguments.rounds, minutes, backend):
             rows.append(row)
-            print(line(label(row), row), flush=True)
+            print(line(row["name"], row), flush=True)
         for row in inference_rows(setting, device, arguments.rounds, not arguments.eager):
             inference.append(row)
             print(line(f"inference: {row['name']}", row), flush=True)

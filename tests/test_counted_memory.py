@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from memory import peak_allocated_bytes
-from plot_counted_memory import BASELINE, BOTH, LATE, OWN, settings
+from record import BASELINE, BOTH, LATE, OWN, compared
 from storages import Storages, as_on_cuda, largest_batch, make_fake
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import anchorops as ao
 
 ROWS = Path(__file__).parents[1] / "bench/results/counted-memory.json"
+CASE = ("network", "sizes", "precision", "checkpointing")
 B, K, D, SIZE = 3, 19, 48, (96, 128)
 
 
@@ -175,7 +176,7 @@ def test_committed_rows():
         assert sum(row["parts"].values()) == row["peak_bytes"]
         batches = list(row["largest_batches"].values())
         assert batches == sorted(batches) and batches[-1] > 0
-    groups = settings(run)
+    groups = compared(run["rows"], *CASE)
     assert len({key[:2] for key in groups}) == 7
     for (name, *_), rows in groups.items():
         late = name == "SegFormer-B5"  # where something is moved on a GPU
@@ -186,7 +187,7 @@ def test_committed_rows():
 
 def test_late_upsampling_is_in_the_rows():
     """The goals of memory: at most 0.70 of plain, with checkpointing 0.42."""
-    groups = settings(json.loads(ROWS.read_text()))
+    groups = compared(json.loads(ROWS.read_text())["rows"], *CASE)
     for checkpointing, most in ((False, 0.70), (True, 0.42)):
         rows = groups["SegFormer-B5", "512×512 B16 K150", "bf16", checkpointing]
         assert rows[BOTH]["peak_bytes"] <= most * rows[BASELINE]["peak_bytes"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import evidence_report
 import pytest
-from plot_training_step import inference, table
+from cost_tables import inference, training_steps
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -30,7 +30,9 @@ def test_benchmark_of_training_steps(tmp_path: Path):
     assert [row["name"] for row in run["inference"]] == 2 * ["plain", "late", "late, exported"]
     assert all(row["seconds"]["median"] > 0 and row["peak_bytes"] for row in run["training_steps"])
     assert "CBP + OCCL, both" in done.stdout
-    assert "late upsampling alone" in table(run) and "| segformer-b0 32×64" in inference(run)
+    assert "late upsampling alone" in training_steps(run) and "| segformer-b0 32×64" in inference(
+        run
+    )
 
 
 @pytest.mark.parametrize(
