@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 from record import grouped, json_of, markdown_table
@@ -15,16 +15,6 @@ from anchorops.train.saving import save_atomically
 
 MEASURES = {"miou": "mIoU", "head": "head", "body": "body", "tail": "tail"}  # and their titles
 NETWORKS = {"hrnet-w18-small": "HRNet-W18-small", "segformer-b0": "SegFormer-B0"}
-SCENES = {
-    "digits": "Digit scenes",
-    "few": "Few scenes: 500 training scenes, the same for all seeds",
-    "steep": "More long-tailed: frequencies (d + 1)⁻² of digit d in the training scenes",
-}
-NOT_PLANNED = (
-    "Few and more long-tailed scenes are planned with 1,500 steps (baseline, SAR and MVSC also\n"
-    "with 4,000), and without CR, CBP, and the published weights of OCCL and CeCo."
-)
-RATIOS = 1_500  # steps of the runs whose gradients are shown
 CONVERGED = 1.0  # converged: the next schedule adds less than these points of mIoU
 COLORS = {"plain": "black", "cr": "tab:gray", "sar": "tab:blue", "cbp": "tab:olive"} | {
     "occl": "tab:orange",
@@ -34,25 +24,60 @@ COLORS = {"plain": "black", "cr": "tab:gray", "sar": "tab:blue", "cbp": "tab:oli
 }
 Row = dict[str, Any]
 
+
+class DataSet(NamedTuple):
+    """name: in a sentence. about: how networks are trained on it. scenes: the titles of its
+    variants, by a row's `scenes`. plan: what the plan leaves out. steps: of the runs of the first
+    variant whose gradients are shown."""
+
+    name: str
+    about: str
+    scenes: dict[str, str]
+    plan: str
+    steps: int
+
+
+DATA_SETS = [
+    DataSet(
+        "digit scenes",
+        "On digit scenes (handwritten digits with Zipf frequencies, 64×64 pixels, 11 classes) the\n"
+        "networks are trained from random weights. Head: the four most frequent classes; body:\n"
+        "the next four; tail: the three rarest.",
+        {
+            "digits": "Digit scenes",
+            "few": "Few scenes: 500 training scenes, the same for all seeds",
+            "steep": "More long-tailed: frequencies (d + 1)⁻² of digit d in the training scenes",
+        },
+        "Few and more long-tailed scenes are planned with 1,500 steps (baseline, SAR and MVSC\n"
+        "also with 4,000), and without CR, CBP, and the published weights of OCCL and CeCo.",
+        steps=1_500,
+    )
+]
+
 INTRODUCTION = """# The methods by training schedule
 
 {device}; torch {torch}; {count} runs of `{command}`, at {commits}
 ([rows](evidence.json)). This page is written by `{command} --report docs`.
 
-The networks are trained from random weights on scenes of handwritten digits with Zipf frequencies,
-64×64 pixels, 11 classes. A schedule is a number of training steps; each schedule is a separate
-training, whose learning rate decays to 0 at its end.
+{about}
 
-The baseline is the network without a [method](methods.md) (`plain` in the rows). Its mIoU is
-given in %; that of a method as the difference to the baseline of the same seeds, in points.
-"Tail" is the IoU of the three rarest classes in %. Figures are mean ± standard deviation over
+A schedule is a number of training steps; each schedule is a separate training, whose learning rate
+decays to 0 at its end. The baseline is the network without a [method](methods.md) (`plain` in the
+rows). Its mIoU is given in %; that of a method as the difference to the baseline of the same seeds,
+in points. "Tail" is the mean IoU of its classes in %. Figures are mean ± standard deviation over
 {seeds} seeds; those without ± are of one seed. "From scratch" is `--model.setting from-scratch`;
-the others have the published weights. The pictures also show the four most frequent classes
-(head) and the next four (body); bands are one standard deviation. A network has converged at a
-schedule if the next one adds less than {converged:g} point to the mIoU of the baseline (not known
-of the longest).
+the others have the published weights. Bands in the pictures are one standard deviation. A network
+has converged at a schedule if the next one adds less than {converged:g} point to the mIoU of the
+baseline (not known of the longest).
 
 {missing}
+"""
+GRADIENTS = """## Gradient on the features
+
+The norm of the method's gradient on the features, divided by that of the cross-entropy, every 100
+steps: median (smallest–largest) of the runs of {runs}.
+
+{table}
 """
 
 
@@ -66,8 +91,11 @@ def write(evidence: dict[str, Any], directory: Path) -> None:
 
 
 def page(evidence: dict[str, Any]) -> str:
-    """evidence.md."""
-    rows = evidence["rows"]
+    """evidence.md. The figures of a row are those of the test split, if it has them."""
+    rows = [row | row.get("test", {}) for row in evidence["rows"]]
+    known = {row["scenes"] for row in rows}
+    data_sets = [data for data in DATA_SETS if known & data.scenes.keys()]
+    titles = {name: title for data in data_sets for name, title in data.scenes.items()}
     commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(row["commit"] for row in rows))
     parts = [
         INTRODUCTION.format(
@@ -76,16 +104,16 @@ def page(evidence: dict[str, Any]) -> str:
             commits=commits,
             converged=CONVERGED,
             seeds=_seeds(rows),
-            missing=_not_run(evidence),
+            about="\n\n".join(data.about for data in data_sets),
+            missing="\n".join([_not_run(evidence), *(data.plan for data in data_sets)]),
         )
     ]
     for (scenes, model), group in grouped(rows, "scenes", "model").items():
-        title = SCENES[scenes]
-        parts.append(f"## {title}, {NETWORKS[model]}\n\n{_baseline_by_schedule(group)}\n")
+        parts.append(f"## {titles[scenes]}, {NETWORKS[model]}\n\n{_baseline_by_schedule(group)}\n")
         if any(row["curve"] for row in group):
             parts.append(f"![Learning curves]({_picture(scenes, model)})\n")
         parts.append(table(group, _seeds(rows)))
-    if ratios := _gradient_ratios(rows):
+    if ratios := _gradient_ratios(rows, data_sets):
         parts.append(ratios)
     return "\n".join(parts)
 
@@ -129,19 +157,21 @@ def label(row: Row) -> str:
 
 
 def curves(rows: Sequence[Row]) -> Figure:
-    """A row of axes for each schedule, a column for each measure: mean over the seeds and, as a
-    band, their standard deviation."""
+    """A row of axes for each schedule, a column for each measure that has classes: mean over the
+    seeds and, as a band, their standard deviation."""
     schedules = sorted(grouped([row for row in rows if row["curve"]], "steps").items())
+    titles = [title for name, title in MEASURES.items() if rows[0][name] is not None]
+    places = [1 + list(MEASURES.values()).index(title) for title in titles]  # in a curve's points
     figure = Figure(figsize=(14, 3 * len(schedules) + 0.6), layout="constrained")
-    grid = figure.subplots(len(schedules), len(MEASURES), squeeze=False, sharey="col")
+    grid = figure.subplots(len(schedules), len(titles), squeeze=False, sharey="col")
     lines: dict[str, Any] = {}
     for axes, ((steps,), schedule_rows) in zip(grid, schedules, strict=True):
         for runs in grouped(schedule_rows, "methods", "setting").values():
             style = "-" if runs[0]["setting"] == PUBLISHED else "--"
             points = list(zip(*(run["curve"] for run in runs), strict=False))
             x = [at_step[0][0] for at_step in points]
-            for column, axis in enumerate(axes, 1):
-                values = [[100 * point[column] for point in at_step] for at_step in points]
+            for place, axis in zip(places, axes, strict=True):
+                values = [[100 * point[place] for point in at_step] for at_step in points]
                 means = [fmean(value) for value in values]
                 color = COLORS[runs[0]["methods"]]
                 (line,) = axis.plot(x, means, style, color=color, linewidth=1.3)
@@ -153,7 +183,7 @@ def curves(rows: Sequence[Row]) -> Figure:
                         for sign in (-1, 1)
                     )
                     axis.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
-        for axis, title in zip(axes, MEASURES.values(), strict=True):
+        for axis, title in zip(axes, titles, strict=True):
             axis.set_title(f"{title}, {steps:,} steps", fontsize=10)
             axis.xaxis.set_major_formatter("{x:,.0f}")
             axis.grid(alpha=0.3)
@@ -203,29 +233,28 @@ def _baseline_by_schedule(rows: Sequence[Row]) -> str:
     return f"Baseline: {', '.join(added)}; {state}."
 
 
-def _gradient_ratios(rows: Sequence[Row]) -> str:
+def _gradient_ratios(rows: Sequence[Row], data_sets: Sequence[DataSet]) -> str:
     """A table of the methods' gradients on the features, relative to the cross-entropy's. The ratio
     changes during a training, so it is that of one schedule."""
+    shown = {(next(iter(data.scenes)), data.steps): data.name for data in data_sets}
     single = [
         row
         for row in rows
-        if row["scenes"] == "digits"
-        and row["steps"] == RATIOS
+        if (row["scenes"], row["steps"]) in shown
         and any(row["gradient_ratios"].values())
         and "+" not in row["methods"]
     ]
     if not single:
         return ""
-    networks = [model for (model,) in grouped(single, "model")]
+    columns = list(grouped(single, "scenes", "model"))
     lines = []
     for runs in grouped(single, "methods", "setting").values():
-        cells = [_range([run for run in runs if run["model"] == model]) for model in networks]
-        lines.append([label(runs[0]), *cells])
-    return (
-        "## Gradient on the features\n\n"
-        "The norm of the method's gradient on the features, divided by that of the cross-entropy,\n"
-        f"every 100 steps: median (smallest–largest) of the runs of {RATIOS:,} steps on digit "
-        "scenes.\n\n" + markdown_table(["", *(NETWORKS[model] for model in networks)], lines) + "\n"
+        by_column = grouped(runs, "scenes", "model")
+        lines.append([label(runs[0]), *(_range(by_column.get(column, [])) for column in columns)])
+    present = grouped(single, "scenes", "steps")
+    return GRADIENTS.format(
+        runs=" and ".join(f"{key[1]:,} steps on {shown[key]}" for key in present),
+        table=markdown_table(["", *(NETWORKS[model] for _, model in columns)], lines),
     )
 
 
@@ -247,8 +276,8 @@ def _not_run(evidence: dict[str, Any]) -> str:
     done = {tuple(row[name] for name in names) for row in evidence["rows"]}
     planned = {tuple(run) for run in evidence["planned"]}
     if planned <= done:
-        return f"Nothing of the plan is missing: all {len(done)} runs are here. {NOT_PLANNED}"
+        return f"Nothing of the plan is missing: all {len(done)} runs are here."
     return (
         f"{len(planned - done)} of the {len(planned)} planned runs are missing: their cells are "
-        f"empty or of fewer seeds.\n{NOT_PLANNED}"
+        "empty or of fewer seeds."
     )

@@ -53,8 +53,9 @@ def test_wrong_options_of_evidence(
     assert message in capsys.readouterr().err
 
 
-def test_report_of_evidence(tmp_path: Path):
-    """The report contains the runs that exist, and counts those that are missing."""
+def test_report_of_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The report contains the runs that exist, and counts those that are missing. A second data set
+    has its own section, with the figures of its test split."""
 
     def row(methods: str, setting: str, steps: int, seed: int, miou: float) -> dict:
         run = {"scenes": "digits", "model": "segformer-b0", "methods": methods, "setting": setting}
@@ -78,13 +79,24 @@ def test_report_of_evidence(tmp_path: Path):
         "| CeCo, from scratch |  | 20.0 |  |  |",
     ]
     assert "| baseline | 55.0 ± 7.1 (n = 2) |" in evidence_report.table(rows, 3)
+    photographs = evidence_report.DataSet("photos", "About.", {"p": "Photographs"}, "Plan.", 500)
+    monkeypatch.setattr(evidence_report, "DATA_SETS", [*evidence_report.DATA_SETS, photographs])
+    for methods, miou in (("plain", 0.31), ("sar", 0.32)):
+        other = row(methods, "published", 500, 0, 0.9) | {"scenes": "p", "body": None}
+        other["curve"] = [[*point[:3], None, point[4]] for point in other["curve"]]
+        rows.append(other | {"test": {"miou": miou, "tail": 0.1}})
     planned = [["digits", "segformer-b0", "sar", "published", 500, seed] for seed in range(3)]
     evidence = {"command": "run", "device": "CPU", "torch": "2", "planned": planned, "rows": rows}
     evidence_report.write(evidence, tmp_path)
     assert json.loads((tmp_path / "evidence.json").read_text()) == evidence
     page = (tmp_path / "evidence.md").read_text()
     assert "Baseline: +0.5 from 500 to 1,500 steps (one seed); converged at 500 steps." in page
-    assert "|  | SegFormer-B0 |\n|---|--:|\n| CeCo | 0.5 (0.5–0.5) |\n" in page  # of 1,500 steps
+    assert (
+        "|  | SegFormer-B0 | SegFormer-B0 |\n|---|--:|--:|\n| CeCo | 0.5 (0.5–0.5) |  |\n" in page
+    )
+    assert "## Photographs, SegFormer-B0\n" in page and "| baseline | 31.0 | 10.0 |" in page
+    assert "| SAR | +1.0 | 10.0 |" in page and "\nAbout.\n" in page and "\nPlan.\n" in page
     assert "3 of the 3 planned runs are missing" in page
-    picture = (tmp_path / "evidence-digits-segformer-b0.png").read_bytes()
-    assert picture.startswith(b"\x89PNG")
+    for scenes in ("digits", "p"):
+        picture = (tmp_path / f"evidence-{scenes}-segformer-b0.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
