@@ -73,7 +73,7 @@ def gains() -> str:
         rows = step_of(network, run)
         ours = rows.get(BOTH) or rows[OWN]
         memory = ours["peak_bytes"] / rows[BASELINE]["peak_bytes"]
-        return f"time {ours['ratio']['median']:.0%}, memory {memory:.0%}"
+        return f"{ours['ratio']['median']:.0%}, {memory:.0%}"
 
     cpu, gpu = load(), load(GPU_RUN)
     on_gpu = {
@@ -83,9 +83,9 @@ def gains() -> str:
     }
     lines = [
         [
-            "cross-entropy, forward and backward",
-            f"{gain_of('cross-entropy, trained', 19, 4)} as fast: 19 classes, output stride 4, "
-            "trained logits",
+            "speed of cross-entropy, relative to the fastest alternative",
+            f"{gain_of('cross-entropy, trained', 19, 4)}: 19 classes, output stride 4, trained "
+            "logits",
             f"{gain_of('cross-entropy', 150, 8)}: 150 classes, stride 8, random logits",
             "CPU",
         ],
@@ -96,21 +96,21 @@ def gains() -> str:
             "[H100](docs/gpu.md#how-fast)",
         ],
         [
-            "a training step, with late upsampling",
+            "time and memory of a training step with late upsampling, relative to torch's loss",
             f"{share('hrnet', cpu)}: HRNet-W18-small, 19 classes",
             f"{share('segformer', cpu)}: SegFormer-B0, 150 classes",
             "CPU",
         ],
         [
             "the same, autocast",
-            f"{share('hrnet', gpu)}: HRNet-W48, without it",
+            f"{share('hrnet', gpu)}: HRNet-W48, without late upsampling",
             f"{share('segformer', gpu)}: SegFormer-B5",
             "[H100](docs/gpu.md#how-fast)",
         ],
         [
-            "largest batch in 24 GB, with late upsampling",
+            "images in 24 GB, with late upsampling",
             f"{largest_batches('SegFormer-B5')}: SegFormer-B5",
-            f"{largest_batches('PSPNet-R101')}: PSPNet-R101, without it",
+            f"{largest_batches('PSPNet-R101')}: PSPNet-R101, without late upsampling",
             "counted",
         ],
     ]
@@ -143,7 +143,7 @@ def largest_batches(network: str) -> str:
     )
     after = rows.get(BOTH) or rows[OWN]
     sizes = (row["largest_batches"]["24 GB"] for row in (rows[BASELINE], after))
-    return " → ".join(map(str, sizes)) + " images"
+    return " → ".join(map(str, sizes))
 
 
 def counted_steps() -> dict[tuple, dict[str, dict]]:
@@ -175,31 +175,33 @@ def uses() -> str:
         [
             "a head that upsamples before a 1×1 convolution: SegFormer, HRNet, PSPNet, DPT",
             "`ao.late_upsampling(model, images)`",
-            f"SegFormer-B0's step: {steps[0]:.0%} → {steps[1]:.0%} of the baseline's",
+            f"SegFormer-B0's step in {steps[1]:.0%} of the time ({steps[0]:.0%} with our loss "
+            "alone)",
         ],
         [
             "MONAI, volumes",
             "`ao.CrossEntropyDice()`",
-            f"{gain_of('cross-entropy + Dice', 14, 4, axes=3)} (torch's formulas, 14 classes)",
+            f"{gain_of('cross-entropy + Dice', 14, 4, axes=3)} that of torch's formulas "
+            "(14 classes)",
         ],
         [
             "labels of whole volumes; nnU-Net",
             "`ao.pixel_argmax(logits, size)`; [export and trainer]"
             "(docs/evaluation.md#labels-of-whole-volumes)",
-            f"{torch_exported} as fast as torch, {exported} as nnU-Net",
+            f"{torch_exported} torch's, {exported} nnU-Net's",
         ],
         [
             "masks of instances: Ultralytics, SAM",
             "[`ao.mask_rle(logits, size)`](docs/evaluation.md#masks-of-instances)",
-            f"{gains_over('torch, pycocotools', masks)} (torch, pycocotools)",
+            f"{gains_over('torch, pycocotools', masks)} that of torch and pycocotools",
         ],
         [
             "Lovász of a softmax",
-            "`ao.Lovasz()`, without sorting, [rounded](docs/losses.md#without-sorting-aolovasz)",
-            f"{min(lovasz):.0f} to {max(lovasz):.0f}×",
+            "`ao.Lovasz()`, [rounded](docs/losses.md#without-sorting-aolovasz)",
+            f"{min(lovasz):.0f} to {max(lovasz):.0f}× that of sorting",
         ],
     ]
-    return markdown_table(["you have", "line of code", "gain on a CPU"], lines, words=(0, 1, 2))
+    return markdown_table(["you have", "line of code", "speed on a CPU"], lines, words=(0, 1, 2))
 
 
 def gains_over(other: str, cases: dict[tuple, dict[str, dict]]) -> str:
@@ -244,7 +246,7 @@ def steps_with_methods() -> str:
                 added.setdefault(name.removesuffix(", both"), []).append(share - 1)
     ceco = max(added.pop("CeCo"))
     most = max(map(max, added.values()))
-    return f"A method adds at most {most:.0%} to a step (CeCo {ceco:.0%}) on a CPU."
+    return f"On a CPU a method adds at most {most:.0%} to the time of a step (CeCo {ceco:.0%})."
 
 
 # Times
@@ -335,8 +337,7 @@ def training_steps(run: dict, methods: bool = True) -> str:
             peak, plain = row["peak_bytes"], candidates[BASELINE]["peak_bytes"]
             cells.append(f"{peak / 2**20:,.0f} MiB ({peak / plain:.0%})" if peak else "")
         lines.append(cells)
-    head = f"{run['device']}; torch {run['torch']}, commit {run['commit']}."
-    return f"{head}\n\n{markdown_table(header, lines)}"
+    return markdown_table(header, lines)
 
 
 def milliseconds(row: dict) -> str:
@@ -404,7 +405,7 @@ def lovasz() -> str:
 
 def slower() -> str:
     """Losses that take longer than the fastest alternative."""
-    lines = []
+    texts = []
     for row in load()["options"]:
         if gain(row) < 1:
             assert row["ratio"] == 1, f"docs/losses.md says otherwise of {row['test']}"
@@ -412,8 +413,8 @@ def slower() -> str:
                 ("channel", "channels") if "sigmoid" in row["option"] else ("class", "classes")
             )
             logits = f"{row['num_classes']} {plural if row['num_classes'] > 1 else singular}"
-            lines.append([row["option"], logits, f"{gain(row):.2f}"])
-    return markdown_table(["loss", "logits", "times as fast"], lines, words=(0, 1))
+            texts.append(f"{row['option']} of {logits} ({gain(row):.2f})")
+    return ", ".join(texts) + "."
 
 
 # Counts
@@ -470,7 +471,8 @@ def precision() -> str:
         counts = (str(row["larger"]) for row in group)
         lines.append([loss, *map("".join, zip(counts, worst, strict=True))])
     scales = dict.fromkeys(f"{row['scale']:,.0f}" for row in rows)
-    return markdown_table([f"of {results} (worst, divided by torch's)", *scales], lines)
+    head = f"of {results} results (largest error, divided by torch's)"
+    return markdown_table([head, *scales], lines)
 
 
 def lovasz_precision() -> str:
@@ -486,13 +488,6 @@ def lovasz_precision() -> str:
         f"{kind}, {bins} bins" for kind in ("random", "trained") for bins in ("1,024", "8,192")
     ]
     return markdown_table(["pixels of the class", *kinds], lines, words=())
-
-
-def counted_traffic() -> str:
-    """Without the kernels that ask for little."""
-    rows = load(COUNTED_TRAFFIC)["rows"]
-    asked = [sum(row[what]["sectors"] for what in REQUESTS if what in row) for row in rows]
-    return traffic_table([row for row, size in zip(rows, asked, strict=True) if size >= 200_000])
 
 
 def traffic_table(rows: list[dict]) -> str:
@@ -541,7 +536,6 @@ TABLES = {
     "counted_lovasz": counted_lovasz,
     "precision": precision,
     "lovasz_precision": lovasz_precision,
-    "counted_traffic": counted_traffic,
 }
 
 

@@ -54,9 +54,9 @@ def late_upsampling(model: nn.Module, *args: Any, **kwargs: Any) -> LateUpsampli
     channels. During a dry run the parameters are in memory twice. Parameters, gradients,
     batch-norm statistics and torch's random numbers do not change. After that these calls run
     later. A map is left as it is where the convolution has so many outputs that upsampling them
-    takes longer, and a convolution where less than a quarter of its multiplications is saved. A GPU
-    multiplies fast in relation, so there fewer maps are moved: call it when the model is on the
-    device where it will run (each but the CPU counts as a GPU).
+    takes longer, and a convolution where less than a quarter of its multiplications is saved. On a
+    GPU upsampling takes as long as more multiplications, so fewer maps are moved: call it when the
+    model is on the device where it will run (each but the CPU counts as a GPU).
 
     In every forward, the layers that would see a map that is not computed are checked: if one got a
     hook (as by attach), a forward or a compilation of its own, or another class (by an adapter, a
