@@ -57,7 +57,7 @@ DATA_SETS = [
 INTRODUCTION = """# The methods by training schedule
 
 {device}; torch {torch}; {count} runs of `{command}`, at {commits}
-([rows](evidence.json)). This page is written by `{command} --report docs`.
+([rows](evidence.json)). `--report docs` writes this page.
 
 {about}
 

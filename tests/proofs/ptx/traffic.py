@@ -2,7 +2,7 @@
 
     PYTHONPATH=tests/proofs:bench python -m ptx.traffic [--out bench/results/counted-traffic.json]
 
-docs/gpu.md shows the table of these rows. Without --out they are compared with those of the file,
+It prints the table of the rows. Without --out they are compared with those of the file,
 if it was written with this torch, and the exit status is 1 if they differ. Where the CUDA sources
 cannot be compiled, their rows are left out."""
 
