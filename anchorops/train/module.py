@@ -30,7 +30,8 @@ from .networks.models import CHECKPOINT_PREFIX, Segmenter, build_model, upsample
 
 RANDOM_WEIGHTS = (
     "WARNING: the network starts from random weights; trained ones are usually much better "
-    "(--model.pretrained true: those of ImageNet, a download; --model.weights FILE)"
+    "(--model.pretrained true: those of ImageNet, a download; --model.backbone_weights FILE; "
+    "--model.weights FILE)"
 )
 
 
@@ -42,6 +43,8 @@ class SegmentationModule(LightningModule):
             ARCHITECTURE:ENCODER of segmentation-models-pytorch.
         pretrained: Start from ImageNet weights (downloaded).
         weights: Start from the weights in this file.
+        backbone_weights: Start the backbone from the weights in this file, under the names of timm
+            or of segmentation-models-pytorch; nothing is downloaded then.
         auxiliary_weight: Weight of the loss of an auxiliary head (3×3 convolution, classifier) on
             the second last map of the backbone; 0: no such head. The usual weight is 0.4.
         dropout: Share of the channels that are dropped before the classifier in training; the
@@ -91,6 +94,7 @@ class SegmentationModule(LightningModule):
         network: str = "hrnet-w18-small",
         pretrained: bool = False,
         weights: str | None = None,
+        backbone_weights: str | None = None,
         auxiliary_weight: float = 0.0,
         dropout: float = 0.0,
         classifier_std: float | None = None,
@@ -171,7 +175,9 @@ class SegmentationModule(LightningModule):
         options, data = self.options, self.data
         assert data.training_set is not None
         num_classes, self.channels = len(data.classes), data.training_set.channels
-        random = not (options.pretrained or options.weights or from_checkpoint)
+        backbone_weights = None if from_checkpoint else options.backbone_weights
+        initial = options.pretrained or options.weights or backbone_weights
+        random = not (initial or from_checkpoint)
         if random and data.options.dataset != "digits" and self.trainer.is_global_zero:
             print(RANDOM_WEIGHTS, file=sys.stderr)
         torch.manual_seed(options.seed)
@@ -179,8 +185,9 @@ class SegmentationModule(LightningModule):
             options.network,
             num_classes,
             channels=self.channels,
-            pretrained=options.pretrained and not from_checkpoint,
+            pretrained=options.pretrained and not (from_checkpoint or backbone_weights),
             weights=None if from_checkpoint else options.weights,
+            backbone_weights=backbone_weights,
             auxiliary=options.auxiliary_weight > 0,
             dropout=options.dropout,
             classifier_std=options.classifier_std,
@@ -324,8 +331,9 @@ class SegmentationModule(LightningModule):
             self.data.frequencies,
             self.data.options.head_tail,
         )
-        values = {f"val/{k}": v for k, v in figures.items() if isinstance(v, float)}
-        values |= {f"val/iou/{c['name']}": c["iou"] for c in figures["classes"]}
+        split = self.data.options.split
+        values = {f"{split}/{k}": v for k, v in figures.items() if isinstance(v, float)}
+        values |= {f"{split}/iou/{c['name']}": c["iou"] for c in figures["classes"]}
         known = {name: value for name, value in values.items() if value is not None}
         step = self.trainer.global_step
         if self.trainer.state.fn == "fit":

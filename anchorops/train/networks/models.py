@@ -1,6 +1,7 @@
 """Segmentation networks: a body that returns features (B, D, h, w), and a 1×1 convolution."""
 
 import contextlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import segmentation_models_pytorch as smp
 import timm
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 import anchorops as ao
@@ -137,6 +139,7 @@ def build_model(
     channels: int = 3,
     pretrained: bool = False,
     weights: Path | None = None,
+    backbone_weights: Path | None = None,
     auxiliary: bool = False,
     dropout: float = 0.0,
     classifier_std: float | None = None,
@@ -144,11 +147,17 @@ def build_model(
     """A network by name; the arguments are those of SegmentationModule.
 
     channels: of the images. weights: a checkpoint of this program, or any file of a state dict.
-    Entries of a classifier are skipped if the number of classes differs.
+    Entries of a classifier are skipped if the number of classes differs. backbone_weights: see
+    load_backbone.
 
-    Raises ValueError for an unknown name, for weights that do not match, and for an auxiliary head
-    on DPT, whose backbone has no such map.
+    Raises ValueError for an unknown name, for weights that do not match, for two files of weights,
+    and for an auxiliary head on DPT, whose backbone has no such map.
     """
+    if weights and backbone_weights:
+        raise ValueError(
+            "--model.backbone_weights: expected no --model.weights beside it, which replaces the "
+            f"backbone too, got {weights}"
+        )
     if auxiliary and name.startswith("dpt:"):
         raise ValueError(f"--model.auxiliary_weight: expected 0, {name} has no map for such a head")
     if name in HRNETS:
@@ -162,6 +171,8 @@ def build_model(
         model.draw_classifiers(classifier_std)
     if weights:
         load_weights(model, weights)
+    if backbone_weights:
+        load_backbone(model.backbone, backbone_weights)
     return model
 
 
@@ -234,3 +245,51 @@ def load_weights(model: nn.Module, path: Path) -> None:
             f"weights {path} are of another model: {len(missing)} missing {missing[:3]}, "
             f"{len(unexpected)} unknown {unexpected[:3]}"
         )
+
+
+def load_backbone(backbone: nn.Module, path: Path) -> None:
+    """Start a backbone from the weights in `path`, .pth or .safetensors, of any floating dtype.
+    Their names are those of timm, or of an encoder of segmentation-models-pytorch, alone or in a
+    whole network. What the backbone does not have, as a classifier, is not used; the number of
+    batches that batch norm has seen may be missing. Says how many tensors were taken.
+
+    Raises ValueError for a file that cannot be read, or of another network.
+    """
+    own = {_flat_name(name): name for name in backbone.state_dict()}
+    try:
+        loaded = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
+        named = {own.get(_flat_name(name), name): value for name, value in loaded.items()}
+    except Exception as error:
+        raise ValueError(
+            f"--model.backbone_weights: {path} cannot be read: {error!r:.200}"
+        ) from error
+    expected = {
+        name: value
+        for name, value in backbone.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+    missing = [name for name in expected if name not in named]
+    wrong = [
+        f"{name} {list(named[name].shape)} instead of {list(value.shape)}"
+        for name, value in expected.items()
+        if name in named and named[name].shape != value.shape
+    ]
+    if missing or wrong:
+        raise ValueError(
+            f"--model.backbone_weights: {path} is of another network: of {len(expected)} tensors "
+            f"of the backbone {len(missing)} are missing {missing[:3]}, {len(wrong)} have another "
+            f"shape {wrong[:3]}"
+        )
+    taken = {name: value for name, value in named.items() if name in own.values()}
+    nn.Module.load_state_dict(backbone, taken, strict=False)  # some encoders of smp have another
+    if rank_zero_only.rank == 0:
+        print(
+            f"backbone: {len(taken)} tensors of {path} taken, {len(named) - len(taken)} not used",
+            file=sys.stderr,
+        )
+
+
+def _flat_name(name: str) -> str:
+    """What timm's name of a tensor, layers.0.x, has in common with that of a backbone that returns
+    maps, layers_0.x, and with that of an encoder of smp, encoder.model.layers_0.x."""
+    return name.removeprefix("encoder.").removeprefix("model.").replace(".", "_")
