@@ -27,6 +27,10 @@ CITYSCAPES = (
     "bicycle",
 )  # fmt: skip
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+CAMVID = (
+    "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian",
+    "bicyclist",
+)  # fmt: skip
 # these of the 182 labels of COCO-Stuff have no pixels
 COCO_STUFF_UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
 
@@ -35,11 +39,13 @@ class Layout(NamedTuple):
     """The file structure of a data set, relative to its root."""
 
     pairs: Callable[[Path, str], list[tuple[Path, Path]]]
-    """(root, "train" or "val") to the paths of images and masks."""
+    """(root, "train", "val" or one of `more`) to the paths of images and masks."""
     labels: Mapping[int, int]
     """Class of each value in the masks, −1 ignored."""
     classes: Sequence[str] | int
     """Names, or their number; then names are read from classes.txt in the root, if it exists."""
+    more: Sequence[str] = ()
+    """Other splits."""
 
 
 class MaskFolder:
@@ -363,6 +369,10 @@ def _coco_stuff_164k(root: Path, split: str) -> list[tuple[Path, Path]]:
     return _matched(root / "images" / year, root / "annotations" / year, [".jpg"], [".png"])
 
 
+def _camvid(root: Path, split: str) -> list[tuple[Path, Path]]:
+    return _matched(root / split, root / f"{split}annot", [".png"], [".png"])
+
+
 def _consecutive(values: Iterable[int], ignored: Iterable[int]) -> dict[int, int]:
     """Values to classes 0, 1, 2, …; the ignored ones to −1."""
     return dict.fromkeys(ignored, IGNORED) | {value: k for k, value in enumerate(values)}
@@ -379,12 +389,16 @@ LAYOUTS = {
     "coco-stuff-164k": Layout(
         _coco_stuff_164k, _consecutive([x - 1 for x in _coco_stuff], [*range(182), NO_CLASS]), 171
     ),
+    "camvid": Layout(_camvid, _consecutive(range(11), [11, NO_CLASS]), CAMVID, ["test"]),
 }
 
 
 def open_published(name: str, root: Path, split: str) -> MaskFolder:
-    """A split of a published data set, in the folders of its archives (docs/training.md)."""
+    """A split of a published data set, in the folders of its archives (docs/training.md). Raises
+    ValueError for a split that it does not have."""
     layout = LAYOUTS[name]
+    if split not in (splits := ["train", "val", *layout.more]):
+        raise ValueError(f"--data.split: {name} has {', '.join(splits)}, got {split}")
     if isinstance(layout.classes, int):
         classes = _read_classes(root) or [f"class {k + 1}" for k in range(layout.classes)]
         if len(classes) != layout.classes:

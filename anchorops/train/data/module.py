@@ -28,7 +28,9 @@ from .loading import (
     evaluation_transform,
 )
 
-Published = Literal["cityscapes", "ade20k", "pascal-context", "coco-stuff-10k", "coco-stuff-164k"]
+Published = Literal[
+    "cityscapes", "ade20k", "pascal-context", "coco-stuff-10k", "coco-stuff-164k", "camvid"
+]
 
 
 class SegmentationData(LightningDataModule):
@@ -51,6 +53,8 @@ class SegmentationData(LightningDataModule):
         crop: Height and width of a training image (digits: of every scene), multiples of 32.
         flip: Mirror half of the training images.
         photometric: Distort brightness, contrast, saturation and hue of training images.
+        split: The split of a validation. A training is validated on val, which selects the best
+            weights; test is for `validate`, after it (folder: images/test, masks/test).
         head_tail: Head classes have at least the first share of the training pixels, tail classes
             less than the second.
         train_images: digits: scenes in the training split.
@@ -74,7 +78,7 @@ class SegmentationData(LightningDataModule):
         seed: Random seed of the order and the augmentation; the command line sets it to that of
             the run.
 
-    Raises ValueError for a crop of other sides.
+    Raises ValueError for a crop of other sides, and for a split that the data set does not have.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class SegmentationData(LightningDataModule):
         crop: tuple[int, int] = (64, 64),
         flip: bool = False,
         photometric: bool = False,
+        split: Literal["val", "test"] = "val",
         head_tail: tuple[float, float] = (0.01, 0.001),
         train_images: int = 20_000,
         val_images: int = 200,
@@ -123,6 +128,8 @@ class SegmentationData(LightningDataModule):
         """Training and validation split."""
         options = self.options
         if options.dataset == "digits":
+            if options.split != "val":
+                raise ValueError(f"--data.split: digits has train, val, got {options.split}")
             if options.root is not None:
                 raise ValueError("--data.root: expected a --data.dataset with files, got digits")
             seed = options.seed if options.data_seed is None else options.data_seed
@@ -137,13 +144,14 @@ class SegmentationData(LightningDataModule):
                 f"--data.root: expected the directory of the data set {options.dataset}, got "
                 "nothing"
             )
-        root = Path(options.root)
+        root, names = Path(options.root), ("train", options.split)
         if options.dataset != "folder":
-            train, val = (open_published(options.dataset, root, x) for x in ("train", "val"))
+            train, val = (open_published(options.dataset, root, x) for x in names)
             return train, val
-        names = ("image_suffix", "mask_suffix", "label_map", "channels")
-        chosen = {name: options[name] for name in names}
-        train, val = (open_folder(root, split, **chosen) for split in ("train", "val"))
+        chosen = {
+            name: options[name] for name in ("image_suffix", "mask_suffix", "label_map", "channels")
+        }
+        train, val = (open_folder(root, split, **chosen) for split in names)
         return train, val
 
     def setup(self, stage: str) -> None:
@@ -155,6 +163,8 @@ class SegmentationData(LightningDataModule):
         if stage == "predict":
             return
         assert trainer is not None
+        if stage == "fit" and options.split != "val":
+            raise ValueError(f"--data.split: fit expects val, got {options.split}")
         splits = self.training_set, self.validation_set = self.splits()
         self.classes = self.training_set.classes
         counted: Any = [class_counts(x) for x in splits] if trainer.is_global_zero else None
