@@ -1,12 +1,17 @@
-"""Compares the methods with the baseline on digit scenes, after short and long trainings.
+"""Compares the methods with the baseline on digit scenes, after short and long trainings, and on
+photographs, with a backbone from ImageNet.
 
     python bench/evidence.py --jobs 2 --budget 240   # trains missing runs, for four hours
+    python bench/evidence.py --only 'camvid-*'       # those on photographs
     python bench/evidence.py --list                  # the runs in their order, and which exist
     python bench/evidence.py --report docs           # docs/evidence.json, .md and pictures
 
 One process trains one run on one CPU thread. The most useful runs come first, so you can stop at
 any time. Finished runs are kept. Interrupted runs continue, bit for bit, at the next call with the
 same --out. This directory contains their reports, and `anchorops-train compare` can read them.
+
+The photographs are in data/camvid, in the layout of your own images (docs/training.md), and the
+weights of their backbone in BACKBONE_WEIGHTS. Neither is downloaded.
 """
 
 import argparse
@@ -18,32 +23,37 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import evidence_report
 import torch
+from evidence_report import MEASURES
 from record import commit
 
 from anchorops.measure import environment
 from anchorops.train.callbacks import BEST, LAST, Stopped
-from anchorops.train.cli import DEMO, train
+from anchorops.train.cli import DEMO, Program, train, with_presets
 from anchorops.train.metrics import METRICS, read_metrics
 from anchorops.train.networks.learner import PUBLISHED
 from anchorops.train.report.compare import load_results
 from anchorops.train.saving import save_atomically
 
-HRNET, SEGFORMER = "hrnet-w18-small", "segformer-b0"
-PRESETS: dict[str, str] = dict(zip((HRNET, SEGFORMER), DEMO, strict=True))
+HRNET, SEGFORMER, EFFICIENTNET = "hrnet-w18-small", "segformer-b0", "efficientnet-lite0"
+CAMVID = "camvid"
+PRESETS = {**dict(zip((HRNET, SEGFORMER), DEMO, strict=True)), EFFICIENTNET: CAMVID}
+BACKBONE_WEIGHTS = "data/tf_efficientnet_lite0-imagenet-fp16.pth"
 SCRATCH = "from-scratch"
-EVALUATIONS = {500: 100, 1_500: 250, 4_000: 500, 8_000: 1_000}  # schedule: steps between them
+# schedule: steps between them
+EVALUATIONS = {500: 100, 1_000: 250, 1_500: 250, 4_000: 500, 8_000: 1_000}
 SCHEDULES = (500, 1_500, 4_000)
 # head_tail: chosen so that there are four head, four body and three tail classes
 SCENES: dict[str, dict[str, Any]] = {
     "digits": {},
     "few": {"train_images": 500, "data_seed": 0},
     "steep": {"zipf": 2.0, "head_tail": [0.013, 0.003]},
+    CAMVID: {"dataset": "folder", "root": "data/camvid"},
 }
 Choice = tuple[tuple[str, ...], str]  # methods and their setting
 PLAIN: Choice = ((), PUBLISHED)
@@ -64,6 +74,10 @@ REST: tuple[Choice, ...] = (
 )
 HARD: tuple[Choice, ...] = (MAIN[0], MAIN[1], MAIN[3], MAIN[5], MAIN[6])
 RARE: tuple[Choice, ...] = (MAIN[0], MAIN[1], MAIN[6])  # what helped where data are rare
+PHOTOGRAPHS: tuple[Choice, ...] = (
+    PLAIN,
+    *(((*methods,), PUBLISHED) for methods in (["sar"], ["mvsc"], ["cbp", "occl"], ["ceco"])),
+)
 
 
 class Run(NamedTuple):
@@ -94,6 +108,8 @@ class Run(NamedTuple):
             "seed_everything": self.seed,
             "trainer.callbacks": "[{class_path: gradient_ratios.GradientRatios}]",
         }
+        if self.scenes == CAMVID:
+            options["model.backbone_weights"] = BACKBONE_WEIGHTS
         return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
@@ -132,6 +148,7 @@ def plan() -> list[Run]:
             for run in runs(scenes, model, RARE, schedules=[4_000], seeds=[seed])
         ),
         *runs("digits", SEGFORMER, REST, schedules=[1_500, 4_000]),
+        *runs(CAMVID, EFFICIENTNET, PHOTOGRAPHS, schedules=[1_000]),
     ]
 
 
@@ -150,9 +167,9 @@ def train_one(run: Run, out: Path) -> None:
         "methods": "+".join(run.methods) or "plain",
         "commit": code,
         "seconds_per_step": round(results["seconds_per_step"], 4),
-        **{name: round(results[name], 6) for name in evidence_report.MEASURES},
+        **_measures(results, "", 6),
         "curve": [
-            [step, *(round(line[f"val/{name}"], 4) for name in evidence_report.MEASURES)]
+            [step, *_measures(line, "val/", 4).values()]
             for step, line in lines.items()
             if "val/miou" in line
         ],
@@ -162,9 +179,31 @@ def train_one(run: Run, out: Path) -> None:
             for key in [f"{method}.gradient_ratio"]
         },
     }
+    if run.scenes == CAMVID:
+        row |= {"classes": _classes(lines[run.steps], "val"), "test": _on_test(directory)}
     save_atomically(json.dumps(row) + "\n", row_file(run, out))
     for name in (LAST, BEST):
         (directory / name).unlink(missing_ok=True)  # 100 MB a run
+
+
+def _on_test(directory: Path) -> dict[str, Any]:
+    """The figures of the last weights on the test split."""
+    words = ["validate", "--run", str(directory), "--ckpt_path", "last", "--data.split", "test"]
+    program = Program(*with_presets([*words, "--trainer.callbacks", "null"]))
+    figures = {name: float(x) for name, x in program.trainer.callback_metrics.items()}
+    return {**_measures(figures, "test/", 6), "classes": _classes(figures, "test")}
+
+
+def _measures(figures: Mapping[str, Any], prefix: str, digits: int) -> dict[str, float | None]:
+    """None for a group that has no class."""
+    values = {name: figures.get(prefix + name) for name in MEASURES}
+    return {name: None if x is None else round(x, digits) for name, x in values.items()}
+
+
+def _classes(figures: Mapping[str, float], split: str) -> dict[str, float]:
+    """The IoU of each class."""
+    start = f"{split}/iou/"
+    return {name.removeprefix(start): round(x, 4) for name, x in figures.items() if start in name}
 
 
 def row_file(run: Run, out: Path) -> Path:
