@@ -11,7 +11,13 @@ import torch
 from image_files import image, mask, write
 from PIL import Image, ImageOps
 
-from anchorops.train.data.folders import MaskFolder, open_folder, read_image, read_size
+from anchorops.train.data.folders import (
+    MaskFolder,
+    open_folder,
+    open_published,
+    read_image,
+    read_size,
+)
 from anchorops.train.data.loading import RandomScale, Training, augmentation
 from anchorops.train.data.module import SegmentationData
 
@@ -282,3 +288,26 @@ def test_coco_stuff(tmp_path: Path):
         write(tmp_path / f"annotations/{year}/1.png", mask(255, 0, 12, 181, 11))
     train, _ = SegmentationData("coco-stuff-164k", str(tmp_path)).splits()
     assert train[0][1][:5, 0].tolist() == [-1, 0, 11, 170, -1]
+
+
+def test_camvid(tmp_path: Path):
+    """The folders of the SegNet tutorial; 11 is void."""
+    for number, split in enumerate(("train", "val", "test")):
+        for name in range(number + 1):
+            write(tmp_path / f"{split}/000{name}TP.png", image())
+            write(tmp_path / f"{split}annot/000{name}TP.png", mask(0, 10, 11))
+    train, val = SegmentationData("camvid", str(tmp_path)).splits()
+    _, test = SegmentationData("camvid", str(tmp_path), split="test").splits()
+    assert (len(train), len(val), len(test)) == (1, 2, 3) and len(train.classes) == 11
+    assert train.classes[10] == "bicyclist" and test[2][1][:3, 0].tolist() == [0, 10, -1]
+
+
+def test_split_of_a_validation(folder: Path):
+    for kind in ("images", "masks"):
+        (folder / kind / "val").rename(folder / kind / "test")
+    data = SegmentationData("folder", str(folder), split="test")
+    assert len(data.splits()[1]) == 2
+    with pytest.raises(ValueError, match=r"--data\.split: cityscapes has train, val, got test"):
+        open_published("cityscapes", folder, "test")
+    with pytest.raises(ValueError, match=r"--data\.split: digits has train, val, got test"):
+        SegmentationData(split="test").splits()

@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
+import segmentation_models_pytorch as smp
+import timm
 import torch
+from safetensors.torch import save_file
 from torchvision import tv_tensors
 
 import anchorops as ao
@@ -121,6 +124,63 @@ def test_weights_that_are_none(content: object, tmp_path: Path):
     torch.save(content, tmp_path / "weights.pt")
     with pytest.raises(ValueError, match=r"weights .*weights.pt cannot be read: "):
         build_model("hrnet-w18-small", 5, weights=tmp_path / "weights.pt")
+
+
+@pytest.mark.parametrize("source", ["timm", "half precision", "smp", "safetensors"])
+def test_weights_of_a_backbone(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Under the names of timm, or of smp, here with the rest of its network. A head is not used;
+    batch norm's counters may be missing."""
+    name, encoder = "fpn:tu-mobilenetv3_small_050", "mobilenetv3_small_050"
+    given = timm.create_model(encoder).state_dict()
+    expected = given["blocks.1.0.conv_pw.weight"].clone()
+    if source == "smp":
+        name = "fpn:mit_b0"
+        given = smp.create_model("fpn", "mit_b0", encoder_weights=None).state_dict()
+        expected = given["encoder.block1.0.attn.q.weight"].clone()
+    elif source == "half precision":
+        given = {key: value.half() for key, value in given.items() if value.dim()}
+        expected = expected.half().float()
+    path = tmp_path / ("x.safetensors" if source == "safetensors" else "x.pth")
+    if source == "safetensors":
+        save_file(given, path)
+    else:
+        torch.save({"state_dict": given}, path)
+    backbone = build_model(name, 5, backbone_weights=path).backbone.state_dict()
+    key = "block1.0.attn.q.weight" if source == "smp" else "model.blocks.1.0.conv_pw.weight"
+    assert torch.equal(backbone[key], expected) and backbone[key].dtype == torch.float32
+    taken = sum(source != "half precision" or value.dim() > 0 for value in backbone.values())
+    said = f"backbone: {taken} tensors of {path} taken, {len(given) - taken} not used"
+    assert said in capsys.readouterr().err
+
+
+def test_weights_of_a_backbone_that_numbers_its_stages_otherwise(tmp_path: Path):
+    given = timm.create_model("convnext_atto").state_dict()
+    torch.save(given, tmp_path / "x.pth")
+    model = build_model("fpn:tu-convnext_atto", 5, backbone_weights=tmp_path / "x.pth")
+    taken = model.backbone.state_dict()["model.stages_1.blocks.0.mlp.fc1.weight"]
+    assert torch.equal(taken, given["stages.1.blocks.0.mlp.fc1.weight"])
+
+
+def test_weights_of_another_backbone(tmp_path: Path):
+    path = tmp_path / "x.pth"
+    torch.save(timm.create_model("resnet18").state_dict(), path)
+    name = "fpn:tu-mobilenetv3_small_050"
+    with pytest.raises(
+        ValueError, match=r"--model\.backbone_weights: .*x.pth is of another network: of \d+ tens"
+    ):
+        build_model(name, 5, backbone_weights=path)
+    torch.save(timm.create_model("mobilenetv3_small_050", in_chans=4).state_dict(), path)
+    with pytest.raises(
+        ValueError, match=r"1 have another shape .*conv_stem.weight \[16, 4, 3, 3\] instead of "
+    ):
+        build_model(name, 5, backbone_weights=path)
+    path.write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=r"--model\.backbone_weights: .*x.pth cannot be read: "):
+        build_model(name, 5, backbone_weights=path)
+    with pytest.raises(
+        ValueError, match=r"--model\.backbone_weights: expected no --model\.weights"
+    ):
+        build_model(name, 5, backbone_weights=path, weights=path)
 
 
 def test_crop_that_shows_one_class_is_drawn_again():

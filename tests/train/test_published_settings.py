@@ -123,7 +123,7 @@ def test_presets(preset: str):
     paper = model.paper_options or {}
     methods = sorted({option.partition(".")[0] for option in paper})
     assert build_regularizer(methods, paper, 11, 240) is not None or not paper
-    if data["dataset"] in ("digits", "folder"):
+    if data["dataset"] in ("digits", "folder", "camvid"):  # without a published result
         return
     transformer = model.optimizer == "adamw"
     assert (model.warmup, model.power) == ((1_500, 1.0) if transformer else (0, 0.9))

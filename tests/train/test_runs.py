@@ -27,6 +27,7 @@ from anchorops.train.cli import Program, main, train, with_presets
 from anchorops.train.data.module import SegmentationData
 from anchorops.train.metrics import Metrics, read_metrics
 from anchorops.train.module import SegmentationModule
+from anchorops.train.networks.models import build_model
 from anchorops.train.report.compare import comparison
 from anchorops.train.saving import save_atomically
 
@@ -305,6 +306,23 @@ def test_run_on_images_of_any_size(folder: Path, capsys: pytest.CaptureFixture[s
     assert said.count("WARNING: the network starts from random weights") == 1
     assert "could not be made" not in said
     assert rf"val/iou/{names[0]}" in read_metrics(run / "metrics.csv")[1]
+
+
+def test_run_from_weights_of_a_backbone(folder: Path, capsys: pytest.CaptureFixture[str]):
+    """They replace a download. Then the run is evaluated on a third split."""
+    weights = folder / "mit_b0.pth"
+    torch.save(build_model("segformer-b0", 2).backbone.state_dict(), weights)
+    initial = ["--model.pretrained", "true", "--model.backbone_weights", str(weights)]
+    with pytest.raises(ValueError, match=r"--data\.split: fit expects val, got test"):
+        fit_folder(folder, *initial, "--data.split", "test")
+    run = fit_folder(folder, *initial)
+    said = capsys.readouterr().err
+    assert f"backbone: 176 tensors of {weights} taken, 0 not used" in said
+    assert "random weights" not in said
+    for kind in ("images", "masks"):
+        (folder / kind / "val").rename(folder / kind / "test")
+    program = Program(*with_presets(["validate", "--run", str(run), "--data.split", "test"]))
+    assert {"test/miou", "test/iou/thing"} < program.trainer.callback_metrics.keys()
 
 
 def test_pictures_may_fail(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys):
