@@ -7,8 +7,9 @@ photographs, with a backbone from ImageNet.
     python bench/evidence.py --report docs           # docs/evidence.json, .md and pictures
 
 One process trains one run on one CPU thread. The most useful runs come first, so you can stop at
-any time. Finished runs are kept. Interrupted runs continue, bit for bit, at the next call with the
-same --out. This directory contains their reports, and `anchorops-train compare` can read them.
+any time. Finished runs are kept, and those with a row in --rows are not repeated. Interrupted runs
+continue, bit for bit, at the next call with the same --out. This directory contains their reports,
+and `anchorops-train compare` can read them.
 
 The photographs are in data/camvid, in the layout of your own images (docs/training.md), and the
 weights of their backbone in BACKBONE_WEIGHTS. Neither is downloaded.
@@ -163,9 +164,10 @@ def train_one(run: Run, out: Path) -> None:
         sys.exit(stopped.exit_status)
     lines, results = read_metrics(directory / METRICS), load_results(directory)
     row = {
-        **run._asdict(),
-        "methods": "+".join(run.methods) or "plain",
+        **dict(zip(Run._fields, _values(run), strict=True)),
         "commit": code,
+        "device": _device(),
+        "torch": torch.__version__,
         "seconds_per_step": round(results["seconds_per_step"], 4),
         **_measures(results, "", 6),
         "curve": [
@@ -182,8 +184,9 @@ def train_one(run: Run, out: Path) -> None:
     if run.scenes == CAMVID:
         row |= {"classes": _classes(lines[run.steps], "val"), "test": _on_test(directory)}
     save_atomically(json.dumps(row) + "\n", row_file(run, out))
-    for name in (LAST, BEST):
-        (directory / name).unlink(missing_ok=True)  # 100 MB a run
+    (directory / LAST).unlink(missing_ok=True)  # 50 to 100 MB a run
+    if run.scenes != CAMVID:  # from which pictures of predictions are made
+        (directory / BEST).unlink(missing_ok=True)
 
 
 def _on_test(directory: Path) -> dict[str, Any]:
@@ -244,7 +247,7 @@ def train_all(todo: Iterator[Run], out: Path, jobs: int, minutes: float) -> None
 
 
 def _process(run: Run, out: Path) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, __file__, "--out", str(out), "--only", run.name, "--here"]
+    command = [sys.executable, *sys.argv, "--only", run.name, "--here"]
     log = _log(run, out)
     log.parent.mkdir(exist_ok=True)
     with open(log, "a") as file:
@@ -259,31 +262,45 @@ def _log(run: Run, out: Path) -> Path:
     return out / "logs" / f"{run.name}.txt"
 
 
-def finished(out: Path) -> list[dict[str, Any]]:
-    """The rows of the plan's finished runs."""
-    paths = [row_file(run, out) for run in dict.fromkeys(plan())]
-    return [json.loads(path.read_text()) for path in paths if path.exists()]
+def finished(out: Path, known: dict[str, Any]) -> dict[Run, dict[str, Any]]:
+    """The rows of the plan's finished runs: those in `out`, or else those of a file of rows."""
+    rows = {tuple(row[name] for name in Run._fields): row for row in known.get("rows", [])}
+    found = {}
+    for run in dict.fromkeys(plan()):
+        if (path := row_file(run, out)).exists():
+            found[run] = json.loads(path.read_text())
+        elif row := rows.get(_values(run)):
+            found[run] = row
+    return found
 
 
-def evidence(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The contents of evidence.json."""
-    planned = [
-        run._asdict() | {"methods": "+".join(run.methods) or "plain"}
-        for run in dict.fromkeys(plan())
-    ]
-    processor, _, _ = str(environment(torch.device("cpu"))["device"]).partition(",")
+def evidence(rows: list[dict[str, Any]], known: dict[str, Any]) -> dict[str, Any]:
+    """The contents of evidence.json. Its device and version of torch are those of the rows that do
+    not have their own."""
     return {
         "command": "python bench/evidence.py",
-        "device": f"{processor}, 1 thread a run",
-        "torch": torch.__version__,
-        "planned": [list(run.values()) for run in planned],
+        "device": known.get("device", _device()),
+        "torch": known.get("torch", torch.__version__),
+        "planned": [list(_values(run)) for run in dict.fromkeys(plan())],
         "rows": rows,
     }
+
+
+def _values(run: Run) -> tuple[Any, ...]:
+    """Those that a row has for the fields of a run."""
+    return tuple((run._asdict() | {"methods": "+".join(run.methods) or "plain"}).values())
+
+
+def _device() -> str:
+    processor, _, _ = str(environment(torch.device("cpu"))["device"]).partition(",")
+    return f"{processor}, 1 thread a run"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
+    rows = Path(__file__).parents[1] / "docs/evidence.json"
+    parser.add_argument("--rows", type=Path, default=rows, help="of runs that are not repeated")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--budget", type=float, default=float("inf"), help="minutes")
     parser.add_argument("--only", default="*", help="names of runs, as 'few-*-plain-*'")
@@ -297,16 +314,18 @@ def main() -> None:
         parser.error(f"--only {arguments.only}: no run of the plan has such a name (see --list)")
     if arguments.jobs < 1:
         parser.error(f"--jobs: expected at least 1, got {arguments.jobs}")
+    known = json.loads(arguments.rows.read_text()) if arguments.rows.exists() else {}
+    done = finished(out, known)
     if arguments.report:
         arguments.report.mkdir(parents=True, exist_ok=True)
-        evidence_report.write(evidence(finished(out)), arguments.report)
+        evidence_report.write(evidence([*done.values()], known), arguments.report)
         return
     if arguments.list:
         for run in chosen:
-            print("finished" if row_file(run, out).exists() else "missing ", run.name)
+            print("finished" if run in done else "missing ", run.name)
         return
     (out / "rows").mkdir(parents=True, exist_ok=True)
-    todo = [run for run in chosen if not row_file(run, out).exists()]
+    todo = [run for run in chosen if run not in done]
     if arguments.here:
         for run in todo:
             train_one(run, out)
