@@ -1,7 +1,7 @@
 // The class of the largest logit of each pixel, over the cells of a tile.
 #pragma once
 
-#include "softmax_cells.h"
+#include "softmax_blocks.h"
 
 // l + w (r - l), but (1 - w) l + w r if both are infinite.
 ALWAYS_INLINE Floats between(Floats l, Floats r, Floats w) {
@@ -13,15 +13,15 @@ ALWAYS_INLINE Floats between(Floats l, Floats r, Floats w) {
 // The class of the largest z of a block's pixels, the first of equal ones. It is not inlined, so
 // its products are always fused in the same way, and `correct` is the diagonal of the confusion
 // matrix.
-__attribute__((noinline)) void largest_of_block(const CellRow& row, int64_t block,
-                                                int32_t* classes) {
+__attribute__((noinline)) void largest_of_block(const Block& block, int32_t* classes) {
+  const CellRow& row = block.row;
   constexpr int H = HEIGHT / 2;
   for (int64_t first = 0; first < row.rows; first += H) {
     Floats largest[H * WIDTH];
     Ints index[H * WIDTH] = {};
     for (auto& z : largest) z = Floats{} - __builtin_inff();
     for (int64_t k = 0; k < row.problem.logits.num_classes; ++k) {
-      const Corners z = row.corners(k, block);
+      const Corners z = block.corners(k);
       const bool finite = z.all_above(-3e38f);
       const Floats right_down = z.d - z.b, left_down = z.c - z.a;
 #pragma GCC unroll 8
@@ -32,7 +32,7 @@ __attribute__((noinline)) void largest_of_block(const CellRow& row, int64_t bloc
         const Floats change = r - l;
 #pragma GCC unroll 8
         for (int i = 0; i < WIDTH; ++i) {
-          const Floats w = row.right(block, i);
+          const Floats w = block.right(i);
           const Floats value = finite ? l + w * change : between(l, r, w);
           Floats& best = largest[j * WIDTH + i];
           Ints& best_class = index[j * WIDTH + i];
@@ -52,15 +52,16 @@ void argmax_cells(const Problem<float>& problem, const Tile& tile,
   CellRow row(problem, tile, workspace);
   while (row.next(HEIGHT)) {
     if (!row.ordinary()) {
-      row.for_pixels(-1, [&](const Group<float>& group) {
+      row.for_pixels([&](const Group<float>& group) {
         argmax_group(problem, tile, workspace, group, predictions);
       });
       continue;
     }
     int32_t classes[HEIGHT * PIXELS];
-    for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
-      largest_of_block(row, block, classes);
-      const int32_t* columns = row.columns_of(block);
+    for (int64_t n = 0; n < row.passes * row.blocks; ++n) {
+      const Block block(row, n);
+      largest_of_block(block, classes);
+      const int32_t* columns = block.columns;
       for (int64_t j = 0; j < row.rows; ++j)
         predictions.at(problem.pixel(tile, row.y + j, tile.label_columns.begin), [&](auto* out) {
           for (int t = 0; t < PIXELS; ++t)

@@ -1,7 +1,7 @@
 // The gradient of softmax moments over the cells of a tile.
 #pragma once
 
-#include "softmax_cells.h"
+#include "softmax_blocks.h"
 
 // Sums of dz over the pixels of each cell of a block: unweighted, and with the weights of the right
 // logits, of the lower logits, and of both.
@@ -21,11 +21,11 @@ struct WeightedSums {
 // rule computes both without a power for each pixel. The same holds for the sum over the rows: it
 // is a polynomial in 1 / (ratio down), beginning with the last row.
 template <class Factor>
-ALWAYS_INLINE WeightedSums sums_by_series(const CellRow& row, const Corners& z, int64_t block,
-                                          Factor factor) {
+ALWAYS_INLINE WeightedSums sums_by_series(const Block& block, const Corners& z, Factor factor) {
+  const CellRow& row = block.row;
   const float step_right = row.problem.column_cells.step, step_down = row.problem.row_cells.step;
   const float last = row.at_down + (row.rows - 1) * step_down;
-  const Floats at_right = row.right_start(block);
+  const Floats at_right = block.right_start();
   const Slopes slopes(z, at_right);
   Floats r = slopes.ratio_right(row.at_down, step_right);
   const Floats twist = slopes.ratio_twist(step_right, step_down);
@@ -55,16 +55,16 @@ ALWAYS_INLINE WeightedSums sums_by_series(const CellRow& row, const Corners& z, 
 
 // The weighted sums of dz = gradient(e^z, j, i), pixel by pixel.
 template <class Gradient>
-ALWAYS_INLINE WeightedSums sums_by_pixels(const CellRow& row, const Corners& z, int64_t block,
-                                          Gradient gradient) {
+ALWAYS_INLINE WeightedSums sums_by_pixels(const Block& block, const Corners& z, Gradient gradient) {
+  const CellRow& row = block.row;
   WeightedSums sums;
   const bool far = !z.all_above(FAR);
-  Series e = row.series(z, block);  // not used if far
+  Series e = block.series(z);  // not used if far
   for (int64_t j = 0; j < row.rows; ++j) {
     Floats all = {}, right_sum = {}, power = e.first;
     for (int i = 0; i < WIDTH; ++i) {
-      const Floats right = row.right(block, i);
-      const Floats v = far ? exp<float>(z.at(Floats{} + row.down[j], right)) : power;
+      const Floats right = block.right(i);
+      const Floats v = far ? exp<float>(z.at(block.down(j), right)) : power;
       const Floats dz = v == v ? gradient(v, j, i) : Floats{};
       all += dz;
       right_sum += dz * right;
@@ -77,14 +77,15 @@ ALWAYS_INLINE WeightedSums sums_by_pixels(const CellRow& row, const Corners& z, 
 }
 
 // The weighted sums of factors[2].
-WeightedSums sums_of_values(const CellRow& row, int64_t block) {
+WeightedSums sums_of_values(const Block& block) {
+  const CellRow& row = block.row;
   WeightedSums sums;
   for (int64_t j = 0; j < row.rows; ++j) {
     Floats all = {}, right_sum = {};
     for (int i = 0; i < WIDTH; ++i) {
-      const Floats dz = Simd<float>::load(row.factors(2, block, j, i));
+      const Floats dz = Simd<float>::load(block.factors(2, j, i));
       all += dz;
-      right_sum += dz * row.right(block, i);
+      right_sum += dz * block.right(i);
     }
     sums.add_row(all, right_sum, row.down[j]);
   }
@@ -109,29 +110,30 @@ void add_gradients(const CellRow& row, const float* dprobability_sums, const flo
     const float dprobability_sum = is_class && dprobability_sums ? dprobability_sums[k] : 0;
     const float dsquare = is_class && dsquares ? 2 * dsquares[k] : 0;
     Floats last_above = {}, last_below = {};
-    for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
+    for (int64_t n = 0; n < row.passes * row.blocks; ++n) {
+      const Block block(row, n);
       const auto factor = [&](int64_t j, int i) INLINE_LAMBDA {
-        const Floats base = V::load(row.factors(0, block, j, i));
-        return TERMS > 1 ? base + V::load(row.factors(1, block, j, i)) * dprobability_sum : base;
+        const Floats base = V::load(block.factors(0, j, i));
+        return TERMS > 1 ? base + V::load(block.factors(1, j, i)) * dprobability_sum : base;
       };
       const auto gradient = [&](Floats v, int64_t j, int i) INLINE_LAMBDA {
         if constexpr (TERMS < 3) return v * factor(j, i);
-        const Floats p = v * V::load(row.factors(1, block, j, i));
+        const Floats p = v * V::load(block.factors(1, j, i));
         return v * factor(j, i) + p * p * dsquare;
       };
       WeightedSums sums;
       if (is_class) {
-        const Corners z = row.corners(k, block);
-        row.fetch_logits(block, k);
-        sums = TERMS < 3 && z.all_above(FAR) ? sums_by_series(row, z, block, factor)
-                                             : sums_by_pixels(row, z, block, gradient);
+        const Corners z = block.corners(k);
+        block.fetch_logits(k);
+        sums = TERMS < 3 && z.all_above(FAR) ? sums_by_series(block, z, factor)
+                                             : sums_by_pixels(block, z, gradient);
       } else {
-        sums = sums_of_values(row, block);
+        sums = sums_of_values(block);
       }
       const Floats left_below = sums.below - sums.right_below;
       const Floats left_above = sums.all - sums.right - left_below;
       const Floats right_above = sums.right - sums.right_below;
-      const int64_t column = row.column_of(block);
+      const int64_t column = block.column;
       if (column == 0) last_above = last_below = Floats{};
       V::store(above + column,
                V::load(above + column) + left_above + V::shift_up(last_above, right_above));
@@ -149,11 +151,11 @@ void add_gradients(const CellRow& row, const float* dprobability_sums, const flo
 
 // Subtracts the additional terms of the pixels' true classes: values [rows][WIDTH][lanes], 0 if
 // there is no class.
-void subtract_label_terms(const CellRow& row, int64_t block, const BlockClasses& classes,
-                          const float* values) {
+void subtract_label_terms(const Block& block, const BlockClasses& classes, const float* values) {
+  const CellRow& row = block.row;
   constexpr int L = LANES<float>;
   const Workspace<float>& workspace = row.workspace;
-  const int64_t column = row.first_column + row.column_of(block);
+  const int64_t column = row.first_column + block.column;
   float* const above = workspace.gradients[row.upper] + column;
   float* const below = workspace.gradients[row.lower] + column;
   const auto subtract = [&](int32_t k, int64_t lane, float left, float right, float left_below,
@@ -172,7 +174,7 @@ void subtract_label_terms(const CellRow& row, int64_t block, const BlockClasses&
       const Floats value = Simd<float>::load(values + n * L);
       const Floats cell_value = classes.pixel_classes(n) == classes.cell_classes ? value : Floats{};
       all += cell_value;
-      right_sum += cell_value * row.right(block, i);
+      right_sum += cell_value * block.right(i);
     }
     left += all - right_sum;
     right += right_sum;
@@ -186,7 +188,7 @@ void subtract_label_terms(const CellRow& row, int64_t block, const BlockClasses&
   for (int64_t n = 0; n < classes.count; ++n) {
     const int32_t t = classes.others[n];
     const float down = row.down[t / PIXELS];
-    const float r = values[t] * workspace.cells.weights[block * PIXELS + t % PIXELS];
+    const float r = values[t] * block.weights[t % PIXELS];
     const float l = values[t] - r;
     subtract(classes.classes[t], t % L, l, r, l * down, r * down);
   }
@@ -195,9 +197,10 @@ void subtract_label_terms(const CellRow& row, int64_t block, const BlockClasses&
 // Writes the factors of a block's pixels and the additional terms of their true classes. Returns
 // false if the block must be processed pixel by pixel. If logits are large, the rounding of lse
 // would be an error of all p. Then the sums are computed again.
-bool factors_of_block(const CellRow& row, int64_t block, const BlockClasses& classes,
+bool factors_of_block(const Block& block, const BlockClasses& classes,
                       const LossesOfImage<float>& losses, const Gradients<float>& gradients,
                       const float* dprobability_sums, const float* dsquares, float* label_terms) {
+  const CellRow& row = block.row;
   using V = Simd<float>;
   constexpr int L = LANES<float>;
   const int64_t image_offset = row.tile.image * gradients.stride_b;
@@ -205,29 +208,29 @@ bool factors_of_block(const CellRow& row, int64_t block, const BlockClasses& cla
     return by_class ? pick(by_class + image_offset, k) : Floats{};
   };
   const bool any_valid = any(classes.cell_classes >= 0);
-  const Corners shifts = row.shifts(block);
+  const Corners shifts = block.shifts();
   const bool large = shifts.any_beyond(LARGE);
   const bool plain = losses.options.plain;
   const bool needs_loss = gradients.dintersections || losses.needs_c();
-  if (needs_loss) row.label_logits(block, classes, label_terms);
+  if (needs_loss) block.label_logits(classes, label_terms);
   Floats powers[HEIGHT * WIDTH] = {}, totals[HEIGHT * WIDTH] = {}, squares[HEIGHT * WIDTH] = {};
   Ints steep = {};
   for (int64_t j = 0; j < row.rows; ++j) {
     if (any_valid && j % HEIGHT == 0) {
-      if (large) sum_block<Term::POWER>(row, j, block, nullptr, powers);
-      if (dprobability_sums) sum_block<Term::WEIGHTED>(row, j, block, dprobability_sums, totals);
-      if (dsquares) sum_block<Term::SQUARE>(row, j, block, dsquares, squares);
+      if (large) sum_block<Term::POWER>(block, j, nullptr, powers);
+      if (dprobability_sums) sum_block<Term::WEIGHTED>(block, j, dprobability_sums, totals);
+      if (dsquares) sum_block<Term::SQUARE>(block, j, dsquares, squares);
     }
     Floats lse[WIDTH], weights[WIDTH], dpixel_losses[WIDTH];
-    row.load_map(block, j, row.lse_map(gradients.lse), lse);
-    row.load_map(block, j, losses.options.pixel_weights, weights);
-    row.load_map(block, j, gradients.dpixel_losses, dpixel_losses);
+    block.load_map(j, row.lse_map(gradients.lse), lse);
+    block.load_map(j, losses.options.pixel_weights, weights);
+    block.load_map(j, gradients.dpixel_losses, dpixel_losses);
 #pragma GCC unroll 8
     for (int i = 0; i < WIDTH; ++i) {
       const Ints k = classes.pixel_classes(j * WIDTH + i), valid = k >= 0;
       const int64_t n = j % HEIGHT * WIDTH + i;
       const Floats log_total =
-          large ? log(powers[n]) : lse[i] - shifts.at_finite(row.down[j], row.right(block, i));
+          large ? log(powers[n]) : lse[i] - shifts.at_finite(row.down[j], block.right(i));
       steep |= valid & ~((log_total >= LOG_STEEP) & (log_total <= 80.0f));
       const Floats q = exp<float>(-log_total);
       Floats label_term = class_values(gradients.dlosses, k), smoothing_term = {};
@@ -238,8 +241,8 @@ bool factors_of_block(const CellRow& row, int64_t block, const BlockClasses& cla
       if (!plain) {
         Floats alpha, beta;
         const auto p = [c]() INLINE_LAMBDA { return probabilities_of<float>(c); };
-        losses.derivatives(k, c, row.losses_of_all_classes(losses, block, j, i, log_total), p,
-                           alpha, beta);
+        losses.derivatives(k, c, block.losses_of_all_classes(losses, j, i, log_total), p, alpha,
+                           beta);
         smoothing_term = label_term * beta;
         label_term *= alpha;
       }
@@ -250,11 +253,9 @@ bool factors_of_block(const CellRow& row, int64_t block, const BlockClasses& cla
         rest -= intersection_term;
         label_term -= intersection_term;
       }
-      V::store(row.factors(0, block, j, i), valid ? rest * q : Floats{});
-      if (dprobability_sums || dsquares)
-        V::store(row.factors(1, block, j, i), valid ? q : Floats{});
-      if (losses.all_weights)
-        V::store(row.factors(2, block, j, i), valid ? -smoothing_term : Floats{});
+      V::store(block.factors(0, j, i), valid ? rest * q : Floats{});
+      if (dprobability_sums || dsquares) V::store(block.factors(1, j, i), valid ? q : Floats{});
+      if (losses.all_weights) V::store(block.factors(2, j, i), valid ? -smoothing_term : Floats{});
       V::store(label_terms + (j * WIDTH + i) * L, valid ? label_term : Floats{});
     }
   }
@@ -279,25 +280,26 @@ void backward_cells(const Problem<float>& problem, const Tile& tile,
       add_gradients_of_group(problem, workspace, group);
     };
     if (!row.ordinary()) {
-      row.for_pixels(-1, backward_pixels);
+      row.for_pixels(backward_pixels);
       continue;
     }
-    for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
+    for (int64_t n = 0; n < row.passes * row.blocks; ++n) {
+      const Block block(row, n);
       BlockClasses classes;
       float label_terms[ROWS * PIXELS];
-      row.find_classes(block, classes);
-      if (factors_of_block(row, block, classes, losses, gradients, dprobability_sums, dsquares,
+      block.find_classes(classes);
+      if (factors_of_block(block, classes, losses, gradients, dprobability_sums, dsquares,
                            label_terms)) {
-        subtract_label_terms(row, block, classes, label_terms);
+        subtract_label_terms(block, classes, label_terms);
         continue;
       }
       for (int64_t j = 0; j < row.rows; ++j)
         for (int i = 0; i < WIDTH; ++i) {
-          V::store(row.factors(0, block, j, i), Floats{});
-          V::store(row.factors(1, block, j, i), Floats{});
-          V::store(row.factors(2, block, j, i), Floats{});
+          V::store(block.factors(0, j, i), Floats{});
+          V::store(block.factors(1, j, i), Floats{});
+          V::store(block.factors(2, j, i), Floats{});
         }
-      row.for_pixels(block, backward_pixels);
+      block.for_pixels(backward_pixels);
     }
     const auto add = dsquares            ? add_gradients<3>
                      : dprobability_sums ? add_gradients<2>

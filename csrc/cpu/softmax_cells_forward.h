@@ -8,24 +8,23 @@
 // sum would have the same rounding error.
 void add_probability_sums(const CellRow& row, double* probability_sums, double* squares) {
   using V = Simd<float>;
-  const Workspace<float>& workspace = row.workspace;
   for (int64_t k = 0; k < row.problem.logits.num_classes; ++k) {
     Vector<double, VECTOR_BYTES / sizeof(double)> probability_sum = {}, square = {};
-    for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
+    for (int64_t n = 0; n < row.passes * row.blocks; ++n) {
+      const Block block(row, n);
       Floats probability_sum_of_block = {}, square_of_block = {};
       const auto add = [&](Floats p) INLINE_LAMBDA {
         probability_sum_of_block += p;
         if (squares) square_of_block += p * p;
       };
-      const float* factors = workspace.cells.factors[0] + block * PIXELS;
-      const Corners z = row.corners(k, block);
+      const Corners z = block.corners(k);
       if (z.all_above(FAR)) {
-        Series e = row.series(z, block);
+        Series e = block.series(z);
         for (int64_t j = 0; j < row.rows; ++j) {
           Floats v = e.first;
 #pragma GCC unroll 8
           for (int i = 0; i < WIDTH; ++i) {
-            add(v * V::load(factors + j * workspace.cells.lanes + i * LANES<float>));
+            add(v * V::load(block.factors(0, j, i)));
             v *= e.right;
           }
           e.next_row();
@@ -33,8 +32,8 @@ void add_probability_sums(const CellRow& row, double* probability_sums, double* 
       } else {
         for (int64_t j = 0; j < row.rows; ++j)
           for (int i = 0; i < WIDTH; ++i) {
-            const Floats factor = V::load(factors + j * workspace.cells.lanes + i * LANES<float>);
-            const Floats v = exp<float>(z.at(Floats{} + row.down[j], row.right(block, i)));
+            const Floats factor = V::load(block.factors(0, j, i));
+            const Floats v = exp<float>(z.at(block.down(j), block.right(i)));
             add(factor == 0 ? Floats{} : v * factor);
           }
       }
@@ -49,11 +48,11 @@ void add_probability_sums(const CellRow& row, double* probability_sums, double* 
 // Adds the values of a block's pixels [rows][WIDTH][lanes] to the sums of their classes: pixels
 // that have the class of their cell cell by cell, the others one by one.
 template <class Sum>
-ALWAYS_INLINE void add_by_class(const CellRow& row, const BlockClasses& classes,
-                                const float* values, Sum* sums) {
+ALWAYS_INLINE void add_by_class(int64_t rows, const BlockClasses& classes, const float* values,
+                                Sum* sums) {
   constexpr int L = LANES<float>;
   Floats cell_sums = {};
-  for (int64_t n = 0; n < row.rows * WIDTH; ++n)
+  for (int64_t n = 0; n < rows * WIDTH; ++n)
     cell_sums += classes.pixel_classes(n) == classes.cell_classes
                      ? Simd<float>::load(values + n * L)
                      : Floats{};
@@ -67,16 +66,17 @@ ALWAYS_INLINE void add_by_class(const CellRow& row, const BlockClasses& classes,
 }
 
 // Adds a block to the sums and writes its maps. totals: the sums of e^z over the classes.
-void add_block(const CellRow& row, int64_t block, const BlockClasses& classes,
+void add_block(const Block& block, const BlockClasses& classes,
                const LossesOfImage<float>& image_losses, const Floats* totals, const Sums& sums,
                const Maps<float>& maps) {
   using V = Simd<float>;
   constexpr int L = LANES<float>, SIZE = HEIGHT * PIXELS;
-  const Corners shifts = row.shifts(block);
+  const CellRow& row = block.row;
+  const Corners shifts = block.shifts();
   const int64_t count = row.rows * WIDTH;
   float c[SIZE], shaped[SIZE], values[SIZE];
   Ints counts = {};
-  row.label_logits(block, classes, c);
+  block.label_logits(classes, c);
   for (int64_t j = 0; j < row.rows; ++j) {
     Floats lse[WIDTH];
 #pragma GCC unroll 8
@@ -85,17 +85,17 @@ void add_block(const CellRow& row, int64_t block, const BlockClasses& classes,
       const Ints k = classes.pixel_classes(n);
       const Floats log_total = log(totals[n]), loss = not_below_0(log_total - V::load(c + n * L));
       V::store(c + n * L, k >= 0 ? loss : Floats{});
-      lse[i] = k >= 0 ? log_total + shifts.at_finite(row.down[j], row.right(block, i)) : Floats{};
+      lse[i] = k >= 0 ? log_total + shifts.at_finite(row.down[j], block.right(i)) : Floats{};
       counts -= (k >= 0) & (k == classes.cell_classes);
     }
-    row.store_map(block, j, maps.lse, lse);
+    block.store_map(j, maps.lse, lse);
   }
   for (int lane = 0; lane < L; ++lane)
     if (classes.cell_classes[lane] >= 0) sums.counts[classes.cell_classes[lane]] += counts[lane];
   for (int64_t n = 0; n < classes.count; ++n) ++sums.counts[classes.classes[classes.others[n]]];
   if (sums.intersections) {
     for (int64_t n = 0; n < count; ++n) V::store(values + n * L, exp<float>(-V::load(c + n * L)));
-    add_by_class(row, classes, values, sums.intersections);
+    add_by_class(block.row.rows, classes, values, sums.intersections);
   }
   const float* losses = c;
   if (!image_losses.options.plain) {
@@ -103,7 +103,7 @@ void add_block(const CellRow& row, int64_t block, const BlockClasses& classes,
     for (int64_t n = 0; n < count; ++n) {
       const Ints k = classes.pixel_classes(n);
       const Floats u =
-          row.losses_of_all_classes(image_losses, block, n / WIDTH, n % WIDTH, log(totals[n]));
+          block.losses_of_all_classes(image_losses, n / WIDTH, n % WIDTH, log(totals[n]));
       const Floats plain = V::load(c + n * L);
       const auto p = [plain]() INLINE_LAMBDA { return probabilities_of<float>(plain); };
       const Floats loss = image_losses.loss(k, plain, u, p);
@@ -114,7 +114,7 @@ void add_block(const CellRow& row, int64_t block, const BlockClasses& classes,
   float weights[SIZE];
   for (int64_t j = 0; j < row.rows && map.data; ++j) {
     Floats line[WIDTH];
-    row.load_map(block, j, map, line);
+    block.load_map(j, map, line);
     for (int i = 0; i < WIDTH; ++i) V::store(weights + (j * WIDTH + i) * L, line[i]);
   }
   for (int s = 0; s < LOSS_SUMS; ++s) {
@@ -124,13 +124,13 @@ void add_block(const CellRow& row, int64_t block, const BlockClasses& classes,
       const Floats loss = V::load(losses + n * L);
       V::store(values + n * L, image_losses.sum_term(s, V::load(c + n * L), loss, weight));
     }
-    add_by_class(row, classes, values, sums.loss_sums[s]);
+    add_by_class(block.row.rows, classes, values, sums.loss_sums[s]);
   }
   if (!maps.pixel_losses) return;
   for (int64_t j = 0; j < row.rows; ++j) {
     Floats row_losses[WIDTH];
     std::memcpy(row_losses, losses + j * PIXELS, sizeof row_losses);
-    row.store_map(block, j, maps.pixel_losses, row_losses);
+    block.store_map(j, maps.pixel_losses, row_losses);
   }
 }
 
@@ -144,18 +144,19 @@ void forward_cells(const Problem<float>& problem, const Tile& tile,
   without_correct.correct = nullptr;
   while (row.next(HEIGHT)) {
     if (!row.ordinary()) {
-      row.for_pixels(-1, [&](const Group<float>& group) {
+      row.for_pixels([&](const Group<float>& group) {
         forward_group(problem, tile, workspace, group, sums, maps);
       });
       continue;
     }
-    for (int64_t block = 0; block < row.passes * row.blocks; ++block) {
+    for (int64_t at = 0; at < row.passes * row.blocks; ++at) {
+      const Block block(row, at);
       int32_t predicted[HEIGHT * PIXELS];
       Floats totals[HEIGHT * WIDTH] = {};
       BlockClasses classes;
-      row.find_classes(block, classes);
+      block.find_classes(classes);
       const bool any_valid = any(classes.cell_classes >= 0);
-      if (any_valid) sum_block<Term::POWER>(row, 0, block, nullptr, totals);
+      if (any_valid) sum_block<Term::POWER>(block, 0, nullptr, totals);
       Ints steep = {};
       for (int64_t n = 0; n < row.rows * WIDTH; ++n)
         steep |= (classes.pixel_classes(n) >= 0) & ~((totals[n] >= STEEP) & (totals[n] <= 1e38f));
@@ -163,18 +164,17 @@ void forward_cells(const Problem<float>& problem, const Tile& tile,
       if (with_probabilities)
         for (int64_t n = 0; n < row.rows * WIDTH; ++n) {
           const Ints counts = (classes.pixel_classes(n) >= 0) & (Ints{} - by_cells);
-          V::store(row.factors(0, block, n / WIDTH, n % WIDTH),
-                   counts != 0 ? 1 / totals[n] : Floats{});
+          V::store(block.factors(0, n / WIDTH, n % WIDTH), counts != 0 ? 1 / totals[n] : Floats{});
         }
       if (sums.correct && any_valid) {
-        largest_of_block(row, block, predicted);
+        largest_of_block(block, predicted);
         for (int64_t t = 0; t < row.rows * PIXELS; ++t)
           if (const int32_t k = classes.classes[t]; k >= 0) sums.correct[k] += k == predicted[t];
       }
       if (by_cells)
-        add_block(row, block, classes, losses, totals, sums, maps);
+        add_block(block, classes, losses, totals, sums, maps);
       else
-        row.for_pixels(block, [&](const Group<float>& group) {
+        block.for_pixels([&](const Group<float>& group) {
           forward_group(problem, tile, workspace, group, without_correct, maps);
         });
     }

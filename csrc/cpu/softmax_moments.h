@@ -87,7 +87,7 @@ struct GroupMemory {
   ColumnMemory<Stat> columns;
 };
 
-// Rows of cells (softmax_cells.h).
+// Rows of cells (softmax_cells.h), and their blocks (softmax_blocks.h).
 template <class Stat>
 struct CellMemory {
   int64_t lanes;     // pixels of a row of cells
