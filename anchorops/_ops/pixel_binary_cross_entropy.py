@@ -11,7 +11,7 @@ from .._shared.sums import fixed_order_sum
 from .pixel_cross_entropy import (
     class_losses,
     divide,
-    pixel_weights,
+    label_weights,
     smoothed,
     used_counts,
 )
@@ -86,7 +86,7 @@ def pixel_binary_cross_entropy(
         losses = moments.pixel_losses
         if weight is not None:
             valid = valid_pixels(labels, 2, ignore_index)
-            losses = weighted(losses, pixel_weights(labels, weight, valid))
+            losses = weighted(losses, label_weights(labels, weight, valid))
         return losses.view(original_labels.shape)
     loss = fixed_order_sum(class_losses(moments, weight, 0.0))
     return loss if reduction == "sum" else divide(loss, fixed_order_sum(used_counts(moments)))

@@ -80,7 +80,7 @@ def pixel_cross_entropy(
         losses = moments.pixel_losses
         if weight is not None and label_smoothing == 0:
             valid = valid_pixels(labels, logits.shape[1], ignore_index)
-            losses = weighted(losses, pixel_weights(labels, weight, valid))
+            losses = weighted(losses, label_weights(labels, weight, valid))
         return losses.view(shape_of(original_labels))
     loss = fixed_order_sum(class_losses(moments, weight, label_smoothing))
     if reduction == "sum":
@@ -129,7 +129,7 @@ def used_counts(moments: SoftmaxMoments) -> Tensor:
     return counts.to(moments.losses.dtype)
 
 
-def pixel_weights(labels: Tensor, weight: Tensor, valid: Tensor) -> Tensor:
+def label_weights(labels: Tensor, weight: Tensor, valid: Tensor) -> Tensor:
     """w_y of each pixel, 0 where it is not valid. weight: [K], or [C, 2] of C sigmoids, whose
     channels are the labels' second axis."""
     if weight.dim() == 1:

@@ -11,9 +11,12 @@ from torch import Tensor
 from .._checks import check_int, check_number, check_share
 from .._moments import Options, SoftmaxMoments, statistics_dtype
 from .._ops.kth_largest import kth_largest
-from .._ops.pixel_cross_entropy import class_losses, divide, smoothed, used_counts
 from .._ops.pixel_cross_entropy import (
-    pixel_weights as weights_of_pixels,
+    class_losses,
+    divide,
+    label_weights,
+    smoothed,
+    used_counts,
 )
 from .._shared.sums import fixed_order_sum
 from .pixel import MomentsLoss, class_weight
@@ -105,7 +108,7 @@ class BaseCrossEntropy(MomentsLoss):
             ce = torch.where(pixel_weights == 0, 0, ce)
         if weight is not None:
             valid = self.valid(logits, labels)
-            ce = torch.where(weights_of_pixels(labels, weight, valid) == 0, 0, ce)
+            ce = torch.where(label_weights(labels, weight, valid) == 0, 0, ce)
         bound = kth_largest(ce, self.ohem_min_kept)
         if min_loss > -math.inf:
             bound = bound.clamp(max=min_loss)
