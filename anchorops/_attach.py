@@ -74,7 +74,9 @@ class Attachment:
     @property
     def _submodule(self) -> Any:
         """The regulariser, or what a library put in its place: a trainable copy of peft."""
-        return getattr(self._parent, self._child, self.regularizer)
+        if self.regularizer.attachment is not self:  # detached: the name may be another method's
+            return self.regularizer
+        return getattr(self._parent, self._child)
 
     @property
     def features(self) -> Tensor | None:
@@ -117,8 +119,7 @@ class Attachment:
         return self.__dict__ | empty | flags
 
     def __repr__(self) -> str:
-        methods = getattr(self.regularizer, "methods", [self.regularizer])
-        names = " + ".join(type(method).__name__ for method in methods)
+        names = " + ".join(method.__name__ for method in _methods(self.regularizer))
         return f"{names} attached to {self.classifier_name}: {self.classifier!r}"
 
     def _see_dropout(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -202,6 +203,11 @@ class Attachment:
                 "after attach"
             )
         raise RuntimeError(f"{type(self.regularizer).__name__}: no features: {why}")
+
+
+def _methods(regularizer: nn.Module) -> list[type]:
+    """The methods of a regulariser: several of a `Combined`."""
+    return [type(method) for method in getattr(regularizer, "methods", [regularizer])]
 
 
 def _unwrap(model: nn.Module, regularizer: Regularizer) -> nn.Module:
@@ -302,7 +308,14 @@ def _named(model: nn.Module, module: nn.Module | str) -> tuple[str, nn.Module]:
 def _check_classifier(
     model: nn.Module, name: str, classifier: nn.Module, regularizer: Regularizer
 ) -> None:
-    """The weight that a method shares or replaces is the whole weight, and no other module's."""
+    """The classifier has no such method yet. The weight that a method shares or replaces is the
+    whole weight, and no other module's."""
+    for other in model.modules():
+        attachment = other.attachment if isinstance(other, Regularizer) else None
+        if attachment is not None and attachment.classifier is classifier:
+            for again in set(_methods(regularizer)) & set(_methods(other)):
+                expected = f"a method that {name} does not have: first detach() the other one"
+                fail("attach", "regularizer", expected, f"a second {again.__name__}")
     if not (regularizer.uses_classifier or regularizer.replaces_classifier):
         return
     method = type(regularizer).__name__
@@ -316,14 +329,6 @@ def _check_classifier(
     weight = dict(classifier.named_parameters(recurse=False)).get("weight")
     if regularizer.replaces_classifier:
         for other, module in model.named_modules():
-            attachment = module.attachment if isinstance(module, Regularizer) else None
-            if (
-                attachment is not None
-                and attachment.classifier is classifier
-                and module.replaces_classifier
-            ):
-                expected = f"a classifier that no method has replaced: first detach {other}"
-                fail("attach", "module", expected, name)
             tied = any(parameter is weight for parameter in module.parameters(recurse=False))
             if tied and module is not classifier:
                 expected = f"a classifier whose weight is its own: {method} replaces it"
@@ -374,10 +379,10 @@ def attach(
 
     Raises:
         ValueError: no such classifier (the message lists similar layers); a regulariser that is
-            already attached; a model already wrapped in DDP or FSDP, if the regulariser has
-            parameters or anchors or replaces the classifier; nn.DataParallel; a classifier with a
-            LoRA adapter, or (for CBP) one whose weight is computed, shared, quantised, sharded or
-            without memory.
+            already attached, or a second one of a method that the classifier has; a model already
+            wrapped in DDP or FSDP, if the regulariser has parameters or anchors or replaces the
+            classifier; nn.DataParallel; a classifier with a LoRA adapter, or (for CBP) one whose
+            weight is computed, shared, quantised, sharded or without memory.
     """
     if not isinstance(model, nn.Module):
         fail("attach", "model", "an nn.Module", describe(model))

@@ -1,6 +1,7 @@
 """attach: the model before, during and after it, and when the features are available."""
 
 import copy
+import itertools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -253,6 +254,73 @@ def test_two_regularizers_on_one_model() -> None:
     occl.detach()
     mvsc.detach()
     assert model.state_dict().keys() == Net().state_dict().keys()
+
+
+METHODS: dict[str, Callable[[], Regularizer]] = {
+    "SAR": lambda: ao.SAR(K, D),
+    "OCCL": lambda: ao.OCCL(K, D),
+    "MVSC": lambda: ao.MVSC(K, D),
+    "CeCo": lambda: ao.CeCo(K, D, center_dim=8),
+    "CBP": lambda: ao.CBP(K, D),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_method_twice_is_refused(name: str, sequential: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, D, 1), nn.Conv2d(D, K, 1)) if sequential else Net()
+    handle = ao.attach(model, METHODS[name]())
+    for build in (METHODS[name], lambda: ao.Combined(METHODS[name]())):
+        keys = model.state_dict().keys()
+        message = rf"^attach: regularizer: expected .* first detach\(\) .*, got a second {name}$"
+        with pytest.raises(ValueError, match=message):
+            ao.attach(model, build())
+        assert model.state_dict().keys() == keys
+    if not sequential:
+        ao.attach(model, METHODS[name](), "aux_head")  # another classifier
+    handle.detach()
+    ao.attach(model, METHODS[name]())
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(range(3))])
+def test_methods_are_detached_in_any_order(order: tuple[int, ...]) -> None:
+    model = Net()
+    before = copy.deepcopy(model.state_dict())
+    handles = [ao.attach(model, METHODS[name]()) for name in ("CBP", "OCCL", "MVSC")]
+    x, labels = batch()
+    for i in order:
+        model(x)
+        for handle in handles:
+            if handle.regularizer.attachment is not None:
+                handle(labels)
+        handles[i].detach()
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_detached_attachment_changes_and_shows_nothing_of_its_successor() -> None:
+    model = Net()
+    x, labels = batch()
+    mvsc = ao.MVSC(K, D)
+    first = ao.attach(model, mvsc)
+    model(x)
+    first(labels)
+    shown = repr(first)
+    first.detach()
+    second = ao.attach(model, ao.OCCL(K, D))
+    model(x)
+    first.forget()
+    first.detach()
+    assert {"fca", "cos", "visual"} < first.terms.keys()
+    assert first.features is None and repr(first) == shown
+    second(labels).backward()
+    third = ao.attach(model, mvsc)  # and may be attached again
+    first.detach()
+    model(x)
+    (second(labels) + third(labels)).backward()
+    with pytest.raises(RuntimeError, match="MVSC: no features: it was detached"):
+        first(labels)
 
 
 def test_functional_transforms_of_a_model_with_a_method() -> None:

@@ -201,11 +201,18 @@ def test_a_frozen_basis_stays_frozen_and_detach_restores_the_order() -> None:
     assert [name for name, _ in model.named_parameters()] == before
 
 
-def test_one_cbp_for_a_classifier() -> None:
-    model = nn.Sequential(nn.Conv2d(3, D, 1), nn.Conv2d(D, K, 1))
-    ao.attach(model, ao.CBP(K, D))
-    message = r"^attach: module: expected .* that no method has replaced: first detach"
-    with pytest.raises(ValueError, match=message):
-        ao.attach(model, ao.CBP(K, D, update="gradient"))
+@pytest.mark.parametrize("update", ["frozen", "gradient", "ema", "penalty"])
+def test_installed_and_uninstalled_twice(update: str) -> None:
+    classifier, cbp = nn.Conv2d(D, K, 1), ao.CBP(K, D, update=update)
+    before = {name: x.clone() for name, x in classifier.state_dict().items()}
+    cbp.install(classifier)
+    with pytest.raises(ValueError, match=r"^CBP: classifier: expected the first one: call unins"):
+        cbp.install(classifier)
+    for _ in range(2):
+        cbp.uninstall(classifier)
+        assert all(torch.equal(x, before[name]) for name, x in classifier.state_dict().items())
+
+
+def test_one_cbp_in_combined() -> None:
     with pytest.raises(ValueError, match=r"^Combined: regularizers: expected at most one CBP"):
         ao.Combined(ao.CBP(K, D), ao.CBP(K, D, update="ema"))

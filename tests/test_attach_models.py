@@ -85,7 +85,9 @@ def test_dropout_elsewhere_is_passed_over_too() -> None:
 def test_module_can_be_told() -> None:
     model = Net()
     for told in ("aux_head", model.aux_head):
-        assert ao.attach(model, ao.OCCL(K, D), told).classifier_name == "aux_head"
+        occl = ao.attach(model, ao.OCCL(K, D), told)
+        assert occl.classifier_name == "aux_head"
+        occl.detach()
 
 
 def test_linear_classifier_on_tokens() -> None:

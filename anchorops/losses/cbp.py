@@ -149,6 +149,8 @@ class CBP(Regularizer):
     @torch.no_grad()
     def install(self, classifier: nn.Module) -> None:
         """Set the classifier's weight and remove its bias."""
+        if self._replaced is not None:
+            fail("CBP", "classifier", "the first one: call uninstall() on it before", classifier)
         weight, bias = _replaced_parameters(classifier, self.basis)
         self._replaced = _Replaced(weight, weight.detach().clone(), weight.requires_grad, bias)
         basis = self.basis.to(weight).view_as(weight)
@@ -162,9 +164,12 @@ class CBP(Regularizer):
 
     @torch.no_grad()
     def uninstall(self, classifier: nn.Module) -> None:
-        """Restore the weight and bias that the classifier had before `install`."""
+        """Restore the weight and bias that the classifier had before `install`. Called again, it
+        does nothing."""
         weight, replaced = classifier.weight, self._replaced
-        assert isinstance(weight, Tensor) and replaced is not None
+        if replaced is None:
+            return
+        assert isinstance(weight, Tensor)
         if hasattr(weight, "placements"):
             expected = "a weight that is not sharded: call detach() on a model before fully_shard"
             fail("CBP", "classifier", expected, "a DTensor")
