@@ -128,6 +128,9 @@ def test_nothing_valid_is_finite(build: Callable[[], Regularizer]) -> None:
     method = build()
     loss = method(features, torch.full_like(labels, 255), classifier)
     assert loss.isfinite()
+    terms = {name.rpartition(".")[2]: term for name, term in method.terms.items()}
+    need_no_features = terms.keys() & {"aux", "cos", "penalty"}  # as docs/methods.md says
+    assert {name for name in terms if terms[name] != 0} - {"unsure", "gate"} == need_no_features
     loss.backward()
     for parameter in (features, *method.parameters()):
         if parameter.grad is not None:

@@ -26,6 +26,8 @@ class MVSC(Regularizer):
         L_v   = mean_{k,g} CE(classifier(V'_kg), k),  V' = V + r − sg(r)
         L = fca_weight·L_fca + cos_weight·L_cos + visual_weight·L_v
 
+    A batch without a valid pixel, or an empty one, gives L_cos, which needs no features.
+
     Its Eq. 2 is damaged in print; this is the InfoNCE that it describes, with r and v' normalised,
     which is ours. The text once says that L_cos reduces the similarity; formula and purpose say the
     contrary.

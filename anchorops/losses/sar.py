@@ -50,6 +50,8 @@ class SAR(Regularizer):
 
         L = aux_weight·L_aux + loss_weight·L_p2a                          (its Eq. 9, without L_ce)
 
+    A batch without a valid pixel, or an empty one, gives L_aux, which needs no features.
+
     Args:
         num_classes, dim: K ≥ 2 and D.
         loss_weight: λ2 of L_p2a (0.05 for DeepLabV3).
