@@ -65,7 +65,8 @@ def late_upsampling(model: nn.Module, *args: Any, **kwargs: Any) -> LateUpsampli
     a checkpoint that begins between the upsampling and the convolution, and a graph break of
     torch.compile there.
 
-    Call it before torch.compile, DDP and FSDP, before or after `low_resolution` and `attach`.
+    Call it before torch.compile, DDP, FSDP and accelerator.prepare, before or after
+    `low_resolution` and `attach`, and again after layers of PEFT were added or merged.
     Copies and pickles of the model keep it. The convolution's result is a plain tensor, even where
     its input is of a subclass. If only an extension, or a hook of all modules, reads an upsampled
     map, without torch's functions, this is not detected.

@@ -379,7 +379,8 @@ def low_resolution(
     image size), or that also reads the upsampled tensor or its size. Parameter names do not change.
     Copies and pickles of the model keep low_resolution.
 
-    Call it before torch.compile, DDP and FSDP. An upsampling inside a reentrant checkpoint raises
+    Call it before torch.compile, DDP, FSDP and accelerator.prepare. Of a PEFT model it changes the
+    model inside, which merge_and_unload returns. An upsampling inside a reentrant checkpoint raises
     an error in backward (with use_reentrant=False it does not). If only an extension reads an
     upsampled tensor, without torch's functions, this is not detected.
 
@@ -397,8 +398,8 @@ def low_resolution(
             softmax, crop or sum after the upsampling; or a last convolution, and then the output
             already has low resolution and can be passed to the loss. Also: the upsampling is not
             linear or has a fractional scale_factor; another function reads its result; the heads
-            (with always=True: or the modes) differ in align_corners; the model is wrapped;
-            low_resolution was called twice.
+            (with always=True: or the modes) differ in align_corners; the model is wrapped, or its
+            forward was replaced; low_resolution was called twice.
     """
     model = check_model("low_resolution", model, args, kwargs)
     check_flags("low_resolution", always=always)
