@@ -9,13 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils.hooks import RemovableHandle
 
 from ._checks import check_flags, describe, fail
 from .losses.base import Regularizer
 from .losses.recomputation import recomputation_refused, recomputing
 
 _logger = logging.getLogger("anchorops")
+
+
+class _Run:
+    """A run of the classifier in training, whose features are kept for a call.
+
+    waits: until a backward pass has gone through its features. several: an earlier run waited when
+    it began, so which of them the labels will be for is not known.
+    """
+
+    def __init__(self, several: bool) -> None:
+        self.waits, self.several = True, several
+
+    def end(self, _: Tensor) -> None:
+        self.waits = False
 
 
 class Attachment:
@@ -34,25 +47,32 @@ class Attachment:
     def __init__(
         self,
         regularizer: Regularizer,
+        model: nn.Module,
         classifier_name: str,
         classifier: nn.Module,
-        parent: nn.Module,
-        child: str,
         use_last: bool,
     ) -> None:
         self.regularizer, self.classifier_name = regularizer, classifier_name
-        self.classifier = classifier
-        self._parent, self._child = parent, child  # the regulariser is parent.child
-        self._hooks: list[RemovableHandle] = []
-        self._features: Tensor | None = None  # of the last training forward, until they are taken
-        self._taken = False
-        self._use_last = use_last
-        # Set while the features are kept and no backward pass has gone through them; whether this
-        # was so when the classifier ran again.
-        self._pending: object | None = None
-        self._several = False
+        self.classifier, self._use_last = classifier, use_last
+        # The last run and its features, None after the call: a compiled forward reads whether there
+        # is one, and would be compiled again for anything else.
+        self._run: _Run | None = None
+        self._features: Tensor | None = None
+        self._taken = False  # by a call since the last run; only for the message
         # input and output of the last dropout that may have run immediately before the classifier
         self._dropped: tuple[Tensor, Tensor] | None = None
+        self._hooks = [classifier.register_forward_pre_hook(self._see_classifier)]
+        if regularizer.replaces_classifier:
+            self._hooks.append(classifier.register_load_state_dict_pre_hook(self._see_checkpoint))
+        for dropout in _dropouts_before(model, classifier_name):
+            self._hooks.append(dropout.register_forward_hook(self._see_dropout))
+        # the regulariser is parent.child; an nn.Sequential would call it
+        self._parent = classifier if isinstance(model, nn.Sequential) else model
+        self._child = "regularizer"
+        while hasattr(self._parent, self._child):
+            self._child += "_"
+        self._parent.add_module(self._child, regularizer)
+        regularizer.attachment = self
 
     def __call__(self, labels: Tensor) -> Tensor:
         """The loss on the features of the last training forward, a scalar.
@@ -72,26 +92,28 @@ class Attachment:
         return self._submodule.terms
 
     @property
-    def _submodule(self) -> Any:
-        """The regulariser, or what a library put in its place: a trainable copy of peft."""
-        if self.regularizer.attachment is not self:  # detached: the name may be another method's
-            return self.regularizer
-        return getattr(self._parent, self._child)
-
-    @property
     def features(self) -> Tensor | None:
         """The features of the last training forward, with their graph; None after the attachment
         was called. `anchorops.diagnostics.gradient_ratio` needs them."""
         return self._features
 
+    @property
+    def _is_attached(self) -> bool:
+        return self.regularizer.attachment is self
+
+    @property
+    def _submodule(self) -> Any:
+        """The regulariser, or what a library put in its place: a trainable copy of peft."""
+        # after detach() the name may be another method's
+        return getattr(self._parent, self._child) if self._is_attached else self.regularizer
+
     def detach(self) -> None:
         """Restore the model: remove the hooks and the submodule, restore the old classifier."""
-        if not self._hooks:
+        if not self._is_attached:
             return
         self.regularizer.uninstall(self.classifier)
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
         delattr(self._parent, self._child)
         self.regularizer.attachment = None
         self.forget()
@@ -99,24 +121,13 @@ class Attachment:
     def forget(self) -> None:
         """Drop the features of the last forward (`model.eval()` does). Call it after a forward
         whose features are not used, if the next one follows without a backward pass."""
-        self._features = self._dropped = self._pending = None
-        self._several = False
-
-    def watch(self, dropouts: list[nn.Module]) -> None:
-        """Add hooks to the classifier, and to the dropouts that may produce its input."""
-        self._hooks.append(self.classifier.register_forward_pre_hook(self._see_classifier))
-        if self.regularizer.replaces_classifier:
-            see = self.classifier.register_load_state_dict_pre_hook(self._see_checkpoint)
-            self._hooks.append(see)
-        for dropout in dropouts:
-            self._hooks.append(dropout.register_forward_hook(self._see_dropout))
+        self._run = self._features = self._dropped = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model has had no forward pass. (Features are not leaves: they cannot be
         # copied.)
-        empty = dict.fromkeys(("_features", "_dropped", "_pending"))
-        flags = dict.fromkeys(("_taken", "_several"), False)
-        return self.__dict__ | empty | flags
+        empty = dict.fromkeys(("_run", "_features", "_dropped"))
+        return self.__dict__ | empty | {"_taken": False}
 
     def __repr__(self) -> str:
         names = " + ".join(method.__name__ for method in _methods(self.regularizer))
@@ -138,23 +149,12 @@ class Attachment:
         if isinstance(module, nn.Linear):
             features = features.movedim(-1, 1)  # channels last; a view
         self._dropped = None
-        self._several = not self._use_last and self._pending is not None
+        waits = self._run is not None and self._run.waits
+        self._run = _Run(several=waits and not self._use_last)
         self._features, self._taken = features, False
-        self._pending = self._until_backward(args[0])
-
-    def _until_backward(self, features: Tensor) -> object:
-        """What `_pending` is until a backward pass goes through these features."""
         # Hooks of tensors inside a compiled forward need compiled autograd.
-        if torch.compiler.is_compiling() or not features.requires_grad:
-            return True
-        pending = object()
-
-        def done(_: Tensor) -> None:
-            if self._pending is pending:
-                self._pending = None
-
-        features.register_hook(done)
-        return pending
+        if args[0].requires_grad and not torch.compiler.is_compiling():
+            args[0].register_hook(self._run.end)
 
     def _see_checkpoint(
         self, _: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any
@@ -177,32 +177,33 @@ class Attachment:
     def _take_features(self) -> Tensor:
         if recomputing():
             raise recomputation_refused(type(self.regularizer).__name__)
-        if self._several:
+        if self._run is None or self._features is None:
+            raise RuntimeError(f"{type(self.regularizer).__name__}: no features: {self._reason()}")
+        if self._run.several:
             raise RuntimeError(
                 f"{type(self.regularizer).__name__}: features of several forwards: layer "
                 f"{self.classifier_name} has run more than once since the last call: call it after "
                 "each forward, or join their inputs in one batch. If the labels are for the last "
                 "run: attach with use_last=True, or call forget() on the attachment before it"
             )
-        features, self._features = self._features, None
-        if features is not None:
-            self._taken, self._pending = True, None
-            return features
-        if not self._hooks:
-            why = "it was detached from the model: call what the latest attach returned"
-        elif self._taken:
-            why = "it was already called after this forward (join several methods by Combined)"
-        elif not self.regularizer.training:
-            why = "in eval mode no features are kept: omit the term, or call model.train()"
-        else:
-            why = (
-                f"layer {self.classifier_name} has not run in training mode, with gradients, since "
-                "the last call or attach: run the model first. torch.utils.checkpoint over its "
-                "classifier needs use_reentrant=False. If a compiled model was called before "
-                "attach, it never runs the hook: attach first, or call torch.compiler.reset() "
-                "after attach"
-            )
-        raise RuntimeError(f"{type(self.regularizer).__name__}: no features: {why}")
+        features, self._features, self._run, self._taken = self._features, None, None, True
+        return features
+
+    def _reason(self) -> str:
+        """Why there are no features."""
+        if not self._is_attached:
+            return "it was detached from the model: call what the latest attach returned"
+        if self._taken:
+            return "it was already called after this forward (join several methods by Combined)"
+        if not self.regularizer.training:
+            return "in eval mode no features are kept: omit the term, or call model.train()"
+        return (
+            f"layer {self.classifier_name} has not run in training mode, with gradients, since "
+            "the last call or attach: run the model first. torch.utils.checkpoint over its "
+            "classifier needs use_reentrant=False. If a compiled model was called before "
+            "attach, it never runs the hook: attach first, or call torch.compiler.reset() "
+            "after attach"
+        )
 
 
 def _methods(regularizer: nn.Module) -> list[type]:
@@ -210,32 +211,26 @@ def _methods(regularizer: nn.Module) -> list[type]:
     return [type(method) for method in getattr(regularizer, "methods", [regularizer])]
 
 
-def _unwrap(model: nn.Module, regularizer: Regularizer) -> nn.Module:
+def _unwrap(model: Any, regularizer: Regularizer) -> nn.Module:
     """The user's module inside torch.compile, DDP and other wrappers."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-            continue
-        wrapper = type(model).__name__
-        if isinstance(model, nn.DataParallel):
-            fail("attach", "model", "a model or one under DDP: threads share no features", wrapper)
-        if wrapper in ("DistributedDataParallel", "FullyShardedDataParallel"):
-            inner: nn.Module = model.module  # type: ignore[assignment]
-        elif "FSDPModule" in (base.__name__ for base in type(model).__mro__):
-            wrapper, inner = "fully_shard", model
-        else:
-            return model
-        name = type(regularizer).__name__
-        if regularizer.replaces_classifier:
-            expected = f"a model not yet wrapped: {name} replaces the classifier"
-            fail("attach", "model", f"{expected}, which {wrapper} already holds", wrapper)
-        state = itertools.chain(regularizer.parameters(), regularizer.buffers())
-        if any(tensor.is_floating_point() for tensor in state):  # each rank has other values
-            expected = f"a model not yet wrapped: {name} adds parameters or anchors"
-            fail("attach", "model", f"{expected}, which {wrapper} would not see", wrapper)
-        if inner is model:
-            return model
-        model = inner
+    if hasattr(model, "_orig_mod"):
+        return _unwrap(model._orig_mod, regularizer)
+    wrapper = type(model).__name__
+    if isinstance(model, nn.DataParallel):
+        fail("attach", "model", "a model or one under DDP: threads share no features", wrapper)
+    if "FSDPModule" in (base.__name__ for base in type(model).__mro__):
+        wrapper = "fully_shard"
+    elif wrapper not in ("DistributedDataParallel", "FullyShardedDataParallel"):
+        return model
+    name = type(regularizer).__name__
+    if regularizer.replaces_classifier:
+        expected = f"a model not yet wrapped: {name} replaces the classifier"
+        fail("attach", "model", f"{expected}, which {wrapper} already holds", wrapper)
+    state = itertools.chain(regularizer.parameters(), regularizer.buffers())
+    if any(tensor.is_floating_point() for tensor in state):  # each rank has other values
+        expected = f"a model not yet wrapped: {name} adds parameters or anchors"
+        fail("attach", "model", f"{expected}, which {wrapper} would not see", wrapper)
+    return model if wrapper == "fully_shard" else _unwrap(model.module, regularizer)
 
 
 def _outputs(module: nn.Module) -> tuple[int, int] | None:
@@ -247,12 +242,8 @@ def _outputs(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _inside_regularizer(model: nn.Module) -> set[nn.Module]:
-    return {m for r in model.modules() if isinstance(r, Regularizer) for m in r.modules()}
-
-
 def _find_classifier(model: nn.Module, num_classes: int, dim: int) -> tuple[str, nn.Module]:
-    skipped = _inside_regularizer(model)
+    skipped = {m for r in model.modules() if isinstance(r, Regularizer) for m in r.modules()}
     layers = {
         name: (module, shape)
         for name, module in model.named_modules()
@@ -282,26 +273,16 @@ def _find_classifier(model: nn.Module, num_classes: int, dim: int) -> tuple[str,
 def _dropouts_before(model: nn.Module, name: str) -> list[nn.Module]:
     """Dropouts that may produce the classifier's input: its sibling modules, and the last dropout
     that was registered before it."""
-    parent, before = name.rpartition(".")[0], None
-    for other, module in model.named_modules():
-        if other == name:
-            break
-        before = module if isinstance(module, _DropoutNd) else before
-    beside: list[nn.Module] = [
-        m for m in model.get_submodule(parent).children() if isinstance(m, _DropoutNd)
-    ]
-    return beside if before is None or before in beside else [before, *beside]
+    before = itertools.takewhile(lambda item: item[0] != name, model.named_modules())
+    last = [module for _, module in before if isinstance(module, _DropoutNd)][-1:]
+    siblings = model.get_submodule(name.rpartition(".")[0]).children()
+    return [*{*last, *(module for module in siblings if isinstance(module, _DropoutNd))}]
 
 
 def _named(model: nn.Module, module: nn.Module | str) -> tuple[str, nn.Module]:
-    if isinstance(module, str):
-        names = dict(model.named_modules())
-        if module not in names:
-            fail("attach", "module", "the name of a module of the model", repr(module))
-        return module, names[module]
     for name, candidate in model.named_modules():
-        if candidate is module:
-            return name, module
+        if candidate is module or name == module:
+            return name, candidate
     fail("attach", "module", "a module of the model or its name", describe(module))
 
 
@@ -403,13 +384,6 @@ def attach(
     check_flags("attach", use_last=use_last)
     _check_classifier(model, name, classifier, regularizer)
     regularizer.install(classifier)
-    parent = classifier if isinstance(model, nn.Sequential) else model
-    child = "regularizer"
-    while hasattr(parent, child):
-        child += "_"
-    attachment = Attachment(regularizer, name, classifier, parent, child, use_last)
-    attachment.watch(_dropouts_before(model, name))
-    parent.add_module(child, regularizer)
-    regularizer.attachment = attachment
+    attachment = Attachment(regularizer, model, name, classifier, use_last)
     _logger.info("%r", attachment)
     return attachment
