@@ -11,13 +11,8 @@ import torch
 from image_files import image, mask, write
 from PIL import Image, ImageOps
 
-from anchorops.train.data.folders import (
-    MaskFolder,
-    open_folder,
-    open_published,
-    read_image,
-    read_size,
-)
+from anchorops.train.data.folders import MaskFolder, open_folder, open_published
+from anchorops.train.data.images import read_image, read_size
 from anchorops.train.data.loading import RandomScale, Training, augmentation
 from anchorops.train.data.module import SegmentationData
 
@@ -159,7 +154,7 @@ def test_image_with_a_nan(tmp_path: Path):
     values[:] = np.nan
     write(tmp_path / "images/train/x.tif", values)
     write(tmp_path / "masks/train/x.png", mask(0, 1))
-    with pytest.raises(ValueError, match=r"x.tif: expected finite values, got NaN .* in 100 %"):
+    with pytest.raises(ValueError, match=r"x.tif cannot be read: expected finite values, .* 100 %"):
         open_two(tmp_path)[0]
 
 

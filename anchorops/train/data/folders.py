@@ -1,23 +1,27 @@
 """Data sets on disk: a plain folder of images and masks, and published ones in their layouts."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tifffile
 import torch
-from PIL import Image
 from torch import Tensor
 
 from .. import IGNORED
+from .images import (
+    read_image,
+    read_size,
+    read_values,
+    upright,
+    upright_size,
+    with_channels,
+)
 
 CLASSES = "classes.txt"
 IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 LABEL_VALUES = 65_536
-ORIENTATION = 0x112  # the tag in EXIF and TIFF: how to turn the stored pixels
 UNKNOWN = -2  # in a table of labels
 NO_CLASS = 255  # in masks: ignored if there are at most this number of classes
 
@@ -131,14 +135,10 @@ class MaskFolder:
 
     def _read_labels(self, index: int) -> tuple[Tensor, int]:
         path = self.pairs[index][1]
-        values, orientation = _read_array(path, palette=False)
-        if values.ndim != 2 or values.dtype.kind not in "uib":
-            raise ValueError(
-                f"{path}: expected one channel of integer labels, got {values.dtype} of shape "
-                f"{values.shape}"
-            )
-        if not 0 <= int(values.min()) <= int(values.max()) < len(self._table):
-            raise ValueError(f"{path}: expected labels 0 to 65535, got {values.min()}")
+        values, orientation = read_values(path)
+        lowest, highest = int(values.min()), int(values.max())
+        if not 0 <= lowest <= highest < len(self._table):
+            raise ValueError(f"{path}: expected labels 0 to 65535, got {lowest} to {highest}")
         labels = self._table[values.astype(np.uint16)]
         if (labels == UNKNOWN).any():
             unknown = np.unique(values[labels == UNKNOWN])[:5].tolist()
@@ -147,132 +147,6 @@ class MaskFolder:
                 "nor ignored; name more classes, or map the values with --data.label_map"
             )
         return torch.from_numpy(labels), orientation
-
-
-def upright(x: Tensor, orientation: int) -> Tensor:
-    """(…, H, W), stored with this EXIF orientation, 1 to 8, as a viewer shows it."""
-    x = x.mT if orientation >= 5 else x
-    axes = {2: [-1], 3: [-2, -1], 4: [-2], 6: [-1], 7: [-2, -1], 8: [-2]}.get(orientation, [])
-    return x.flip(axes).contiguous()
-
-
-def upright_size(size: Sequence[int], orientation: int) -> tuple[int, ...]:
-    """(H, W) of what `upright` returns."""
-    return tuple(size)[::-1] if orientation >= 5 else tuple(size)
-
-
-def _read_array(path: Path, *, palette: bool) -> tuple[np.ndarray, int]:
-    """The array and its EXIF orientation. palette: whether indexed colours become RGB; in masks the
-    indices are the labels."""
-    with _errors_of(path):
-        if _is_tiff(path):
-            with tifffile.TiffFile(path) as file:
-                array, orientation = file.asarray(), _tiff_orientation(file)
-        elif path.suffix == ".mat":
-            from scipy.io import loadmat
-
-            array, orientation = loadmat(path)["S"], 1
-        else:
-            with Image.open(path) as image:
-                orientation = _orientation(image)
-                to_rgb = image.mode == "CMYK" or (palette and image.mode == "P")
-                array = np.asarray(image.convert("RGB") if to_rgb else image)
-    return array, orientation
-
-
-def read_size(path: Path, size: Sequence[int]) -> tuple[tuple[int, ...], int]:
-    """(H, W) of the image that read_image would return for a mask of this size, and its EXIF
-    orientation, both from the header of the file."""
-    with _errors_of(path):
-        if not _is_tiff(path):
-            with Image.open(path) as image:
-                return (image.height, image.width), _orientation(image)
-        with tifffile.TiffFile(path) as file:
-            shape = file.series[0].shape
-            first = _channels_first(shape, size)
-            return shape[1:] if first else shape[:2], _tiff_orientation(file)
-
-
-@contextmanager
-def _errors_of(path: Path) -> Iterator[None]:
-    """Any error in the block as a ValueError that names the file."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-
-
-def _is_tiff(path: Path) -> bool:
-    return path.suffix.lower() in (".tif", ".tiff")
-
-
-def _tiff_orientation(file: tifffile.TiffFile) -> int:
-    tag = file.pages.first.tags.get(ORIENTATION)
-    return _valid(1 if tag is None else int(tag.value))
-
-
-def _orientation(image: Image.Image) -> int:
-    if image.format == "PNG":
-        image.load()  # the metadata may follow the pixels
-    return _valid(image.getexif().get(ORIENTATION, 1))
-
-
-def _valid(orientation: int) -> int:
-    return orientation if orientation in range(1, 9) else 1
-
-
-def read_image(path: Path, size: Sequence[int]) -> tuple[Tensor, int]:
-    """(C, H, W), as it is stored, and its EXIF orientation. uint8; float32 in 0..1 for 16 bits;
-    unchanged float32 for floating-point files. The file is (H, W), (H, W, C), or (C, H, W) if this
-    matches the size (H, W) of its mask, or of its mask turned by 90°."""
-    array, orientation = _read_array(path, palette=True)
-    if array.ndim == 2:
-        array = array[..., None]
-    if _channels_first(array.shape, size):
-        array = np.moveaxis(array, 0, 2)
-    if array.ndim != 3:
-        raise ValueError(f"{path}: expected an image, got an array of shape {array.shape}")
-    if array.dtype == np.uint16:
-        array = array.astype(np.float32) / 65_535
-    elif array.dtype == bool:
-        array = array.astype(np.uint8) * 255
-    elif array.dtype.kind == "f":
-        array = array.astype(np.float32)
-        if not (finite := np.isfinite(array)).all():
-            share = 1 - finite.mean()
-            raise ValueError(
-                f"{path}: expected finite values, got NaN or infinity in {100 * share:.3g} %"
-            )
-    elif array.dtype != np.uint8:
-        raise ValueError(f"{path}: expected 8 or 16 bits or floating values, got {array.dtype}")
-    return torch.from_numpy(np.moveaxis(array, 2, 0).copy()), orientation
-
-
-def read_upright(path: Path, channels: int) -> Tensor:
-    """An upright image (C, H, W) without a mask. Raises ValueError for other channels."""
-    image, orientation = read_image(path, ())
-    is_first = len(image) not in (1, channels) and image.shape[1] in (1, channels)
-    if is_first and _is_tiff(path):  # (C, H, W) was read as (H, W, C)
-        image = image.movedim(0, 2)
-    return upright(with_channels(image, channels, path), orientation)
-
-
-def with_channels(image: Tensor, channels: int, path: Path) -> Tensor:
-    """The image; a grey one with three equal channels, if three are expected."""
-    if image.shape[0] == 1 and channels == 3:
-        return image.expand(3, -1, -1)
-    if image.shape[0] != channels:
-        raise ValueError(
-            f"{path}: expected {channels} channels (--data.channels), got {image.shape[0]}"
-        )
-    return image
-
-
-def _channels_first(shape: tuple[int, ...], size: Sequence[int]) -> bool:
-    sizes = (tuple(size), tuple(size)[::-1])
-    return len(shape) == 3 and shape[1:] in sizes and shape[:2] not in sizes
 
 
 def _existing(path: Path) -> Path:

@@ -15,7 +15,8 @@ from torchvision.transforms import v2
 from .. import MULTIPLE
 from .counts import check_classes, class_counts
 from .digits import DigitScenes
-from .folders import open_folder, open_published, read_upright
+from .folders import open_folder, open_published
+from .images import read_upright
 from .loading import (
     BatchSampler,
     Draws,

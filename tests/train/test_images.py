@@ -1,0 +1,216 @@
+"""Formats of images and masks, written by their specifications or by Pillow; damaged files."""
+
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from image_files import image, mask, png, tiff, write
+from PIL import Image
+from scipy.io import savemat
+
+from anchorops.train.data.images import read_image, read_upright, read_values
+
+GREY = [[0, 1, 2, 3], [3, 2, 1, 0]]
+BINARY = [[0, 1, 1, 0], [1, 1, 0, 0]]
+WIDE = [[0, 1, 4660, 65_535]]
+RGB = [[[0, 1, 65_535], [256, 257, 4660]]] * 2
+RGBA = [[[0, 1, 65_535, 9], [256, 257, 4660, 0]]] * 2
+OPAQUE = [[[3, 65_535], [700, 65_535]]] * 2
+CMYK = [[[0, 0, 0, 0], [255, 0, 0, 0], [0, 51, 255, 0], [0, 0, 0, 255], [0, 128, 0, 128]]] * 2
+FROM_CMYK = [[[255, 255, 255], [0, 255, 255], [255, 204, 0], [0, 0, 0], [127, 63, 127]]] * 2
+PLANES = [[[0, 1, 2, 3, 4]] * 2, [[5, 6, 7, 8, 9]] * 2, [[10, 11, 12, 13, 255]] * 2]
+FROM_PLANES = [[[0, 5, 10], [1, 6, 11], [2, 7, 12], [3, 8, 13], [4, 9, 255]]] * 2
+PALETTE = [[9, 8, 7], [0, 0, 200], [5, 5, 5], [255, 0, 0]]
+PALETTE_BYTES = bytes(x for colour in PALETTE for x in colour)
+PALETTE_16 = [x << 8 for channel in zip(*PALETTE, strict=True) for x in (*channel, *[0] * 12)]
+BLACK_IS_ZERO, WHITE_IS_ZERO, IN_RGB, IN_PALETTE, IN_CMYK, IN_LAB = 1, 0, 2, 3, 5, 8
+
+CHANNELS = r": expected one channel of integer labels, got \w+ of shape"
+LOSSY = "JPEG changes labels: save the mask with another compression"
+
+
+def by_pillow(samples: list, kind: str, compression: str | None = None) -> bytes:
+    dtype = {"palette": "uint8", "YCbCr": "uint8", "bits": "bool"}.get(kind, kind)
+    picture = Image.fromarray(np.array(samples, dtype))
+    if kind == "palette":
+        picture.putpalette(PALETTE_BYTES)
+    if kind == "YCbCr":
+        picture = picture.convert(kind)
+    file = io.BytesIO()
+    picture.save(file, "TIFF", compression=compression)
+    return file.getvalue()
+
+
+def times(factor: int, samples: list) -> list:
+    return [[[factor * sample] for sample in row] for row in samples]
+
+
+def share(white: int, samples: list) -> list:
+    values = np.array(samples, np.float32) / white
+    return (values if values.ndim == 3 else values[..., None]).tolist()
+
+
+def coloured(samples: list) -> list:
+    return [[PALETTE[sample] for sample in row] for row in samples]
+
+
+# files; what an image shows, and what a mask stores, or errors
+FORMATS: dict[str, tuple[bytes, Any, Any]] = {
+    "grey_1.png": (png(BINARY, 1, 0), times(255, BINARY), BINARY),
+    "grey_2.png": (png(GREY, 2, 0), times(85, GREY), GREY),
+    "grey_4.png": (png(GREY, 4, 0), times(17, GREY), GREY),
+    "grey_8.png": (png(GREY, 8, 0), times(1, GREY), GREY),
+    "grey_16.png": (png(WIDE, 16, 0), share(65_535, WIDE), WIDE),
+    "grey_alpha_16.png": (png(OPAQUE, 16, 4), share(65_535, OPAQUE), [[3, 700]] * 2),
+    "palette_1.png": (png(BINARY, 1, 3, PALETTE_BYTES[:6]), coloured(BINARY), BINARY),
+    "palette_2.png": (png(GREY, 2, 3, PALETTE_BYTES), coloured(GREY), GREY),
+    "palette_4.png": (png(GREY, 4, 3, PALETTE_BYTES), coloured(GREY), GREY),
+    "palette_8.png": (png(GREY, 8, 3, PALETTE_BYTES), coloured(GREY), GREY),
+    "rgb_8.png": (png(FROM_CMYK, 8, 2), FROM_CMYK, CHANNELS),
+    "rgb_16.png": (png(RGB, 16, 2), share(65_535, RGB), CHANNELS),
+    "rgb_alpha_16.png": (png(RGBA, 16, 6), share(65_535, RGBA), CHANNELS),
+    "misnamed.png": (tiff(RGB, 16, IN_RGB), share(65_535, RGB), CHANNELS),
+    "grey_1.tif": (tiff(BINARY, 1, BLACK_IS_ZERO), times(255, BINARY), BINARY),
+    "grey_2.tif": (tiff(GREY, 2, BLACK_IS_ZERO), times(85, GREY), GREY),
+    "grey_4.tif": (tiff(GREY, 4, BLACK_IS_ZERO), times(17, GREY), GREY),
+    "grey_12.tif": (tiff(GREY, 12, BLACK_IS_ZERO), share(4095, GREY), GREY),
+    "grey_16.tif": (tiff(WIDE, 16, BLACK_IS_ZERO), share(65_535, WIDE), WIDE),
+    "tiled.tif": (tiff(WIDE, 16, BLACK_IS_ZERO, tile=16), share(65_535, WIDE), WIDE),
+    "white_1.tif": (
+        tiff(BINARY, 1, WHITE_IS_ZERO),
+        times(255, [[1, 0, 0, 1], [0, 0, 1, 1]]),
+        BINARY,
+    ),
+    "white_8.tif": (tiff([[0, 250]], 8, WHITE_IS_ZERO), [[[255], [5]]], [[0, 250]]),
+    "white_16.tif": (tiff([[0, 65_535]], 16, WHITE_IS_ZERO), [[[1.0], [0.0]]], [[0, 65_535]]),
+    "palette_1.tif": (
+        tiff(BINARY, 1, IN_PALETTE, palette=[0, 65_535, 0, 256, 0, 0]),
+        [[[0, 0, 0] if sample == 0 else [255, 1, 0] for sample in row] for row in BINARY],
+        BINARY,
+    ),
+    "palette_4.tif": (tiff(GREY, 4, IN_PALETTE, palette=PALETTE_16), coloured(GREY), GREY),
+    "rgb_16.tif": (tiff(RGB, 16, IN_RGB), share(65_535, RGB), CHANNELS),
+    "planes.tif": (tiff(PLANES, 8, IN_RGB, in_planes=True), FROM_PLANES, CHANNELS),
+    "cmyk.tif": (tiff(CMYK, 8, IN_CMYK), FROM_CMYK, CHANNELS),
+    "lab.tif": (tiff(CMYK, 8, IN_LAB), r"lab.tif cannot be read: .* got CIELAB", CHANNELS),
+    "ycbcr.tif": (by_pillow(FROM_CMYK, "YCbCr"), r"cannot be read: .* got YCBCR", CHANNELS),
+    "float.tif": (by_pillow([[0.5, -2]], "float32", "tiff_lzw"), [[[0.5], [-2]]], CHANNELS),
+    "int32.tif": (by_pillow([[5, 70_000]], "int32"), r"8 to 16 bits or floats", [[5, 70_000]]),
+    "palette_lzw.tif": (by_pillow(GREY, "palette", "tiff_lzw"), coloured(GREY), GREY),
+}
+for name in ("tiff_lzw", "tiff_adobe_deflate", "zstd", "packbits"):
+    FORMATS[f"{name}.tif"] = by_pillow(GREY, "uint8", name), times(1, GREY), GREY
+for name in ("group3", "group4", "tiff_ccitt") if sys.version_info >= (3, 11) else ():
+    FORMATS[f"{name}.tif"] = by_pillow(BINARY, "bits", name), times(255, BINARY), BINARY
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(name: str, tmp_path: Path):
+    content, shown, stored = FORMATS[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    if isinstance(shown, str):
+        with pytest.raises(ValueError, match=shown):
+            read_image(path, ())
+    else:
+        picture, _ = read_image(path, np.shape(shown)[:2])
+        assert picture.permute(1, 2, 0).tolist() == shown
+    if isinstance(stored, str):
+        with pytest.raises(ValueError, match=stored):
+            read_values(path)
+    else:
+        assert read_values(path)[0].astype(int).tolist() == stored
+
+
+@pytest.mark.parametrize("ending", ["png", "gif", "bmp"])
+def test_other_formats_of_pillow(ending: str, tmp_path: Path):
+    picture = Image.fromarray(np.array(GREY, np.uint8))
+    picture.putpalette(PALETTE_BYTES)
+    picture.save(tmp_path / f"x.{ending}")
+    assert read_values(tmp_path / f"x.{ending}")[0].tolist() == GREY
+    assert read_image(tmp_path / f"x.{ending}", ())[0].permute(1, 2, 0).tolist() == coloured(GREY)
+
+
+def test_formats_that_change_values(tmp_path: Path):
+    """JPEG shows what was saved, but with small errors; PPM of 16 bits becomes one of 8."""
+    red = np.full((16, 16, 3), [255, 0, 0], np.uint8)
+    (tmp_path / "x.tif").write_bytes(by_pillow(red.tolist(), "uint8", "jpeg"))
+    Image.fromarray(red).save(tmp_path / "x.jpg")
+    for name, reason in (("x.tif", LOSSY), ("x.jpg", "expected PNG, GIF, BMP or TIFF, got JPEG")):
+        picture, _ = read_image(tmp_path / name, ())
+        assert np.abs(picture.permute(1, 2, 0).numpy().astype(int) - red).max() <= 2
+        with pytest.raises(ValueError, match=f"{name} cannot be read: {reason}"):
+            read_values(tmp_path / name)
+    (tmp_path / "x.png").write_bytes(b"P5 1 1 65535\n\x12\x34")
+    with pytest.raises(ValueError, match=r"x.png cannot be read: expected .* or TIFF, got PPM"):
+        read_image(tmp_path / "x.png", ())
+
+
+@pytest.mark.parametrize("options", [{}, {"metadata": None}, {"compression": "zlib"}])
+@pytest.mark.parametrize("shape", [(1, 6, 9), (6, 9, 1)])
+def test_mask_with_an_axis_of_one(shape: tuple[int, ...], options: Any, tmp_path: Path):
+    tifffile.imwrite(tmp_path / "x.tif", mask(0, 1, 2).reshape(shape), **options)
+    assert read_values(tmp_path / "x.tif")[0].tolist() == mask(0, 1, 2).tolist()
+
+
+def test_transparency(tmp_path: Path):
+    """It is left away where every pixel is opaque."""
+    path = tmp_path / "x.png"
+    path.write_bytes(png([[[7, 255], [9, 255]]], 8, 4))
+    assert read_values(path)[0].tolist() == [[7, 9]]
+    path.write_bytes(png([[[7, 255], [9, 254]]], 8, 4))
+    with pytest.raises(ValueError, match=r"x.png: expected an opaque mask, got 1 transparent"):
+        read_values(path)
+
+
+def test_images_above_pillows_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 25)
+    for ending in ("png", "tif"):
+        write(tmp_path / f"image.{ending}", image())
+        write(tmp_path / f"mask.{ending}", mask(0, 1))
+    for read in (
+        lambda: read_upright(tmp_path / "image.png", 3),
+        lambda: read_values(tmp_path / "mask.png"),
+    ):
+        with pytest.raises(
+            ValueError, match=r"png has more pixels than Pillow reads \(0 megapix.* save it as TIFF"
+        ):
+            read()
+    assert read_upright(tmp_path / "image.tif", 3).permute(1, 2, 0).tolist() == image().tolist()
+    assert read_values(tmp_path / "mask.tif")[0].tolist() == mask(0, 1).tolist()
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "cut": lambda content: content[: len(content) * 2 // 3],
+    "empty": lambda _: b"",
+    "page": lambda _: b"<html>\nnot found\n</html>",
+    "zeros": lambda content: content[:40] + bytes(len(content) - 40),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.tif", "lzw.tif", "jpeg.tif", "x.mat"])
+def test_damaged_file(name: str, damage: str, tmp_path: Path):
+    path = tmp_path / name
+    noise = np.random.default_rng(0).integers(256, size=(64, 64), dtype=np.uint8)
+    if path.suffix == ".tif":
+        tifffile.imwrite(path, noise, compression=path.stem if path.stem != "x" else None)
+    else:
+        write(path, noise)
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    for read in (lambda: read_image(path, ()), lambda: read_values(path)):
+        with pytest.raises(ValueError) as raised:
+            read()
+        message = str(raised.value)
+        assert message.startswith(f"{path} cannot be read: ") and "\n" not in message
+
+
+def test_mat_file_without_labels(tmp_path: Path):
+    savemat(tmp_path / "x.mat", {"other": mask(0, 1)})
+    with pytest.raises(ValueError, match=r"x.mat cannot be read: expected a variable S"):
+        read_values(tmp_path / "x.mat")
