@@ -1,5 +1,6 @@
 """Data sets in directories that the tests write: pairing, formats, label values, messages."""
 
+import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import tifffile
 import torch
 from image_files import image, mask, write
+from jsonargparse import ArgumentParser
 from PIL import Image, ImageOps
 
 from anchorops.train.data.folders import MaskFolder, open_folder, open_published
@@ -63,6 +65,58 @@ def test_tiff_whose_channels_come_first(tmp_path: Path):
     write(tmp_path / "masks/train/x.png", mask(0, 1))
     pixels, _ = open_two(tmp_path, channels=7)[0]
     assert pixels.numpy().tolist() == planes.tolist()
+
+
+COLOUR_MAP = {"128,64,0": 1, "0, 0, 0": 0, "255,255,255": -1}
+
+
+def test_label_map_of_colours(tmp_path: Path):
+    """Of an RGB mask and of one with a palette. The class values 0 and 1 are colours no more."""
+    rows = [[[128, 64, 0]] * 2, [[0, 0, 0]] * 2, [[255, 255, 255]] * 2]
+    for name in ("x", "y"):
+        write(tmp_path / f"images/train/{name}.png", image(3, 2))
+    write(tmp_path / "masks/train/x.png", np.array(rows, np.uint8))
+    indexed = Image.fromarray(np.array([[2, 2], [0, 0], [1, 1]], np.uint8))
+    indexed.putpalette([0, 0, 0, 255, 255, 255, 128, 64, 0])
+    indexed.save(tmp_path / "masks/train/y.png")
+    data = open_two(tmp_path, label_map=COLOUR_MAP)
+    for index in range(2):
+        assert data[index][1].tolist() == [[1, 1], [0, 0], [-1, -1]]
+    rows[0][0] = [128, 64, 1]
+    write(tmp_path / "masks/train/x.png", np.array(rows, np.uint8))
+    with pytest.raises(
+        ValueError, match=r"x.png: colours \['128,64,1'\] are not in --data\.label_"
+    ):
+        data.read_labels(0)
+    with pytest.raises(
+        ValueError, match=r"x.png: expected one channel .* --data\.label_map '\{\"R,"
+    ):
+        open_two(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("label_map", "message"),
+    [
+        ({"1,2,3": 0, 4: 1}, "expected either values or colours, got both"),
+        ({"1,2,256": 0}, "expected values, or colours 'R,G,B' of 0 to 255, got '1,2,256'"),
+        ({"1,2": 0}, "got '1,2'"),
+        ({"red": 0}, "got 'red'"),
+        ({"1,2,3": 2}, "and classes -1 to 1, got 1,2,3: 2"),
+    ],
+)
+def test_label_map_that_cannot_be(label_map: dict[int | str, int], message: str, folder: Path):
+    with pytest.raises(ValueError, match=f"--data.label_map: .*{message}"):
+        open_folder(folder, "train", label_map=label_map)
+
+
+@pytest.mark.parametrize("label_map", [{128: 1, 7: -1}, {"128,64,0": 1, "0,0,0": -1}])
+def test_label_map_on_the_command_line(label_map: dict[int | str, int]):
+    """And in the configuration of the run, which a run that goes on reads."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(SegmentationData, "data")
+    options = parser.parse_args(["--data.label_map", json.dumps(label_map)])
+    assert options.data.label_map == label_map
+    assert parser.parse_string(parser.dump(options)).data.label_map == label_map
 
 
 @pytest.mark.parametrize("value", [-1, 70_000])

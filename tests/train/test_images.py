@@ -13,7 +13,7 @@ from image_files import image, mask, png, tiff, write
 from PIL import Image
 from scipy.io import savemat
 
-from anchorops.train.data.images import read_image, read_upright, read_values
+from anchorops.train.data.images import read_colours, read_image, read_upright, read_values
 
 GREY = [[0, 1, 2, 3], [3, 2, 1, 0]]
 BINARY = [[0, 1, 1, 0], [1, 1, 0, 0]]
@@ -30,7 +30,7 @@ PALETTE_BYTES = bytes(x for colour in PALETTE for x in colour)
 PALETTE_16 = [x << 8 for channel in zip(*PALETTE, strict=True) for x in (*channel, *[0] * 12)]
 BLACK_IS_ZERO, WHITE_IS_ZERO, IN_RGB, IN_PALETTE, IN_CMYK, IN_LAB = 1, 0, 2, 3, 5, 8
 
-CHANNELS = r": expected one channel of integer labels, got \w+ of shape"
+CHANNELS = r": expected one channel of integer labels, got \w+ of shape .* --data\.label_map"
 LOSSY = "JPEG changes labels: save the mask with another compression"
 
 
@@ -144,8 +144,9 @@ def test_formats_that_change_values(tmp_path: Path):
     for name, reason in (("x.tif", LOSSY), ("x.jpg", "expected PNG, GIF, BMP or TIFF, got JPEG")):
         picture, _ = read_image(tmp_path / name, ())
         assert np.abs(picture.permute(1, 2, 0).numpy().astype(int) - red).max() <= 2
-        with pytest.raises(ValueError, match=f"{name} cannot be read: {reason}"):
-            read_values(tmp_path / name)
+        for read in (read_values, read_colours):
+            with pytest.raises(ValueError, match=f"{name} cannot be read: {reason}"):
+                read(tmp_path / name)
     (tmp_path / "x.png").write_bytes(b"P5 1 1 65535\n\x12\x34")
     with pytest.raises(ValueError, match=r"x.png cannot be read: expected .* or TIFF, got PPM"):
         read_image(tmp_path / "x.png", ())
@@ -163,9 +164,32 @@ def test_transparency(tmp_path: Path):
     path = tmp_path / "x.png"
     path.write_bytes(png([[[7, 255], [9, 255]]], 8, 4))
     assert read_values(path)[0].tolist() == [[7, 9]]
+    path.write_bytes(png([[[1, 2, 3, 255], [0, 0, 0, 255]]], 8, 6))
+    assert read_colours(path)[0].tolist() == [[0x010203, 0]]
     path.write_bytes(png([[[7, 255], [9, 254]]], 8, 4))
-    with pytest.raises(ValueError, match=r"x.png: expected an opaque mask, got 1 transparent"):
-        read_values(path)
+    for read in (read_values, read_colours):
+        with pytest.raises(ValueError, match=r"x.png: expected an opaque mask, got 1 transparent"):
+            read(path)
+
+
+def test_colours(tmp_path: Path):
+    """Of pictures that differ only in how they are stored."""
+    black_and_white = [[0x000000, 0xFFFFFF, 0xFFFFFF, 0x000000]]
+    files = {
+        "rgb.png": png([[[0] * 3, [255] * 3, [255] * 3, [0] * 3]], 8, 2),
+        "grey.png": png([[0, 1, 1, 0]], 1, 0),
+        "palette.png": png([[1, 0, 0, 1]], 8, 3, bytes([255, 255, 255, 0, 0, 0])),
+        "white.tif": tiff([[1, 0, 0, 1]], 1, WHITE_IS_ZERO),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        assert read_colours(tmp_path / name)[0].tolist() == black_and_white
+    (tmp_path / "planes.tif").write_bytes(tiff(PLANES, 8, IN_RGB, in_planes=True))
+    codes = [[0x00050A, 0x01060B, 0x02070C, 0x03080D, 0x0409FF]] * 2
+    assert read_colours(tmp_path / "planes.tif")[0].tolist() == codes
+    (tmp_path / "wide.png").write_bytes(png(RGB, 16, 2))
+    with pytest.raises(ValueError, match=r"wide.png: expected colours of 8 bits, .* got float32"):
+        read_colours(tmp_path / "wide.png")
 
 
 def test_images_above_pillows_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import IGNORED
 from .images import (
+    read_colours,
     read_image,
     read_size,
     read_values,
@@ -22,6 +23,7 @@ from .images import (
 CLASSES = "classes.txt"
 IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 LABEL_VALUES = 65_536
+COLOURS = 2**24
 UNKNOWN = -2  # in a table of labels
 NO_CLASS = 255  # in masks: ignored if there are at most this number of classes
 
@@ -60,6 +62,7 @@ class MaskFolder:
         classes: names.
         labels: class of each value in the masks, −1 ignored; any other value is an error.
         channels: of the images.
+        colours: whether the values are colours, R·2¹⁶ + G·2⁸ + B.
     """
 
     def __init__(
@@ -68,15 +71,17 @@ class MaskFolder:
         classes: Sequence[str],
         labels: Mapping[int, int],
         channels: int = 3,
+        colours: bool = False,
     ) -> None:
+        self.pairs, self.classes, self.channels, self.colours = pairs, classes, channels, colours
+        limit = COLOURS if colours else LABEL_VALUES
         for value, label in labels.items():
-            if not (0 <= value < LABEL_VALUES and IGNORED <= label < len(classes)):
+            if not (0 <= value < limit and IGNORED <= label < len(classes)):
                 raise ValueError(
                     f"--data.label_map: expected values 0 to {LABEL_VALUES - 1} and classes "
-                    f"{IGNORED} to {len(classes) - 1}, got {value}: {label}"
+                    f"{IGNORED} to {len(classes) - 1}, got {self._key(value)}: {label}"
                 )
-        self.pairs, self.classes, self.labels, self.channels = pairs, classes, labels, channels
-        self._table = np.full(LABEL_VALUES, UNKNOWN, np.int16)
+        self._table = np.full(limit, UNKNOWN, np.int16)
         for value, label in labels.items():
             self._table[value] = label
 
@@ -135,18 +140,26 @@ class MaskFolder:
 
     def _read_labels(self, index: int) -> tuple[Tensor, int]:
         path = self.pairs[index][1]
-        values, orientation = read_values(path)
+        values, orientation = (read_colours if self.colours else read_values)(path)
         lowest, highest = int(values.min()), int(values.max())
         if not 0 <= lowest <= highest < len(self._table):
             raise ValueError(f"{path}: expected labels 0 to 65535, got {lowest} to {highest}")
-        labels = self._table[values.astype(np.uint16)]
+        labels = self._table[values.astype(np.uint32 if self.colours else np.uint16, copy=False)]
         if (labels == UNKNOWN).any():
-            unknown = np.unique(values[labels == UNKNOWN])[:5].tolist()
+            first = np.unique(values[labels == UNKNOWN])[:5].tolist()
+            unknown = [self._key(value) for value in first]
+            if self.colours:
+                raise ValueError(f"{path}: colours {unknown} are not in --data.label_map")
             raise ValueError(
                 f"{path}: label values {unknown} are not those of the {len(self.classes)} classes "
                 "nor ignored; name more classes, or map the values with --data.label_map"
             )
         return torch.from_numpy(labels), orientation
+
+    def _key(self, value: int) -> int | str:
+        """A value as in --data.label_map."""
+        red, green, blue = value >> 16, value >> 8 & 255, value & 255
+        return f"{red},{green},{blue}" if self.colours else value
 
 
 def _existing(path: Path) -> Path:
@@ -290,7 +303,7 @@ def open_folder(
     *,
     image_suffix: str | None = None,
     mask_suffix: str | None = None,
-    label_map: Mapping[int, int] | None = None,
+    label_map: Mapping[int | str, int] | None = None,
     channels: int = 3,
 ) -> MaskFolder:
     """A split of your own data: images/SPLIT/… and masks/SPLIT/…, with the same names except for
@@ -298,21 +311,46 @@ def open_folder(
 
     Values in the masks, of 8 or 16 bits, are the classes 0, 1, …; with at most 255 classes, 255 is
     ignored. label_map replaces this for the values that it contains: by a class, or by −1 for
-    ignored (or 255 with at most 255 classes).
+    ignored (or 255 with at most 255 classes). If its keys are colours, "R,G,B", the masks have no
+    other ones.
     """
     classes = _read_classes(_existing(root))
     if classes is None:
         raise ValueError(f"{root / CLASSES} does not exist: write the name of a class on each line")
     if len(classes) < 2:
         raise ValueError(f"{root / CLASSES}: expected 2 classes or more, got {len(classes)}")
-    labels = {NO_CLASS: IGNORED} | {k: k for k in range(len(classes))} | dict(label_map or {})
+    labels, colours = _by_value_or_colour(label_map or {})
+    if not colours:
+        labels = {NO_CLASS: IGNORED} | {k: k for k in range(len(classes))} | labels
     if len(classes) <= NO_CLASS:
         labels = {k: IGNORED if label == NO_CLASS else label for k, label in labels.items()}
     image_end = (image_suffix,) if image_suffix else IMAGES
     mask_end = (mask_suffix,) if mask_suffix else (".png", ".tif", ".tiff")
     folders = root / "images" / split, root / "masks" / split
     pairs = _matched(*folders, image_end, mask_end, other_masks=False)
-    return MaskFolder(pairs, classes, labels, channels)
+    return MaskFolder(pairs, classes, labels, channels, colours)
+
+
+def _by_value_or_colour(label_map: Mapping[int | str, int]) -> tuple[dict[int, int], bool]:
+    """The map with integers as keys, and whether they are colours, R·2¹⁶ + G·2⁸ + B."""
+    values: dict[int, int] = {}
+    colours: dict[int, int] = {}
+    for key, label in label_map.items():
+        try:
+            numbers = [int(part) for part in str(key).split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) == 3 and all(0 <= number <= 255 for number in numbers):
+            colours[numbers[0] << 16 | numbers[1] << 8 | numbers[2]] = label
+        elif len(numbers) == 1:
+            values[numbers[0]] = label
+        else:
+            raise ValueError(
+                f"--data.label_map: expected values, or colours 'R,G,B' of 0 to 255, got {key!r}"
+            )
+    if values and colours:
+        raise ValueError("--data.label_map: expected either values or colours, got both")
+    return colours or values, bool(colours)
 
 
 def _read_classes(root: Path) -> list[str] | None:

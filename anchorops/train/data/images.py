@@ -91,9 +91,28 @@ def read_values(path: Path) -> tuple[np.ndarray, int]:
     if array.ndim != 2 or array.dtype.kind not in "uib":
         raise ValueError(
             f"{path}: expected one channel of integer labels, got {array.dtype} of shape "
-            f"{array.shape}"
+            f"{array.shape}; for colours, give --data.label_map '{{\"R,G,B\": CLASS, …}}'"
         )
     return array, orientation
+
+
+def read_colours(path: Path) -> tuple[np.ndarray, int]:
+    """The colours of a mask as a viewer shows them, R·2¹⁶ + G·2⁸ + B, uint32 (H, W), and its EXIF
+    orientation. Raises ValueError as read_values does."""
+    array, orientation = _decoded(path, stored=False, formats=LABEL_FORMATS)
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim == 3 and array.shape[2] not in (1, 2, 3, 4):
+        array = np.moveaxis(array, 0, 2)
+    if array.ndim == 3 and array.shape[2] in (2, 4) and array.dtype == np.uint8:
+        array = _without_alpha(array, path)
+    if array.ndim != 3 or array.shape[2] not in (1, 3) or array.dtype != np.uint8:
+        raise ValueError(
+            f"{path}: expected colours of 8 bits, as in --data.label_map, got {array.dtype} of "
+            f"shape {array.shape}"
+        )
+    red, green, blue = np.moveaxis(np.broadcast_to(array, (*array.shape[:2], 3)), 2, 0)
+    return red.astype(np.uint32) << 16 | green.astype(np.uint32) << 8 | blue, orientation
 
 
 def _without_alpha(array: np.ndarray, path: Path) -> np.ndarray:

@@ -66,7 +66,8 @@ class SegmentationData(LightningDataModule):
         image_suffix: folder: ending of image names (_rgb.tif); any known one if not given.
         mask_suffix: folder: ending of mask names (_labels.png).
         label_map: folder: values in the masks and their classes, or −1 for ignored:
-            '{128: 1, 7: -1}'. With at most 255 classes, 255 is also ignored.
+            '{128: 1, 7: -1}'. With at most 255 classes, 255 is also ignored. Or the colours in the
+            masks, all of them: '{"128,64,0": 1, "0,0,0": -1}'.
         channels: folder: channels of the images.
         short_side: Images are scaled to this short side, keeping their aspect ratio.
         long_side: Images are scaled to this long side; with short_side, so that neither is
@@ -101,7 +102,7 @@ class SegmentationData(LightningDataModule):
         data_seed: int | None = None,
         image_suffix: str | None = None,
         mask_suffix: str | None = None,
-        label_map: dict[int, int] | None = None,
+        label_map: dict[int, int] | dict[str, int] | None = None,
         channels: int = 3,
         short_side: int | None = None,
         long_side: int | None = None,
