@@ -83,9 +83,10 @@ def _weights(starts: Sequence[int], length: int, window: int, low: int, size: in
     scales the result to full resolution. starts: the first pixels of the windows."""
     window = min(length, window)
     padded = window + -window % MULTIPLE
-    image = torch.zeros(len(starts), low, length)
+    image = torch.zeros(len(starts), low, length, dtype=torch.float32)
+    upsampled = _interpolate(torch.eye(low, dtype=torch.float32), padded)[:, :window]
     for part, start in zip(image, starts, strict=True):
-        part[:, start : start + window] = _interpolate(torch.eye(low), padded)[:, :window]
+        part[:, start : start + window] = upsampled
     image /= image.any(1).sum(0)
     return _interpolate(image.flatten(0, 1), size).T
 
@@ -127,7 +128,11 @@ def _scaled(images: Tensor, scale: float) -> Tensor:
     if scale == 1:
         return images
     size = [max(1, round(side * scale)) for side in images.shape[2:]]
-    return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
+    # torch has no kernel with antialiasing for bfloat16 on a CPU
+    scaled = F.interpolate(
+        images.float(), size, mode="bilinear", align_corners=False, antialias=True
+    )
+    return scaled.to(images.dtype)
 
 
 def predict(

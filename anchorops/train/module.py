@@ -151,13 +151,19 @@ class SegmentationModule(LightningModule):
         """The memory format of images, features and weights."""
         return torch.channels_last if self.options.channels_last else torch.preserve_format
 
+    def as_weights(self, images: Tensor) -> Tensor:
+        """The images on the device of the weights, in their dtype and memory format."""
+        weight = self.network.classifier.weight
+        return images.to(weight.device, weight.dtype, memory_format=self.layout)
+
     @property
     def prediction(self) -> dict[str, Any]:
         """How images are predicted: arguments of `predict`."""
         options = self.options
+        sliding = options.evaluation == "sliding"
         return {
-            "window": self.data.options.crop if options.evaluation == "sliding" else None,
-            "stride": options.window_stride,
+            "window": self.data.options.crop if sliding else None,
+            "stride": options.window_stride if sliding else None,
             "scales": tuple(options.eval_scales),
             "flip": options.eval_flip,
         }
@@ -215,7 +221,7 @@ class SegmentationModule(LightningModule):
         self.learner = Learner(model, regularizer, loss, options.auxiliary_weight)
         device = self.trainer.strategy.root_device
         self.learner.to(device).to(memory_format=self.layout)  # pyright: ignore
-        self._upsample_late(device)
+        self._upsample_late()
         on_gpus = device.type == "cuda"
         if self.trainer.world_size > 1 and on_gpus:  # torch has no other synchronised batch norm
             convert_sync_batchnorm(self.learner)
@@ -286,17 +292,17 @@ class SegmentationModule(LightningModule):
         self.log_dict({"step": float(step), "lr": optimizer.param_groups[0]["lr"], **terms})
         return loss
 
-    def _upsample_late(self, device: torch.device) -> None:
+    def _upsample_late(self) -> None:
         """When the network is on its device: what runs later depends on that."""
-        images = torch.zeros(1, self.channels, *self.data.options.crop, device=device)
-        upsample_late(self.network, images)
+        images = torch.zeros(1, self.channels, *self.data.options.crop)
+        upsample_late(self.network, self.as_weights(images))
 
     def on_predict_start(self) -> None:
-        self._upsample_late(self.device)
+        self._upsample_late()
 
     def on_validation_start(self) -> None:
         if self.trainer.state.fn == "validate":
-            self._upsample_late(self.device)
+            self._upsample_late()
         if dist.is_initialized():  # statistics of batch normalisation: those of the first rank
             for buffer in self.buffers():
                 dist.broadcast(buffer, 0)
@@ -311,9 +317,8 @@ class SegmentationModule(LightningModule):
 
     def _predict(self, images: Tensor, size: Sequence[int]) -> Tensor:
         """Classes int64 (B, *size), in the precision of the weights."""
-        images = images.to(memory_format=self.layout)
         with torch.autocast(self.device.type, enabled=False):
-            return predict(self.network, images, size, **self.prediction)
+            return predict(self.network, self.as_weights(images), size, **self.prediction)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch

@@ -28,11 +28,10 @@ def measure_complexity(module: "SegmentationModule") -> dict[str, float]:
     left_out = [m for m in model.modules() if isinstance(m, Regularizer)]
     left_out += [] if model.auxiliary is None else [model.auxiliary]
     extra = {parameter for part in left_out for parameter in part.parameters()}
+    image = module.as_weights(torch.zeros(1, channels, *size))
     abstract = copy.deepcopy(model).to("meta")
     with FlopCounterMode(display=False) as counter:
-        abstract(torch.empty(1, channels, *size, device="meta"))
-    image = torch.zeros(1, channels, *size, device=module.device)
-    image = image.to(memory_format=module.layout)
+        abstract(image.to("meta"))
 
     def run() -> None:
         predict(model, image, size)

@@ -29,7 +29,7 @@ def features_and_labels(
     for inputs, labels in itertools.islice(data.val_dataloader(), batches):
         inputs, labels = inputs.to(module.device), labels.to(module.device)
         resized = F.interpolate(labels[:, None].float(), inputs.shape[2:], mode="nearest")
-        features = module.network.body(pad_to_multiple(inputs).to(memory_format=module.layout))
+        features = module.network.body(module.as_weights(pad_to_multiple(inputs)))
         yield features.float(), pad_to_multiple(resized[:, 0].long(), IGNORED)
 
 

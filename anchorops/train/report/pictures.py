@@ -42,7 +42,7 @@ def draw_predictions(module: "SegmentationModule", count: int, *, title: str) ->
     for index in range(min(count, len(dataset))):
         image, labels = dataset[index]
         network_input = module.data.transform(tv_tensors.Image(image)).as_subclass(Tensor)
-        images = network_input[None].to(module.device, memory_format=module.layout)
+        images = module.as_weights(network_input[None])
         (classes,) = predict(module.network, images, labels.shape, **module.prediction)
         seen |= {*labels.unique().tolist(), *classes.unique().tolist()}
         parts = (_rgb(image), colors[labels.numpy()], colors[classes.cpu().numpy()])
