@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .module import SegmentationModule
+from .options import COUNT, NUMBER, check
 from .report.cost import measure_complexity
 from .report.features import collapse_measures
 from .report.pictures import draw_predictions
@@ -69,6 +70,7 @@ class Saving(Callback):
     ECHO = 1.0  # seconds in which torchrun forwards a Ctrl-C that its ranks have also received
 
     def __init__(self, every: int = 500) -> None:
+        check("saving", {"every": every}, {"every": COUNT})
         self.every = every
         self.validating = False
         """Whether the validation of this step is not finished."""
@@ -210,6 +212,7 @@ class NeuralCollapse(Callback):
     """
 
     def __init__(self, images: int = 0) -> None:
+        check("collapse", {"images": images}, {"images": NUMBER})
         self.images = images
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 try:
     import torch
     import yaml
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.loggers import TensorBoardLogger
@@ -34,6 +35,7 @@ try:
     from .metrics import Metrics
     from .module import SegmentationModule
     from .networks.learner import PUBLISHED
+    from .options import TRAINER, check
     from .report.compare import comparison, load_results
     from .run import CONFIG, check_same
 except ModuleNotFoundError as error:
@@ -52,6 +54,7 @@ IGNORED_WARNINGS = (
     "`isinstance.treespec, LeafSpec",
     "The '.*_dataloader' does not have many workers",
 )
+MAX_SEED = 2**32 - 1
 DEMO_SHOWS = """
 mIoU: mean over the classes of intersection over union. head, body, tail: the same over frequent,
 less frequent and rare classes. mAcc: mean over the classes of the share of pixels found. All in %.
@@ -79,7 +82,7 @@ class Program(LightningCLI):
             SegmentationModule,
             SegmentationData,
             save_config_callback=None,
-            seed_everything_default=0,
+            parser_kwargs={"prog": "anchorops-train", "exit_on_error": False},
             trainer_defaults={
                 "max_epochs": 1,  # of as many steps as the run has
                 "check_val_every_n_epoch": None,
@@ -104,6 +107,10 @@ class Program(LightningCLI):
             "predict": {*skipped, "return_predictions"},
         }
 
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        help = f"Random seed of the run, 0 to {MAX_SEED}."
+        parser.add_argument("--seed_everything", type=int, default=0, help=help)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--run",
@@ -126,10 +133,19 @@ class Program(LightningCLI):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Also turns the checkpoints `last` and `best` into files of the run."""
+        """Also checks the trainer's options, and turns the checkpoints `last` and `best` into files
+        of the run."""
         super().parse_arguments(parser, args)
         command = self.config.subcommand
         options = self.config[command]
+        if not 0 <= options.seed_everything <= MAX_SEED:
+            raise ValueError(
+                f"--seed_everything: expected 0 to {MAX_SEED}, got {options.seed_everything}"
+            )
+        if command == "fit":
+            check("trainer", options.trainer, TRAINER)
+            if isinstance(options.trainer.val_check_interval, float):  # for Lightning, of an epoch
+                options.trainer.check_val_every_n_epoch = 1
         self.run = Path(options.run or self._default_run(options)).absolute()
         options.run, name = str(self.run), options.ckpt_path
         if command != "fit":
@@ -348,7 +364,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stopped.exit_status
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except (ValueError, OSError) as error:
+    except argparse.ArgumentError as error:  # of the parser, in several lines
+        print(f"anchorops-train: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError, ModuleNotFoundError, MisconfigurationException) as error:
         # for an error in a worker of the data loader, the message contains the whole traceback
         _, _, message = str(error).rstrip().rpartition("\nValueError: ")
         print(f"anchorops-train: {message}", file=sys.stderr)

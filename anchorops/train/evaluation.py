@@ -67,10 +67,15 @@ def largest(terms: Sequence[Term], *, softmax: bool = False) -> Tensor:
     return classes
 
 
+def check_stride(window: Sequence[int], stride: Sequence[int]) -> None:
+    """Raises ValueError where pixels between two windows would be in none."""
+    for side, step in zip(window, stride, strict=True):
+        if not 1 <= step <= side:
+            raise ValueError(f"--model.window_stride: expected 1 to the crop's {side}, got {step}")
+
+
 def _starts(length: int, window: int, stride: int) -> list[int]:
     """First pixels of windows that cover the length: the last one ends where the length ends."""
-    if not 1 <= stride <= window:
-        raise ValueError(f"--model.window_stride: expected 1 to the crop's {window}, got {stride}")
     if length <= window:
         return [0]
     return [*range(0, length - window, stride), length - window]
@@ -106,6 +111,7 @@ def window_logits(
     this size; window and stride as in `predict`."""
     (height, width), (rows, columns) = images.shape[2:], window or images.shape[2:]
     down, right = stride or (max(1, rows * 2 // 3), max(1, columns * 2 // 3))
+    check_stride((rows, columns), (down, right))
     tops, lefts = _starts(height, rows, down), _starts(width, columns, right)
     logits = images.new_empty(0)
     for i, top in enumerate(tops):

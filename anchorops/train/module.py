@@ -16,7 +16,7 @@ import anchorops as ao
 from . import IGNORED
 from .data.loading import mixed_seed
 from .data.module import SegmentationData
-from .evaluation import predict, summarize
+from .evaluation import check_stride, predict, summarize
 from .networks.learner import (
     Learner,
     arguments_of,
@@ -27,6 +27,7 @@ from .networks.learner import (
     parameter_groups,
 )
 from .networks.models import CHECKPOINT_PREFIX, Segmenter, build_model, upsample_late
+from .options import MODEL, check
 
 RANDOM_WEIGHTS = (
     "WARNING: the network starts from random weights; trained ones are usually much better "
@@ -86,7 +87,7 @@ class SegmentationModule(LightningModule):
         seed: Random seed of the weights and of each step; the command line sets it to that of the
             run.
 
-    Raises ValueError for a method that is chosen twice.
+    Raises ValueError for a value out of range, and for a method that is chosen twice.
     """
 
     def __init__(
@@ -124,8 +125,12 @@ class SegmentationModule(LightningModule):
         super().__init__()
         self.save_hyperparameters(logger=False)
         self.options: Any = self.hparams
-        if len({*methods}) < len(methods):
-            raise ValueError(f"--model.methods: expected each at most once, got {methods}")
+        check("model", self.options, MODEL)
+        if loss == "dice" and (ohem_threshold, ohem_min_kept) != (None, None):
+            raise ValueError(
+                "--model.loss: expected ce, focal or ce+dice with --model.ohem_threshold or "
+                "--model.ohem_min_kept, got dice"
+            )
         self.learner: Learner | None = None
         """Built where the data or a checkpoint tell the number of classes."""
         self.channels: int
@@ -167,6 +172,11 @@ class SegmentationModule(LightningModule):
             "scales": tuple(options.eval_scales),
             "flip": options.eval_flip,
         }
+
+    def setup(self, stage: str) -> None:
+        """Find a stride that leaves gaps before the training, not at its first validation."""
+        if self.prediction["stride"] is not None:
+            check_stride(self.prediction["window"], self.prediction["stride"])
 
     def configure_model(self) -> None:
         """Build the network, its methods and its loss for a training. For a validation and for

@@ -94,10 +94,12 @@ def test_auxiliary_head_adds_its_cross_entropy():
 
 
 def test_networks_that_cannot_be():
-    with pytest.raises(ValueError, match=r"model: expected hrnet-w18-small, .* got 'alexnet'"):
+    with pytest.raises(ValueError, match=r"--model.network: expected hrnet-.*, got 'alexnet'"):
         build_model("alexnet", 3)
-    with pytest.raises(ValueError, match="model 'unet:alexnet'"):
+    with pytest.raises(ValueError, match=r"--model.network unet:alexnet: .*encoder name"):
         build_model("unet:alexnet", 3)
+    with pytest.raises(ValueError, match=r"--model.network unet:tu-alexnet: Unknown model"):
+        build_model("unet:tu-alexnet", 3)
     with pytest.raises(
         ValueError, match=r"--model.auxiliary_weight: expected 0, dpt:.* has no map"
     ):

@@ -15,7 +15,6 @@ from anchorops.train.data.digits import DigitScenes
 from anchorops.train.data.loading import BatchSampler, Draws, PhotometricDistort, VariedCrop
 from anchorops.train.data.module import SegmentationData
 from anchorops.train.evaluation import class_groups, summarize
-from anchorops.train.module import SegmentationModule
 from anchorops.train.networks.learner import (
     SETTINGS,
     Learner,
@@ -250,12 +249,3 @@ def test_method_options():
         build_regularizer(["sar"], {"sar.momentum": "foo"}, 11, 240)
     with pytest.raises(ValueError, match=r"METHOD among --model.methods \['sar'\]"):
         build_regularizer(["sar"], {"occl.temperature": 1}, 11, 240)
-
-
-def test_options_that_are_refused():
-    with pytest.raises(ValueError, match=r"--model.methods: expected each at most once"):
-        SegmentationModule(methods=["sar", "sar"])
-    with pytest.raises(ValueError, match=r"--data.crop: expected two multiples of 32, got \(50, 6"):
-        SegmentationData(crop=(50, 64))
-    with pytest.raises(ValueError, match=r"--data.root: expected a --data.dataset with files, got"):
-        SegmentationData(root="data").splits()

@@ -21,13 +21,21 @@ class Counts(NamedTuple):
     images: Tensor
 
 
-def class_counts(dataset: Segmentation) -> Counts:
-    """The counts of the first 2000 digit scenes, or of all masks on disk."""
+def class_counts(dataset: Segmentation, *, one_size: bool = False) -> Counts:
+    """The counts of the first 2000 digit scenes, or of all masks on disk. Raises ValueError for a
+    wrong mask, and with `one_size` for masks of several sizes."""
     num_classes = len(dataset.classes)
+    first = dataset.read_labels(0).shape if one_size and isinstance(dataset, MaskFolder) else None
 
     def count(index: int) -> Counts:  # counts, because masks would fill the memory
         if isinstance(dataset, MaskFolder):
             labels = dataset.read_labels(index)
+            if first not in (None, labels.shape):
+                (one, _), (other, _) = dataset.pairs[0], dataset.pairs[index]
+                raise ValueError(
+                    f"--data.eval_batch_size: expected 1 for images of several sizes: {one} has "
+                    f"{tuple(first)}, {other} {tuple(labels.shape)}"
+                )
         else:
             _, labels = dataset[index]
         pixels = class_histogram(labels, num_classes)

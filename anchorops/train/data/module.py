@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from .. import MULTIPLE
+from ..options import DATA, check, check_used
 from .counts import check_classes, class_counts
 from .digits import DigitScenes
 from .folders import open_folder, open_published
@@ -80,7 +80,7 @@ class SegmentationData(LightningDataModule):
         seed: Random seed of the order and the augmentation; the command line sets it to that of
             the run.
 
-    Raises ValueError for a crop of other sides, and for a split that the data set does not have.
+    Raises ValueError for a value out of range, and for a split that the data set does not have.
     """
 
     def __init__(
@@ -114,8 +114,7 @@ class SegmentationData(LightningDataModule):
         super().__init__()
         self.save_hyperparameters(logger=False)
         self.options: Any = self.hparams
-        if any(side < MULTIPLE or side % MULTIPLE for side in crop):
-            raise ValueError(f"--data.crop: expected two multiples of {MULTIPLE}, got {crop}")
+        check("data", self.options, DATA)
         self.training_set: Segmentation | None = None
         self.validation_set: Segmentation
         self.classes: Sequence[str] = ()
@@ -129,11 +128,10 @@ class SegmentationData(LightningDataModule):
     def splits(self) -> tuple[Segmentation, Segmentation]:
         """Training and validation split."""
         options = self.options
+        check_used(options, SegmentationData)
         if options.dataset == "digits":
             if options.split != "val":
                 raise ValueError(f"--data.split: digits has train, val, got {options.split}")
-            if options.root is not None:
-                raise ValueError("--data.root: expected a --data.dataset with files, got digits")
             seed = options.seed if options.data_seed is None else options.data_seed
             return (
                 DigitScenes(
@@ -167,9 +165,14 @@ class SegmentationData(LightningDataModule):
         assert trainer is not None
         if stage == "fit" and options.split != "val":
             raise ValueError(f"--data.split: fit expects val, got {options.split}")
-        splits = self.training_set, self.validation_set = self.splits()
+        self.training_set, self.validation_set = self.splits()
+        self._check_shared("validation", len(self.validation_set))
         self.classes = self.training_set.classes
-        counted: Any = [class_counts(x) for x in splits] if trainer.is_global_zero else None
+        counted: Any = None
+        if trainer.is_global_zero:
+            one_size = options.eval_batch_size > 1
+            training = class_counts(self.training_set)
+            counted = training, class_counts(self.validation_set, one_size=one_size)
         training, validation = trainer.strategy.broadcast(counted)
         absent = check_classes(self.classes, training.pixels, validation.pixels)
         self.frequencies = training.pixels / training.pixels.sum()
@@ -183,6 +186,15 @@ class SegmentationData(LightningDataModule):
         )
         if absent:
             print("no training pixels:", shorten(", ".join(absent), 200), file=sys.stderr)
+
+    def _check_shared(self, what: str, images: int) -> None:
+        """Raises ValueError if a rank would get none of the images, and wait for the others."""
+        ranks = self.trainer.world_size if self.trainer else 1
+        if images < ranks:
+            raise ValueError(
+                f"{what}: expected at least one image for each of {ranks} ranks "
+                f"(--trainer.devices), got {images}"
+            )
 
     def train_dataloader(self) -> Loader:
         options, trainer = self.options, self.trainer
@@ -227,6 +239,7 @@ class SegmentationData(LightningDataModule):
         assert trainer is not None
         if not paths:
             raise ValueError("predict: --data.images: expected files of images, got none")
+        self._check_shared("predict", len(paths))
         return Loader(
             UnlabelledImages(paths, self.transform, self.options.channels),
             self.options.workers,

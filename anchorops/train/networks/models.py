@@ -186,7 +186,7 @@ def _smp_body(
         architecture, encoder = "segformer", SEGFORMERS[name]
     if not encoder:
         known = ", ".join([*HRNETS, *SEGFORMERS])
-        raise ValueError(f"model: expected {known} or ARCHITECTURE:ENCODER, got {name!r}")
+        raise ValueError(f"--model.network: expected {known} or ARCHITECTURE:ENCODER, got {name!r}")
     try:
         body: Any = smp.create_model(
             architecture,
@@ -195,8 +195,8 @@ def _smp_body(
             in_channels=channels,
             **_options(architecture, encoder, dropout),
         )
-    except KeyError as error:
-        raise ValueError(f"model {name!r}: {error}") from None
+    except (KeyError, RuntimeError) as error:  # the second is timm's
+        raise ValueError(f"--model.network {name}: {error}") from None
     head = body.segmentation_head
     *layers, classifier = head.head if architecture == "dpt" else [head[0]]
     body.segmentation_head = nn.Sequential(*layers)
