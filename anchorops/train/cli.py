@@ -3,10 +3,12 @@
 import argparse
 import json
 import logging
+import os
 import shutil
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +251,10 @@ def train(*options: str) -> Path:
     return Program(*with_presets(["fit", *options])).run
 
 
+# an "=" may stand between these options and their values
+SEPARATED = ("--config", "-c", "--run", "--data.images")
+
+
 def with_presets(arguments: Sequence[str]) -> tuple[list[str], str]:
     """The arguments with files instead of the names of presets, and the last of these names. For a
     run that exists, its configuration is added. Raises ValueError for an unknown preset."""
@@ -269,18 +275,26 @@ def with_presets(arguments: Sequence[str]) -> tuple[list[str], str]:
         config = Path(words[words.index("--run") + 1], CONFIG)
         if config.exists():
             words[1:1] = ["--config", str(config)]
-    if "--data.images" in words:  # files, as a shell gives them
+    if "--data.images" in words:
         first = words.index("--data.images") + 1
-        ends = [i for i, word in enumerate(words) if i > first and word.startswith("--")]
+        ends = [i for i, word in enumerate(words) if i >= first and word.startswith("--")]
         files = words[first : min(ends, default=len(words))]
-        if not (files and files[0].startswith("[")):
-            words[first : first + len(files)] = [json.dumps(files)]
+        words[first : first + len(files)] = [_as_list(files)]
     return words, preset
 
 
 def _separated(word: str) -> list[str]:
     name, equals, value = word.partition("=")
-    return [name, value] if equals and name in ("--config", "-c", "--run") else [word]
+    return [name, value] if equals and name in SEPARATED else [word]
+
+
+def _as_list(files: Sequence[str]) -> str:
+    """Files, as a shell gives them, as a list of YAML; or the list that is given."""
+    if len(files) == 1 and not os.path.exists(files[0]):
+        with suppress(yaml.YAMLError):
+            if isinstance(yaml.safe_load(files[0]), list):
+                return files[0]
+    return json.dumps(files, ensure_ascii=False)
 
 
 def presets() -> str:
@@ -349,10 +363,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["--"]:  # between the options of torchrun and ours
         del arguments[0]
-    command, *rest = arguments
+    command, *rest = arguments or [""]
     try:
         if command in COMMANDS:
             COMMANDS[command](rest)
+        elif command not in Program.subcommands() and not command.startswith("-"):
+            known = ", ".join([*Program.subcommands(), *COMMANDS])
+            raise ValueError(f"expected one of the commands {known}, got {command!r}")
         else:
             words, preset = with_presets(arguments)
             if of_process:  # which Lightning gives to the ranks that it starts

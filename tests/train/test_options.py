@@ -16,7 +16,7 @@ from tiny_runs import TINY, figures
 from torch import nn
 
 from anchorops.train.callbacks import NeuralCollapse, Saving
-from anchorops.train.cli import main, train
+from anchorops.train.cli import main, train, with_presets
 from anchorops.train.data.module import SegmentationData
 from anchorops.train.module import SegmentationModule
 from anchorops.train.options import TRAINER, check
@@ -209,6 +209,28 @@ def test_messages_have_one_line(
     assert said.startswith("anchorops-train: ") and message in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("files", "parsed"),
+    [
+        (["[a].jpg"], '["[a].jpg"]'),
+        (["[a].jpg", "ö😀.jpg"], '["[a].jpg", "ö😀.jpg"]'),
+        (["[x]"], '["[x]"]'),  # exists
+        (["[a.jpg, b.jpg]"], "[a.jpg, b.jpg]"),
+        ([], "[]"),
+    ],
+)
+def test_files_to_predict(
+    files: list[str], parsed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("[x]").touch()
+    expected = ["predict", "--data.images", parsed, "--out", "o"]
+    assert with_presets(["predict", "--data.images", *files, "--out", "o"])[0] == expected
+    if files:
+        joined = f"--data.images={files[0]}"
+        assert with_presets(["predict", joined, *files[1:], "--out", "o"])[0] == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_predictions_in_the_precision_of_the_weights(dtype: torch.dtype):
     """Lightning's plugins for it also change the default dtype."""
@@ -239,6 +261,6 @@ def test_run_in_bfloat16(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["validate", "--run", run]) == 0
     assert f"{best:.6f}"[:7] in capsys.readouterr().out
     write(tmp_path / "[a].png", image(20, 30))
-    words = ["--data.images", str(tmp_path / "[a].png"), "--out", str(tmp_path / "masks")]
+    words = [f"--data.images={tmp_path / '[a].png'}", "--out", str(tmp_path / "masks")]
     assert main(["predict", "--run", run, *words]) == 0
     assert Image.open(tmp_path / "masks/[a].png").size == (30, 20)
