@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from cpu_kernels import same_for_all_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from masked_sums import (
@@ -439,17 +438,6 @@ def test_nothing_valid(size, labels, backend: str, per_image: bool, path: None, 
     assert not any(s.any() for s in (*statistics, mse, centroids))
     (statistics.sums.sum() + statistics.sqdists.sum() + mse + centroids.sum()).backward()
     assert features.grad.shape == size and not features.grad.any() and not anchors.grad.any()
-
-
-@cpu
-def test_threads_and_repetition_do_not_matter(backend: str):
-    for case in (
-        Case((2, 40, 60, 70), 5, F32, labels="coherent"),
-        Case((2, 40, 60, 70), 150, BF16, "channels_last"),
-        Case((9000, 17), 3, F16, groups=2),
-    ):
-        arguments = make_inputs(case)
-        same_for_all_threads(lambda case=case, arguments=arguments: run(case, *arguments))
 
 
 @st.composite

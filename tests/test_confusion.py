@@ -15,21 +15,6 @@ both_backends = pytest.mark.on("cpu", "reference")
 
 
 @both_backends
-def test_the_first_of_equal_ones_and_nan(backend: str):
-    logits = torch.zeros(1, 6, 4, 20)
-    logits[0, 2:, :2] = 3.0
-    logits[0, 4, 2:, :3] = torch.nan
-    logits[0, 5, 2:, :3] = torch.nan
-    logits[0, :, :, 19] = -torch.inf
-    predictions = ao.pixel_argmax(logits, (4, 20))
-    upsampled = ao.pixel_argmax(logits, (16, 80))
-    assert torch.equal(predictions, logits.argmax(1))
-    assert (upsampled[0, 10:, :10] == 4).all() and (upsampled[0, :4, 14:60] == 2).all()
-    with ao.use_backend("reference"):
-        assert torch.equal(upsampled, ao.pixel_argmax(logits, (16, 80)))
-
-
-@both_backends
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize(
     ("size", "label_size", "num_classes", "dtype"),

@@ -273,35 +273,6 @@ def test_sigmoids_store_no_map():
     assert labels.nbytes < sum(sizes.values()) < labels.nbytes + 3 * 2**19  # the slopes
 
 
-@EVERYWHERE
-@pytest.mark.parametrize("sigmoid", [False, True])
-@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
-def test_compiled_for_several_sizes(dynamic: bool | None, sigmoid: bool, backend: str):
-    compare_compiled(dynamic, sigmoid, [(6, 7), (9, 5)])
-
-
-@pytest.mark.slow
-@pytest.mark.on("reference")
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_compiled_for_images_and_volumes(dynamic: bool | None, backend: str):
-    compare_compiled(dynamic, False, [(6, 7), (9, 5), (2, 3, 4)])
-
-
-def compare_compiled(dynamic: bool | None, sigmoid: bool, sizes: list[tuple[int, ...]]) -> None:
-    torch.compiler.reset()
-    loss = ao.Lovasz(sigmoid=sigmoid, classes=[1, 2] if not sigmoid else None)
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for size in sizes:
-        logits, labels = example(3, *size)
-        logits = logits.float()
-        if sigmoid:
-            logits, labels = logits[:, :1], labels.where(labels == IGNORED, labels % 2)
-        for actual, right in zip(
-            *(value_and_gradient(x, logits, labels) for x in (compiled, loss)), strict=True
-        ):
-            torch.testing.assert_close(actual, right)
-
-
 @pytest.mark.parametrize("sigmoid", [False, True])
 def test_modes_see_through_the_reference(sigmoid: bool):
     """A mode must see no function transform: FlopCounterMode is one."""
@@ -324,19 +295,6 @@ def test_transposed_upsampling(shape, size, align_corners: bool):
     whole = slice(0, size[0]), slice(0, shape[2])
     ours = transposed_rows(dz, shape, shape[2], size, align_corners, *whole)
     torch.testing.assert_close(ours.float(), torchs)
-
-
-@EVERYWHERE
-def test_vmap(backend: str):
-    logits, labels = example(5, 6, 7)
-    logits = logits.to(dtype_on(backend))
-    masks = labels.where(labels == IGNORED, labels % 2)
-    for loss, *inputs in (
-        (ao.Lovasz(), logits[:, None], labels[:, None]),
-        (ao.Lovasz(sigmoid=True), logits[:, None, :1], masks[:, None]),
-    ):
-        right = torch.stack([loss(x, y) for x, y in zip(*inputs, strict=True)])
-        torch.testing.assert_close(torch.vmap(loss)(*inputs), right)
 
 
 @pytest.mark.parametrize("sigmoid", [False, True])

@@ -83,18 +83,6 @@ def test_no_int64_map(dims: int):
     assert most < 2 * size[0] ** dims + 20 * logits.nbytes
 
 
-def test_compiled():
-    logits = torch.randn(2, 5, 9, 18)
-
-    def masks(x: Tensor) -> tuple[Tensor, Tensor]:
-        classes = ao.pixel_argmax(x, (36, 72), dtype=torch.uint8)
-        return classes, ao.pixel_argmax(x, (36, 72), sigmoid=True, threshold=0.3, dtype=torch.int8)
-
-    compiled = torch.compile(masks, fullgraph=True, backend="aot_eager")
-    for actual, right in zip(compiled(logits), masks(logits), strict=True):
-        assert actual.dtype == right.dtype and torch.equal(actual, right)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

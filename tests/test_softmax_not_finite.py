@@ -92,20 +92,6 @@ def test_a_pixel_just_above_a_row_of_logits(backend: str):
     assert torch.equal(ours["pixel_losses"][0].isnan(), spoilt) and not spoilt[18].any()
 
 
-@pytest.mark.parametrize(("pixels", "align_corners"), RATIOS[1:])
-def test_ignored_pixels_change_nothing(pixels, align_corners, backend: str):
-    """Every pixel that reads a NaN or an Inf is ignored. Then the results are those of finite
-    logits, except for rounding, because another maximum may be subtracted."""
-    case = Case((1, 5, 3, 4), pixels, F32, align_corners)
-    logits, weights = make_logits(case)[0], make_weights(case)
-    labels = torch.randint(0, 5, case.labels_size)
-    labels[0, read_by(pixels, align_corners, 1, 2)] = 255
-    expected = run(case, logits, labels, weights)
-    for value in (torch.nan, torch.inf, -torch.inf):
-        logits[0, 3, 1, 2] = value
-        torch.testing.assert_close(run(case, logits, labels, weights), expected)
-
-
 @on_cpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_rows_that_no_pixel_reads(case: Case, backend: str):
