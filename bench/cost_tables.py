@@ -289,7 +289,7 @@ def cases(run: dict) -> str:
         lines.append(
             [
                 operation + ("" if training else f", {ours['direction']}"),
-                sizes(ours, seen),
+                sizes(ours, seen, "bf16" if run["device_type"] == "cuda" else "fp32"),
                 measured(ours),
                 f"{name}: {measured(other)}",
                 f"{ratio:.{digits}f} ({lowest:.{digits}f}–{highest:.{digits}f})",
@@ -305,15 +305,15 @@ def measured(row: dict) -> str:
     return "; ".join([number(row["median"] * 1e3), *memory])
 
 
-def sizes(row: dict, seen: set[str]) -> str:
+def sizes(row: dict, seen: set[str], usual: str) -> str:
     """Name and sizes of a shape, and only the name once the sizes have been printed; dtype and
-    labels unless they are float32 and coherent."""
+    labels unless they are the usual dtype and coherent."""
     named = row["shape"] != "centroids"
     text = f"{row['shape']}: {row['sizes']}" if named else row["sizes"]
     if text in seen:
         text = row["shape"]
     seen.add(text)
-    dtype = f", {row['dtype']}" if row["dtype"] != "fp32" else ""
+    dtype = f", {row['dtype']}" if row["dtype"] != usual else ""
     return text + dtype + (", random labels" if named and row["labels"] == "random" else "")
 
 
@@ -345,21 +345,16 @@ def milliseconds(row: dict) -> str:
 
 
 def inference(run: dict) -> str:
-    """Time of a forward pass without gradients."""
-    names = ("plain", "late", "late, exported")
-    lines = [
-        [
-            network,
-            *(
-                f"{milliseconds(rows[name])} ({rows[name]['ratio']['median']:.0%})"
-                if name in rows
-                else ""
-                for name in names
-            ),
+    """Time of a forward pass without gradients, and its share with late upsampling."""
+    names, texts = {"late": "with late upsampling", "late, exported": "exported"}, []
+    for (network,), rows in compared(run["inference"], "network").items():
+        shares = [
+            f"{text} {rows[name]['ratio']['median']:.0%}"
+            for name, text in names.items()
+            if name in rows
         ]
-        for (network,), rows in compared(run["inference"], "network").items()
-    ]
-    return markdown_table(["inference", "baseline", "late upsampling", "exported"], lines)
+        texts.append(", ".join([f"{network}: {milliseconds(rows['plain'])}", *shares]))
+    return "; ".join(texts) + "."
 
 
 def export() -> str:

@@ -30,7 +30,7 @@ def test_benchmark_of_training_steps(tmp_path: Path):
     assert [row["name"] for row in run["inference"]] == 2 * ["plain", "late", "late, exported"]
     assert all(row["seconds"]["median"] > 0 and row["peak_bytes"] for row in run["training_steps"])
     assert "CBP + OCCL, both" in done.stdout
-    assert "late upsampling alone" in training_steps(run) and "| segformer-b0 32×64" in inference(
+    assert "late upsampling alone" in training_steps(run) and "; segformer-b0 32×64" in inference(
         run
     )
 
