@@ -442,7 +442,7 @@ def counted_memory() -> str:
     others = max(added.values()) / 1e9
     return (
         f"{markdown_table(header, lines)}\n\nSAR, OCCL, CeCo or MVSC add at most {largest:.1f} GB "
-        f"to the last of these in the {network}, {others:.1f} GB in the others."
+        f"to the last figure of the {network}, {others:.1f} GB to that of another network."
     )
 
 
@@ -471,7 +471,7 @@ def precision() -> str:
         counts = (str(row["larger"]) for row in group)
         lines.append([loss, *map("".join, zip(counts, worst, strict=True))])
     scales = dict.fromkeys(f"{row['scale']:,.0f}" for row in rows)
-    head = f"of {results} results (largest error, divided by torch's)"
+    head = f"of {results} results (largest multiple of torch's error)"
     return markdown_table([head, *scales], lines)
 
 

@@ -25,7 +25,7 @@ from record import ROOT, head_of, save
 from torch import Tensor
 
 import anchorops as ao
-from anchorops.measure import DISTURBED, in_turns, peak_extra_bytes
+from anchorops.measure import in_turns, peak_extra_bytes
 
 CPU = torch.device("cpu")
 THREADS, SECONDS = 2, 5.0  # of the calls of a cell
@@ -121,8 +121,6 @@ def main() -> None:
                 print(rows[-1], file=sys.stderr)
     if arguments.out:
         save(arguments.out, "export", head_of(CPU), rows)
-    if any((row["others"] or 0) > DISTURBED for row in rows):
-        print("other processes disturbed a row", file=sys.stderr)
 
 
 if __name__ == "__main__":

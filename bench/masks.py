@@ -21,7 +21,7 @@ from record import head_of, save
 from torch import Tensor
 
 import anchorops as ao
-from anchorops.measure import DISTURBED, in_turns, peak_extra_bytes
+from anchorops.measure import in_turns, peak_extra_bytes
 
 CPU, CHUNK, ROUNDS = torch.device("cpu"), 8, 5
 Size = tuple[int, int]
@@ -90,8 +90,6 @@ def main() -> None:
     rows = [row for case, numbers in sizes.items() for row in rows_of(case, *numbers)]
     if arguments.out:
         save(arguments.out, "masks", head_of(CPU), rows)
-    if any((row["others"] or 0) > DISTURBED for row in rows):
-        print("other processes disturbed a row", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -341,25 +341,18 @@ def main() -> None:
     backend = "eager" if arguments.dry_run else "inductor"  # which compiles for minutes
     backend = None if arguments.eager else backend
     for setting in settings:
-        print(f"\n{setting}\n{'':<32}      ms   q1–q3         to the first   q1–q3      MiB")
+        print(f"\n{setting}: ms, and as a share of the first")
         minutes = arguments.minutes / len(settings)
-        for row in rows_of(setting, device, arguments.rounds, minutes, backend):
-            rows.append(row)
-            print(line(row["name"], row), flush=True)
-        for row in inference_rows(setting, device, arguments.rounds, not arguments.eager):
-            inference.append(row)
-            print(line(f"inference: {row['name']}", row), flush=True)
+        steps = rows_of(setting, device, arguments.rounds, minutes, backend)
+        passes = inference_rows(setting, device, arguments.rounds, not arguments.eager)
+        for section, measured in ((rows, steps), (inference, passes)):
+            for row in measured:
+                section.append(row)
+                middle, share = row["seconds"]["median"], row["ratio"]["median"]
+                print(f"{row['name']:<32}{1e3 * middle:9.1f}{share:7.0%}", flush=True)
         if arguments.out:
             save(arguments.out, "training_steps", head, rows)
             save(arguments.out, "inference", head, inference)
-
-
-def line(name: str, row: dict[str, Any]) -> str:
-    q1, middle, q3 = (1e3 * row["seconds"][name] for name in ("q1", "median", "q3"))
-    ratio = row["ratio"]
-    text = f"{name:<32}{middle:8.1f}   {q1:.1f}–{q3:.1f}".ljust(60)
-    text += f"{ratio['median']:8.1%}   {ratio['q1']:.1%}–{ratio['q3']:.1%}".ljust(26)
-    return text + (f"{row['peak_bytes'] / 2**20:9.0f}" if row["peak_bytes"] else "")
 
 
 if __name__ == "__main__":
