@@ -96,7 +96,6 @@ bench: setup build/nnunet
 # needs no quiet machine and no GPU; a quarter of an hour
 counted-memory: setup
 	$(BIN)/python bench/counted_memory.py --out $(BENCH)/counted-memory.json
-	$(BIN)/python bench/counted_memory.py --lovasz --out $(BENCH)/counted-lovasz.json
 	$(BIN)/python bench/plot.py $(BENCH)/counted-memory.json
 
 kernels-report: setup

@@ -36,7 +36,6 @@ RESULTS = ROOT / "bench/results"
 RUN = RESULTS / "amd-epyc-avx512-2-threads.json"  # of `make bench BENCH=bench/results`
 GPU_RUN = RESULTS / "nvidia-h100-80gb-hbm3-132-multiprocessors.json"
 COUNTED_MEMORY = RESULTS / "counted-memory.json"
-COUNTED_LOVASZ = RESULTS / "counted-lovasz.json"
 COUNTED_TRAFFIC = RESULTS / "counted-traffic.json"
 COUNTED_PRECISION = RESULTS / "counted-precision.json"
 REQUESTS = ("loads", "stores", "atomics")  # of counted traffic
@@ -446,17 +445,6 @@ def counted_memory() -> str:
     )
 
 
-def counted_lovasz() -> str:
-    """A sentence for two of the networks."""
-    texts = []
-    for (network,), pair in grouped(load(COUNTED_LOVASZ)["rows"], "network").items():
-        if network.startswith(("SegFormer", "HRNet")):
-            memory = " → ".join(f"{row['peak_bytes'] / 1e9:.1f}" for row in pair)
-            images = " → ".join(str(row["largest_batches"]["24 GB"]) for row in pair)
-            texts.append(f"{network} {memory} GB, images in 24 GB {images}")
-    return "; ".join(texts) + "."
-
-
 def rows_of_precision(section: str) -> list[dict]:
     return [row for row in load(COUNTED_PRECISION)["rows"] if row["section"] == section]
 
@@ -533,7 +521,6 @@ TABLES = {
     "export": export,
     "lovasz": lovasz,
     "counted_memory": counted_memory,
-    "counted_lovasz": counted_lovasz,
     "precision": precision,
     "lovasz_precision": lovasz_precision,
 }

@@ -1,14 +1,12 @@
 """Memory of a training step on a GPU, counted without a GPU.
 
     python bench/counted_memory.py [--networks …] [--out bench/results/counted-memory.json]
-    python bench/counted_memory.py --lovasz [--out bench/results/counted-lovasz.json]
 
 A step (forward, loss, backward) runs on fake tensors, which have shapes but no values. Each storage
 is logged when it is made and when it is freed; the peak is the largest sum of bytes at one time.
 Parameters, Adam's state, gradients, images and labels are in it. The network as it is, with
 F.cross_entropy, is compared with the same network with pixel_cross_entropy of low-resolution
-logits, with late_upsampling where it can be applied, with both, and with both and each method. With
---lovasz the Lovász loss is added to each cross-entropy, as its authors compute it or ours.
+logits, with late_upsampling where it can be applied, with both, and with both and each method.
 
 Every batch makes and frees the same storages, and the size of each is either the same for every
 batch or proportional to the number of images. So one count gives the peak of every batch, and the
@@ -26,7 +24,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from alternatives import lovasz_by_sorting
 from cases import IGNORE_INDEX
 from record import STEP_NAMES, save_counts
 from storages import Storages, as_on_cuda, largest_batch, make_fake
@@ -186,15 +183,13 @@ NETWORKS = (
 
 class Setting(NamedTuple):
     """precision: "bf16" (autocast) or "float32". loss: "torch", as the network's users write it, or
-    "anchorops". late: with late_upsampling. method: of METHODS, or "" for none. lovasz: the Lovász
-    loss is added."""
+    "anchorops". late: with late_upsampling. method: of METHODS, or "" for none."""
 
     precision: str
     checkpointing: bool
     loss: str
     late: bool
     method: str
-    lovasz: bool = False
 
     @property
     def name(self) -> str:
@@ -214,22 +209,14 @@ def settings_of(late: bool) -> list[Setting]:
     ]
 
 
-def settings_of_lovasz(late: bool) -> list[Setting]:
-    losses = [("torch", False), ("anchorops", late)]
-    return [Setting("bf16", False, *loss, "", True) for loss in losses]
-
-
-def plain_loss(logits: Tensor, labels: Tensor, lovasz: bool = False) -> Tensor:
+def plain_loss(logits: Tensor, labels: Tensor) -> Tensor:
     if logits.shape[2:] != labels.shape[1:]:
         logits = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
-    loss = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
-    classes = range(logits.shape[1])
-    return loss + lovasz_by_sorting(logits, labels, classes) if lovasz else loss
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
 
 
-def our_loss(logits: Tensor, labels: Tensor, lovasz: bool = False) -> Tensor:
-    loss = ao.pixel_cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
-    return loss + ao.Lovasz(ignore_index=IGNORE_INDEX)(logits, labels) if lovasz else loss
+def our_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return ao.pixel_cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
 
 
 def attach(network: Network, model: Any, method: str) -> Callable[[Tensor], Tensor]:
@@ -283,7 +270,7 @@ def step(
     images = torch.empty(batch, network.channels, *network.size)
     labels = torch.empty(batch, *network.size, dtype=torch.int64)
     ours = setting.loss == "anchorops"
-    loss_of = functools.partial(our_loss if ours else plain_loss, lovasz=setting.lovasz)
+    loss_of = our_loss if ours else plain_loss
     with torch.autocast("cpu", torch.bfloat16, enabled=setting.precision == "bf16"):
         storages.phase = "network, forward"
         outputs = network.outputs(model, images, low=ours)
@@ -363,9 +350,9 @@ def row_of(network: Network, model: nn.Module, setting: Setting) -> dict[str, An
     }
 
 
-def rows_of(network: Network, lovasz: bool) -> Iterator[dict[str, Any]]:
-    model, settings = network.build().to("meta"), settings_of_lovasz if lovasz else settings_of
-    for setting in settings(network.runs_later(model)):
+def rows_of(network: Network) -> Iterator[dict[str, Any]]:
+    model = network.build().to("meta")
+    for setting in settings_of(network.runs_later(model)):
         yield row_of(network, model, setting)
 
 
@@ -384,15 +371,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     names = sorted({network.name for network in NETWORKS})
     parser.add_argument("--networks", nargs="+", default=names, choices=names)
-    parser.add_argument("--lovasz", action="store_true", help="with the Lovász loss, of images")
     parser.add_argument("--out", type=Path, help="write the rows to this JSON file")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for network in NETWORKS:
-        if network.name not in arguments.networks or (arguments.lovasz and network.volumes):
+        if network.name not in arguments.networks:
             continue
         print(network, flush=True)
-        for row in rows_of(network, arguments.lovasz):
+        for row in rows_of(network):
             rows.append(row)
             print(line(row), flush=True)
             if arguments.out:

@@ -140,10 +140,7 @@ def workspace(func: Any, args: Sequence[Any]) -> tuple[int, ...]:
         return 10 << 20, 4 * len(x) * x.shape[1] * (args[3] + 3)
     if name == "split_groups":
         return 24 * args[1].numel(), 12 * x.numel()
-    if name in ("probability_histograms", "error_loss_backward"):
-        copies = (1 + ("backward" in name)) * (x.stride(1) == 1)  # logits and gradient by class
-        return (copies * x.numel() * x.element_size(),)
-    if name in ("error_loss", "class_keys", "class_moments_backward", "upsampled_sums_backward"):
+    if name in ("class_keys", "class_moments_backward", "upsampled_sums_backward"):
         return ()
     raise NotImplementedError(f"the workspace of {name} is not known")
 
