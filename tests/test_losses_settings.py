@@ -3,7 +3,6 @@
 import inspect
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -143,17 +142,3 @@ def test_messages(make: Any, message: str) -> None:
     with pytest.raises(ValueError) as error:
         make()
     assert str(error.value).startswith(message)
-
-
-def test_numbers_of_numpy():
-    features, labels = torch.randn(1, 4, 5, 5), torch.randint(0, 3, (1, 5, 5))
-    classifier = nn.Conv2d(4, 3, 1)
-    numbers = {"centroid_weight": np.float64(0.5), "temperature": np.float64(0.1)}
-    ours = ao.OCCL(3, 4, **numbers)(features, labels, classifier)
-    torch.testing.assert_close(
-        ours, ao.OCCL(3, 4, centroid_weight=0.5, temperature=0.1)(features, labels, classifier)
-    )
-    logits = torch.randn(1, 3, 5, 5)
-    for name in ("label_smoothing", "focal_gamma"):
-        ours = ao.CrossEntropy(**{name: np.float64(0.5)})(logits, labels)
-        torch.testing.assert_close(ours, ao.CrossEntropy(**{name: 0.5})(logits, labels))
