@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from anchorops.train.evaluation import predict
 from image_files import image, write
 from lightning.pytorch import Trainer
 from PIL import Image
@@ -18,6 +17,7 @@ from torch import nn
 from anchorops.train.callbacks import NeuralCollapse, Saving
 from anchorops.train.cli import main, train, with_presets
 from anchorops.train.data.module import SegmentationData
+from anchorops.train.evaluation import predict
 from anchorops.train.module import SegmentationModule
 from anchorops.train.options import TRAINER, check
 
