@@ -27,7 +27,6 @@ from .upsampling import (
     class_planes,
     corner_ptrs,
     logits_of_image,
-    logits_of_pixels,
     next_class,
     upsampling_of,
 )
@@ -101,7 +100,7 @@ def _error_loss_bwd_kernel(
     means = [tl.zeros(label.shape, tl.float32) for label in labels]  # Σ_j p_j u_j
     ptrs, slopes = corner_ptrs(logits.ptr, lanes, CELLS), slopes_ptr
     for k in range(num_classes):
-        p = probabilities(logits_of_pixels(ptrs, lanes, CELLS), softmax, CELLS)
+        p = probabilities(ptrs, softmax, lanes, CELLS)
         u = _slopes_of_class(slopes, p, labels, k, bins, CELLS)
         means = [tl.fma(p[i], u[i], means[i]) for i in () + CELLS.columns]
         ptrs, slopes = next_class(ptrs, logits_k), slopes + 2 * bins
@@ -110,7 +109,7 @@ def _error_loss_bwd_kernel(
     dptrs, written = gradient_ptrs(dlogits, program, cells, axes, dlogits_block)
     ptrs, slopes = corner_ptrs(logits.ptr, lanes, CELLS), slopes_ptr
     for k in range(num_classes):
-        p = probabilities(logits_of_pixels(ptrs, lanes, CELLS), softmax, CELLS)
+        p = probabilities(ptrs, softmax, lanes, CELLS)
         u = _slopes_of_class(slopes, p, labels, k, bins, CELLS)
         dz = [tl.where(labels[i] >= 0, p[i] * (u[i] - means[i]), 0.0) for i in () + CELLS.columns]
         gradient = transposed(dz, lanes, cells, axes, CELLS, TILE)

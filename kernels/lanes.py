@@ -89,6 +89,20 @@ def load_labels(
 
 
 @triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def classes_of(labels):
+    """Bit k % 32 is set if a pixel of these lanes has class k; bit 31 also if one is ignored."""
+    bits = tl.zeros(labels[0].shape, tl.uint32)
+    for i in tl.static_range(len(labels)):
+        bits |= tl.full(labels[0].shape, 1, tl.uint32) << (labels[i] & 31).to(tl.uint32)
+    return tl.reduce(tl.reduce(bits, ROW_AXIS, _either), 0, _either)
+
+
+@triton.jit
 def next_label(labels, after):
     """The smallest label of all lanes beyond `after`, NO_CLASS if there is none."""
     smallest = tl.full(labels[0].shape, NO_CLASS, tl.int32)

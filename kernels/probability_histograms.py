@@ -13,7 +13,7 @@ from torch import Tensor
 from .lanes import LABELS, NO_CLASS, PixelMap, load_labels, next_label, number_of
 from .launch import FORWARD_LANES, without_spills
 from .loss_options import LossOptions
-from .softmax import exponent_of, softmax_of
+from .softmax import exponents_of, softmax_of
 from .upsampling import (
     LOGITS,
     SIZES,
@@ -21,9 +21,9 @@ from .upsampling import (
     axes_of,
     class_planes,
     corner_ptrs,
+    corners,
     lanes_of_tile,
     logits_of_image,
-    logits_of_pixels,
     next_class,
     upsampling_of,
 )
@@ -37,11 +37,10 @@ def softmax_of_errors(logits, lanes, labels, CELLS: tl.constexpr):
 
 
 @triton.jit
-def probabilities(z, softmax, CELLS: tl.constexpr):
-    """p of the pixels, from their logits z of a class."""
-    return [
-        tl.exp2(exponent_of(z[i], softmax, i) - softmax.log_sums[i]) for i in () + CELLS.columns
-    ]
+def probabilities(ptrs, softmax, lanes, CELLS: tl.constexpr):
+    """p of the pixels, from pointers to the four logits of a cell."""
+    exponents = exponents_of(corners(ptrs, CELLS), softmax, lanes, CELLS)
+    return [tl.exp2(exponents[i] - softmax.log_sums[i]) for i in () + CELLS.columns]
 
 
 @triton.jit
@@ -92,7 +91,7 @@ def _probability_histograms_kernel(
     softmax = softmax_of_errors(logits, lanes, labels, CELLS)
     ptrs, class_counts = corner_ptrs(logits.ptr, lanes, CELLS), counts_ptr
     for k in range(num_classes):
-        p = probabilities(logits_of_pixels(ptrs, lanes, CELLS), softmax, CELLS)
+        p = probabilities(ptrs, softmax, lanes, CELLS)
         bin_index, places = places_of_errors(p, labels, k, bins, CELLS)
         for i in tl.static_range(len(labels)):
             counted = (labels[i] >= 0) & (bin_index[i] > 0)

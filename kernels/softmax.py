@@ -16,7 +16,9 @@ from .loss_options import add_weighted
 from .pixel_argmax import largest_logits
 from .upsampling import (
     corner_ptrs,
-    corners,
+    corners_of,
+    following,
+    loaded,
     logits_of_pixels,
     next_class,
     upsampled,
@@ -25,6 +27,11 @@ from .upsampling import (
 
 # Below this sum, terms that matter may have underflowed.
 _SMALLEST_SUM = tl.constexpr(2.0**-100)
+# If the first exponential of a row underflows, below 2^-126, so do the others. With this spread
+# they are below 2^(-126 + 3/4 · 80) = 2^-66, and this sum does not feel them.
+_LARGEST_SPREAD, _SMALLEST_SUM_OF_ROWS = tl.constexpr(80.0), tl.constexpr(2.0**-40)
+# Below every logit and exponent. Finite, so that differences are numbers.
+_LOWEST = tl.constexpr(-1e36)
 
 
 class Softmax(NamedTuple):
@@ -45,43 +52,72 @@ def finite_or_zero(shift):
 
 
 @triton.jit
-def _sums_by_cell(logits, lanes, options, image, PREDICT: tl.constexpr, CELLS: tl.constexpr):
-    """For each pixel Σ_k e^(z_k − m), where m is the largest logit of the cell, and with PREDICT
-    the class of its largest logit; for each cell −m·log2(e), and Σ_k v_k x_k of its four logits
-    x."""
-    zero = tl.zeros(lanes.x.cell.shape, tl.float32)
-    maximum, shift = zero - INF, zero
-    zeros = zeros_of_pixels(lanes, CELLS)
-    sums, best = [zeros for _ in () + CELLS.columns], [zeros - INF for _ in () + CELLS.columns]
-    predicted = [zeros.to(tl.int32) for _ in () + CELLS.columns]
-    weighted = (zero, zero, zero, zero)
-    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
-    for k in range(logits.num_classes):
-        four = corners(ptrs, CELLS)
-        z = upsampled(four, lanes, CELLS)
-        # tl.maximum of NaN and a number returns the number; the sum is still NaN
-        highest = tl.maximum(tl.maximum(four[0], four[1]), tl.maximum(four[2], four[3]))
-        new_maximum = tl.maximum(maximum, highest)
-        new_shift = finite_or_zero(new_maximum) * -LOG2_E
-        scale = tl.where(maximum == -INF, 0.0, tl.exp2(new_shift - shift))
-        maximum, shift = new_maximum, new_shift
-        sums = [
-            tl.fma(sums[i], scale, tl.exp2(tl.fma(z[i], LOG2_E, shift))) for i in () + CELLS.columns
-        ]
-        if PREDICT:
-            predicted = [tl.where(z[i] > best[i], k, predicted[i]) for i in () + CELLS.columns]
-            best = [tl.where(z[i] > best[i], z[i], best[i]) for i in () + CELLS.columns]
-        weighted = add_weighted(weighted, four, k, options, image)
-        ptrs = next_class(ptrs, logits.stride_k)
-    return sums, shift, predicted, weighted
+def _exponents(four, shift):
+    """log2 e^(x − m) of a cell's four logits x, where shift = −m·log2(e). The weights of a pixel's
+    four logits add up to 1, so this can be upsampled."""
+    return [tl.fma(x, LOG2_E, shift) for x in four]
 
 
 @triton.jit
-def _underflow(sums, labels):
+def _exponentials(four, shift, spread, lanes, CELLS: tl.constexpr):
+    """e^(z − m) of a lane's pixels; and the larger of `spread` and |log2| of the quotient of both
+    ends of a row."""
+    if CELLS.x.even:
+        # The pixels of a row are equally spaced, so two exponentials serve all of them. The limit
+        # is for −∞, so that two of them have a difference.
+        ends = [tl.maximum(x, _LOWEST, tl.PropagateNan.ALL) for x in _exponents(four, shift)]
+        left = tl.fma(ends[2] - ends[0], lanes.y.weights, ends[0])
+        across = tl.fma(ends[3] - ends[1], lanes.y.weights, ends[1]) - left
+        factor = tl.exp2(across * (1 / CELLS.x.pixels))
+        exponentials = (tl.exp2(tl.fma(across, lanes.x.weights[0], left)),)
+        for i in tl.static_range(1, len(CELLS.columns)):
+            exponentials = exponentials + (exponentials[i - 1] * factor,)
+        return exponentials, tl.maximum(spread, tl.abs(across))
+    else:
+        exponents = upsampled(_exponents(four, shift), lanes, CELLS)
+        return [tl.exp2(x) for x in exponents], spread
+
+
+@triton.jit
+def _sums_by_cell(logits, lanes, options, image, PREDICT: tl.constexpr, CELLS: tl.constexpr):
+    """For each pixel Σ_k e^(z_k − m), where m is the largest logit of the cell, and with PREDICT
+    the class of its largest logit; for each cell −m·log2(e), and Σ_k v_k x_k of its four logits
+    x; for each row of a cell the largest spread of _exponentials."""
+    zero = tl.zeros(lanes.x.cell.shape, tl.float32)
+    maximum, shift = zero + _LOWEST, zero + _LOWEST * -LOG2_E
+    zeros = zeros_of_pixels(lanes, CELLS)
+    sums, best = [zeros for _ in () + CELLS.columns], [zeros - INF for _ in () + CELLS.columns]
+    predicted = [zeros.to(tl.int32) for _ in () + CELLS.columns]
+    weighted, spread = (zero, zero, zero, zero), zeros
+    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
+    stored = loaded(ptrs)
+    for k in range(logits.num_classes):
+        four = corners_of(stored, CELLS)
+        ptrs = following(ptrs, k, logits)
+        stored = loaded(ptrs)
+        # tl.maximum of NaN and a number returns the number; the sum is still NaN
+        highest = tl.maximum(tl.maximum(four[0], four[1]), tl.maximum(four[2], four[3]))
+        maximum = tl.maximum(maximum, highest)
+        new_shift = maximum * -LOG2_E
+        scale = tl.exp2(new_shift - shift)
+        shift = new_shift
+        exponentials, spread = _exponentials(four, shift, spread, lanes, CELLS)
+        sums = [tl.fma(sums[i], scale, exponentials[i]) for i in () + CELLS.columns]
+        if PREDICT:
+            z = upsampled(four, lanes, CELLS)
+            predicted = [tl.where(z[i] > best[i], k, predicted[i]) for i in () + CELLS.columns]
+            best = [tl.where(z[i] > best[i], z[i], best[i]) for i in () + CELLS.columns]
+        weighted = add_weighted(weighted, four, k, options, image)
+    return sums, shift, predicted, weighted, spread
+
+
+@triton.jit
+def _underflow(sums, spread, labels, CELLS: tl.constexpr):
     """Whether a term that matters may have underflowed, in any lane."""
-    unsafe = labels[0] < -1
+    SMALLEST: tl.constexpr = _SMALLEST_SUM_OF_ROWS if CELLS.x.even else _SMALLEST_SUM
+    unsafe = spread > _LARGEST_SPREAD
     for i in tl.static_range(len(sums)):
-        unsafe |= (labels[i] >= 0) & ~(sums[i] >= _SMALLEST_SUM)
+        unsafe |= (labels[i] >= 0) & ~(sums[i] >= SMALLEST)
     return sum_of(unsafe.to(tl.int32)) > 0
 
 
@@ -101,11 +137,11 @@ def _sums_by_pixel(logits, lanes, largest, CELLS: tl.constexpr):
 @triton.jit
 def softmax_of(logits, lanes, labels, options, image, PREDICT: tl.constexpr, CELLS: tl.constexpr):
     """Softmax; `predicted` only with PREDICT."""
-    sums, cell_shift, predicted, weighted = _sums_by_cell(
+    sums, cell_shift, predicted, weighted, spread = _sums_by_cell(
         logits, lanes, options, image, PREDICT, CELLS
     )
     shifts = [tl.broadcast_to(cell_shift * -LN_2, x.shape) for x in sums]
-    by_pixel = _underflow(sums, labels)
+    by_pixel = _underflow(sums, spread, labels, CELLS)
     if by_pixel:
         largest, classes = largest_logits(logits, lanes, CELLS)
         sums, shifts = _sums_by_pixel(logits, lanes, largest, CELLS)
@@ -123,10 +159,13 @@ def lse_of(softmax, labels, CELLS: tl.constexpr):
 
 
 @triton.jit
-def exponent_of(z, softmax, i):
-    """log2 e^(z − shift) of pixel i, computed as in the sum."""
-    exponent = tl.fma(z, LOG2_E, softmax.cell_shift)
-    return tl.where(softmax.by_pixel, (z - softmax.shifts[i]) * LOG2_E, exponent)
+def exponents_of(four, softmax, lanes, CELLS: tl.constexpr):
+    """log2 e^(z − shift) of a lane's pixels, computed as in the sum."""
+    exponents = upsampled(_exponents(four, softmax.cell_shift), lanes, CELLS)
+    if softmax.by_pixel:
+        z = upsampled(four, lanes, CELLS)
+        exponents = [(z[i] - softmax.shifts[i]) * LOG2_E for i in () + CELLS.columns]
+    return exponents
 
 
 @triton.jit

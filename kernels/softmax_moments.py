@@ -39,7 +39,7 @@ from .loss_options import (
     share_of_pixel,
     weight_of_class,
 )
-from .softmax import cross_entropy, exponent_of, lse_of, softmax_of
+from .softmax import cross_entropy, exponents_of, lse_of, softmax_of
 from .upsampling import (
     LOGITS,
     SIZES,
@@ -47,12 +47,13 @@ from .upsampling import (
     axes_of,
     class_planes,
     corner_ptrs,
+    corners,
     lanes_of_tile,
-    logits_of_class,
     logits_of_image,
     logits_of_pixels,
     next_class,
     strides_of,
+    upsampled,
     upsampling_of,
 )
 
@@ -102,8 +103,10 @@ def _add_true_classes(
     pixel_losses = [tl.zeros(label.shape, tl.float32) for label in labels]
     label = next_label(labels, -1)
     while label < NO_CLASS:
-        z = logits_of_class(logits, label, lanes, CELLS)
-        exponents = [exponent_of(z[i], softmax, i) for i in () + CELLS.columns]
+        ptr = logits.ptr + label.to(tl.int64) * logits.stride_k
+        four = corners(corner_ptrs(ptr, lanes, CELLS), CELLS)
+        z = upsampled(four, lanes, CELLS)
+        exponents = exponents_of(four, softmax, lanes, CELLS)
         mine = [labels[i] == label for i in () + CELLS.columns]
         c = [cross_entropy(exponents[i], softmax.log_sums[i]) for i in () + CELLS.columns]
         a = weight_of_class(label, options, image)

@@ -17,8 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .lanes import (
+    INF,
     LABELS,
     PixelMap,
+    classes_of,
     contiguous_map,
     load_labels,
     load_map,
@@ -36,15 +38,20 @@ from .loss_options import (
 )
 from .upsampling import (
     LOGITS,
+    ROW_AXIS,
     SIZES,
     Logits,
     axes_of,
     class_planes,
     corner_ptrs,
+    corners_of,
+    following,
+    loaded,
     logits_of_image,
     logits_of_pixels,
     next_class,
     strides_of,
+    upsampled,
     upsampling_of,
 )
 from .upsampling_transposed import (
@@ -155,26 +162,54 @@ def _subtract_all_classes(x, gradients, pixels, CELLS: tl.constexpr):
 
 
 @triton.jit
-def _pixel_gradients(k, z, factors, alphas, gradients, pixels, BY_PIXEL: tl.constexpr):
+def _valid_cells(four, labels, CELLS: tl.constexpr):
+    """The four logits of a cell, 0 if all of its pixels are ignored, because p·0 of NaN is NaN."""
+    if CELLS.x.select:
+        return four
+    else:
+        largest = labels[0]
+        for i in tl.static_range(1, len(labels)):
+            largest = tl.maximum(largest, labels[i])
+        valid = tl.max(largest, ROW_AXIS, keep_dims=True) >= 0
+        return [tl.where(valid, x, 0.0) for x in four]
+
+
+@triton.jit
+def _probabilities(four, lse, lanes, CELLS: tl.constexpr):
+    """p of a lane's pixels, from the four logits of its cell."""
+    z = upsampled(four, lanes, CELLS)
+    return [probability(z[i], lse[i]) for i in () + CELLS.columns]
+
+
+@triton.jit
+def _pixel_gradients(
+    k, p, factors, alphas, classes, gradients, pixels, BY_PIXEL: tl.constexpr, CELLS: tl.constexpr
+):
     """dz_k of each pixel, except for β·v_k."""
-    image, _, _, labels, lse = pixels
-    alpha = _class_value(gradients.dlosses, image, k)
-    dintersection = _class_value(gradients.dintersections, image, k)
+    image, _, _, labels, _ = pixels
     dprobability_sum = _class_value(gradients.dprobability_sums, image, k)
     dsquare = 2 * _class_value(gradients.dsquares, image, k)
     dz = ()
-    for i in tl.static_range(len(z)):
-        p = probability(z[i], lse[i])
+    for i in tl.static_range(len(p)):
         factor = factors[i]
         if gradients.dprobability_sums.ptr is not None:
             factor += dprobability_sum
         if gradients.dsquares.ptr is not None:
-            factor = tl.fma(p, dsquare, factor)
-        label_term = -alphas[i] if BY_PIXEL else -alpha
-        if gradients.dintersections.ptr is not None:
-            label_term = tl.fma(p, dintersection, label_term)
-        gradient = tl.fma(p, factor, tl.where(labels[i] == k, label_term, 0.0))
-        dz = dz + (tl.where(labels[i] >= 0, gradient, 0.0),)
+            factor = tl.fma(p[i], dsquare, factor)
+        gradient = p[i] * factor
+        if CELLS.x.select:  # p of an ignored pixel may be NaN
+            gradient = tl.where(labels[i] >= 0, gradient, 0.0)
+        dz = dz + (gradient,)
+    if (classes >> (k & 31).to(tl.uint32)) & 1 != 0:
+        alpha = _class_value(gradients.dlosses, image, k)
+        dintersection = _class_value(gradients.dintersections, image, k)
+        of_label = ()
+        for i in tl.static_range(len(p)):
+            label_term = alphas[i] if BY_PIXEL else alpha
+            if gradients.dintersections.ptr is not None:
+                label_term = tl.fma(p[i], -dintersection, label_term)
+            of_label = of_label + (tl.where(labels[i] == k, dz[i] - label_term, dz[i]),)
+        dz = of_label
     return dz
 
 
@@ -256,14 +291,21 @@ def _softmax_moments_bwd_kernel(
 
     dlogits = Logits(dlogits_ptr, num_classes, dlogits_b, dlogits_k, dlogits_h, dlogits_w)
     dptrs, written = gradient_ptrs(dlogits, program, cells, axes, dlogits_block)
+    # p = 0 where ignored
+    lse = [tl.where(labels[i] >= 0, lse[i], INF) for i in () + CELLS.columns]
+    factors = [tl.where(labels[i] >= 0, factors[i], 0.0) for i in () + CELLS.columns]
+    classes = classes_of(labels)
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
+    stored = loaded(ptrs)
     for k in range(num_classes):
-        z = logits_of_pixels(ptrs, lanes, CELLS)
-        dz = _pixel_gradients(k, z, factors, alphas, gradients, pixels, BY_PIXEL)
+        four = _valid_cells(corners_of(stored, CELLS), labels, CELLS)
+        ptrs = following(ptrs, k, logits)
+        stored = loaded(ptrs)
+        p = _probabilities(four, lse, lanes, CELLS)
+        dz = _pixel_gradients(k, p, factors, alphas, classes, gradients, pixels, BY_PIXEL, CELLS)
         gradient = transposed(dz, lanes, cells, axes, CELLS, TILE)
         gradient = subtract_weighted(gradient, beta, k, loss_options, image)
         tl.store(dptrs, gradient.to(dlogits_ptr.dtype.element_ty), mask=written)
-        ptrs = next_class(ptrs, logits_k)
         dptrs += dlogits_k
 
 

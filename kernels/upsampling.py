@@ -336,9 +336,29 @@ def next_class(ptrs, stride_k):
 
 
 @triton.jit
+def following(ptrs, k, logits):
+    """The pointers of corner_ptrs, moved from class k to the next one, if there is one."""
+    step = tl.where(k + 1 < logits.num_classes, logits.stride_k, 0)
+    return [ptr + step for ptr in ptrs]
+
+
+@triton.jit
+def loaded(ptrs):
+    """Loops request the logits of the next class before they use those of one: otherwise they would
+    wait for memory in every iteration."""
+    return [tl.load(ptr) for ptr in ptrs]
+
+
+@triton.jit
 def corners(ptrs, CELLS: tl.constexpr):
     """The four logits of a cell, float32; four times the same logit if the sizes are the same."""
-    four = [tl.load(ptr).to(tl.float32) for ptr in ptrs]
+    return corners_of(loaded(ptrs), CELLS)
+
+
+@triton.jit
+def corners_of(stored, CELLS: tl.constexpr):
+    """The same, from what was loaded."""
+    four = [x.to(tl.float32) for x in stored]
     if CELLS.y.same:
         return four[0], four[0], four[0], four[0]
     else:

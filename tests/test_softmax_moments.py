@@ -317,6 +317,17 @@ def test_largest_logits(backend: str):
     torch.testing.assert_close(run(case, *arguments), run_reference(case, *arguments))
 
 
+@pytest.mark.on("reference", "simulated_triton")
+def test_a_row_that_begins_below_the_smallest_number(backend: str):
+    """Class 0 has e^-175 of the largest logit in the first pixel of a row of a cell, e^-25 in the
+    last one, where class 1 has e^-24; or the same from right to left."""
+    case = Case((1, 2, 3, 8), (12, 32), statistics=("probability_sums",))
+    logits = torch.full(case.size, -24.0)
+    logits[:, 0] = torch.tensor([-200.0, 0.0]).repeat(4)
+    arguments = logits, make_labels(case), make_weights(case)
+    torch.testing.assert_close(run(case, *arguments), run_reference(case, *arguments))
+
+
 @cpu
 @pytest.mark.parametrize(("num_classes", "allowed"), [(2, 5.0), (4, 3.0)])
 def test_rounding_errors_of_many_factors(num_classes: int, allowed: float, backend: str):
