@@ -34,7 +34,7 @@ OPERATORS = {
     "class_moments": CUDA_BACKENDS,
     "split_groups": CUDA_BACKENDS,
     "upsampled_sums": FUSED,
-    "centroid_info_nce": ("triton", "cuda"),
+    "centroid_info_nce": ("triton",),
     "softmax_moments": FUSED,
     "kth_largest": ("cpu",),
     "pixel_kl_divergence": FUSED,
@@ -282,8 +282,8 @@ def backends() -> dict[str, str | None]:
     why not, or for which operators not (`exclude_from_auto`). With several GPUs, `cuda` is usable
     if at least one GPU supports it. GPUs of a compute capability below 8.0 are served by
     `reference` alone. Usable does not mean every call: `cuda` has class moments of at
-    most 1,024 keys (images × classes × groups) and centroid InfoNCE, and leaves everything else to
-    `triton`; both leave float64 to `reference`."""
+    most 1,024 keys (images × classes × groups), and leaves everything else to `triton`; both leave
+    float64 to `reference`."""
     reasons = unusable()
     for name, operators in excluded.items():
         if operators and not reasons[name]:

@@ -96,15 +96,13 @@ def moments_variants() -> Iterator[MomentsVariant]:
 
 
 def launch_info_nce(groups: int, with_positives: bool) -> None:
-    """Both directions of centroid InfoNCE, K = 150, D = 768. The positives are given, or the
-    keys."""
-    queries, keys = (torch.empty((n, 768), device="meta") for n in (150 * groups, 150))
-    positives = torch.empty_like(queries) if with_positives else None
-    present = torch.empty(len(queries), dtype=torch.bool, device="meta")
-    inputs = queries, keys, positives, present, None
+    """Both directions of centroid InfoNCE, K = 150. The positives are given, or the keys."""
+    products = torch.empty((150 * groups, 150), device="meta")
+    positives = products.new_empty(len(products)) if with_positives else None
+    present = torch.empty(len(products), dtype=torch.bool, device="meta")
+    inputs = products, positives, present, None
     losses, lse = centroid_info_nce.centroid_info_nce(*inputs, 0.07)
-    backward = centroid_info_nce_backward.centroid_info_nce_backward
-    backward(losses, *inputs, losses, lse, 0.07)
+    centroid_info_nce_backward.centroid_info_nce_backward(losses, *inputs, lse, 0.07)
 
 
 def launch_moments(variant: MomentsVariant, classes: int) -> None:

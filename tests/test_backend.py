@@ -441,7 +441,7 @@ def test_auto_takes_the_next_backend_of_a_gpu(monkeypatch):
     for backend, following in (("cuda", "triton"), ("triton", "reference")):
         ao.exclude_from_auto(backend, "class_moments")
         assert gpus.select(0, "class_moments") == following
-        assert gpus.select(0, "centroid_info_nce") == "cuda"
+        assert gpus.select(0, "split_groups") == "cuda"
 
 
 @pytest.mark.usefixtures("nothing_excluded")

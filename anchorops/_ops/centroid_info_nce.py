@@ -1,11 +1,8 @@
-"""InfoNCE between the centroids of K classes. It computes only K×K×D products, so on a GPU the
-launches determine its time.
+"""InfoNCE between the centroids of K classes: K×K×D products, and a cross-entropy of their rows.
 
-On GPUs the losses of few queries are an operator, `anchorops::centroid_info_nce.triton` and `.cuda`
-of one schema. It stores no logits: the backward pass computes them again. It uses no matrix
-products, so for more than KERNEL_LOGITS logits the formula of the reference is faster (on an H100
-equally fast at 171 classes, 18 times at 1,000). On CPU the formula is always used: with its masks
-of classes it takes 0.17 ms at K = 19, up to eight times as long as a plain cross-entropy.
+On GPUs torch computes the products, and the operator `anchorops::centroid_info_nce` the losses of
+the rows and their gradient. On CPU the formula of the reference is used: with its masks of classes
+it takes 0.17 ms at K = 19, up to eight times as long as a plain cross-entropy.
 """
 
 from typing import Any
@@ -14,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._backend import CUDA_BACKENDS, select
+from .._backend import select
 from .._checks import (
     FLOATING,
     check_choice,
@@ -24,59 +21,88 @@ from .._checks import (
     fail,
     savable,
 )
+from ..reference.centroid_info_nce import LOGITS_AT_ONCE
 from .registration import Gradient, define
 
-BACKENDS = ("triton", "cuda")  # on the CPU it is the reference
-KERNEL_LOGITS = 2**15  # that a kernel computes at most: queries × keys
-
-# float32 queries, positives [R, D] by strides, R = K·G: row r is a query of class r // G; keys
-# [K, D] by strides; bool present [R], present_keys [K]. Without positives, that of a row is the key
-# of its class. Without masks, all are present. losses, lse: [R]. Without positives, dpositives are
-# (0,).
+# float32 products [R, K], contiguous: R = K·G, row r is a query of class r // G. float32 positives
+# [R] replace the products with the own keys. bool present [R], present_keys [K]; without them, all
+# are. losses, lse: [R]. Without positives, dpositives are (0,).
 _SCHEMA = (
-    "(Tensor queries, Tensor keys, Tensor? positives, Tensor? present, Tensor? present_keys, "
+    "(Tensor products, Tensor? positives, Tensor? present, Tensor? present_keys, "
     "float temperature) -> (Tensor losses, Tensor lse)"
 )
 _BACKWARD_SCHEMA = (
-    "(Tensor dlosses, Tensor queries, Tensor keys, Tensor? positives, Tensor? present, "
-    "Tensor? present_keys, Tensor losses, Tensor lse, float temperature) "
-    "-> (Tensor dqueries, Tensor dkeys, Tensor dpositives)"
+    "(Tensor dlosses, Tensor products, Tensor? positives, Tensor? present, Tensor? present_keys, "
+    "Tensor lse, float temperature) -> (Tensor dproducts, Tensor dpositives)"
 )
 
 
-def _forward_fake(queries: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return queries.new_empty(queries.shape[0]), queries.new_empty(queries.shape[0])
+def _forward_fake(products: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return products.new_empty(products.shape[0]), products.new_empty(products.shape[0])
 
 
 def _backward_fake(
-    dlosses: Tensor, queries: Tensor, keys: Tensor, positives: Tensor | None, *saved: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    dpositives = queries.new_empty(0 if positives is None else positives.shape)
-    return queries.new_empty(queries.shape), keys.new_empty(keys.shape), dpositives
+    dlosses: Tensor, products: Tensor, positives: Tensor | None, *saved: Any
+) -> tuple[Tensor, Tensor]:
+    dpositives = products.new_empty(0 if positives is None else positives.shape)
+    return products.new_empty(products.shape), dpositives
 
 
 def _setup_context(ctx: Any, inputs: Any, results: Any) -> None:
     *tensors, ctx.temperature = inputs
     ctx.mark_non_differentiable(results.lse)
-    ctx.save_for_backward(*tensors, *results)
+    ctx.save_for_backward(*tensors, results.lse)
 
 
 def _backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
     if grads.losses is None:
         return {}
     saved = ctx.saved_tensors
-    dqueries, dkeys, dpositives = operator(grads.losses.contiguous(), *saved, ctx.temperature)
-    gradients = {"queries": dqueries, "keys": dkeys}
-    return gradients if saved[2] is None else gradients | {"positives": dpositives}
+    dproducts, dpositives = operator(grads.losses.contiguous(), *saved, ctx.temperature)
+    gradients = {"products": dproducts}
+    return gradients if saved[1] is None else gradients | {"positives": dpositives}
 
 
 define(
     "centroid_info_nce",
     _SCHEMA,
     _forward_fake,
-    backends=BACKENDS,
+    backends=("triton",),
     gradient=Gradient(_BACKWARD_SCHEMA, _backward_fake, _setup_context, _backward),
 )
+
+
+def _selected(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """float32 [N, D], 0 where the mask [N] is false: absent rows may be NaN."""
+    return rows.float() if mask is None else torch.where(mask[:, None], rows.float(), 0)
+
+
+def _losses(
+    queries: Tensor,
+    keys: Tensor,
+    positives: Tensor | None,
+    present: Tensor | None,
+    present_keys: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    """By the kernel: losses of the shape [K] or [K, G] of the queries."""
+    has_query = present if present is None or present.dim() == 1 else present.any(1)
+    if present_keys is None:
+        present_keys = has_query
+    used = present_keys
+    if positives is None and used is not None:  # the own key is the positive
+        used = None if has_query is None else used | has_query
+    rows = None if present is None else present.flatten().contiguous()
+    with torch.autocast(queries.device.type, enabled=False):
+        flat = _selected(queries.flatten(0, -2), rows)
+        products = flat @ _selected(keys, used).T
+        own_products = None
+        if positives is not None:
+            own_products = (flat * _selected(positives.flatten(0, -2), rows)).sum(-1)
+        operator = torch.ops.anchorops.centroid_info_nce.triton
+        mask = None if present_keys is None else present_keys.contiguous()
+        losses, _ = operator(products, own_products, rows, mask, temperature)
+    return losses.view(queries.shape[:-1])
 
 
 def _check(argument: str, tensor: object, shape: tuple[int, ...], queries: Tensor) -> None:
@@ -101,8 +127,8 @@ def centroid_info_nce(
 
     (OCCL, doi 10.1016/j.patcog.2024.110431, Eqs. 4-6 as described in the text; MVSC, Eq. 2.)
     Nothing is normalised here. Inner products and sums are float32, also under autocast.
-    On GPUs up to 2^15 logits (K·G×K) are never stored. Otherwise they are kept for the gradient if
-    these are at most 2^23 (32 MiB in float32); of more the backward pass computes parts again.
+    The logits (K·G×K) are kept for the gradient if these are at most 2^23 (32 MiB in float32); of
+    more the backward pass computes parts again.
 
     Args:
         queries: [K, D], or [K, G, D] for G queries of each class; float.
@@ -141,9 +167,8 @@ def centroid_info_nce(
                 fail(function, argument, "a bool tensor", mask.dtype)
     temperature = check_temperature(function, temperature)
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
-    backend = select(function, queries, queries.shape[0], backends=CUDA_BACKENDS)
-    few = queries.shape[:-1].numel() * keys.shape[0] <= KERNEL_LOGITS
-    if backend not in BACKENDS or not few:
+    backend = select(function, queries, queries.shape[0], backends=("triton",))
+    if backend != "triton" or queries.shape[:-1].numel() * keys.shape[0] > LOGITS_AT_ONCE:
         return reference.centroid_info_nce(
             *map(savable, (queries, keys)),
             positives=savable(positives),
@@ -152,19 +177,10 @@ def centroid_info_nce(
             temperature=temperature,
             reduction=reduction,
         )
-    if present_keys is None and present is not None:
-        present_keys = present if present.dim() == 1 else present.any(1)
-    rows = None if present is None else present.flatten().contiguous()
-    losses, _ = getattr(torch.ops.anchorops.centroid_info_nce, backend)(
-        queries.float().flatten(0, -2),
-        keys.float(),
-        None if positives is None else positives.float().flatten(0, -2),
-        rows,
-        None if present_keys is None else present_keys.contiguous(),
-        temperature,
-    )
+    losses = _losses(queries, keys, positives, present, present_keys, temperature)
     if reduction == "none":
-        return losses.view(queries.shape[:-1])
+        return losses
     if reduction == "sum":
         return losses.sum()
-    return losses.sum() / (max(losses.numel(), 1) if rows is None else rows.sum().clamp(min=1))
+    count = max(losses.numel(), 1) if present is None else present.sum().clamp(min=1)
+    return losses.sum() / count

@@ -25,7 +25,6 @@ CUDA_FILES = (  # files of the operators that have CUDA kernels
     "class_keys",
     "class_moments",
     "class_moments_backward",
-    "centroid_info_nce",
     "methods",
     "every_kernel",
 )

@@ -13,19 +13,12 @@ def strided(x: Tensor) -> Tensor:
     return torch.stack([x, x], -1)[..., 0]
 
 
-K, D, ROWS = 5, 6, 10
+K, D = 5, 6
 LABELS = torch.randint(0, K, (2, 8, 12))
 KEYS = torch.randint(-1, K, (2, 12), dtype=torch.int32)
 COUNTS = KEYS[KEYS >= 0].bincount(minlength=K)
 FEATURES, ANCHORS = torch.randn(2, D, 12), torch.randn(K, D)
-BY_CLASS, ROW = torch.rand(K), torch.rand(ROWS)
-NCE = {
-    "queries": torch.randn(ROWS, D),
-    "keys": ANCHORS,
-    "positives": torch.randn(ROWS, D),
-    "present": ROW > 0.3,
-    "present_keys": BY_CLASS > 0.3,
-}
+BY_CLASS = torch.rand(K)
 RIGHT = {
     "class_keys": {
         "labels": LABELS,
@@ -55,9 +48,6 @@ RIGHT = {
         "stride": FEATURES.stride(),
         "dtype": torch.float32,
     },
-    "centroid_info_nce": NCE | {"temperature": 0.1},
-    "centroid_info_nce_backward": NCE
-    | {"dlosses": ROW, "losses": ROW, "lse": ROW, "temperature": 0.1},
 }
 # Operator, argument, its wrong value, message.
 SHAPE, TABLE = "expected shape", "expected a contiguous"
@@ -78,20 +68,6 @@ WRONG = [
     ("class_moments_backward", "anchors", ANCHORS[0], SHAPE),
     ("class_moments_backward", "dsums", ANCHORS[:, 1:], SHAPE),
     ("class_moments_backward", "dsqdists", BY_CLASS[1:], SHAPE),
-    *(
-        (f"centroid_info_nce{direction}", *wrong)
-        for direction in ("", "_backward")
-        for wrong in (
-            ("queries", NCE["queries"][1:], "expected 5 classes of equally many rows, got 9"),
-            ("queries", NCE["queries"][:, 1:], SHAPE),
-            ("positives", NCE["positives"][1:], SHAPE),
-            ("present", strided(NCE["present"]), TABLE),
-            ("present_keys", strided(NCE["present_keys"]), TABLE),
-        )
-    ),
-    ("centroid_info_nce_backward", "dlosses", ROW[:1].expand(ROWS), TABLE),
-    ("centroid_info_nce_backward", "losses", strided(ROW), TABLE),
-    ("centroid_info_nce_backward", "lse", ROW[1:], SHAPE),
 ]
 
 
@@ -118,8 +94,6 @@ def test_wrong_arguments(operator: str, argument: str, wrong: object, message: s
         ("class_moments", "keys", KEYS.long()),
         ("class_moments", "anchors", ANCHORS.double()),
         ("class_moments_backward", "features", FEATURES.half()),
-        ("centroid_info_nce", "positives", NCE["positives"].half()),
-        ("centroid_info_nce", "present", NCE["present"].byte()),
     ],
     ids=lambda x: str(x.dtype) if isinstance(x, Tensor) else x,
 )

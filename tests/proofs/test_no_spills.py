@@ -20,7 +20,6 @@ pytestmark = pytest.mark.slow
 KERNELS = (
     "_several_keys_kernel",
     "_sorted_pixels_kernel",
-    "_centroid_info_nce_bwd_kernel",
     "_softmax_moments_kernel",
     "_pixel_kl_divergence_kernel",
     "_error_loss_bwd_kernel",
