@@ -106,12 +106,6 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
                : "memory");
 }
 
-// Asynchronous copy of all 16 bytes, which needs fewer instructions.
-__device__ __forceinline__ void copy_async(void* shared, const void* global) {
-  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
-}
-
 // Asynchronous copy of 4 bytes.
 __device__ __forceinline__ void copy_word_async(void* shared, const void* global) {
   const auto address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
