@@ -114,6 +114,7 @@ class Attachment:
         self.regularizer.uninstall(self.classifier)
         for hook in self._hooks:
             hook.remove()
+        self._hooks = []
         delattr(self._parent, self._child)
         self.regularizer.attachment = None
         self.forget()
@@ -128,6 +129,11 @@ class Attachment:
         # copied.)
         empty = dict.fromkeys(("_run", "_features", "_dropped"))
         return self.__dict__ | empty | {"_taken": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._hooks:
+            vars(self.regularizer).setdefault("attachment", self)
 
     def __repr__(self) -> str:
         names = " + ".join(method.__name__ for method in _methods(self.regularizer))

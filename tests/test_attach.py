@@ -133,6 +133,31 @@ def test_copies_have_features_of_their_own() -> None:
     torch.testing.assert_close(losses, [sar(labels)] * len(losses))
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_of_parts(copied: Callable[[Any], Any]) -> None:
+    """A method alone is copied without the model. A detached attachment stays so."""
+    model = Net()
+    sar = ao.attach(model, ao.SAR(K, D))
+    alone = copied(sar.regularizer)
+    assert alone.attachment is None
+    ao.attach(Net(), alone)
+    assert len(pickle.dumps(sar.regularizer)) < len(pickle.dumps(model))
+    for parts in ((model, sar), (sar, model), (sar.regularizer, sar, model)):
+        others = copied(parts)
+        other, attachment = (others[parts.index(part)] for part in (model, sar))
+        assert other.regularizer.attachment is attachment is not sar
+    shallow = copy.copy(sar)
+    x, labels = batch()
+    model(x)
+    sar(labels)
+    sar.detach()
+    shallow.detach()
+    second = ao.attach(model, sar.regularizer)  # type: ignore[arg-type]
+    for detached in (sar, shallow, copied(sar)):
+        detached.detach()
+    assert second.regularizer.attachment is second and hasattr(model, "regularizer")
+
+
 def test_a_copy_gets_its_own_classifier_back() -> None:
     """A copy has its own replaced classifier, so detaching it does not change the original."""
     model = Net()

@@ -74,6 +74,8 @@ def test_modules_to_save(name: str) -> None:
         warnings.simplefilter("error")
         trained = gradients(model, method)
     assert any("regularizer.modules_to_save" in x for x in trained)
+    method_copies = [x for x in model.modules() if isinstance(x, METHODS[name])]
+    assert [x.attachment for x in method_copies] == [method, None]  # the model is not copied
     assert method.terms
     saved = peft.get_peft_model_state_dict(model)
     assert any("regularizer" in x for x in saved)

@@ -134,6 +134,7 @@ class Regularizer(InitializedModule):
     replaces_classifier = False
     has_state = False  # whether it has buffers that a training forward updates
     step: Tensor
+    attachment: Attached | None = None
     _frozen_told = False  # whether the warning of frozen parameters was given
 
     def __init__(
@@ -157,7 +158,6 @@ class Regularizer(InitializedModule):
         self.check_labels = check_labels
         self.process_group = group_name(name, process_group)
         self._terms: dict[str, Tensor] = {}
-        self.attachment: Attached | None = None
 
     def plan(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Plan:
         """The statistics and the losses of this step; updates the state in training mode."""
@@ -172,6 +172,11 @@ class Regularizer(InitializedModule):
         if not mode and self.attachment is not None:
             self.attachment.forget()
         return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the method alone is not attached, and does not copy the model. That of a model
+        # has an attachment, which tells its method.
+        return {name: x for name, x in super().__getstate__().items() if name != "attachment"}
 
     def install(self, classifier: nn.Module) -> None:
         """Change the classifier; called by `attach`. CBP replaces the weight."""
