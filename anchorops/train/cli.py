@@ -39,7 +39,8 @@ try:
     from .networks.learner import PUBLISHED
     from .options import TRAINER, check
     from .report.compare import comparison, load_results
-    from .run import CONFIG, check_same
+    from .run import CONFIG, WHOLE, check_same, flat_config, read_checkpoint
+    from .saving import save_atomically
 except ModuleNotFoundError as error:
     sys.exit(
         f"anchorops-train: {error}: install what training needs: pip install 'anchorops[train]'"
@@ -174,9 +175,10 @@ class Program(LightningCLI):
     def _check_run(self, options: Any) -> None:
         last = self.run / LAST
         if options.ckpt_path == str(last):
+            state = read_checkpoint(last, options.weights_only, WHOLE)
+            self.continued = state["global_step"]
             now = yaml.safe_load(self._parser("fit").dump(options, skip_none=False))
             check_same(self.run, now)
-            self.continued = _step(last)
         elif last.exists():
             raise ValueError(
                 f"{self.run} holds a run: go on with it by `{continuing(self.run)}`, or give this "
@@ -225,25 +227,24 @@ class Program(LightningCLI):
         )
 
     def before_fit(self) -> None:
-        self.model.from_checkpoint = self.config.fit.ckpt_path is not None
+        options = self.config.fit
+        self.model.from_checkpoint = options.ckpt_path is not None
+        self._check_checkpoint()
         if self.continued is None and rank_zero_only.rank == 0:
             self.run.mkdir(parents=True, exist_ok=True)
-            parser, path = self._parser("fit"), self.run / CONFIG
-            parser.save(
-                self.config.fit, str(path), skip_none=False, overwrite=True, multifile=False
-            )
+            text = self._parser("fit").dump(options, skip_none=False)
+            save_atomically(text, self.run / CONFIG)
+
+    def _check_checkpoint(self) -> None:
+        options = self.config[self.config.subcommand]
+        path = options.ckpt_path
+        if path and Path(path).is_file():
+            read_checkpoint(Path(path), options.weights_only)
+
+    before_validate = before_predict = _check_checkpoint
 
     def predict(self, **kwargs: Any) -> None:
         self.trainer.predict(**kwargs, return_predictions=False)
-
-
-def _step(checkpoint: Path) -> int:
-    try:
-        state = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
-        return state["global_step"]
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"checkpoint {checkpoint} is damaged ({reason})") from error
 
 
 def train(*options: str) -> Path:
@@ -272,9 +273,10 @@ def with_presets(arguments: Sequence[str]) -> tuple[list[str], str]:
                 )
             words[i] = str(packaged)
     if not configs and "--run" in words[:-1]:
-        config = Path(words[words.index("--run") + 1], CONFIG)
-        if config.exists():
-            words[1:1] = ["--config", str(config)]
+        run = Path(words[words.index("--run") + 1])
+        if (run / CONFIG).exists():
+            flat_config(run)  # an error names the file
+            words[1:1] = ["--config", str(run / CONFIG)]
     if "--data.images" in words:
         first = words.index("--data.images") + 1
         ends = [i for i, word in enumerate(words) if i >= first and word.startswith("--")]

@@ -64,7 +64,10 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
     """The values that were logged at each step. Raises ValueError if the file is damaged."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            lines = list(csv.DictReader(file))
+            text = file.read()
+        lines = list(csv.DictReader(io.StringIO(text)))
+        if not text.endswith("\n") or any(None in line.values() for line in lines):
+            raise ValueError("a line is not complete")
         return {
             int(line.pop("step")): {name: float(x) for name, x in line.items() if x}
             for line in lines

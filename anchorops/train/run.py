@@ -1,12 +1,16 @@
-"""The directory of a run: its configuration, and whether a run goes on with the same one."""
+"""The directory of a run: its configuration, its checkpoints, and whether a run goes on with the
+same options."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 CONFIG = "config.yaml"
+WEIGHTS = frozenset(("state_dict", "global_step", "channels"))  # in a checkpoint
+WHOLE = WEIGHTS | {"callbacks", "optimizer_states"}  # in one from which a run goes on
 # options on which no number of a run depends; they may differ where it goes on
 FREE = (
     *("run", "ckpt_path", "weights_only", "saving.every", "collapse.images"),
@@ -29,12 +33,38 @@ def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def flat_config(run: Path) -> dict[str, Any]:
-    """The configuration of a run. Raises ValueError if it has none."""
+    """The configuration of a run. Raises ValueError if it has none, or a damaged one."""
     path = run / CONFIG
     if not path.exists():
         raise ValueError(f"{run}: expected the directory of a run, with its {CONFIG}")
-    with open(path, encoding="utf-8") as file:
-        return flat(yaml.safe_load(file))
+    try:
+        options = flat(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({_line(error)})") from None
+    for name in ("data.steps", "model.network", "trainer.max_steps", "seed_everything"):
+        if name not in options:
+            raise ValueError(f"{path} is damaged (it has no {name})")
+    return options
+
+
+def _line(error: Exception) -> str:
+    line, *_ = str(error).splitlines() or [type(error).__name__]
+    return line
+
+
+def read_checkpoint(
+    path: Path, weights_only: bool | None = None, needed: frozenset[str] = WEIGHTS
+) -> dict[str, Any]:
+    """Its tensors stay in the file. Raises ValueError if it is damaged or has not what is needed.
+    weights_only: of torch.load."""
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        missing = needed - state.keys()
+    except Exception as error:
+        raise ValueError(f"checkpoint {path} is damaged ({_line(error)})") from error
+    if missing:
+        raise ValueError(f"checkpoint {path} is of another kind: it has no {min(missing)}")
+    return state
 
 
 def check_same(run: Path, options: Mapping[str, Any]) -> None:
