@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.callbacks import BasePredictionWriter, Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
@@ -57,7 +57,7 @@ class Stopped(Exception):
         self.exit_status = 128 + signum
 
 
-class Saving(Callback):
+class Saving(Checkpoint):
     """Saves the state of the run in `last.ckpt`: every few steps, before each validation, at the
     end, and when the run is asked to stop by SIGTERM or Ctrl-C, after the current step. Lightning
     itself would answer Ctrl-C in the middle of a step. A validation ends at its next batch, and is
@@ -74,20 +74,26 @@ class Saving(Callback):
         self.every = every
         self.validating = False
         """Whether the validation of this step is not finished."""
+        self.ended = False
+        """Whether nothing is left to do."""
         self._received: int | None = None
         self._first = 0.0
-        self._stopping = False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"validating": self.validating}
+        return {"validating": self.validating, "ended": self.ended}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.validating = state_dict["validating"]
 
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """A run whose limit was raised goes on in its epoch, which Lightning has finished."""
+        for progress in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+            progress |= {"processed": 0, "completed": 0}
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         handle(self._receive)  # Lightning restores what was there
-        if self.validating:
-            self._validate(trainer)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -97,33 +103,24 @@ class Saving(Callback):
             end_at_once(signum, frame)
         self._received = signum
 
-    @staticmethod
-    def _validate(trainer: Trainer) -> None:
-        trainer.validating = True
-        trainer.fit_loop.epoch_loop.val_loop.restarting = False
-        trainer.fit_loop.epoch_loop.val_loop.run()
-        trainer.training = True
-
     def _stop(self, trainer: Trainer) -> None:
         run = Path(trainer.default_root_dir)
         raise Stopped(self._received or signal.SIGTERM, run, trainer.global_step)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        batches = batch_idx + 1
-        last = batches >= trainer.num_training_batches
-        if batches % trainer.accumulate_grad_batches and not last:
-            return
+    def on_step_end(self, trainer: Trainer) -> None:
+        """After the step, when its line is in the log."""
         received = self._received is not None
-        self._stopping = trainer.strategy.reduce_boolean_decision(received, all=False)
-        every: Any = trainer.val_check_batch
-        self.validating = trainer.enable_validation and (last or batches % every == 0)
-        if self._stopping or self.validating or trainer.global_step % self.every == 0:
-            self._save(trainer, pl_module)
+        stopping = trainer.strategy.reduce_boolean_decision(received, all=False)
+        leaves = trainer.fit_loop.epoch_loop.done
+        if stopping or leaves or self.validating or trainer.global_step % self.every == 0:
+            self._save(trainer)
+        if stopping:
+            self._stop(trainer)
 
-    def _save(self, trainer: Trainer, module: LightningModule) -> None:
+    @staticmethod
+    def _save(trainer: Trainer) -> None:
         """Raises ValueError, and keeps the earlier checkpoint, if a weight is not finite."""
+        module = trainer.lightning_module
         assert isinstance(module, SegmentationModule)
         state = [x for x in module.state_dict().values() if x.is_floating_point()]
         wrong = not bool(nn.utils.get_total_norm(state).isfinite())
@@ -137,13 +134,6 @@ class Saving(Callback):
             )
         trainer.save_checkpoint(Path(trainer.default_root_dir) / LAST)
 
-    # the line of the log that belongs to the step is written before these
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if self._stopping:
-            self._stop(trainer)
-
     def on_validation_batch_start(
         self,
         trainer: Trainer,
@@ -155,15 +145,14 @@ class Saving(Callback):
         if self._received is not None:
             self._stop(trainer)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.validating = False
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._stopping:
-            self._stop(trainer)
-        if self.validating:
-            self._validate(trainer)
-        self._save(trainer, pl_module)
+        if self.ended:
+            self._save(trainer)
+
+
+def saving_of(trainer: Trainer) -> Saving:
+    callbacks: Any = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    return next(x for x in callbacks if isinstance(x, Saving))
 
 
 class Timing(Callback):
@@ -247,6 +236,8 @@ class Reports(Callback):
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, SegmentationModule)
+        if not saving_of(trainer).ended:
+            return
         pl_module.eval()
         with attempt("size and speed of the network"):
             values = measure_complexity(pl_module)

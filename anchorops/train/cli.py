@@ -32,13 +32,15 @@ try:
         Timing,
         WholeCheckpoints,
         continuing,
+        saving_of,
     )
     from .data.module import SegmentationData
+    from .loop import StepLoop
     from .metrics import Metrics
     from .module import SegmentationModule
     from .networks.learner import PUBLISHED
     from .options import TRAINER, check
-    from .report.compare import comparison, load_results
+    from .report.compare import NotEnded, comparison, load_results
     from .run import CONFIG, WHOLE, check_same, flat_config, read_checkpoint
     from .saving import save_atomically
 except ModuleNotFoundError as error:
@@ -81,6 +83,8 @@ class Program(LightningCLI):
         self.run = Path()
         self.continued: int | None = None
         """The step after which the run goes on."""
+        self.ended = False
+        """Whether nothing is left to do in it."""
         super().__init__(
             SegmentationModule,
             SegmentationData,
@@ -157,7 +161,7 @@ class Program(LightningCLI):
             raise ValueError("--ckpt_path best: expected last: only that has the optimizer's state")
         if name in ("last", "best"):
             options.ckpt_path = self._checkpoint(name)
-        if command == "fit" and rank_zero_only.rank == 0:
+        if command == "fit":
             self._check_run(options)
 
     def _checkpoint(self, name: str) -> str:
@@ -173,13 +177,16 @@ class Program(LightningCLI):
         return f"runs/{self.preset}-{methods}-seed{options.seed_everything}"
 
     def _check_run(self, options: Any) -> None:
-        last = self.run / LAST
+        last, leads = self.run / LAST, rank_zero_only.rank == 0
         if options.ckpt_path == str(last):
             state = read_checkpoint(last, options.weights_only, WHOLE)
-            self.continued = state["global_step"]
-            now = yaml.safe_load(self._parser("fit").dump(options, skip_none=False))
-            check_same(self.run, now)
-        elif last.exists():
+            self.continued, saving = state["global_step"], state["callbacks"]["Saving"]
+            done = self.continued == options.data.steps and not saving["validating"]
+            self.ended = saving.get("ended", done)
+            if leads:
+                now = yaml.safe_load(self._parser("fit").dump(options, skip_none=False))
+                check_same(self.run, now)
+        elif leads and last.exists():
             raise ValueError(
                 f"{self.run} holds a run: go on with it by `{continuing(self.run)}`, or give this "
                 "one another directory with --run"
@@ -219,12 +226,14 @@ class Program(LightningCLI):
             loggers = loggers if isinstance(loggers, list) else [loggers]
             self._loggers += loggers
         plugins = plugins if isinstance(plugins, list) else [plugins]
-        return super().instantiate_trainer(
+        trainer: Any = super().instantiate_trainer(
             default_root_dir=str(self.run),
             logger=self._loggers,
             plugins=[*plugins, WholeCheckpoints()],
             **kwargs,
         )
+        trainer.fit_loop.epoch_loop = StepLoop(trainer)
+        return trainer
 
     def before_fit(self) -> None:
         options = self.config.fit
@@ -242,6 +251,27 @@ class Program(LightningCLI):
             read_checkpoint(Path(path), options.weights_only)
 
     before_validate = before_predict = _check_checkpoint
+
+    def fit(self, **kwargs: Any) -> None:
+        if not self.ended:
+            self.trainer.fit(**kwargs)
+        if rank_zero_only.rank == 0:
+            self._say_what_is_left()
+
+    def _say_what_is_left(self) -> None:
+        options, step = self.config.fit, self.trainer.global_step
+        nothing = f"{self.run}: no step was done: "
+        if self.ended:
+            print(f"{nothing}the run has ended after step {self.continued}", file=sys.stderr)
+        elif not saving_of(self.trainer).ended:
+            limits = (("max_steps", -1), ("max_time", "null"))
+            chosen = [(k, v) for k, v in limits if options.trainer[k] not in (None, v)]
+            print(
+                f"{nothing if step == self.continued else ''}a limit ended the run after step "
+                f"{step} of {options.data.steps}; go on with: {continuing(self.run)}",
+                *(f"--trainer.{name} {value}" for name, value in chosen),
+                file=sys.stderr,
+            )
 
     def predict(self, **kwargs: Any) -> None:
         self.trainer.predict(**kwargs, return_predictions=False)
@@ -311,8 +341,15 @@ def presets() -> str:
 def _compare(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="anchorops-train compare", description=_compare.__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="directories of the runs")
-    options = parser.parse_args(arguments)
-    print(comparison([load_results(run) for run in options.runs]))
+    results = []
+    for run in parser.parse_args(arguments).runs:
+        try:
+            results.append(load_results(run))
+        except NotEnded as error:
+            print(f"anchorops-train: {error}; it is left out", file=sys.stderr)
+    if not results:
+        raise ValueError("compare: expected runs that have ended, got none")
+    print(comparison(results))
 
 
 def _demo(arguments: Sequence[str]) -> None:

@@ -13,16 +13,22 @@ MEASURES = {"mIoU": "miou", "head": "head", "body": "body", "tail": "tail", "mAc
 SEEDS = ("seed_everything", "data.seed", "model.seed")
 
 
+class NotEnded(ValueError):
+    """The run was stopped or killed, or a limit ended it early, or it goes on at the moment."""
+
+
 def load_results(run: Path) -> dict[str, Any]:
-    """The results of a run: the last figures in its metrics.csv. Raises ValueError if it has not
-    finished."""
+    """The results of a run: the last figures in its metrics.csv. Raises NotEnded, or ValueError if
+    it was never validated."""
     options, path = flat_config(run), run / METRICS
     lines = read_metrics(path) if path.exists() else {}
-    steps = options["data.steps"]
+    step, steps = max(lines, default=0), options["data.steps"]
     validated = [step for step, line in lines.items() if "val/miou" in line]
-    ended = any("cost/parameters" in line for line in lines.values())  # perhaps by EarlyStopping
-    if not validated or not (ended or max(validated) == steps):
-        raise ValueError(f"{run}: expected a finished run of {steps} steps, with its {METRICS}")
+    ended = "cost/parameters" in lines.get(step, {})  # perhaps by EarlyStopping
+    if not (ended or steps in validated):
+        raise NotEnded(f"{run} has not ended: {step} of {steps} steps are in its {METRICS}")
+    if not validated:
+        raise ValueError(f"{run}: expected validations in its {METRICS}")
     last = lines[max(validated)]
     seconds, memory = (
         [line[name] for line in lines.values() if name in line]
