@@ -155,6 +155,42 @@ def saving_of(trainer: Trainer) -> Saving:
     return next(x for x in callbacks if isinstance(x, Saving))
 
 
+def trains(trainer: Trainer) -> bool:
+    """Whether a validation is one of a run."""
+    return trainer.state.fn == "fit" and not trainer.sanity_checking
+
+
+class Best(Callback):
+    """Saves the weights in `best.ckpt` when their mIoU is the largest. These are the weights that
+    were validated, as long as this hook runs before those of other callbacks: one that averages
+    weights puts them into the network for a validation only."""
+
+    def __init__(self) -> None:
+        self.miou = -1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"miou": self.miou}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.miou = state_dict["miou"]
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Earlier runs had Lightning's ModelCheckpoint."""
+        for state in checkpoint["callbacks"].values():
+            if state.get("monitor") == "val/miou" and state["best_model_score"] is not None:
+                self.miou = float(state["best_model_score"])
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, SegmentationModule)
+        miou = pl_module.results()["miou"]
+        if trains(trainer) and miou > self.miou:
+            self.miou = miou
+            path = Path(trainer.default_root_dir) / BEST
+            trainer.save_checkpoint(path, weights_only=True)
+
+
 class Timing(Callback):
     """Logs the seconds of a step, their mean since the last line of the log, without validations,
     and the peak memory in MB: of a GPU's tensors, or of the process."""
@@ -204,9 +240,9 @@ class NeuralCollapse(Callback):
         check("collapse", {"images": images}, {"images": NUMBER})
         self.images = images
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, SegmentationModule)
-        if self.images and trainer.state.fn == "fit":
+        if self.images and trains(trainer):
             values = collapse_measures(pl_module, self.images)
             for logger in trainer.loggers:
                 logger.log_metrics(values, trainer.global_step)
@@ -217,9 +253,9 @@ class Reports(Callback):
     the network at the end of the run."""
 
     @rank_zero_only
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, SegmentationModule)
-        if trainer.state.fn == "fit":
+        if trains(trainer):
             with attempt("predictions.png"):
                 self._draw(trainer, pl_module)
 

@@ -16,7 +16,7 @@ try:
     import torch
     import yaml
     from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.callbacks import StochasticWeightAveraging
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.loggers import TensorBoardLogger
     from lightning.pytorch.utilities import rank_zero_only
@@ -24,6 +24,7 @@ try:
     from .callbacks import (
         BEST,
         LAST,
+        Best,
         MaskWriter,
         NeuralCollapse,
         Reports,
@@ -209,15 +210,7 @@ class Program(LightningCLI):
                 purge = None if self.continued is None else self.continued + 1
                 events = TensorBoardLogger(str(self.run), name="", version="", purge_step=purge)
                 self._loggers.append(events)
-            best = ModelCheckpoint(
-                self.run,
-                Path(BEST).stem,
-                monitor="val/miou",
-                mode="max",
-                save_weights_only=True,
-                enable_version_counter=False,
-            )
-            self.trainer_defaults["callbacks"] = [Reports(), Timing(), best]
+            self.trainer_defaults["callbacks"] = [Best(), Reports(), Timing()]
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         given = self._get(self.config_init, "trainer")
@@ -232,6 +225,13 @@ class Program(LightningCLI):
             plugins=[*plugins, WholeCheckpoints()],
             **kwargs,
         )
+        if any(isinstance(x, StochasticWeightAveraging) for x in trainer.callbacks):
+            raise ValueError(
+                "--trainer.callbacks: StochasticWeightAveraging averages over epochs, but a run is "
+                "one epoch: expected WeightAveraging or EMAWeightAveraging, which count steps"
+            )
+        # these see the network as it was validated: see Best
+        trainer.callbacks.sort(key=lambda x: not isinstance(x, Best | NeuralCollapse | Reports))
         trainer.fit_loop.epoch_loop = StepLoop(trainer)
         return trainer
 

@@ -321,6 +321,7 @@ class SegmentationModule(LightningModule):
             raise ValueError(
                 f"validate: expected data of {num_classes} classes, got {len(self.data.classes)}"
             )
+        self.figures = {}
         self.confusion = torch.zeros(
             num_classes, num_classes, dtype=torch.int64, device=self.device
         )
@@ -337,16 +338,21 @@ class SegmentationModule(LightningModule):
             predictions, labels, len(self.confusion), ignore_index=IGNORED
         )
 
+    def results(self) -> dict[str, Any]:
+        """The figures of a validation after its last image. All ranks call this."""
+        if not self.figures:
+            if dist.is_initialized():
+                dist.all_reduce(self.confusion)
+            self.figures = summarize(
+                self.confusion.cpu(),
+                self.data.classes,
+                self.data.frequencies,
+                self.data.options.head_tail,
+            )
+        return self.figures
+
     def on_validation_epoch_end(self) -> None:
-        if dist.is_initialized():
-            dist.all_reduce(self.confusion)
-        figures = self.figures = summarize(
-            self.confusion.cpu(),
-            self.data.classes,
-            self.data.frequencies,
-            self.data.options.head_tail,
-        )
-        split = self.data.options.split
+        figures, split = self.results(), self.data.options.split
         values = {f"{split}/{k}": v for k, v in figures.items() if isinstance(v, float)}
         values |= {f"{split}/iou/{c['name']}": c["iou"] for c in figures["classes"]}
         known = {name: value for name, value in values.items() if value is not None}

@@ -50,7 +50,7 @@ def collapse_measures(module: "SegmentationModule", images: int) -> dict[str, fl
         geometry.update(features, labels)
     module.train(training)
     centroids = geometry.compute()
-    accuracies = [c["accuracy"] for c in module.figures["classes"]]
+    accuracies = [c["accuracy"] for c in module.results()["classes"]]
     accuracy = torch.tensor([math.nan if x is None else x for x in accuracies])
     known = accuracy.isfinite()
     pixels, frequency = module.data.frequencies, module.data.prior
