@@ -8,7 +8,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ try:
     from .networks.learner import PUBLISHED
     from .options import TRAINER, check
     from .report.compare import NotEnded, comparison, load_results
-    from .run import CONFIG, WHOLE, check_same, flat_config, read_checkpoint
+    from .run import CONFIG, WHOLE, check_same, flat_config, only_process, read_checkpoint
     from .saving import save_atomically
 except ModuleNotFoundError as error:
     sys.exit(
@@ -86,6 +86,10 @@ class Program(LightningCLI):
         """The step after which the run goes on."""
         self.ended = False
         """Whether nothing is left to do in it."""
+        with ExitStack() as self.held:
+            self._run_command(arguments)
+
+    def _run_command(self, arguments: Sequence[str]) -> None:
         super().__init__(
             SegmentationModule,
             SegmentationData,
@@ -179,6 +183,8 @@ class Program(LightningCLI):
 
     def _check_run(self, options: Any) -> None:
         last, leads = self.run / LAST, rank_zero_only.rank == 0
+        if leads and self.run.exists():
+            self.held.enter_context(only_process(self.run))
         if options.ckpt_path == str(last):
             state = read_checkpoint(last, options.weights_only, WHOLE)
             self.continued, saving = state["global_step"], state["callbacks"]["Saving"]
@@ -239,10 +245,11 @@ class Program(LightningCLI):
         options = self.config.fit
         self.model.from_checkpoint = options.ckpt_path is not None
         self._check_checkpoint()
-        if self.continued is None and rank_zero_only.rank == 0:
-            self.run.mkdir(parents=True, exist_ok=True)
-            text = self._parser("fit").dump(options, skip_none=False)
-            save_atomically(text, self.run / CONFIG)
+        if rank_zero_only.rank == 0:
+            self.held.enter_context(only_process(self.run))
+            if self.continued is None:
+                text = self._parser("fit").dump(options, skip_none=False)
+                save_atomically(text, self.run / CONFIG)
 
     def _check_checkpoint(self) -> None:
         options = self.config[self.config.subcommand]

@@ -1,14 +1,17 @@
 """The directory of a run: its configuration, its checkpoints, and whether a run goes on with the
 same options."""
 
-from collections.abc import Mapping
+import fcntl
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-CONFIG = "config.yaml"
+CONFIG, LOCK = "config.yaml", "run.lock"
 WEIGHTS = frozenset(("state_dict", "global_step", "channels"))  # in a checkpoint
 WHOLE = WEIGHTS | {"callbacks", "optimizer_states"}  # in one from which a run goes on
 # options on which no number of a run depends; they may differ where it goes on
@@ -19,6 +22,24 @@ FREE = (
     *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.max_steps"),
     *("trainer.max_time", "trainer.default_root_dir"),
 )
+
+
+@contextmanager
+def only_process(run: Path) -> Iterator[None]:
+    """Raises ValueError if another process trains in the directory. A killed process holds nothing,
+    nor do its workers, which end later than it: they would inherit what flock gives."""
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / LOCK, "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(
+                f"another process trains in {run}: give this run its own directory with --run (the "
+                "default name has the preset, the methods and the seed, no other option)"
+            ) from None
+        except OSError as error:
+            print(f"{run} cannot be locked ({error}): start no second process", file=sys.stderr)
+        yield
 
 
 def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
