@@ -255,7 +255,8 @@ class Program(LightningCLI):
         options = self.config[self.config.subcommand]
         path = options.ckpt_path
         if path and Path(path).is_file():
-            read_checkpoint(Path(path), options.weights_only)
+            state = read_checkpoint(Path(path), options.weights_only)
+            self.datamodule.of_run = state.get("SegmentationData", {})
 
     before_validate = before_predict = _check_checkpoint
 

@@ -17,7 +17,7 @@ WHOLE = WEIGHTS | {"callbacks", "optimizer_states"}  # in one from which a run g
 # options on which no number of a run depends; they may differ where it goes on
 FREE = (
     *("run", "ckpt_path", "weights_only", "saving.every", "collapse.images"),
-    *("data.root", "data.workers", "data.eval_batch_size", "data.images"),
+    *("data.root", "data.workers", "data.eval_batch_size", "data.images", "data.allow_changes"),
     *("trainer.logger", "trainer.log_every_n_steps", "trainer.profiler", "trainer.callbacks"),
     *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.max_steps"),
     *("trainer.max_time", "trainer.default_root_dir"),

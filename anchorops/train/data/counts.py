@@ -1,10 +1,14 @@
-"""Counts of classes in the masks of a data set, computed before the training."""
+"""Counts of classes in the masks of a data set, computed before the training, and what tells it
+from another data set."""
 
+import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
-from typing import NamedTuple
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -67,3 +71,36 @@ def check_classes(classes: Sequence[str], training: Tensor, validation: Tensor) 
             "two classes or more; 255 is ignored unless --data.label_map makes it a class"
         )
     return absent
+
+
+def fingerprint(split: Segmentation, counts: Counts, root: Path) -> dict[str, Any]:
+    """What is the same for equal data, wherever their root is."""
+    paths = chain.from_iterable(split.pairs) if isinstance(split, MaskFolder) else ()
+    # in the order of the images, on which that of the batches depends
+    names = "\n".join(str(path).removeprefix(str(root)) for path in paths)
+    return {
+        "images": len(split),
+        "names": hashlib.sha256(names.encode()).hexdigest(),
+        "pixels": counts.pixels.tolist(),
+    }
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between data sets: "classes", and the fingerprints of their splits."""
+    old, new = before["classes"], now["classes"]
+    if len(old) != len(new):
+        return [f"{len(new)} classes instead of {len(old)}"]
+    if old != new:
+        return [f"the {'order' if sorted(old) == sorted(new) else 'names'} of the classes"]
+    found = []
+    for split in ("training", "validation"):
+        old, new = before[split], now[split]
+        if old["images"] != new["images"]:
+            found.append(f"{new['images']} {split} images instead of {old['images']}")
+        elif old["names"] != new["names"]:
+            found.append(f"the names of {split} images or masks")
+        elif old["pixels"] != new["pixels"]:
+            pixels = zip(now["classes"], old["pixels"], new["pixels"], strict=True)
+            name, a, b = next(x for x in pixels if x[1] != x[2])
+            found.append(f"{b} pixels of the class {name} in {split} masks instead of {a}")
+    return found

@@ -13,7 +13,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ..options import DATA, check, check_used
-from .counts import check_classes, class_counts
+from .counts import changes, check_classes, class_counts, fingerprint
 from .digits import DigitScenes
 from .folders import open_folder, open_published
 from .images import read_upright
@@ -77,6 +77,8 @@ class SegmentationData(LightningDataModule):
         cat_max_ratio: If one class has this share of the valid pixels of a crop or more, the crop
             is drawn again, up to ten times; 1: never.
         images: Files to predict.
+        allow_changes: Go on with a run although its data have changed: classes of other names or in
+            another order, other images, other masks.
         seed: Random seed of the order and the augmentation; the command line sets it to that of
             the run.
 
@@ -109,6 +111,7 @@ class SegmentationData(LightningDataModule):
         scale: tuple[float, float] = (1.0, 1.0),
         cat_max_ratio: float = 1.0,
         images: list[str] | None = None,
+        allow_changes: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -122,6 +125,10 @@ class SegmentationData(LightningDataModule):
         """float32 [K], each class's share of the training pixels."""
         self.prior: Tensor
         """float32 [K], of the training images that contain each class, with sum 1: CeCo's π."""
+        self.fingerprint: dict[str, Any] = {}
+        """What tells the data from others: see `changes`."""
+        self.of_run: dict[str, Any] | None = None
+        """The fingerprint in the checkpoint, if there is one; {} if it has none."""
         self.transform: v2.Transform
         """What is applied to an image before its evaluation."""
 
@@ -175,6 +182,13 @@ class SegmentationData(LightningDataModule):
             counted = training, class_counts(self.validation_set, one_size=one_size)
         training, validation = trainer.strategy.broadcast(counted)
         absent = check_classes(self.classes, training.pixels, validation.pixels)
+        root = Path(options.root or "")
+        self.fingerprint = {
+            "classes": list(self.classes),
+            "training": fingerprint(self.training_set, training, root),
+            "validation": fingerprint(self.validation_set, validation, root),
+        }
+        self._check_fingerprint(stage)
         self.frequencies = training.pixels / training.pixels.sum()
         self.prior = training.images / training.images.sum().clamp(min=1)
         if stage != "fit" or not trainer.is_global_zero:
@@ -195,6 +209,31 @@ class SegmentationData(LightningDataModule):
                 f"{what}: expected at least one image for each of {ranks} ranks "
                 f"(--trainer.devices), got {images}"
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.fingerprint
+
+    def _check_fingerprint(self, stage: str) -> None:
+        before, now = self.of_run, self.fingerprint
+        if not before:
+            if before is not None and stage == "fit":
+                self._say("the run is older than the check of its data, which may have changed")
+            return
+        if stage != "fit":  # other images may be validated
+            before = {**now, "classes": before["classes"]}
+        if not (found := changes(before, now)):
+            return
+        changed = f"the data are not those of the run: {'; '.join(found)}"
+        possible = len(before["classes"]) == len(now["classes"])
+        if not (possible and self.options.allow_changes):
+            advice = " (--data.allow_changes true permits this)" if possible else ""
+            raise ValueError(changed + advice)
+        self._say(changed)
+
+    def _say(self, line: str) -> None:
+        assert self.trainer is not None
+        if self.trainer.is_global_zero:
+            print(line, file=sys.stderr)
 
     def train_dataloader(self) -> Loader:
         options, trainer = self.options, self.trainer
