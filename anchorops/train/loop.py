@@ -1,6 +1,5 @@
 """The loop over the steps of a run: when it validates, saves and ends."""
 
-import time
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -54,15 +53,12 @@ class StepLoop(_TrainingEpochLoop):
         return saving_of(self.trainer).validating
 
     def _validation_is_due(self) -> bool:
-        """After each val_check_interval of steps, or of time, and at the end."""
+        """After each val_check_interval of steps, and at the end."""
         trainer: Any = self.trainer
         if not self._should_check_val_epoch():
             return False
         if self._ended():
             return True
-        seconds = trainer._val_check_time_interval
-        if seconds is not None:
-            return trainer.strategy.broadcast(time.monotonic() >= trainer._last_val_time + seconds)
         every = trainer.val_check_interval
         if isinstance(every, float):  # a share of the run
             every = max(1, trainer.val_check_batch // trainer.accumulate_grad_batches)

@@ -88,7 +88,7 @@ TRAINER: Mapping[str, Allowed] = {
         "0", lambda x: x == 0, "give few images, with --data.train_images or --data.root"
     ),
     "val_check_interval": Allowed(
-        "an int of at least 1, which counts batches, a share of the run (0.5), or null",
+        "an int of at least 1, which counts steps, a share of the run (0.5), or null",
         lambda x: x is None or (0 < x <= 1 if isinstance(x, float) else COUNT.holds(x)),
     ),
     "check_val_every_n_epoch": Allowed(
