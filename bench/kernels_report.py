@@ -1,7 +1,7 @@
 """A report of the machine code of the Triton kernels, without a GPU: `make kernels-report`.
 
-The launchers are called with tensors on the meta device and a driver that names a GPU; Triton then
-compiles what it would launch there, and the table is read off the machine code. Its columns:
+Entries of the catalogue are called with tensors of the CPU and a driver that names a GPU; Triton
+then compiles what it would launch there, and the table is read off the machine code. Its columns:
 - stack: bytes of a thread for spilled registers, on AMD GPUs its scratch memory;
 - shared: bytes of a program;
 - seconds: the processor's time for compiling it, ptxas included. On a GPU about half a second of
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from itertools import repeat
+from itertools import product, repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,25 +35,13 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
+import anchorops as ao
 from anchorops._moments import GRADIENTS, Options
-from anchorops.kernels import (
-    centroid_info_nce,
-    centroid_info_nce_backward,
-    class_keys,
-    class_moments,
-    class_moments_backward,
-    confusion,
-    error_loss_backward,
-    pixel_argmax,
-    pixel_kl_divergence,
-    pixel_kl_divergence_backward,
-    probability_histograms,
-    softmax_moments,
-    softmax_moments_backward,
-    split_groups,
-    upsampled_sums,
-    upsampled_sums_backward,
-)
+from anchorops.catalogue import ENTRIES, Case, Sample
+from anchorops.catalogue.entry import evaluate
+from anchorops.catalogue.features import Features, centroids, keys_of_classes
+from anchorops.catalogue.pixels import Pixels
+from anchorops.kernels import softmax_moments, softmax_moments_backward
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TARGETS = {
@@ -66,234 +54,124 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),  # MI300
 }
 SECONDS, OF_CROSS_ENTROPY = 12, 4
-
-
-class MomentsVariant(NamedTuple):
-    dtype: torch.dtype
-    layout: str
-    anchors: bool
-
-    def __str__(self) -> str:
-        extra = " + anchors" * self.anchors
-        return f"{str(self.dtype).removeprefix('torch.')} {self.layout}: sums{extra}"
+# Bytes: two registers of the gradient of plain cross-entropy. With more registers of a thread, one
+# program would run on a multiprocessor instead of two.
+MOST_STACK = 8
 
 
 MANY = 16_381  # classes, sorted by key; like 19 not a multiple of 16, for Triton's constants
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-QUICK = [
-    MomentsVariant(BF16, "NCHW", True),
-    MomentsVariant(BF16, "NHWC", True),
-    MomentsVariant(FP32, "NCHW", True),
-    MomentsVariant(FP16, "cropped", True),
-]
-
-
-def moments_variants() -> Iterator[MomentsVariant]:
-    for dtype in (BF16, FP16, FP32):
-        for layout in ("NCHW", "NHWC", "cropped"):
-            for anchors in (False, True):
-                yield MomentsVariant(dtype, layout, anchors)
-
-
-def launch_info_nce(groups: int, with_positives: bool) -> None:
-    """Both directions of centroid InfoNCE, K = 150. The positives are given, or the keys."""
-    products = torch.empty((150 * groups, 150), device="meta")
-    positives = products.new_empty(len(products)) if with_positives else None
-    present = torch.empty(len(products), dtype=torch.bool, device="meta")
-    inputs = products, positives, present, None
-    losses, lse = centroid_info_nce.centroid_info_nce(*inputs, 0.07)
-    centroid_info_nce_backward.centroid_info_nce_backward(losses, *inputs, lse, 0.07)
-
-
-def launch_moments(variant: MomentsVariant, classes: int) -> None:
-    """Everything that class moments launch, at the HRNet shape."""
-    batch, dim, height, width = 8, 720, 128, 256
-    size = (batch, dim, height, width)
-    features = torch.empty(size, dtype=variant.dtype, device="meta")
-    if variant.layout == "NHWC":
-        features = features.contiguous(memory_format=torch.channels_last)
-    elif variant.layout == "cropped":
-        features = features.new_empty((batch, dim, height + 2, width + 2))[:, :, 1:-1, 1:-1]
-    labels = torch.empty((batch, 512, 1024), dtype=torch.uint8, device="meta")
-    keys, _ = class_keys.class_keys(labels, height, width, classes, False, 255)
-    anchors = torch.empty((classes, dim), device="meta") if variant.anchors else None
-    sums, sqdists = class_moments.class_moments(features, keys, anchors, classes, 1, True)
-    class_moments_backward.class_moments_backward(
-        features if variant.anchors else None,
-        keys,
-        anchors,
-        sums,
-        sqdists if variant.anchors else None,
-        1,
-        list(size),
-        list(torch.empty_like(features).stride()),
-        variant.dtype,
-    )
-
-
-def launch_groups() -> None:
-    """Everything that random groups launch."""
-    keys = torch.empty((8, 128 * 256), dtype=torch.int32, device="meta")
-    counts, seed = (torch.empty(n, dtype=torch.int64, device="meta") for n in (19, 1))
-    split_groups.split_groups(keys, counts, seed, 2)
-
-
-def launch_upsampled(dtype: torch.dtype, layout: torch.memory_format) -> None:
-    """Sums of upsampled features and their gradient, as in CeCo at the HRNet shape."""
-    features = torch.empty((8, 128, 128, 256), dtype=dtype, device="meta", memory_format=layout)
-    keys = torch.empty((8, 512, 1024), dtype=torch.uint8, device="meta")
-    sums, mean, variance = upsampled_sums.upsampled_sums(features, keys, 19, 19)
-    for moments in ((mean, variance), (None, None)):
-        upsampled_sums_backward.upsampled_sums_backward(features, keys, sums, mean, *moments, 19)
-
-
-class PixelVariant(NamedTuple):
-    """Upsampled logits; with `dice` probability_sums, squares, correct and all gradients, otherwise
-    only the cross-entropy. `shaped`: with label smoothing, a focal factor, a smallest loss, pixel
-    weights.
-    `dice` and `shaped` also count the labels out of range, as the modules do."""
-
-    dtype: torch.dtype
-    size: tuple[int, ...]
-    labels: tuple[int, int]
-    align_corners: bool
-    dice: bool
-    shaped: str = ""
-
-    def __str__(self) -> str:
-        what = "all statistics of Dice, and maps" if self.dice else "cross-entropy"
-        what += f" with {self.shaped}" if self.shaped else ""
-        corners = ", corners aligned" if self.align_corners else ""
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{dtype}: {self.size} to {self.labels}{corners}, {what}"
-
-
 # Channels last are copied, and other numbers of classes give the same code.
-ADE20K, DEEPLAB, FEW = (16, 150, 128, 128), (16, 21, 65, 65), (16, 21, 8, 8)
-EVERYTHING = "smoothing, focal factor, smallest loss, pixel weights"
-QUICK_PIXELS = [
-    PixelVariant(BF16, ADE20K, (512, 512), False, False),
-    PixelVariant(BF16, ADE20K, (512, 512), False, False, EVERYTHING),
-]
-PIXELS = [
-    *QUICK_PIXELS,
-    PixelVariant(BF16, ADE20K, (512, 512), False, True),
-    PixelVariant(FP32, DEEPLAB, (513, 513), True, True),
-    PixelVariant(FP16, DEEPLAB, (513, 513), False, False),
-    PixelVariant(BF16, ADE20K, (512, 512), True, False),  # cells of 4 or 5 pixels
-    PixelVariant(BF16, FEW, (512, 512), False, True),  # 64 pixels for each logit
-    PixelVariant(BF16, (16, 21, 64, 4096), (64, 4096), False, True),  # not upsampled
-    PixelVariant(BF16, ADE20K, (512, 512), False, False, "smoothing"),
-    PixelVariant(BF16, ADE20K, (512, 512), False, False, "focal factor"),
-    PixelVariant(FP32, DEEPLAB, (513, 513), True, False, "smallest loss"),
-    PixelVariant(BF16, ADE20K, (512, 512), False, False, "pixel weights"),
-    PixelVariant(BF16, ADE20K, (512, 512), False, True, EVERYTHING),
-    PixelVariant(FP32, DEEPLAB, (513, 513), True, True, EVERYTHING),
-    PixelVariant(BF16, (16, 21, 64, 4096), (64, 4096), False, False, EVERYTHING),
-]
+UINT8 = torch.uint8
+ADE20K = Pixels(150, (128, 128), (512, 512), dtype=BF16, label_dtype=UINT8)
+DEEPLAB = Pixels(21, (65, 65), (513, 513), dtype=FP16, label_dtype=UINT8)
+ALIGNED = DEEPLAB._replace(dtype=FP32, align=True)
+FEW = DEEPLAB._replace(logits=(8, 8), labels=(512, 512), dtype=BF16)  # 64 pixels for each logit
+SAME_SIZE = DEEPLAB._replace(logits=(64, 256), labels=(64, 256), dtype=BF16)
+UPSAMPLED = Features(19, (2, 128, 32, 64), ratio=4, label_dtype=UINT8, anchors=False)
+SMOOTHING: dict[str, Any] = {"label_smoothing": 0.1}
+EVERYTHING: dict[str, Any] = {**SMOOTHING, "focal_gamma": 2.0, "ohem_threshold": 0.3}
 
 
-def launch_pixels(variant: PixelVariant) -> None:
-    """Everything that softmax moments, argmax and confusion launch."""
-    logits = torch.empty(variant.size, dtype=variant.dtype, device="meta")
-    labels = torch.empty((variant.size[0], *variant.labels), dtype=torch.uint8, device="meta")
-    dice, align_corners = variant.dice, variant.align_corners
-    smooth = torch.empty(variant.size[1], device="meta") if "smoothing" in variant.shaped else None
-    weights = torch.empty(labels.shape, device="meta")
-    options = Options(
-        true_weights=smooth,
-        all_weights=smooth,
-        pixel_weights=weights if "weights" in variant.shaped else None,
-        min_loss=1.0 if "smallest" in variant.shaped else -math.inf,
-        focal_gamma=2.0 if "focal" in variant.shaped else 0.0,
-        align_corners=align_corners,
-        correct=dice,
-        probability_sums=dice,
-        squares=dice,
-        pixel_losses=dice,
-        with_lse=True,
-        labels_out_of_range=dice or variant.shaped != "",
-    )
-    moments = softmax_moments.softmax_moments(logits, labels, options)
+def variant(entry: str, name: str, make: Any, quick: bool = False, **options: Any) -> Case:
+    """make: the inputs; the name of the case says what they are."""
+    if isinstance(make, Pixels):
+        options |= {"align_corners": True} if make.align else {}
+        size, label_size = ("×".join(map(str, x)) for x in (make.logits, make.labels))
+        name = f"{make.num_classes} classes, {size} to {label_size}, {name}"
+    if isinstance(make, (Features, Pixels)):
+        name = f"{str(make.dtype).removeprefix('torch.')}, {make.layout}: {name}"
+    return Case(ENTRIES[entry], Sample(name, make, options, ("quick",) if quick else ()))
+
+
+def moments_variants() -> Iterator[Case]:
+    """Everything that class moments launch, at the channels of HRNet."""
+    few = [(BF16, "planes"), (BF16, "channels last"), (FP32, "planes"), (FP16, "cropped")]
+    for dtype in (BF16, FP16, FP32):
+        for layout in ("planes", "channels last", "cropped"):
+            for anchors, classes in product((False, True), (19, MANY)):
+                name = f"sums{' + anchors' * anchors}, {classes} classes"
+                make = Features(classes, (2, 720, 32, 64), layout, dtype, label_dtype=UINT8)
+                quick = anchors and (dtype, layout) in few
+                make = make._replace(anchors=anchors)
+                yield variant("class_moments", name, make, quick, num_classes=classes)
+
+
+def variants_of_images() -> Iterator[Case]:
+    """Everything that the losses of logits and predictions launch."""
+    for name, make, quick, options in (
+        ("cross-entropy", ADE20K, True, {}),
+        ("cross-entropy with all options", ADE20K._replace(weights=True), True, EVERYTHING),
+        ("cross-entropy", DEEPLAB, False, {}),
+        ("cross-entropy", ADE20K._replace(align=True), False, {}),  # cells of 4 or 5 pixels
+        ("cross-entropy with smoothing", ADE20K, False, SMOOTHING),
+        ("cross-entropy with a focal factor", ADE20K, False, {"focal_gamma": 2.0}),
+        ("cross-entropy with a smallest loss", ALIGNED, False, {"ohem_threshold": 0.3}),
+        ("cross-entropy with pixel weights", ADE20K._replace(weights=True), False, {}),
+        ("cross-entropy with all options", SAME_SIZE._replace(weights=True), False, EVERYTHING),
+    ):
+        yield variant(
+            "CrossEntropy" if options or make.weights else "pixel_cross_entropy",
+            name,
+            make,
+            quick,
+            **options,
+        )
+    for make in (ADE20K, ALIGNED):
+        options = EVERYTHING | {"squared": True}
+        yield variant("CrossEntropyDice", "cross-entropy + Dice with all options", make, **options)
+    for make in (ADE20K, ALIGNED, FEW, SAME_SIZE):
+        yield variant("softmax_moments", "all statistics", make)
+        yield variant("pixel_confusion", "confusion", make)
+    for make, quick in ((ADE20K, True), (ALIGNED, False), (FEW, False), (SAME_SIZE, False)):
+        yield variant("Lovasz", "Lovász", make, quick)
+    for make, quick, options in (
+        (ADE20K._replace(teacher=()), True, {}),
+        (ADE20K._replace(teacher=(64, 64), dtype=FP32), False, {"reduction": "none"}),
+        (DEEPLAB._replace(teacher=(), align=True), False, {"reduction": "none"}),
+        (ADE20K._replace(teacher=(), labels=(128, 128)), False, {"reduction": "none"}),
+        (FEW._replace(teacher=(65, 65)), False, {}),
+    ):
+        name = f"divergence, {options.get('reduction', 'mean')}, teacher {make.teacher}"
+        yield variant("pixel_kl_divergence", name, make, quick, temperature=2.0, **options)
+
+
+def variants_to_compile() -> Iterator[Case]:
+    yield from moments_variants()
+    info_nce = partial(variant, "centroid_info_nce", quick=True)
+    yield info_nce("the positives are the keys", partial(centroids, (150, 768), False))
+    name = "two queries of a class, with positives"
+    yield info_nce(name, partial(centroids, (100, 2, 768), True))
+    yield from variants_of_images()
+    for dtype, layout in product((BF16, FP16, FP32), ("planes", "channels last")):
+        make = UPSAMPLED._replace(dtype=dtype, layout=layout)
+        case = variant("upsampled_sums", "upsampled sums", make, dtype == BF16, num_classes=19)
+        yield case
+        alone = case.entry._replace(ours=lambda call=case.entry.ours, **x: call(**x).sums)
+        yield Case(alone, case.sample._replace(name=f"{case}, without mean and variance"))
+    options: dict[str, Any] = {"groups": 2, "seed": 7}
+    yield variant("split_groups", "any number of groups", keys_of_classes, True, **options)
+
+
+def launch(case: Case) -> None:
+    """Forward and backward. Anchors get no gradient: torch would compute it from keys that no
+    kernel has written."""
+    inputs = case.sample.inputs()
+    constant = {name: inputs.pop(name) for name in ("anchors",) if name in inputs}
+    with ao.use_backend("triton"):
+        evaluate(partial(case.ours, **constant), inputs)
+
+
+def launch_cross_entropy(size: tuple[int, ...], labels: tuple[int, int]) -> None:
+    """Both directions of plain cross-entropy, without memory."""
+    logits = torch.empty(size, dtype=BF16, device="meta")
+    classes = torch.empty((size[0], *labels), dtype=UINT8, device="meta")
+    options = Options(with_lse=True)
+    moments = softmax_moments.softmax_moments(logits, classes, options)
     gradients = {f"d{name}": moments.get(name) for name in GRADIENTS}
     softmax_moments_backward.softmax_moments_backward(
-        logits, labels, moments["lse"], **gradients, options=options
+        logits, classes, moments["lse"], **gradients, options=options
     )
-    if dice:
-        predictions = pixel_argmax.pixel_argmax(logits, *variant.labels, align_corners, torch.int64)
-        confusion.confusion(predictions, labels, variant.size[1], 255)
-
-
-class DivergenceVariant(NamedTuple):
-    """Logits of student and teacher; with `maps` a mask, and a gradient of each pixel."""
-
-    dtype: torch.dtype
-    size: tuple[int, ...]
-    teacher: tuple[int, ...]
-    labels: tuple[int, int]
-    align_corners: bool
-    maps: bool
-
-    def __str__(self) -> str:
-        what = "mask, divergence of each pixel" if self.maps else "sum of all pixels"
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{dtype}: {self.size} and {self.teacher} to {self.labels}, {what}"
-
-
-QUICK_DIVERGENCES = [DivergenceVariant(BF16, ADE20K, ADE20K, (512, 512), False, False)]
-DIVERGENCES = [
-    *QUICK_DIVERGENCES,
-    DivergenceVariant(FP32, ADE20K, (16, 150, 64, 64), (512, 512), False, True),
-    DivergenceVariant(FP16, DEEPLAB, DEEPLAB, (513, 513), True, True),
-    DivergenceVariant(BF16, ADE20K, ADE20K, (128, 128), False, True),
-    DivergenceVariant(BF16, FEW, DEEPLAB, (512, 512), False, False),
-]
-
-
-def launch_divergence(variant: DivergenceVariant) -> None:
-    logits = torch.empty(variant.size, dtype=variant.dtype, device="meta")
-    teacher = torch.empty(variant.teacher, dtype=variant.dtype, device="meta")
-    valid = torch.empty((variant.size[0], *variant.labels), dtype=torch.bool, device="meta")
-    inputs = logits, teacher, valid if variant.maps else None
-    options = 2.0, variant.align_corners
-    total, divergences, lse, teacher_lse = pixel_kl_divergence.pixel_kl_divergence(
-        *inputs, *variant.labels, *options, variant.maps, True
-    )
-    gradients = (None, divergences) if variant.maps else (total, None)
-    pixel_kl_divergence_backward.pixel_kl_divergence_backward(
-        *inputs, lse, teacher_lse, *gradients, *options
-    )
-
-
-class ErrorsVariant(NamedTuple):
-    """Lovász of a softmax."""
-
-    dtype: torch.dtype
-    size: tuple[int, ...]
-    labels: tuple[int, int]
-    align_corners: bool
-
-    def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{dtype}: {self.size} to {self.labels}, Lovász"
-
-
-QUICK_ERRORS = [ErrorsVariant(BF16, ADE20K, (512, 512), False)]
-ERRORS = [
-    *QUICK_ERRORS,
-    ErrorsVariant(FP32, DEEPLAB, (513, 513), True),
-    ErrorsVariant(FP16, FEW, (512, 512), False),
-    ErrorsVariant(BF16, (16, 21, 64, 4096), (64, 4096), False),
-]
-
-
-def launch_errors(variant: ErrorsVariant) -> None:
-    logits = torch.empty(variant.size, dtype=variant.dtype, device="meta")
-    labels = torch.empty((variant.size[0], *variant.labels), dtype=torch.uint8, device="meta")
-    slopes = torch.empty((variant.size[1], 2, 1024), device="meta")
-    options = 255, variant.align_corners
-    probability_histograms.probability_histograms(logits, labels, 1024, *options)
-    error_loss_backward.error_loss_backward(logits, labels, slopes, *options)
 
 
 def native_sizes(stride: int) -> Iterator[Callable[[], None]]:
@@ -303,31 +181,11 @@ def native_sizes(stride: int) -> Iterator[Callable[[], None]]:
     for _ in range(40):
         labels = sizes.randint(200, 1000), sizes.randint(200, 1000)
         low = (math.ceil(n / stride) for n in labels)
-        variant = PixelVariant(BF16, (2, 21, *low), labels, False, False)
-        yield partial(launch_pixels, variant)
+        yield partial(launch_cross_entropy, (2, 21, *low), labels)
 
 
-def jobs(quick: bool) -> list[tuple[Any, ...]]:
-    """Launcher, title of the variant, arguments of the launcher."""
-    launches: list[tuple[Any, ...]] = [
-        (launch_moments, f"{variant}, {classes} classes", variant, classes)
-        for variant in (QUICK if quick else moments_variants())
-        for classes in (19, MANY)
-    ]
-    launches.append((launch_info_nce, "the positives are the keys", 1, False))
-    launches.append((launch_info_nce, "two queries of a class, with positives", 2, True))
-    for pixels in QUICK_PIXELS if quick else PIXELS:
-        launches.append((launch_pixels, str(pixels), pixels))
-    for divergence in QUICK_DIVERGENCES if quick else DIVERGENCES:
-        launches.append((launch_divergence, str(divergence), divergence))
-    for errors in QUICK_ERRORS if quick else ERRORS:
-        launches.append((launch_errors, str(errors), errors))
-    for dtype in (BF16,) if quick else (BF16, FP16, FP32):
-        for layout in (torch.contiguous_format, torch.channels_last):
-            title = f"upsampled sums: {str(dtype).removeprefix('torch.')}, {layout}"
-            launches.append((launch_upsampled, title, dtype, layout))
-    launches.append((launch_groups, "any number of groups"))
-    return launches
+def jobs(quick: bool) -> list[Case]:
+    return [x for x in variants_to_compile() if not quick or x.sample.tags]
 
 
 class Driver(NamedTuple):
@@ -362,7 +220,7 @@ def _processor_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def compiled(name: str, launch: Callable[..., None], *args: Any) -> dict[str, tuple[Any, float]]:
+def compiled(name: str, case: Case) -> dict[str, tuple[Any, float]]:
     """The kernels by name, as Triton would launch them on that GPU, and the seconds for each."""
     kernels = {}
 
@@ -373,7 +231,7 @@ def compiled(name: str, launch: Callable[..., None], *args: Any) -> dict[str, tu
 
     with instead_of_launches(name, compile_only), knobs.compilation.scope():
         knobs.compilation.always_compile = True
-        launch(*args)
+        launch(case)
     return kernels
 
 
@@ -421,27 +279,32 @@ COLUMNS = ("GPU", "kernel", "variant", *Row._fields)
 def rows_of(name: str, quick: bool) -> list[tuple[str, str, Row]]:
     """Kernel, variant and what was measured, for that GPU; each machine code once."""
     rows = {}
-    for launch, title, *rest in jobs(quick):
-        for kernel_name, (kernel, seconds) in compiled(name, launch, *rest).items():
+    for case in jobs(quick):
+        for kernel_name, (kernel, seconds) in compiled(name, case).items():
             if kernel.hash not in rows:
-                rows[kernel.hash] = kernel_name, title, measure(kernel, seconds)
+                rows[kernel.hash] = kernel_name, str(case), measure(kernel, seconds)
     return list(rows.values())
 
 
-def seconds_alone(name: str, variant: str) -> float:
-    """For compiling a variant's kernels again, when the other processes have ended."""
-    launch, _, *rest = next(job for job in jobs(False) if job[1] == variant)
-    return sum(seconds for _, seconds in compiled(name, launch, *rest).values())
+def seconds_of(name: str, variant: str) -> float:
+    """For compiling a variant's kernels again."""
+    case = next(case for case in jobs(False) if str(case) == variant)
+    return sum(seconds for _, seconds in compiled(name, case).values())
 
 
-def faults_of(name: str, rows: list[tuple[str, str, Row]]) -> list[str]:
-    faults = [f"{name} {kernel}: {row.stack} B of spills" for kernel, _, row in rows if row.stack]
+def faults_of(name: str, rows: list[tuple[str, str, Row]], pool: ProcessPoolExecutor) -> list[str]:
+    """pool: of processes that have nothing else to do."""
+    faults = [
+        f"{name} {kernel}: {row.stack} B of spills"
+        for kernel, _, row in rows
+        if row.stack > MOST_STACK
+    ]
     waits: dict[str, float] = {}
     for _, variant, row in rows:
         waits[variant] = waits.get(variant, 0) + row.seconds
     for variant, seconds in waits.items():
         most = OF_CROSS_ENTROPY if variant.endswith(", cross-entropy") else SECONDS
-        if seconds > most and (seconds := seconds_alone(name, variant)) > most:
+        if seconds > most and (seconds := pool.submit(seconds_of, name, variant).result()) > most:
             faults.append(f"{name} {variant}: {seconds:.1f} s to compile, more than {most}")
     return faults
 
@@ -454,11 +317,13 @@ def main() -> None:
     print(f"Triton {triton.__version__}")
     faults: list[str] = []
     lines: list[tuple[object, ...]] = []
+    os.environ["ANCHOROPS_TRITON_ON_HOST"] = "1"  # which anchorops asks when it is imported
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         pending = pool.map(rows_of, args.targets, repeat(args.quick))
         compiled_rows = dict(zip(args.targets, pending, strict=True))
+        for name, rows in compiled_rows.items():
+            faults += faults_of(name, rows, pool)
     for name, rows in compiled_rows.items():
-        faults += faults_of(name, rows)
         for kernel, variant, row in rows:
             *counts, seconds = row
             lines.append((name, kernel, variant, *counts, f"{seconds:.1f}"))

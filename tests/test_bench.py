@@ -19,7 +19,8 @@ import torch
 from record import compared, head_of, save
 
 import anchorops as ao
-from anchorops import _doctor_benchmark, doctor
+from anchorops import _doctor_benchmark, catalogue, doctor
+from anchorops.catalogue import batches
 from anchorops.measure import example_labels, keys_bytes, measure, moments_bytes, peak_extra_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -311,36 +312,41 @@ def test_contradictions_are_measured_again(tmp_path, good_attempt):
 
 
 def test_doctor_benchmark(capsys, monkeypatch):
-    small = partial(_doctor_benchmark.benchmark, largest=8, seconds=0)
+    small = partial(_doctor_benchmark.benchmark, size=1 / 32, seconds=0)
     monkeypatch.setattr(doctor, "benchmark", small)
     fused = ao.backends()["cpu"] is None
     assert doctor.main(["--benchmark"]) == (0 if fused else 1)
     table = capsys.readouterr().out
-    backend = "cpu" if fused else "reference"
-    for case in _doctor_benchmark.CASES:
-        row = rf"^{backend} +{re.escape(case.name)} +(\w+)(?: +[\d.?]+){{8}}"
-        assert re.findall(row, table, re.M) == list(case.inputs), case.name
+    for case in catalogue.cases("bench"):
+        call, _, kind = str(case).rpartition(", ")
+        backend = "cpu" if fused and "cpu" in case.entry.backends else "reference"
+        row = rf"^{backend} +{re.escape(call)} +{kind}(?: +[\d.?]+){{8}}"
+        assert len(re.findall(row, table, re.M)) == 1, str(case)
     assert "WRONG" not in table
     monkeypatch.setattr(_doctor_benchmark, "_error", lambda ours, exact: 1.0)
     assert doctor.main(["--benchmark"]) == 1
     assert "WRONG" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("case", _doctor_benchmark.CASES[:8], ids=lambda case: case.name)
-def test_logits_of_doctor_benchmark(case):
+SHARP = [case for case in catalogue.cases("bench") if str(case).endswith(", sharp")]
+
+
+@pytest.mark.parametrize("case", SHARP, ids=str)
+def test_sharp_logits(case: catalogue.Case):
     """Most labels are those of the logits, and sharp neighbours at a border differ by over 18."""
-    cpu = torch.device("cpu")
-    logits, teacher, labels = _doctor_benchmark.make_inputs(case, "sharp", cpu)
-    assert logits.shape == teacher.shape == case.size
-    assert labels.shape == (case.size[0], *(case.ratio * n for n in case.size[2:]))
-    nearest = labels[(slice(None), *[slice(None, None, case.ratio)] * (labels.dim() - 1))]
+    make, inputs = case.sample.make, case.sample.inputs()
+    assert isinstance(make, batches.Logits)
+    logits, labels = inputs["logits"], inputs["labels"]
+    labels = labels[:, 0] if logits.shape[1] == 1 else labels
+    assert labels.shape == (1, *(make.ratio * n for n in make.size[1:]))
+    nearest = labels[(slice(None), *[slice(None, None, make.ratio)] * (labels.dim() - 1))]
     predicted = logits[:, 0] > 0 if logits.shape[1] == 1 else logits.argmax(1)
     assert 0.8 < (predicted == nearest).float().mean() < 1
     border = nearest[..., 1:] != nearest[..., :-1]
     steps = logits.diff(dim=-1).abs().amax(1)
     assert border.any() and steps[border].min() > 18 and steps[~border].max() < 4
-    flat = _doctor_benchmark.make_inputs(case, "flat", cpu)[0]
-    assert flat.detach().std().item() == pytest.approx(1, abs=0.05)
+    flat = make._replace(sharp=False)(1, torch.Generator().manual_seed(0))["logits"]
+    assert flat.std().item() == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.slow

@@ -4,11 +4,12 @@ almost equal. On the CPU they are compared with torch too."""
 import pytest
 import torch
 import torch.nn.functional as F
-from softmax_formulas import BF16, F16, F32, interpolated
+from softmax_formulas import BF16, F16, F32
 
 import anchorops as ao
 from anchorops import reference
 from anchorops._shared.upsampling import upsample
+from anchorops.catalogue import formulas
 
 INTEGERS = ["uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"]
 both_backends = pytest.mark.on("cpu", "reference")
@@ -35,7 +36,7 @@ def test_confidence(size, label_size, num_classes, dtype, align_corners, backend
     assert probabilities.dtype == result
     assert not probabilities.requires_grad and probabilities.max() <= 1
     exact, torchs = (
-        interpolated(x, label_size, align_corners).softmax(1).amax(1)
+        formulas.upsampled(x, label_size, align_corners).softmax(1).amax(1)
         for x in (logits.double(), logits.to(result))
     )
     error, bound = (probabilities - exact).abs().max(), (torchs - exact).abs().max()

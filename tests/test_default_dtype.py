@@ -9,11 +9,12 @@ import methods
 import numpy as np
 import pytest
 import torch
-from operators import Operator, each, results
+from operators import each, results
 from torch import Tensor
 
 import anchorops as ao
 from anchorops import diagnostics
+from anchorops.catalogue import Case
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
 on_cpu = pytest.mark.on("reference", "cpu")
@@ -41,11 +42,11 @@ def same(actual: list[Tensor], expected: list[Tensor], tolerance: float = 0.0) -
 
 
 @each("reference", "cpu", "simulated_triton")
-def test_operators(operator: Operator, backend: str, default_dtype: Callable[[], None]) -> None:
-    inputs = operator.inputs(1)
-    expected = results(operator.run, inputs)
+def test_operators(case: Case, backend: str, default_dtype: Callable[[], None]) -> None:
+    inputs = case.sample.inputs(1)
+    expected = results(case.ours, inputs)
     default_dtype()
-    same(results(operator.run, inputs), expected, 1e-6)
+    same(results(case.ours, inputs), expected, 1e-6)
 
 
 # Large numbers of pixels, and what the operators above do not have.

@@ -5,8 +5,11 @@ torch needs of an operator. The cases and peculiarities of an operator are in it
 import pytest
 import torch
 from cpu_kernels import same_for_all_threads
-from operators import Operator, as_dtype, each, results, strided
+from operators import as_dtype, each, results, strided
 from torch import Tensor
+
+from anchorops.catalogue import Case
+from anchorops.catalogue.budget import error_and_limit
 
 F32, F64 = torch.float32, torch.float64
 FLOOR = 12 * 2**-23  # of the largest number, as in softmax_formulas.check
@@ -20,54 +23,53 @@ def same_bits(ours: list[Tensor], expected: list[Tensor]) -> bool:
 
 
 @each(exact=True)
-def test_values_and_gradients(operator: Operator, backend: str, poisoned: None):
+def test_values_and_gradients(case: Case, backend: str, poisoned: None):
     """The error is at most twice that of torch's functions in float32, plus the floor."""
-    inputs = operator.inputs(1)
-    exact, plain = (results(operator.formula, as_dtype(inputs, dtype)) for dtype in (F64, F32))
-    for ours, right, other in zip(results(operator.run, inputs), exact, plain, strict=True):
-        assert ours.shape == right.shape
-        allowed = 2 * (other.double() - right).abs().max() + FLOOR * right.abs().max()
-        assert ((ours.double() - right).abs() <= allowed).all()
+    inputs = case.sample.inputs(1)
+    exact, plain = (results(case.formula, as_dtype(inputs, dtype)) for dtype in (F64, F32))
+    for ours, right, other in zip(results(case.ours, inputs), exact, plain, strict=True):
+        error, limit = error_and_limit(ours, right, other, FLOOR)
+        assert error <= limit
 
 
 @each("reference", "cpu", exact=True)
-def test_float64(operator: Operator, backend: str):
-    inputs = as_dtype(operator.inputs(1), F64)
-    expected = results(operator.formula, inputs)
-    for ours, right in zip(results(operator.run, inputs), expected, strict=True):
+def test_float64(case: Case, backend: str):
+    inputs = as_dtype(case.sample.inputs(1), F64)
+    expected = results(case.formula, inputs)
+    for ours, right in zip(results(case.ours, inputs), expected, strict=True):
         assert ours.dtype in (F64, torch.int64)
-        atol = operator.rtol * float(right.abs().max())
-        torch.testing.assert_close(ours.double(), right.double(), rtol=operator.rtol, atol=atol)
+        atol = case.entry.rtol * float(right.abs().max())
+        torch.testing.assert_close(ours.double(), right.double(), rtol=case.entry.rtol, atol=atol)
 
 
 @each()
-def test_the_same_bits(operator: Operator, backend: str, set_order):
+def test_the_same_bits(case: Case, backend: str, set_order):
     """In any order of the threads, where there is no GPU."""
-    inputs = operator.inputs(1)
-    first = results(operator.run, inputs)
+    inputs = case.sample.inputs(1)
+    first = results(case.ours, inputs)
     for order in (1, 2):
         set_order(order)
-        assert same_bits(results(operator.run, inputs), first)
+        assert same_bits(results(case.ours, inputs), first)
 
 
 @each("cpu")
-def test_threads_do_not_matter(operator: Operator, backend: str):
-    inputs = operator.inputs(8)
-    same_for_all_threads(lambda: results(operator.run, inputs))
+def test_threads_do_not_matter(case: Case, backend: str):
+    inputs = case.sample.inputs(8)
+    same_for_all_threads(lambda: results(case.ours, inputs))
 
 
 @each()
-def test_strides(operator: Operator, backend: str):
+def test_strides(case: Case, backend: str):
     """Inputs and incoming gradients may have any strides. Gradients of images have their layout."""
-    inputs = operator.inputs(1)
-    expected = results(operator.run, inputs)
-    changed = {name: x if name in operator.dense else strided(x) for name, x in inputs.items()}
-    actual = results(operator.run, changed, weights_are_strided=True)
+    inputs = case.sample.inputs(1)
+    expected = results(case.ours, inputs)
+    changed = {name: x if name in case.entry.dense else strided(x) for name, x in inputs.items()}
+    actual = results(case.ours, changed, weights_are_strided=True)
     torch.testing.assert_close(actual, expected)
     name, x = next(iter(inputs.items()))
-    if operator.differentiable and backend != "reference" and x.dim() == 4:
+    if case.entry.differentiable and backend != "reference" and x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
-        actual = results(operator.run, inputs | {name: x})
+        actual = results(case.ours, inputs | {name: x})
         torch.testing.assert_close(actual, expected)
         (gradient,) = [g for g in actual if g.shape == x.shape and g.dtype == x.dtype][:1]
         assert gradient.stride() == x.stride()
@@ -83,15 +85,15 @@ def far(x: Tensor, axis: int, memory_format: torch.memory_format) -> Tensor:
 
 
 @each("cpu", "simulated_triton", "simulated_cuda")
-def test_offsets_are_64_bit(operator: Operator, backend: str):
+def test_offsets_are_64_bit(case: Case, backend: str):
     """Along each axis, of all inputs."""
     torch.use_deterministic_algorithms(False)  # otherwise torch.empty would write all of it
-    inputs = operator.inputs(4 if backend == "cpu" else 1)  # with whole vectors
-    expected = results(operator.run, inputs)
+    inputs = case.sample.inputs(4 if backend == "cpu" else 1)  # with whole vectors
+    expected = results(case.ours, inputs)
     changed = {  # int64 would be 16 GB
         name: x
         for name, x in inputs.items()
-        if name not in operator.dense and x.element_size() <= 4
+        if name not in case.entry.dense and x.element_size() <= 4
     }
     for axis in range(max(x.dim() for x in changed.values())):
         for images in (torch.contiguous_format, torch.channels_last):
@@ -102,38 +104,38 @@ def test_offsets_are_64_bit(operator: Operator, backend: str):
                 for name, x in changed.items()
                 if x.dim() > axis
             }
-            torch.testing.assert_close(results(operator.run, inputs | moved), expected)
+            torch.testing.assert_close(results(case.ours, inputs | moved), expected)
 
 
 @each(ignores=True)
-def test_what_nothing_valid_reads_changes_nothing(operator: Operator, backend: str):
+def test_what_nothing_valid_reads_changes_nothing(case: Case, backend: str):
     """NaN and ∞ there. Another maximum of the logits of ignored pixels may round differently."""
-    inputs = operator.inputs(1)
+    inputs = case.sample.inputs(1)
     name, x = next(iter(inputs.items()))
-    expected = results(operator.run, inputs)
+    expected = results(case.ours, inputs)
     leaf = x.double().requires_grad_()
     wide = as_dtype(inputs, F64) | {name: leaf}
-    value = operator.formula(**wide)
+    value = case.formula(**wide)
     values = [value] if isinstance(value, Tensor) else [v for v in value if v.requires_grad]
     (gradient,) = torch.autograd.grad(torch.stack([v.sum() for v in values]).sum(), leaf)
     unread = gradient == 0
     assert unread.any() and not unread.all()
     values = torch.tensor([torch.nan, torch.inf, -torch.inf])
     values = values[torch.arange(x.numel()) % 3].view_as(x)
-    actual = results(operator.run, inputs | {name: torch.where(unread, values, x)})
+    actual = results(case.ours, inputs | {name: torch.where(unread, values, x)})
     torch.testing.assert_close(actual, expected)
 
 
 @each(ignores=True)
 @pytest.mark.parametrize("images", [0, 2])
-def test_nothing_valid(images: int, operator: Operator, backend: str, poisoned: None):
+def test_nothing_valid(images: int, case: Case, backend: str, poisoned: None):
     """No image; or all are ignored, and NaN. Results and gradients are 0."""
     ignored = {torch.float32: torch.nan, torch.bool: False}
     inputs = {
         name: torch.full_like(x, ignored.get(x.dtype, -1)) if images else x
-        for name, x in operator.inputs(1).items()
+        for name, x in case.sample.inputs(1).items()
     }
-    inputs = {name: x if name in operator.tables else x[:images] for name, x in inputs.items()}
-    if images == 0 and len(operator.tables) == len(inputs):
+    inputs = {name: x if name in case.entry.tables else x[:images] for name, x in inputs.items()}
+    if images == 0 and len(case.entry.tables) == len(inputs):
         pytest.skip("the inputs are tables of classes")
-    assert not any(x.any() for x in results(operator.run, inputs))
+    assert not any(x.any() for x in results(case.ours, inputs))

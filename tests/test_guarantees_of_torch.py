@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from operators import Calls, Inputs, Operator, as_dtype, each, results, strided
+from operators import Calls, as_dtype, each, results, strided
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.torch_version import TorchVersion
 
+from anchorops.catalogue import Case, Inputs
 from tests.test_guarantees import same_bits
 
 F64 = torch.float64
@@ -24,12 +25,12 @@ pytestmark = [
 Function = Callable[..., Tensor]
 
 
-def weighted_sum(operator: Operator, inputs: Inputs) -> tuple[Function, tuple[Tensor, ...]]:
+def weighted_sum(case: Case, inputs: Inputs) -> tuple[Function, tuple[Tensor, ...]]:
     """A weighted sum of the results, as a function of the floating inputs; and these."""
     floating = {name: x for name, x in inputs.items() if x.is_floating_point()}
 
     def function(*values: Tensor) -> Tensor:
-        results = operator.run(**(inputs | dict(zip(floating, values, strict=True))))
+        results = case.ours(**(inputs | dict(zip(floating, values, strict=True))))
         results = [results] if isinstance(results, Tensor) else results
         terms = [y for y in results if y.is_floating_point()] or [y.float() for y in results]
         weights = [torch.linspace(0.5, 1.5, y.numel()).view(y.shape).to(y) for y in terms]
@@ -39,8 +40,8 @@ def weighted_sum(operator: Operator, inputs: Inputs) -> tuple[Function, tuple[Te
 
 
 @each("reference", "cpu", differentiable=True, exact=True)
-def test_gradcheck(operator: Operator, backend: str):
-    function, (x, *others) = weighted_sum(operator, as_dtype(operator.inputs(1), F64))
+def test_gradcheck(case: Case, backend: str):
+    function, (x, *others) = weighted_sum(case, as_dtype(case.sample.inputs(1), F64))
     leaves = (x.requires_grad_(), *others)
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
     if backend == "reference":
@@ -48,11 +49,11 @@ def test_gradcheck(operator: Operator, backend: str):
 
 
 @each("reference", differentiable=True, exact=True)
-def test_transforms_of_the_reference(operator: Operator, backend: str):
+def test_transforms_of_the_reference(case: Case, backend: str):
     old = TorchVersion(torch.__version__) < TorchVersion("2.14")
-    if operator.name == "CrossEntropy of the hardest" and old:
+    if str(case) == "CrossEntropy of the hardest" and old:
         pytest.skip("torch 2.12 has no batching rule of view(dtype), with which its rank is found")
-    function, (x, *others) = weighted_sum(operator, as_dtype(operator.inputs(1), F64))
+    function, (x, *others) = weighted_sum(case, as_dtype(case.sample.inputs(1), F64))
     direction, leaf = torch.randn_like(x), x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(function(leaf, *others), leaf)
     torch.testing.assert_close(grad(function)(x, *others), expected)
@@ -62,9 +63,9 @@ def test_transforms_of_the_reference(operator: Operator, backend: str):
 
 
 @each("cpu", "simulated_triton", "simulated_cuda", differentiable=True)
-def test_other_derivatives_raise(operator: Operator, backend: str):
+def test_other_derivatives_raise(case: Case, backend: str):
     """Second derivatives, forward mode, torch.func's."""
-    whole, (x, *others) = weighted_sum(operator, operator.inputs(1))
+    whole, (x, *others) = weighted_sum(case, case.sample.inputs(1))
 
     def function(x: Tensor) -> Tensor:
         return whole(x, *others)
@@ -72,11 +73,11 @@ def test_other_derivatives_raise(operator: Operator, backend: str):
     leaf = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(function(leaf).square(), leaf, create_graph=True)
     instead = "not implemented"
-    if operator.exact:
+    if case.entry.exact:
         instead += r' in the fused operators; use .*use_backend\("reference"\) for them'
     with pytest.raises(RuntimeError, match=rf"^\w+: second derivatives are {instead}$"):
         gradient.square().sum().backward()
-    if operator.name == "upsampled_sums":  # in a transform it is the reference
+    if str(case) == "upsampled_sums":  # in a transform it is the reference
         return
     with pytest.raises(RuntimeError, match=rf"^\w+: forward-mode derivatives are {instead}$"):
         jvp(function, (x,), (x,))
@@ -95,15 +96,15 @@ def test_other_derivatives_raise(operator: Operator, backend: str):
 
 
 @each("cpu", "simulated_triton", "simulated_cuda", slow=True)
-def test_compiles_as_one_graph(operator: Operator, backend: str):
+def test_compiles_as_one_graph(case: Case, backend: str):
     """Also for other sizes."""
     torch._dynamo.reset()
-    compiled = torch.compile(operator.run, backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled = torch.compile(case.ours, backend="aot_eager", fullgraph=True, dynamic=True)
     for n, recompiles in ((2, True), (3, False)):
-        inputs = operator.inputs(n)
+        inputs = case.sample.inputs(n)
         with torch._dynamo.config.patch(error_on_recompile=not recompiles):
             actual = results(compiled, inputs)
-        torch.testing.assert_close(actual, results(operator.run, inputs))
+        torch.testing.assert_close(actual, results(case.ours, inputs))
 
 
 def exported(function: Function, arguments: tuple[Tensor, ...]) -> Function:
@@ -133,48 +134,48 @@ TRACES: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
 
 @each("cpu", slow=True)
 @pytest.mark.parametrize("trace", TRACES)
-def test_gradients_that_the_call_does_not_see(trace: str, operator: Operator, backend: str):
-    if trace == "jit.trace" and operator.name.startswith(("pixel_kl", "pixel_argmax")):
+def test_gradients_that_the_call_does_not_see(trace: str, case: Case, backend: str):
+    if trace == "jit.trace" and str(case).startswith(("pixel_kl", "pixel_argmax")):
         pytest.skip("jit.trace makes a tensor of each number of a shape, which is no size")
     torch._dynamo.reset()
-    function, arguments = weighted_sum(operator, operator.inputs(1))
+    function, arguments = weighted_sum(case, case.sample.inputs(1))
     traced = TRACES[trace](function, arguments)
     leaves = [x.clone().requires_grad_() for x in arguments]
     actual, expected = traced(*leaves), function(*leaves)
     torch.testing.assert_close(actual, expected)
-    if operator.differentiable:
+    if case.entry.differentiable:
         gradients = [torch.autograd.grad(y, leaves, allow_unused=True) for y in (actual, expected)]
         for ours, right in zip(*gradients, strict=True):
             assert ours is right is None or torch.allclose(ours, right, rtol=1e-5, atol=1e-6)
 
 
 @each()
-def test_autocast_changes_nothing(operator: Operator, backend: str):
-    if operator.name == "upsampled_sums":
+def test_autocast_changes_nothing(case: Case, backend: str):
+    if str(case) == "upsampled_sums":
         pytest.skip("CeCo, which alone calls it, leaves autocast")
 
     def run(**inputs: Tensor) -> Any:
         with torch.autocast("cpu", torch.bfloat16):
-            return operator.run(**inputs)
+            return case.ours(**inputs)
 
-    inputs = operator.inputs(1)
-    assert same_bits(results(run, inputs), results(operator.run, inputs))
+    inputs = case.sample.inputs(1)
+    assert same_bits(results(run, inputs), results(case.ours, inputs))
 
 
 @each("reference")
-def test_meta_tensors(operator: Operator, backend: str):
+def test_meta_tensors(case: Case, backend: str):
     """The results are meta tensors, of the shapes that real tensors would give."""
-    inputs = operator.inputs(1)
-    meta = results(operator.run, {name: x.to("meta") for name, x in inputs.items()})
-    for ours, real in zip(meta, results(operator.run, inputs), strict=True):
+    inputs = case.sample.inputs(1)
+    meta = results(case.ours, {name: x.to("meta") for name, x in inputs.items()})
+    for ours, real in zip(meta, results(case.ours, inputs), strict=True):
         assert ours.is_meta and ours.shape == real.shape and ours.dtype == real.dtype
 
 
 @each("cpu", "simulated_triton", "simulated_cuda", slow=True)
-def test_opcheck(operator: Operator, backend: str):
-    inputs = operator.inputs(1)
+def test_opcheck(case: Case, backend: str):
+    inputs = case.sample.inputs(1)
     with Calls() as calls:
-        results(operator.run, inputs)
+        results(case.ours, inputs)
     assert calls.recorded
     for call, arguments in calls.recorded:
         torch.library.opcheck(call, arguments)
@@ -185,10 +186,10 @@ OPERATOR_RESULTS = {"keys", "lse", "teacher_lse"}
 
 
 @each("cpu", "simulated_triton", "simulated_cuda")
-def test_strides_that_a_compiler_chooses(operator: Operator, backend: str):
-    inputs = operator.inputs(1)
+def test_strides_that_a_compiler_chooses(case: Case, backend: str):
+    inputs = case.sample.inputs(1)
     with Calls() as calls:
-        results(operator.run, inputs)
+        results(case.ours, inputs)
     for call, arguments in calls.recorded:
         if torch.Tag.flexible_layout not in call.tags:
             continue

@@ -8,11 +8,16 @@ from typing import Any
 import methods
 import pytest
 import torch
-from operators import Inputs, Operator, channel_inputs, each, four_times, with_pixel_weights
+from operators import each
 from torch import Tensor, nn
 
 import anchorops as ao
 from anchorops import diagnostics
+from anchorops.catalogue import Case, Inputs, cases
+
+SMALL = {str(case): case.sample.inputs for case in cases("small")}
+four_times, with_pixel_weights = SMALL["softmax_moments"], SMALL["CrossEntropy"]
+channel_inputs = SMALL["pixel_binary_cross_entropy"]
 
 
 def inference(x: Any) -> Any:
@@ -57,8 +62,8 @@ def check(run: Callable[..., Any], inputs: Inputs) -> None:
 
 
 @each()
-def test_operators(operator: Operator, backend: str) -> None:
-    check(operator.run, operator.inputs(1))
+def test_operators(case: Case, backend: str) -> None:
+    check(case.ours, case.sample.inputs(1))
 
 
 def with_weight(n: int) -> Inputs:

@@ -4,8 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from lovasz_formulas import hinge_loss, softmax_losses
 from memory import peak_allocated_bytes
 from networks import NO_TORCHVISION
 from torch import Tensor
@@ -14,16 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import anchorops as ao
 from anchorops import reference
 from anchorops._shared.upsampling import transposed_rows
+from anchorops.catalogue.formulas import lovasz_of_classes, lovasz_of_sigmoids, upsampled
 
 IGNORED = 255
 EVERYWHERE = pytest.mark.on("reference", "cpu", "simulated_triton", "triton")
-
-
-def upsampled(x: Tensor, size: torch.Size, align_corners: bool = False) -> Tensor:
-    if x.shape[2:] == size:
-        return x.double()
-    mode = "bilinear" if x.dim() == 4 else "trilinear"
-    return F.interpolate(x.double(), size, mode=mode, align_corners=align_corners)
 
 
 def example(num_classes: int, *size: int, ratio: int = 4, noise: float = 1.0) -> tuple[Tensor, ...]:
@@ -75,7 +67,7 @@ def test_softmax(num_classes: int, size: tuple[int, ...], ratio: int, backend: s
     logits = logits.to(dtype_on(backend))
 
     def right(x: Tensor, y: Tensor) -> Tensor:
-        losses = softmax_losses(upsampled(x, y.shape[1:]), y, IGNORED)
+        losses = lovasz_of_classes(upsampled(x, y.shape[1:]), y)
         present = torch.stack([(y == k).any() for k in range(num_classes)])
         return losses[present].mean()
 
@@ -95,7 +87,7 @@ def test_rare_classes(pixels: int, bins: int, median: float, largest: float, bac
     bin away from that of another pixel, or in the same one."""
 
     def right(x: Tensor, y: Tensor) -> Tensor:
-        return softmax_losses(upsampled(x, y.shape[1:]), y, IGNORED).mean()
+        return lovasz_of_classes(upsampled(x, y.shape[1:]), y).mean()
 
     relative = []
     for seed in range(9):
@@ -117,7 +109,7 @@ def test_settings(backend: str):
     logits = logits.to(dtype_on(backend))
     labels[labels == 4] = 1  # absent
     z = upsampled(logits, labels.shape[1:])
-    losses = softmax_losses(z, labels, IGNORED)
+    losses = lovasz_of_classes(z, labels)
     present = losses[:4].mean()
     for settings, right in (
         ({}, present),
@@ -128,13 +120,13 @@ def test_settings(backend: str):
     ):
         assert abs(ao.Lovasz(**settings)(logits, labels) - right) < 1e-3
     images = [
-        softmax_losses(x[None], y[None], IGNORED)[:4].mean() for x, y in zip(z, labels, strict=True)
+        lovasz_of_classes(x[None], y[None])[:4].mean() for x, y in zip(z, labels, strict=True)
     ]
     assert abs(ao.Lovasz(per_image=True)(logits, labels) - sum(images) / 2) < 1e-3
-    aligned = softmax_losses(upsampled(logits, labels.shape[1:], True), labels, IGNORED)[:4].mean()
+    aligned = lovasz_of_classes(upsampled(logits, labels.shape[1:], True), labels)[:4].mean()
     assert abs(ao.Lovasz(align_corners=True)(logits, labels) - aligned) < 1e-3
     points, point_labels = logits.movedim(1, -1).flatten(0, 2), labels[:, ::4, ::4].flatten()
-    right = softmax_losses(points[..., None], point_labels[:, None], IGNORED)[:4].mean()
+    right = lovasz_of_classes(points[..., None], point_labels[:, None])[:4].mean()
     assert abs(ao.Lovasz()(points, point_labels) - right) < 1e-3
 
 
@@ -143,7 +135,7 @@ def test_absent_class_of_all_images_has_the_gradient_of_its_largest_error():
     labels[labels == 4] = IGNORED
 
     def right(x: Tensor, y: Tensor) -> Tensor:
-        return softmax_losses(upsampled(x, y.shape[1:]), y, IGNORED).mean()
+        return lovasz_of_classes(upsampled(x, y.shape[1:]), y).mean()
 
     compare(ao.Lovasz(absent="keep", bins=65536), right, logits, labels, gradient=0.05)
 
@@ -214,13 +206,8 @@ def test_hinge(size: tuple[int, ...], channels: int):
     labels = (truth + 5 * torch.randn(truth.shape) > 3).long()
     labels[torch.rand(labels.shape) < 0.1] = IGNORED
 
-    def right(x: Tensor, y: Tensor) -> Tensor:
-        z = upsampled(x, y.shape[2:])
-        return torch.stack([hinge_loss(z[:, k], y[:, k], IGNORED) for k in range(channels)]).mean()
-
-    compare(
-        ao.Lovasz(sigmoid=True), right, logits, labels, value=0.005 * float(right(logits, labels))
-    )
+    value = 0.005 * float(lovasz_of_sigmoids(logits, labels))
+    compare(ao.Lovasz(sigmoid=True), lovasz_of_sigmoids, logits, labels, value=value)
 
 
 def test_hinge_without_errors_and_with_large_ones():

@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cpu_kernels import in_layout, same_for_all_threads
-from softmax_formulas import interpolated
 from torch import Tensor
 
 import anchorops as ao
 from anchorops._ops import volumes
+from anchorops.catalogue.budget import error_and_limit
+from anchorops.catalogue.formulas import upsampled
 
 F32, F64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 FLOOR = 2**-22
@@ -93,12 +94,12 @@ def make_inputs(case: Case) -> Inputs:
 def formula(case: Case, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
     """D of each pixel, and the gradient of Σ weights·D, by torch."""
 
-    def upsampled(x: Tensor) -> Tensor:
-        return interpolated(x.to(dtype), case.pixels, case.align_corners) / case.temperature
+    def pixels(x: Tensor) -> Tensor:
+        return upsampled(x.to(dtype), case.pixels, case.align_corners) / case.temperature
 
     x = inputs.logits.detach().to(dtype, memory_format=torch.contiguous_format).requires_grad_()
-    target = upsampled(inputs.teacher).softmax(1)
-    terms = F.kl_div(upsampled(x).log_softmax(1), target, reduction="none")
+    target = pixels(inputs.teacher).softmax(1)
+    terms = F.kl_div(pixels(x).log_softmax(1), target, reduction="none")
     divergences = case.temperature**2 * terms.sum(1)
     if inputs.valid is not None:
         divergences = torch.where(inputs.valid, divergences, 0)
@@ -116,9 +117,10 @@ def ours(case: Case, inputs: Inputs, reduction: str = "none") -> list[Tensor]:
 
 
 def assert_close(actual: Tensor, exact: Tensor, plain: Tensor, floor: float, eps: float = 0.0):
-    error = (actual.double() - exact).abs()
-    allowed = 2 * (plain - exact).abs().max() + floor * exact.abs().max().clamp(min=1)
-    assert (error <= allowed + eps * exact.abs()).all(), f"{error.max():.3g} > {allowed:.3g}"
+    """floor: of the largest number, or of 1."""
+    largest = float(exact.abs().max())
+    error, limit = error_and_limit(actual, exact, plain, floor * max(largest, 1) / largest, eps)
+    assert error <= limit
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -193,7 +195,7 @@ def test_invalid_pixels_change_nothing(backend: str, case: Case) -> None:
     for spoil_teacher in (False, True):
         x = (inputs.teacher if spoil_teacher else inputs.logits).clone()
         marked = torch.zeros_like(x[:1, :1]).index_fill_(3, torch.tensor(1), 1.0)
-        read = interpolated(marked, case.pixels, case.align_corners)[0, 0] > 0
+        read = upsampled(marked, case.pixels, case.align_corners)[0, 0] > 0
         valid = ~read.expand(case.size[0], -1, -1)
         expected = ours(case, inputs._replace(valid=valid))
         x[..., 1] = values[torch.arange(x.shape[2]) % 3]

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 import torch
-from operators import sums_of_upsampled
 from simulated_gpu import BACKEND
 from torch import Tensor
 
 from anchorops import reference
 from anchorops._ops.upsampled_sums import upsampled_sums
+from anchorops.catalogue import formulas
 from tests.helpers.memory import peak_allocated_bytes
 
 K = 5
@@ -95,7 +95,11 @@ def test_the_reference_sums_the_upsampled_tensor(backend, size, label_size, per_
     features, labels = example(size, label_size)
     arguments, options = (features, labels, K), {"per_image": per_image, "upsample": upsample}
     *ours, gradients = values_and_gradient(upsampled_sums, *arguments, **options)
-    *expected, _ = values_and_gradient(sums_of_upsampled, *arguments, gradients, **options)
+
+    def formula(features, labels, num_classes, *, ignore_index, **options):
+        return formulas.upsampled_sums(features, labels, num_classes=num_classes, **options)
+
+    *expected, _ = values_and_gradient(formula, *arguments, gradients, **options)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 

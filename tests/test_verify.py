@@ -10,38 +10,45 @@ from torch import Tensor
 
 import anchorops as ao
 from anchorops import _backend, doctor
-from anchorops.verify import checks
+from anchorops.catalogue import Case, cases
+from anchorops.catalogue.entry import evaluate
 from anchorops.verify import run as verify
 
 CPU = torch.device("cpu")
 BACKEND = "reference" if ao.backends()["cpu"] else "cpu"
-PLAIN = next(check for check in verify.checks() if check.name == "cross-entropy, 1.5×")
+PLAIN = next(case for case in cases("all") if str(case) == "cross-entropy, 1.5×")
+
+
+def changed(**fields: Callable[..., Tensor]) -> Case:
+    """PLAIN with another call or formula."""
+    return PLAIN._replace(entry=PLAIN.entry._replace(**fields))
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_all_is_right(every: bool):
-    chosen = [check for check in verify.checks() if every or check.quick]
-    rows = [verify.run(check, BACKEND, CPU) for check in chosen]
+    rows = [verify.run(case, BACKEND, CPU) for case in cases("all" if every else "quick")]
     environment = list(verify.environment_rows(BACKEND, CPU))
     assert not [str(row) for row in (*rows, *environment) if row.right is not True]
 
 
 @pytest.mark.on("simulated_triton", "simulated_cuda")
 @pytest.mark.parametrize(
-    "check",
+    "case",
     [
-        pytest.param(check, id=check.name, marks=[pytest.mark.slow] * (not check.quick))
-        for check in verify.checks()
+        pytest.param(
+            case, id=str(case), marks=[pytest.mark.slow] * ("quick" not in case.sample.tags)
+        )
+        for case in cases("all")
     ],
 )
-def test_check(check: checks.Check, backend: str, record_property):
-    """The checks pass for kernels that run without a GPU."""
-    row = verify.run(check, backend, CPU)
+def test_case(case: Case, backend: str, record_property):
+    """The cases are right for kernels that run without a GPU."""
+    row = verify.run(case, backend, CPU)
     if row.right is None or "Unsupported: " in row.note:
         pytest.skip(row.note or f"{backend} does not serve it")
-    dtype = check.inputs[0].dtype
+    dtype = next(iter(case.sample.inputs().values())).dtype
     name = str(dtype).removeprefix("torch.") if dtype.is_floating_point else "integers"
-    record_property("check", [check.name, check.operator, name, row.error, row.limit])
+    record_property("check", [row.check, row.operator, name, row.error, row.limit])
     assert row.right, str(row)
 
 
@@ -70,40 +77,42 @@ CALLS = iter(range(1000))
     ],
 )
 def test_wrong_functions_are_noticed(change: Callable[[Tensor], Tensor]):
-    row = verify.run(PLAIN._replace(ours=lambda *inputs: change(PLAIN.ours(*inputs))), BACKEND, CPU)
+    wrong = changed(ours=lambda **inputs: change(PLAIN.ours(**inputs)))
+    row = verify.run(wrong, BACKEND, CPU)
     assert row.right is False and str(row).endswith("WRONG")
 
 
 def test_reads_beside_an_input_are_noticed():
-    logits = PLAIN.inputs[0]
+    logits = PLAIN.sample.inputs()["logits"]
     around = verify._between_nan(logits, CPU)
     assert torch.equal(around, logits) and around.stride() == logits.stride()
     before = around.as_strided((1,), (1,), around.storage_offset() - 1)
     after = around.as_strided((1,), (1,), around.storage_offset() + around.numel())
     assert before.isnan() and after.isnan()
 
-    def reads_more(z: Tensor, y: Tensor) -> Tensor:
-        return PLAIN.ours(z, y) + 0 * z.as_strided((1,), (1,), z.storage_offset() - 1).sum()
+    def reads_more(logits: Tensor, labels: Tensor) -> Tensor:
+        before = logits.as_strided((1,), (1,), logits.storage_offset() - 1)
+        return PLAIN.ours(logits=logits, labels=labels) + 0 * before.sum()
 
-    assert verify.run(PLAIN._replace(ours=reads_more), BACKEND, CPU).right is False
+    assert verify.run(changed(ours=reads_more), BACKEND, CPU).right is False
 
 
 def test_what_a_backend_refuses_and_what_raises():
-    def refuse(*_: Tensor) -> Tensor:
+    def refuse(**_: Tensor) -> Tensor:
         raise ValueError("pixel_cross_entropy: backend cuda does not support this call: why")
 
-    def fail(*_: Tensor) -> Tensor:
+    def fail(**_: Tensor) -> Tensor:
         raise RuntimeError("the driver failed")
 
-    row = verify.run(PLAIN._replace(ours=refuse), BACKEND, CPU)
+    row = verify.run(changed(ours=refuse), BACKEND, CPU)
     assert row.right is None and str(row).endswith("not served")
-    row = verify.run(PLAIN._replace(ours=fail), BACKEND, CPU)
+    row = verify.run(changed(ours=fail), BACKEND, CPU)
     assert row.right is False and "RuntimeError: the driver failed" in str(row)
 
-    def exhaust(*_: Tensor) -> Tensor:
+    def exhaust(**_: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of\nmemory")
 
-    row = verify.run(PLAIN._replace(formula=exhaust), BACKEND, CPU)
+    row = verify.run(changed(formula=exhaust), BACKEND, CPU)
     assert row.right is None and str(row).endswith("CUDA out of memory not checked")
 
 
@@ -140,8 +149,8 @@ def test_what_takes_it_out_of_auto(monkeypatch):
 
 
 def test_the_operators_of_the_checks(monkeypatch):
-    """Each check looks up the operator that it names, or all of its parts; class_moments, of its
-    keys, and no other. Each operator has a check of its own."""
+    """Each case looks up the operators that its entry names, and no other. Each operator has a case
+    of its own."""
     looked_up: set[str] = set()
 
     class Record(tuple):
@@ -151,13 +160,12 @@ def test_the_operators_of_the_checks(monkeypatch):
 
     monkeypatch.setattr(_backend, "excluded", dict.fromkeys(_backend.excluded, Record()))
     own = set()
-    for check in verify.checks():
+    for case in cases("all"):
         looked_up.clear()
-        verify._evaluate(check.ours, check.inputs, check.name)
-        assert looked_up == set(check.parts or [check.operator]), check.name
-        assert bool(check.parts) == (check.operator == checks.COMPOSITION)
-        own.add(check.operator)
-    assert own == {*_backend.OPERATORS, checks.COMPOSITION} - {"mask_rle"}
+        evaluate(case.ours, case.sample.inputs())
+        assert looked_up == {*case.entry.operators}, str(case)
+        own |= {*case.entry.operators} if len(case.entry.operators) == 1 else set()
+    assert own == {*_backend.OPERATORS} - {"mask_rle"}
 
 
 def test_the_driver(monkeypatch):
@@ -173,7 +181,7 @@ def test_the_driver(monkeypatch):
 
 
 def test_the_command(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(verify, "checks", lambda: [PLAIN])
+    monkeypatch.setattr(verify, "cases", lambda tag: [PLAIN])
     path = tmp_path / "rows.json"
     command = ["--verify", "--backend", BACKEND, "--json", str(path)]
     assert doctor.main(command) == (0 if BACKEND == "cpu" else 1)
@@ -185,8 +193,8 @@ def test_the_command(capsys, monkeypatch, tmp_path):
     record = json.loads(path.read_text())
     assert record["torch"] == torch.__version__ and len(record["rows"]) == 4
 
-    wrong = PLAIN._replace(ours=lambda *inputs: PLAIN.ours(*inputs) * 1.001)
-    monkeypatch.setattr(verify, "checks", lambda: [wrong])
+    wrong = changed(ours=lambda **inputs: PLAIN.ours(**inputs) * 1.001)
+    monkeypatch.setattr(verify, "cases", lambda tag: [wrong])
     assert doctor.main(command) == 1
     report = capsys.readouterr().out
     assert (

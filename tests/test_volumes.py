@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from memory import peak_allocated_bytes
-from softmax_formulas import BF16, F64, Case, check, interpolated
+from softmax_formulas import BF16, F64, Case, check
 from torch import Tensor
 
 import anchorops as ao
 from anchorops._ops import volumes
+from anchorops.catalogue import formulas
 
 K = 4
 pytestmark = pytest.mark.on("cpu", "reference")
@@ -45,7 +46,7 @@ def inputs(
 
 
 def upsampled(logits: Tensor, labels: Tensor, align_corners: bool = False) -> Tensor:
-    return interpolated(logits.double(), labels.shape[1:], align_corners)
+    return formulas.upsampled(logits.double(), labels.shape[1:], align_corners)
 
 
 def assert_same(

@@ -1,5 +1,5 @@
 """anchorops-doctor --verify: does each backend compute, on this device, what the package promises?
 
-Each check (checks.py) names the one operator that it tests, or is of a composition. It compares
-calls of public functions with torch's formulas (formulas.py) on each backend (run.py).
+Each case of the catalogue compares calls of public functions with torch's formulas on each backend
+(run.py). It belongs to the one operator that it calls, or is a composition of several.
 """

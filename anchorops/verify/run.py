@@ -1,6 +1,6 @@
-"""Runs the checks on each usable backend, compares, and reports.
+"""Runs the cases of the catalogue on each usable backend, compares, and reports.
 
-A check calls public functions, on tensors that lie between NaN, and compares values and gradients
+A case calls public functions, on tensors that lie between NaN, and compares values and gradients
 with torch's functions in float64. An error may be twice that of torch's functions in float32, plus
 2⁻²⁰ of the largest number; a gradient in half precision may be rounded once more. A second call
 must give the same bits. Only the methods have no formula here: they are compared with themselves in
@@ -20,10 +20,10 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import anchorops as ao
 
@@ -35,11 +35,13 @@ from .._backend import (
     excluded,
     unusable,
 )
+from ..catalogue import Case, Inputs, cases
+from ..catalogue.budget import error_and_limit
+from ..catalogue.entry import evaluate, random_of
+from ..catalogue.pixels import BASE
 from ..measure import cuda_graph, environment
-from .checks import Check, base, checks, random_of
-from .formulas import Inputs
 
-F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+COMPOSITION = "composition"  # of several operators
 MOST_WORKERS = 8  # processes that compile Triton's kernels
 
 
@@ -72,62 +74,29 @@ def _between_nan(x: Tensor, device: torch.device) -> Tensor:
     return buffer.as_strided(x.shape, x.stride(), 64).copy_(x)
 
 
-def _evaluate(function: Callable[..., Any], inputs: Inputs, seed: str) -> list[Tensor | None]:
-    """The outputs, and the gradients of all floating inputs, of a random sum of the outputs."""
-    leaves = [x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs]
-    outputs = function(*leaves)
-    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-    random, total = random_of(seed), None
-    for output in outputs:
-        weights = 0.5 + torch.rand(output.shape, generator=random)
-        if output.requires_grad:
-            part = (output * weights.to(output)).sum()
-            total = part if total is None else total + part
-    floating = [x for x in leaves if x.is_floating_point()]
-    gradients = [None for _ in floating]
-    if total is not None:
-        gradients = torch.autograd.grad(total, floating, allow_unused=True)
-    return [*(x.detach() for x in outputs), *gradients]
-
-
-def _error(ours: Tensor, exact: Tensor, narrow: Tensor, floor: float) -> tuple[float, float]:
-    """The largest error and its limit, relative to the largest number."""
-    if ours.shape != exact.shape:
-        return torch.inf, floor
-    exact = exact.double()
-    difference = (ours.double() - exact).abs()
-    if ours.dtype in (BF16, F16):
-        half = torch.finfo(ours.dtype)
-        rounding = half.eps / 2 * exact.abs().clamp(min=half.smallest_normal)
-        difference = (difference - rounding).clamp(min=0)
-    largest = max(float(exact.abs().max()), torch.finfo(F32).tiny)
-    if not difference.isfinite().all():
-        return torch.inf, floor
-    limit = 2 * float((narrow.double() - exact).abs().max()) / largest + floor
-    return float(difference.max()) / largest, limit
-
-
-def _compare(check: Check, backend: str, device: torch.device) -> tuple[float, float, str]:
+def _compare(case: Case, backend: str, device: torch.device) -> tuple[float, float, str]:
     """Error, limit, and what else is wrong."""
-    inputs = tuple(_between_nan(x, device) for x in check.inputs)
-    wide, narrow = (
-        tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs) for dtype in (F64, F32)
+    inputs = {name: _between_nan(x, device) for name, x in case.sample.inputs().items()}
+    exact, plain = (
+        evaluate(
+            case.formula,
+            {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()},
+        )
+        for dtype in (torch.float64, torch.float32)
     )
-    exact, rounded = (_evaluate(check.formula, x, check.name) for x in (wide, narrow))
     with ao.use_backend(backend):
-        function = check.ours.to(device) if isinstance(check.ours, nn.Module) else check.ours
-        ours, again = (_evaluate(function, inputs, check.name) for _ in range(2))
-    error, limit = 0.0, check.floor
-    for one, two, right, other in zip(ours, again, exact, rounded, strict=True):
+        ours, again = (evaluate(case.ours, inputs) for _ in range(2))
+    error, limit = 0.0, case.sample.floor
+    for one, two, right, other in zip(ours, again, exact, plain, strict=True):
         if one is None or right is None or two is None or other is None:
             if (one is None) != (right is None):
                 return torch.inf, 0.0, "a gradient is missing"
             continue
         if not torch.equal(*(x.flatten().contiguous().view(torch.uint8) for x in (one, two))):
             return torch.inf, 0.0, "a second call gives other bits"
-        error_and_limit = _error(one, right, other, check.floor)
-        if error_and_limit[0] / error_and_limit[1] > error / limit:
-            error, limit = error_and_limit
+        found = error_and_limit(one, right, other, case.sample.floor)
+        if found[0] / found[1] > error / limit:
+            error, limit = found
     return error, limit, ""
 
 
@@ -163,10 +132,19 @@ def _row(
     return Row(operator, backend, name, error, limit, right, note, time.monotonic() - start, parts)
 
 
-def run(check: Check, backend: str, device: torch.device) -> Row:
-    """One check on the device, whose default is the backend that is verified."""
-    compare = partial(_compare, check, backend, device)
-    return _row(check.operator, backend, check.name, device, compare, check.parts)
+def run(case: Case, backend: str, device: torch.device) -> Row:
+    """One case on the device, whose default is the backend that is verified."""
+    compare = partial(_compare, case, backend, device)
+    return _row(_operator(case), backend, str(case), device, compare, _parts(case))
+
+
+def _operator(case: Case) -> str:
+    return COMPOSITION if _parts(case) else case.entry.operators[0]
+
+
+def _parts(case: Case) -> tuple[str, ...]:
+    """The operators of a composition."""
+    return case.entry.operators if len(case.entry.operators) > 1 else ()
 
 
 def _environments(
@@ -181,8 +159,8 @@ def _environments(
         return ao.pixel_cross_entropy(z, y, ignore_index=-1)
 
     def call(inputs: Inputs, function: Callable[..., Tensor] = loss) -> list[Tensor]:
-        z = inputs[0].detach().requires_grad_()
-        value = function(z, inputs[1])
+        z = inputs["logits"].detach().requires_grad_()
+        value = function(z, inputs["labels"])
         return [value.detach(), *torch.autograd.grad(value, z)]
 
     def compiled(inputs: Inputs) -> list[Tensor]:
@@ -213,7 +191,7 @@ def _environments(
             torch.cuda.set_sync_debug_mode("default")
 
     def other_gpu(inputs: Inputs) -> list[Tensor]:
-        results = call(tuple(x.to("cuda:1") for x in inputs))
+        results = call({name: x.to("cuda:1") for name, x in inputs.items()})
         return [x.to(device) for x in results]
 
     ways = {"a plain call": call, "torch.compile, fullgraph": compiled, "autocast": autocast}
@@ -239,7 +217,8 @@ def environment_rows(backend: str, device: torch.device) -> Iterator[Row]:
     expected: list[Tensor] = []
 
     def same(way: Callable[[Inputs], list[Tensor]]) -> tuple[float, float, str]:
-        inputs = tuple(_between_nan(x, device) for x in base())
+        made = BASE(1, random_of("environment"))
+        inputs = {name: _between_nan(x, device) for name, x in made.items()}
         with ao.use_backend(backend):
             results = way(inputs)
         expected.extend(results if not expected else ())
@@ -253,34 +232,38 @@ def environment_rows(backend: str, device: torch.device) -> Iterator[Row]:
 def _run_number(number: int, backend: str) -> Row:
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")  # of the formulas
-    return run(checks()[number], backend, device_of(backend))
+    return run(cases("all")[number], backend, device_of(backend))
 
 
 def verify(backend: str, everything: bool) -> Iterator[Row]:
-    """All checks of a backend, `quick` ones alone of Triton's unless `everything`."""
+    """All cases of a backend, `quick` ones alone of Triton's unless `everything`."""
     device = device_of(backend)
     torch.set_float32_matmul_precision("highest")
     if backend == "triton":
         yield from _in_processes(backend, everything)
     else:
-        for check in checks():
-            yield run(check, backend, device)
+        for case in cases("all"):
+            yield run(case, backend, device)
     yield from environment_rows(backend, device)
 
 
 def _in_processes(backend: str, everything: bool) -> Iterator[Row]:
     """Side by side, because Triton compiles each kernel at its first launch."""
-    chosen = [(i, check) for i, check in enumerate(checks()) if everything or check.quick]
+    chosen = [
+        (i, case)
+        for i, case in enumerate(cases("all"))
+        if everything or "quick" in case.sample.tags
+    ]
     spawn = multiprocessing.get_context("spawn")
     workers = min(MOST_WORKERS, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         futures = [pool.submit(_run_number, number, backend) for number, _ in chosen]
-        for future, (_, check) in zip(futures, chosen, strict=True):
+        for future, (_, case) in zip(futures, chosen, strict=True):
             try:
                 yield future.result()
             except BrokenProcessPool:
                 note = "a process that ran checks ended:"
-                yield Row(check.operator, backend, check.name, 0.0, 0.0, None, note, 0.0)
+                yield Row(_operator(case), backend, str(case), 0.0, 0.0, None, note, 0.0)
 
 
 def not_auto(rows: Sequence[Row]) -> list[str]:

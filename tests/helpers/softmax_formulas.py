@@ -9,7 +9,6 @@ the floor grows with their spread. On a GPU the error is at most ON_GPU of the l
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from cpu_kernels import in_layout
 from simulated_gpu import BACKEND
 from torch import Tensor
@@ -17,6 +16,8 @@ from torch import Tensor
 import anchorops as ao
 from anchorops._moments import Options, changes_losses, statistics_dtype
 from anchorops._ops.softmax_moments import moments_of as checked_moments
+from anchorops.catalogue import formulas
+from anchorops.catalogue.budget import error_and_limit
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 FLOATING = ("losses", "intersections", "probability_sums", "squares", "pixel_losses")
@@ -163,71 +164,30 @@ def run_reference(case: Case, logits: Tensor, labels: Tensor, weights, through=F
         return run(case, logits.detach().to(statistics_dtype(case.dtype)), labels, weights, through)
 
 
-def interpolated(x: Tensor, size: tuple[int, ...], align_corners: bool = False) -> Tensor:
-    """Images or volumes of this size."""
-    mode = "bilinear" if x.dim() == 4 else "trilinear"
-    return F.interpolate(x, size, mode=mode, align_corners=align_corners)
-
-
-def upsampled(case: Case, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The logits of the pixels [B, K, N], the pixels' labels [B, N], and whether they are valid."""
-    if x.dim() == 2:
-        x, labels = x.t()[None], labels[None]
-    elif x.dim() > 3:
-        x = interpolated(x, case.pixels, case.align_corners)
-    z, valid = x.flatten(2), is_valid(case, labels).flatten(1)
-    z = torch.cat([torch.zeros_like(z), z], 1) if case.size[1] == 1 else z
-    return z, torch.where(valid, labels.flatten(1).long(), 0), valid
-
-
 def by_torch(case: Case, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """All statistics but `correct` by torch's formulas in the dtype of x. Unread logits are
-    multiplied by 0, so all must be finite."""
-    z, classes, valid = upsampled(case, x, labels)
-    one_hot = (classes[:, None] == torch.arange(case.num_classes)[:, None]) & valid[:, None]
-    log_p = z.log_softmax(1)
-    p = torch.where(valid[:, None], log_p.exp(), 0)
-    c = -log_p.gather(1, classes[:, None])[:, 0]
-    used = valid if case.min_loss == -torch.inf else valid & ~(c < case.min_loss)
-    losses, shares = torch.where(used, shaped_losses(case, log_p, c, classes), 0), used
-    weighted = losses
-    if case.pixel_weights:
-        pixel_weights = make_pixel_weights(case, labels).view(used.shape).to(x.dtype)
-        shares = torch.where(used, pixel_weights, 0)
-        weighted = shares * torch.where(shares == 0, 0, losses)
-    axes = (2,) if case.per_image else (0, 2)
-    moments = {
-        "counts": lambda: one_hot.sum(axes),
-        "losses": lambda: torch.where(one_hot, weighted[:, None], 0).sum(axes),
-        "intersections": lambda: torch.where(one_hot, p, 0).sum(axes),
-        "probability_sums": lambda: p.sum(axes),
-        "squares": lambda: p.square().sum(axes),
-        "pixel_losses": lambda: losses.view(labels.shape),
-        "used": lambda: (one_hot * shares[:, None]).sum(axes),
-    }
+    """All statistics but `correct` by torch's formulas in the dtype of x."""
     names = {"counts", "losses", *case.statistics} - {"correct"}
     names |= {"intersections"} if "probability_sums" in case.statistics else set()
     names |= {"used"} if case.min_loss > -torch.inf or case.pixel_weights else set()
-    return {name: moments[name]() for name in names}
+    options = case.options
+    return formulas.softmax_moments(
+        torch.cat([torch.zeros_like(x), x], 1) if case.size[1] == 1 else x,
+        torch.where(is_valid(case, labels), labels.long(), -1),
+        sorted(names),
+        true_weights=options.true_weights,
+        all_weights=options.all_weights,
+        pixel_weights=make_pixel_weights(case, labels),
+        min_loss=case.min_loss,
+        focal_gamma=case.focal_gamma,
+        per_image=case.per_image,
+        align_corners=case.align_corners,
+    )
 
 
 def formula(case: Case, logits, labels, weights, dtype: torch.dtype, through=FLOATING) -> Results:
     """The results of `run` by torch's formulas in this dtype."""
     x = logits.detach().to(dtype, memory_format=torch.contiguous_format).requires_grad_()
     return with_gradient(by_torch(case, x, labels), x, weights, through)
-
-
-def shaped_losses(case: Case, log_p: Tensor, c: Tensor, classes: Tensor) -> Tensor:
-    losses, options = c, case.options
-    if options.true_weights is not None:
-        true_weights, all_weights = (
-            x.to(c.dtype).expand(len(c), -1) for x in (options.true_weights, options.all_weights)
-        )
-        losses = true_weights.gather(1, classes) * c - (all_weights[..., None] * log_p).sum(1)
-    if case.focal_gamma > 0:
-        miss = -torch.expm1(-c).clamp(max=-torch.finfo(c.dtype).tiny)
-        losses = losses * miss**case.focal_gamma
-    return losses
 
 
 def check(case: Case, backend: str, through=FLOATING, logits=None, labels=None) -> None:
@@ -261,26 +221,28 @@ def check(case: Case, backend: str, through=FLOATING, logits=None, labels=None) 
     for name in FLOATING:
         if name in ours:
             assert ours[name].dtype == dtype and ours[name].shape == exact[name].shape
-            assert_close(name, ours[name], exact[name], plain[name], floor, eps)
+            one = exact if logits.is_cuda else plain
+            error, limit = error_and_limit(ours[name], exact[name], one[name], floor, eps)
+            assert error <= limit, name
     # one rounding to the logits' dtype, or to its smallest number
-    info = torch.finfo(case.dtype)
-    plain_gradient = plain_gradient + info.smallest_normal * info.eps
-    eps = info.eps * (1 if logits.is_cuda or case.dtype == dtype else 0.5)
-    assert_close("dlogits", dlogits, exact_gradient, plain_gradient, floor, eps)
-
-
-def assert_close(name: str, ours: Tensor, exact: Tensor, plain: Tensor, floor: float, eps: float):
-    error = (ours.double() - exact).abs()
-    allowed = 0 if ours.is_cuda else 2 * (plain.double() - exact).abs().max()
-    allowed = allowed + floor * exact.abs().max() + eps * exact.abs()
-    assert (error <= allowed).all(), f"{name}: {error.max():.3g}, allowed {allowed.max():.3g}"
+    eps = torch.finfo(case.dtype).eps * (1 if logits.is_cuda or case.dtype == dtype else 0.5)
+    one = exact_gradient if logits.is_cuda else plain_gradient
+    error, limit = error_and_limit(dlogits, exact_gradient, one, floor, eps)
+    assert error <= limit, "dlogits"
 
 
 def check_correct(
     case: Case, logits: Tensor, labels: Tensor, correct: Tensor, floor: float
 ) -> None:
     """Exact, except for pixels whose two largest logits are equal up to rounding."""
-    z, classes, valid = upsampled(case, logits.double(), labels)
+    z = logits.double()
+    if case.size[1] == 1:
+        z = torch.cat([torch.zeros_like(z), z], 1)
+    if z.dim() == 2:
+        z, labels = z.t()[None], labels[None]
+    z = formulas.upsampled(z, case.pixels, case.align_corners).flatten(2)
+    valid = is_valid(case, labels).flatten(1)
+    classes = torch.where(valid, labels.flatten(1).long(), 0)
     others = z.scatter(1, classes[:, None], -torch.inf).amax(1)
     lead = z.gather(1, classes[:, None])[:, 0] - others
     one_hot = (classes[:, None] == torch.arange(case.num_classes)[:, None]) & valid[:, None]

@@ -1,0 +1,319 @@
+"""What our calls are compared with: the same by torch's functions, in any floating dtype, with the
+names of our arguments. Labels of −1 are ignored."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+STATISTICS = (
+    *("counts", "correct", "losses", "intersections", "probability_sums", "squares"),
+    "pixel_losses",
+)
+
+
+def upsampled(x: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
+    """Images or volumes at this size; points."""
+    if x.dim() < 4 or x.shape[2:] == size:
+        return x
+    mode = "bilinear" if x.dim() == 4 else "trilinear"
+    return F.interpolate(x, size, mode=mode, align_corners=align_corners)
+
+
+def softmax_moments(
+    logits: Tensor,
+    labels: Tensor,
+    names: Sequence[str] = STATISTICS,
+    *,
+    true_weights: Tensor | None = None,
+    all_weights: Tensor | None = None,
+    pixel_weights: Tensor | None = None,
+    min_loss: float = -math.inf,
+    focal_gamma: float = 0.0,
+    per_image: bool = False,
+    align_corners: bool = False,
+) -> dict[str, Tensor]:
+    """The statistics of these names, by masks [B, K, N] of the classes."""
+    shape, num_classes = labels.shape, logits.shape[1]
+    if logits.dim() == 2:
+        logits, labels = logits.t()[None], labels[None]
+    labels = labels.flatten(1).long()
+    valid = (labels >= 0) & (labels < num_classes)
+    true = torch.where(valid, labels, 0)[:, None]
+    z = upsampled(logits, shape[1:], align_corners).flatten(2)
+    z = torch.where(valid[:, None], z, 0)
+    classes = torch.arange(num_classes, device=z.device)[:, None]
+    one_hot = (true == classes) & valid[:, None]
+    log_p = z.log_softmax(1)
+    p = torch.where(valid[:, None], log_p.exp(), 0)
+    c = -log_p.gather(1, true)[:, 0]
+    used = valid & ~(c < min_loss)
+    losses = c
+    if true_weights is not None:
+        losses = true_weights.to(c).expand(len(c), -1).gather(1, true[:, 0]) * c
+    if all_weights is not None:
+        losses = losses - (all_weights.to(c).expand(len(c), -1)[..., None] * log_p).sum(1)
+    if focal_gamma > 0:
+        miss = -torch.expm1(-c).clamp(max=-torch.finfo(c.dtype).tiny)
+        losses = losses * miss**focal_gamma
+    losses, shares = torch.where(used, losses, 0), used
+    weighted = losses
+    if pixel_weights is not None:
+        shares = torch.where(used, pixel_weights.reshape(used.shape).to(c), 0)
+        weighted = shares * torch.where((shares == 0) & ~losses.isfinite(), 0, losses)
+    axes = (2,) if per_image else (0, 2)
+    moments: dict[str, Callable[[], Tensor]] = {
+        "counts": lambda: one_hot.sum(axes),
+        "correct": lambda: (one_hot & (z.argmax(1, keepdim=True) == classes)).sum(axes),
+        "losses": lambda: torch.where(one_hot, weighted[:, None], 0).sum(axes),
+        "intersections": lambda: torch.where(one_hot, p, 0).sum(axes),
+        "probability_sums": lambda: p.sum(axes),
+        "squares": lambda: p.square().sum(axes),
+        "pixel_losses": lambda: losses.view(shape),
+        "used": lambda: (one_hot * shares[:, None]).sum(axes),
+    }
+    return {name: moments[name]() for name in names}
+
+
+def statistics(logits: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    return tuple(softmax_moments(logits, labels, **options).values())
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    pixel_weights: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ohem_threshold: float | None = None,
+    ohem_min_kept: int | None = None,
+    **options: Any,
+) -> Tensor:
+    """The formula of ao.CrossEntropy; `ohem_min_kept` without `ohem_threshold`."""
+    num_classes = logits.shape[1]
+    w = logits.new_ones(num_classes) if weight is None else weight.to(logits)
+    if weight is not None or label_smoothing:
+        options["true_weights"] = (1 - label_smoothing) * w
+    if label_smoothing:
+        options["all_weights"] = label_smoothing / num_classes * w
+    if ohem_threshold is not None:
+        options["min_loss"] = -math.log(ohem_threshold)
+    if ohem_min_kept is not None:
+        align = options.get("align_corners", False)
+        (losses,) = statistics(logits, labels, names=("pixel_losses",), align_corners=align)
+        options["min_loss"] = losses.flatten().topk(ohem_min_kept).values[-1].item()
+    names, options["pixel_weights"] = ("losses", "used"), pixel_weights
+    losses, used = statistics(logits, labels, names=names, **options)
+    return losses.sum() / (used * w).sum()
+
+
+def loss_of_pixels(logits: Tensor, labels: Tensor, *, align_corners: bool = False) -> Tensor:
+    z = upsampled(logits, labels.shape[1:], align_corners)
+    return F.cross_entropy(z, labels.long(), ignore_index=-1, reduction="none")
+
+
+def dice(logits: Tensor, labels: Tensor, *, squared: bool = False, **options: Any) -> Tensor:
+    """The mean over the classes that are present."""
+    names = ("counts", "intersections", "squares" if squared else "probability_sums")
+    counts, intersections, masses = statistics(logits, labels, names=names, **options)
+    return (1 - 2 * intersections / (masses + counts))[counts > 0].mean()
+
+
+def cross_entropy_dice(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    squared: bool = False,
+    per_image: bool = False,
+    align_corners: bool = False,
+    **options: Any,
+) -> Tensor:
+    align = {"align_corners": align_corners}
+    regions = dice(logits, labels, squared=squared, per_image=per_image, **align)
+    return cross_entropy(logits, labels, **align, **options) + regions
+
+
+def sorted_loss(errors: Tensor, is_class: Tensor) -> Tensor:
+    """Σ error·ΔJ of the sorted errors, as in the released code of Berman et al."""
+    errors, order = errors.sort(descending=True)
+    is_class = is_class[order].double()
+    total = is_class.sum()
+    jaccard = 1 - (total - is_class.cumsum(0)) / (total + (1 - is_class).cumsum(0))
+    return (errors.clamp(min=0) * torch.cat([jaccard[:1], jaccard.diff()])).sum()
+
+
+def lovasz_of_classes(z: Tensor, labels: Tensor) -> Tensor:
+    """The loss of each class [K], of logits at the labels' size. Labels that are no class are
+    ignored."""
+    valid = (labels >= 0) & (labels < z.shape[1])
+    p, labels = z.softmax(1).movedim(1, -1)[valid], labels[valid]
+    is_class = [labels == k for k in range(z.shape[1])]
+    return torch.stack([sorted_loss((x.to(p) - p[:, k]).abs(), x) for k, x in enumerate(is_class)])
+
+
+def lovasz(logits: Tensor, labels: Tensor, *, align_corners: bool = False) -> Tensor:
+    """The mean of the classes that are present."""
+    losses = lovasz_of_classes(upsampled(logits, labels.shape[1:], align_corners), labels)
+    return losses[labels[labels >= 0].unique().long()].mean()
+
+
+def lovasz_of_sigmoids(logits: Tensor, labels: Tensor) -> Tensor:
+    """The Lovász hinge, the mean of the channels."""
+    z, losses = upsampled(logits, labels.shape[2:]), []
+    for k in range(z.shape[1]):
+        valid = (labels[:, k] >= 0) & (labels[:, k] < 2)
+        x, ones = z[:, k][valid], labels[:, k][valid] == 1
+        losses.append(sorted_loss(1 - torch.where(ones, x, -x), ones))
+    return torch.stack(losses).mean()
+
+
+def binary_cross_entropy(logits: Tensor, labels: Tensor, *, pos_weight: float) -> Tensor:
+    z = upsampled(logits, labels.shape[2:])
+    loss = partial(F.binary_cross_entropy_with_logits, reduction="none")
+    weight = torch.as_tensor(pos_weight, dtype=z.dtype, device=z.device)
+    return loss(z, labels.clamp(min=0).to(z), pos_weight=weight)[labels >= 0].mean()
+
+
+def kl_divergence(
+    logits: Tensor,
+    teacher: Tensor,
+    valid: Tensor,
+    *,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+) -> Tensor:
+    pixels = (upsampled(x, valid.shape[1:]) / temperature for x in (logits, teacher.detach()))
+    s, t = (z.log_softmax(1) for z in pixels)
+    divergences = temperature**2 * (t.exp() * (t - s)).sum(1)
+    return divergences[valid].mean() if reduction == "mean" else divergences * valid
+
+
+def largest(
+    logits: Tensor, labels: Tensor, *, confidence: bool = False, align_corners: bool = False
+) -> tuple[Tensor, ...]:
+    """The largest logit of each pixel, and the probability of its class."""
+    z = upsampled(logits.detach(), labels.shape[1:], align_corners)
+    return (z.amax(1), z.softmax(1).amax(1)) if confidence else (z.amax(1),)
+
+
+def confusion_of_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    classes = upsampled(logits.detach(), labels.shape[1:]).argmax(1)
+    return confusion(classes, labels, num_classes=logits.shape[1])
+
+
+def confusion(predictions: Tensor, labels: Tensor, *, num_classes: int) -> Tensor:
+    pairs = (labels.long() * num_classes + predictions)[labels >= 0]
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def _mix32(x: Tensor) -> Tensor:
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x735A2D97) & 0xFFFFFFFF
+    return x ^ (x >> 15)
+
+
+def _split(key: Tensor, groups: int, seed: int) -> Tensor:
+    """key·groups + group: the rank of a pixel's hash in its key, modulo the number of groups."""
+    pixel = torch.arange(key.numel(), device=key.device)
+    hashes = _mix32(_mix32(pixel ^ _mix32(torch.full_like(pixel, seed))) ^ _mix32(pixel * 0))
+    order = torch.argsort((key.flatten() << 32) | hashes)
+    sorted_keys = key.flatten()[order]
+    rank = pixel - torch.searchsorted(sorted_keys, sorted_keys)
+    return key * groups + torch.empty_like(rank).scatter(0, order, rank % groups).view_as(key)
+
+
+def split_groups(keys: Tensor, counts: Tensor, *, groups: int, seed: int) -> tuple[Tensor, Tensor]:
+    k, valid = len(counts), keys >= 0
+    split = _split(torch.where(valid, keys.long(), k), groups, seed)
+    new_counts = torch.bincount(split[valid], minlength=k * groups).view(k, groups)
+    return torch.where(valid, split, -1), new_counts
+
+
+def labels_at(labels: Tensor, features: Tensor) -> Tensor:
+    """Labels of the features' size, of the nearest ones."""
+    if features.dim() < 4:
+        return labels.long()
+    return F.interpolate(labels[:, None].double(), features.shape[2:])[:, 0].long()
+
+
+def class_moments(
+    features: Tensor,
+    labels: Tensor,
+    anchors: Tensor | None = None,
+    *,
+    num_classes: int,
+    groups: int = 1,
+    per_image: bool = False,
+    seed: int = 0,
+) -> tuple[Tensor, ...]:
+    """counts, sums and, with anchors, squared distances."""
+    labels = labels_at(labels, features).flatten(1)
+    rows = features.flatten(2).transpose(1, 2)
+    valid, key = labels >= 0, labels
+    if per_image:
+        key = labels + num_classes * torch.arange(len(labels), device=labels.device)[:, None]
+    keys = num_classes * (len(labels) if per_image else 1)
+    if groups > 1:
+        key = _split(torch.where(valid, key, keys), groups, seed)
+    x, k = rows[valid], key[valid]
+    size = (len(labels),) * per_image + (num_classes,) + (groups,) * (groups > 1)
+    counts = torch.bincount(k, minlength=keys * groups).to(x)
+    sums = x.new_zeros(keys * groups, x.shape[1]).index_add(0, k, x)
+    results = [counts.view(size), sums.view(*size, -1)]
+    if anchors is not None:
+        sqdists = (x - anchors.to(x)[labels[valid]]).square().sum(1)
+        results.append(x.new_zeros(keys * groups).index_add(0, k, sqdists).view(size))
+    return tuple(results)
+
+
+def class_centroids(
+    features: Tensor, labels: Tensor, *, num_classes: int, per_image: bool = False
+) -> tuple[Tensor, Tensor]:
+    counts, sums = class_moments(features, labels, num_classes=num_classes, per_image=per_image)
+    return sums / counts.clamp(min=1)[..., None], counts
+
+
+def pixel_to_anchor_mse(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
+    counts, _, sqdists = class_moments(features, labels, anchors, num_classes=len(anchors))
+    return sqdists.sum() / (features.shape[1] * counts.sum())
+
+
+def upsampled_sums(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    num_classes: int,
+    per_image: bool = True,
+    upsample: bool = True,
+) -> tuple[Tensor, ...]:
+    """Counts and sums of each class, mean and variance of the channels."""
+    pixels = features
+    if upsample:
+        pixels = upsampled(features, labels.shape[1:], align_corners=True)
+    else:
+        labels = labels_at(labels, features)
+    masks = [labels == k for k in range(num_classes)]
+    counts = torch.stack([mask.sum((1, 2)) for mask in masks], 1)
+    sums = torch.stack([(pixels * mask[:, None]).sum((2, 3)) for mask in masks], 1)
+    if not per_image:
+        counts, sums = counts.sum(0), sums.sum(0)
+    return counts, sums, features.mean((0, 2, 3)), features.var((0, 2, 3), correction=0)
+
+
+def centroid_info_nce(
+    queries: Tensor, keys: Tensor, present: Tensor, positives: Tensor | None = None
+) -> Tensor:
+    rows = queries if queries.dim() == 3 else queries[:, None]
+    present = present.view(rows.shape[:2])
+    others = torch.einsum("igd,jd->igj", rows, keys) / 0.07
+    targets = keys[:, None] if positives is None else positives.view_as(rows)
+    positive = (rows * targets).sum(-1, keepdim=True) / 0.07
+    used = present.any(1) & ~torch.eye(len(keys), dtype=torch.bool, device=keys.device)
+    others = others.masked_fill(~used[:, None], -torch.inf)
+    losses = torch.cat([positive, others], -1).logsumexp(-1) - positive[..., 0]
+    return losses[present].mean()

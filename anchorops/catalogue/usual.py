@@ -1,0 +1,75 @@
+"""The formulas that people write, for labels of which none is ignored: what `--benchmark` and the
+benchmarks time beside our calls. They upsample in float32, as under autocast."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import formulas
+
+
+def upsampled(x: Tensor, labels: Tensor) -> Tensor:
+    return formulas.upsampled(x.float(), labels.shape[1:])
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    return F.cross_entropy(upsampled(logits, labels), labels, **options)
+
+
+def dice(logits: Tensor, labels: Tensor) -> Tensor:
+    """An absent class counts as one that was missed."""
+    z = upsampled(logits, labels)
+    p, one_hot = z.softmax(1), F.one_hot(labels, z.shape[1]).movedim(-1, 1)
+    axes = (0, *range(2, z.dim()))
+    intersections = (p * one_hot).sum(axes)
+    return 1 - (2 * intersections / (p.sum(axes) + one_hot.sum(axes)).clamp(min=1e-7)).mean()
+
+
+def cross_entropy_dice(logits: Tensor, labels: Tensor) -> Tensor:
+    z = upsampled(logits, labels)
+    return cross_entropy(z, labels) + dice(z, labels)
+
+
+def binary_cross_entropy(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """labels: of each channel, (B, C, H, W)."""
+    z = upsampled(logits, labels[:, 0])
+    return F.binary_cross_entropy_with_logits(z, labels.to(z.dtype), **options)
+
+
+def kl_divergence(logits: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
+    s, t = (upsampled(x, labels).log_softmax(1) for x in (logits, teacher))
+    return F.kl_div(s, t, log_target=True, reduction="sum") / labels.numel()
+
+
+def lovasz(logits: Tensor, labels: Tensor, classes: Iterable | None = None) -> Tensor:
+    """As its authors compute it, of these classes; None: of those that are present."""
+    z = upsampled(logits, labels)
+    p, labels = z.softmax(1).movedim(1, -1).flatten(0, -2), labels.flatten()
+    losses = []
+    for k in labels.unique() if classes is None else classes:
+        is_class = (labels == k).to(p.dtype)
+        errors, order = (is_class - p[:, k]).abs().sort(descending=True)
+        truth = is_class[order]
+        jaccard = 1 - (truth.sum() - truth.cumsum(0)) / (truth.sum() + (1 - truth).cumsum(0))
+        losses.append((errors * torch.cat([jaccard[:1], jaccard.diff()])).sum())
+    return torch.stack(losses).mean()
+
+
+def class_centroids(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
+    """The mean product of the centroids and the anchors."""
+    pixels, labels = features.movedim(1, -1).flatten(0, -2).float(), labels.flatten()
+    sums = pixels.new_zeros(anchors.shape).index_add(0, labels, pixels)
+    centroids = sums / labels.bincount(minlength=len(anchors)).clamp(min=1)[:, None]
+    return (centroids * anchors).mean()
+
+
+def pixel_to_anchor_mse(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
+    return F.mse_loss(features.movedim(1, -1).float(), anchors[labels].float())
+
+
+def centroid_info_nce(queries: Tensor, keys: Tensor) -> Tensor:
+    own_keys = torch.arange(len(keys), device=keys.device)
+    return F.cross_entropy(queries.float() @ keys.float().T / 0.07, own_keys)
