@@ -7,7 +7,7 @@ On CPU large outputs are new memory in each call, as in training, and their page
 the time: a gradient of 189 MB has 46,000 page faults with pages of 4 KB, and 600 with huge pages.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
 import alternatives
@@ -155,30 +155,16 @@ def upstream(operation: str, inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 @lru_cache(1)
-def exact_outputs(operation: str, inputs: Inputs) -> list[Tensor]:
-    counts, sums, sqdists = inputs.exact
-    assert sqdists is not None
-    if operation == MSE:
-        return [sqdists.sum() / (counts.sum() * inputs.anchors.shape[1])]
-    if operation == CENTROIDS:
-        return [sums / counts.clamp(min=1)[:, None]]
-    if operation == GROUPS:
-        moments = reference.class_moments(
-            inputs.features.double(), inputs.labels, len(counts), groups=4, seed=0, ignore_index=-1
-        )
-        return [moments.sums]
-    return [sums, sqdists][: 1 + (operation == BOTH)]
-
-
-@lru_cache(1)
-def exact_gradient(operation: str, inputs: Inputs) -> list[Tensor]:
-    counts = inputs.exact.counts
-    if operation == MSE:
-        scale = 1 / (counts.sum() * inputs.anchors.shape[1])
-        return [inputs.exact_gradient(None, scale.float().expand(len(counts)))]
-    if operation == CENTROIDS:
-        return [inputs.exact_gradient(inputs.dsums / counts.clamp(min=1)[:, None], None)]
-    return [inputs.exact_gradient(inputs.dsums, inputs.dsqdists if operation == BOTH else None)]
+def exact(operation: str, inputs: Inputs, direction: str) -> Sequence[Tensor]:
+    """The results, or the gradient of the features, of the reference in float64."""
+    wide = inputs.features.double().requires_grad_(direction != FORWARD)
+    anchors = inputs.anchors.double()
+    with ao.use_backend("reference"):
+        results = ours(operation)(wide, inputs.labels, anchors)
+    if direction == FORWARD:
+        return results
+    gradients = [x.double() for x in upstream(operation, inputs)]
+    return [x.float() for x in torch.autograd.grad(results, wide, gradients)]
 
 
 @grid(QUICK, FULL, names)
@@ -203,8 +189,7 @@ def test_class_moments(bench, case: Case, name: str):
         if case.direction == BACKWARD:
             made = forward()
             run = lambda: torch.autograd.grad(made, features, gradients, retain_graph=True)  # noqa: E731
-        exact = exact_outputs if case.direction == FORWARD else exact_gradient
-        bench.check(run(), exact(case.operation, inputs), case.dtype)
+        bench.check(run(), exact(case.operation, inputs, case.direction), case.dtype)
         counted = moments_bytes(
             features,
             num_keys_of(case._replace(shape=shape)),

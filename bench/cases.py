@@ -1,17 +1,13 @@
 """The measured cases: shapes, labels, dtypes, and the exact results for every formula."""
 
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import anchorops as ao
-from anchorops import reference
 from anchorops._backend import TRITON_ON_HOST
-from anchorops._moments import ClassMoments
-from anchorops._shared.pixels import feature_rows
 from anchorops.measure import example_labels
 
 IGNORE_INDEX = 255  # in the labels of pixel losses
@@ -95,7 +91,7 @@ def labels_of(size: tuple[int, ...], classes: int, kind: str, device: torch.devi
 
 
 class Inputs:
-    """Features, labels (of maps at four times the size) and anchors, with the exact statistics."""
+    """Features, labels (of maps at four times the size) and anchors."""
 
     def __init__(self, shape: Shape, dtype: str, labels: str, device: torch.device) -> None:
         self.shape, self.device = shape, device
@@ -111,33 +107,6 @@ class Inputs:
         # the gradients of sums and sqdists
         self.dsums = torch.randn(matrix, device=device, generator=generator)
         self.dsqdists = torch.rand(shape.num_classes, device=device, generator=generator)
-
-    @cached_property
-    def exact(self) -> ClassMoments:
-        """Statistics in float64."""
-        return reference.class_moments(
-            self.features.double(),
-            self.labels,
-            self.shape.num_classes,
-            anchors=self.anchors.double(),
-            ignore_index=-1,
-        )
-
-    def exact_gradient(self, dsums: Tensor | None, dsqdists: Tensor | None) -> Tensor:
-        """2·dsqdists[k]·(f_p − anchors[k]) + dsums[k], k = key_p: float32."""
-        num_classes = self.shape.num_classes
-        keys, _ = reference.class_keys(self.features, self.labels, num_classes, False, -1)
-        keys = keys.flatten()
-        rows = feature_rows(self.features).float()
-        gradient = torch.zeros_like(rows)
-        if dsqdists is not None:
-            gradient = 2 * dsqdists[keys][:, None] * (rows - self.anchors[keys])
-        if dsums is not None:
-            gradient = gradient + dsums[keys]
-        gradient = torch.where(keys[:, None] >= 0, gradient, 0)
-        if self.features.dim() == 2:
-            return gradient
-        return gradient.view(*self.shape.pixels, -1).movedim(-1, 1)
 
 
 def trained_logits(labels: Tensor, num_classes: int, ratio: int) -> Tensor:

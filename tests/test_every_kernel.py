@@ -9,11 +9,13 @@ import torch
 from launches import kernels_of, launched_by
 
 import anchorops as ao
-from anchorops.catalogue import Case, cases
+from anchorops.catalogue import ENTRIES, Case, Sample, cases
+from anchorops.catalogue.features import Features
 from anchorops.verify.run import run
 
 pytestmark = pytest.mark.on("simulated_triton", "simulated_cuda", "gpu")
-SORTED = next(case for case in cases("small") if str(case) == "class_moments")
+SEVERAL_RANGES = Features(3, (2, 20, 320), ratio=1)
+SORTED = Sample("class moments, sorted", SEVERAL_RANGES, {"num_classes": 3})
 
 
 def is_right(case: Case, backend: str) -> None:
@@ -25,7 +27,7 @@ def sorted_pixels(backend: str) -> None:
     """As with many keys: ranges of pixels that are sorted by key."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("anchorops.kernels.class_moments.chunks_of", lambda *_: 0)
-        is_right(SORTED, backend)
+        is_right(Case(ENTRIES["class_moments"], SORTED), backend)
 
 
 def test_every_kernel_is_launched(backend: str):
@@ -38,7 +40,7 @@ def test_every_kernel_is_launched(backend: str):
     ]
     calls = {str(case): partial(is_right, case, backend) for case in chosen}
     if backend == "triton":
-        calls["class moments, sorted"] = partial(sorted_pixels, backend)
+        calls[SORTED.name] = partial(sorted_pixels, backend)
     cases_of: dict[str, list[str]] = {}
     for name, call in calls.items():
         for kernel in launched_by(call, backend):

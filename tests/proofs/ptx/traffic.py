@@ -9,13 +9,11 @@ cannot be compiled, their rows are left out."""
 import argparse
 import json
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import cuda_launches, machine, triton_launches
 from .machine import Traffic
@@ -27,11 +25,16 @@ from cost_tables import COUNTED_TRAFFIC, traffic_table  # noqa: E402
 from record import save_counts  # noqa: E402
 
 import anchorops as ao  # noqa: E402
-from anchorops._ops.upsampled_sums import upsampled_sums  # noqa: E402
+from anchorops.catalogue import ENTRIES, Case, Sample  # noqa: E402
+from anchorops.catalogue.entry import evaluate  # noqa: E402
+from anchorops.catalogue.features import Features, centroids  # noqa: E402
+from anchorops.catalogue.pixels import Pixels  # noqa: E402
 
-K, D, LOW, HIGH = 19, 64, (32, 32), (128, 128)
-SECTOR = 32  # bytes
+K, SECTOR = 19, 32  # classes, bytes
 operands: Counter[str] = Counter()  # bytes of all tensors that launches are given, by kernel
+FEATURES = Features(K, (2, 64, 32, 32), ratio=4)
+LOGITS = Pixels(K, (32, 32), (128, 128))
+ROWS = FEATURES._replace(dtype=torch.bfloat16, layout="channels last")
 
 
 def run(launch: machine.Launch, *options: Any) -> int:
@@ -40,74 +43,39 @@ def run(launch: machine.Launch, *options: Any) -> int:
     return machine.run(launch, *options)
 
 
-def labels(num_classes: int = K) -> Tensor:
-    """Squares of one class, 16 × 16 pixels; a tenth of them is ignored."""
-    small = torch.randint(0, num_classes, (2, *(n // 16 for n in HIGH)))
-    small[torch.rand(small.shape) < 0.1] = 255
-    return small.repeat_interleave(16, 1).repeat_interleave(16, 2)
+def case(name: str, entry: str, make: Any, **options: Any) -> Case:
+    return Case(ENTRIES[entry], Sample(name, make, options))
 
 
-def features(
-    dtype: torch.dtype = torch.float32, layout: torch.memory_format = torch.contiguous_format
-) -> Tensor:
-    return torch.randn(2, D, *LOW).to(dtype).contiguous(memory_format=layout).requires_grad_()
+CASES = [
+    case("class moments", "class_moments", FEATURES, num_classes=K),
+    case("bfloat16, channels last", "class_moments", ROWS, num_classes=K),
+    case("2 groups", "class_moments of groups", FEATURES, num_classes=K, groups=2, seed=1),
+    case(
+        "16,000 classes",
+        "class_moments",
+        FEATURES._replace(num_classes=16_000),
+        num_classes=16_000,
+    ),
+    case("InfoNCE", "centroid_info_nce", partial(centroids, (K, 64), False)),
+    case("CeCo's sums", "upsampled_sums", FEATURES._replace(anchors=False), num_classes=K),
+    case("cross-entropy", "pixel_cross_entropy", LOGITS),
+    case("cross-entropy + Dice", "CrossEntropyDice", LOGITS),
+    case("Lovász", "Lovasz", LOGITS),
+    case("divergence", "pixel_kl_divergence", LOGITS._replace(teacher=())),
+    case("predictions", "pixel_confusion", LOGITS),
+]
 
 
-def class_moments(x: Tensor, num_classes: int = K, **options: Any) -> None:
-    anchors, y = torch.randn(num_classes, D), labels(min(num_classes, 255))
-    options |= {"anchors": anchors, "ignore_index": 255}
-    _, sums, sqdists = ao.ops.class_moments(x, y, num_classes, **options)
-    assert sqdists is not None
-    (sums.sum() + sqdists.sum()).backward()
-
-
-def pixel_loss(loss: Callable[..., Tensor]) -> None:
-    loss(torch.randn(2, K, *LOW, requires_grad=True), labels()).backward()
-
-
-def divergence() -> None:
-    student, teacher = torch.randn(2, 2, K, *LOW)
-    ao.pixel_kl_divergence(student.requires_grad_(), teacher, HIGH).backward()
-
-
-def info_nce() -> None:
-    queries, keys = torch.randn(2, K, D)
-    ao.ops.centroid_info_nce(queries.requires_grad_(), keys).backward()
-
-
-def sums_of_upsampled() -> None:
-    options = {"per_image": True, "upsample": True, "ignore_index": 255}
-    sums = upsampled_sums(features(), labels(), K, **options).sums
-    sums.sum().backward()
-
-
-CASES: dict[str, Callable[[], object]] = {
-    "class moments": lambda: class_moments(features()),
-    "bfloat16, channels last": lambda: class_moments(features(torch.bfloat16, torch.channels_last)),
-    "2 groups": lambda: class_moments(features(), groups=2, seed=1),
-    "16,000 classes": lambda: class_moments(features(), 16_000),
-    "InfoNCE": info_nce,
-    "CeCo's sums": sums_of_upsampled,
-    "cross-entropy": lambda: pixel_loss(partial(ao.pixel_cross_entropy, ignore_index=255)),
-    "cross-entropy + Dice": lambda: pixel_loss(ao.CrossEntropyDice(ignore_index=255)),
-    "Lovász": lambda: pixel_loss(ao.Lovasz(ignore_index=255)),
-    "divergence": divergence,
-    "predictions": lambda: ao.pixel_confusion(torch.randn(2, K, *LOW), labels()),
-}
-
-
-WITH_CUDA = ("class moments", "bfloat16, channels last", "2 groups")
-
-
-def rows_of(case: str, backend: str) -> list[dict[str, Any]]:
-    torch.manual_seed(0)
+def rows_of(case: Case, backend: str) -> list[dict[str, Any]]:
+    """Forward and backward."""
     operands.clear()
     triton_launches.traffic = {}
     with ao.use_backend(backend):
-        CASES[case]()
+        evaluate(case.ours, case.sample.inputs())
     rows = []
     for kernel, counted in triton_launches.traffic.items():
-        row: dict[str, Any] = {"backend": backend, "case": case}
+        row: dict[str, Any] = {"backend": backend, "case": str(case)}
         row |= {"kernel": kernel.partition("<")[0], "operands": operands[kernel]}
         for what, traffic in counted.items():
             row[what] = {"asked": traffic.asked, "sectors": SECTOR * traffic.sectors}
@@ -129,7 +97,8 @@ def main() -> int:
     triton_launches.run = cuda_launches.run = run
     rows = [row for case in CASES for row in rows_of(case, "triton")]
     if obstacle is None:
-        rows += [row for case in WITH_CUDA for row in rows_of(case, "cuda")]
+        with_cuda = [case for case in CASES if "cuda" in case.entry.backends]
+        rows += [row for case in with_cuda for row in rows_of(case, "cuda")]
     else:
         print(obstacle)
     print(traffic_table(rows))
