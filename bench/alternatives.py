@@ -1,11 +1,11 @@
-"""Class statistics, and Lovász, as people write them by hand; anchorops is compared with them.
+"""Class statistics as people write them by hand; anchorops is compared with them.
 
 The arguments of an alternative of class statistics are features (B, D, P), keys int64 [B, P] in
 [0, num_keys] (num_keys if ignored) and the anchor of each key [num_keys, D] or None. It returns
 sums [num_keys, D] and sqdists [num_keys] or None.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from unittest.mock import patch
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from anchorops import reference
 from anchorops._moments import ClassMoments
 from anchorops._shared.pixels import feature_rows
+from anchorops.catalogue.usual import lovasz as lovasz_by_sorting  # noqa: F401
 
 Statistics = tuple[Tensor, Tensor | None]
 Alternative = Callable[[Tensor, Tensor, int, Tensor | None], Statistics]
@@ -165,16 +166,3 @@ def statistics_by(alternative: Alternative):
         return class_moments(alternative, features, labels, num_classes, **options)
 
     return patch("anchorops.losses.statistics.unchecked_moments", moments)
-
-
-def lovasz_by_sorting(logits: Tensor, labels: Tensor, classes: Iterable) -> Tensor:
-    """Lovász as its authors compute it, of these classes."""
-    p, labels = logits.softmax(1).movedim(1, -1).flatten(0, -2), labels.flatten()
-    losses = []
-    for k in classes:
-        is_class = (labels == k).to(p.dtype)
-        errors, order = (is_class - p[:, k]).abs().sort(descending=True)
-        truth = is_class[order]
-        jaccard = 1 - (truth.sum() - truth.cumsum(0)) / (truth.sum() + (1 - truth).cumsum(0))
-        losses.append((errors * torch.cat([jaccard[:1], jaccard.diff()])).sum())
-    return torch.stack(losses).mean()

@@ -22,13 +22,20 @@ from typing import NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
-from alternatives import lovasz_by_sorting
-from bench_pixel_losses import teacher_of, upsampled
+from bench_pixel_losses import teacher_of
 from cases import trained_logits
 from torch import Tensor
 
 import anchorops as ao
+from anchorops.catalogue.formulas import upsampled
+from anchorops.catalogue.usual import (
+    binary_cross_entropy,
+    cross_entropy,
+    cross_entropy_dice,
+    dice,
+    kl_divergence,
+    lovasz,
+)
 from anchorops.measure import Run, example_labels
 
 monai = pytest.importorskip("monai.losses")
@@ -61,26 +68,18 @@ class Option(NamedTuple):
     ties: bool = False  # torch's choice among equal losses is another one: it is not compared
 
 
-def ce(z: Tensor, y: Tensor, **options: object) -> Tensor:
-    return F.cross_entropy(z, y, **options)  # pyright: ignore[reportArgumentType]
-
-
-def bce(z: Tensor, y: Tensor, **options: object) -> Tensor:
-    return F.binary_cross_entropy_with_logits(z, y.to(z.dtype), **options)  # pyright: ignore
-
-
-def focal(z: Tensor, y: Tensor, of: Formula = ce) -> Tensor:
+def focal(z: Tensor, y: Tensor, of: Formula = cross_entropy) -> Tensor:
     losses = of(z, y, reduction="none")
     return ((1 - (-losses).exp()) ** GAMMA * losses).mean()
 
 
-def ohem(z: Tensor, y: Tensor, of: Formula = ce) -> Tensor:
+def ohem(z: Tensor, y: Tensor, of: Formula = cross_entropy) -> Tensor:
     losses = of(z, y, reduction="none")
     return losses[losses.detach() >= -math.log(BOUND)].mean()
 
 
 def ohem_min_kept(z: Tensor, y: Tensor) -> Tensor:
-    losses = ce(z, y, reduction="none").flatten()
+    losses = cross_entropy(z, y, reduction="none").flatten()
     return losses.topk(y.numel() // 16).values.mean()
 
 
@@ -92,24 +91,13 @@ def pixel_weights(y: Tensor) -> Tensor:
     return (y == 0).float() + 0.5
 
 
-def weighted(z: Tensor, y: Tensor, of: Formula = ce) -> Tensor:
+def weighted(z: Tensor, y: Tensor, of: Formula = cross_entropy) -> Tensor:
     weights = pixel_weights(y)
     return (of(z, y, reduction="none") * weights).sum() / weights.sum()
 
 
-def dice(z: Tensor, y: Tensor) -> Tensor:
-    p, truth = z.softmax(1), F.one_hot(y, z.shape[1]).movedim(-1, 1)
-    axes = (0, *range(2, z.dim()))
-    intersections = (p * truth).sum(axes)
-    return 1 - (2 * intersections / (p.sum(axes) + truth.sum(axes)).clamp(min=1e-7)).mean()
-
-
-def sorted_present(z: Tensor, y: Tensor) -> Tensor:
-    return lovasz_by_sorting(z, y, y.unique())
-
-
 def binary_smoothed(z: Tensor, y: Tensor) -> Tensor:
-    return bce(z, y.to(z.dtype) * (1 - SMOOTHING) + SMOOTHING / 2)
+    return binary_cross_entropy(z, y.to(z.dtype) * (1 - SMOOTHING) + SMOOTHING / 2)
 
 
 def binary_dice(z: Tensor, y: Tensor) -> Tensor:
@@ -123,12 +111,6 @@ def pseudo_labels(z: Tensor, y: Tensor) -> Tensor:
 
 def our_pseudo_labels(x: Tensor, y: Tensor) -> Tensor:
     return ao.pixel_argmax(x.detach(), y.shape[1:], confidence=True)[1]
-
-
-def divergence(x: Tensor, y: Tensor) -> Tensor:
-    z, teacher = (upsampled(some, y.shape[1:]) for some in (x, teacher_of(x)))
-    losses = F.kl_div(z.log_softmax(1), teacher.log_softmax(1), reduction="none", log_target=True)
-    return losses.sum(1).mean()
 
 
 def our_divergence(x: Tensor, y: Tensor) -> Tensor:
@@ -150,15 +132,15 @@ def class_weights(z: Tensor) -> Tensor:
 DICE = ao.Dice(absent="keep")  # as the formula; smp and MONAI differ for absent classes
 
 OPTIONS: dict[str, Option] = {
-    "cross-entropy": Option(ao.CrossEntropy(), {"torch": ce}),
+    "cross-entropy": Option(ao.CrossEntropy(), {"torch": cross_entropy}),
     "class weights": Option(
         lambda x, y: ao.pixel_cross_entropy(x, y, weight=class_weights(x)),
-        {"torch": lambda z, y: ce(z, y, weight=class_weights(z))},
+        {"torch": lambda z, y: cross_entropy(z, y, weight=class_weights(z))},
     ),
     "label smoothing": Option(
         ao.CrossEntropy(label_smoothing=SMOOTHING),
         {
-            "torch": lambda z, y: ce(z, y, label_smoothing=SMOOTHING),
+            "torch": partial(cross_entropy, label_smoothing=SMOOTHING),
             "smp": smp.SoftCrossEntropyLoss(smooth_factor=SMOOTHING),
         },
     ),
@@ -184,24 +166,24 @@ OPTIONS: dict[str, Option] = {
     ),
     "Lovász": Option(
         ao.Lovasz(),
-        {"torch": sorted_present, "smp": smp.LovaszLoss("multiclass")},
+        {"torch": lovasz, "smp": smp.LovaszLoss("multiclass")},
         ratios=(4,),
         rounds=5,  # of up to half a minute
         ties=True,  # errors are rounded to bins
     ),
-    "cross-entropy + Dice": Option(
-        ao.CrossEntropyDice(dice=DICE), {"torch": lambda z, y: ce(z, y) + dice(z, y)}
-    ),
+    "cross-entropy + Dice": Option(ao.CrossEntropyDice(dice=DICE), {"torch": cross_entropy_dice}),
     "pseudo-labels": Option(our_pseudo_labels, {"torch": pseudo_labels}),
-    "divergence": Option(our_divergence, {"torch": divergence}, upsamples=True),
+    "divergence": Option(
+        our_divergence, {"torch": lambda x, y: kl_divergence(x, y, teacher_of(x))}, upsamples=True
+    ),
     "sigmoid: cross-entropy": Option(
         ao.BinaryCrossEntropy(),
-        {"torch": bce, "smp": with_floats(smp.SoftBCEWithLogitsLoss())},
+        {"torch": binary_cross_entropy, "smp": with_floats(smp.SoftBCEWithLogitsLoss())},
         sigmoid=True,
     ),
     "sigmoid: pos_weight": Option(
         ao.BinaryCrossEntropy(2.0),
-        {"torch": lambda z, y: bce(z, y, pos_weight=torch.tensor(2.0))},
+        {"torch": lambda z, y: binary_cross_entropy(z, y, pos_weight=torch.tensor(2.0))},
         sigmoid=True,
         compiled=False,
     ),
@@ -216,20 +198,20 @@ OPTIONS: dict[str, Option] = {
     ),
     "sigmoid: OHEM, threshold": Option(
         ao.BinaryCrossEntropy(ohem_threshold=BOUND),
-        {"torch": partial(ohem, of=bce)},
+        {"torch": partial(ohem, of=binary_cross_entropy)},
         sigmoid=True,
         compiled=False,
     ),
     "sigmoid: pixel weights": Option(
         lambda x, y: ao.BinaryCrossEntropy()(x, y, pixel_weights(y)),
-        {"torch": partial(weighted, of=bce)},
+        {"torch": partial(weighted, of=binary_cross_entropy)},
         sigmoid=True,
         compiled=False,
     ),
     "sigmoid: focal": Option(
         ao.BinaryCrossEntropy(focal_gamma=GAMMA),
         {
-            "torch": partial(focal, of=bce),
+            "torch": partial(focal, of=binary_cross_entropy),
             "smp": with_floats(smp.FocalLoss("multilabel", gamma=GAMMA)),
         },
         sigmoid=True,
@@ -317,7 +299,7 @@ def test_option(bench, cell: Cell):
     size = labels.shape[-cell.axes :]
 
     def whole(formula: Formula) -> Formula:
-        return formula if option.upsamples else lambda x, y: formula(upsampled(x, size), y)
+        return formula if option.upsamples else lambda x, y: formula(upsampled(x.float(), size), y)
 
     formulas = {"ours": option.ours}
     formulas |= {name: whole(formula) for name, formula in option.alternatives.items()}

@@ -14,7 +14,7 @@ import ctypes
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -24,8 +24,11 @@ from cases import DTYPES, IGNORE_INDEX, Case, backends, grid, labels_of
 from torch import Tensor
 
 import anchorops as ao
+from anchorops.catalogue import usual
+from anchorops.catalogue.formulas import upsampled
 
 FORWARD, TRAINING = "forward", "forward + backward"
+cross_entropy = partial(usual.cross_entropy, ignore_index=IGNORE_INDEX)
 CE, CE_DICE, DICE, FOCAL = "cross-entropy", "cross-entropy + Dice", "Dice", "focal cross-entropy"
 CONFUSION, COSINES = "confusion matrix", "cross-entropy of cosines"
 TEMPERATURE = 0.07  # of the cosines
@@ -59,7 +62,8 @@ class Logits(NamedTuple):
         return f"{sizes}{features}, labels {'×'.join(map(str, self.label_size))}"
 
     def upsampled(self, x: Tensor) -> Tensor:
-        return upsampled(x, self.label_size, self.align_corners)
+        """float32 logits at full resolution."""
+        return upsampled(x.float(), self.label_size, self.align_corners)
 
     def on(self, device: torch.device, tiny: bool = False) -> "Logits":
         size, label_size = list(self.size), self.label_size
@@ -149,14 +153,6 @@ def cosines(shape: Logits, features: Tensor) -> Tensor:
     return F.conv2d(F.normalize(features, dim=1), anchors[:, :, None, None])
 
 
-def upsampled(x: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
-    """float32 logits at full resolution."""
-    if x.shape[2:] == size:
-        return x.float()
-    mode = "bilinear" if len(size) == 2 else "trilinear"
-    return F.interpolate(x.float(), size, mode=mode, align_corners=align_corners)
-
-
 def teacher_of(x: Tensor) -> Tensor:
     """Logits of a teacher at the same resolution."""
     return x.detach().flip(1)
@@ -166,10 +162,6 @@ def divergence(z: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
     terms = F.kl_div(z.log_softmax(1), teacher.softmax(1), reduction="none")
     valid = y != IGNORE_INDEX
     return torch.where(valid, terms.sum(1), 0).sum() / valid.sum()
-
-
-def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(z, y, ignore_index=IGNORE_INDEX)
 
 
 def focal(z: Tensor, y: Tensor) -> Tensor:

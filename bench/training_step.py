@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from bench_pixel_losses import cross_entropy, upsampled
+from bench_pixel_losses import cross_entropy
 from cases import IGNORE_INDEX, labels_of
 from record import DEVICE, STEP_NAMES, head_of, save, spread
 from torch import Tensor, nn
@@ -132,7 +132,7 @@ def images_and_labels(setting: Setting, device: torch.device) -> tuple[Tensor, T
 
 
 def cross_entropy_of_torch(logits: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy(upsampled(logits, labels.shape[1:]), labels)
+    return cross_entropy(logits, labels)
 
 
 def step_of(

@@ -5,14 +5,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from cpu_kernels import in_layout, same_for_all_threads
 from torch import Tensor
 
 import anchorops as ao
 from anchorops._ops import volumes
 from anchorops.catalogue.budget import error_and_limit
-from anchorops.catalogue.formulas import upsampled
+from anchorops.catalogue.formulas import kl_divergence, upsampled
 
 F32, F64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 FLOOR = 2**-22
@@ -93,16 +92,11 @@ def make_inputs(case: Case) -> Inputs:
 
 def formula(case: Case, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
     """D of each pixel, and the gradient of Σ weights·D, by torch."""
-
-    def pixels(x: Tensor) -> Tensor:
-        return upsampled(x.to(dtype), case.pixels, case.align_corners) / case.temperature
-
     x = inputs.logits.detach().to(dtype, memory_format=torch.contiguous_format).requires_grad_()
-    target = pixels(inputs.teacher).softmax(1)
-    terms = F.kl_div(pixels(x).log_softmax(1), target, reduction="none")
-    divergences = case.temperature**2 * terms.sum(1)
-    if inputs.valid is not None:
-        divergences = torch.where(inputs.valid, divergences, 0)
+    valid = torch.ones(inputs.weights.shape) > 0 if inputs.valid is None else inputs.valid
+    divergences = kl_divergence(
+        x, inputs.teacher.to(dtype), valid, reduction="none", **case.options
+    )
     (gradient,) = torch.autograd.grad((divergences * inputs.weights.to(dtype)).sum(), x)
     return [divergences.detach().double(), gradient.double()]
 

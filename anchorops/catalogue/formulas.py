@@ -141,9 +141,8 @@ def cross_entropy_dice(
 def sorted_loss(errors: Tensor, is_class: Tensor) -> Tensor:
     """Σ error·ΔJ of the sorted errors, as in the released code of Berman et al."""
     errors, order = errors.sort(descending=True)
-    is_class = is_class[order].double()
-    total = is_class.sum()
-    jaccard = 1 - (total - is_class.cumsum(0)) / (total + (1 - is_class).cumsum(0))
+    truth = is_class[order].to(errors.dtype)
+    jaccard = 1 - (truth.sum() - truth.cumsum(0)) / (truth.sum() + (1 - truth).cumsum(0))
     return (errors.clamp(min=0) * torch.cat([jaccard[:1], jaccard.diff()])).sum()
 
 
@@ -186,11 +185,13 @@ def kl_divergence(
     *,
     temperature: float = 1.0,
     reduction: str = "mean",
+    align_corners: bool = False,
 ) -> Tensor:
-    pixels = (upsampled(x, valid.shape[1:]) / temperature for x in (logits, teacher.detach()))
+    size, both = valid.shape[1:], (logits, teacher.detach())
+    pixels = (upsampled(x, size, align_corners) / temperature for x in both)
     s, t = (z.log_softmax(1) for z in pixels)
     divergences = temperature**2 * (t.exp() * (t - s)).sum(1)
-    return divergences[valid].mean() if reduction == "mean" else divergences * valid
+    return divergences[valid].mean() if reduction == "mean" else torch.where(valid, divergences, 0)
 
 
 def largest(
@@ -306,14 +307,25 @@ def upsampled_sums(
 
 
 def centroid_info_nce(
-    queries: Tensor, keys: Tensor, present: Tensor, positives: Tensor | None = None
+    queries: Tensor,
+    keys: Tensor,
+    present: Tensor | None = None,
+    positives: Tensor | None = None,
+    *,
+    present_keys: Tensor | None = None,
+    temperature: float = 0.07,
+    reduction: str = "mean",
 ) -> Tensor:
+    """A logit for each query and key; the key of the query's class is replaced by its positive."""
     rows = queries if queries.dim() == 3 else queries[:, None]
-    present = present.view(rows.shape[:2])
-    others = torch.einsum("igd,jd->igj", rows, keys) / 0.07
+    here = rows.new_ones(rows.shape[:2]) > 0 if present is None else present.view(rows.shape[:2])
     targets = keys[:, None] if positives is None else positives.view_as(rows)
-    positive = (rows * targets).sum(-1, keepdim=True) / 0.07
-    used = present.any(1) & ~torch.eye(len(keys), dtype=torch.bool, device=keys.device)
+    positive = (rows * targets).sum(-1, keepdim=True) / temperature
+    used = here.any(1) if present_keys is None else present_keys
+    used = used & ~torch.eye(len(keys), dtype=torch.bool, device=keys.device)
+    others = torch.einsum("igd,jd->igj", rows, keys) / temperature
     others = others.masked_fill(~used[:, None], -torch.inf)
     losses = torch.cat([positive, others], -1).logsumexp(-1) - positive[..., 0]
-    return losses[present].mean()
+    if reduction == "mean":
+        return losses[here].mean()
+    return torch.where(here, losses, 0).view(queries.shape[:-1])

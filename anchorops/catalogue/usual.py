@@ -45,16 +45,14 @@ def kl_divergence(logits: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
 
 
 def lovasz(logits: Tensor, labels: Tensor, classes: Iterable | None = None) -> Tensor:
-    """As its authors compute it, of these classes; None: of those that are present."""
+    """Of these classes; None: of those that are present."""
     z = upsampled(logits, labels)
     p, labels = z.softmax(1).movedim(1, -1).flatten(0, -2), labels.flatten()
     losses = []
     for k in labels.unique() if classes is None else classes:
-        is_class = (labels == k).to(p.dtype)
-        errors, order = (is_class - p[:, k]).abs().sort(descending=True)
-        truth = is_class[order]
-        jaccard = 1 - (truth.sum() - truth.cumsum(0)) / (truth.sum() + (1 - truth).cumsum(0))
-        losses.append((errors * torch.cat([jaccard[:1], jaccard.diff()])).sum())
+        is_class = labels == k
+        errors = (is_class.to(p.dtype) - p[:, k]).abs()
+        losses.append(formulas.sorted_loss(errors, is_class))
     return torch.stack(losses).mean()
 
 
