@@ -10,7 +10,7 @@ from torch import Tensor
 
 import anchorops as ao
 from anchorops import _backend, doctor
-from anchorops.catalogue import Case, cases
+from anchorops.catalogue import Case, batches, cases, features, pixels
 from anchorops.catalogue.entry import evaluate
 from anchorops.verify import run as verify
 
@@ -22,6 +22,16 @@ PLAIN = next(case for case in cases("all") if str(case) == "cross-entropy, 1.5×
 def changed(**fields: Callable[..., Tensor]) -> Case:
     """PLAIN with another call or formula."""
     return PLAIN._replace(entry=PLAIN.entry._replace(**fields))
+
+
+def test_names_are_unique():
+    """Of entries, and of samples: by them results are reported, and random numbers drawn."""
+    entries = [entry for module in (batches, features, pixels) for entry in module.ENTRIES]
+    for names in (
+        [entry.name for entry in entries],
+        [sample.name for entry in entries for sample in entry.samples],
+    ):
+        assert len(names) == len({*names})
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
