@@ -164,7 +164,7 @@ def finite_sums(
 
 
 def split_groups(keys: Tensor, counts: Tensor, *, groups: int, seed: int) -> tuple[Tensor, ...]:
-    backend = select("split_groups", keys, len(counts), operators=CUDA_BACKENDS)
+    backend = select("split_groups", keys, len(counts), backends=CUDA_BACKENDS)
     return groups_of_keys.split_groups(keys, counts, groups, seed, backend=backend)
 
 
