@@ -80,7 +80,7 @@ KERNELS = {  # in CUDA's kernels planes, shifted planes, rows, and single elemen
         "planes of 169 pixels": (2, 70, 13, 13),
         "channels last": (2, 40, 4, 10),
         "channels last of 33": (2, 33, 5, 6),
-        "lines of 3 pixels": (5, 67, 3),
+        "planes of 3 pixels": (5, 67, 3),
     }.items()
 }
 LABELS = {

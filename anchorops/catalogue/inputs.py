@@ -46,4 +46,5 @@ def in_layout(x: Tensor, layout: str) -> Tensor:
         return x.contiguous(memory_format=torch.channels_last)
     if layout == "cropped":
         return F.pad(x.float(), (3, 2, 1, 1)).to(x.dtype)[..., 1:-1, 3:-2]
+    assert layout == "planes", layout
     return x
