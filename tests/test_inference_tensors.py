@@ -138,8 +138,8 @@ def test_options(name: str, backend: str) -> None:
     check(run, inputs(1))
 
 
-@pytest.mark.on("reference", "cpu")
-def test_centroids_on_the_cpu(backend: str) -> None:
+@pytest.mark.on("reference", "cpu", "simulated_triton")
+def test_centroids(backend: str) -> None:
     names = ("queries", "keys", "positives")
     inputs = {name: torch.randn(6, 5) for name in names} | {"present": torch.rand(6) < 0.6}
     check(ao.ops.centroid_info_nce, inputs | {"present_keys": torch.rand(6) < 0.8})

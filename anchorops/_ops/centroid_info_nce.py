@@ -126,7 +126,8 @@ def centroid_info_nce(
     L_i = −log [ e^{q_i·p_i/τ} / ( e^{q_i·p_i/τ} + Σ_{j≠i} e^{q_i·k_j/τ} ) ],  p_i = k_i by default
 
     (OCCL, doi 10.1016/j.patcog.2024.110431, Eqs. 4-6 as described in the text; MVSC, Eq. 2.)
-    Nothing is normalised here. Inner products and sums are float32, also under autocast.
+    Nothing is normalised here. Inner products and sums are float32, also under autocast; on GPUs
+    the products are TF32 if `torch.set_float32_matmul_precision` says so.
     The logits (K·G×K) are kept for the gradient if these are at most 2^23 (32 MiB in float32); of
     more the backward pass computes parts again.
 
@@ -167,13 +168,16 @@ def centroid_info_nce(
                 fail(function, argument, "a bool tensor", mask.dtype)
     temperature = check_temperature(function, temperature)
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
-    backend = select(function, queries, queries.shape[0], backends=("triton",))
+    backend = select(function, queries, queries.shape[0])
+    queries, keys = savable(queries), savable(keys)
+    positives, present, present_keys = map(savable, (positives, present, present_keys))
     if backend != "triton" or queries.shape[:-1].numel() * keys.shape[0] > LOGITS_AT_ONCE:
         return reference.centroid_info_nce(
-            *map(savable, (queries, keys)),
-            positives=savable(positives),
-            present=savable(present),
-            present_keys=savable(present_keys),
+            queries,
+            keys,
+            positives=positives,
+            present=present,
+            present_keys=present_keys,
             temperature=temperature,
             reduction=reduction,
         )

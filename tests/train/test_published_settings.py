@@ -1,5 +1,6 @@
 """The presets compared with the settings of the papers' frameworks."""
 
+import json
 from typing import Any
 
 import pytest
@@ -154,7 +155,8 @@ def test_names_of_presets(tmp_path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "folder").touch()
     assert with_presets(["fit", "-c", "folder"]) == (["fit", "-c", "folder"], "folder")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/config.yaml").touch()
+    config = {"data": {"steps": 1}, "model": {"network": "x"}, "trainer": {"max_steps": -1}}
+    (tmp_path / "run/config.yaml").write_text(json.dumps(config | {"seed_everything": 0}))
     words, _ = with_presets(["validate", "--run", "run"])
     assert words == ["validate", "--config", "run/config.yaml", "--run", "run"]
     with pytest.raises(ValueError, match=r"(?s)got foldr\. The presets:.*81.4 with sar"):

@@ -9,7 +9,7 @@ import numpy as np
 import tifffile
 import torch
 from PIL import Image, UnidentifiedImageError
-from tifffile import COMPRESSION, PHOTOMETRIC
+from tifffile import COMPRESSION, PHOTOMETRIC, PLANARCONFIG
 from torch import Tensor
 
 ORIENTATION = 0x112  # the tag in EXIF and TIFF: how to turn the stored pixels
@@ -19,6 +19,11 @@ TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 LABEL_FORMATS = ("PNG", "GIF", "BMP")
 IMAGE_FORMATS = (*LABEL_FORMATS, "JPEG", "MPO", "WEBP")
 JPEG_IN_TIFF = (COMPRESSION.OJPEG, COMPRESSION.JPEG, COMPRESSION.ALT_JPEG, COMPRESSION.JPEG_LOSSY)
+LOSSLESS = (
+    *(COMPRESSION.NONE, COMPRESSION.LZW, COMPRESSION.ADOBE_DEFLATE, COMPRESSION.DEFLATE),
+    *(COMPRESSION.PACKBITS, COMPRESSION.LZMA, COMPRESSION.ZSTD, COMPRESSION.PNG),
+    *(COMPRESSION.CCITTRLE, COMPRESSION.CCITT_T4, COMPRESSION.CCITT_T6),
+)
 
 
 def upright(x: Tensor, orientation: int) -> Tensor:
@@ -137,7 +142,7 @@ def _decoded(path: Path, *, stored: bool, formats: Sequence[str]) -> tuple[np.nd
             return variables["S"], 1
         start = file.read(PNG_BITS + 1)
         if start.startswith(TIFF_STARTS):
-            return _decoded_tiff(path, stored=stored, lossy="JPEG" in formats)
+            return _decoded_tiff(path, stored=stored, of_mask="JPEG" not in formats)
         with Image.open(file) as image:
             if image.format not in formats:
                 raise ValueError(f"expected {', '.join(formats)} or TIFF, got {image.format}")
@@ -156,20 +161,25 @@ def _decoded(path: Path, *, stored: bool, formats: Sequence[str]) -> tuple[np.nd
         return array, orientation
 
 
-def _decoded_tiff(path: Path, *, stored: bool, lossy: bool) -> tuple[np.ndarray, int]:
+def _decoded_tiff(path: Path, *, stored: bool, of_mask: bool) -> tuple[np.ndarray, int]:
     with tifffile.TiffFile(path) as file:
         series, page = _series(file), file.pages.first
+        if of_mask and page.compression not in LOSSLESS:
+            name = getattr(page.compression, "name", page.compression)
+            raise ValueError(f"{name} may change labels: save the mask with another compression")
         if page.compression in JPEG_IN_TIFF:
-            if not lossy:
-                raise ValueError("JPEG changes labels: save the mask with another compression")
             ends = [max(np.add(x.dataoffsets, x.databytecounts)) for x in series if x is not None]
             if max(ends) > file.filehandle.size:  # the decoder makes what is missing grey
                 raise ValueError("the file is truncated")
         array = file.asarray()
+        if page.planarconfig == PLANARCONFIG.SEPARATE and array.ndim == 3:  # (C, H, W)
+            array = np.moveaxis(array, 0, 2)
         if not stored:
             array = _shown(array, page)
-        elif array.ndim > 2:  # (1, H, W) or (H, W, 1)
-            array = array.squeeze()
+        elif array.size == page.imagelength * page.imagewidth:  # (1, H, W) or (H, W, 1)
+            array = array.reshape(page.imagelength, page.imagewidth)
+        elif array.shape[-1] == 1:  # each row is a page
+            array = array[..., 0]
         return array, _tiff_orientation(file)
 
 
