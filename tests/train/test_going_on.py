@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from anchorops.train import module
 from anchorops.train.cli import Program, main, train, with_presets
+from anchorops.train.data.counts import class_counts, fingerprint
+from anchorops.train.data.folders import open_folder
 from anchorops.train.metrics import Metrics
 from anchorops.train.module import SegmentationModule
 from anchorops.train.networks.models import Segmenter
@@ -293,6 +295,15 @@ def test_data_that_moved(older: bool, folder_run: Path, folder: Path, tmp_path: 
     assert ("the run is older than the check of its data" in capsys.readouterr().err) == older
     assert state(folder_run)["global_step"] == 2
     assert (folder_run / "best.ckpt").exists() != older
+
+
+def test_data_in_the_current_directory(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def found(root: Path) -> dict[str, Any]:
+        split = open_folder(root, "train")
+        return fingerprint(split, class_counts(split), root)
+
+    monkeypatch.chdir(folder)
+    assert found(Path()) == found(folder)
 
 
 def cut(path: Path, end: int) -> None:

@@ -77,7 +77,7 @@ def fingerprint(split: Segmentation, counts: Counts, root: Path) -> dict[str, An
     """What is the same for equal data, wherever their root is."""
     paths = chain.from_iterable(split.pairs) if isinstance(split, MaskFolder) else ()
     # in the order of the images, on which that of the batches depends
-    names = "\n".join(str(path).removeprefix(str(root)) for path in paths)
+    names = "\n".join(f"/{path.relative_to(root)}" for path in paths)
     return {
         "images": len(split),
         "names": hashlib.sha256(names.encode()).hexdigest(),
