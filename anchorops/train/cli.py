@@ -239,6 +239,8 @@ class Program(LightningCLI):
         # these see the network as it was validated: see Best
         trainer.callbacks.sort(key=lambda x: not isinstance(x, Best | NeuralCollapse | Reports))
         trainer.fit_loop.epoch_loop = StepLoop(trainer)
+        if given["min_epochs"] is None:  # else 1 with min_steps, and no run would stop early
+            trainer.fit_loop.min_epochs = 0
         return trainer
 
     def before_fit(self) -> None:

@@ -70,7 +70,7 @@ class StepLoop(_TrainingEpochLoop):
         if self._num_ready_batches_reached():
             return True
         trainer: Any = self.trainer
-        if not trainer.should_stop:
+        if not (trainer.should_stop and trainer.fit_loop._can_stop_early):  # see min_steps
             return False
         left = [x.time_remaining() for x in trainer.callbacks if isinstance(x, Timer)]
         in_time = all(seconds is None or seconds > 0 for seconds in left)

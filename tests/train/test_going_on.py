@@ -216,6 +216,27 @@ def test_the_best_weights_are_those_that_were_validated(
     }
 
 
+STOPPING = """
+    class_path: EarlyStopping
+    init_args: {monitor: val/miou, mode: max, stopping_threshold: -1.0}
+"""
+
+
+@pytest.mark.parametrize(
+    ("least", "validated"), [(("steps", "5"), [2, 4, 5]), (("epochs", "1"), [2, 4, 6, 7])]
+)
+def test_early_stopping_after_a_least_length(
+    least: tuple[str, str], validated: list[int], tmp_path: Path
+):
+    """The first validation asks for the stop."""
+    name, length = least
+    options = ["--trainer.callbacks", STOPPING, "--trainer.val_check_interval", "2"]
+    options += ["--data.steps", "7", f"--trainer.min_{name}", length]
+    run = train(*RUN, *options, "--run", str(tmp_path / "run"))
+    assert [step for step, line in figures(run).items() if "val/miou" in line] == validated
+    assert state(run)["callbacks"]["Saving"]["ended"]
+
+
 def test_weights_averaged_over_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     callback = "[{class_path: StochasticWeightAveraging, init_args: {swa_lrs: 0.1}}]"
     words = ["fit", *RUN, "--run", str(tmp_path / "run"), "--trainer.callbacks", callback]
