@@ -375,14 +375,16 @@ def _demo(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     runs = []
-    for preset in DEMO:
-        for methods in ("", "sar"):
-            run = options.out / f"{preset}-{methods or 'plain'}"
-            print(f"\n{run}", file=sys.stderr)
-            words = ["--config", preset, "--model.methods", f"[{methods}]"]
-            words += ["--data.steps", str(options.steps), "--seed_everything", str(options.seed)]
-            _train_anew(run, words)
-            runs.append(run)
+    with only_process(options.out, "give this demo its own directory with --out"):
+        for preset in DEMO:
+            for methods in ("", "sar"):
+                run = options.out / f"{preset}-{methods or 'plain'}"
+                print(f"\n{run}", file=sys.stderr)
+                words = ["--config", preset, "--model.methods", f"[{methods}]"]
+                words += ["--data.steps", str(options.steps)]
+                words += ["--seed_everything", str(options.seed)]
+                _train_anew(run, words)
+                runs.append(run)
     print(comparison([load_results(run) for run in runs]))
     print(*(run / "predictions.png" for run in runs), sep="\n")
     print(DEMO_SHOWS)
@@ -390,17 +392,22 @@ def _demo(arguments: Sequence[str]) -> None:
 
 def _train_anew(run: Path, options: Sequence[str]) -> None:
     """Train in RUN.new, which replaces the run when it has ended."""
-    new = run.with_name(f"{run.name}.new")
+    new, old = (run.with_name(f"{run.name}.{x}") for x in ("new", "old"))
+    if old.exists() and not run.exists():  # a demo was killed between its two renames
+        old.rename(run)
     if run.exists() and not (run / CONFIG).exists():
         raise ValueError(f"--out: expected runs of a demo, {run} has no {CONFIG}")
-    if new.exists():  # of a demo that was stopped
-        shutil.rmtree(new)
+    for left in (new, old):  # by a demo that was stopped
+        if left.exists():
+            shutil.rmtree(left)
     train(*options, "--run", str(new))
     config = yaml.safe_load((new / CONFIG).read_text()) | {"run": str(run.absolute())}
-    (new / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
+    save_atomically(yaml.safe_dump(config, sort_keys=False), new / CONFIG)
     if run.exists():
-        shutil.rmtree(run)
+        run.rename(old)
     new.rename(run)
+    if old.exists():
+        shutil.rmtree(old)
 
 
 COMMANDS = {"demo": _demo, "compare": _compare, "presets": lambda _: print(presets())}

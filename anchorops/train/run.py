@@ -24,19 +24,23 @@ FREE = (
 )
 
 
+OWN_RUN = (
+    "give this run its own directory with --run (the default name has the preset, the methods and "
+    "the seed, no other option)"
+)
+
+
 @contextmanager
-def only_process(run: Path) -> Iterator[None]:
-    """Raises ValueError if another process trains in the directory. A killed process holds nothing,
-    nor do its workers, which end later than it: they would inherit what flock gives."""
+def only_process(run: Path, advice: str = OWN_RUN) -> Iterator[None]:
+    """Raises ValueError, with advice, if another process trains in the directory. A killed process
+    holds nothing, nor do its workers, which end later than it: they would inherit what flock
+    gives."""
     run.mkdir(parents=True, exist_ok=True)
     with open(run / LOCK, "w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise ValueError(
-                f"another process trains in {run}: give this run its own directory with --run (the "
-                "default name has the preset, the methods and the seed, no other option)"
-            ) from None
+            raise ValueError(f"another process trains in {run}: {advice}") from None
         except OSError as error:
             print(f"{run} cannot be locked ({error}): start no second process", file=sys.stderr)
         yield

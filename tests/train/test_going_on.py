@@ -181,6 +181,9 @@ def test_two_processes_with_one_run(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["fit", *RUN, "--run", str(run)]) == 1
     said = capsys.readouterr().err
     assert f"another process trains in {run}: give this run its own directory with --run" in said
+    assert main(["demo", "--out", str(run)]) == 1
+    said = capsys.readouterr().err
+    assert f"another process trains in {run}: give this demo its own directory with --out" in said
     assert [path.name for path in run.iterdir()] == ["run.lock"]
     process.kill()
     process.join()

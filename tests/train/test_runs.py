@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,10 +127,41 @@ def test_demo_keeps_each_run_until_its_successor_has_ended(
         for run in runs:
             assert yaml.safe_load((run / "config.yaml").read_text())["run"] == str(run)
         assert trained[-1].exists() == (seed == 1)
-    assert len(trained) == 10 and sorted(tmp_path.iterdir()) == sorted(runs)
+    assert len(trained) == 10
+    assert sorted(tmp_path.iterdir()) == sorted([*runs, tmp_path / "run.lock"])
     (runs[0] / "config.yaml").unlink()
     assert main(["demo", "--out", str(tmp_path)]) == 1
     assert runs[0].exists() and len(trained) == 10
+
+
+@pytest.mark.parametrize("killed", ["save_atomically", "rename", "rmtree"])
+def test_demo_that_was_killed_while_it_replaced_a_run(
+    killed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """No place has a run in pieces, and the next demo leaves nothing but the run."""
+    run, place, seeds = tmp_path / "a", {"rename": Path, "rmtree": shutil}.get(killed, cli), "0123"
+
+    def train(*words: str) -> None:
+        new = Path(words[-1])
+        new.mkdir()
+        (new / "config.yaml").write_text("data: {steps: 1}\n")
+        (new / "seed").write_text(words[0])
+
+    def kill(*args: Any) -> None:
+        if killed != "rename" or args[0].suffix == ".new":
+            raise KeyboardInterrupt
+        os.rename(*args)
+
+    monkeypatch.setattr(cli, "train", train)
+    cli._train_anew(run, seeds[0])
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(place, killed, kill)
+        cli._train_anew(run, seeds[1])
+    for path in tmp_path.iterdir():
+        assert (path / "config.yaml").exists() and (path / "seed").exists()
+    cli._train_anew(run, seeds[2])
+    assert [*tmp_path.iterdir()] == [run] and (run / "seed").read_text() == seeds[2]
+    assert yaml.safe_load((run / "config.yaml").read_text())["run"] == str(run)
 
 
 def test_early_stopping_of_lightning(tmp_path: Path):
