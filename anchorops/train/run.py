@@ -18,9 +18,14 @@ WHOLE = WEIGHTS | {"callbacks", "optimizer_states"}  # in one from which a run g
 FREE = (
     *("run", "ckpt_path", "weights_only", "saving.every", "collapse.images"),
     *("data.root", "data.workers", "data.eval_batch_size", "data.images", "data.allow_changes"),
-    *("trainer.logger", "trainer.log_every_n_steps", "trainer.profiler", "trainer.callbacks"),
-    *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.max_steps"),
-    *("trainer.max_time", "trainer.default_root_dir"),
+    *("trainer.logger", "trainer.log_every_n_steps", "trainer.profiler", "trainer.max_steps"),
+    *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.max_time"),
+    "trainer.default_root_dir",
+)
+# nor on these callbacks of Lightning; others may change the numbers, as averages of weights do
+FREE_CALLBACKS = (
+    *("DeviceStatsMonitor", "LearningRateMonitor", "ModelCheckpoint", "ModelSummary", "Timer"),
+    *("RichModelSummary", "RichProgressBar", "TQDMProgressBar", "ThroughputMonitor"),
 )
 
 
@@ -72,6 +77,15 @@ def flat_config(run: Path) -> dict[str, Any]:
     return options
 
 
+def bound(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat options on which the numbers of a run depend."""
+    kept = {name: value for name, value in options.items() if name not in FREE}
+    callbacks = kept.get("trainer.callbacks") or []
+    callbacks = [callbacks] if isinstance(callbacks, Mapping) else callbacks
+    others = [x for x in callbacks if x["class_path"].rpartition(".")[2] not in FREE_CALLBACKS]
+    return kept | {"trainer.callbacks": others or None}
+
+
 def _line(error: Exception) -> str:
     line, *_ = str(error).splitlines() or [type(error).__name__]
     return line
@@ -94,9 +108,9 @@ def read_checkpoint(
 
 def check_same(run: Path, options: Mapping[str, Any]) -> None:
     """Raises ValueError if a run would go on with other numbers."""
-    saved, now = flat_config(run), flat(options)
+    saved, now = bound(flat_config(run)), bound(flat(options))
     for name in now:
-        if name not in FREE and name in saved and saved[name] != now[name]:
+        if name in saved and saved[name] != now[name]:
             raise ValueError(
                 f"--{name} is {now[name]}, {run / CONFIG} has {saved[name]}: the numbers would not "
                 "be those of the run without a stop. Leave the option as it was, or start a new "

@@ -29,7 +29,7 @@ from anchorops.train.data.module import SegmentationData
 from anchorops.train.metrics import Metrics, read_metrics
 from anchorops.train.module import SegmentationModule
 from anchorops.train.networks.models import build_model
-from anchorops.train.report.compare import comparison
+from anchorops.train.report.compare import comparison, load_results
 from anchorops.train.saving import save_atomically
 
 
@@ -55,7 +55,8 @@ def test_a_finished_run_goes_on_to_nothing(straight: Path, tmp_path: Path):
     config = (run / "config.yaml").read_text()
     # its config.yaml has the options; these change no number
     free = ["--saving.every", "1", "--data.workers", "1", "--data.eval_batch_size", "2"]
-    train("--run", str(run), "--ckpt_path", "last", *free)
+    free += ["--trainer.callbacks", "LearningRateMonitor"]
+    train("--run", str(run), "--ckpt_path", str(run / "last.ckpt"), *free)
     assert (run / "config.yaml").read_text() == config
     assert_same_run(run, straight)
     module = SegmentationModule.load_from_checkpoint(run / "best.ckpt")
@@ -76,6 +77,10 @@ def test_a_finished_run_goes_on_to_nothing(straight: Path, tmp_path: Path):
         (
             ["--ckpt_path", "last", "--model.method_options", "{sar.tau: 0.5}"],
             "--model.method_options is {'sar.tau': 0.5}, .* has None",
+        ),
+        (
+            ["--ckpt_path", "last", "--trainer.callbacks", "[{class_path: EMAWeightAveraging}]"],
+            r"--trainer.callbacks is \[.*EMAWeightAveraging.*\], .* has None",
         ),
     ],
 )
@@ -270,6 +275,22 @@ def test_comparison(straight: Path, capsys: pytest.CaptureFixture[str]):
     ]
     rows = comparison(runs).splitlines()[2:]
     assert [row.split()[2:4] for row in rows] == [["sar", "lr=0.1"], ["cr", "lr=0.2"]]
+
+
+def test_comparison_by_callbacks(straight: Path, tmp_path: Path):
+    def copied(name: str, **changes: Any) -> dict[str, Any]:
+        run = tmp_path / name
+        run.mkdir()
+        shutil.copy(straight / "metrics.csv", run)
+        config = yaml.safe_load((straight / "config.yaml").read_text())
+        config["trainer"] |= changes
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        return load_results(run)
+
+    plain = copied("plain")["settings"]
+    assert copied("shown", callbacks=[{"class_path": "x.RichProgressBar"}])["settings"] == plain
+    average = [{"class_path": "x.EMAWeightAveraging", "init_args": {"decay": 0.9}}]
+    assert copied("averaged", callbacks=average)["settings"] != plain
 
 
 def test_messages_of_the_program(capsys: pytest.CaptureFixture[str]):

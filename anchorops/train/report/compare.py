@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from ..metrics import METRICS, read_metrics
-from ..run import FREE, flat_config
+from ..run import bound, flat_config
 
 NAMES = ("dataset", "model", "methods")
 MEASURES = {"mIoU": "miou", "head": "head", "body": "body", "tail": "tail", "mAcc": "macc"}
@@ -34,7 +34,7 @@ def load_results(run: Path) -> dict[str, Any]:
         [line[name] for line in lines.values() if name in line]
         for name in ("seconds_per_step", "memory_mb")
     )
-    settings = {name: str(x) for name, x in options.items() if name not in (*FREE, *SEEDS)}
+    settings = {name: str(x) for name, x in bound(options).items() if name not in SEEDS}
     return {
         "run": str(run),
         "dataset": options["data.dataset"],
