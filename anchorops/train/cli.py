@@ -162,8 +162,13 @@ class Program(LightningCLI):
         options.run, name = str(self.run), options.ckpt_path
         if command != "fit":
             name = name or "best"
-        elif name == "best":
-            raise ValueError("--ckpt_path best: expected last: only that has the optimizer's state")
+        elif name and name != "last" and Path(name).absolute() != self.run / LAST:
+            raise ValueError(
+                f"--ckpt_path {name}: expected last: only that has the state of {self.run}; to "
+                "start from the weights of a file, give --model.weights FILE"
+            )
+        elif name:
+            name = "last"
         if name in ("last", "best"):
             options.ckpt_path = self._checkpoint(name)
         if command == "fit":

@@ -69,6 +69,10 @@ def test_a_finished_run_goes_on_to_nothing(straight: Path, tmp_path: Path):
         ([], r"holds a run: go on with it by `anchorops-train fit --run .* --ckpt_path last`"),
         (["--ckpt_path", "best"], "--ckpt_path best: expected last"),
         (
+            ["--ckpt_path", "other/last.ckpt"],
+            "--ckpt_path other/last.ckpt: .* give --model.weights",
+        ),
+        (
             ["--ckpt_path", "last", "--model.lr", "1.0"],
             r"--model.lr is 1.0, .*config.yaml has 0.004: the numbers would not be those",
         ),
