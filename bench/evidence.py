@@ -36,11 +36,12 @@ from evidence_report import MEASURES
 from record import commit
 
 from anchorops.measure import environment
-from anchorops.train.callbacks import BEST, LAST, Stopped
+from anchorops.train.callbacks import Stopped
 from anchorops.train.cli import DEMO, Program, train, with_presets
 from anchorops.train.metrics import METRICS, read_metrics
 from anchorops.train.networks.learner import PUBLISHED
 from anchorops.train.report.compare import load_results
+from anchorops.train.run import BEST, LAST
 from anchorops.train.saving import save_atomically
 
 HRNET, SEGFORMER, EFFICIENTNET = "hrnet-w18-small", "segformer-b0", "efficientnet-lite0"

@@ -27,10 +27,10 @@ from .options import COUNT, NUMBER, check
 from .report.cost import measure_complexity
 from .report.features import collapse_measures
 from .report.pictures import draw_predictions
+from .run import BEST, LAST
 from .saving import save_atomically
 from .signals import end_at_once, handle
 
-LAST, BEST = "last.ckpt", "best.ckpt"
 PICTURES = 8  # validation images in predictions.png
 
 

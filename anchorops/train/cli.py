@@ -22,8 +22,6 @@ try:
     from lightning.pytorch.utilities import rank_zero_only
 
     from .callbacks import (
-        BEST,
-        LAST,
         Best,
         MaskWriter,
         NeuralCollapse,
@@ -42,7 +40,16 @@ try:
     from .networks.learner import PUBLISHED
     from .options import TRAINER, check
     from .report.compare import NotEnded, comparison, load_results
-    from .run import CONFIG, WHOLE, check_same, flat_config, only_process, read_checkpoint
+    from .run import (
+        BEST,
+        CONFIG,
+        LAST,
+        WHOLE,
+        check_same,
+        flat_config,
+        only_process,
+        read_checkpoint,
+    )
     from .saving import save_atomically
 except ModuleNotFoundError as error:
     sys.exit(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-CONFIG, LOCK = "config.yaml", "run.lock"
+CONFIG, LOCK, LAST, BEST = "config.yaml", "run.lock", "last.ckpt", "best.ckpt"
 WEIGHTS = frozenset(("state_dict", "global_step", "channels"))  # in a checkpoint
 WHOLE = WEIGHTS | {"callbacks", "optimizer_states"}  # in one from which a run goes on
 # options on which no number of a run depends; they may differ where it goes on

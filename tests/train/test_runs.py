@@ -29,7 +29,8 @@ from anchorops.train.data.module import SegmentationData
 from anchorops.train.metrics import Metrics, read_metrics
 from anchorops.train.module import SegmentationModule
 from anchorops.train.networks.models import build_model
-from anchorops.train.report.compare import comparison, load_results
+from anchorops.train.report.compare import NotEnded, comparison, load_results
+from anchorops.train.run import WEIGHTS
 from anchorops.train.saving import save_atomically
 
 
@@ -281,20 +282,43 @@ def test_comparison(straight: Path, capsys: pytest.CaptureFixture[str]):
     assert [row.split()[2:4] for row in rows] == [["sar", "lr=0.1"], ["cr", "lr=0.2"]]
 
 
-def test_comparison_by_callbacks(straight: Path, tmp_path: Path):
-    def copied(name: str, **changes: Any) -> dict[str, Any]:
-        run = tmp_path / name
-        run.mkdir()
-        shutil.copy(straight / "metrics.csv", run)
-        config = yaml.safe_load((straight / "config.yaml").read_text())
-        config["trainer"] |= changes
-        (run / "config.yaml").write_text(yaml.safe_dump(config))
-        return load_results(run)
+def changed(run: Path, new: Path, group: str, **options: Any) -> Path:
+    """The figures of a run, with other options."""
+    new.mkdir()
+    shutil.copy(run / "metrics.csv", new)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config[group] |= options
+    (new / "config.yaml").write_text(yaml.safe_dump(config))
+    return new
 
-    plain = copied("plain")["settings"]
-    assert copied("shown", callbacks=[{"class_path": "x.RichProgressBar"}])["settings"] == plain
-    average = [{"class_path": "x.EMAWeightAveraging", "init_args": {"decay": 0.9}}]
-    assert copied("averaged", callbacks=average)["settings"] != plain
+
+def test_comparison_by_callbacks(straight: Path, tmp_path: Path):
+    def settings(name: str, *callbacks: dict[str, Any]) -> dict[str, str]:
+        run = changed(straight, tmp_path / name, "trainer", callbacks=[*callbacks])
+        return load_results(run)["settings"]
+
+    plain = settings("plain")
+    assert settings("shown", {"class_path": "x.RichProgressBar"}) == plain
+    average = {"class_path": "x.EMAWeightAveraging", "init_args": {"decay": 0.9}}
+    assert settings("averaged", average) != plain
+
+
+def test_comparison_by_data(straight: Path, tmp_path: Path):
+    def settings(name: str, pixels: int, kept: str) -> dict[str, str]:
+        run = changed(straight, tmp_path / name, "data", dataset="folder", root=name)
+        data = {"classes": ["a"], "training": {"pixels": [pixels]}}
+        torch.save({**dict.fromkeys(WEIGHTS), "SegmentationData": data}, run / kept)
+        return load_results(run)["settings"]
+
+    assert settings("first", 1, "last.ckpt") == settings("moved", 1, "best.ckpt")
+    assert settings("other", 2, "last.ckpt") != settings("again", 1, "last.ckpt")
+
+
+def test_comparison_with_an_earlier_run_that_a_limit_ended(straight: Path, tmp_path: Path):
+    run = changed(straight, tmp_path / "run", "data", steps=12)
+    assert load_results(run)["steps"] == 6  # stopped early
+    with pytest.raises(NotEnded, match=r"has not ended: 6 of 12 steps"):
+        load_results(changed(run, tmp_path / "limited", "trainer", max_steps=6))
 
 
 def test_messages_of_the_program(capsys: pytest.CaptureFixture[str]):

@@ -1,12 +1,14 @@
 """Comparison of runs: their figures over seeds."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from ..metrics import METRICS, read_metrics
-from ..run import bound, flat_config
+from ..run import BEST, LAST, bound, flat_config, read_checkpoint
 
 NAMES = ("dataset", "model", "methods")
 MEASURES = {"mIoU": "miou", "head": "head", "body": "body", "tail": "tail", "mAcc": "macc"}
@@ -25,6 +27,7 @@ def load_results(run: Path) -> dict[str, Any]:
     step, steps = max(lines, default=0), options["data.steps"]
     validated = [step for step, line in lines.items() if "val/miou" in line]
     ended = "cost/parameters" in lines.get(step, {})  # perhaps by EarlyStopping
+    ended &= step != options["trainer.max_steps"]  # after which earlier versions wrote it, too
     if not (ended or steps in validated):
         raise NotEnded(f"{run} has not ended: {step} of {steps} steps are in its {METRICS}")
     if not validated:
@@ -35,6 +38,8 @@ def load_results(run: Path) -> dict[str, Any]:
         for name in ("seconds_per_step", "memory_mb")
     )
     settings = {name: str(x) for name, x in bound(options).items() if name not in SEEDS}
+    if options["data.dataset"] != "digits":  # whose data depend on the options alone
+        settings["data"] = _fingerprint(run)
     return {
         "run": str(run),
         "dataset": options["data.dataset"],
@@ -48,6 +53,15 @@ def load_results(run: Path) -> dict[str, Any]:
         "parameters": last.get("cost/trained_parameters"),
         **{name: last.get(f"val/{name}") for name in MEASURES.values()},
     }
+
+
+def _fingerprint(run: Path) -> str:
+    """A short text that differs for other data, of the newest checkpoint that the run has kept."""
+    paths = [run / name for name in (LAST, BEST) if (run / name).exists()]
+    data = read_checkpoint(paths[0]).get("SegmentationData") if paths else None
+    if not data:
+        return "unknown"
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def comparison(results: Sequence[dict[str, Any]]) -> str:
