@@ -199,7 +199,9 @@ class Program(LightningCLI):
             self.held.enter_context(only_process(self.run))
         if options.ckpt_path == str(last):
             state = read_checkpoint(last, options.weights_only, WHOLE)
-            self.continued, saving = state["global_step"], state["callbacks"]["Saving"]
+            if (saving := state["callbacks"].get("Saving")) is None:
+                raise ValueError(f"checkpoint {last} is of another kind: it has no state of Saving")
+            self.continued = state["global_step"]
             done = self.continued == options.data.steps and not saving["validating"]
             self.ended = saving.get("ended", done)
             if leads:
@@ -237,12 +239,15 @@ class Program(LightningCLI):
             loggers = loggers if isinstance(loggers, list) else [loggers]
             self._loggers += loggers
         plugins = plugins if isinstance(plugins, list) else [plugins]
-        trainer: Any = super().instantiate_trainer(
-            default_root_dir=str(self.run),
-            logger=self._loggers,
-            plugins=[*plugins, WholeCheckpoints()],
-            **kwargs,
-        )
+        try:
+            trainer: Any = super().instantiate_trainer(
+                default_root_dir=str(self.run),
+                logger=self._loggers,
+                plugins=[*plugins, WholeCheckpoints()],
+                **kwargs,
+            )
+        except TypeError as error:  # of an option whose values depend on others, such as devices
+            raise ValueError(f"--trainer: {error}") from error
         if any(isinstance(x, StochasticWeightAveraging) for x in trainer.callbacks):
             raise ValueError(
                 "--trainer.callbacks: StochasticWeightAveraging averages over epochs, but a run is "
@@ -275,8 +280,13 @@ class Program(LightningCLI):
     before_validate = before_predict = _check_checkpoint
 
     def fit(self, **kwargs: Any) -> None:
-        if not self.ended:
-            self.trainer.fit(**kwargs)
+        try:
+            if not self.ended:
+                self.trainer.fit(**kwargs)
+        except RuntimeError as error:
+            if not str(error).startswith("Early stopping conditioned on metric"):
+                raise
+            raise ValueError(f"--trainer.callbacks: {error}") from error
         if rank_zero_only.rank == 0:
             self._say_what_is_left()
 

@@ -13,7 +13,7 @@ import yaml
 
 CONFIG, LOCK, LAST, BEST = "config.yaml", "run.lock", "last.ckpt", "best.ckpt"
 WEIGHTS = frozenset(("state_dict", "global_step", "channels"))  # in a checkpoint
-WHOLE = WEIGHTS | {"callbacks", "optimizer_states"}  # in one from which a run goes on
+WHOLE = WEIGHTS | {"callbacks", "loops", "optimizer_states"}  # in one from which a run goes on
 # options on which no number of a run depends; they may differ where it goes on
 FREE = (
     *("run", "ckpt_path", "weights_only", "saving.every", "collapse.images"),

@@ -240,11 +240,29 @@ def test_early_stopping_after_a_least_length(
     assert state(run)["callbacks"]["Saving"]["ended"]
 
 
-def test_weights_averaged_over_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    callback = "[{class_path: StochasticWeightAveraging, init_args: {swa_lrs: 0.1}}]"
-    words = ["fit", *RUN, "--run", str(tmp_path / "run"), "--trainer.callbacks", callback]
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        (
+            "callbacks",
+            "[{class_path: StochasticWeightAveraging, init_args: {swa_lrs: 0.1}}]",
+            "expected WeightAveraging or EMAWeightAveraging",
+        ),
+        (
+            "callbacks",
+            "[{class_path: EarlyStopping, init_args: {monitor: nope}}]",
+            "--trainer.callbacks: Early stopping conditioned on metric `nope` which is not",
+        ),
+        ("devices", "-1", "--trainer: `devices` selected with `CPUAccelerator` should be an int"),
+    ],
+)
+def test_what_lightning_would_find_late_or_not(
+    option: str, value: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["fit", *RUN, "--run", str(tmp_path / "run"), f"--trainer.{option}", value]
     assert main(words) == 1
-    assert "expected WeightAveraging or EMAWeightAveraging" in capsys.readouterr().err
+    said = [x for x in capsys.readouterr().err.splitlines() if x.startswith("anchorops-train: ")]
+    assert len(said) == 1 and message in said[0]
 
 
 FOLDER = (
@@ -328,6 +346,22 @@ def test_data_in_the_current_directory(folder: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.chdir(folder)
     assert found(Path()) == found(folder)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "place"), [("loops", ()), ("Saving", ("callbacks",)), ("callbacks", ())]
+)
+def test_a_checkpoint_of_another_kind(
+    lacking: str, place: tuple[str, ...], undisturbed: Path, tmp_path: Path, capsys
+):
+    run = Path(shutil.copytree(undisturbed, tmp_path / "run"))
+    last = state(run)
+    part = last[place[0]] if place else last
+    del part[lacking]
+    torch.save(last, run / "last.ckpt")
+    assert go_on(run) == 1
+    said = capsys.readouterr().err
+    assert f"{run / 'last.ckpt'} is of another kind: it has no " in said and lacking in said
 
 
 def cut(path: Path, end: int) -> None:
