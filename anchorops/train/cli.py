@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ try:
     import torch
     import yaml
     from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch.callbacks import StochasticWeightAveraging
+    from lightning.pytorch.callbacks import (
+        GradientAccumulationScheduler,
+        StochasticWeightAveraging,
+    )
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.loggers import TensorBoardLogger
     from lightning.pytorch.utilities import rank_zero_only
@@ -67,6 +71,12 @@ IGNORED_WARNINGS = (
     "`isinstance.treespec, LeafSpec",
     "The '.*_dataloader' does not have many workers",
 )
+UNFIT_CALLBACKS = {
+    StochasticWeightAveraging: "averages over epochs, but a run is one epoch: expected "
+    "WeightAveraging or EMAWeightAveraging, which count steps",
+    GradientAccumulationScheduler: "changes the batches of a step, but a run has as many as its "
+    "steps need from the beginning: expected --trainer.accumulate_grad_batches",
+}
 MAX_SEED = 2**32 - 1
 DEMO_SHOWS = """
 mIoU: mean over the classes of intersection over union. head, body, tail: the same over frequent,
@@ -248,11 +258,11 @@ class Program(LightningCLI):
             )
         except TypeError as error:  # of an option whose values depend on others, such as devices
             raise ValueError(f"--trainer: {error}") from error
-        if any(isinstance(x, StochasticWeightAveraging) for x in trainer.callbacks):
-            raise ValueError(
-                "--trainer.callbacks: StochasticWeightAveraging averages over epochs, but a run is "
-                "one epoch: expected WeightAveraging or EMAWeightAveraging, which count steps"
-            )
+        for callback, found in product(UNFIT_CALLBACKS, trainer.callbacks):
+            if isinstance(found, callback):
+                raise ValueError(
+                    f"--trainer.callbacks: {callback.__name__} {UNFIT_CALLBACKS[callback]}"
+                )
         # these see the network as it was validated: see Best
         trainer.callbacks.sort(key=lambda x: not isinstance(x, Best | NeuralCollapse | Reports))
         trainer.fit_loop.epoch_loop = StepLoop(trainer)

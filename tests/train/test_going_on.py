@@ -250,6 +250,11 @@ def test_early_stopping_after_a_least_length(
         ),
         (
             "callbacks",
+            "{class_path: GradientAccumulationScheduler, init_args: {scheduling: {0: 2}}}",
+            "expected --trainer.accumulate_grad_batches",
+        ),
+        (
+            "callbacks",
             "[{class_path: EarlyStopping, init_args: {monitor: nope}}]",
             "--trainer.callbacks: Early stopping conditioned on metric `nope` which is not",
         ),
@@ -260,7 +265,7 @@ def test_what_lightning_would_find_late_or_not(
     option: str, value: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     words = ["fit", *RUN, "--run", str(tmp_path / "run"), f"--trainer.{option}", value]
-    assert main(words) == 1
+    assert main([*words, "--trainer.accumulate_grad_batches", "1"]) == 1
     said = [x for x in capsys.readouterr().err.splitlines() if x.startswith("anchorops-train: ")]
     assert len(said) == 1 and message in said[0]
 
