@@ -290,9 +290,7 @@ def seconds_of(name: str, variant: str) -> float:
 def faults_of(name: str, rows: list[tuple[str, str, Row]], pool: ProcessPoolExecutor) -> list[str]:
     """pool: of processes that have nothing else to do."""
     faults = [
-        f"{name} {kernel}: {row.stack} B of spills"
-        for kernel, _, row in rows
-        if row.stack > 0
+        f"{name} {kernel}: {row.stack} B of spills" for kernel, _, row in rows if row.stack > 0
     ]
     waits: dict[str, float] = {}
     for _, variant, row in rows:
