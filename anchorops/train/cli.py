@@ -48,6 +48,7 @@ try:
         BEST,
         CONFIG,
         LAST,
+        NEW,
         WHOLE,
         check_same,
         flat_config,
@@ -424,7 +425,7 @@ def _demo(arguments: Sequence[str]) -> None:
 
 def _train_anew(run: Path, options: Sequence[str]) -> None:
     """Train in RUN.new, which replaces the run when it has ended."""
-    new, old = (run.with_name(f"{run.name}.{x}") for x in ("new", "old"))
+    new, old = (run.with_name(run.name + x) for x in (NEW, ".old"))
     if old.exists() and not run.exists():  # a demo was killed between its two renames
         old.rename(run)
     if run.exists() and not (run / CONFIG).exists():

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 CONFIG, LOCK, LAST, BEST = "config.yaml", "run.lock", "last.ckpt", "best.ckpt"
+NEW = ".new"  # ends the name of a run that will replace another one
 WEIGHTS = frozenset(("state_dict", "global_step", "channels"))  # in a checkpoint
 WHOLE = WEIGHTS | {"callbacks", "loops", "optimizer_states"}  # in one from which a run goes on
 # options on which no number of a run depends; they may differ where it goes on
