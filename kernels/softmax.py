@@ -1,9 +1,9 @@
 """Σ_k e^(z_k) of the pixels of a tile, in the forward direction of softmax moments.
 
 The logits are read class by class. Σ_k e^(z_k − m) of each pixel stays in registers, where m is the
-largest logit of the pixel's cell so far. If the neighbours of a cell differ by about 70, this
-underflows. Then the maximum of each pixel is found in a second loop over the classes, and the sums
-in a third.
+largest logit of the pixel's cell so far. If the neighbours of a cell differ by about 70 (by 28 in
+even cells, where a row's terms are a geometric sequence), this may underflow. Then the maximum of
+each pixel is found in a second loop over the classes, and the sums in a third.
 """
 
 from typing import Any, NamedTuple
