@@ -148,6 +148,11 @@ def centroids(size: tuple[int, ...], with_positives: bool, n: int, random: Gener
     return unit | {"present": present}
 
 
+def all_present(n: int, random: Generator) -> Inputs:
+    inputs = centroids((21, 40), False, n, random)
+    return {name: inputs[name] for name in ("queries", "keys")}
+
+
 def class_moments(
     features: Tensor, labels: Tensor, anchors: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, ...]:
@@ -297,6 +302,7 @@ ENTRIES = [
             Sample("InfoNCE, rows", partial(centroids, (21, 40), True), {}, ("all",)),
             Sample("InfoNCE, groups", partial(centroids, (21, 3, 40), True)),
             Sample("InfoNCE, keys", partial(centroids, (21, 40), False)),
+            Sample("InfoNCE, all present", all_present, {}, ("all",)),
             small("centroid_info_nce", partial(centroids, (6, 2, 5), True)),
         ),
         tables=("queries", "keys", "present", "positives"),
