@@ -1,5 +1,7 @@
 """Parts of the training program: scenes, order, networks, losses, figures, options."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -249,3 +251,13 @@ def test_method_options():
         build_regularizer(["sar"], {"sar.momentum": "foo"}, 11, 240)
     with pytest.raises(ValueError, match=r"METHOD among --model.methods \['sar'\]"):
         build_regularizer(["sar"], {"occl.temperature": 1}, 11, 240)
+
+
+def test_workers_end_with_python():
+    """An iterator that still exists then, as after an error in a worker, does not keep them."""
+    script = """
+from anchorops.train.data.loading import Loader
+iterator = iter(Loader(range(100), workers=1))
+next(iterator)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

@@ -1,5 +1,7 @@
 """The interface of data sets, their augmentation, and the order of the training batches."""
 
+import atexit
+import multiprocessing
 import signal
 import zlib
 from collections.abc import Iterator, Sequence
@@ -234,6 +236,15 @@ class Validation(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, labels = self.dataset[index]
         return self.transform(tv_tensors.Image(image)).as_subclass(Tensor), labels
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Those of an iterator that still exists when Python ends: before multiprocessing sends them
+    SIGTERM, which they never see, and waits."""
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
 
 
 class Loader(DataLoader):
