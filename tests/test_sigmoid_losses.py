@@ -310,3 +310,14 @@ def test_one_of_both_labels_may_be_ignored(ignored: int, backend: str) -> None:
     losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
     actual = ao.BinaryCrossEntropy(ignore_index=ignored)(logits, labels)
     torch.testing.assert_close(actual, losses[labels != ignored].mean())
+
+
+def test_loss_of_one_channel_equals_segformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SegformerConfig(num_labels=1, depths=[1, 1, 1, 1])
+    model = transformers.SegformerForSemanticSegmentation(config).eval()
+    labels = torch.randint(0, 2, (2, 64, 64))
+    labels[:, :8] = 255  # semantic_loss_ignore_index
+    outputs = model(torch.randn(2, 3, 64, 64), labels=labels)
+    loss = (labels != 255).float().mean() * ao.pixel_binary_cross_entropy(outputs.logits, labels)
+    torch.testing.assert_close(loss, outputs.loss)
