@@ -41,7 +41,7 @@ OPERATORS = {
     "pixel_argmax": FUSED,
     "confusion": FUSED,
     "probability_histograms": FUSED,
-    "mask_rle": ("cpu",),
+    "mask_rle": FUSED,
 }
 NOT_AUTO = "ANCHOROPS_NOT_AUTO"
 # The major compute capability that cuda and triton need: our CUDA sources for asynchronous copies

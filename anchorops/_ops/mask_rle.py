@@ -1,5 +1,6 @@
 """Masks of instances as run lengths, from low-resolution logits."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from .._backend import select
+from .._backend import select, unusable
 from .._checks import (
     FLOATING,
     check_flags,
@@ -22,33 +23,68 @@ from .._checks import (
 )
 from .registration import define
 
-BACKENDS = ("cpu",)
+
+def _fake_codes(changes: Tensor, offsets: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
+    """All on the CPU. The results are those of `reference.mask_codes`."""
+    characters = torch.library.get_ctx().new_dynamic_size()
+    return changes.new_empty(characters, dtype=torch.uint8), torch.empty_like(offsets)
 
 
-def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    """Logits (N, h, w) of any strides. The results are those of `reference.mask_rle`."""
+def _fake(
+    logits: Tensor,
+    height: int,
+    width: int,
+    threshold: float,
+    boxes: Tensor | None,
+    align_corners: bool,
+) -> tuple[Tensor, ...]:
+    """Logits (N, h, w) of any strides, boxes on the CPU. The results are those of
+    `reference.mask_rle`; the codes are on the CPU, areas and boxes with the logits."""
     count = logits.shape[0]
     characters = torch.library.get_ctx().new_dynamic_size()
     return (
-        logits.new_empty(characters, dtype=torch.uint8),
-        logits.new_empty(count + 1, dtype=torch.int64),
+        logits.new_empty(characters, dtype=torch.uint8, device="cpu"),
+        logits.new_empty(count + 1, dtype=torch.int64, device="cpu"),
         logits.new_empty(count, dtype=torch.int64),
         logits.new_empty((count, 4), dtype=torch.int64),
     )
 
 
+def _launch(
+    launcher: Any,
+    logits: Tensor,
+    height: int,
+    width: int,
+    threshold: float,
+    boxes: Tensor | None,
+    align_corners: bool,
+) -> tuple[Tensor, ...]:
+    """Triton finds the pixels at which the masks change; the CPU writes their codes."""
+    level = math.log(threshold) - math.log1p(-threshold)
+    changes, offsets, *of_masks = launcher(logits, height, width, level, boxes, align_corners)
+    compiled = unusable()["cpu"] is None
+    encode = torch.ops.anchorops.mask_codes.cpu if compiled else reference.mask_codes
+    return *encode(changes.cpu(), offsets, height * width), *of_masks
+
+
+define(
+    "mask_codes",
+    "(Tensor changes, Tensor offsets, SymInt pixels) -> (Tensor, Tensor)",
+    _fake_codes,
+    backends=("cpu",),
+)
 define(
     "mask_rle",
     "(Tensor logits, SymInt height, SymInt width, float threshold, Tensor? boxes, "
     "bool align_corners) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
-    backends=BACKENDS,
+    launch=_launch,
     any_strides=True,
 )
 
 
 class MaskRLE:
-    """N masks of one size as run lengths, on the CPU: what `mask_rle` returns.
+    """N masks of one size as run lengths: what `mask_rle` returns. The codes are on the CPU.
 
     It can be pickled. len(masks) is N. masks[i], masks[i:j], and masks[x] of a tensor of numbers or
     bools, are MaskRLEs of these masks, or raise IndexError; they own their memory. `size` is
@@ -72,16 +108,16 @@ class MaskRLE:
         return [{"size": [*self.size], "counts": code} for code in codes]
 
     def areas(self) -> Tensor:
-        """The number of pixels of each mask, int64 [N]."""
+        """The number of pixels of each mask, int64 [N], on the device of the logits."""
         return self._areas.clone()
 
     def boxes(self) -> Tensor:
-        """x0, y0, x1, y1 of the pixels of each mask, int64 [N, 4]; x1 and y1 are exclusive. Zeros
-        for an empty mask."""
+        """x0, y0, x1, y1 of the pixels of each mask, int64 [N, 4], on the device of the logits; x1
+        and y1 are exclusive. Zeros for an empty mask."""
         return self._boxes.clone()
 
     def dense(self) -> Tensor:
-        """The masks, bool [N, H, W]."""
+        """The masks, bool [N, H, W], on the CPU."""
         height, width = self.size
         masks = torch.empty((len(self), height, width), dtype=torch.bool, device="cpu")
         for mask, counts in zip(masks, self._counts(), strict=True):
@@ -129,11 +165,14 @@ def mask_rle(
     Equal to F.interpolate(logits.float()[None], size, mode="bilinear",
     align_corners=align_corners)[0].sigmoid() > threshold, except for rounding where both are almost
     equal, and to `pixel_argmax` with `sigmoid`. Neither upsampled logits nor masks of all pixels
-    are stored: time and memory are those of the borders of the masks.
+    are stored: time and memory are those of the borders of the masks. The codes of all backends but
+    the reference are the same.
 
-    It computes on the CPU: logits of a GPU are copied there, which synchronises with the GPU. The
-    size of the result depends on the data, so torch.compile breaks the graph at the call, and it is
-    not for CUDA graphs, torch.export and torch.vmap. Logits are detached.
+    On a GPU the call synchronises once, for the number of runs, and then copies the runs to the
+    CPU, which writes the codes. Where `triton` cannot serve (float64, a GPU of a compute capability
+    below 8.0, other devices), the logits are copied to the CPU. The size of the result depends on
+    the data, so torch.compile breaks the graph at the call, and it is not for CUDA graphs,
+    torch.export and torch.vmap. Logits are detached.
 
     Args:
         logits: (N, h, w), any strides; float32, bfloat16, float16 or float64.
@@ -168,13 +207,18 @@ def mask_rle(
     threshold = check_threshold(function, threshold)
     check_flags(function, align_corners=align_corners)
     limits = None if boxes is None else _pixels_inside(boxes, len(logits), height, width)
-    logits = logits.detach().cpu()
-    if select(function, logits, 1, backends=BACKENDS) == "cpu":
-        operator = torch.ops.anchorops.mask_rle.cpu
-        results = operator(logits, height, width, threshold, limits, align_corners)
-    else:
+    logits, device = logits.detach(), logits.device
+    backend = select(function, logits, 1)
+    if backend == "reference" and device.type != "cpu":  # that of the CPU is faster
+        logits = logits.cpu()
+        backend = select(function, logits, 1)
+    if backend == "reference":
         results = reference.mask_rle(logits, (height, width), threshold, limits, align_corners)
-    return MaskRLE((height, width), results)
+    else:
+        operator = getattr(torch.ops.anchorops.mask_rle, backend)
+        results = operator(logits, height, width, threshold, limits, align_corners)
+    characters, offsets, areas, own_boxes = results
+    return MaskRLE((height, width), (characters, offsets, areas.to(device), own_boxes.to(device)))
 
 
 def _pixels_inside(boxes: Tensor, count: int, height: int, width: int) -> Tensor:

@@ -13,7 +13,7 @@ from .centroid_info_nce import centroid_info_nce
 from .class_keys import class_keys
 from .class_moments import class_centroids, class_moments, pixel_to_anchor_mse
 from .confusion import confusion
-from .mask_rle import mask_rle
+from .mask_rle import mask_codes, mask_rle
 from .pixel_argmax import pixel_argmax
 from .pixel_kl_divergence import pixel_kl_divergence
 from .probability_histograms import error_gradients, probability_histograms
@@ -29,6 +29,7 @@ __all__ = [
     "confusion",
     "error_gradients",
     "group_counts",
+    "mask_codes",
     "mask_rle",
     "pixel_argmax",
     "pixel_kl_divergence",

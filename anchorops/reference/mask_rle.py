@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._moments import statistics_dtype
@@ -24,8 +25,7 @@ def mask_rle(
     """
     logits = logits.to(statistics_dtype(logits.dtype))
     logits = logits - (math.log(threshold) - math.log1p(-threshold))
-    offsets, areas = logits.new_zeros(len(logits) + 1, dtype=torch.int64), []
-    codes, own_boxes = [logits.new_empty(0, dtype=torch.uint8)], []
+    changes, areas, own_boxes = [], [], []
     for i, low in enumerate(logits):
         ones = ~(upsample(low[None, None], size, align_corners)[0, 0] <= 0)
         if boxes is not None:
@@ -34,15 +34,31 @@ def mask_rle(
             inside[y0:y1, x0:x1] = True
             ones &= inside
         columns = ones.T.flatten()
-        changes = columns.diff(prepend=columns.new_zeros(1)).nonzero()[:, 0]
-        ends = torch.cat([changes, changes.new_tensor([columns.numel()])])
-        codes.append(encode(ends.diff(prepend=ends.new_zeros(1))))
-        offsets[i + 1] = offsets[i] + len(codes[-1])
+        changes.append(columns.diff(prepend=columns.new_zeros(1)).nonzero()[:, 0])
         areas.append(int(ones.sum()))
         rows, columns = (ones.any(axis).nonzero()[:, 0].tolist() or [0, -1] for axis in (1, 0))
         own_boxes.append([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
-    own = offsets.new_tensor(own_boxes).view(-1, 4)
-    return torch.cat(codes), offsets, offsets.new_tensor(areas), own
+
+    def integers(numbers: list) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=logits.device)
+
+    offsets = integers([0, *map(len, changes)]).cumsum(0)
+    codes = mask_codes(torch.cat([integers([]), *changes]), offsets, math.prod(size))
+    return *codes, integers(areas), integers(own_boxes).view(-1, 4)
+
+
+def mask_codes(changes: Tensor, offsets: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
+    """Characters and their offsets as above, from the changes: the positions x·H + y at which the
+    masks change, int64, one mask after another.
+
+    offsets: int64 [N + 1], where the changes of each mask begin. pixels: H·W.
+    """
+    codes = [changes.new_empty(0, dtype=torch.uint8)]
+    for some in changes.split(offsets.diff().tolist()):
+        ends = F.pad(some, (0, 1), value=pixels)
+        codes.append(encode(ends.diff(prepend=ends.new_zeros(1))))
+    lengths = offsets.new_tensor([*map(len, codes)])
+    return torch.cat(codes), lengths.cumsum(0)
 
 
 def encode(counts: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 // The operator anchorops::mask_rle.cpu: masks of upsampled logits as run lengths, in COCO's code,
-// without computing every pixel.
+// without computing every pixel; and mask_codes.cpu: the codes of runs that a GPU has found.
 //
 // The runs are in the order of the columns. Along a column of pixels the upsampled value z is
 // linear between two rows of logits, so its sign changes there at most once, also with rounded
@@ -32,6 +32,39 @@ struct Box {
   int64_t x0, y0, x1, y1;
 };
 
+// The runs of one mask as characters.
+class Code {
+ public:
+  // The run that ends at this position. From the fourth on, a run is coded as its length minus that
+  // of the run before the last; 5 bits are one character, the lowest ones first.
+  void write(int64_t position) {
+    const int64_t length = position - end_;
+    int64_t rest = runs_ > 2 ? length - lengths_[runs_ & 1] : length;
+    lengths_[runs_++ & 1] = length;
+    end_ = position;
+    if (code_.size() < size_ + MOST_CHARACTERS) code_.resize(2 * code_.size() + MOST_CHARACTERS);
+    for (bool more = true; more;) {
+      const int64_t bits = rest & 31;
+      rest >>= 5;
+      more = rest != (bits & 16 ? -1 : 0);
+      code_[size_++] = static_cast<uint8_t>(48 + bits + 32 * more);
+    }
+  }
+
+  // Of the last run.
+  int64_t end() const { return end_; }
+
+  std::vector<uint8_t> characters() const { return {code_.begin(), code_.begin() + size_}; }
+
+ private:
+  static constexpr size_t MOST_CHARACTERS = 13;  // of 64 bits
+
+  int64_t end_ = 0, runs_ = 0;
+  int64_t lengths_[2] = {};    // of the last two runs
+  std::vector<uint8_t> code_;  // of which size_ are written
+  size_t size_ = 0;
+};
+
 // The code, the area and the box of one mask, from the pixels at which its columns, one after
 // another, change between 0 and 1.
 class Runs {
@@ -44,23 +77,21 @@ class Runs {
   // The change at (x, y), behind the last one.
   void change(int64_t x, int64_t y) {
     if (ones_) add_to_box(x, y);
-    write(x * height_ + y);
+    code_.write(x * height_ + y);
     begin_x_ = x, begin_y_ = y;
     ones_ = !ones_;
   }
 
   void finish(int64_t width) {
     if (ones_) add_to_box(width, 0);
-    write(width * height_);
+    code_.write(width * height_);
   }
 
-  std::vector<uint8_t> code() const { return {code_.begin(), code_.begin() + size_}; }
+  std::vector<uint8_t> code() const { return code_.characters(); }
   int64_t area() const { return area_; }
   Box box() const { return area_ == 0 ? Box{} : box_; }
 
  private:
-  static constexpr size_t MOST_CHARACTERS = 13;  // of 64 bits
-
   // The run of ones that ends before (x, y).
   void add_to_box(int64_t x, int64_t y) {
     const int64_t last = y > 0 ? x : x - 1;  // its last column
@@ -69,32 +100,14 @@ class Runs {
     box_.x1 = last + 1;
     box_.y0 = std::min(box_.y0, one_column ? begin_y_ : 0);
     box_.y1 = std::max(box_.y1, one_column && y > 0 ? y : height_);
-    area_ += x * height_ + y - position_;
+    area_ += x * height_ + y - code_.end();
   }
 
-  // A run that ends at this position. From the fourth on, a run is coded as its length minus that
-  // of the run before the last; 5 bits are one character, the lowest ones first.
-  void write(int64_t position) {
-    const int64_t length = position - position_;
-    int64_t rest = runs_ > 2 ? length - lengths_[runs_ & 1] : length;
-    lengths_[runs_++ & 1] = length;
-    position_ = position;
-    if (code_.size() < size_ + MOST_CHARACTERS) code_.resize(2 * code_.size() + MOST_CHARACTERS);
-    for (bool more = true; more;) {
-      const int64_t bits = rest & 31;
-      rest >>= 5;
-      more = rest != (bits & 16 ? -1 : 0);
-      code_[size_++] = static_cast<uint8_t>(48 + bits + 32 * more);
-    }
-  }
-
-  int64_t height_, position_ = 0, runs_ = 0, area_ = 0;
+  int64_t height_, area_ = 0;
   int64_t begin_x_ = 0, begin_y_ = 0;  // of the last run
-  int64_t lengths_[2] = {};            // of the last two runs
   bool ones_ = false;
   Box box_ = {};
-  std::vector<uint8_t> code_;  // of which size_ are written
-  size_t size_ = 0;
+  Code code_;
 };
 
 // What the masks share: where the pixels are between the logits.
@@ -318,6 +331,45 @@ void check_boxes(const Tensor& boxes, int64_t count, int64_t height, int64_t wid
                     "mask_rle.cpu: boxes: expected none beyond the image");
 }
 
+// All characters, and where the code of each mask begins, [count + 1].
+std::tuple<Tensor, Tensor> joined(const std::vector<std::vector<uint8_t>>& codes,
+                                  const Tensor& device) {
+  const auto count = static_cast<int64_t>(codes.size());
+  Tensor offsets = new_empty(device, {count + 1}, ScalarType::Long);
+  int64_t* const offset = offsets.mutable_data_ptr<int64_t>();
+  offset[0] = 0;
+  for (int64_t i = 0; i < count; ++i)
+    offset[i + 1] = offset[i] + static_cast<int64_t>(codes[i].size());
+  Tensor characters = new_empty(device, {offset[count]}, ScalarType::Byte);
+  for (int64_t i = 0; i < count; ++i)
+    std::copy(codes[i].begin(), codes[i].end(), characters.mutable_data_ptr<uint8_t>() + offset[i]);
+  return {characters, offsets};
+}
+
+// changes: the positions x·height + y at which the masks change, one mask after another; offsets:
+// where those of each mask begin, [N + 1]; pixels: of a mask.
+std::tuple<Tensor, Tensor> mask_codes(Tensor changes, Tensor offsets, int64_t pixels) {
+  for (const Tensor& x : {changes, offsets})
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Long && x.dim() == 1 && x.is_contiguous(),
+                    "mask_codes.cpu: expected int64 of one axis, contiguous");
+  const int64_t count = offsets.size(0) - 1;
+  const int64_t* const change = changes.const_data_ptr<int64_t>();
+  const int64_t* const offset = offsets.const_data_ptr<int64_t>();
+  STD_TORCH_CHECK(count >= 0 && offset[0] == 0 && offset[count] == changes.size(0) &&
+                      std::is_sorted(offset, offset + count + 1),
+                  "mask_codes.cpu: offsets: expected 0 to the number of changes, ascending");
+  std::vector<std::vector<uint8_t>> codes(count);
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      Code code;
+      for (int64_t j = offset[i]; j < offset[i + 1]; ++j) code.write(change[j]);
+      code.write(pixels);
+      codes[i] = code.characters();
+    }
+  });
+  return joined(codes, changes);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> mask_rle(Tensor logits, int64_t height, int64_t width,
                                                     double threshold, std::optional<Tensor> boxes,
                                                     bool align_corners) {
@@ -328,7 +380,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mask_rle(Tensor logits, int64_t heigh
   }
   const int64_t* limits = boxes ? boxes->const_data_ptr<int64_t>() : nullptr;
   std::vector<std::vector<uint8_t>> codes(count);
-  Tensor offsets = new_empty(logits, {count + 1}, ScalarType::Long);
   Tensor areas = new_empty(logits, {count}, ScalarType::Long);
   Tensor own_boxes = new_empty(logits, {count, 4}, ScalarType::Long);
   int64_t* const area = areas.mutable_data_ptr<int64_t>();
@@ -350,13 +401,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mask_rle(Tensor logits, int64_t heigh
       }
     });
   });
-  int64_t* const offset = offsets.mutable_data_ptr<int64_t>();
-  offset[0] = 0;
-  for (int64_t i = 0; i < count; ++i)
-    offset[i + 1] = offset[i] + static_cast<int64_t>(codes[i].size());
-  Tensor characters = new_empty(logits, {offset[count]}, ScalarType::Byte);
-  for (int64_t i = 0; i < count; ++i)
-    std::copy(codes[i].begin(), codes[i].end(), characters.mutable_data_ptr<uint8_t>() + offset[i]);
+  const auto [characters, offsets] = joined(codes, logits);
   return {characters, offsets, areas, own_boxes};
 }
 
@@ -365,4 +410,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mask_rle(Tensor logits, int64_t heigh
 
 STABLE_TORCH_LIBRARY_IMPL(anchorops, CPU, library) {
   library.impl("mask_rle.cpu", TORCH_BOX(&anchorops::cpu::masks::mask_rle));
+  library.impl("mask_codes.cpu", TORCH_BOX(&anchorops::cpu::masks::mask_codes));
 }
