@@ -338,12 +338,13 @@ def mask_rle(
     first = logits.new_empty(h + 1, dtype=torch.int32)
     grid = (triton.cdiv(h + 1, BLOCK_X),)
     _first_pixels_kernel[grid](first, h, height, ratios[0], **options)
-    boxes = None if boxes is None else boxes.contiguous().to(logits.device)
+    boxes = None if boxes is None else boxes.contiguous().to(logits.device, non_blocking=True)
     tiles = triton.cdiv(width, BLOCK_X)
     arguments: list[Any] = [logits, *logits.stride(), h, w, height, width, *ratios, level]
     arguments += [boxes, first, tiles]
     counts = logits.new_empty((count, width), dtype=torch.int32)
-    totals = logits.new_empty((6, count, tiles), dtype=torch.int64)
+    # zeros: a program that only compiles the kernels (bench/kernels_report.py) needs a total
+    totals = logits.new_zeros((6, count, tiles), dtype=torch.int64)
     grid = (count * tiles,)
     _count_changes_kernel[grid](*arguments, counts_ptr=counts, totals_ptr=totals, **options)
     ends = totals[0].flatten().cumsum(0)

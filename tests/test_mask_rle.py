@@ -1,4 +1,5 @@
-"""Run lengths of masks: against pycocotools and torch, pixel_argmax and the reference."""
+"""Run lengths of masks: against pycocotools and torch, pixel_argmax and the reference; and on a GPU
+those of the CPU."""
 
 import json
 import pickle
@@ -11,11 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import anchorops as ao
+from anchorops import reference
+from anchorops._ops import mask_rle as module
 from anchorops._shared.upsampling import upsample
 from anchorops.measure import peak_extra_bytes
 
 coco = pytest.importorskip("pycocotools.mask", reason="pycocotools is not installed")
 ON_CPU = pytest.mark.on("reference", "cpu")
+ON_TRITON = pytest.mark.on("simulated_triton", "triton")
 
 
 def pixels_of(codes: list[dict[str, Any]]) -> Tensor:
@@ -72,43 +76,52 @@ def logits_of(kind: str, h: int, w: int) -> Tensor:
     return z * 10 ** torch.randint(-30, 30, (4, 1, 1)) if kind == "extreme" else z
 
 
+Case = tuple[Tensor, tuple[int, int], dict[str, Any]]
+
+
+def case_of(kind: str, case: int) -> Case:
+    """Logits, size and options."""
+    most, ratio, _ = KINDS[kind]
+    h, w = torch.randint(1, most + 1, (2,)).tolist()
+    height, width = (1 + int(n * ratio * torch.rand(()).item()) for n in (h, w))
+    if kind == "one axis down":
+        height = 1 + h // 3
+    z = logits_of(kind, h, w)
+    if case % 4 == 1:
+        z = z.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # channels last
+    boxes = None
+    if case % 5 == 2:  # some are empty, some beyond the image
+        boxes = (torch.rand(4, 4) * 1.5 - 0.25) * torch.tensor([width, height] * 2)
+        boxes[0] = torch.tensor([-torch.inf, 0.5, torch.inf, height + 1])
+        boxes = (
+            boxes if case % 2 else boxes.clamp(0, 999).to((torch.uint16, torch.half)[case % 4 // 2])
+        )
+    options = {"threshold": (0.5, 0.5, 0.2)[case % 3], "align_corners": case % 2 == 1}
+    return z, (height, width), options | {"boxes": boxes}
+
+
 @ON_CPU
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_to_pycocotools(kind: str, record_property: Any):
     """Where a pixel differs from that of F.interpolate, its value is the threshold, up to
     rounding."""
-    most, ratio, cases = KINDS[kind]
+    cases = KINDS[kind][2]
     differing = pixels = 0
     for case in range(cases):
-        h, w = torch.randint(1, most + 1, (2,)).tolist()
-        height, width = (1 + int(n * ratio * torch.rand(()).item()) for n in (h, w))
-        if kind == "one axis down":
-            height = 1 + h // 3
-        align_corners, threshold = case % 2 == 1, (0.5, 0.5, 0.2)[case % 3]
-        z = logits_of(kind, h, w)
-        if case % 4 == 1:
-            z = z.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # channels last
-        boxes = None
-        if case % 5 == 2:  # some are empty, some beyond the image
-            boxes = (torch.rand(4, 4) * 1.5 - 0.25) * torch.tensor([width, height] * 2)
-            boxes[0] = torch.tensor([-torch.inf, 0.5, torch.inf, height + 1])
-            boxes = (
-                boxes
-                if case % 2
-                else boxes.clamp(0, 999).to((torch.uint16, torch.half)[case % 4 // 2])
-            )
-        masks = ao.mask_rle(
-            z, (height, width), threshold=threshold, boxes=boxes, align_corners=align_corners
+        z, size, options = case_of(kind, case)
+        align_corners, threshold, boxes = (
+            options[name] for name in ("align_corners", "threshold", "boxes")
         )
+        masks = ao.mask_rle(z, size, **options)
         actual = pixels_of(masks.coco())
         check(masks, actual)
-        up = F.interpolate(z[None], (height, width), mode="bilinear", align_corners=align_corners)
+        up = F.interpolate(z[None], size, mode="bilinear", align_corners=align_corners)
         level = float(np.log(threshold / (1 - threshold)))
         expected = up[0] > level
         if boxes is not None:
             expected = in_boxes(expected, boxes)
-        exact = upsample(z[None], (height, width), align_corners)[0]
+        exact = upsample(z[None], size, align_corners)[0]
         scale = z.abs().amax((1, 2), keepdim=True).clamp(min=abs(level)) * 2**-24
         differ = actual != expected
         assert ((exact - level).abs() <= 4 * scale)[differ].all()
@@ -118,17 +131,85 @@ def test_equal_to_pycocotools(kind: str, record_property: Any):
     assert differing <= pixels * (1e-3 if kind == "ties" else 1e-5)
 
 
+def check_same_as_on_the_cpu(z: Tensor, size: tuple[int, int], **options: Any) -> None:
+    """Bit for bit."""
+    masks = ao.mask_rle(z, size, **options)
+    with ao.use_backend("cpu"):
+        expected = ao.mask_rle(z.cpu(), size, **options)
+    assert masks.coco() == expected.coco()
+    assert masks.areas().device == masks.boxes().device == z.device
+    assert torch.equal(masks.areas().cpu(), expected.areas())
+    assert torch.equal(masks.boxes().cpu(), expected.boxes())
+
+
+@ON_TRITON
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("kind", KINDS)
+def test_triton_is_equal_to_the_cpu(kind: str):
+    for case in range(KINDS[kind][2]):
+        z, size, options = case_of(kind, case)
+        check_same_as_on_the_cpu(z, size, **options)
+
+
+SIZES = ((37, 50), (12, 17), (5, 40), (12, 40))
+
+
+def not_finite(dtype: torch.dtype) -> Tensor:
+    z = 2 * torch.randn(6, 12, 17)
+    z[0, 3:5, 3], z[1, 2, 2], z[2, 5, 5], z[3] = torch.nan, torch.inf, -torch.inf, -torch.inf
+    z[4, 4, 4:6] = torch.tensor([torch.inf, -torch.inf])
+    return z.to(dtype)
+
+
+@ON_TRITON
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("threshold", "align_corners"), [(0.5, False), (0.3, True)])
+def test_triton_is_equal_to_the_cpu_if_not_finite(
+    dtype: torch.dtype, threshold: float, align_corners: bool
+):
+    for size in SIZES:
+        options = {"threshold": threshold, "align_corners": align_corners}
+        check_same_as_on_the_cpu(not_finite(dtype), size, **options)
+
+
+@ON_TRITON
+@pytest.mark.usefixtures("backend")
+def test_triton_is_equal_to_the_cpu_for_numbers_whose_blends_are_rounded_to_0():
+    z = torch.randint(-1, 3, (3, 9, 11)) * 2.0**-149
+    check_same_as_on_the_cpu(z, (70, 150))
+
+
+@pytest.mark.on("simulated_triton")
+def test_every_operation_of_triton_is_rounded(backend: str):
+    """The machine for PTX is more exact than GPUs where an instruction may be approximate."""
+    from ptx.triton_launches import programs
+
+    from anchorops.kernels import mask_rle
+
+    exact = {"cvt", "setp", "selp", "min", "max", "mov", "ld"}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for align_corners in (False, True):
+            z = torch.randn(1, 4, 5).to(dtype)
+            ao.mask_rle(z, (9, 11), boxes=torch.tensor([[0, 0, 9, 9]]), align_corners=align_corners)
+    kernels = {name for name in vars(mask_rle) if name.endswith("_kernel")}
+    found = [x.kernel for x in programs.values() if x.kernel.name in kernels]
+    assert {kernel.name for kernel in found} == kernels
+    for instruction in (i for x in found for block in x.blocks for i in block.instructions):
+        floating = {"f16", "bf16", "f32", "f64"} & {*instruction.types}
+        if floating and instruction.name not in exact:
+            assert instruction.name in ("add", "sub", "mul"), instruction.text
+            assert instruction.modifiers == ("rn",), instruction.text
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(("threshold", "align_corners"), [(0.5, False), (0.3, True)])
 def test_equal_to_pixel_argmax_and_reference(
     dtype: torch.dtype, threshold: float, align_corners: bool
 ):
     options: dict[str, Any] = {"threshold": threshold, "align_corners": align_corners}
-    for size in ((37, 50), (12, 17), (5, 40), (12, 40)):
-        z = 2 * torch.randn(6, 12, 17)
-        z[0, 3:5, 3], z[1, 2, 2], z[2, 5, 5], z[3] = torch.nan, torch.inf, -torch.inf, -torch.inf
-        z[4, 4, 4:6] = torch.tensor([torch.inf, -torch.inf])
-        z = z.to(dtype)
+    for size in SIZES:
+        z = not_finite(dtype)
         masks = ao.mask_rle(z, size, **options)
         dense = ao.pixel_argmax(z[None], size, sigmoid=True, dtype=torch.uint8, **options)[0]
         assert (masks.dense() != dense).sum() <= 1
@@ -138,7 +219,7 @@ def test_equal_to_pixel_argmax_and_reference(
         check(by_reference, by_reference.dense())
 
 
-@ON_CPU
+@pytest.mark.on("reference", "cpu", "simulated_triton", "triton")
 @pytest.mark.usefixtures("backend")
 def test_empty():
     none = ao.mask_rle(torch.zeros(0, 4, 5), (8, 10))
@@ -155,6 +236,8 @@ def test_empty():
     assert zeros["counts"] == [12] and ones["counts"] == [0, 12]
 
 
+@pytest.mark.on("cpu", "simulated_triton", "triton")
+@pytest.mark.usefixtures("backend")
 def test_more_than_2_to_the_31_pixels():
     side = 2**16
     masks = ao.mask_rle(torch.tensor([[[-1.0, 1.0]]]), (side, side))
@@ -226,6 +309,38 @@ def test_compiled():
         torch.compile(codes, backend="aot_eager", fullgraph=True)(z)
     compiled = torch.compile(codes, backend="aot_eager")(z)
     assert compiled[0] == codes(z)[0] and torch.equal(compiled[1], codes(z)[1])
+
+
+@ON_TRITON
+@pytest.mark.usefixtures("backend")
+def test_where_no_library_is_compiled(monkeypatch: pytest.MonkeyPatch):
+    """Then PyTorch writes the codes."""
+    monkeypatch.setattr(module, "unusable", lambda: {"cpu": "it was not compiled"})
+    monkeypatch.delattr(torch.ops.anchorops.mask_codes, "cpu", raising=False)
+    check_same_as_on_the_cpu(torch.randn(3, 4, 5), (30, 20))
+
+
+@pytest.mark.on("gpu")
+def test_float64_of_a_gpu(backend: str):
+    """It is computed on the CPU."""
+    z = torch.randn(3, 4, 5, dtype=torch.float64)
+    with ao.use_backend("auto"):
+        check_same_as_on_the_cpu(z, (30, 20))
+
+
+def test_codes():
+    """Of changes: those of the reference."""
+    changes, offsets = torch.tensor([0, 40, 41, 5, 9, 1000, 2**40, 2**40 + 1]), [0, 3, 3, 8]
+    arguments = changes, torch.tensor(offsets), 2**41
+    operator = torch.ops.anchorops.mask_codes.cpu
+    torch.library.opcheck(operator, arguments)
+    for ours, expected in zip(operator(*arguments), reference.mask_codes(*arguments), strict=True):
+        assert torch.equal(ours, expected)
+    for wrong in ([0, 9], [1, 8], [0, 9, 8], []):
+        with pytest.raises(RuntimeError, match=r"mask_codes.cpu: offsets"):
+            operator(changes, torch.tensor(wrong, dtype=torch.int64), 2**41)
+    with pytest.raises(RuntimeError, match=r"mask_codes.cpu: expected int64"):
+        operator(changes.int(), torch.tensor(offsets), 2**41)
 
 
 def test_operator():

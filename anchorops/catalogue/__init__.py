@@ -1,12 +1,13 @@
 """Every operator and loss with torch's formula, sample inputs and an error budget: what
 `anchorops-doctor` and the tests go through."""
 
-from . import batches, features, pixels
+from . import batches, features, masks, pixels
 from .entry import Case, Entry, Inputs, Sample
 
 __all__ = ["ENTRIES", "Case", "Entry", "Inputs", "Sample", "cases"]
 
-ENTRIES = {entry.name: entry for module in (features, pixels, batches) for entry in module.ENTRIES}
+MODULES = features, pixels, masks, batches
+ENTRIES = {entry.name: entry for module in MODULES for entry in module.ENTRIES}
 
 
 def cases(*tags: str) -> list[Case]:
