@@ -15,6 +15,7 @@ import anchorops as ao
 from anchorops import reference
 from anchorops._ops import mask_rle as module
 from anchorops._shared.upsampling import upsample
+from anchorops.catalogue.masks import objects
 from anchorops.measure import peak_extra_bytes
 
 coco = pytest.importorskip("pycocotools.mask", reason="pycocotools is not installed")
@@ -200,6 +201,20 @@ def test_every_operation_of_triton_is_rounded(backend: str):
         if floating and instruction.name not in exact:
             assert instruction.name in ("add", "sub", "mul"), instruction.text
             assert instruction.modifiers == ("rn",), instruction.text
+
+
+@pytest.mark.on("simulated_triton")
+def test_memory_that_a_gpu_moves(backend: str, monkeypatch: pytest.MonkeyPatch):
+    """At most twice the logits: where a mask has no border, they are read once."""
+    from ptx import triton_launches
+    from ptx.machine import Traffic
+
+    counted: dict[str, dict[str, Traffic]] = {}
+    monkeypatch.setattr(triton_launches, "traffic", counted)
+    z = objects(1, torch.Generator())["logits"]
+    ao.mask_rle(z, (480, 480))
+    moved = 32 * sum(Traffic.moved(*requests.values()) for requests in counted.values())
+    assert len(counted) == 3 and z.nbytes < moved <= 2 * z.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -34,6 +34,15 @@ class Masks(NamedTuple):
         return {"logits": logits, "boxes": n * boxes}
 
 
+def objects(n: int, random: Generator) -> Inputs:
+    """The mask logits of 20 ellipses, of a fifth to three fifths of the image's sides."""
+    y, x = torch.meshgrid(*[torch.linspace(0, 1, 96 * n, device="cpu")] * 2, indexing="ij")
+    centers, radii = uniform(2, 20, 1, 1, random=random), uniform(2, 20, 1, 1, random=random)
+    radii = 0.1 + 0.2 * radii
+    distances = ((y - centers[0]) / radii[0]) ** 2 + ((x - centers[1]) / radii[1]) ** 2
+    return {"logits": 10 - 10 * distances}
+
+
 def _size(logits: Tensor, ratios: Sequence[float]) -> list[int]:
     return [int(n * ratio) for n, ratio in zip(logits.shape[1:], ratios, strict=True)]
 

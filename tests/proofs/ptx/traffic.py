@@ -28,6 +28,7 @@ import anchorops as ao  # noqa: E402
 from anchorops.catalogue import ENTRIES, Case, Sample  # noqa: E402
 from anchorops.catalogue.entry import evaluate  # noqa: E402
 from anchorops.catalogue.features import Features, centroids  # noqa: E402
+from anchorops.catalogue.masks import objects  # noqa: E402
 from anchorops.catalogue.pixels import Pixels  # noqa: E402
 
 K, SECTOR = 19, 32  # classes, bytes
@@ -61,6 +62,7 @@ CASES = [
     case("Lovász", "Lovasz", LOGITS),
     case("divergence", "pixel_kl_divergence", LOGITS._replace(teacher=())),
     case("predictions", "pixel_confusion", LOGITS),
+    case("masks", "mask_rle", objects, ratios=(5, 5)),
 ]
 
 
