@@ -40,6 +40,7 @@ from anchorops._moments import GRADIENTS, Options
 from anchorops.catalogue import ENTRIES, Case, Sample
 from anchorops.catalogue.entry import evaluate
 from anchorops.catalogue.features import Features, centroids, keys_of_classes
+from anchorops.catalogue.masks import Masks
 from anchorops.catalogue.pixels import Pixels
 from anchorops.kernels import softmax_moments, softmax_moments_backward
 
@@ -144,6 +145,11 @@ def variants_to_compile() -> Iterator[Case]:
         yield case
         alone = case.entry._replace(ours=lambda call=case.entry.ours, **x: call(**x).sums)
         yield Case(alone, case.sample._replace(name=f"{case}, without mean and variance"))
+    for dtype, align, boxes in ((FP32, False, True), (BF16, True, False), (FP16, False, False)):
+        name = f"{dtype}, {'aligned' if align else 'not aligned'}, {'boxes' if boxes else 'no box'}"
+        make = Masks((100, 192, 192), dtype=dtype, boxes=boxes)
+        options = {"ratios": (5.625, 10), "align_corners": align}
+        yield variant("mask_rle", f"masks, {name}", make, boxes, **options)
     options: dict[str, Any] = {"groups": 2, "seed": 7}
     yield variant("split_groups", "any number of groups", keys_of_classes, True, **options)
 
