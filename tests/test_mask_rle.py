@@ -176,9 +176,25 @@ def test_triton_is_equal_to_the_cpu_if_not_finite(
 
 @ON_TRITON
 @pytest.mark.usefixtures("backend")
-def test_triton_is_equal_to_the_cpu_for_numbers_whose_blends_are_rounded_to_0():
-    z = torch.randint(-1, 3, (3, 9, 11)) * 2.0**-149
-    check_same_as_on_the_cpu(z, (70, 150))
+def test_triton_is_equal_to_the_cpu_where_blends_are_rounded_to_0():
+    """The smallest number, halved twice: with aligned corners, weights are 0 and ½."""
+    z = torch.randint(-1, 2, (3, 9, 11)) * 2.0**-149
+    check_same_as_on_the_cpu(z, (17, 21), align_corners=True)
+
+
+@ON_TRITON
+@pytest.mark.usefixtures("backend")
+def test_triton_is_equal_to_the_cpu_in_boxes_at_the_edges():
+    boxes = [
+        [0, 0, 30, 40],
+        [3, 0, 9, 40],
+        [3, 2, 9, 40],
+        [3, 0, 9, 5],
+        [0, 4, 30, 9],
+        [5, 6, 5, 9],
+    ]
+    for z in (torch.ones(6, 4, 5), torch.randn(6, 4, 5) + 1):
+        check_same_as_on_the_cpu(z, (40, 30), boxes=torch.tensor(boxes))
 
 
 @pytest.mark.on("simulated_triton")
