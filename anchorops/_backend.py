@@ -283,7 +283,7 @@ def backends() -> dict[str, str | None]:
     if at least one GPU supports it. GPUs of a compute capability below 8.0 are served by
     `reference` alone. Usable does not mean every call: `cuda` has class moments of at
     most 1,024 keys (images × classes × groups), and leaves everything else to `triton`; both leave
-    float64 to `reference`."""
+    float64 to `reference` (of `mask_rle` to `cpu`)."""
     reasons = unusable()
     for name, operators in excluded.items():
         if operators and not reasons[name]:
