@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import ultralytics_loss
 import ultralytics_validator
 from pycocotools import mask as coco
-from ultralytics.models.yolo.segment import SegmentationValidator
+from ultralytics.models.yolo.segment import SegmentationPredictor, SegmentationValidator
 from ultralytics.nn import tasks
 from ultralytics.utils import ops
 
@@ -113,3 +114,26 @@ def test_masks_of_the_validator(shape: tuple[int, int]):
     assert len(ours) > 10 and ours == theirs
     assert (our_masks != their_masks).float().mean() < 0.005
     assert (our_masks < their_masks).float().mean() < 1e-4
+
+
+# Padding at the top, at the left, and none.
+@pytest.mark.parametrize(
+    ("shape", "size"), [((100, 160), (128, 160)), ((90, 43), (160, 96)), ((64, 64),) * 2]
+)
+def test_masks_of_the_predictor(shape: tuple[int, int], size: tuple[int, int]):
+    corners = torch.rand(20, 2) * torch.tensor(size[::-1])
+    boxes = torch.cat([corners - 30 * torch.rand(20, 2), corners + 30 * torch.rand(20, 2)], 1)
+    pred = torch.cat([boxes, torch.rand(20, 1), torch.zeros(20, 1), torch.randn(20, 32)], 1)
+    low = nn.functional.interpolate(
+        torch.randn(1, 32, 8, 8), [n // 4 for n in size], mode="bicubic"
+    )
+    results = []
+    for kind in (SegmentationPredictor, ultralytics_validator.Predictor):
+        predictor = kind(overrides={"retina_masks": True})
+        predictor.model = SimpleNamespace(names={0: "object"})
+        image, batch = np.zeros((*shape, 3), np.uint8), torch.zeros(1, 3, *size)
+        results.append(predictor.construct_result(pred.clone(), batch, image, "7.jpg", low[0]))
+    theirs, ours = results
+    assert ours.masks is None and len(ours.run_lengths) == len(ours.boxes) > 10
+    assert torch.equal(ours.boxes.data, theirs.boxes.data)
+    assert (ours.run_lengths.dense() != theirs.masks.data).float().mean() < 1e-4
