@@ -402,6 +402,17 @@ def test_rows_of_masks(tmp_path, monkeypatch):
     assert re.fullmatch(r"[\d,]+ to [\d,]+×", gains)
 
 
+@pytest.mark.slow
+def test_rows_of_instances(tmp_path, monkeypatch):
+    pytest.importorskip("transformers", reason="it is not installed")
+    instances, out = importlib.import_module("instances"), tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["instances.py", "--quick", "--out", str(out)])
+    instances.main()
+    run = json.loads(out.read_text())
+    assert len(run["masks_in_frameworks"]) == 6 and len(run["coco_steps"]) == 4
+    assert all(0.3 < row["mean average precision"] < 0.7 for row in run["coco_steps"])
+
+
 def test_trained_logits():
     """Few errors, and neighbours of different classes differ by much."""
     labels = example_labels((2, 64, 64), 19, "coherent").clamp(min=0)
