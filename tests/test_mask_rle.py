@@ -197,6 +197,14 @@ def test_triton_is_equal_to_the_cpu_in_boxes_at_the_edges():
         check_same_as_on_the_cpu(z, (40, 30), boxes=torch.tensor(boxes))
 
 
+@ON_TRITON
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_triton_is_equal_to_the_cpu_where_positions_are_rounded(align_corners: bool):
+    """Rows of pixels that float32 does not tell apart."""
+    check_same_as_on_the_cpu(torch.randn(2, 5, 3), (2**25 + 3, 3), align_corners=align_corners)
+
+
 @pytest.mark.on("simulated_triton")
 def test_every_operation_of_triton_is_rounded(backend: str):
     """The machine for PTX is more exact than GPUs where an instruction may be approximate."""

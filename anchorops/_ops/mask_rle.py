@@ -208,10 +208,11 @@ def mask_rle(
     check_flags(function, align_corners=align_corners)
     limits = None if boxes is None else _pixels_inside(boxes, len(logits), height, width)
     logits, device = logits.detach(), logits.device
-    backend = select(function, logits, 1)
-    if backend == "reference" and device.type != "cpu":  # that of the CPU is faster
+    if device.type != "cpu" and (
+        unusable()["triton"] is not None or select(function, logits, 1) == "reference"
+    ):
         logits = logits.cpu()
-        backend = select(function, logits, 1)
+    backend = select(function, logits, 1)
     if backend == "reference":
         results = reference.mask_rle(logits, (height, width), threshold, limits, align_corners)
     else:
