@@ -382,11 +382,16 @@ def test_codes():
         operator(changes.int(), torch.tensor(offsets), 2**41)
 
 
-def test_operator():
-    boxes = torch.tensor([[0, 0, 5, 6], [2, 1, 8, 8]])
-    operator = torch.ops.anchorops.mask_rle.cpu
+@pytest.mark.on("cpu", "simulated_triton", "triton")
+def test_operator(backend: str):
+    operator = getattr(torch.ops.anchorops.mask_rle, backend)
+    boxes = torch.tensor([[0, 0, 5, 6], [2, 1, 8, 8]], device="cpu")
     for limits in (None, boxes):
         torch.library.opcheck(operator, (torch.randn(2, 4, 5), 8, 10, 0.4, limits, False))
+
+
+def test_operator_with_wrong_boxes():
+    operator = torch.ops.anchorops.mask_rle.cpu
     for wrong in ([[0, 0, 11, 8]], [[0, 0, 10, 9]], [[-1, 0, 5, 5]], [[0, -1, 5, 5]], [[0.0] * 4]):
         with pytest.raises(RuntimeError, match="boxes"):
             operator(torch.randn(1, 4, 5), 8, 10, 0.4, torch.tensor(wrong), False)

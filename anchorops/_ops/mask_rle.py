@@ -180,7 +180,8 @@ def mask_rle(
         threshold: of the probability, in (0, 1). NaN is above it.
         boxes: (N, 4), of any real dtype: x0, y0, x1, y1 in pixels of the masks. Pixel (y, x) is
             inside if x0 ≤ x < x1 and y0 ≤ y < y1; the others are 0, and are not visited. What is
-            beyond the image is cut off; a box with x1 ≤ x0 or y1 ≤ y0 is empty.
+            beyond the image is cut off; a box with x1 ≤ x0 or y1 ≤ y0 is empty. Boxes of a GPU are
+            first copied to the CPU, which synchronises once more.
         align_corners: as in F.interpolate.
 
     Returns:
