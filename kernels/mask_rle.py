@@ -160,6 +160,7 @@ def walk(
     """All changes of columns x. Reads each logit of the box around them once."""
     begins = x.to(tl.int64) * y_axis.pixels
     inside = (x >= box.x0) & (x < box.x1)
+    # behind a column that the box has down to its last pixel
     goes_on = (x > box.x0) & (x <= box.x1) & (x < x_axis.pixels) & (box.y1 == y_axis.pixels)
     ones = last_pixel(ptr, stride_h, stride_w, x - 1, goes_on, y_axis, x_axis, level, ALIGN_CORNERS)
     zero = tl.zeros(x.shape, tl.int32)
