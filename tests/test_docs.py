@@ -12,30 +12,14 @@ import socket
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torch import nn
-
-import anchorops as ao
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-
-
-class Net(nn.Module):
-    """The method becomes a submodule of the model; in nn.Sequential, of the classifier."""
-
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__()
-        self.body, self.classifier = nn.Sequential(*layers[:-1]), layers[-1]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.classifier(self.body(x))
 
 
 def blocks(language: str) -> list:
@@ -269,36 +253,6 @@ def test_tables_of_the_cost_are_those_of_the_rows():
     assert "".join(pages).count("<!-- end of rows -->") == len(names)
     for page in pages:
         assert page == cost_tables.with_tables(page), "python bench/cost_tables.py writes them"
-
-
-@pytest.mark.parametrize("method", ["SAR", "OCCL", "CeCo", "MVSC", "CBP", "CBP and SAR"])
-@pytest.mark.parametrize("container", [nn.Sequential, Net])
-def test_checkpoint_with_a_method_loads_into_a_plain_model(method: str, container: type):
-    page = (ROOT / "docs/methods.md").read_text()
-    (recipe,) = (
-        x for x in re.findall(r"```python\n(.*?)```", page, re.S) if "load_into_plain" in x
-    )
-    names: dict[str, Any] = {}
-    exec(recipe, names)
-
-    def build() -> nn.Module:
-        return container(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 5, 1))
-
-    trained, plain = build(), build()
-    methods = [getattr(ao, name)(5, 8) for name in method.split(" and ")]
-    attached = ao.attach(trained, methods[0] if len(methods) == 1 else ao.Combined(*methods))
-    optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
-    images, labels = torch.randn(2, 3, 6, 6), torch.randint(0, 5, (2, 4, 4))
-    (ao.pixel_cross_entropy(trained(images), labels) + attached(labels)).backward()
-    optimizer.step()
-    for prefix in ("", "model.", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
-        for parameter in plain.parameters():
-            torch.nn.init.constant_(parameter, 1)
-        state = {prefix + name: x for name, x in trained.state_dict().items()}
-        names["load_into_plain"](plain, state)
-        assert torch.equal(plain.eval()(images), trained.eval()(images)), prefix
-    with pytest.raises(ValueError, match="another model"):
-        names["load_into_plain"](nn.Linear(2, 2), trained.state_dict())
 
 
 def test_versions_that_were_tested():
