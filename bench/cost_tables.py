@@ -5,23 +5,24 @@
 A table stands between `<!-- rows: NAME -->` and `<!-- end of rows -->`.
 """
 
-import json
 import re
-from pathlib import Path
 
+from cases import CE, CE_DICE, DICE, FORWARD, IMAGES, LOVASZ, MOMENTS, TRAINING, VOLUMES
 from record import (
     BASELINE,
     BOTH,
-    GRAPH,
     OWN,
     ROOT,
     by_case,
     compared,
     gain,
     grouped,
+    load,
     machine,
     markdown_table,
     number,
+    ours_and_other,
+    variant_of,
 )
 
 PAGES = [
@@ -38,8 +39,8 @@ GPU_RUN = RESULTS / "nvidia-h100-80gb-hbm3-132-multiprocessors.json"
 COUNTED_MEMORY = RESULTS / "counted-memory.json"
 COUNTED_TRAFFIC = RESULTS / "counted-traffic.json"
 COUNTED_PRECISION = RESULTS / "counted-precision.json"
+EXPONENTIALS = "exponentials"
 REQUESTS = ("loads", "stores", "atomics")  # of counted traffic
-TRAINING = "forward + backward"
 
 
 def main() -> None:
@@ -52,13 +53,9 @@ def with_tables(page: str) -> str:
     return MARKED.sub(lambda marked: f"{marked[1]}\n{TABLES[marked[2]]()}\n\n", page)
 
 
-def load(path: Path = RUN) -> dict:
-    return json.loads(path.read_text())
-
-
-def one_of(rows: list[dict], **fields: object) -> dict:
-    """The first row with these fields."""
-    return next(row for row in rows if fields.items() <= row.items())
+def cases_of(run: dict, **fields: object) -> list[list[dict]]:
+    """The rows of cases with these fields, the fastest first."""
+    return [case for case in by_case(run["operators"]) if fields.items() <= case[0].items()]
 
 
 # README
@@ -74,24 +71,23 @@ def gains() -> str:
         memory = ours["peak_bytes"] / rows[BASELINE]["peak_bytes"]
         return f"{ours['ratio']['median']:.0%}, {memory:.0%}"
 
-    cpu, gpu = load(), load(GPU_RUN)
-    on_gpu = {
-        group[0]["shape"]: gain_of_case(group)
-        for group in by_case(gpu["operators"])
-        if (group[0]["operation"], group[0]["direction"]) == ("cross-entropy", TRAINING)
-    }
+    cpu, gpu = load(RUN), load(GPU_RUN)
+
+    def on_gpu(shape: str) -> str:
+        fields = {"operation": CE, "direction": TRAINING, "dtype": "bf16", "shape": shape}
+        return f"{gain(cases_of(gpu, **fields)[0]):.0f}×"
+
     lines = [
         [
             "speed of cross-entropy, relative to the fastest alternative",
-            f"{gain_of('cross-entropy, trained', 19, 4)}: 19 classes, output stride 4, trained "
-            "logits",
-            f"{gain_of('cross-entropy', 150, 8)}: 150 classes, stride 8, random logits",
+            f"{gain_of(CE, 19, 4, labels='trained')}: 19 classes, output stride 4, trained logits",
+            f"{gain_of(CE, 150, 8)}: 150 classes, stride 8, random logits",
             "CPU",
         ],
         [
             "the same, bfloat16",
-            f"{on_gpu['HRNet, Cityscapes']:.0f}×: 19 classes, stride 4, random logits",
-            f"{on_gpu['SegFormer, ADE20K']:.0f}×: 150 classes, stride 4, random logits",
+            f"{on_gpu('HRNet, Cityscapes')}: 19 classes, stride 4, random logits",
+            f"{on_gpu('SegFormer, ADE20K')}: 150 classes, stride 4, random logits",
             "[H100](docs/gpu.md#how-fast)",
         ],
         [
@@ -116,21 +112,16 @@ def gains() -> str:
     return markdown_table(["", "typical", "best", "source"], lines, words=(0, 1, 2, 3))
 
 
-def gain_of(option: str, num_classes: int, ratio: int, axes: int = 2) -> str:
-    """How many times as fast as the fastest alternative."""
-    case = {"option": option, "num_classes": num_classes, "ratio": ratio, "axes": axes}
-    return f"{gain(one_of(load()['options'], **case)):.0f}×"
-
-
-def gain_of_case(rows: list[dict]) -> float:
-    """The same, of the rows of an operator's case, the fastest first."""
-    other = next(row for row in rows if "anchorops" not in row["name"])
-    return other["median"] / one_of(rows, ours=True)["median"]
+def gain_of(operation: str, num_classes: int, stride: int, **fields: object) -> str:
+    """How many times as fast as the fastest alternative, of the grid of options."""
+    fields = {"shape": IMAGES, "dtype": "fp32", "labels": "coherent"} | fields
+    fields |= {"operation": operation, "num_classes": num_classes, "stride": stride}
+    return f"{gain(cases_of(load(RUN), **fields)[0]):.0f}×"
 
 
 def step_of(network: str, run: dict) -> dict[str, dict]:
     """The rows of a training step by name."""
-    return {row["name"]: row for row in run["training_steps"] if network in row["network"]}
+    return {row["name"]: row for row in run["training_steps"] if network in row["network"].lower()}
 
 
 def largest_batches(network: str) -> str:
@@ -152,12 +143,12 @@ def counted_steps() -> dict[tuple, dict[str, dict]]:
 
 def uses() -> str:
     """What to write, and what it gains."""
-    run = load()
+    run = load(RUN)
     steps = [step_of("segformer", run)[name]["ratio"]["median"] for name in (OWN, BOTH)]
     exports = compared(run["export"], "volume", "dtype")
     torch_exported, exported = (gains_over(way, exports) for way in ("torch", "nnU-Net"))
     masks = compared(run["masks"], "masks", "threads")
-    lovasz = [gain(row) for row in run["options"] if row["option"].startswith("Lovász")]
+    lovasz = [gain(case) for case in cases_of(run, operation=LOVASZ)]
     lines = [
         [
             "logits and labels, in any framework",
@@ -180,8 +171,7 @@ def uses() -> str:
         [
             "MONAI, volumes",
             "`ao.CrossEntropyDice()`",
-            f"{gain_of('cross-entropy + Dice', 14, 4, axes=3)} that of torch's formulas "
-            "(14 classes)",
+            f"{gain_of(CE_DICE, 14, 4, shape=VOLUMES)} that of torch's formulas (14 classes)",
         ],
         [
             "labels of whole volumes; nnU-Net",
@@ -211,23 +201,25 @@ def gains_over(other: str, cases: dict[tuple, dict[str, dict]]) -> str:
 def speedups() -> str:
     """Of the pixel losses."""
     kinds = {
-        "150 classes": (150, 2, False),
-        "19 classes": (19, 2, False),
-        "14 classes, volumes": (14, 3, False),
-        "2 classes": (2, 2, False),
-        "one sigmoid": (1, 2, True),
-        "20 sigmoids": (20, 2, True),
+        "150 classes": (150, IMAGES, False),
+        "19 classes": (19, IMAGES, False),
+        "14 classes, volumes": (14, VOLUMES, False),
+        "2 classes": (2, IMAGES, False),
+        "one sigmoid": (1, IMAGES, True),
+        "20 sigmoids": (20, IMAGES, True),
     }
-    columns = [(8, "cross-entropy"), (4, "cross-entropy"), (4, "cross-entropy, trained")]
-    columns += [(1, "cross-entropy")]
+    columns = [(8, "coherent"), (4, "coherent"), (4, "trained"), (1, "coherent")]
     lines = []
-    for name, kind in kinds.items():
-        gains = {
-            (row["ratio"], row["option"].removeprefix("sigmoid: ")): gain(row)
-            for row in load()["options"]
-            if (row["num_classes"], row["axes"], "sigmoid" in row["option"]) == kind
-        }
-        every = [value for (ratio, _), value in gains.items() if ratio == 4]
+    for name, (num_classes, shape, sigmoid) in kinds.items():
+        gains, every = {}, []
+        for case in cases_of(load(RUN), num_classes=num_classes, shape=shape):
+            row, prefix = case[0], "sigmoid: "
+            if row["operation"].startswith(prefix) != sigmoid:
+                continue
+            if row["operation"].removeprefix(prefix) == CE and row["dtype"] == "fp32":
+                gains[row["stride"], row["labels"]] = gain(case)
+            if row["stride"] == 4:
+                every.append(gain(case))
         cells = [f"{gains[column]:.2g}" if column in gains else "" for column in columns]
         lines.append([name, *cells, f"{min(every):.2g} to {max(every):.0f}"])
     header = ["times as fast", "output stride 8", "4", "4, trained network", "1"]
@@ -238,7 +230,7 @@ def steps_with_methods() -> str:
     """The time that a method adds to a step."""
     added: dict[str, list[float]] = {}
     for network in ("hrnet", "segformer"):
-        rows = step_of(network, load())
+        rows = step_of(network, load(RUN))
         for name, row in rows.items():
             if name.endswith(", both"):
                 share = row["ratio"]["median"] / rows[BOTH]["ratio"]["median"]
@@ -253,9 +245,10 @@ def steps_with_methods() -> str:
 
 def bandwidth() -> str:
     """Where the picture of the cost was measured, and how fast the features are read."""
-    run = load()
-    case = {"operation": "class moments with anchors", "direction": "forward"}
-    share = one_of(run["operators"], **case, shape="HRNet-W48, Cityscapes", ours=True)["read_share"]
+    run = load(RUN)
+    fields = {"operation": MOMENTS, "direction": FORWARD, "labels": "coherent"}
+    ours, _ = ours_and_other(cases_of(run, **fields)[0])
+    share = ours["read_share"] if ours else 0.0
     return (
         f"{machine(run)}.\nThe forward pass of class moments reads the features at "
         f"{share:.0%} of the bandwidth at which torch sums them."
@@ -264,15 +257,15 @@ def bandwidth() -> str:
 
 def cases(run: dict) -> str:
     """The first case of each operation, and those less than twice as fast as the fastest other
-    implementation: forward and backward, or forward if there is nothing else."""
+    implementation: forward and backward, or forward if there is nothing else. Where the rate of
+    exponentials was measured, also what share of the nearer roof ours reaches."""
     fields = ("operation", "shape", "sizes", "dtype", "labels")
-    rows = [row for row in run["operators"] if row["quick"] and not row["name"].endswith(GRAPH)]
+    rows = [row for row in run["operators"] if row["shape"] not in (IMAGES, VOLUMES)]
     trained = {tuple(row[x] for x in fields) for row in rows if row["direction"] == TRAINING}
-    lines = []
+    lines, roofs = [], {row["name"]: row["per_second"] for row in run.get("roofs", [])}
     seen: set[str] = set()
     for group in by_case(rows):
-        ours = next((row for row in group if row["ours"]), None)
-        other = next((row for row in group if not row["name"].startswith("anchorops")), None)
+        ours, other = ours_and_other(group)
         if ours is None or other is None:
             continue
         training, operation = ours["direction"] == TRAINING, ours["operation"]
@@ -292,10 +285,23 @@ def cases(run: dict) -> str:
                 measured(ours),
                 f"{name}: {measured(other)}",
                 f"{ratio:.{digits}f} ({lowest:.{digits}f}–{highest:.{digits}f})",
+                *([share_of_roof(ours, roofs)] if EXPONENTIALS in roofs else []),
             ]
         )
     header = ["operation", "sizes", "anchorops: ms, MiB", "fastest other: ms, MiB", "×"]
+    header += ["share of the nearer roof"] * (EXPONENTIALS in roofs)
     return markdown_table(header, lines, words=(0, 1, 3))
+
+
+def share_of_roof(row: dict, roofs: dict[str, float]) -> str:
+    """Counted bytes at the rate of a copy, or counted exponentials at their rate: which takes
+    longer, and what share of the time."""
+    seconds = {
+        "bytes": row["bytes"] / roofs["copy"],
+        EXPONENTIALS: (row.get(EXPONENTIALS) or 0) / roofs[EXPONENTIALS],
+    }
+    nearer = max(seconds, key=seconds.__getitem__)
+    return f"{seconds[nearer] / row['median']:.0%} ({nearer})"
 
 
 def measured(row: dict) -> str:
@@ -357,7 +363,7 @@ def inference(run: dict) -> str:
 
 
 def export() -> str:
-    exports = compared(load()["export"], "volume", "dtype")
+    exports = compared(load(RUN)["export"], "volume", "dtype")
     lines = [
         [
             *case,
@@ -370,25 +376,24 @@ def export() -> str:
 
 
 def lovasz() -> str:
-    def cell(row: dict, name: str) -> str:
-        seconds, ours = row["seconds"][name], row["seconds"]["ours"]
-        return f"{number(seconds * 1e3)} ms" + (
-            "" if name == "ours" else f" ({seconds / ours:.0f}×)"
-        )
+    def cell(rows: dict[str, dict], name: str) -> str:
+        seconds, ours = rows[name]["median"], rows["anchorops (cpu)"]["median"]
+        times = f" ({seconds / ours:.0f}×)" if rows[name]["median"] != ours else ""
+        return f"{number(seconds * 1e3)} ms{times}"
 
-    options, lines = load()["options"], []
-    for row in options:
-        if not row["option"].startswith("Lovász"):
-            continue
-        trained = ", trained logits" if "trained" in row["option"] else ""
-        images = f"{row['batch']} image{'s' if row['batch'] > 1 else ''}"
-        case = {name: row[name] for name in ("num_classes", "ratio")}
-        dice = one_of(options, option="Dice", **case)["seconds"]["ours"]
+    run, lines = load(RUN), []
+    for case in cases_of(run, operation=LOVASZ):
+        rows, first = {row["name"]: row for row in case}, case[0]
+        trained = ", trained logits" if first["labels"] == "trained" else ""
+        batch = first["sizes"].split()[0].removeprefix("B")
+        same = {name: first[name] for name in ("shape", "sizes", "stride")}
+        dice, _ = ours_and_other(cases_of(run, operation=DICE, **same)[0])
+        assert dice
         lines.append(
             [
-                f"{row['num_classes']}, {images}{trained}",
-                *(cell(row, name) for name in ("ours", "smp", "torch")),
-                f"{row['seconds']['ours'] / dice:.1f}",
+                f"{first['num_classes']}, {batch} image{'s' * (batch != '1')}{trained}",
+                *(cell(rows, name) for name in ("anchorops (cpu)", "smp", "torch")),
+                f"{rows['anchorops (cpu)']['median'] / dice['median']:.1f}",
             ]
         )
     header = ["classes, images", "`ao.Lovasz`", "smp", "the authors' formula", "times our Dice"]
@@ -398,14 +403,16 @@ def lovasz() -> str:
 def slower() -> str:
     """Losses that take longer than the fastest alternative."""
     texts = []
-    for row in load()["options"]:
-        if gain(row) < 1:
-            assert row["ratio"] == 1, f"docs/losses.md says otherwise of {row['test']}"
+    for case in (case for shape in (VOLUMES, IMAGES) for case in cases_of(load(RUN), shape=shape)):
+        if gain(case) < 1:
+            row = case[0]
+            assert row["stride"] == 1, f"docs/losses.md says otherwise of {row['case']}"
             singular, plural = (
-                ("channel", "channels") if "sigmoid" in row["option"] else ("class", "classes")
+                ("channel", "channels") if "sigmoid" in row["operation"] else ("class", "classes")
             )
-            logits = f"{row['num_classes']} {plural if row['num_classes'] > 1 else singular}"
-            texts.append(f"{row['option']} of {logits} ({gain(row):.2f})")
+            number = row["num_classes"]
+            logits = f"{number} {plural if number > 1 else singular}"
+            texts.append(f"{variant_of(row)} of {logits} ({gain(case):.2f})")
     return ", ".join(texts) + "."
 
 
@@ -513,11 +520,11 @@ TABLES = {
     "steps_with_methods": steps_with_methods,
     "speedups": speedups,
     "bandwidth": bandwidth,
-    "cases": lambda: cases(load()),
+    "cases": lambda: cases(load(RUN)),
     "cases_on_a_gpu": lambda: cases(load(GPU_RUN)),
-    "training_steps": lambda: training_steps(load()),
+    "training_steps": lambda: training_steps(load(RUN)),
     "steps_on_a_gpu": lambda: training_steps(load(GPU_RUN), methods=False),
-    "inference": lambda: inference(load()),
+    "inference": lambda: inference(load(RUN)),
     "export": export,
     "lovasz": lovasz,
     "counted_memory": counted_memory,

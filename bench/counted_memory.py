@@ -18,13 +18,12 @@ import copy
 import functools
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from cases import IGNORE_INDEX
+from networks import COUNTED, IGNORE_INDEX, Network
 from record import STEP_NAMES, save_counts
 from storages import Storages, as_on_cuda, largest_batch, make_fake
 from torch import Tensor, nn
@@ -33,7 +32,6 @@ from torch.utils.checkpoint import checkpoint
 
 import anchorops as ao
 from anchorops.losses import Regularizer
-from anchorops.train.networks.models import build_model
 
 METHODS: dict[str, Callable[..., Regularizer]] = {
     "SAR": ao.SAR,
@@ -43,142 +41,6 @@ METHODS: dict[str, Callable[..., Regularizer]] = {
 }
 CAPACITIES = (24, 40, 80)  # GB: 10⁹ bytes
 LARGEST = 3  # storages that a row lists
-
-
-class Network(NamedTuple):
-    """A network, its batch, and how its users train it.
-
-    dim: of the features before the classifier. blocks: the classes whose outputs are computed again
-    with activation checkpointing. channels: of the images. upsamples: forward upsamples the logits.
-    weights: of the loss of each of its outputs.
-    """
-
-    name: str
-    build: Callable[[], nn.Module]
-    size: tuple[int, ...]
-    batch: int
-    num_classes: int
-    dim: int
-    blocks: tuple[str, ...]
-    channels: int = 3
-    upsamples: bool = False
-    weights: tuple[float, ...] = (1.0,)
-
-    @property
-    def volumes(self) -> bool:
-        return len(self.size) == 3
-
-    def images(self) -> Tensor:
-        """A batch of two images, for a dry run of a model on "meta"."""
-        return torch.empty(2, self.channels, *self.size, device="meta")
-
-    def runs_later(self, model: nn.Module) -> bool:
-        """Whether late_upsampling finds something to move."""
-        try:
-            ao.late_upsampling(copy.deepcopy(model), self.images())
-        except ValueError:
-            return False
-        return True
-
-    def outputs(self, model: nn.Module, images: Tensor, low: bool) -> Sequence[Tensor]:
-        """Logits of all heads; low: at their own resolution."""
-        if self.volumes:
-            if not low:
-                return model(images).unbind(1)
-            unet: Any = model
-            return [unet.output_block(unet.skip_layers(images)), *unet.heads]
-        output = model(images)
-        if isinstance(output, Tensor):
-            return [output]
-        if "logits" in output:
-            return [output["logits"]]
-        return list(output.values())
-
-    def __str__(self) -> str:
-        return f"{self.name} {'×'.join(map(str, self.size))} batch {self.batch} K{self.num_classes}"
-
-
-def segformer(size: int, num_classes: int) -> nn.Module:
-    """SegFormer-B0, B2 or B5."""
-    from transformers import SegformerConfig, SegformerForSemanticSegmentation
-
-    small = size == 0
-    sizes: dict[str, Any] = {
-        "depths": {0: [2, 2, 2, 2], 2: [3, 4, 6, 3], 5: [3, 6, 40, 3]}[size],
-        "hidden_sizes": [32, 64, 160, 256] if small else [64, 128, 320, 512],
-        "decoder_hidden_size": 256 if small else 768,
-        "num_labels": num_classes,
-    }
-    return SegformerForSemanticSegmentation(SegformerConfig(**sizes))
-
-
-def upernet(num_classes: int) -> nn.Module:
-    from transformers import SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
-
-    stages: dict[str, Any] = {"out_features": [f"stage{i}" for i in range(1, 5)]}
-    backbone = SwinConfig(**stages)  # its defaults are Swin-T
-    options: dict[str, Any] = {"use_auxiliary_head": False, "num_labels": num_classes}
-    return UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone, **options))
-
-
-def deeplab(num_classes: int) -> nn.Module:
-    from torchvision.models.segmentation import deeplabv3_resnet101
-
-    return deeplabv3_resnet101(weights_backbone=None, num_classes=num_classes, aux_loss=True)
-
-
-def pspnet(num_classes: int) -> nn.Module:
-    import segmentation_models_pytorch as smp
-
-    return smp.PSPNet("resnet101", encoder_weights=None, classes=num_classes)
-
-
-def unet(num_classes: int) -> nn.Module:
-    from monai.networks.nets.dynunet import DynUNet
-
-    strides = [1, 2, 2, 2, 2, 2]
-    return DynUNet(
-        spatial_dims=3,
-        in_channels=1,
-        out_channels=num_classes,
-        kernel_size=[3] * 6,
-        strides=strides,
-        upsample_kernel_size=strides[1:],
-        deep_supervision=True,
-        deep_supr_num=2,
-    )
-
-
-BASIC, BOTTLENECK = "BasicBlock", "Bottleneck"
-DEEPLAB = {"dim": 256, "blocks": (BOTTLENECK,), "upsamples": True, "weights": (1.0, 0.5)}
-NETWORKS = (
-    Network(
-        *("SegFormer-B5", lambda: segformer(5, 150), (512, 512), 16, 150, 768),
-        blocks=("SegformerLayer",),
-    ),
-    Network(
-        *("UperNet-Swin-T", lambda: upernet(150), (512, 512), 16, 150, 512),
-        blocks=("SwinLayer",),
-        upsamples=True,
-    ),
-    Network(
-        *("HRNet-W48", lambda: build_model("hrnet-w48", 19), (512, 1024), 8, 19, 720),
-        blocks=(BASIC, BOTTLENECK),
-    ),
-    Network(
-        *("PSPNet-R101", lambda: pspnet(150), (512, 512), 16, 150, 512),
-        blocks=(BOTTLENECK,),
-        upsamples=True,
-    ),
-    Network("DeepLabV3-R101", lambda: deeplab(19), (769, 769), 8, 19, **DEEPLAB),
-    Network("DeepLabV3-R101", lambda: deeplab(21), (513, 513), 16, 21, **DEEPLAB),
-    Network(
-        *("3-D U-Net", lambda: unet(14), (128, 128, 128), 2, 14, 32),
-        blocks=("UnetBasicBlock",),
-        channels=1,
-        weights=(1.0, 0.5, 0.25),
-    ),
-)
 
 
 class Setting(NamedTuple):
@@ -209,16 +71,6 @@ def settings_of(late: bool) -> list[Setting]:
     ]
 
 
-def plain_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    if logits.shape[2:] != labels.shape[1:]:
-        logits = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
-    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
-
-
-def our_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return ao.pixel_cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
-
-
 def attach(network: Network, model: Any, method: str) -> Callable[[Tensor], Tensor]:
     """The loss of a method, a function of the labels."""
     regularizer = METHODS[method](network.num_classes, network.dim, ignore_index=IGNORE_INDEX)
@@ -239,10 +91,7 @@ def prepare(network: Network, model: nn.Module, setting: Setting) -> Callable[..
     """Remove the last upsampling of a model on "meta", or let it run later, attach the method,
     checkpoint the blocks. Returns the method's loss."""
     model.train()
-    if network.upsamples and setting.loss == "anchorops":
-        ao.low_resolution(model, network.images())
-    if setting.late:
-        ao.late_upsampling(model, network.images())
+    network.arrange(model, network.images(), setting.loss == "anchorops", setting.late)
     for module in model.modules():
         if setting.checkpointing and type(module).__name__ in network.blocks:
             module.forward = functools.partial(  # the states of random numbers are not counted
@@ -270,19 +119,14 @@ def step(
     images = torch.empty(batch, network.channels, *network.size)
     labels = torch.empty(batch, *network.size, dtype=torch.int64)
     ours = setting.loss == "anchorops"
-    loss_of = our_loss if ours else plain_loss
     with torch.autocast("cpu", torch.bfloat16, enabled=setting.precision == "bf16"):
         storages.phase = "network, forward"
         outputs = network.outputs(model, images, low=ours)
         storages.phase = "loss, forward"
-        losses = [
-            weight * loss_of(logits, labels)
-            for weight, logits in zip(network.weights, outputs, strict=True)
-        ]
+        loss = network.loss(outputs, labels, ours)
         if regularizer is not None:
-            losses.append(regularizer(labels))
-        loss = torch.stack(losses).sum()
-    del outputs, losses
+            loss = loss + regularizer(labels)
+    del outputs
     storages.phase = "backward"
     loss.backward()
 
@@ -308,17 +152,17 @@ def count(
     return storages, indices
 
 
-COUNTED = 101  # images in a count: a prime that divides no size of the networks' tensors
+IMAGES = 101  # images in a count: a prime that divides no size of the networks' tensors
 
 
 def row_of(network: Network, model: nn.Module, setting: Setting) -> dict[str, Any]:
-    storages, gradients = count(network, model, setting, COUNTED)
-    fixed, per_image = storages.by_image(COUNTED)
+    storages, gradients = count(network, model, setting, IMAGES)
+    fixed, per_image = storages.by_image(IMAGES)
     alive = fixed + network.batch * per_image
     peak = int(alive.argmax())
 
     def in_batch(size: int) -> int:
-        return size // COUNTED * network.batch if size % COUNTED == 0 else size
+        return size // IMAGES * network.batch if size % IMAGES == 0 else size
 
     parts: dict[str, int] = Counter()
     indices = storages.alive_after(peak)
@@ -369,12 +213,12 @@ def line(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    names = sorted({network.name for network in NETWORKS})
+    names = sorted({network.name for network in COUNTED})
     parser.add_argument("--networks", nargs="+", default=names, choices=names)
     parser.add_argument("--out", type=Path, help="write the rows to this JSON file")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for network in NETWORKS:
+    for network in COUNTED:
         if network.name not in arguments.networks:
             continue
         print(network, flush=True)

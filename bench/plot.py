@@ -10,7 +10,6 @@ The pictures are written next to the rows:
 """
 
 import argparse
-import json
 from math import isnan, nan
 from pathlib import Path
 
@@ -18,11 +17,24 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from cases import IMAGES, VOLUMES
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from record import BASELINE, BOTH, GRAPH, OWN, by_case, compared, gain, machine, number
+from record import (
+    BASELINE,
+    BOTH,
+    OWN,
+    by_case,
+    compared,
+    gain,
+    load,
+    machine,
+    number,
+    ours_and_other,
+    variant_of,
+)
 
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 OURS, PALE, OTHER, GREY = "#1f6f54", "#9ecae1", "#b9c2bd", "#555555"
@@ -54,8 +66,7 @@ COUNTED = {  # name of a row: colour, and text of the legend
 def operators(run: dict) -> Figure | None:
     """Ours, the fastest alternative, the usual formula and the published formula."""
     dtype = "bf16" if run["device_type"] == "cuda" else "fp32"
-    quick = [row for row in run["operators"] if row["quick"] and not row["name"].endswith(GRAPH)]
-    cases, drawn = by_case(quick), []
+    cases, drawn = by_case(run["operators"]), []
     for operation, shape, *rest in HEADLINES:
         case = {"operation": operation, "shape": shape, "dtype": dtype, "labels": "coherent"}
         groups = [
@@ -83,16 +94,17 @@ def operators(run: dict) -> Figure | None:
 
 def headline(axis: Axes, group: list[dict], formulas: dict[str, str]) -> None:
     """Horizontal bars of a case's times."""
-    ours = next(row for row in group if row["ours"])
+    ours, fastest = ours_and_other(group)
+    assert ours
     rows = {row["name"]: row for row in group}
     shown = {"anchorops": ours}
-    fastest = next((row for row in group if "anchorops" not in row["name"]), None)
     if fastest and fastest["name"] not in formulas:
         shown["fastest alternative"] = fastest
     shown |= {label: rows[name] for name, label in formulas.items() if name in rows}
     times = {label: row["median"] * 1e3 for label, row in shown.items()}
     texts = [
-        f"{number(row['median'] * 1e3)} ms" + ("" if row is ours else f", {row['ratio']:.0f}×")
+        f"{number(row['median'] * 1e3)} ms"
+        + ("" if row is ours else f", {row['median'] / ours['median']:.0f}×")
         for row in shown.values()
     ]
     if fastest and "fastest alternative" in shown:
@@ -106,15 +118,17 @@ def headline(axis: Axes, group: list[dict], formulas: dict[str, str]) -> None:
     axis.set_xlabel("milliseconds")
 
 
-def options(run: dict) -> Figure:
+def options(run: dict) -> Figure | None:
     """The time of the fastest alternative over ours."""
-    images = [row for row in run["options"] if row["axes"] == 2]
-    groups = {
-        "classes": [row for row in images if "sigmoid" not in row["option"]],
-        "channels": [row for row in images if "sigmoid" in row["option"]],
-        "classes\n3-D": [row for row in run["options"] if row["axes"] == 3],
-    }
-    heights = [len({row["option"] for row in rows}) for rows in groups.values()]
+    cases = [case for case in by_case(run["operators"]) if case[0]["shape"] in (IMAGES, VOLUMES)]
+    if not cases:
+        return None
+    groups: dict[str, list[list[dict]]] = {"classes": [], "channels": [], "classes\n3-D": []}
+    for case in cases:
+        sigmoid = "sigmoid" in case[0]["operation"]
+        volume = case[0]["shape"] == VOLUMES
+        groups["classes\n3-D" if volume else "channels" if sigmoid else "classes"].append(case)
+    heights = [len({variant_of(case[0]) for case in group}) for group in groups.values()]
     figure, axes = plt.subplot_mosaic(
         [["classes", "classes"], ["channels", "classes\n3-D"], ["channels", "."]],
         figsize=(10, 8.4),
@@ -122,11 +136,14 @@ def options(run: dict) -> Figure:
         height_ratios=[heights[0], heights[2], max(heights[1] - heights[2], 1)],
         width_ratios=(4, 1),
     )
-    for what, rows in groups.items():
+    for what, group in groups.items():
         axis = axes[what]
-        names = list(dict.fromkeys(row["option"] for row in rows))
-        columns = sorted({(row["num_classes"], row["ratio"]) for row in rows})
-        gains = {(row["option"], row["num_classes"], row["ratio"]): gain(row) for row in rows}
+        gains = {
+            (variant_of(case[0]), case[0]["num_classes"], case[0]["stride"]): gain(case)
+            for case in group
+        }
+        names = list(dict.fromkeys(name for name, *_ in gains))
+        columns = sorted({(number, stride) for _, number, stride in gains})
         table = [[gains.get((name, *column), nan) for column in columns] for name in names]
         axis.imshow(table, norm=LogNorm(1 / 40, 40), cmap="BrBG", aspect="auto")
         for i, line in enumerate(table):
@@ -195,18 +212,19 @@ def caption(run: dict) -> str:
             "counted on fake tensors, not measured: parameters, Adam's state, gradients, "
             f"activations, loss; torch {run['torch']}, commit {run['commit']}"
         )
-    bandwidth = ""
-    if "copy_gbps" in run:
-        bandwidth = f"; copies {run['copy_gbps']:,.0f} GB/s, reads {run['read_gbps']:,.0f} GB/s"
+    rates = {row["name"]: row["per_second"] / 1e9 for row in run.get("roofs", [])}
+    bandwidth = (
+        f"; copies {rates['copy']:,.0f} GB/s, reads {rates['read']:,.0f} GB/s" if rates else ""
+    )
     return f"{machine(run)}; medians{bandwidth}"
 
 
 def draw(path: Path) -> None:
     """The pictures of the sections that the file has."""
-    run = json.loads(path.read_text())
-    drawn = {"operators": ("", operators), "options": ("-options", options)}
-    for section, (suffix, picture) in (drawn | {"rows": ("", counted_memory)}).items():
-        figure = picture(run) if section in run else None
+    run = load(path)
+    pictures = {"": operators, "-options": options} if "operators" in run else {"": counted_memory}
+    for suffix, picture in pictures.items():
+        figure = picture(run)
         if figure is None:  # no such rows
             continue
         figure.supxlabel(caption(run), fontsize=7.5, color=GREY, ha="left", x=0.01)

@@ -1,9 +1,10 @@
 """The results of one machine in one file: its head, and rows in sections.
 
-{"device": …, "torch": …, "commit": …, "operators": [row, …], "training_steps": […], "options": […]}
+{"device": …, "torch": …, "operators": [row, …], "training_steps": [row, …], …}
 
-A row has the fields of its case, the `name` of the implementation, and its measurements. Only rows
-of options have several implementations, which took turns: their measurements are by name.
+A row has the fields of its case, the `name` of the implementation, its measurements, and the
+commit. An implementation that could not be measured has `absent`, the reason, instead of
+measurements.
 """
 
 import json
@@ -22,7 +23,14 @@ from anchorops.measure import environment
 
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where nothing else is chosen
-GRAPH = ", CUDA graph"  # of names: the implementation is replayed
+CASES = {  # what identifies a case: its rows are measured together
+    "operators": ("case",),
+    "training_steps": ("network",),
+    "inference": ("network",),
+    "batches": ("network",),
+    "export": ("volume", "dtype"),
+    "masks": ("masks", "threads"),
+}
 # names of training steps, measured or counted
 BASELINE, OWN = "baseline, torch's cross-entropy", "baseline, ours"
 LATE, BOTH = "late upsampling alone", "late upsampling, ours (both)"
@@ -56,26 +64,35 @@ def commit() -> str:
     return told or os.environ.get("ANCHOROPS_COMMIT", "unknown")
 
 
-def head_of(device: torch.device) -> dict[str, object]:
-    """Machine, versions and commit."""
-    return {**environment(device), "commit": commit()}
+def head_of(device: torch.device) -> dict[str, Any]:
+    """Machine and versions."""
+    return dict(environment(device))
 
 
-def save(path: Path, section: str, head: dict, rows: list[dict]) -> None:
-    """Replaces the rows of a section, and keeps those of the others.
+def load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def save(path: Path, section: str, head: dict[str, Any], rows: list[dict]) -> None:
+    """Writes rows with their commit, instead of earlier ones of the same cases. All others stay.
 
     Raises:
-        ValueError: the file has rows of another machine, version of torch, or commit.
+        ValueError: the file has rows of another machine or version of torch.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    run = json.loads(path.read_text()) if path.exists() else {}
-    for name in ("device", "torch", "commit"):
+    run = load(path)
+    for name in ("device", "torch"):
         if name in run and run[name] != head[name]:
             raise ValueError(
                 f"{path} has rows of {name} {run[name]}, and this run is of {head[name]}: remove "
                 "it, or choose another file"
             )
-    path.write_text(json_of({**run, **head, section: rows}))
+    cases = CASES.get(section, ())
+    measured = grouped(rows, *cases)
+    kept = [row for row in run.get(section, []) if tuple(row[x] for x in cases) not in measured]
+    now = commit()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run |= {**head, section: [*kept, *({**row, "commit": now} for row in rows)]}
+    path.write_text(json_of(run))
 
 
 def json_of(run: dict[str, Any]) -> str:
@@ -111,24 +128,17 @@ def compared(rows: Iterable[dict], *case: str) -> dict[tuple, dict[str, dict]]:
 
 
 def by_case(rows: Iterable[dict]) -> list[list[dict]]:
-    """The rows of operators that are compared, the fastest first; CUDA graphs separately."""
-    names = ("operation", "direction", "shape", "sizes", "num_classes", "dtype", "labels")
-    cases = [
-        [row for row in group if row["name"].endswith(GRAPH) == graph]
-        for group in grouped(rows, *names).values()
-        for graph in (False, True)
-    ]
-    return [sorted(case, key=lambda row: row["median"]) for case in cases if case]
+    """The rows of operators that are compared, the fastest first."""
+    measured = [row for row in rows if "absent" not in row]
+    groups = grouped(measured, *CASES["operators"]).values()
+    return [sorted(case, key=lambda row: row["median"]) for case in groups]
 
 
-def add_ratios(rows: list[dict]) -> None:
-    """To rows of operators: whether it is the one of our fastest backend in the same case, and the
-    time divided by that of this backend."""
-    for case in by_case(rows):
-        base = next((row for row in case if row["name"].startswith("anchorops")), None)
-        for row in case:
-            row["ours"] = row is base
-            row["ratio"] = row["median"] / base["median"] if base else None
+def ours_and_other(case: list[dict]) -> tuple[dict | None, dict | None]:
+    """The rows of our fastest backend and of the fastest alternative."""
+    ours = next((row for row in case if row["name"].startswith("anchorops")), None)
+    other = next((row for row in case if not row["name"].startswith("anchorops")), None)
+    return ours, other
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:
@@ -138,18 +148,29 @@ def spread(values: Iterable[float]) -> dict[str, float]:
     return {"minimum": values[0], "q1": q1, "median": middle, "q3": q3}
 
 
-def gain(option: dict) -> float:
-    """Of a row of options: the time of the fastest alternative, divided by ours."""
-    seconds = option["seconds"]
-    return min(value for name, value in seconds.items() if name != "ours") / seconds["ours"]
+def gain(case: list[dict]) -> float:
+    """The time of the fastest alternative, divided by ours."""
+    ours, other = ours_and_other(case)
+    assert ours and other
+    return other["median"] / ours["median"]
+
+
+def variant_of(row: dict) -> str:
+    """The option of a row of the grid."""
+    labels, dtype = row["labels"], row["dtype"]
+    text = row["operation"] + (f", {labels}" if labels != "coherent" else "")
+    return text + (f", {dtype}" if dtype != "fp32" else "")
 
 
 def machine(run: dict) -> str:
     """Where the rows were measured, and with which versions."""
     cuda = f", CUDA {run['cuda']}" if run["device_type"] == "cuda" else ""
+    commits = dict.fromkeys(
+        row["commit"] for rows in run.values() if isinstance(rows, list) for row in rows
+    )
     return (
         f"{run['device']}; torch {run['torch']}{cuda}, anchorops {run['anchorops']} at commit "
-        f"{run['commit']}"
+        f"{', '.join(commits)}"
     )
 
 

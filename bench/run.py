@@ -1,45 +1,50 @@
-"""Measures everything that the README and the documentation show, on this machine.
+"""Measures on this machine what the README and the documentation show.
 
-    python bench/run.py [--device cpu] [--out bench/results] [--only SECTION] [--tiny]
+    python bench/run.py [--device cuda] [--minutes N] [--out bench/results] [--only SECTION]
+    python bench/run.py --device cuda --list       # the rows that would be written
+    python bench/run.py --device cuda --dry-run    # the same lines on the CPU, with tiny sizes
 
-The device is the GPU, where there is one. The sections are operators, with rows of every usable
-backend, training_steps, options, and, for the CPU alone, export and masks. On two threads of a CPU
-all need about an hour, in which nothing else may run: it does not begin on a machine whose cores
-other processes use, and it fails if other processes disturbed a row. Rows that contradict each
-other are measured again; if they still do, they are not recorded, and it fails. The rows are in one
-file, named after the device, beside its pictures. At the end it prints the main tables.
-ATEN_CPU_CAPABILITY=avx2 measures without AVX-512.
+What was never measured comes first, in the order of its worth, then what was measured at another
+commit; what was measured at this commit is left out. So it goes on where it stopped, also on
+another day. Each item is a process of its own with a limit of time; its rows are written at once.
+An implementation that fails, takes too long or is not installed has a row that says so. The rows
+are in one file, named after the device, beside its pictures; at the end tables are printed.
+
+On two threads of a CPU all needs more than an hour, in which nothing else may run: it does not
+begin on a machine whose cores other processes use. Rows that other processes disturbed, and rows
+that contradict each other, are taken out of the file; then the exit status is 1, and the next call
+measures them again. ATEN_CPU_CAPABILITY=avx2 measures without AVX-512.
 """
 
 import argparse
-import json
+import itertools
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import bench_cases
 import cost_tables
 import plot
 import torch
-from record import DEVICE, ROOT, add_ratios, file_name, json_of
+import training_step
+from cases import cases_on
+from record import CASES, DEVICE, ROOT, commit, file_name, head_of, json_of, load, save
 
 from anchorops.measure import DISTURBED, OtherProcesses
 
 HERE = Path(__file__).parent
 THREADS, WATCH = 2, 5.0  # seconds before the start
-SECTIONS = ("operators", "training_steps", "options", "export", "masks")
-ATTEMPTS = 3  # to measure rows that contradict each other
-# What identifies a row of a section.
-CASES = {
-    "operators": (
-        *("operation", "direction", "shape", "sizes", "num_classes", "dtype", "labels", "name"),
-    ),
-    "options": ("option", "num_classes", "ratio", "axes", "batch"),
-}
-# Operation, option or direction -> those that it contains.
+LEAST = 20.0  # seconds: with fewer left nothing is begun
+MISSING, OLD, DONE = range(3)
+# Operation or direction -> those that it contains.
 PARTS = {
     "cross-entropy + Dice": ("cross-entropy", "Dice"),
     "class moments with anchors": ("class moments",),
@@ -47,120 +52,218 @@ PARTS = {
 }
 
 
-def commands(path: Path, device: str, tiny: bool) -> dict[str, list[str]]:
-    """What measures each section on the device."""
-    options, steps = HERE / "bench_options.py", HERE / "training_step.py"
-    python, on_device = sys.executable, ("--device", device)
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rows", str(path)]
-    pytest += [*on_device, *(["--tiny"] if tiny else [])]
-    every = {
-        "operators": [*pytest, str(HERE), "--ignore", str(options)],
-        "training_steps": [
-            *(python, str(steps), "--out", str(path), "--minutes", "0", *on_device),
-            *(["--dry-run", "--rounds", "1"] if tiny else []),
-        ],
-        "options": [*pytest, str(options), "--seconds", "0.25"],
-    }
-    if device == "cpu":
-        for section in ("export", "masks"):
-            command = [python, str(HERE / f"{section}.py"), "--out", str(path)]
-            every[section] = [*command, *(["--quick"] if tiny else [])]
-    return every
+class Item(NamedTuple):
+    """What is measured together. rows: those that are known before, with the fields of their cases.
+    limit: in seconds. file: what it writes instead of rows."""
+
+    name: str
+    section: str
+    command: list[str]
+    limit: float
+    rows: Sequence[dict[str, Any]] = ()
+    file: Path | None = None
 
 
-def measure_again(tests: list[str], path: Path, device: str) -> None:
-    """Rows of operators or options, by their tests, into a file of their own."""
-    path.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    command += ["--rows", str(path), "--device", device]
-    if status := subprocess.run(command, cwd=ROOT).returncode:
-        sys.exit(f"measured again: exit {status}")
+class Plan(NamedTuple):
+    """device: the type that is measured. dry: on the CPU."""
+
+    path: Path
+    device: str
+    dry: bool
+
+    def rows(self, section: str) -> Path:
+        """In a dry run sections run at the same time, so each has a file."""
+        return self.path.with_stem(section) if self.dry else self.path
+
+    def script(self, name: str, section: str, *options: str) -> list[str]:
+        command = [sys.executable, str(HERE / name), "--rows", str(self.rows(section)), *options]
+        command += ["--device", "cpu" if self.dry else self.device]
+        return [*command, *(["--dry-run"] if self.dry else [])]
+
+    def operators(self, cases: Iterable[Any], limit: float) -> Item:
+        kinds = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}[self.device]
+        cases, device = list(cases), torch.device(self.device)
+        rows = [
+            {**case._replace(shape=case.shape.on(device)).fields, "name": one.name}
+            for case in cases
+            for one in bench_cases.implementations(self.device, case, kinds)
+        ]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE)]
+        command += ["--rows", str(self.rows("operators")), "--cases-of", self.device]
+        command += ["--device", "cpu" if self.dry else self.device]
+        if self.dry:
+            return Item(
+                "operators", "operators", [*command, "--tiny", "--threads", "1"], limit, rows
+            )
+        names = [name for case in cases for name in ("--case", str(case))]
+        return Item(str(cases[0]), "operators", [*command, *names], limit, rows)
+
+    def steps(self, section: str, limit: float) -> list[Item]:
+        """An item for each network; in a dry run one for all."""
+        script = partial(self.script, "training_step.py", section, "--section", section)
+        if self.dry:
+            return [Item(section, section, script("--networks-of", self.device), limit)]
+        return [
+            Item(
+                f"{section} of {network}",
+                section,
+                script("--network", network.name),
+                limit,
+                [{"network": str(network), "name": name} for name in names],
+            )
+            for network, names in training_step.plan(self.device, section)
+        ]
+
+    def of_cpu(self) -> list[Item]:
+        grouped = itertools.groupby(cases_on("cpu"), lambda case: case.operation)
+        others = [
+            Item(
+                section,
+                section,
+                [sys.executable, str(HERE / f"{section}.py"), "--out", str(self.path)],
+                3600,
+            )
+            for section in ("export", "masks")
+        ]
+        return [
+            Item("roofs", "roofs", self.script("roofs.py", "roofs"), 600),
+            *(self.operators(cases, 7200) for _, cases in grouped),
+            *self.steps("training_steps", 3600),
+            *self.steps("inference", 3600),
+            *others,
+        ]
+
+    def of_gpu(self) -> list[Item]:
+        """In the order of worth for one day of 15 minutes: 1 for the check, 5 for operators, 4 for
+        steps, and then the rest."""
+        verified = self.path.with_name(f"verified-{self.path.name}")
+        verify = [sys.executable, "-m", "anchorops.doctor", "--verify", "--all"]
+        verify += ["--json", str(verified)]
+        cases = cases_on("cuda")
+        operators = [self.operators([case], 90) for case in cases]
+        steps, batches = self.steps("training_steps", 90), self.steps("batches", 60)
+        return [
+            Item("verify", "verify", verify, 150, file=verified),
+            Item("roofs", "roofs", self.script("roofs.py", "roofs"), 40),
+            *operators[:8],
+            *steps[:3],
+            *batches,
+            *steps[3:],
+            *operators[8:],
+        ]
+
+    def items(self) -> list[Item]:
+        if not self.dry:
+            return self.of_cpu() if self.device == "cpu" else self.of_gpu()
+        sections = {"cpu": ("training_steps", "inference"), "cuda": ("training_steps", "batches")}
+        return [
+            self.operators(cases_on(self.device, tiny=True), 600),
+            *(item for section in sections[self.device] for item in self.steps(section, 600)),
+            Item("roofs", "roofs", self.script("roofs.py", "roofs"), 600),
+        ]
 
 
-def timings(row: dict) -> Iterator[tuple[str, float, float]]:
-    """Each implementation in a row of an operator or an option, the seconds of its fastest call,
-    and the seconds that most of its calls need at most."""
-    if "name" in row:
-        yield row["name"], row["minimum"], row["q80"]
-    else:
-        for name, fastest in row["minimum"].items():
-            yield name, fastest, row["quartiles"][name][1]
+def state(item: Item, run: dict[str, Any], now: str) -> int:
+    """MISSING, OLD (of another commit) or DONE."""
+    if item.file is not None:
+        return DONE if item.file.exists() else MISSING
+    field = CASES.get(item.section, ("name",))[0]
+    cases = {row[field] for row in item.rows}
+    rows = [row for row in run.get(item.section, []) if not cases or row[field] in cases]
+    there = {(row[field], row["name"]) for row in rows}
+    if not rows or any((row[field], row["name"]) not in there for row in item.rows):
+        return MISSING
+    return DONE if all(row["commit"] == now for row in rows) else OLD
 
 
-def contradictions(run: dict) -> Iterator[tuple[str, dict, dict]]:
-    """Pairs of rows, a part and what contains it, where even the fastest call of the part took
-    longer than most calls of the whole; and a text that says so."""
-    for section, names in CASES.items():
-        rows = {tuple(row[name] for name in names): row for row in run.get(section, [])}
-        for key, whole in rows.items():
-            most_of = {name: most for name, _, most in timings(whole)}
-            for place, value in enumerate(key):
-                kind, *variant = str(value).split(", ")
-                for part_kind in PARTS.get(kind, ()):
-                    part_value = ", ".join((part_kind, *variant))
-                    part = rows.get((*key[:place], part_value, *key[place + 1 :]))
-                    for name, fastest, _ in timings(part) if part else ():
-                        most = most_of.get(name, fastest)
-                        if part and fastest > most:
-                            case = ", ".join(
-                                f"{name} {x}" for name, x in zip(names, key, strict=True)
-                            )
-                            text = (
-                                f"{section}, {case}, by {name}: {part_value} took at least "
-                                f"{1e3 * fastest:.1f} ms, the whole mostly {1e3 * most:.1f} or less"
-                            )
-                            yield text, part, whole
-
-
-def make_consistent(path: Path, measure: Callable[[list[str], Path], None]) -> None:
-    """Measures rows that contradict each other again, close in time. If they still do after
-    ATTEMPTS, it takes them out of the file and exits with an error.
-
-    measure: of tests, into a file.
-    """
-    run, again = json.loads(path.read_text()), path.with_suffix(".again.json")
-
-    def replace_rows(new: dict[str, dict | None]) -> None:
-        """new: by test; None removes the row."""
-        for section in CASES.keys() & run.keys():
-            rows = [new.get(row["test"], row) for row in run[section]]
-            run[section] = [row for row in rows if row is not None]
-        add_ratios(run.get("operators", []))
-        path.write_text(json_of(run))
-
-    def wrong() -> list[str]:
-        pairs = (pair for _, *pair in contradictions(run))
-        return list(dict.fromkeys(row["test"] for pair in pairs for row in pair))
-
-    for _ in range(ATTEMPTS):
-        if not (tests := wrong()):
-            return
-        measure(tests, again)
-        measured = json.loads(again.read_text())
-        again.unlink()
-        rows = (row for section in CASES for row in measured.get(section, []))
-        replace_rows({row["test"]: row for row in rows})
-    if texts := [text for text, *_ in contradictions(run)]:
-        replace_rows(dict.fromkeys(wrong()))
-        sys.exit(
-            f"rows contradict each other, measured {ATTEMPTS} times again, so they are not "
-            "recorded:\n" + "\n".join(texts)
-        )
-
-
-def disturbed(path: Path) -> list[str]:
-    """The rows that were measured while other processes used the cores."""
-    run = json.loads(path.read_text())
-    names = (
-        *("operation", "direction", "shape", "network", "option", "num_classes", "ratio", "name"),
-        *("volume", "dtype", "masks", "threads"),
+def measure(item: Item, limit: float, environment: dict[str, str]) -> str | None:
+    """Runs the item. Why it did not end well, or None."""
+    process = subprocess.Popen(
+        item.command, cwd=ROOT, env=os.environ | environment, start_new_session=True
     )
-    return [
-        f"{section}: {', '.join(str(row[name]) for name in names if name in row)}"
-        for section in (*SECTIONS, "inference")
-        for row in run.get(section, [])
-        if (row["others"] or 0) > DISTURBED
+    try:
+        status = process.wait(limit)
+        return f"exit {status}" if status else None
+    except subprocess.TimeoutExpired:
+        return f"over the limit of {limit:.0f} s"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def rehearsed(items: Sequence[Item]) -> str | None:
+    """Runs all items, two at a time. What went wrong, or None."""
+    threads = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    with ThreadPoolExecutor(2) as pool:
+        reasons = pool.map(lambda item: measure(item, item.limit, threads), items)
+        wrong = [f"{item.name}: {why}" for item, why in zip(items, reasons, strict=True) if why]
+    return "\n".join(wrong) or None
+
+
+def measure_missing(
+    items: Sequence[Item], path: Path, device: torch.device, minutes: float | None
+) -> list[str]:
+    """Runs what is not done, and gives the reasons of what failed."""
+    now, start, failed = commit(), time.monotonic(), []
+    threads = {"OMP_NUM_THREADS": str(THREADS)}
+    states = {item.name: state(item, load(path), now) for item in items}
+    for item in sorted(items, key=lambda item: states[item.name]):  # stable
+        left = 60 * minutes - (time.monotonic() - start) if minutes else item.limit
+        if states[item.name] == DONE or left < LEAST:
+            continue
+        print(f"\n{item.name}", flush=True)
+        reason = measure(item, min(left, item.limit), threads)
+        if reason and (left >= item.limit or not reason.startswith("over")):
+            failed.append(f"{item.name}: {reason}")
+            mark_absent(item, path, device, reason)
+    return failed
+
+
+def mark_absent(item: Item, path: Path, device: torch.device, reason: str) -> None:
+    """Gives the item's rows that do not exist the reason."""
+    field = CASES.get(item.section, ("name",))[0]
+    cases = {row[field] for row in item.rows}
+    rows = [row for row in load(path).get(item.section, []) if row[field] in cases]
+    there = {(row[field], row["name"]) for row in rows}
+    rows += [
+        row | {"absent": reason} for row in item.rows if (row[field], row["name"]) not in there
     ]
+    save(path, item.section, head_of(device), rows)
+
+
+def contradictions(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict, dict]]:
+    """Pairs of rows, a part and what contains it, where even the fastest call of the part took
+    longer than most calls of the whole."""
+    names = ("operation", "direction", "shape", "sizes", "dtype", "labels", "name")
+    found = {tuple(row[name] for name in names): row for row in rows if "q80" in row}
+    for key, whole in found.items():
+        for place in (0, 1):
+            for part in PARTS.get(key[place], ()):
+                row = found.get((*key[:place], part, *key[place + 1 :]))
+                if row and row["minimum"] > whole["q80"]:
+                    yield row, whole
+
+
+def take_out_wrong_rows(path: Path) -> list[str]:
+    """Those that other processes disturbed, and those that contradict each other: which."""
+    run, wrong = load(path), []
+    pairs = contradictions(run.get("operators", []))
+    contradicting = {id(row) for pair in pairs for row in pair}
+    for section, fields in CASES.items():
+        kept = []
+        for row in run.get(section, []):
+            disturbed = (row.get("others") or 0) > DISTURBED
+            if disturbed or id(row) in contradicting:
+                why = "disturbed" if disturbed else "contradicts another row"
+                what = ", ".join(str(row[name]) for name in (*fields, "name"))
+                wrong.append(f"{section}: {what}: {why}")
+            else:
+                kept.append(row)
+        if section in run:
+            run[section] = kept
+    path.write_text(json_of(run))
+    return wrong
 
 
 def main() -> None:
@@ -168,37 +271,50 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default=DEVICE)
-    parser.add_argument("--out", type=Path, default=Path("build/bench"), help="a directory")
-    parser.add_argument("--only", choices=SECTIONS, action="append", help="measure this section")
-    parser.add_argument("--tiny", action="store_true", help="small tensors, only to test the code")
+    parser.add_argument("--minutes", type=float, help="begin nothing later, and end by then")
+    parser.add_argument("--out", type=Path, help="a directory (default build/bench)")
+    parser.add_argument("--only", choices=("roofs", "verify", *CASES), action="append")
+    parser.add_argument("--list", action="store_true", help="the rows that would be written")
+    parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU")
     options = parser.parse_args()
-    device = torch.device(options.device)
+    dry = options.dry_run
+    if options.device == "cuda" and not (dry or options.list or torch.cuda.is_available()):
+        sys.exit(
+            "run.py --device cuda: expected a GPU, torch sees none (--list and --dry-run need none)"
+        )
     torch.set_num_threads(THREADS)
+    usual = Path(tempfile.mkdtemp()) if dry else Path("build/bench")
+    out: Path = (options.out or usual).resolve()
+    on_cpu = dry or options.device == "cpu" or options.list
+    device = torch.device("cpu" if on_cpu else "cuda")
+    path = out / file_name(device)
+    items = [
+        item
+        for item in Plan(path, options.device, dry).items()
+        if options.only is None or item.section in options.only
+    ]
+    if options.list:
+        for item in items:
+            print(f"{item.name}: {', '.join(row['name'] for row in item.rows) or item.section}")
+        return
+    if dry:
+        sys.exit(rehearsed(items))
     others = OtherProcesses(device)
-    time.sleep(0 if options.tiny else WATCH)
-    busy = others.cores()
-    if busy is not None and busy > DISTURBED and not options.tiny:
+    time.sleep(WATCH)
+    if (busy := others.cores() or 0) > DISTURBED:
         sys.exit(f"other processes keep {busy:.1f} cores busy: stop them, then measure")
-    path: Path = options.out.resolve() / file_name(device)
-    if options.only is None:
-        path.unlink(missing_ok=True)
-    start = time.monotonic()
-    os.environ["OMP_NUM_THREADS"] = str(THREADS)
-    for section, command in commands(path, options.device, options.tiny).items():
-        if options.only is None or section in options.only:
-            print(f"\n{section}", flush=True)
-            if status := subprocess.run(command).returncode:
-                sys.exit(f"{section}: exit {status}")
-    if not options.tiny:  # calls of microseconds
-        make_consistent(path, partial(measure_again, device=options.device))
-    plot.draw(path)
-    run = json.loads(path.read_text())
-    print(f"\n{(time.monotonic() - start) / 60:.0f} minutes. Rows: {path}\n")
+    failed = measure_missing(items, path, device, options.minutes)
+    run = load(path)
+    if "operators" in run:
+        plot.draw(path)
+    print(f"\nRows: {path}\n")
     for section, table in cost_tables.OF_A_MACHINE.items():
         if section in run:
             print(table(run), end="\n\n")
-    if not options.tiny and (names := disturbed(path)):
-        sys.exit("disturbed by other processes, so measure again:\n" + "\n".join(names))
+    if device.type == "cpu":
+        failed += take_out_wrong_rows(path)
+    if failed:
+        sys.exit("measure again:\n" + "\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -1,96 +1,46 @@
-"""Time and memory of a training step with our losses and late_upsampling, compared with the plain
-step with torch's; time of inference.
+"""Time and memory of training steps with our losses and late_upsampling, compared with the plain
+step with torch's; time of inference; and the largest batches that fit into 24 GB.
 
-    python bench/training_step.py [--rounds 10] [--minutes 3] [--out ROWS.json]
+    python bench/training_step.py [--network SegFormer-B0] [--section batches] [--rows ROWS.json]
 
-The candidates: the network with F.interpolate and F.cross_entropy, in eager mode and compiled; with
-late_upsampling, if it finds something to move; with our cross-entropy; with both; with both and
-each method. For inference: the network, with late_upsampling, and that exported. On a GPU HRNet-W48
-at 512×1024, batch 8, 19 classes, and SegFormer-B5 at 512×512, batch 16, 150 classes, bf16 autocast;
-on the CPU HRNet-W18-small and SegFormer-B0 with batch 2 in float32. A step is forward, backward and
-optimizer.
-The candidates take turns, a few steps each, in a round that is not counted and then in --rounds
-rounds, or in more if --minutes allow them. A ratio is the time of the steps, their median and
-quartiles, divided by the median of the first candidate.
---dry-run uses small images; it only tests the code.
+A step is forward, backward and AdamW; on a GPU with bf16 autocast and channels last. The baseline
+is the network with F.interpolate and F.cross_entropy; compiled is the network together with its
+loss. Candidates take turns. Their time is that of a step, on a GPU also the sum of its kernels,
+which the host does not decide. The ratio is the time divided by the median of the baseline.
+--dry-run: small images, with torch.compile's backend "eager" for the loss alone.
 """
 
 import argparse
 import copy
-import functools
 import gc
-import itertools
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-import yaml
-from bench_pixel_losses import cross_entropy
-from cases import IGNORE_INDEX, labels_of
-from record import DEVICE, STEP_NAMES, head_of, save, spread
+from networks import BATCHES, COMPILED, IGNORE_INDEX, ON_CPU, ON_GPU, Network
+from record import BASELINE, DEVICE, OWN, STEP_NAMES, head_of, save, spread
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import anchorops as ao
-from anchorops import Attachment
-from anchorops.measure import OtherProcesses, duration, peak_extra_bytes
-from anchorops.train.cli import PRESETS
-from anchorops.train.module import SegmentationModule
-from anchorops.train.networks.learner import (
-    CLASSES,
-    build_optimizer,
-    build_regularizer,
-    parameter_groups,
-)
-from anchorops.train.networks.models import Segmenter, build_model
+from anchorops.measure import example_labels, in_turns, peak_extra_bytes
+from anchorops.train.networks.learner import CLASSES, build_regularizer
 
 METHODS = (("cr",), ("sar",), ("cbp",), ("occl",), ("cbp", "occl"), ("ceco",), ("mvsc",))
-WARM_UP, STEPS = 1, 4  # of a turn on a GPU
-
-
-class Setting(NamedTuple):
-    """A network and its images, with the optimizer and the memory layout of a preset."""
-
-    preset: str
-    model: str
-    size: tuple[int, int]
-    batch: int
-    num_classes: int
-
-    @property
-    def options(self) -> Any:
-        """Those of the model in the preset."""
-        preset = yaml.safe_load((PRESETS / f"{self.preset}.yaml").read_text())
-        return SegmentationModule(**preset["model"]).options
-
-    @property
-    def layout(self) -> torch.memory_format:
-        return torch.channels_last if self.options.channels_last else torch.preserve_format
-
-    def __str__(self) -> str:
-        height, width = self.size
-        return f"{self.model} {height}×{width} batch {self.batch} K{self.num_classes}"
-
-
-ON_GPU = (
-    Setting("cityscapes-hrnet-w48", "hrnet-w48", (512, 1024), 8, 19),
-    Setting("ade20k-segformer-b5", "segformer-b5", (512, 512), 16, 150),
-)
-ON_CPU = (
-    Setting("cityscapes-hrnet-w48", "hrnet-w18-small", (512, 1024), 2, 19),
-    Setting("ade20k-segformer-b0", "segformer-b0", (512, 512), 2, 150),
-)
-DRY_RUN = tuple(setting._replace(size=(32, 64), num_classes=21) for setting in ON_CPU)
+SECTIONS = ("training_steps", "inference", "batches")
+CAPACITY, ROUNDS, PROFILED = 24e9, 10, 3  # bytes; of timing; steps
+PLAIN, LATER, EXPORTED = "plain", "late", "late, exported"  # names of inference
+Step = Callable[[], object]
 
 
 class Candidate(NamedTuple):
-    """cross_entropy: "torch" or "anchorops". late: with late_upsampling."""
+    """ours: with our cross-entropy. late: with late_upsampling."""
 
-    cross_entropy: str
-    methods: tuple[str, ...] = ()
+    ours: bool
     late: bool = False
+    methods: tuple[str, ...] = ()
     compiled: bool = False
 
     @property
@@ -99,260 +49,252 @@ class Candidate(NamedTuple):
             names = CLASSES | {"cr": "CR"}
             methods = " + ".join(names[method] for method in self.methods)
             return f"{methods}, {'both' if self.late else 'ours'}"
+        name = STEP_NAMES["anchorops" if self.ours else "torch", self.late]
         if self.compiled:
-            return "baseline, torch.compile"
-        return STEP_NAMES[self.cross_entropy, self.late]
+            return f"{name.removesuffix(', torch' + chr(39) + 's cross-entropy')}, torch.compile"
+        return name
 
 
-CANDIDATES = (
-    Candidate("torch"),
-    Candidate("torch", compiled=True),
-    Candidate("torch", late=True),
-    Candidate("anchorops"),
-    Candidate("anchorops", late=True),
-    *(Candidate("anchorops", methods, late=True) for methods in METHODS),
-)
+def candidates_of(network: Network, late: bool) -> list[Candidate]:
+    """late: late_upsampling finds something to move. On the CPU with methods, too."""
+    plain = [
+        Candidate(ours, later) for later in (False, True)[: 1 + late] for ours in (False, True)
+    ]
+    if network.name in [x.name for x in ON_CPU]:
+        methods = [Candidate(True, late, methods) for methods in METHODS]
+        return [plain[0], Candidate(False, compiled=True), *plain[1:], *methods]
+    compiled = [one._replace(compiled=True) for one in plain if one.ours or not one.late]
+    return [*plain, *(compiled if network.name in COMPILED else [])]
 
 
-class Turn(NamedTuple):
-    """Seconds of each step; peak memory in bytes: on a GPU all memory of torch's tensors, on the
-    CPU the additional memory of a step (None if the system does not report it)."""
-
-    seconds: list[float]
-    peak_bytes: int | None
-
-
-def images_and_labels(setting: Setting, device: torch.device) -> tuple[Tensor, Tensor]:
-    height, width = setting.size
-    images = torch.randn(setting.batch, 3, height, width)
-    coarse = (setting.batch, height // 4, width // 4)
-    labels = labels_of(coarse, setting.num_classes, "coherent", device)
-    labels = labels.repeat_interleave(4, 1).repeat_interleave(4, 2)
-    return images.to(device, memory_format=setting.layout), labels
+def plan(device: str, section: str) -> list[tuple[Network, list[str]]]:
+    """The networks of a section, and the names of the rows that are known before late_upsampling
+    was tried."""
+    networks = ON_CPU if device == "cpu" else BATCHES if section == "batches" else ON_GPU
+    names = {"inference": [PLAIN], "batches": [BASELINE, OWN]}
+    return [
+        (network, names.get(section) or [one.name for one in candidates_of(network, False)])
+        for network in networks
+    ]
 
 
-def cross_entropy_of_torch(logits: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy(logits, labels)
+class Bench(NamedTuple):
+    """How a network is measured. dry: a dry run, in which torch.compile gets the loss alone."""
+
+    network: Network
+    device: torch.device
+    dry: bool
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        model = self.network.build().to(self.device)
+        last = torch.channels_last if self.network.channels_last else torch.preserve_format
+        return model.to(memory_format=last)  # pyright: ignore[reportCallIssue]
+
+    def batch(self, size: int) -> tuple[Tensor, Tensor]:
+        """Images and labels of coherent regions."""
+        *rows, columns = self.network.size
+        images = torch.randn(size, self.network.channels, *rows, columns, device=self.device)
+        if self.network.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        flat = (size, torch.Size(rows).numel(), columns)
+        labels = example_labels(flat, self.network.num_classes, "coherent")
+        labels = torch.where(labels < 0, IGNORE_INDEX, labels).view(size, *rows, columns)
+        return images, labels.to(self.device)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def step(self, candidate: Candidate, model: nn.Module) -> Callable[[Tensor, Tensor], None]:
+        """One training step of a model in training mode."""
+        network, ours = self.network, candidate.ours
+        attached = None
+        if candidate.methods:
+            options = {f"{method}.ignore_index": IGNORE_INDEX for method in candidate.methods}
+            method = build_regularizer(candidate.methods, options, network.num_classes, network.dim)
+            assert method is not None
+            attached = ao.attach(model, method.to(self.device))
+
+        loss_of_outputs = network.loss
+        if candidate.compiled and self.dry:
+            loss_of_outputs = torch.compile(network.loss, dynamic=False, backend="eager")
+
+        def loss_of(images: Tensor, labels: Tensor) -> Tensor:
+            return loss_of_outputs(network.outputs(model, images, low=ours), labels, ours)
+
+        if candidate.compiled and not self.dry:
+            loss_of = torch.compile(loss_of, dynamic=False)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
+
+        def step(images: Tensor, labels: Tensor) -> None:
+            with self.autocast():
+                loss = loss_of(images, labels)
+                if attached is not None:
+                    loss = loss + attached(labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    def prepared(self, candidate: Candidate) -> Callable[[Tensor, Tensor], None]:
+        model = self.model().train()
+        self.network.arrange(model, self.batch(1)[0], candidate.ours, candidate.late)
+        return self.step(candidate, model)
+
+    def runs_later(self) -> bool:
+        return self.network.runs_later(self.network.build().train().to("meta"))
+
+    def measured(self, steps: dict[str, Step], rounds: int) -> Iterator[dict[str, Any]]:
+        """Time and memory of calls that take turns. The first is the baseline."""
+        own = {}
+        for name, step in steps.items():
+            step()  # Adam's state exists then
+            own[name] = peak_of(step, self.device)
+        kernels = {name: seconds_of_kernels(step, self.device) for name, step in steps.items()}
+        times, others = in_turns([*steps.values()], self.device, seconds=0.0, rounds=rounds)
+        spreads = [spread(seconds) for seconds in times]
+        for name, seconds in zip(steps, spreads, strict=True):
+            yield {
+                "network": str(self.network),
+                "name": name,
+                "seconds": seconds,
+                "kernels": kernels[name],
+                "rounds": len(times[0]),
+                "ratio": {x: value / spreads[0]["median"] for x, value in seconds.items()},
+                "peak_bytes": own[name],
+                "others": others,
+            }
+
+    def training_steps(self, rounds: int) -> Iterator[dict[str, Any]]:
+        """On a GPU the peak of a step includes the parameters of its candidate alone."""
+        images, labels = self.batch(self.network.batch)
+        steps: dict[str, Step] = {}
+        kept: dict[str, int] = {}
+        for candidate in candidates_of(self.network, self.runs_later()):
+            before = allocated(self.device)
+            step = partial(self.prepared(candidate), images, labels)
+            step()
+            steps[candidate.name] = step
+            kept[candidate.name] = allocated(self.device) - before
+        for row in self.measured(steps, rounds):
+            if row["peak_bytes"] is not None and self.device.type == "cuda":
+                row["peak_bytes"] -= sum(kept.values()) - kept[row["name"]]
+            yield row
+
+    def inference(self, rounds: int) -> Iterator[dict[str, Any]]:
+        """Forward passes in evaluation mode without gradients."""
+        images, _ = self.batch(self.network.batch)
+        model = self.model().eval()
+        late = copy.deepcopy(model)
+        networks: dict[str, Callable[..., Any]] = {PLAIN: model}
+        if self.runs_later():
+            ao.late_upsampling(late, images[:1])
+            networks[LATER] = late
+        if self.device.type == "cpu":
+            networks[EXPORTED] = torch.export.export(late, (images,)).module()
+
+        def run(network: Callable[..., Any]) -> None:
+            with torch.no_grad(), self.autocast():
+                network(images)
+
+        steps: dict[str, Step] = {name: partial(run, one) for name, one in networks.items()}
+        yield from self.measured(steps, rounds)
+
+    def batches(self, _: int) -> Iterator[dict[str, Any]]:
+        """The largest batch of each candidate with which two steps fit into 24 GB."""
+        if self.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(CAPACITY / memory)
+        for late in (False, True)[: 1 + self.runs_later()]:
+            for ours in (True,) if late else (False, True):
+                candidate = Candidate(ours, late)
+                largest = largest_batch(partial(self.fits, candidate), self.network.batch)
+                yield {"network": str(self.network), "name": candidate.name, "images": largest}
+
+    def fits(self, candidate: Candidate, size: int) -> bool:
+        if self.device.type == "cpu":  # in a dry run
+            self.prepared(candidate)(*self.batch(1))
+            return size < 3
+        try:
+            step, batch = self.prepared(candidate), self.batch(size)
+            for _ in range(2):  # Adam's state exists in the second
+                step(*batch)
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            step = batch = None
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
-def step_of(
-    setting: Setting,
-    model: Segmenter,
-    candidate: Candidate,
-    regularizer: Attachment | None,
-    images: Tensor,
-    labels: Tensor,
-) -> Callable[[], None]:
-    """One training step, as in the training program."""
-    options = setting.options
-    groups = parameter_groups(model, options.lr, options.weight_decay, options.head_lr_factor)
-    optimizer = build_optimizer(options.optimizer, groups)
-    ours = candidate.cross_entropy == "anchorops"
-    loss_of = ao.CrossEntropy(ignore_index=IGNORE_INDEX) if ours else cross_entropy_of_torch
-
-    def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda):
-            loss = loss_of(model(images), labels)
-            if regularizer is not None:
-                loss = loss + regularizer(labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+def allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
 
 
-def take_turn(
-    setting: Setting,
-    model: Segmenter,
-    candidate: Candidate,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    memory: bool,
-) -> Turn:
-    """A few steps of the candidate; the model is without its methods afterwards."""
-    gc.collect()  # reference cycles of the last turn keep memory
-    torch.manual_seed(0)
-    dim = model.classifier.in_channels
-    options = {f"{method}.ignore_index": IGNORE_INDEX for method in candidate.methods}
-    regularizer = build_regularizer(candidate.methods, options, setting.num_classes, dim)
-    attached = None
-    if regularizer is not None:
-        attached = ao.attach(model, regularizer.to(images.device))
-    try:
-        step = step_of(setting, model, candidate, attached, images, labels)
-        return timed(step, images.device, memory)
-    finally:
-        if attached is not None:
-            attached.detach()
-
-
-def timed(step: Callable[[], object], device: torch.device, memory: bool) -> Turn:
+def peak_of(step: Step, device: torch.device) -> int | None:
+    """On a GPU all memory of torch's tensors, on the CPU the additional memory of a step."""
     if device.type == "cpu":
-        seconds = [duration(step) for _ in range(2)]
-        return Turn(seconds[1:], peak_extra_bytes(step, device) if memory else None)
-    for _ in range(WARM_UP):
-        step()
-    torch.cuda.synchronize()
+        return peak_extra_bytes(step, device)
     torch.cuda.reset_peak_memory_stats()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(STEPS + 1)]
-    events[0].record()
-    for event in events[1:]:
-        step()
-        event.record()
-    torch.cuda.synchronize()
-    seconds = [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
-    return Turn(seconds, torch.cuda.max_memory_allocated())
+    step()
+    return torch.cuda.max_memory_allocated()
 
 
-def bytes_of(model: nn.Module) -> int:
-    return sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+def seconds_of_kernels(step: Step, device: torch.device) -> float | None:
+    """The sum of the kernels of a step; None on the CPU."""
+    if device.type == "cpu":
+        return None
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(PROFILED):
+            step()
+    total = sum(event.self_device_time_total for event in profiled.key_averages())
+    return total / 1e6 / PROFILED
 
 
-def network_of(setting: Setting, device: torch.device) -> Segmenter:
-    torch.manual_seed(0)
-    model = build_model(setting.model, setting.num_classes).to(device)
-    return model.to(memory_format=setting.layout).train()  # pyright: ignore
-
-
-def runs_later(model: nn.Module, images: Tensor) -> bool:
-    """late_upsampling of the model, if there is something to move."""
-    try:
-        ao.late_upsampling(model, images[:1])
-    except ValueError:
-        return False
-    return True
-
-
-def rounds_of(
-    turns: list[Callable[[bool], Turn]], min_rounds: int, minutes: float
-) -> Iterator[list[Turn]]:
-    """The turns of each round; the first round, with memory, warms up: kernels are compiled."""
-    deadline, last = time.monotonic() + 60 * minutes, 0.0
-    for number in itertools.count():
-        begin = time.monotonic()
-        if number > min_rounds and begin + last > deadline:
-            return
-        first = number % len(turns)
-        order = [*range(first, len(turns)), *range(first)]
-        done = {turn: turns[turn](number == 0) for turn in order}
-        yield [done[turn] for turn in range(len(turns))]
-        last = time.monotonic() - begin
-
-
-def times_of(
-    turns: list[Callable[[bool], Turn]], device: torch.device, min_rounds: int, minutes: float
-) -> Iterator[dict[str, Any]]:
-    """Time and memory of each candidate."""
-    processes = OtherProcesses(device)
-    warm_up, *rounds = rounds_of(turns, min_rounds, minutes)
-    others = processes.cores()
-    memory_of = warm_up if device.type == "cpu" else rounds[-1]
-    plain = median(itertools.chain.from_iterable(done[0].seconds for done in rounds))
-    for number, measured in enumerate(memory_of):
-        seconds = spread(itertools.chain.from_iterable(done[number].seconds for done in rounds))
-        yield {
-            "seconds": seconds,
-            "rounds": len(rounds),
-            "ratio": {name: value / plain for name, value in seconds.items()},
-            "peak_bytes": measured.peak_bytes,
-            "others": others,
-        }
-
-
-def rows_of(
-    setting: Setting, device: torch.device, min_rounds: int, minutes: float, backend: str | None
-) -> Iterator[dict[str, Any]]:
-    """A row for each candidate, of `min_rounds` rounds or as many as the minutes allow. backend: of
-    torch.compile; with None compiled candidates are left out."""
-    images, labels = images_and_labels(setting, device)
-    possible = runs_later(network_of(setting, device), images)
-    candidates = dict.fromkeys(c._replace(late=c.late and possible) for c in CANDIDATES)
-    candidates = [c for c in candidates if backend is not None or not c.compiled]
-    models: dict[tuple[bool, bool], Segmenter] = {}
-    for late, compiled in dict.fromkeys((c.late, c.compiled) for c in candidates):
-        model = models[late, compiled] = network_of(setting, device)
-        if late:
-            ao.late_upsampling(model, images[:1])
-        if compiled and backend is not None:
-            model.compile(backend=backend)
-    unused = bytes_of(next(iter(models.values()))) * (len(models) - 1)
-
-    def turn(candidate: Candidate, memory: bool) -> Turn:
-        model = models[candidate.late, candidate.compiled]
-        done = take_turn(setting, model, candidate, images, labels, memory=memory)
-        if device.type == "cpu" or done.peak_bytes is None:
-            return done
-        return done._replace(peak_bytes=done.peak_bytes - unused)
-
-    turns = [functools.partial(turn, candidate) for candidate in candidates]
-    measured = times_of(turns, device, min_rounds, minutes)
-    for candidate, times in zip(candidates, measured, strict=True):
-        yield {
-            "network": str(setting),
-            "name": candidate.name,
-            "cross_entropy": candidate.cross_entropy,
-            "methods": "+".join(candidate.methods) or "plain",
-            "late": candidate.late,
-            "compiled": candidate.compiled,
-            **times,
-        }
-
-
-def inference_rows(
-    setting: Setting, device: torch.device, min_rounds: int, export: bool
-) -> Iterator[dict[str, Any]]:
-    """Forward passes in evaluation mode without gradients."""
-    images, _ = images_and_labels(setting, device)
-    model = network_of(setting, device).eval()
-    late = copy.deepcopy(model)
-    networks: dict[str, nn.Module] = {"plain": model}
-    if runs_later(late, images):
-        networks["late"] = late
-    if export:
-        networks["late, exported"] = torch.export.export(late, (images,)).module()
-
-    def turn(network: Callable[..., Tensor], memory: bool) -> Turn:
-        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda):
-            return timed(lambda: network(images), device, memory)
-
-    turns = [functools.partial(turn, network) for network in networks.values()]
-    for name, times in zip(networks, times_of(turns, device, min_rounds, 0.0), strict=True):
-        yield {"network": str(setting), "name": name, **times}
+def largest_batch(fits: Callable[[int], bool], start: int) -> int:
+    """By doubling and bisection."""
+    least, most = 0, start
+    while fits(most):
+        least, most = most, 2 * most
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle)
+    return least
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=10, help="at least (default 10)")
-    parser.add_argument("--minutes", type=float, default=0.0, help="for all, if more (default 0)")
-    parser.add_argument("--out", type=Path, help="write the rows to this JSON file")
+    parser.add_argument("--network", action="append", help="by name (default: all)")
+    parser.add_argument("--section", choices=SECTIONS, default=SECTIONS[0])
+    parser.add_argument("--rows", type=Path, help="write the rows to this JSON file")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=DEVICE)
-    parser.add_argument("--eager", action="store_true", help="without torch.compile and export")
+    parser.add_argument("--networks-of", help="a type of device (default: that of --device)")
     parser.add_argument("--dry-run", action="store_true", help="small images")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    settings = ON_GPU if device.type == "cuda" else ON_CPU
-    if arguments.dry_run:
-        settings = DRY_RUN
-    head, rows = {**head_of(device), "dry_run": arguments.dry_run}, []
-    print(f"{head['device']}, torch {head['torch']}, commit {head['commit']}")
-    inference: list[dict[str, Any]] = []
-    backend = "eager" if arguments.dry_run else "inductor"  # which compiles for minutes
-    backend = None if arguments.eager else backend
-    for setting in settings:
-        print(f"\n{setting}: ms, and as a share of the first")
-        minutes = arguments.minutes / len(settings)
-        steps = rows_of(setting, device, arguments.rounds, minutes, backend)
-        passes = inference_rows(setting, device, arguments.rounds, not arguments.eager)
-        for section, measured in ((rows, steps), (inference, passes)):
-            for row in measured:
-                section.append(row)
-                middle, share = row["seconds"]["median"], row["ratio"]["median"]
-                print(f"{row['name']:<32}{1e3 * middle:9.1f}{share:7.0%}", flush=True)
-        if arguments.out:
-            save(arguments.out, "training_steps", head, rows)
-            save(arguments.out, "inference", head, inference)
+    device, dry = torch.device(arguments.device), arguments.dry_run
+    for network, names in plan(arguments.networks_of or device.type, arguments.section):
+        if arguments.network and network.name not in arguments.network:
+            continue
+        bench = Bench(network.tiny() if dry else network, device, dry)
+        rows: list[dict[str, Any]] = []
+        try:
+            for row in getattr(bench, arguments.section)(1 if dry else ROUNDS):
+                rows.append(row)
+                print(line(row), flush=True)
+        except ImportError as error:
+            absent = {"network": str(network), "absent": f"{error.name} is not there"}
+            rows = [absent | {"name": name} for name in names]
+        if arguments.rows:
+            save(arguments.rows, arguments.section, head_of(device), rows)
+
+
+def line(row: dict[str, Any]) -> str:
+    if "images" in row:
+        return f"{row['network']}: {row['name']}: {row['images']} images in 24 GB"
+    middle, share = row["seconds"]["median"], row["ratio"]["median"]
+    return f"{row['network']}: {row['name']:<36}{1e3 * middle:9.1f} ms{share:7.0%}"
 
 
 if __name__ == "__main__":

@@ -1,38 +1,13 @@
-"""The scripts that train: the benchmark of training steps, the evidence."""
+"""The script that trains for the evidence."""
 
-import json
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import evidence_report
 import pytest
-from cost_tables import inference, training_steps
 
 BENCH = Path(__file__).parents[2] / "bench"
-
-
-@pytest.mark.slow
-def test_benchmark_of_training_steps(tmp_path: Path):
-    rows = tmp_path / "x/rows.json"
-    options = ["--dry-run", "--rounds", "1", "--out", str(rows)]
-    command = [sys.executable, str(BENCH / "training_step.py"), *options]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    run = json.loads(rows.read_text())
-    assert run["dry_run"] and {"device", "torch", "commit"} < run.keys()
-    names = ("network", "methods", "cross_entropy")
-    networks, methods, losses = ({row[name] for row in run["training_steps"]} for name in names)
-    assert {network.split()[0] for network in networks} == {"hrnet-w18-small", "segformer-b0"}
-    assert len(methods) == 8 and losses == {"torch", "anchorops"}
-    assert len(run["training_steps"]) == 2 * (5 + 7)
-    assert [row["name"] for row in run["inference"]] == 2 * ["plain", "late", "late, exported"]
-    assert all(row["seconds"]["median"] > 0 and row["peak_bytes"] for row in run["training_steps"])
-    assert "CBP + OCCL, both" in done.stdout
-    assert "late upsampling alone" in training_steps(run) and "; segformer-b0 32×64" in inference(
-        run
-    )
 
 
 @pytest.mark.parametrize(

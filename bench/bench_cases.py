@@ -1,0 +1,285 @@
+"""Every case of cases.py: our backends and the alternatives take turns.
+
+pytest bench -k "cross-entropy and SegFormer" --rows ROWS.json
+"""
+
+import contextlib
+import ctypes
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from statistics import median, quantiles
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from cases import BACKWARD, FORWARD, Case
+from operations import (
+    OPERATIONS,
+    Library,
+    alternatives_of,
+    counted_bytes,
+    counted_exponentials,
+)
+from torch import Tensor, nn
+
+import anchorops as ao
+from anchorops._backend import CUDA_MAX_KEYS, OPERATORS, TRITON_ON_HOST
+from anchorops.catalogue import Inputs
+from anchorops.measure import DISTURBED, Run, in_turns, peak_extra_bytes
+
+TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2, "fp16": 1e-2}  # also of expanded squares
+# Rows are measured again if other processes disturbed them, or if the times of ours differ by more
+# than this: a virtual machine may have given unused memory back to its host, and new pages are
+# slow. The steadiest measurement is kept.
+MOST_TRIES, MOST_SPREAD = 3, 2.0
+KEPT, COPY, READ = ", kept pages", "copy", "read"
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's <malloc.h>
+
+
+def usable(device: torch.device) -> list[str]:
+    kinds = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}[device.type]
+    return [kind for kind in kinds if ao.backends()[kind] is None and not TRITON_ON_HOST]
+
+
+def backends(case: Case, kinds: Sequence[str]) -> dict[str, str]:
+    """Those of these kinds that have the operation, by their names in tables."""
+    groups = 4 if "4 groups" in case.operation else 1
+    few = case.shape.num_classes * groups <= CUDA_MAX_KEYS
+    names = [
+        kind
+        for kind in kinds
+        if kind in OPERATORS[OPERATIONS[case.operation].operator] and (few or kind != "cuda")
+    ]
+    return {f"anchorops ({name})": name for name in names or ["reference"]}
+
+
+class Implementation(NamedTuple):
+    """What a row is about. backend: of ours. kept: with a malloc that keeps pages."""
+
+    name: str
+    formula: Any
+    backend: str | None = None
+    compiled: bool = False
+    kept: bool = False
+
+
+def implementations(device: str, case: Case, kinds: Sequence[str]) -> list[Implementation]:
+    """Ours first, the fastest backend first. On the CPU the usual formulas of pixel losses allocate
+    new memory in each call, and their page faults take about half of the time. "Kept pages" are
+    these formulas with a malloc that does not return memory to the operating system."""
+    ours = OPERATIONS[case.operation].ours
+    found = [Implementation(name, ours, kind) for name, kind in backends(case, kinds).items()]
+    cuda = device == "cuda"
+    alternatives = alternatives_of(case, libraries=cuda)
+    for name, formula in alternatives.items():
+        found.append(Implementation(name, formula, compiled=name.startswith("compiled ")))
+    if alternatives and not cuda and case.keeps_pages:
+        name, formula = next(iter(alternatives.items()))
+        found.append(Implementation(name + KEPT, formula, kept=True))
+    return found
+
+
+@contextlib.contextmanager
+def kept_pages() -> Iterator[None]:
+    """malloc neither maps large blocks separately nor returns memory to the operating system."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        libc.mallopt(M_MMAP_MAX, 65_536)
+        libc.mallopt(M_TRIM_THRESHOLD, 128 * 1024)
+        libc.malloc_trim(0)
+
+
+def tensors_of(results: Any) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else [x for x in results if x is not None]
+
+
+def run_of(formula: Callable[..., Any], inputs: Inputs, direction: str) -> Run:
+    """The results, or where they have gradients those of the first input and the parameters."""
+    name, x = next(iter(inputs.items()))
+    leaf = x.detach().requires_grad_(direction != FORWARD)
+    inputs = inputs | {name: leaf}
+    leaves = [leaf, *(formula.parameters() if isinstance(formula, nn.Module) else ())]
+    leaves = [x for x in leaves if x.requires_grad]
+    weights: list[Tensor] = []
+
+    def gradients(results: list[Tensor], **options: Any) -> list[Tensor]:
+        if not weights:
+            generator = torch.Generator(leaf.device).manual_seed(2)
+            for y in results:
+                drawn = torch.rand(y.shape, device=y.device, generator=generator)
+                weights.append(torch.ones_like(y) if y.dim() == 0 else drawn.to(y.dtype))
+        found = torch.autograd.grad(results, leaves, weights, allow_unused=True, **options)
+        return [x for x in found if x is not None]
+
+    def run() -> list[Tensor]:
+        with contextlib.nullcontext() if direction != FORWARD else torch.no_grad():
+            results = tensors_of(formula(**inputs))
+        return gradients(results) if results[0].requires_grad else results
+
+    if direction != BACKWARD:
+        return run
+    made = tensors_of(formula(**inputs))
+    return lambda: gradients(made, retain_graph=True)
+
+
+def built(formula: Any, inputs: Inputs) -> Callable[..., Any]:
+    return formula.build(inputs) if hasattr(formula, "build") else formula
+
+
+def relative_error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """The largest ‖result − exact‖ / ‖exact‖."""
+    errors = []
+    for y, right in zip(results, exact, strict=True):
+        right = right.double() if right.numel() < 1 << 20 else right.float()
+        difference = y.detach().to(right.dtype) - right
+        errors.append(float(difference.norm() / right.norm().clamp(min=1e-30)))
+    return max(errors)
+
+
+def exact_results(case: Case, inputs: Inputs) -> list[Tensor]:
+    """Those of the first alternative in float32, or of the reference where there is none."""
+    operation = OPERATIONS[case.operation]
+    wide = inputs
+    if operation.alternatives:
+        wide = {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
+    formula = next(iter(operation.alternatives.values()), operation.ours)
+    with ao.use_backend("reference"):
+        run: Any = run_of(built(formula, inputs), wide, case.direction)
+        return [x.detach() for x in run()]
+
+
+class WrongResults(Exception):
+    """They are not timed."""
+
+
+class Timer:
+    """Measures the implementations of a case in groups that take turns: eager ones, compiled ones,
+    and with kept pages."""
+
+    def __init__(self, case: Case, device: torch.device, tiny: bool, seconds: float, rounds: int):
+        self.case, self.device, self.tiny = case, device, tiny
+        operation = OPERATIONS[case.operation]
+        self.seconds, self.rounds = seconds, min(rounds, operation.rounds or rounds)
+        self.inputs = case.inputs(device)
+        self.exact = exact_results(case, self.inputs) if operation.compares else None
+        self.ours: Sequence[float] = ()
+
+    def rows(self, group: Sequence[Implementation]) -> list[dict[str, Any]]:
+        """What fails, except ours, has a row that says why."""
+        rows, runs, kept = [], {}, contextlib.ExitStack()
+        for one in group:
+            row: dict[str, Any] = {**self.case.fields, "name": one.name}
+            rows.append(row)
+            if isinstance(one.formula, Library) and one.formula.missing():
+                row["absent"] = f"{one.formula.package} is not there"
+                continue
+            try:
+                runs[one.name] = self.checked(one, row)
+            except WrongResults:
+                raise
+            except Exception as error:
+                if one.backend is not None:
+                    raise
+                first = next(iter(str(error).splitlines()), "")
+                row["absent"] = f"{type(error).__name__}: {first[:200]}"
+        with kept:
+            if any(one.kept for one in group):
+                kept.enter_context(kept_pages())
+            times, others = self.times(runs)
+        if group[0].backend:
+            self.ours = times[group[0].name]
+        for row in rows:
+            if row["name"] in times:
+                row |= self.measured(times, row["name"], others)
+        return rows
+
+    def checked(self, one: Implementation, row: dict[str, Any]) -> Run:
+        """Calls it: the first call compiles."""
+        formula = built(one.formula, self.inputs)
+        if one.compiled:
+            backend = "eager" if self.tiny else "inductor"
+            formula = torch.compile(formula, dynamic=False, backend=backend)
+        chosen = ao.use_backend(one.backend) if one.backend else contextlib.nullcontext()
+        with chosen:
+            plain = run_of(formula, self.inputs, self.case.direction)
+
+        def run() -> object:
+            with ao.use_backend(one.backend or "auto"):
+                return plain()
+
+        results: Any = run()
+        if self.exact is not None:
+            row["error"] = relative_error(results, self.exact)
+            different = isinstance(one.formula, Library)  # some losses of libraries are others
+            if not different and not row["error"] <= TOLERANCE[self.case.dtype]:
+                raise WrongResults(f"{row['case']}: {one.name}: error {row['error']:.2g}")
+        del results
+        row["extra_bytes"] = peak_extra_bytes(run, self.device)
+        return run
+
+    def times(self, runs: dict[str, Run]) -> tuple[dict[str, list[float]], float | None]:
+        """Of the runs, and of a copy and a sum of the first input."""
+        x = next(iter(self.inputs.values())).detach()
+        target = torch.empty_like(x)
+        runs = runs | {COPY: lambda: target.copy_(x), READ: lambda: x.sum()}
+        tries = []
+        for _ in range(1 if self.tiny else MOST_TRIES):
+            gc.collect()
+            times, others = in_turns(
+                [*runs.values()], self.device, seconds=self.seconds, rounds=self.rounds
+            )
+            q20, *_, q80 = quantiles(times[0], n=5, method="inclusive")
+            unsteady = (others or 0) > DISTURBED, q80 / q20
+            tries.append((unsteady, dict(zip(runs, times, strict=True)), others))
+            if unsteady <= (False, MOST_SPREAD):
+                break
+        return min(tries, key=lambda one: one[0])[1:]
+
+    def measured(
+        self, times: dict[str, list[float]], name: str, others: float | None
+    ) -> dict[str, Any]:
+        case, seconds = (self.case.operation, self.case.direction, self.inputs), times[name]
+        counted, x = counted_bytes(*case), next(iter(self.inputs.values()))
+        q20, *_, q80 = quantiles(seconds, n=5, method="inclusive")
+
+        def share(other: str, moved: int) -> float:
+            pairs = zip(seconds, times[other], strict=True)
+            return median(counted / mine / (moved / theirs) for mine, theirs in pairs)
+
+        return {
+            "median": median(seconds),
+            "q20": q20,
+            "q80": q80,
+            "minimum": min(seconds),
+            "rounds": len(seconds),
+            "bytes": counted,
+            "exponentials": counted_exponentials(*case),
+            "copy_share": share(COPY, 2 * x.nbytes),
+            "read_share": share(READ, x.nbytes),
+            "others": others,
+        }
+
+
+def groups_of(every: Sequence[Implementation]) -> list[list[Implementation]]:
+    kinds: dict[tuple[bool, bool], list[Implementation]] = {}
+    for one in every:
+        kinds.setdefault((one.compiled, one.kept), []).append(one)
+    return [*kinds.values()]
+
+
+def test_case(case: Case, rows: Any, benchmark: Any, pytestconfig: pytest.Config) -> None:
+    options = pytestconfig.option
+    device, tiny = torch.device(options.device), options.tiny
+    torch.compiler.reset()  # otherwise a formula compiled for many shapes would run uncompiled
+    case = case._replace(shape=case.shape.on(device, tiny))
+    timer = Timer(case, device, tiny, options.seconds, options.rounds)
+    for group in groups_of(implementations(device.type, case, usable(device))):
+        rows.add(timer.rows(group))
+    if benchmark.enabled:  # for --benchmark-compare and other options of pytest-benchmark
+        stats = benchmark._make_stats(1)
+        for seconds in timer.ours:
+            stats.update(seconds)

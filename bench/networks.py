@@ -1,0 +1,229 @@
+"""The networks whose training steps are counted or measured, and how their users train them."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import anchorops as ao
+from anchorops.train.networks.models import build_model
+
+IGNORE_INDEX = 255
+
+
+class Network(NamedTuple):
+    """A network, its batch, and how its users train it.
+
+    dim: of the features before the classifier. blocks: the classes whose outputs are computed again
+    with activation checkpointing. channels: of the images. upsamples: forward upsamples the logits.
+    weights: of the loss of each of its outputs. channels_last: the layout when it is measured.
+    small: builds a small relative, for a dry run.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    size: tuple[int, ...]
+    batch: int
+    num_classes: int
+    dim: int = 0
+    blocks: tuple[str, ...] = ()
+    channels: int = 3
+    upsamples: bool = False
+    weights: tuple[float, ...] = (1.0,)
+    channels_last: bool = True
+    small: Callable[[], nn.Module] | None = None
+
+    def tiny(self) -> "Network":
+        """For a dry run, which only tests the code."""
+        side = 16 if self.volumes else 64
+        build = self.small or self.build
+        return self._replace(build=build, size=(side,) * len(self.size), batch=2)
+
+    @property
+    def volumes(self) -> bool:
+        return len(self.size) == 3
+
+    def images(self) -> Tensor:
+        """A batch of two images, for a dry run of a model on "meta"."""
+        return torch.empty(2, self.channels, *self.size, device="meta")
+
+    def runs_later(self, model: nn.Module) -> bool:
+        """Whether late_upsampling finds something to move. The model is on "meta"."""
+        try:
+            ao.late_upsampling(copy.deepcopy(model), self.images())
+        except ValueError:
+            return False
+        return True
+
+    def arrange(self, model: nn.Module, images: Tensor, ours: bool, late: bool) -> None:
+        """Remove the last upsampling, if the loss is ours, and let an earlier one run later."""
+        if self.upsamples and ours:
+            ao.low_resolution(model, images)
+        if late:
+            ao.late_upsampling(model, images)
+
+    def outputs(self, model: nn.Module, images: Tensor, low: bool) -> Sequence[Tensor]:
+        """Logits of all heads; low: at their own resolution."""
+        if self.volumes:
+            if not low:
+                return model(images).unbind(1)
+            unet: Any = model
+            return [unet.output_block(unet.skip_layers(images)), *unet.heads]
+        output = model(images)
+        if isinstance(output, Tensor):
+            return [output]
+        if "logits" in output:
+            return [output["logits"]]
+        return list(output.values())
+
+    def loss(self, outputs: Sequence[Tensor], labels: Tensor, ours: bool) -> Tensor:
+        """Of the logits of all heads."""
+        loss_of = our_loss if ours else plain_loss
+        weighted = zip(self.weights, outputs, strict=True)
+        return torch.stack([weight * loss_of(logits, labels) for weight, logits in weighted]).sum()
+
+    def __str__(self) -> str:
+        return f"{self.name} {'×'.join(map(str, self.size))} batch {self.batch} K{self.num_classes}"
+
+
+def plain_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    if logits.shape[2:] != labels.shape[1:]:
+        mode = "bilinear" if labels.dim() == 3 else "trilinear"
+        logits = F.interpolate(logits, labels.shape[1:], mode=mode, align_corners=False)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
+
+
+def our_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return ao.pixel_cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
+
+
+def segformer(size: int, num_classes: int) -> nn.Module:
+    """SegFormer-B0, B2 or B5."""
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    small = size == 0
+    sizes: dict[str, Any] = {
+        "depths": {0: [2, 2, 2, 2], 2: [3, 4, 6, 3], 5: [3, 6, 40, 3]}[size],
+        "hidden_sizes": [32, 64, 160, 256] if small else [64, 128, 320, 512],
+        "decoder_hidden_size": 256 if small else 768,
+        "num_labels": num_classes,
+    }
+    return SegformerForSemanticSegmentation(SegformerConfig(**sizes))
+
+
+def upernet(num_classes: int) -> nn.Module:
+    from transformers import SwinConfig, UperNetConfig, UperNetForSemanticSegmentation
+
+    stages: dict[str, Any] = {"out_features": [f"stage{i}" for i in range(1, 5)]}
+    backbone = SwinConfig(**stages)  # its defaults are Swin-T
+    options: dict[str, Any] = {"use_auxiliary_head": False, "num_labels": num_classes}
+    return UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone, **options))
+
+
+def deeplab(num_classes: int) -> nn.Module:
+    from torchvision.models.segmentation import deeplabv3_resnet101
+
+    return deeplabv3_resnet101(weights_backbone=None, num_classes=num_classes, aux_loss=True)
+
+
+def of_smp(architecture: str, encoder: str, num_classes: int) -> nn.Module:
+    import segmentation_models_pytorch as smp
+
+    make = getattr(smp, architecture)
+    return make(encoder, encoder_weights=None, classes=num_classes)
+
+
+def unet_of_volumes(num_classes: int, levels: int = 6) -> nn.Module:
+    from monai.networks.nets.dynunet import DynUNet
+
+    strides = [1, *[2] * (levels - 1)]
+    return DynUNet(
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=num_classes,
+        kernel_size=[3] * levels,
+        strides=strides,
+        upsample_kernel_size=strides[1:],
+        deep_supervision=True,
+        deep_supr_num=2,
+    )
+
+
+def small_hrnet() -> nn.Module:
+    return build_model("hrnet-w18-small", 19)
+
+
+BASIC, BOTTLENECK = "BasicBlock", "Bottleneck"
+DEEPLAB = {"dim": 256, "blocks": (BOTTLENECK,), "upsamples": True, "weights": (1.0, 0.5)}
+SEGFORMER_B0 = Network("SegFormer-B0", lambda: segformer(0, 150), (512, 512), 16, 150)
+SEGFORMER_B5 = Network(
+    *("SegFormer-B5", lambda: segformer(5, 150), (512, 512), 16, 150, 768),
+    blocks=("SegformerLayer",),
+    small=lambda: segformer(0, 150),
+)
+HRNET_W48 = Network(
+    *("HRNet-W48", lambda: build_model("hrnet-w48", 19), (512, 1024), 8, 19, 720),
+    blocks=(BASIC, BOTTLENECK),
+    small=small_hrnet,
+)
+VOLUMES = Network(
+    *("3-D U-Net", lambda: unet_of_volumes(14), (128, 128, 128), 2, 14, 32),
+    blocks=("UnetBasicBlock",),
+    channels=1,
+    weights=(1.0, 0.5, 0.25),
+    channels_last=False,
+    small=lambda: unet_of_volumes(14, levels=4),
+)
+COUNTED = (
+    SEGFORMER_B5,
+    Network(
+        *("UperNet-Swin-T", lambda: upernet(150), (512, 512), 16, 150, 512),
+        blocks=("SwinLayer",),
+        upsamples=True,
+    ),
+    HRNET_W48,
+    Network(
+        *("PSPNet-R101", lambda: of_smp("PSPNet", "resnet101", 150), (512, 512), 16, 150, 512),
+        blocks=(BOTTLENECK,),
+        upsamples=True,
+    ),
+    Network("DeepLabV3-R101", lambda: deeplab(19), (769, 769), 8, 19, **DEEPLAB),
+    Network("DeepLabV3-R101", lambda: deeplab(21), (513, 513), 16, 21, **DEEPLAB),
+    VOLUMES,
+)
+UNET = Network("U-Net-R34", lambda: of_smp("Unet", "resnet34", 20), (512, 512), 16, 20)
+HRNET_W18 = Network(
+    *("HRNet-W18", lambda: build_model("hrnet-w18", 19), (512, 1024), 8, 19),
+    small=small_hrnet,
+)
+ON_GPU = (
+    SEGFORMER_B0,
+    UNET,
+    SEGFORMER_B5,
+    HRNET_W18,
+    VOLUMES,
+    Network(
+        *("DeepLabV3+-R50", lambda: of_smp("DeepLabV3Plus", "resnet50", 21)),
+        *((512, 512), 16, 21),
+        upsamples=True,
+    ),
+    Network(
+        *("SegFormer-B2", lambda: segformer(2, 150), (512, 512), 16, 150),
+        small=lambda: segformer(0, 150),
+    ),
+    HRNET_W48,
+)
+BATCHES = (SEGFORMER_B0, SEGFORMER_B5, UNET)
+COMPILED = [network.name for network in (SEGFORMER_B0, HRNET_W18, UNET)]
+ON_CPU = (
+    Network(
+        *("hrnet-w18-small", small_hrnet, (512, 1024), 2, 19, 270),
+    ),
+    Network(
+        *("segformer-b0", lambda: build_model("segformer-b0", 150), (512, 512), 2, 150, 256),
+        channels_last=False,
+    ),
+)

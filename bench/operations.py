@@ -1,0 +1,685 @@
+"""What is compared: our call of each operation, and what people write instead.
+
+Both are called with the inputs of a case by name, and return a tensor or several, which have to be
+equal. The first alternative is torch's formula; others are the classes of libraries.
+"""
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from cases import (
+    ALIGNED,
+    BCE,
+    BINARY_DICE,
+    CE,
+    CE_DICE,
+    CENTROIDS,
+    CONFUSION,
+    COSINES,
+    DICE,
+    DIVERGENCE,
+    FOCAL,
+    FORWARD,
+    GROUPS,
+    INFO_NCE,
+    KEYS,
+    LOVASZ,
+    METHODS,
+    MOMENTS,
+    MSE,
+    PSEUDO_LABELS,
+    SUMS,
+    TRAINING,
+    Case,
+)
+from torch import Tensor, nn
+
+import anchorops as ao
+from anchorops import reference
+from anchorops._backend import CUDA_BACKENDS, select
+from anchorops._moments import ClassMoments
+from anchorops._ops.class_keys import class_keys as operator_of_keys
+from anchorops._shared.pixels import feature_rows
+from anchorops.catalogue import Inputs, usual
+from anchorops.catalogue.formulas import upsampled
+from anchorops.measure import keys_bytes, moments_bytes
+
+Formula = Callable[..., Any]
+BOUND, GAMMA, SMOOTHING, TEMPERATURE = 0.7, 2.0, 0.1, 0.07
+LOOPS = ("class loop", "image by image")  # are not compiled
+
+
+class Library(NamedTuple):
+    """A loss of a library, of logits at full resolution. labels: as the loss takes them. added:
+    another loss that is added to it."""
+
+    package: str
+    name: str
+    options: dict[str, Any]
+    labels: Callable[[Tensor], Tensor] = lambda labels: labels
+    added: Formula = lambda logits, labels: 0.0
+
+    def missing(self) -> bool:
+        return importlib.util.find_spec(self.package) is None
+
+    def build(self, inputs: Inputs) -> Formula:
+        loss = getattr(importlib.import_module(f"{self.package}.losses"), self.name)
+        module = loss(**self.options)
+
+        def formula(logits: Tensor, labels: Tensor) -> Tensor:
+            z = upsampled(logits.float(), space_of(logits, labels))
+            return module(z, self.labels(labels)) + self.added(z, labels)
+
+        return formula
+
+
+def space_of(logits: Tensor, labels: Tensor) -> torch.Size:
+    return labels.shape[2 - logits.dim() :]
+
+
+def smp(name: str, mode: str = "", **options: Any) -> Library:
+    """mode: of softmax or sigmoid, if the loss has one."""
+    floats = "BCE" in name
+    return Library(
+        "segmentation_models_pytorch",
+        name,
+        ({"mode": mode} if mode else {}) | options,
+        (lambda labels: labels.float()) if floats else (lambda labels: labels),
+    )
+
+
+def monai(name: str, **options: Any) -> Library:
+    channel = options.get("to_onehot_y", False)
+    return Library("monai", name, options, lambda labels: labels[:, None] if channel else labels)
+
+
+# Pixel losses. Their formulas upsample in float32, as autocast does on a GPU.
+
+
+def focal(logits: Tensor, labels: Tensor, of: Formula = usual.cross_entropy) -> Tensor:
+    losses = of(logits, labels, reduction="none")
+    return ((1 - (-losses).exp()) ** GAMMA * losses).mean()
+
+
+def ohem(logits: Tensor, labels: Tensor, of: Formula = usual.cross_entropy) -> Tensor:
+    losses = of(logits, labels, reduction="none")
+    return losses[losses.detach() >= -math.log(BOUND)].mean()
+
+
+def ohem_min_kept(logits: Tensor, labels: Tensor) -> Tensor:
+    losses = usual.cross_entropy(logits, labels, reduction="none").flatten()
+    return losses.topk(labels.numel() // 16).values.mean()
+
+
+def our_ohem_min_kept(logits: Tensor, labels: Tensor) -> Tensor:
+    return ao.CrossEntropy(ohem_min_kept=labels.numel() // 16)(logits, labels)
+
+
+def class_weights(logits: Tensor) -> Tensor:
+    return torch.linspace(0.5, 1.5, logits.shape[1], device=logits.device)
+
+
+def pixel_weights(labels: Tensor) -> Tensor:
+    return (labels == 0).float() + 0.5
+
+
+def weighted(logits: Tensor, labels: Tensor, of: Formula = usual.cross_entropy) -> Tensor:
+    weights = pixel_weights(labels)
+    return (of(logits, labels, reduction="none") * weights).sum() / weights.sum()
+
+
+def image_by_image(logits: Tensor, labels: Tensor) -> Tensor:
+    images = zip(logits.split(1), labels.split(1), strict=True)
+    return torch.stack([usual.cross_entropy(*image) for image in images]).mean()
+
+
+def binary_smoothed(logits: Tensor, labels: Tensor) -> Tensor:
+    soft = labels.float() * (1 - SMOOTHING) + SMOOTHING / 2
+    return usual.binary_cross_entropy(logits, soft)
+
+
+def binary_dice(logits: Tensor, labels: Tensor) -> Tensor:
+    p, axes = usual.upsampled(logits, labels[:, 0]).sigmoid(), (0, 2, 3)
+    sums = p.sum(axes) + labels.sum(axes)
+    return 1 - (2 * (p * labels).sum(axes) / sums.clamp(min=1e-7)).mean()
+
+
+def pseudo_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    return usual.upsampled(logits, labels).softmax(1).max(1).values
+
+
+def teacher_of(logits: Tensor) -> Tensor:
+    """Logits of a teacher of the same size."""
+    return logits.detach().flip(1)
+
+
+def our_divergence(logits: Tensor, labels: Tensor) -> Tensor:
+    return ao.pixel_kl_divergence(logits, teacher_of(logits), tuple(labels.shape[1:]))
+
+
+def bincount_confusion(logits: Tensor, labels: Tensor) -> Tensor:
+    num_classes = logits.shape[1]
+    pairs = labels.flatten() * num_classes + usual.upsampled(logits, labels).argmax(1).flatten()
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def torchmetrics_confusion(logits: Tensor, labels: Tensor) -> Tensor:
+    functional = importlib.import_module("torchmetrics.functional.classification")
+    predictions = usual.upsampled(logits, labels).argmax(1)
+    return functional.multiclass_confusion_matrix(predictions, labels, logits.shape[1])
+
+
+def cosines(features: Tensor, anchors: Tensor) -> Tensor:
+    weight = (anchors / TEMPERATURE).to(features.dtype)[:, :, None, None]
+    return F.conv2d(F.normalize(features, dim=1), weight)
+
+
+def of_cosines(loss: Formula) -> Formula:
+    return lambda features, labels, anchors: loss(cosines(features, anchors), labels)
+
+
+def linear_cross_entropy(
+    features: Tensor, labels: Tensor, anchors: Tensor, chunked: bool
+) -> Tensor:
+    """torch's, from unit features at full resolution. Its logits equal the upsampled cosines,
+    because both the upsampling and the product are linear."""
+    rows = usual.upsampled(F.normalize(features, dim=1), labels).movedim(1, -1).flatten(0, -2)
+    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+    weight = (anchors / TEMPERATURE).to(rows.dtype)
+    return F.linear_cross_entropy(rows, weight, labels.flatten(), options=options)
+
+
+def aligned(logits: Tensor, labels: Tensor) -> Tensor:
+    z = upsampled(logits.float(), labels.shape[1:], align_corners=True)
+    return usual.cross_entropy(z, labels)
+
+
+# Class statistics. An alternative takes features (B, D, P), keys int64 [B, P] in [0, num_keys]
+# (num_keys if ignored) and the anchor of each key [num_keys, D] or None, and returns sums
+# [num_keys, D] and sqdists [num_keys] or None.
+
+Statistics = tuple[Tensor, Tensor | None]
+Alternative = Callable[[Tensor, Tensor, int, Tensor | None], Statistics]
+
+
+def _rows(features: Tensor) -> Tensor:
+    return features.transpose(1, 2).reshape(-1, features.shape[1]).float()
+
+
+def _squares(rows: Tensor, keys: Tensor, anchors: Tensor) -> Tensor:
+    """‖f_p − a_p‖² of every pixel, with gathered anchors."""
+    anchors = torch.cat([anchors, anchors.new_zeros(1, anchors.shape[1])])
+    return (rows - anchors[keys]).square().sum(1)
+
+
+def index_add(features: Tensor, keys: Tensor, num_keys: int, anchors: Tensor | None) -> Statistics:
+    """Rows by permute, sums by index_add, anchors by gather: the usual formula."""
+    rows, keys = _rows(features), keys.flatten()
+    sums = rows.new_zeros(num_keys + 1, rows.shape[1]).index_add(0, keys, rows)[:-1]
+    if anchors is None:
+        return sums, None
+    squares = _squares(rows, keys, anchors)
+    return sums, squares.new_zeros(num_keys + 1).index_add(0, keys, squares)[:-1]
+
+
+def scatter_add(
+    features: Tensor, keys: Tensor, num_keys: int, anchors: Tensor | None
+) -> Statistics:
+    """Each number to its own sum, as torch_scatter does: without a permutation."""
+    size, dim = features.shape[0], features.shape[1]
+    index = keys[:, None].expand(-1, dim, -1)
+    sums = torch.zeros(size, dim, num_keys + 1, device=features.device)
+    sums = sums.scatter_add(2, index, features.float())[..., :-1].sum(0).T
+    if anchors is None:
+        return sums, None
+    nearest = torch.cat([anchors, anchors.new_zeros(1, dim)]).T.expand(size, -1, -1)
+    squares = (features.float() - nearest.gather(2, index)).square().sum(1).flatten()
+    return sums, squares.new_zeros(num_keys + 1).scatter_add(0, keys.flatten(), squares)[:-1]
+
+
+def _expanded(sums: Tensor, hot: Tensor, squares: Tensor, anchors: Tensor) -> Tensor:
+    """Σ‖f‖² − 2·a·Σf + n·‖a‖²: fast, but inaccurate if anchors are far away."""
+    counts = hot.sum(0, dtype=torch.float32)
+    square_sums = squares @ hot.to(squares.dtype)
+    return square_sums - 2 * (sums * anchors).sum(1) + counts * anchors.square().sum(1)
+
+
+def one_hot_matmul(
+    features: Tensor, keys: Tensor, num_keys: int, anchors: Tensor | None
+) -> Statistics:
+    """One float32 product of the one-hot labels of the whole batch with the rows."""
+    rows = _rows(features)
+    hot = F.one_hot(keys.flatten(), num_keys + 1)[:, :-1].float()
+    sums = hot.T @ rows
+    if anchors is None:
+        return sums, None
+    return sums, _expanded(sums, hot, rows.square().sum(1), anchors)
+
+
+def one_hot_bmm(
+    features: Tensor, keys: Tensor, num_keys: int, anchors: Tensor | None
+) -> Statistics:
+    """A product for each image, in the features' own dtype and layout: no permute."""
+    hot = F.one_hot(keys, num_keys + 1)[..., :-1].to(features.dtype)
+    sums = torch.bmm(features, hot).float().sum(0).T
+    if anchors is None:
+        return sums, None
+    squares = features.float().square().sum(1).flatten()
+    return sums, _expanded(sums, hot.flatten(0, 1), squares, anchors)
+
+
+def class_loop(features: Tensor, keys: Tensor, num_keys: int, anchors: Tensor | None) -> Statistics:
+    """A mask for each class, as in the released code of SAR and CeCo."""
+    rows, keys = _rows(features), keys.flatten()
+    members = [rows[keys == k] for k in range(num_keys)]
+    sums = torch.stack([rows.sum(0) for rows in members])
+    if anchors is None:
+        return sums, None
+    pairs = zip(members, anchors, strict=True)
+    return sums, torch.stack([(rows - anchor).square().sum() for rows, anchor in pairs])
+
+
+STATISTICS: dict[str, Alternative] = {
+    "index_add": index_add,
+    "scatter_add": scatter_add,
+    "one_hot matmul": one_hot_matmul,
+    "one_hot bmm": one_hot_bmm,
+    "class loop": class_loop,
+}
+
+
+def class_keys(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """int64 [B, P], num_classes if ignored; labels are resized by F.interpolate."""
+    if features.dim() == 2:
+        labels = labels[None]
+    elif features.dim() == 4:
+        labels = F.interpolate(labels[:, None].float(), features.shape[2:], mode="nearest").long()
+    labels = labels.flatten(1)
+    return torch.where((labels >= 0) & (labels < num_classes), labels, num_classes)
+
+
+def class_counts(keys: Tensor, num_keys: int) -> Tensor:
+    keys = keys.flatten()
+    return keys.new_zeros(num_keys + 1).scatter_add(0, keys, torch.ones_like(keys))[:-1]
+
+
+def class_moments(
+    alternative: Alternative,
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    anchors: Tensor | None = None,
+    groups: int = 1,
+    per_image: bool = False,
+    seed: int | Tensor | None = None,
+    ignore_index: int = -1,
+    with_sums: bool = True,
+) -> ClassMoments:
+    """`anchorops.class_moments` from an alternative's statistics; random groups are the same."""
+    assert not per_image
+    keys = class_keys(features, labels, num_classes)
+    counts = class_counts(keys, num_classes)
+    if groups > 1:
+        assert seed is not None
+        split = torch.where(keys < num_classes, keys, -1)
+        split = reference.split_groups(split, counts, groups, seed)
+        keys = torch.where(split >= 0, split, num_classes * groups)
+        counts = reference.group_counts(counts, groups)
+        anchors = None if anchors is None else anchors.repeat_interleave(groups, 0)
+    flat = features.T[None] if features.dim() == 2 else features.flatten(2)
+    sums, sqdists = alternative(flat, keys, counts.numel(), anchors)
+    shape = counts.shape
+    return ClassMoments(
+        counts,
+        sums.reshape(*shape, features.shape[1]),
+        None if sqdists is None else sqdists.view(shape),
+    )
+
+
+def statistics(operation: str, moments: Callable[..., ClassMoments]) -> Formula:
+    """The results of an operation with one implementation of class moments."""
+
+    def formula(features: Tensor, labels: Tensor, anchors: Tensor) -> tuple[Tensor, ...]:
+        options = {
+            MOMENTS: {"anchors": anchors},
+            GROUPS: {"groups": 4, "seed": 0},
+        }.get(operation, {})
+        counts, sums, sqdists = moments(features, labels, len(anchors), ignore_index=-1, **options)
+        if operation == CENTROIDS:
+            return (sums / counts.clamp(min=1)[:, None],)
+        return (sums,) if sqdists is None else (sums, sqdists)
+
+    return formula
+
+
+def gather_mse(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
+    """The mean squared distance to anchors gathered for each pixel."""
+    keys = class_keys(features, labels, len(anchors))
+    valid = (keys < len(anchors)).flatten()
+    rows = feature_rows(features).float()
+    nearest = torch.cat([anchors, anchors.new_zeros(1, anchors.shape[1])])[keys.flatten()]
+    squares = torch.where(valid[:, None], rows - nearest, 0).square()
+    return squares.sum() / (features.shape[1] * valid.sum())
+
+
+def our_centroids(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
+    return ao.class_centroids(features, labels, len(anchors), ignore_index=-1)[0]
+
+
+Keys = tuple[Tensor, Tensor]  # −1 if ignored, and their counts
+
+
+def our_keys(features: Tensor, labels: Tensor, anchors: Tensor) -> Keys:
+    num_classes = len(anchors)
+    backend = select("class_moments", features, num_classes, backends=CUDA_BACKENDS)
+    if backend == "reference":
+        return reference.class_keys(features, labels, num_classes, False, -1)
+    return operator_of_keys(features, labels, num_classes, ignore_index=-1, backend=backend)
+
+
+def usual_keys(features: Tensor, labels: Tensor, anchors: Tensor) -> Keys:
+    keys = class_keys(features, labels, len(anchors))
+    return torch.where(keys < len(anchors), keys, -1), class_counts(keys, len(anchors))
+
+
+class Method(NamedTuple):
+    """A method as `attach` calls it, with class statistics of ours or of an alternative."""
+
+    method: Callable[..., nn.Module]
+    alternative: Alternative | None = None
+
+    def build(self, inputs: Inputs) -> nn.Module:
+        num_classes, dim = inputs["anchors"].shape
+        torch.manual_seed(0)
+        method = self.method(num_classes, dim, ignore_index=-1)
+        return _MethodStep(method, nn.Conv2d(dim, num_classes, 1), self.alternative).to(
+            inputs["features"].device
+        )
+
+
+class _MethodStep(nn.Module):
+    def __init__(
+        self, method: nn.Module, classifier: nn.Conv2d, alternative: Alternative | None
+    ) -> None:
+        super().__init__()
+        self.method, self.classifier, self.alternative = method, classifier, alternative
+        for part in self.modules():
+            if isinstance(part, ao.SAR):
+                open_gate(part, classifier)
+
+    def forward(self, features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
+        """The loss, or the centroids of CBP, whose loss is constant."""
+        if self.alternative is None:
+            loss = self.method(features, labels, self.classifier)
+        else:
+            moments = partial(class_moments, self.alternative)
+            with patch("anchorops.losses.statistics.unchecked_moments", moments):
+                loss = self.method(features, labels, self.classifier)
+        return self.method.centroids if isinstance(self.method, ao.CBP) else loss
+
+
+@torch.no_grad()
+def open_gate(sar: ao.SAR, classifier: nn.Conv2d) -> None:
+    """SAR pulls pixels only if the classifier recognises all anchors: set the weights for this."""
+    weight = 20 * torch.linalg.pinv(sar.embedding(sar.anchors)).T
+    classifier.weight.copy_(weight[..., None, None])
+    if classifier.bias is not None:
+        classifier.bias.zero_()
+
+
+def sar_and_occl(num_classes: int, dim: int, ignore_index: int) -> nn.Module:
+    classes = (ao.SAR, ao.OCCL)
+    return ao.Combined(*(make(num_classes, dim, ignore_index=ignore_index) for make in classes))
+
+
+class Operation(NamedTuple):
+    """An operation's implementations.
+
+    Attributes:
+        operator: the first of ours that it calls (_backend.OPERATORS), which says what backends
+            there are.
+        ours, alternatives: formulas, or what builds one of the inputs.
+        softmaxes: how many it computes of each pixel, for the count of exponentials.
+        compares: whether results are compared. Not if equal losses are chosen otherwise, or errors
+            rounded to bins.
+        rounds: of timing, if fewer than the command's.
+    """
+
+    operator: str
+    ours: Any
+    alternatives: dict[str, Any]
+    softmaxes: int = 1
+    compares: bool = True
+    rounds: int | None = None
+
+
+def pixel_loss(
+    ours: Formula, torch: Formula, operator: str = "softmax_moments", **others: Any
+) -> Operation:
+    return Operation(operator, ours, {"torch": torch, **others})
+
+
+def of_statistics(name: str) -> Operation:
+    ours: Any = our_centroids if name == CENTROIDS else statistics(name, ao.ops.class_moments)
+    alternatives = {
+        key: statistics(name, partial(class_moments, alternative))
+        for key, alternative in STATISTICS.items()
+    }
+    return Operation("class_moments", ours, alternatives, softmaxes=0)
+
+
+def of_method(method: Callable[..., nn.Module], *alternatives: str) -> Operation:
+    """Without alternatives it has a pass of its own over the features."""
+    others = {name: Method(method, STATISTICS[name]) for name in alternatives}
+    operator = "class_moments" if alternatives else "upsampled_sums"
+    return Operation(operator, Method(method), others, softmaxes=0)
+
+
+dice = ao.Dice(absent="keep")  # as the formula; smp and MONAI differ for absent classes
+bce = usual.binary_cross_entropy
+multiclass, multilabel = "multiclass", "multilabel"
+OPERATIONS = {
+    CE: Operation(
+        "softmax_moments",
+        ao.CrossEntropy(),
+        {"torch": usual.cross_entropy, "image by image": image_by_image},
+    ),
+    ALIGNED: pixel_loss(ao.CrossEntropy(align_corners=True), aligned),
+    "class weights": pixel_loss(
+        lambda logits, labels: ao.pixel_cross_entropy(logits, labels, weight=class_weights(logits)),
+        lambda logits, labels: usual.cross_entropy(logits, labels, weight=class_weights(logits)),
+    ),
+    "label smoothing": pixel_loss(
+        ao.CrossEntropy(label_smoothing=SMOOTHING),
+        partial(usual.cross_entropy, label_smoothing=SMOOTHING),
+        smp=smp("SoftCrossEntropyLoss", smooth_factor=SMOOTHING),
+    ),
+    FOCAL: pixel_loss(
+        ao.CrossEntropy(focal_gamma=GAMMA),
+        focal,
+        smp=smp("FocalLoss", multiclass, gamma=GAMMA),
+        MONAI=monai("FocalLoss", use_softmax=True, to_onehot_y=True, gamma=GAMMA),
+    ),
+    "OHEM, threshold": pixel_loss(ao.CrossEntropy(ohem_threshold=BOUND), ohem),
+    "OHEM, largest": pixel_loss(our_ohem_min_kept, ohem_min_kept)._replace(compares=False),
+    "pixel weights": pixel_loss(
+        lambda logits, labels: ao.CrossEntropy()(logits, labels, pixel_weights(labels)), weighted
+    ),
+    DICE: pixel_loss(
+        dice,
+        usual.dice,
+        smp=smp("DiceLoss", multiclass),
+        MONAI=monai("DiceLoss", softmax=True, to_onehot_y=True, batch=True),
+    ),
+    LOVASZ: pixel_loss(
+        ao.Lovasz(), usual.lovasz, "probability_histograms", smp=smp("LovaszLoss", multiclass)
+    )._replace(softmaxes=0, compares=False, rounds=5),  # rounds of up to half a minute
+    CE_DICE: pixel_loss(
+        ao.CrossEntropyDice(dice=dice),
+        usual.cross_entropy_dice,
+        smp=smp("DiceLoss", multiclass)._replace(added=usual.cross_entropy),
+        MONAI=monai("DiceCELoss", softmax=True, to_onehot_y=True, batch=True),
+    ),
+    PSEUDO_LABELS: pixel_loss(
+        lambda logits, labels: ao.pixel_argmax(logits, labels.shape[1:], confidence=True)[1],
+        pseudo_labels,
+        "pixel_argmax",
+    ),
+    DIVERGENCE: pixel_loss(
+        our_divergence,
+        lambda logits, labels: usual.kl_divergence(logits, labels, teacher_of(logits)),
+        "pixel_kl_divergence",
+    )._replace(softmaxes=2),
+    CONFUSION: Operation(
+        "pixel_argmax",
+        ao.pixel_confusion,
+        {"bincount": bincount_confusion, "torchmetrics": torchmetrics_confusion},
+        softmaxes=0,
+    ),
+    COSINES: Operation(
+        "softmax_moments",
+        of_cosines(ao.pixel_cross_entropy),
+        {"product": of_cosines(usual.cross_entropy)}
+        | {
+            f"linear_cross_entropy{', chunked' * chunked}": partial(
+                linear_cross_entropy, chunked=chunked
+            )
+            for chunked in (False, True)
+            if hasattr(F, "linear_cross_entropy")  # older versions have none
+        },
+    ),
+    BCE: pixel_loss(ao.BinaryCrossEntropy(), bce, smp=smp("SoftBCEWithLogitsLoss")),
+    "sigmoid: pos_weight": pixel_loss(
+        ao.BinaryCrossEntropy(2.0),
+        lambda logits, labels: bce(logits, labels, pos_weight=logits.new_tensor(2.0)),
+    ),
+    "sigmoid: label smoothing": pixel_loss(
+        ao.BinaryCrossEntropy(label_smoothing=SMOOTHING),
+        binary_smoothed,
+        smp=smp("SoftBCEWithLogitsLoss", smooth_factor=SMOOTHING / 2),
+    ),
+    "sigmoid: OHEM, threshold": pixel_loss(
+        ao.BinaryCrossEntropy(ohem_threshold=BOUND), partial(ohem, of=bce)
+    ),
+    "sigmoid: pixel weights": pixel_loss(
+        lambda logits, labels: ao.BinaryCrossEntropy()(logits, labels, pixel_weights(labels)),
+        partial(weighted, of=bce),
+    ),
+    "sigmoid: focal": pixel_loss(
+        ao.BinaryCrossEntropy(focal_gamma=GAMMA),
+        partial(focal, of=bce),
+        smp=smp("FocalLoss", multilabel, gamma=GAMMA),
+    ),
+    BINARY_DICE: pixel_loss(
+        ao.Dice(sigmoid=True, absent="keep"),
+        binary_dice,
+        smp=smp("DiceLoss", multilabel),
+        MONAI=monai("DiceLoss", sigmoid=True, batch=True),
+    ),
+    **{name: of_statistics(name) for name in (MOMENTS, SUMS, GROUPS, CENTROIDS)},
+    KEYS: Operation(
+        "class_moments", our_keys, {"interpolate + scatter_add": usual_keys}, softmaxes=0
+    ),
+    MSE: Operation(
+        "class_moments",
+        partial(ao.pixel_to_anchor_mse, ignore_index=-1),
+        {"gather + mse": gather_mse},
+        softmaxes=0,
+    ),
+    INFO_NCE: Operation(
+        "centroid_info_nce",
+        ao.ops.centroid_info_nce,
+        {"cross_entropy": usual.centroid_info_nce},
+        softmaxes=0,
+    ),
+    **{
+        name: of_method(make, *alternatives)
+        for name, make, alternatives in zip(
+            METHODS,
+            (
+                ao.SAR,
+                ao.OCCL,
+                partial(ao.CBP, update="ema"),
+                partial(ao.CeCo, resolution="feature", dropout=0),
+                partial(ao.CeCo, dropout=0),
+                ao.MVSC,
+                sar_and_occl,
+            ),
+            (*[("index_add", "one_hot bmm")] * 3, (), (), *[("index_add", "one_hot bmm")] * 2),
+            strict=True,
+        )
+    },
+}
+
+
+def counted_bytes(operation: str, direction: str, inputs: Inputs) -> int:
+    """What must be moved if each input is read and each output written once.
+
+    Pixel losses: forward reads logits and labels and writes lse; backward reads these three and
+    writes the logits' gradient. The divergence reads two logits and labels, and writes two lse.
+    Cosines count as their features. Centroids are read once; for the gradients again, and these
+    are written.
+    """
+    first, labels = next(iter(inputs.values())), inputs.get("labels", torch.empty(0))
+    if operation == KEYS:
+        return keys_bytes(first[:, 0].numel(), len(inputs["anchors"]))
+    if operation == INFO_NCE:
+        return 2 * first.nbytes * (1 if direction == FORWARD else 3)
+    if "features" in inputs and operation != COSINES:
+        num_keys = len(inputs["anchors"]) * (4 if operation == GROUPS else 1)
+        sqdists = operation in (MOMENTS, MSE, "SAR", "SAR + OCCL")
+        direction = FORWARD if operation.startswith("CBP") else direction
+        sums = operation not in (MSE, "SAR")
+        return moments_bytes(first, num_keys, direction, sums=sums, sqdists=sqdists)
+    maps = 2 if operation == DIVERGENCE else 1
+    forward = maps * (first.nbytes + 4 * labels.numel()) + labels.nbytes
+    return forward if direction == FORWARD else 2 * forward + first.nbytes
+
+
+def counted_exponentials(operation: str, direction: str, inputs: Inputs) -> float | None:
+    """What the loops over the classes compute, for each 16 pixels and class: forward 17, but 9 at
+    output stride 4 (kernels/softmax.py); backward 16. None where they were not counted."""
+    softmaxes = OPERATIONS[operation].softmaxes
+    if not softmaxes or "logits" not in inputs:
+        return None
+    logits, labels = inputs["logits"], inputs["labels"]
+    pixels = labels.numel() if labels.dim() < logits.dim() else labels[:, 0].numel()
+    few = labels.shape[-1] == 4 * logits.shape[-1] and operation != DIVERGENCE
+    of_16 = (9 if few else 17) + 16 * (direction == TRAINING)
+    return softmaxes * pixels * logits.shape[1] * of_16 / 16
+
+
+def interpolated(logits: Tensor, labels: Tensor) -> Tensor:
+    """At full resolution, in the logits' own dtype."""
+    return upsampled(logits, space_of(logits, labels))
+
+
+def alternatives_of(case: Case, libraries: bool) -> dict[str, Any]:
+    """By their names in tables. libraries: compile the losses of libraries too."""
+    eager = dict(OPERATIONS[case.operation].alternatives)
+    if case.direction != FORWARD:  # the gradient of all rows for each class takes seconds
+        eager.pop("class loop", None)
+    formula = eager.get("torch")
+    upsamples = case.shape.stride != 1 and case.operation not in (DIVERGENCE, ALIGNED)
+    if formula is not None and upsamples and case.dtype != "fp32":
+        eager[f"torch, upsampled in {case.dtype}"] = lambda logits, labels: formula(
+            interpolated(logits, labels), labels
+        )
+    if not case.compiled:
+        return eager
+    chosen: Sequence[str] = [
+        name
+        for name, other in eager.items()
+        if name not in LOOPS
+        and not isinstance(other, Method)
+        and (libraries or not isinstance(other, Library))
+    ]
+    return eager | {f"compiled {name}": eager[name] for name in chosen}
