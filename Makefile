@@ -88,8 +88,8 @@ build/nnunet build/ultralytics: build/%:
 demo: setup
 	$(BIN)/python -m anchorops.train $(DEMO)
 
-# about an hour, in which nothing else may run. `make bench BENCH=bench/results` replaces the
-# committed rows and pictures of this device. nnU-Net is one of the alternatives
+# more than an hour, in which nothing else may run. `make bench BENCH=bench/results` measures the
+# committed rows of this device again. nnU-Net is one of the alternatives
 bench: setup build/nnunet
 	$(BIN)/python bench/run.py --out $(BENCH)
 

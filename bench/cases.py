@@ -248,60 +248,53 @@ DEEP = NNUNET._replace(name="nnU-Net, half resolution", size=(2, 14, 64, 64, 64)
 TEXT = Logits("LSeg, ADE20K", (8, 150, 128, 128), (512, 512), cpu_batch=1, dim=512)
 PIXELS = TEXT._replace(name="LSeg, ADE20K, labels of the features' size", label_size=(128, 128))
 
-CE, CE_DICE, DICE, LOVASZ = "cross-entropy", "cross-entropy + Dice", "Dice", "Lovász"
-ALIGNED = "cross-entropy, aligned corners"
-FOCAL, DIVERGENCE = "focal cross-entropy", "divergence from a teacher"
-PSEUDO_LABELS, CONFUSION, COSINES = "pseudo-labels", "confusion matrix", "cross-entropy of cosines"
-BCE, BINARY_DICE = "sigmoid: cross-entropy", "sigmoid: Dice"
-MOMENTS, SUMS, GROUPS = "class moments with anchors", "class moments", "class moments in 4 groups"
-CENTROIDS, MSE, INFO_NCE = "class centroids", "pixel-to-anchor MSE", "centroid InfoNCE"
-KEYS = "class keys"
 METHODS = ("SAR", "OCCL", "CBP, moving average", "CeCo", "CeCo at label size", "MVSC", "SAR + OCCL")
 
 OF_USERS = [
-    Case(CE, SEGFORMER, compiled=True),
-    Case(CE, CITYSCAPES),
-    Case(CE_DICE, NNUNET, only="cuda"),
-    Case(CE, UNET, only="cuda"),
-    Case(BCE, BINARY_UNET, only="cuda"),
-    Case(CE_DICE, SEGFORMER),
-    Case(MOMENTS, HRNET, compiled=True),
-    Case(CE, DEEPLAB),
-    Case(DICE, CITYSCAPES),
-    Case(CE, DEEPLAB_16, only="cuda"),
-    Case(CE_DICE, DEEP, only="cuda"),
-    Case(BINARY_DICE, BINARY_UNET, only="cuda"),
-    Case(CE_DICE, UNET, only="cuda"),
-    Case(DIVERGENCE, CITYSCAPES),
-    Case(FOCAL, CITYSCAPES),
-    Case(CONFUSION, CITYSCAPES, FORWARD),
-    Case(MSE, HRNET, compiled=True),
-    Case(SUMS, HRNET),
-    Case(CE, SEGFORMER, FORWARD),
-    *(Case(CE, SEGFORMER, dtype=dtype, only="cuda") for dtype in ("fp16", "fp32")),
-    *(Case(CE, UNET, dtype=dtype, only="cuda") for dtype in ("fp16", "fp32")),
-    Case(MOMENTS, POINTS, labels="random"),
-    Case(MOMENTS, SEGFORMER_B5, compiled=True),
-    Case(MOMENTS, HRNET, FORWARD, compiled=True),
-    Case(CENTROIDS, OCRNET),
-    Case(GROUPS, OCRNET),
+    Case("cross-entropy", SEGFORMER, compiled=True),
+    Case("cross-entropy", CITYSCAPES),
+    Case("cross-entropy + Dice", NNUNET, only="cuda"),
+    Case("cross-entropy", UNET, only="cuda"),
+    Case("sigmoid: cross-entropy", BINARY_UNET, only="cuda"),
+    Case("cross-entropy + Dice", SEGFORMER),
+    Case("class moments with anchors", HRNET, compiled=True),
+    Case("cross-entropy", DEEPLAB),
+    Case("Dice", CITYSCAPES),
+    Case("cross-entropy", DEEPLAB_16, only="cuda"),
+    Case("cross-entropy + Dice", DEEP, only="cuda"),
+    Case("sigmoid: Dice", BINARY_UNET, only="cuda"),
+    Case("cross-entropy + Dice", UNET, only="cuda"),
+    Case("divergence from a teacher", CITYSCAPES),
+    Case("focal cross-entropy", CITYSCAPES),
+    Case("confusion matrix", CITYSCAPES, FORWARD),
+    Case("pixel-to-anchor MSE", HRNET, compiled=True),
+    Case("class moments", HRNET),
+    Case("cross-entropy", SEGFORMER, FORWARD),
+    *(Case("cross-entropy", SEGFORMER, dtype=dtype, only="cuda") for dtype in ("fp16", "fp32")),
+    *(Case("cross-entropy", UNET, dtype=dtype, only="cuda") for dtype in ("fp16", "fp32")),
+    Case("class moments with anchors", POINTS, labels="random"),
+    Case("class moments with anchors", SEGFORMER_B5, compiled=True),
+    Case("class moments with anchors", HRNET, FORWARD, compiled=True),
+    Case("class centroids", OCRNET),
+    Case("class moments in 4 groups", OCRNET),
     *(Case(method, OCRNET) for method in METHODS),
-    Case(ALIGNED, DEEPLAB),
-    *(Case(CE, shape) for shape in (COCO, LAST, ONE, MANY)),
-    Case(CE_DICE, PATCH),
-    Case(CONFUSION, SEGFORMER, FORWARD),
-    *(Case(COSINES, shape) for shape in (TEXT, PIXELS)),
-    Case(DIVERGENCE, SEGFORMER),
-    Case(MOMENTS, HRNET, BACKWARD),
-    Case(SUMS, HRNET, FORWARD),
-    Case(MSE, HRNET, FORWARD),
-    *(Case(MOMENTS, HRNET, direction, labels="random") for direction in (FORWARD, TRAINING)),
-    *(Case(MOMENTS, HRNET, dtype=dtype) for dtype in ("bf16", "fp32")),
-    Case(MOMENTS, IMAGENET, labels="random"),
-    Case(MOMENTS, MANY_KEYS),
-    *(Case(KEYS, HRNET, FORWARD, labels=labels) for labels in ("coherent", "random")),
+    Case("cross-entropy, aligned corners", DEEPLAB),
+    *(Case("cross-entropy", shape) for shape in (COCO, LAST, ONE, MANY)),
+    Case("cross-entropy + Dice", PATCH),
+    Case("confusion matrix", SEGFORMER, FORWARD),
+    *(Case("cross-entropy of cosines", shape) for shape in (TEXT, PIXELS)),
+    Case("divergence from a teacher", SEGFORMER),
+    Case("class moments with anchors", HRNET, BACKWARD),
+    Case("class moments", HRNET, FORWARD),
+    Case("pixel-to-anchor MSE", HRNET, FORWARD),
+    Case("class moments with anchors", HRNET, FORWARD, labels="random"),
+    Case("class moments with anchors", HRNET, labels="random"),
+    *(Case("class moments with anchors", HRNET, dtype=dtype) for dtype in ("bf16", "fp32")),
+    Case("class moments with anchors", IMAGENET, labels="random"),
+    Case("class moments with anchors", MANY_KEYS),
+    *(Case("class keys", HRNET, FORWARD, labels=labels) for labels in ("coherent", "random")),
     *(
-        Case(INFO_NCE, Centroids(*size), direction, "fp32", compiled=True)
+        Case("centroid InfoNCE", Centroids(*size), direction, "fp32", compiled=True)
         for size in ((19, 720), (150, 768), (1000, 2048))
         for direction in (TRAINING, FORWARD)
     ),
@@ -312,19 +305,20 @@ SIZE, CLASSES, CHANNELS, STRIDES = 512, (2, 19, 150), (1, 20), (1, 2, 4, 8)
 COMPILED = {(1, 1), (2, 1), (19, 4), (20, 4)}  # K, stride
 MOST_IMAGES, MOST_LOGITS = 4, 10e6  # of a batch, at full resolution; one image or more
 OPTIONS = (
-    *(CE, "class weights", "label smoothing", FOCAL, "OHEM, threshold", "OHEM, largest"),
-    *("pixel weights", DICE, LOVASZ, CE_DICE, PSEUDO_LABELS, DIVERGENCE),
+    *("cross-entropy", "class weights", "label smoothing", "focal cross-entropy"),
+    *("OHEM, threshold", "OHEM, largest", "pixel weights", "Dice", "Lovász"),
+    *("cross-entropy + Dice", "pseudo-labels", "divergence from a teacher"),
 )
 OF_SIGMOIDS = (
-    *(BCE, "sigmoid: pos_weight", "sigmoid: label smoothing", "sigmoid: OHEM, threshold"),
-    *("sigmoid: pixel weights", "sigmoid: focal", BINARY_DICE),
+    *("sigmoid: cross-entropy", "sigmoid: pos_weight", "sigmoid: label smoothing"),
+    *("sigmoid: OHEM, threshold", "sigmoid: pixel weights", "sigmoid: focal", "sigmoid: Dice"),
 )
 ONLY_EAGER = OF_SIGMOIDS[1:5]
 OF_VOLUMES = {  # K and stride; volumes of the second are several slabs
-    CE: ((14, 4), (30, 2)),
-    DICE: ((14, 4),),
-    CE_DICE: ((14, 4),),
-    PSEUDO_LABELS: ((14, 4), (30, 2)),
+    "cross-entropy": ((14, 4), (30, 2)),
+    "Dice": ((14, 4),),
+    "cross-entropy + Dice": ((14, 4),),
+    "pseudo-labels": ((14, 4), (30, 2)),
 }
 
 
@@ -333,13 +327,13 @@ def image(option: str, num_classes: int, stride: int, labels: str = "coherent") 
     size, sigmoid = (batch, num_classes, SIZE // stride, SIZE // stride), option in OF_SIGMOIDS
     shape = Logits(IMAGES, size, (SIZE, SIZE), cpu_batch=batch, sigmoid=sigmoid)
     compiled = (num_classes, stride) in COMPILED and option not in ONLY_EAGER
-    direction = FORWARD if option == PSEUDO_LABELS else TRAINING
+    direction = FORWARD if option == "pseudo-labels" else TRAINING
     return Case(option, shape, direction, "fp32", labels, compiled and labels != "trained")
 
 
 def volume(option: str, num_classes: int, stride: int, dtype: str) -> Case:
     size = (1, num_classes, *(SIZE // 4 // stride,) * 3)
-    direction = FORWARD if option == PSEUDO_LABELS else TRAINING
+    direction = FORWARD if option == "pseudo-labels" else TRAINING
     return Case(option, Logits(VOLUMES, size, (SIZE // 4,) * 3), direction, dtype)
 
 
@@ -354,20 +348,20 @@ GRID = [
         image(option, num_classes, stride)
         for option in OPTIONS
         for num_classes in CLASSES
-        for stride in ((4,) if option == LOVASZ else STRIDES)
+        for stride in ((4,) if option == "Lovász" else STRIDES)
     ),
     *(
         image(option, channels, stride, labels)
         for option, labels in (
             *((option, "coherent") for option in OF_SIGMOIDS),
-            *((option, "uint8") for option in (BCE, BINARY_DICE)),
+            *((option, "uint8") for option in ("sigmoid: cross-entropy", "sigmoid: Dice")),
         )
         for channels in CHANNELS
         for stride in STRIDES
     ),
     *(
         image(option, num_classes, 4, "trained")
-        for option in (CE, CE_DICE, LOVASZ)
+        for option in ("cross-entropy", "cross-entropy + Dice", "Lovász")
         for num_classes in CLASSES
     ),
 ]

@@ -7,7 +7,7 @@ A table stands between `<!-- rows: NAME -->` and `<!-- end of rows -->`.
 
 import re
 
-from cases import CE, CE_DICE, DICE, FORWARD, IMAGES, LOVASZ, MOMENTS, TRAINING, VOLUMES
+from cases import FORWARD, IMAGES, TRAINING, VOLUMES
 from record import (
     BASELINE,
     BOTH,
@@ -74,14 +74,16 @@ def gains() -> str:
     cpu, gpu = load(RUN), load(GPU_RUN)
 
     def on_gpu(shape: str) -> str:
-        fields = {"operation": CE, "direction": TRAINING, "dtype": "bf16", "shape": shape}
+        fields = {"operation": "cross-entropy", "direction": TRAINING, "dtype": "bf16"}
+        fields["shape"] = shape
         return f"{gain(cases_of(gpu, **fields)[0]):.0f}×"
 
     lines = [
         [
             "speed of cross-entropy, relative to the fastest alternative",
-            f"{gain_of(CE, 19, 4, labels='trained')}: 19 classes, output stride 4, trained logits",
-            f"{gain_of(CE, 150, 8)}: 150 classes, stride 8, random logits",
+            f"{gain_of('cross-entropy', 19, 4, labels='trained')}: 19 classes, output stride 4, "
+            "trained logits",
+            f"{gain_of('cross-entropy', 150, 8)}: 150 classes, stride 8, random logits",
             "CPU",
         ],
         [
@@ -148,7 +150,7 @@ def uses() -> str:
     exports = compared(run["export"], "volume", "dtype")
     torch_exported, exported = (gains_over(way, exports) for way in ("torch", "nnU-Net"))
     masks = compared(run["masks"], "masks", "threads")
-    lovasz = [gain(case) for case in cases_of(run, operation=LOVASZ)]
+    lovasz = [gain(case) for case in cases_of(run, operation="Lovász")]
     lines = [
         [
             "logits and labels, in any framework",
@@ -171,7 +173,8 @@ def uses() -> str:
         [
             "MONAI, volumes",
             "`ao.CrossEntropyDice()`",
-            f"{gain_of(CE_DICE, 14, 4, shape=VOLUMES)} that of torch's formulas (14 classes)",
+            f"{gain_of('cross-entropy + Dice', 14, 4, shape=VOLUMES)} that of torch's formulas "
+            "(14 classes)",
         ],
         [
             "labels of whole volumes; nnU-Net",
@@ -216,7 +219,7 @@ def speedups() -> str:
             row, prefix = case[0], "sigmoid: "
             if row["operation"].startswith(prefix) != sigmoid:
                 continue
-            if row["operation"].removeprefix(prefix) == CE and row["dtype"] == "fp32":
+            if row["operation"].removeprefix(prefix) == "cross-entropy" and row["dtype"] == "fp32":
                 gains[row["stride"], row["labels"]] = gain(case)
             if row["stride"] == 4:
                 every.append(gain(case))
@@ -246,7 +249,7 @@ def steps_with_methods() -> str:
 def bandwidth() -> str:
     """Where the picture of the cost was measured, and how fast the features are read."""
     run = load(RUN)
-    fields = {"operation": MOMENTS, "direction": FORWARD, "labels": "coherent"}
+    fields = {"operation": "class moments with anchors", "direction": FORWARD, "labels": "coherent"}
     ours, _ = ours_and_other(cases_of(run, **fields)[0])
     share = ours["read_share"] if ours else 0.0
     return (
@@ -325,7 +328,8 @@ def sizes(row: dict, seen: set[str], usual: str) -> str:
 def training_steps(run: dict, methods: bool = True) -> str:
     """Time and memory of every candidate, as shares of the first: the ratio of the medians, and of
     the quartiles to the first's median."""
-    rows = [row for row in run["training_steps"] if methods or row["methods"] == "plain"]
+    rows = [row for row in run["training_steps"] if "absent" not in row]
+    rows = [row for row in rows if methods or row["methods"] == "plain"]
     header, networks = ["a training step"], compared(rows, "network")
     for (network,) in networks:
         header += [f"{network}: time", "memory"]
@@ -338,11 +342,23 @@ def training_steps(run: dict, methods: bool = True) -> str:
                 continue
             row, ratio = candidates[name], candidates[name]["ratio"]
             between = f"{100 * ratio['q1']:.0f}–{100 * ratio['q3']:.0f}"
-            cells.append(f"{milliseconds(row)} ({ratio['median']:.0%}; {between})")
+            kernels = f", kernels {1e3 * row['kernels']:,.0f} ms" if row.get("kernels") else ""
+            cells.append(f"{milliseconds(row)} ({ratio['median']:.0%}; {between}){kernels}")
             peak, plain = row["peak_bytes"], candidates[BASELINE]["peak_bytes"]
             cells.append(f"{peak / 2**20:,.0f} MiB ({peak / plain:.0%})" if peak else "")
         lines.append(cells)
     return markdown_table(header, lines)
+
+
+def batches(run: dict) -> str:
+    """The largest batches that fit into 24 GB, measured."""
+    lines = []
+    for (network,), rows in compared(run["batches"], "network").items():
+        images = [
+            str(rows[x].get("images", "")) if x in rows else "" for x in (BASELINE, OWN, BOTH)
+        ]
+        lines.append([network, *images])
+    return markdown_table(["images in 24 GB", "torch's cross-entropy", "ours", "both"], lines)
 
 
 def milliseconds(row: dict) -> str:
@@ -382,12 +398,12 @@ def lovasz() -> str:
         return f"{number(seconds * 1e3)} ms{times}"
 
     run, lines = load(RUN), []
-    for case in cases_of(run, operation=LOVASZ):
+    for case in cases_of(run, operation="Lovász"):
         rows, first = {row["name"]: row for row in case}, case[0]
         trained = ", trained logits" if first["labels"] == "trained" else ""
         batch = first["sizes"].split()[0].removeprefix("B")
         same = {name: first[name] for name in ("shape", "sizes", "stride")}
-        dice, _ = ours_and_other(cases_of(run, operation=DICE, **same)[0])
+        dice, _ = ours_and_other(cases_of(run, operation="Dice", **same)[0])
         assert dice
         lines.append(
             [
@@ -512,7 +528,12 @@ def traffic_table(rows: list[dict]) -> str:
     return markdown_table(header, lines, words=(0, 1))
 
 
-OF_A_MACHINE = {"operators": cases, "training_steps": training_steps, "inference": inference}
+OF_A_MACHINE = {
+    "operators": cases,
+    "training_steps": training_steps,
+    "batches": batches,
+    "inference": inference,
+}
 TABLES = {
     "gains": gains,
     "uses": uses,

@@ -14,31 +14,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from cases import (
-    ALIGNED,
-    BCE,
-    BINARY_DICE,
-    CE,
-    CE_DICE,
-    CENTROIDS,
-    CONFUSION,
-    COSINES,
-    DICE,
-    DIVERGENCE,
-    FOCAL,
-    FORWARD,
-    GROUPS,
-    INFO_NCE,
-    KEYS,
-    LOVASZ,
-    METHODS,
-    MOMENTS,
-    MSE,
-    PSEUDO_LABELS,
-    SUMS,
-    TRAINING,
-    Case,
-)
+from cases import FORWARD, METHODS, TRAINING, Case
 from torch import Tensor, nn
 
 import anchorops as ao
@@ -349,11 +325,11 @@ def statistics(operation: str, moments: Callable[..., ClassMoments]) -> Formula:
 
     def formula(features: Tensor, labels: Tensor, anchors: Tensor) -> tuple[Tensor, ...]:
         options = {
-            MOMENTS: {"anchors": anchors},
-            GROUPS: {"groups": 4, "seed": 0},
+            "class moments with anchors": {"anchors": anchors},
+            "class moments in 4 groups": {"groups": 4, "seed": 0},
         }.get(operation, {})
         counts, sums, sqdists = moments(features, labels, len(anchors), ignore_index=-1, **options)
-        if operation == CENTROIDS:
+        if operation == "class centroids":
             return (sums / counts.clamp(min=1)[:, None],)
         return (sums,) if sqdists is None else (sums, sqdists)
 
@@ -468,7 +444,9 @@ def pixel_loss(
 
 
 def of_statistics(name: str) -> Operation:
-    ours: Any = our_centroids if name == CENTROIDS else statistics(name, ao.ops.class_moments)
+    ours: Any = (
+        our_centroids if name == "class centroids" else statistics(name, ao.ops.class_moments)
+    )
     alternatives = {
         key: statistics(name, partial(class_moments, alternative))
         for key, alternative in STATISTICS.items()
@@ -487,12 +465,12 @@ dice = ao.Dice(absent="keep")  # as the formula; smp and MONAI differ for absent
 bce = usual.binary_cross_entropy
 multiclass, multilabel = "multiclass", "multilabel"
 OPERATIONS = {
-    CE: Operation(
+    "cross-entropy": Operation(
         "softmax_moments",
         ao.CrossEntropy(),
         {"torch": usual.cross_entropy, "image by image": image_by_image},
     ),
-    ALIGNED: pixel_loss(ao.CrossEntropy(align_corners=True), aligned),
+    "cross-entropy, aligned corners": pixel_loss(ao.CrossEntropy(align_corners=True), aligned),
     "class weights": pixel_loss(
         lambda logits, labels: ao.pixel_cross_entropy(logits, labels, weight=class_weights(logits)),
         lambda logits, labels: usual.cross_entropy(logits, labels, weight=class_weights(logits)),
@@ -502,7 +480,7 @@ OPERATIONS = {
         partial(usual.cross_entropy, label_smoothing=SMOOTHING),
         smp=smp("SoftCrossEntropyLoss", smooth_factor=SMOOTHING),
     ),
-    FOCAL: pixel_loss(
+    "focal cross-entropy": pixel_loss(
         ao.CrossEntropy(focal_gamma=GAMMA),
         focal,
         smp=smp("FocalLoss", multiclass, gamma=GAMMA),
@@ -513,38 +491,38 @@ OPERATIONS = {
     "pixel weights": pixel_loss(
         lambda logits, labels: ao.CrossEntropy()(logits, labels, pixel_weights(labels)), weighted
     ),
-    DICE: pixel_loss(
+    "Dice": pixel_loss(
         dice,
         usual.dice,
         smp=smp("DiceLoss", multiclass),
         MONAI=monai("DiceLoss", softmax=True, to_onehot_y=True, batch=True),
     ),
-    LOVASZ: pixel_loss(
+    "Lovász": pixel_loss(
         ao.Lovasz(), usual.lovasz, "probability_histograms", smp=smp("LovaszLoss", multiclass)
     )._replace(softmaxes=0, compares=False, rounds=5),  # rounds of up to half a minute
-    CE_DICE: pixel_loss(
+    "cross-entropy + Dice": pixel_loss(
         ao.CrossEntropyDice(dice=dice),
         usual.cross_entropy_dice,
         smp=smp("DiceLoss", multiclass)._replace(added=usual.cross_entropy),
         MONAI=monai("DiceCELoss", softmax=True, to_onehot_y=True, batch=True),
     ),
-    PSEUDO_LABELS: pixel_loss(
+    "pseudo-labels": pixel_loss(
         lambda logits, labels: ao.pixel_argmax(logits, labels.shape[1:], confidence=True)[1],
         pseudo_labels,
         "pixel_argmax",
     ),
-    DIVERGENCE: pixel_loss(
+    "divergence from a teacher": pixel_loss(
         our_divergence,
         lambda logits, labels: usual.kl_divergence(logits, labels, teacher_of(logits)),
         "pixel_kl_divergence",
     )._replace(softmaxes=2),
-    CONFUSION: Operation(
+    "confusion matrix": Operation(
         "pixel_argmax",
         ao.pixel_confusion,
         {"bincount": bincount_confusion, "torchmetrics": torchmetrics_confusion},
         softmaxes=0,
     ),
-    COSINES: Operation(
+    "cross-entropy of cosines": Operation(
         "softmax_moments",
         of_cosines(ao.pixel_cross_entropy),
         {"product": of_cosines(usual.cross_entropy)}
@@ -556,7 +534,9 @@ OPERATIONS = {
             if hasattr(F, "linear_cross_entropy")  # older versions have none
         },
     ),
-    BCE: pixel_loss(ao.BinaryCrossEntropy(), bce, smp=smp("SoftBCEWithLogitsLoss")),
+    "sigmoid: cross-entropy": pixel_loss(
+        ao.BinaryCrossEntropy(), bce, smp=smp("SoftBCEWithLogitsLoss")
+    ),
     "sigmoid: pos_weight": pixel_loss(
         ao.BinaryCrossEntropy(2.0),
         lambda logits, labels: bce(logits, labels, pos_weight=logits.new_tensor(2.0)),
@@ -578,23 +558,31 @@ OPERATIONS = {
         partial(focal, of=bce),
         smp=smp("FocalLoss", multilabel, gamma=GAMMA),
     ),
-    BINARY_DICE: pixel_loss(
+    "sigmoid: Dice": pixel_loss(
         ao.Dice(sigmoid=True, absent="keep"),
         binary_dice,
         smp=smp("DiceLoss", multilabel),
         MONAI=monai("DiceLoss", sigmoid=True, batch=True),
     ),
-    **{name: of_statistics(name) for name in (MOMENTS, SUMS, GROUPS, CENTROIDS)},
-    KEYS: Operation(
+    **{
+        name: of_statistics(name)
+        for name in (
+            "class moments with anchors",
+            "class moments",
+            "class moments in 4 groups",
+            "class centroids",
+        )
+    },
+    "class keys": Operation(
         "class_moments", our_keys, {"interpolate + scatter_add": usual_keys}, softmaxes=0
     ),
-    MSE: Operation(
+    "pixel-to-anchor MSE": Operation(
         "class_moments",
         partial(ao.pixel_to_anchor_mse, ignore_index=-1),
         {"gather + mse": gather_mse},
         softmaxes=0,
     ),
-    INFO_NCE: Operation(
+    "centroid InfoNCE": Operation(
         "centroid_info_nce",
         ao.ops.centroid_info_nce,
         {"cross_entropy": usual.centroid_info_nce},
@@ -629,17 +617,22 @@ def counted_bytes(operation: str, direction: str, inputs: Inputs) -> int:
     are written.
     """
     first, labels = next(iter(inputs.values())), inputs.get("labels", torch.empty(0))
-    if operation == KEYS:
+    if operation == "class keys":
         return keys_bytes(first[:, 0].numel(), len(inputs["anchors"]))
-    if operation == INFO_NCE:
+    if operation == "centroid InfoNCE":
         return 2 * first.nbytes * (1 if direction == FORWARD else 3)
-    if "features" in inputs and operation != COSINES:
-        num_keys = len(inputs["anchors"]) * (4 if operation == GROUPS else 1)
-        sqdists = operation in (MOMENTS, MSE, "SAR", "SAR + OCCL")
+    if "features" in inputs and operation != "cross-entropy of cosines":
+        num_keys = len(inputs["anchors"]) * (4 if operation == "class moments in 4 groups" else 1)
+        sqdists = operation in (
+            "class moments with anchors",
+            "pixel-to-anchor MSE",
+            "SAR",
+            "SAR + OCCL",
+        )
         direction = FORWARD if operation.startswith("CBP") else direction
-        sums = operation not in (MSE, "SAR")
+        sums = operation not in ("pixel-to-anchor MSE", "SAR")
         return moments_bytes(first, num_keys, direction, sums=sums, sqdists=sqdists)
-    maps = 2 if operation == DIVERGENCE else 1
+    maps = 2 if operation == "divergence from a teacher" else 1
     forward = maps * (first.nbytes + 4 * labels.numel()) + labels.nbytes
     return forward if direction == FORWARD else 2 * forward + first.nbytes
 
@@ -652,7 +645,7 @@ def counted_exponentials(operation: str, direction: str, inputs: Inputs) -> floa
         return None
     logits, labels = inputs["logits"], inputs["labels"]
     pixels = labels.numel() if labels.dim() < logits.dim() else labels[:, 0].numel()
-    few = labels.shape[-1] == 4 * logits.shape[-1] and operation != DIVERGENCE
+    few = labels.shape[-1] == 4 * logits.shape[-1] and operation != "divergence from a teacher"
     of_16 = (9 if few else 17) + 16 * (direction == TRAINING)
     return softmaxes * pixels * logits.shape[1] * of_16 / 16
 
@@ -668,7 +661,10 @@ def alternatives_of(case: Case, libraries: bool) -> dict[str, Any]:
     if case.direction != FORWARD:  # the gradient of all rows for each class takes seconds
         eager.pop("class loop", None)
     formula = eager.get("torch")
-    upsamples = case.shape.stride != 1 and case.operation not in (DIVERGENCE, ALIGNED)
+    upsamples = case.shape.stride != 1 and case.operation not in (
+        "divergence from a teacher",
+        "cross-entropy, aligned corners",
+    )
     if formula is not None and upsamples and case.dtype != "fp32":
         eager[f"torch, upsampled in {case.dtype}"] = lambda logits, labels: formula(
             interpolated(logits, labels), labels

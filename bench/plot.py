@@ -2,11 +2,8 @@
 
     python bench/plot.py bench/results/amd-epyc-avx512-2-threads.json
 
-The pictures are written next to the rows:
-
-….png          operators compared with formulas that people write, in milliseconds; of
-               counted-memory.json the memory of training steps
-…-options.png  every option of the pixel losses
+The picture, of every option of the pixel losses or of the memory of training steps, is written next
+to the rows.
 """
 
 import argparse
@@ -18,7 +15,6 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from cases import IMAGES, VOLUMES
-from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -31,91 +27,16 @@ from record import (
     gain,
     load,
     machine,
-    number,
-    ours_and_other,
     variant_of,
 )
 
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 OURS, PALE, OTHER, GREY = "#1f6f54", "#9ecae1", "#b9c2bd", "#555555"
-# operation, shape, title, and the formulas that are shown in addition to the fastest alternative
-HEADLINES = (
-    (
-        "cross-entropy",
-        "SegFormer, ADE20K",
-        "Cross-entropy at full resolution",
-        {
-            "interpolate + cross_entropy": "interpolate + cross_entropy",
-            "interpolate + cross_entropy, kept pages": "the same, malloc keeps memory",
-        },
-    ),
-    (
-        "class moments with anchors",
-        "HRNet-W48, Cityscapes",
-        "Class sums and squared distances to anchors",
-        {"index_add": "index_add", "class loop": "class loop"},
-    ),
-)
 COUNTED = {  # name of a row: colour, and text of the legend
     BASELINE: (OTHER, "torch's cross-entropy"),
     OWN: (PALE, "our cross-entropy"),
     BOTH: (OURS, "our cross-entropy and late upsampling"),
 }
-
-
-def operators(run: dict) -> Figure | None:
-    """Ours, the fastest alternative, the usual formula and the published formula."""
-    dtype = "bf16" if run["device_type"] == "cuda" else "fp32"
-    cases, drawn = by_case(run["operators"]), []
-    for operation, shape, *rest in HEADLINES:
-        case = {"operation": operation, "shape": shape, "dtype": dtype, "labels": "coherent"}
-        groups = [
-            group
-            for direction in ("forward", "forward + backward")
-            for group in cases
-            if (case | {"direction": direction}).items() <= group[0].items()
-        ]
-        if groups:
-            drawn.append((groups, *rest))
-    if not drawn:
-        return None
-    figure = plt.figure(figsize=(10, 2.6 * len(drawn)), layout="constrained")
-    parts = figure.subfigures(len(drawn), 1, squeeze=False)[:, 0]
-    for part, (groups, what, formulas) in zip(parts, drawn, strict=True):
-        axes = part.subplots(1, len(groups), squeeze=False, sharey=True)[0]
-        for axis, group in zip(axes, groups, strict=True):
-            headline(axis, group, formulas)
-        axes[0].invert_yaxis()
-        row = groups[0][0]
-        text = f"{what}, {row['dtype']}\n{row['shape']}: {row['sizes']}"
-        part.suptitle(text, x=0.01, ha="left", fontsize=10)
-    return figure
-
-
-def headline(axis: Axes, group: list[dict], formulas: dict[str, str]) -> None:
-    """Horizontal bars of a case's times."""
-    ours, fastest = ours_and_other(group)
-    assert ours
-    rows = {row["name"]: row for row in group}
-    shown = {"anchorops": ours}
-    if fastest and fastest["name"] not in formulas:
-        shown["fastest alternative"] = fastest
-    shown |= {label: rows[name] for name, label in formulas.items() if name in rows}
-    times = {label: row["median"] * 1e3 for label, row in shown.items()}
-    texts = [
-        f"{number(row['median'] * 1e3)} ms"
-        + ("" if row is ours else f", {row['median'] / ours['median']:.0f}×")
-        for row in shown.values()
-    ]
-    if fastest and "fastest alternative" in shown:
-        texts[1] += f" ({fastest['name']})"
-    colours = [OURS, *[OTHER] * (len(shown) - 1)]
-    bars = axis.barh([*times], [*times.values()], color=colours)
-    clear = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    axis.bar_label(bars, texts, padding=4, fontsize=8, bbox=clear)
-    axis.set_xlim(0, 1.35 * max(times.values()))
-    axis.set_title(group[0]["direction"], loc="left", fontsize=9, fontweight="bold")
-    axis.set_xlabel("milliseconds")
 
 
 def options(run: dict) -> Figure | None:
@@ -222,13 +143,10 @@ def caption(run: dict) -> str:
 def draw(path: Path) -> None:
     """The pictures of the sections that the file has."""
     run = load(path)
-    pictures = {"": operators, "-options": options} if "operators" in run else {"": counted_memory}
-    for suffix, picture in pictures.items():
-        figure = picture(run)
-        if figure is None:  # no such rows
-            continue
+    picture = options if "operators" in run else counted_memory
+    if figure := picture(run):
         figure.supxlabel(caption(run), fontsize=7.5, color=GREY, ha="left", x=0.01)
-        file = path.with_name(path.stem + suffix + ".png")
+        file = path.with_suffix(".png")
         figure.savefig(file, dpi=150)
         plt.close(figure)
         print(file)

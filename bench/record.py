@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where nothing else is chosen
 CASES = {  # what identifies a case: its rows are measured together
     "operators": ("case",),
-    "training_steps": ("network",),
+    "training_steps": ("network", "compiled"),
     "inference": ("network",),
     "batches": ("network",),
     "export": ("volume", "dtype"),

@@ -51,39 +51,46 @@ class Candidate(NamedTuple):
             return f"{methods}, {'both' if self.late else 'ours'}"
         name = STEP_NAMES["anchorops" if self.ours else "torch", self.late]
         if self.compiled:
-            return f"{name.removesuffix(', torch' + chr(39) + 's cross-entropy')}, torch.compile"
+            return f"{'baseline' if name == BASELINE else name}, torch.compile"
         return name
 
 
-def candidates_of(network: Network, late: bool) -> list[Candidate]:
-    """late: late_upsampling finds something to move. On the CPU with methods, too."""
-    plain = [
-        Candidate(ours, later) for later in (False, True)[: 1 + late] for ours in (False, True)
+def candidates_of(network: Network, late: bool, compiled: bool) -> list[Candidate]:
+    """The baseline first. late: late_upsampling finds something to move. compiled: those that are,
+    beside the baseline. On the CPU with methods, too."""
+    every = [
+        Candidate(ours, moved) for moved in (False, True)[: 1 + late] for ours in (False, True)
     ]
-    if network.name in [x.name for x in ON_CPU]:
-        methods = [Candidate(True, late, methods) for methods in METHODS]
-        return [plain[0], Candidate(False, compiled=True), *plain[1:], *methods]
-    compiled = [one._replace(compiled=True) for one in plain if one.ours or not one.late]
-    return [*plain, *(compiled if network.name in COMPILED else [])]
+    on_cpu = network.name in [x.name for x in ON_CPU]
+    if compiled:
+        some = every[:1] if on_cpu else [one for one in every if one.ours or not one.late]
+        return [every[0], *(one._replace(compiled=True) for one in some)]
+    return [*every, *(Candidate(True, late, methods) for methods in METHODS if on_cpu)]
 
 
-def plan(device: str, section: str) -> list[tuple[Network, list[str]]]:
+def plan(device: str, section: str, compiled: bool = False) -> list[tuple[Network, list[str]]]:
     """The networks of a section, and the names of the rows that are known before late_upsampling
     was tried."""
     networks = ON_CPU if device == "cpu" else BATCHES if section == "batches" else ON_GPU
-    names = {"inference": [PLAIN], "batches": [BASELINE, OWN]}
-    return [
-        (network, names.get(section) or [one.name for one in candidates_of(network, False)])
-        for network in networks
-    ]
+    if compiled and device == "cuda":
+        networks = tuple(network for network in ON_GPU if network.name in COMPILED)
+    known = {"inference": [PLAIN], "batches": [BASELINE, OWN]}
+    planned = []
+    for network in networks:
+        candidates = candidates_of(network, False, compiled)
+        names = [one.name for one in candidates if one.compiled == compiled]
+        planned.append((network, known.get(section, names)))
+    return planned
 
 
 class Bench(NamedTuple):
-    """How a network is measured. dry: a dry run, in which torch.compile gets the loss alone."""
+    """How a network is measured. dry: a dry run, in which torch.compile gets the loss alone.
+    compiled: the candidates that are."""
 
     network: Network
     device: torch.device
     dry: bool
+    compiled: bool
 
     def model(self) -> nn.Module:
         torch.manual_seed(0)
@@ -171,16 +178,19 @@ class Bench(NamedTuple):
         images, labels = self.batch(self.network.batch)
         steps: dict[str, Step] = {}
         kept: dict[str, int] = {}
-        for candidate in candidates_of(self.network, self.runs_later()):
+        candidates = candidates_of(self.network, self.runs_later(), self.compiled)
+        for candidate in candidates:
             before = allocated(self.device)
             step = partial(self.prepared(candidate), images, labels)
             step()
             steps[candidate.name] = step
             kept[candidate.name] = allocated(self.device) - before
-        for row in self.measured(steps, rounds):
-            if row["peak_bytes"] is not None and self.device.type == "cuda":
-                row["peak_bytes"] -= sum(kept.values()) - kept[row["name"]]
-            yield row
+        for one, row in zip(candidates, self.measured(steps, rounds), strict=True):
+            if row["peak_bytes"] is not None:
+                row["peak_bytes"] -= sum(kept.values()) - kept[one.name]
+            if one.compiled == self.compiled:
+                methods = "+".join(one.methods) or "plain"
+                yield row | {"methods": methods, "late": one.late, "compiled": one.compiled}
 
     def inference(self, rounds: int) -> Iterator[dict[str, Any]]:
         """Forward passes in evaluation mode without gradients."""
@@ -271,20 +281,27 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, help="write the rows to this JSON file")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=DEVICE)
     parser.add_argument("--networks-of", help="a type of device (default: that of --device)")
+    parser.add_argument("--compiled", action="store_true", help="steps by torch.compile")
     parser.add_argument("--dry-run", action="store_true", help="small images")
     arguments = parser.parse_args()
     device, dry = torch.device(arguments.device), arguments.dry_run
-    for network, names in plan(arguments.networks_of or device.type, arguments.section):
+    for network, names in plan(
+        arguments.networks_of or device.type, arguments.section, arguments.compiled
+    ):
         if arguments.network and network.name not in arguments.network:
             continue
-        bench = Bench(network.tiny() if dry else network, device, dry)
+        bench = Bench(network.tiny() if dry else network, device, dry, arguments.compiled)
         rows: list[dict[str, Any]] = []
         try:
             for row in getattr(bench, arguments.section)(1 if dry else ROUNDS):
                 rows.append(row)
                 print(line(row), flush=True)
         except ImportError as error:
-            absent = {"network": str(network), "absent": f"{error.name} is not there"}
+            absent = {
+                "network": str(network),
+                "compiled": arguments.compiled,
+                "absent": f"{error.name} is not there",
+            }
             rows = [absent | {"name": name} for name in names]
         if arguments.rows:
             save(arguments.rows, arguments.section, head_of(device), rows)

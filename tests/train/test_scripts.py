@@ -1,5 +1,6 @@
 """The script that trains for the evidence."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
