@@ -27,6 +27,7 @@ from anchorops._backend import CUDA_MAX_KEYS, OPERATORS, TRITON_ON_HOST
 from anchorops.catalogue import Inputs
 from anchorops.measure import DISTURBED, Run, in_turns, peak_extra_bytes
 
+LESS_EXACT = 10  # alternatives, as those that upsample in bfloat16
 TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2, "fp16": 1e-2}  # also of expanded squares
 # Rows are measured again if other processes disturbed them, or if the times of ours differ by more
 # than this: a virtual machine may have given unused memory back to its host, and new pages are
@@ -179,8 +180,6 @@ class Timer:
                 continue
             try:
                 runs[one.name] = self.checked(one, row)
-            except WrongResults:
-                raise
             except Exception as error:
                 if one.backend is not None:
                     raise
@@ -203,8 +202,7 @@ class Timer:
         if one.compiled:
             backend = "eager" if self.tiny else "inductor"
             formula = torch.compile(formula, dynamic=False, backend=backend)
-        chosen = ao.use_backend(one.backend) if one.backend else contextlib.nullcontext()
-        with chosen:
+        with ao.use_backend(one.backend or "auto"):
             plain = run_of(formula, self.inputs, self.case.direction)
 
         def run() -> object:
@@ -214,8 +212,9 @@ class Timer:
         results: Any = run()
         if self.exact is not None:
             row["error"] = relative_error(results, self.exact)
+            limit = TOLERANCE[self.case.dtype] * (1 if one.backend else LESS_EXACT)
             different = isinstance(one.formula, Library)  # some losses of libraries are others
-            if not different and not row["error"] <= TOLERANCE[self.case.dtype]:
+            if not different and not row["error"] <= limit:
                 raise WrongResults(f"{row['case']}: {one.name}: error {row['error']:.2g}")
         del results
         row["extra_bytes"] = peak_extra_bytes(run, self.device)

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import anchorops as ao
-from anchorops.train.networks.models import build_model
 
 IGNORE_INDEX = 255
 
@@ -152,8 +151,14 @@ def unet_of_volumes(num_classes: int, levels: int = 6) -> nn.Module:
     )
 
 
+def of_training_program(name: str, num_classes: int) -> nn.Module:
+    from anchorops.train.networks.models import build_model
+
+    return build_model(name, num_classes)
+
+
 def small_hrnet() -> nn.Module:
-    return build_model("hrnet-w18-small", 19)
+    return of_training_program("hrnet-w18-small", 19)
 
 
 BASIC, BOTTLENECK = "BasicBlock", "Bottleneck"
@@ -165,7 +170,7 @@ SEGFORMER_B5 = Network(
     small=lambda: segformer(0, 150),
 )
 HRNET_W48 = Network(
-    *("HRNet-W48", lambda: build_model("hrnet-w48", 19), (512, 1024), 8, 19, 720),
+    *("HRNet-W48", lambda: of_training_program("hrnet-w48", 19), (512, 1024), 8, 19, 720),
     blocks=(BASIC, BOTTLENECK),
     small=small_hrnet,
 )
@@ -196,7 +201,7 @@ COUNTED = (
 )
 UNET = Network("U-Net-R34", lambda: of_smp("Unet", "resnet34", 20), (512, 512), 16, 20)
 HRNET_W18 = Network(
-    *("HRNet-W18", lambda: build_model("hrnet-w18", 19), (512, 1024), 8, 19),
+    *("HRNet-W18", lambda: of_training_program("hrnet-w18", 19), (512, 1024), 8, 19),
     small=small_hrnet,
 )
 ON_GPU = (
@@ -223,7 +228,14 @@ ON_CPU = (
         *("hrnet-w18-small", small_hrnet, (512, 1024), 2, 19, 270),
     ),
     Network(
-        *("segformer-b0", lambda: build_model("segformer-b0", 150), (512, 512), 2, 150, 256),
+        *(
+            "segformer-b0",
+            lambda: of_training_program("segformer-b0", 150),
+            (512, 512),
+            2,
+            150,
+            256,
+        ),
         channels_last=False,
     ),
 )

@@ -74,7 +74,8 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def save(path: Path, section: str, head: dict[str, Any], rows: list[dict]) -> None:
-    """Writes rows with their commit, instead of earlier ones of the same cases. All others stay.
+    """Writes rows, with the present commit unless they have one, instead of earlier ones of the
+    same cases. All others stay.
 
     Raises:
         ValueError: the file has rows of another machine or version of torch.
@@ -91,7 +92,7 @@ def save(path: Path, section: str, head: dict[str, Any], rows: list[dict]) -> No
     kept = [row for row in run.get(section, []) if tuple(row[x] for x in cases) not in measured]
     now = commit()
     path.parent.mkdir(parents=True, exist_ok=True)
-    run |= {**head, section: [*kept, *({**row, "commit": now} for row in rows)]}
+    run |= {**head, section: [*kept, *({**row, "commit": row.get("commit", now)} for row in rows)]}
     path.write_text(json_of(run))
 
 

@@ -146,7 +146,7 @@ class Plan(NamedTuple):
         verify += ["--json", str(verified)]
         cases = cases_on("cuda")
         operators = [self.operators([case], 90) for case in cases]
-        steps, batches = self.steps("training_steps", 90), self.steps("batches", 60)
+        steps, batches = self.steps("training_steps", 90), self.steps("batches", 90)
         compiled = self.steps("training_steps", 150, compiled=True)
         return [
             Item("verify", "verify", verify, 150),
@@ -176,13 +176,16 @@ def state(item: Item, run: dict[str, Any], now: str) -> int:
     """MISSING, OLD (of another commit) or DONE. A check is never done."""
     if item.section == "verify":
         return MISSING
-    field = CASES.get(item.section, ("name",))[0]
-    cases = {row[field] for row in item.rows}
-    rows = [row for row in run.get(item.section, []) if not cases or row[field] in cases]
-    there = {(row[field], row["name"]) for row in rows}
-    if not rows or any((row[field], row["name"]) not in there for row in item.rows):
+    wanted = {identity(item, row) for row in item.rows}
+    rows = [row for row in run.get(item.section, []) if not wanted or identity(item, row) in wanted]
+    if not rows or len(rows) < len(wanted):
         return MISSING
     return DONE if all(row["commit"] == now for row in rows) else OLD
+
+
+def identity(item: Item, row: dict[str, Any]) -> tuple[Any, ...]:
+    """Of a row in the item's section."""
+    return tuple(row[name] for name in (*CASES.get(item.section, ()), "name"))
 
 
 def measure(item: Item, limit: float, environment: dict[str, str]) -> str | None:
@@ -223,23 +226,24 @@ def measure_missing(
             continue
         print(f"\n{item.name}", flush=True)
         reason = measure(item, min(left, item.limit), threads)
-        if reason and (left >= item.limit or not reason.startswith("over")):
-            failed.append(f"{item.name}: {reason}")
-            if item.rows:
-                mark_absent(item, path, device, reason)
+        cut = reason is not None and reason.startswith("over") and left < item.limit
+        if not cut:
+            mark_absent(item, path, device, reason or "cannot be measured here")
+            failed += [f"{item.name}: {reason}"] if reason else []
     return failed
 
 
 def mark_absent(item: Item, path: Path, device: torch.device, reason: str) -> None:
     """Gives the item's rows that do not exist the reason."""
-    field = CASES.get(item.section, ("name",))[0]
-    cases = {row[field] for row in item.rows}
-    rows = [row for row in load(path).get(item.section, []) if row[field] in cases]
-    there = {(row[field], row["name"]) for row in rows}
-    rows += [
-        row | {"absent": reason} for row in item.rows if (row[field], row["name"]) not in there
-    ]
-    save(path, item.section, head_of(device), rows)
+    fields = CASES.get(item.section, ())
+    cases = {tuple(row[name] for name in fields) for row in item.rows}
+    rows = load(path).get(item.section, [])
+    rows = [row for row in rows if tuple(row[name] for name in fields) in cases]
+    there = {identity(item, row) for row in rows}
+    absent = [row for row in item.rows if identity(item, row) not in there]
+    if absent:
+        added = [row | {"absent": reason} for row in absent]
+        save(path, item.section, head_of(device), [*rows, *added])
 
 
 def contradictions(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict, dict]]:
@@ -310,7 +314,7 @@ def main() -> None:
     if dry:
         sys.exit(rehearsed(items))
     others = OtherProcesses(device)
-    time.sleep(WATCH)
+    time.sleep(WATCH if device.type == "cpu" else 0)
     if (busy := others.cores() or 0) > DISTURBED:
         sys.exit(f"other processes keep {busy:.1f} cores busy: stop them, then measure")
     failed = measure_missing(items, path, device, options.minutes)

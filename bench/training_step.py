@@ -26,9 +26,16 @@ from torch.profiler import ProfilerActivity, profile
 
 import anchorops as ao
 from anchorops.measure import example_labels, in_turns, peak_extra_bytes
-from anchorops.train.networks.learner import CLASSES, build_regularizer
 
-METHODS = (("cr",), ("sar",), ("cbp",), ("occl",), ("cbp", "occl"), ("ceco",), ("mvsc",))
+METHODS = {
+    "CR": ("cr",),
+    "SAR": ("sar",),
+    "CBP": ("cbp",),
+    "OCCL": ("occl",),
+    "CBP + OCCL": ("cbp", "occl"),
+    "CeCo": ("ceco",),
+    "MVSC": ("mvsc",),
+}
 SECTIONS = ("training_steps", "inference", "batches")
 CAPACITY, ROUNDS, PROFILED = 24e9, 10, 3  # bytes; of timing; steps
 PLAIN, LATER, EXPORTED = "plain", "late", "late, exported"  # names of inference
@@ -36,19 +43,17 @@ Step = Callable[[], object]
 
 
 class Candidate(NamedTuple):
-    """ours: with our cross-entropy. late: with late_upsampling."""
+    """ours: with our cross-entropy. late: with late_upsampling. method: of METHODS."""
 
     ours: bool
     late: bool = False
-    methods: tuple[str, ...] = ()
+    method: str = ""
     compiled: bool = False
 
     @property
     def name(self) -> str:
-        if self.methods:
-            names = CLASSES | {"cr": "CR"}
-            methods = " + ".join(names[method] for method in self.methods)
-            return f"{methods}, {'both' if self.late else 'ours'}"
+        if self.method:
+            return f"{self.method}, {'both' if self.late else 'ours'}"
         name = STEP_NAMES["anchorops" if self.ours else "torch", self.late]
         if self.compiled:
             return f"{'baseline' if name == BASELINE else name}, torch.compile"
@@ -65,7 +70,7 @@ def candidates_of(network: Network, late: bool, compiled: bool) -> list[Candidat
     if compiled:
         some = every[:1] if on_cpu else [one for one in every if one.ours or not one.late]
         return [every[0], *(one._replace(compiled=True) for one in some)]
-    return [*every, *(Candidate(True, late, methods) for methods in METHODS if on_cpu)]
+    return [*every, *(Candidate(True, late, method) for method in METHODS if on_cpu)]
 
 
 def plan(device: str, section: str, compiled: bool = False) -> list[tuple[Network, list[str]]]:
@@ -115,13 +120,7 @@ class Bench(NamedTuple):
     def step(self, candidate: Candidate, model: nn.Module) -> Callable[[Tensor, Tensor], None]:
         """One training step of a model in training mode."""
         network, ours = self.network, candidate.ours
-        attached = None
-        if candidate.methods:
-            options = {f"{method}.ignore_index": IGNORE_INDEX for method in candidate.methods}
-            method = build_regularizer(candidate.methods, options, network.num_classes, network.dim)
-            assert method is not None
-            attached = ao.attach(model, method.to(self.device))
-
+        attached = self.attached(candidate.method, model) if candidate.method else None
         loss_of_outputs = network.loss
         if candidate.compiled and self.dry:
             loss_of_outputs = torch.compile(network.loss, dynamic=False, backend="eager")
@@ -144,9 +143,19 @@ class Bench(NamedTuple):
 
         return step
 
+    def attached(self, method: str, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The loss of a method with the options of its paper."""
+        from anchorops.train.networks.learner import build_regularizer
+
+        names, network = METHODS[method], self.network
+        options = {f"{name}.ignore_index": IGNORE_INDEX for name in names}
+        regularizer = build_regularizer(names, options, network.num_classes, network.dim)
+        assert regularizer is not None
+        return ao.attach(model, regularizer.to(self.device))
+
     def prepared(self, candidate: Candidate) -> Callable[[Tensor, Tensor], None]:
         model = self.model().train()
-        self.network.arrange(model, self.batch(1)[0], candidate.ours, candidate.late)
+        self.network.arrange(model, self.batch(2)[0], candidate.ours, candidate.late)
         return self.step(candidate, model)
 
     def runs_later(self) -> bool:
@@ -189,7 +198,7 @@ class Bench(NamedTuple):
             if row["peak_bytes"] is not None:
                 row["peak_bytes"] -= sum(kept.values()) - kept[one.name]
             if one.compiled == self.compiled:
-                methods = "+".join(one.methods) or "plain"
+                methods = "+".join(METHODS.get(one.method, ("plain",)))
                 yield row | {"methods": methods, "late": one.late, "compiled": one.compiled}
 
     def inference(self, rounds: int) -> Iterator[dict[str, Any]]:
@@ -219,22 +228,21 @@ class Bench(NamedTuple):
         for late in (False, True)[: 1 + self.runs_later()]:
             for ours in (True,) if late else (False, True):
                 candidate = Candidate(ours, late)
-                largest = largest_batch(partial(self.fits, candidate), self.network.batch)
+                fits = partial(self.fits, self.prepared(candidate))
+                largest = largest_batch(fits, self.network.batch)
                 yield {"network": str(self.network), "name": candidate.name, "images": largest}
 
-    def fits(self, candidate: Candidate, size: int) -> bool:
-        if self.device.type == "cpu":  # in a dry run
-            self.prepared(candidate)(*self.batch(1))
-            return size < 3
+    def fits(self, step: Callable[[Tensor, Tensor], None], size: int) -> bool:
+        """In a dry run, if there are at most two images."""
         try:
-            step, batch = self.prepared(candidate), self.batch(size)
+            if self.dry and size > 2:
+                raise torch.OutOfMemoryError
             for _ in range(2):  # Adam's state exists in the second
-                step(*batch)
+                step(*self.batch(size))
             return True
         except torch.OutOfMemoryError:
             return False
         finally:
-            step = batch = None
             gc.collect()
             torch.cuda.empty_cache()
 

@@ -230,22 +230,34 @@ def test_state_of_an_item(tmp_path, monkeypatch):
     """Rows of another commit are measured after those that are missing; what does not end well has
     rows that say why."""
     path, head = tmp_path / "rows.json", {"device": "a CPU", "torch": "2"}
-    rows = [{"network": "a", "name": name} for name in ("plain", "ours")]
+    rows = [{"network": "a", "compiled": False, "name": name} for name in ("plain", "ours")]
+    compiled = {"network": "a", "compiled": True, "name": "plain", "commit": "0"}
     item = bench.Item("a", "training_steps", ["false"], 60.0, rows)
     assert bench.state(item, load(path), "1") == bench.MISSING
     monkeypatch.setattr("record.commit", lambda: "1")
-    save(path, "training_steps", head, [rows[0] | {"others": 0.3}])
+    save(path, "training_steps", head, [compiled, rows[0] | {"others": 0.3}])
     assert bench.state(item, load(path), "1") == bench.MISSING
     monkeypatch.setattr(bench, "head_of", lambda device: head)
     monkeypatch.setattr(bench, "commit", lambda: "1")
     assert bench.measure_missing([item], path, CPU, None) == ["a: exit 1"]
-    (first, second) = load(path)["training_steps"]
+    other, first, second = load(path)["training_steps"]
+    assert other == compiled
     assert first == rows[0] | {"others": 0.3, "commit": "1"}
     assert second == rows[1] | {"absent": "exit 1", "commit": "1"}
     assert bench.state(item, load(path), "1") == bench.DONE
     assert bench.state(item, load(path), "2") == bench.OLD
-    assert bench.take_out_wrong_rows(path) == ["training_steps: a, plain: disturbed"]
-    assert load(path)["training_steps"] == [second]
+    assert bench.take_out_wrong_rows(path) == ["training_steps: a, False, plain: disturbed"]
+    assert load(path)["training_steps"] == [other, second]
+
+
+def test_a_backend_that_is_not_there_is_not_missing_again(tmp_path, monkeypatch):
+    path, head = tmp_path / "rows.json", {"device": "a GPU", "torch": "2"}
+    monkeypatch.setattr(bench, "head_of", lambda device: head)
+    row = {"case": "a", "name": "anchorops (cuda)"}
+    item = bench.Item("a", "operators", ["true"], 60.0, [row])
+    assert bench.measure_missing([item], path, CPU, None) == []
+    assert load(path)["operators"][0]["absent"] == "cannot be measured here"
+    assert bench.measure_missing([item._replace(command=["false"])], path, CPU, None) == []
 
 
 def test_an_item_has_a_limit():
