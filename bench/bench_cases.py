@@ -276,7 +276,7 @@ def test_case(case: Case, rows: Any, benchmark: Any, pytestconfig: pytest.Config
     torch.compiler.reset()  # otherwise a formula compiled for many shapes would run uncompiled
     case = case._replace(shape=case.shape.on(device, tiny))
     timer = Timer(case, device, tiny, options.seconds, options.rounds)
-    for group in groups_of(implementations(device.type, case, usable(device))):
+    for group in groups_of(implementations(options.cases_of or device.type, case, usable(device))):
         rows.add(timer.rows(group))
     if benchmark.enabled:  # for --benchmark-compare and other options of pytest-benchmark
         stats = benchmark._make_stats(1)
