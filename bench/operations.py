@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from cases import FORWARD, METHODS, TRAINING, Case
+from cases import FORWARD, TRAINING, Case
 from torch import Tensor, nn
 
 import anchorops as ao
@@ -432,7 +432,7 @@ class Operation(NamedTuple):
     operator: str
     ours: Any
     alternatives: dict[str, Any]
-    softmaxes: int = 1
+    softmaxes: int = 0
     compares: bool = True
     rounds: int | None = None
 
@@ -440,7 +440,7 @@ class Operation(NamedTuple):
 def pixel_loss(
     ours: Formula, torch: Formula, operator: str = "softmax_moments", **others: Any
 ) -> Operation:
-    return Operation(operator, ours, {"torch": torch, **others})
+    return Operation(operator, ours, {"torch": torch, **others}, softmaxes=1)
 
 
 def of_statistics(name: str) -> Operation:
@@ -451,14 +451,15 @@ def of_statistics(name: str) -> Operation:
         key: statistics(name, partial(class_moments, alternative))
         for key, alternative in STATISTICS.items()
     }
-    return Operation("class_moments", ours, alternatives, softmaxes=0)
+    return Operation("class_moments", ours, alternatives)
 
 
-def of_method(method: Callable[..., nn.Module], *alternatives: str) -> Operation:
-    """Without alternatives it has a pass of its own over the features."""
-    others = {name: Method(method, STATISTICS[name]) for name in alternatives}
-    operator = "class_moments" if alternatives else "upsampled_sums"
-    return Operation(operator, Method(method), others, softmaxes=0)
+def of_method(method: Callable[..., nn.Module], own_pass: bool = False) -> Operation:
+    """own_pass: over the features, which no class statistics replace."""
+    if own_pass:
+        return Operation("upsampled_sums", Method(method), {})
+    others = {name: Method(method, STATISTICS[name]) for name in ("index_add", "one_hot bmm")}
+    return Operation("class_moments", Method(method), others)
 
 
 dice = ao.Dice(absent="keep")  # as the formula; smp and MONAI differ for absent classes
@@ -469,6 +470,7 @@ OPERATIONS = {
         "softmax_moments",
         ao.CrossEntropy(),
         {"torch": usual.cross_entropy, "image by image": image_by_image},
+        softmaxes=1,
     ),
     "cross-entropy, aligned corners": pixel_loss(ao.CrossEntropy(align_corners=True), aligned),
     "class weights": pixel_loss(
@@ -520,7 +522,6 @@ OPERATIONS = {
         "pixel_argmax",
         ao.pixel_confusion,
         {"bincount": bincount_confusion, "torchmetrics": torchmetrics_confusion},
-        softmaxes=0,
     ),
     "cross-entropy of cosines": Operation(
         "softmax_moments",
@@ -573,38 +574,24 @@ OPERATIONS = {
             "class centroids",
         )
     },
-    "class keys": Operation(
-        "class_moments", our_keys, {"interpolate + scatter_add": usual_keys}, softmaxes=0
-    ),
+    "class keys": Operation("class_moments", our_keys, {"interpolate + scatter_add": usual_keys}),
     "pixel-to-anchor MSE": Operation(
         "class_moments",
         partial(ao.pixel_to_anchor_mse, ignore_index=-1),
         {"gather + mse": gather_mse},
-        softmaxes=0,
     ),
     "centroid InfoNCE": Operation(
         "centroid_info_nce",
         ao.ops.centroid_info_nce,
         {"cross_entropy": usual.centroid_info_nce},
-        softmaxes=0,
     ),
-    **{
-        name: of_method(make, *alternatives)
-        for name, make, alternatives in zip(
-            METHODS,
-            (
-                ao.SAR,
-                ao.OCCL,
-                partial(ao.CBP, update="ema"),
-                partial(ao.CeCo, resolution="feature", dropout=0),
-                partial(ao.CeCo, dropout=0),
-                ao.MVSC,
-                sar_and_occl,
-            ),
-            (*[("index_add", "one_hot bmm")] * 3, (), (), *[("index_add", "one_hot bmm")] * 2),
-            strict=True,
-        )
-    },
+    "SAR": of_method(ao.SAR),
+    "OCCL": of_method(ao.OCCL),
+    "CBP, moving average": of_method(partial(ao.CBP, update="ema")),
+    "CeCo": of_method(partial(ao.CeCo, resolution="feature", dropout=0), own_pass=True),
+    "CeCo at label size": of_method(partial(ao.CeCo, dropout=0), own_pass=True),
+    "MVSC": of_method(ao.MVSC),
+    "SAR + OCCL": of_method(sar_and_occl),
 }
 
 
