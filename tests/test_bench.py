@@ -211,7 +211,7 @@ def test_dry_run(tmp_path):
     assert "torch.compile" in cost_tables.training_steps(run)
     assert "share of the nearer roof" in cost_tables.cases(run)
     plot.draw(tmp_path / "operators.json")
-    assert (tmp_path / "operators-options.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "operators.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_plan_of_a_day():
