@@ -27,6 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_quiet = True  # one table is enough
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
     torch.set_num_threads(config.option.threads)
     if config.option.tiny:
         config.option.seconds, config.option.rounds = 0.0, 3
