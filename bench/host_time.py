@@ -1,0 +1,146 @@
+"""The host's time of a call, forward and backward, beside that of torch's formula.
+
+    python bench/host_time.py [--rounds 2000] [--out bench/results/host-time.json]
+
+Tensors are so small that the kernels take no time: what remains is Python, autograd, torch's
+dispatcher and Triton. All calls take turns, as in a training step, and the least time of each is
+kept. The backends are `cpu`, with one thread; `triton` with a driver that names an H100, where
+instead of a launch Triton only binds the arguments and looks the compiled kernel up; and on a GPU
+what "auto" chooses, with its launches. The numbers of operators are those that torch dispatches.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if __name__ == "__main__" and not torch.cuda.is_available():
+    os.environ["ANCHOROPS_TRITON_ON_HOST"] = "1"  # which anchorops asks when it is imported
+
+from record import DEVICE, head_of, markdown_table, save
+
+import anchorops as ao
+
+CROSS_ENTROPY, SQUARED_DISTANCE = "F.interpolate + F.cross_entropy", "F.mse_loss of anchors[labels]"
+
+
+class Call(NamedTuple):
+    """formula: the name of the call that takes part as torch's own; None: it is one."""
+
+    name: str
+    loss: Callable[[], Tensor]
+    leaf: Tensor
+    formula: str | None
+
+    def step(self) -> None:
+        self.leaf.grad = None
+        self.loss().backward()
+
+
+class Operators(TorchDispatchMode):
+    """Notes the operators that torch dispatches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None):
+        self.names.append(str(operator))
+        return operator(*args, **(kwargs or {}))
+
+
+def calls(device: str) -> list[Call]:
+    """Of logits (1, 3, 2, 2) and features (1, 3, 4, 4), with labels (1, 4, 4)."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 2, 2, device=device).requires_grad_()
+    f = torch.randn(1, 3, 4, 4, device=device).requires_grad_()
+    y = torch.arange(16, device=device).view(1, 4, 4) % 3
+    anchors = torch.randn(3, 3, device=device)
+
+    def formula() -> Tensor:
+        return F.cross_entropy(F.interpolate(x, (4, 4), mode="bilinear"), y)
+
+    def squared_distance() -> Tensor:
+        return F.mse_loss(f.movedim(1, -1).flatten(0, 2), anchors[y.flatten()])
+
+    def of(loss: Any) -> Callable[[], Tensor]:
+        return lambda: loss(x, y)
+
+    return [
+        Call(CROSS_ENTROPY, formula, x, None),
+        Call("pixel_cross_entropy", of(ao.pixel_cross_entropy), x, CROSS_ENTROPY),
+        Call("CrossEntropy", of(ao.CrossEntropy()), x, CROSS_ENTROPY),
+        Call("CrossEntropyDice", of(ao.CrossEntropyDice()), x, CROSS_ENTROPY),
+        Call(SQUARED_DISTANCE, squared_distance, f, None),
+        Call(
+            "pixel_to_anchor_mse",
+            lambda: ao.pixel_to_anchor_mse(f, y, anchors),
+            f,
+            SQUARED_DISTANCE,
+        ),
+    ]
+
+
+def least_times(all_calls: list[Call], rounds: int) -> list[float]:
+    """Microseconds of each."""
+    times = [float("inf")] * len(all_calls)
+    for n in range(rounds + 50):
+        for i, call in enumerate(all_calls):
+            start = time.perf_counter_ns()
+            call.step()
+            if n >= 50:
+                times[i] = min(times[i], (time.perf_counter_ns() - start) / 1000)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()  # otherwise the host waits for a full queue
+    return times
+
+
+def rows_of(backend: str, rounds: int) -> list[dict]:
+    with ExitStack() as stack:
+        stack.enter_context(ao.use_backend(backend))
+        if backend == "triton":
+            from kernels_report import instead_of_launches
+
+            def bind(self: Any, *args: Any, **kwargs: Any) -> None:
+                self.run(*args, grid=None, warmup=True, **kwargs)
+
+            stack.enter_context(instead_of_launches("sm_90", bind))
+        all_calls = calls(DEVICE)
+        rows = []
+        for call in all_calls:
+            call.step()
+            with Operators() as operators:
+                call.step()
+            row = {"backend": backend, "name": call.name, "operators": len(operators.names)}
+            rows.append(row)
+        times = dict(zip((c.name for c in all_calls), least_times(all_calls, rounds), strict=True))
+    for call, row in zip(all_calls, rows, strict=True):
+        row["us"] = round(times[call.name], 1)
+        row["ratio"] = round(times[call.name] / times[call.formula or call.name], 2)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=2000)
+    parser.add_argument("--out", type=Path, help="a file of rows")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    backends = ("auto",) if DEVICE == "cuda" else ("cpu", "triton")
+    rows = [row for backend in backends for row in rows_of(backend, args.rounds)]
+    columns = ("backend", "name", "us", "ratio", "operators")
+    print(markdown_table(columns, [[row[x] for x in columns] for row in rows], words=(0, 1)))
+    if args.out:
+        save(args.out, "host_time", head_of(torch.device(DEVICE)), rows)
+
+
+if __name__ == "__main__":
+    main()
