@@ -114,6 +114,11 @@ PARTIALS_IN_CACHE = 16 * 2**20  # bytes
 FORWARD_LANES = 32
 
 
+def ceil_div(a: int, b: int) -> int:
+    """As triton.cdiv, which is for kernels too, and therefore slow on the host."""
+    return -(-a // b)
+
+
 def architecture() -> str:
     target: Any = driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)

@@ -154,13 +154,18 @@ def upsampling_of(
     x, cells_x = axis_of(logits.shape[3], width, align_corners, columns, False)
     rows = min(most_rows or MOST_ROWS, 16 // triton.next_power_of_2(cells_x.pixels))
     y, cells_y = axis_of(logits.shape[2], height, align_corners, rows, True)
+    return Upsampling(y, x, _grid_of(cells_y, cells_x))
+
+
+@lru_cache(maxsize=1024)
+def _grid_of(cells_y: Cells, cells_x: Cells) -> Grid:
     joined = {
         "select": cells_y.select or cells_x.select,
         "even": cells_y.even and cells_x.even,
         "same": cells_y.same and cells_x.same,
     }
     cells_y, cells_x = cells_y._replace(**joined), cells_x._replace(**joined)
-    return Upsampling(y, x, Grid(cells_y, cells_x, tuple(range(cells_x.pixels))))
+    return Grid(cells_y, cells_x, tuple(range(cells_x.pixels)))
 
 
 class Logits(NamedTuple):

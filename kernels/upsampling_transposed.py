@@ -6,6 +6,7 @@ that it can gather a logit's gradient from its four cells. If cells have more th
 along an axis, a program processes one block of parts; then the gradients of the blocks are summed.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +48,7 @@ class Tiles(NamedTuple):
     blocks: int
 
 
+@lru_cache(maxsize=1024)
 def tiles_of(upsampling: Upsampling, more_registers: bool) -> Tiles:
     """For more_registers see launch.backward_lanes."""
     cells_y, cells_x, _ = upsampling.cells
