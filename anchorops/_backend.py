@@ -24,6 +24,7 @@ from ._checks import check_choice, fail, is_jit_traced
 
 _logger = logging.getLogger("anchorops")
 NAMES = ("cuda", "triton", "cpu", "reference")
+_OF_DEVICE = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}  # fastest first
 FUSED = ("cpu", "triton")  # the backends of most operators, besides `reference`
 CUDA_BACKENDS = (*FUSED, "cuda")  # of class keys, random groups and class moments
 # The functions that torch.onnx.export writes as standard operators: those of predictions.
@@ -96,24 +97,29 @@ def compiling(operator: str, patience: float = 1.0) -> Iterator[None]:
         timer.cancel()
 
 
-def register_triton(
+def triton_launcher(
     library: torch.library.Library, operator: str, call: Callable[..., Any]
-) -> None:
+) -> Callable[..., Any]:
     """Implement `operator`.triton by `call`, of the function `operator` of
     anchorops.kernels.`operator` and the arguments. The first call imports this module, and Triton
     with it."""
 
+    module = f"anchorops.kernels.{operator}"
+
     def launch(*args: Any) -> Any:
-        kernels = importlib.import_module(f"anchorops.kernels.{operator}")
+        kernel = getattr(importlib.import_module(module), operator)
         tensor = next(x for x in args if isinstance(x, Tensor))
-        # Triton launches on the current device
-        with torch.cuda.device_of(tensor), compiling(operator):
-            return call(getattr(kernels, operator), *args)
+        with torch.cuda.device_of(tensor):  # Triton launches on the current device
+            if operator in _launched:
+                return call(kernel, *args)
+            with compiling(operator):
+                return call(kernel, *args)
 
     library.impl(f"{operator}.triton", launch, "CUDA")
     if TRITON_ON_HOST:
         _launched.add(operator)  # tests compile all the time
         library.impl(f"{operator}.triton", launch, "CPU")
+    return launch
 
 
 def build_info() -> dict[str, str]:
@@ -439,15 +445,16 @@ def select(
         if reason:
             raise ValueError(f"{function}: backend {chosen} does not support this call: {reason}")
         return chosen
-    for name in NAMES[:-1]:
+    device = tensor.device.type
+    for name in _OF_DEVICE.get(device, ()):
         # Kernels without a GPU are for tests: they are never selected automatically.
         if _MISSING[name] or _ON_HOST.get(name):
             continue
-        if any(operator in excluded[name] for operator in called):
+        if excluded[name] and any(operator in excluded[name] for operator in called):
             continue
         if not _why_not(name, *call):
             return name
-    on_gpu = tensor.device.type == "cuda" and torch.cuda.is_available()
+    on_gpu = device == "cuda" and torch.cuda.is_available()
     if on_gpu and _MISSING["triton"] and not _why_not("triton", *call):
         _tell_that_triton_is_missing(function)
     return "reference"

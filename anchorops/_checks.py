@@ -144,7 +144,7 @@ def check_strided(function: str, argument: str, tensor: object) -> None:
     if tensor.is_nested:
         expected = "a tensor of one shape (pad it: to_padded_tensor)"
         fail(function, argument, expected, "a nested tensor")
-    if hasattr(tensor, "placements"):
+    if type(tensor) is not Tensor and hasattr(tensor, "placements"):
         expected = "a tensor of this rank (its to_local() or full_tensor())"
         fail(function, argument, expected, "a DTensor")
     if tensor.layout != torch.strided:

@@ -41,8 +41,9 @@ class SoftmaxMoments(NamedTuple):
     """Statistics of each class, from p = the softmax of the logits upsampled to full resolution.
 
     `counts`, `correct`, `losses`, `intersections`, `probability_sums`, `squares` and `used` are
-    [K], with per_image [B, K]. `pixel_losses` has the labels' shape, `labels_out_of_range` is a
-    scalar. What was not requested is None.
+    [K], with per_image [B, K]. `pixel_losses` has the labels' shape. `divisor`, the
+    number of valid pixels but at least 1, and `labels_out_of_range` are scalars. What was not
+    requested is None.
     """
 
     counts: Tensor
@@ -53,6 +54,7 @@ class SoftmaxMoments(NamedTuple):
     squares: Tensor | None
     pixel_losses: Tensor | None
     used: Tensor | None = None
+    divisor: Tensor | None = None
     labels_out_of_range: Tensor | None = None
 
 
@@ -170,6 +172,7 @@ RESULTS = {
     "counts": Result("classes", int, lambda options: True),
     "correct": Result("classes", int, lambda options: options.correct),
     "used": Result("classes", int, counts_used),  # float with pixel weights
+    "divisor": Result("", int, lambda options: True),
     "labels_out_of_range": Result("", int, lambda options: options.labels_out_of_range),
 }
 Results = namedtuple("Results", RESULTS)  # tensors; those that were not requested are empty

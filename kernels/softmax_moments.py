@@ -30,7 +30,7 @@ from .lanes import (
     store_map,
     sum_of,
 )
-from .launch import FORWARD_LANES, PARTIALS_IN_CACHE, most_rows, without_spills
+from .launch import FORWARD_LANES, PARTIALS_IN_CACHE, ceil_div, most_rows, without_spills
 from .loss_options import (
     is_used,
     loss_of_pixel,
@@ -251,7 +251,8 @@ def softmax_moments(logits: Tensor, labels: Tensor, options: Any) -> dict[str, T
     if options.requests("labels_out_of_range"):
         results["labels_out_of_range"] = logits.new_zeros((), dtype=torch.int64)
     if labels.numel() == 0:
-        return results | {x: logits.new_zeros(shape, dtype=torch.float32) for x in floats}
+        results |= {x: logits.new_zeros(shape, dtype=torch.float32) for x in floats}
+        return results | {"divisor": results["counts"].new_ones(())}
 
     logits = class_planes(logits)
     loss_options = loss_options_of(options)
@@ -260,9 +261,9 @@ def softmax_moments(logits: Tensor, labels: Tensor, options: Any) -> dict[str, T
     block = FORWARD_LANES
     row_bytes = 4 * len(floats) * batch * num_classes
     budget = max(PARTIALS_IN_CACHE, logits.numel() * logits.element_size() // 8)
-    tiles = triton.cdiv(upsampling.lanes, block)
-    tiles_per_chunk = triton.cdiv(tiles, min(tiles, max(budget // row_bytes, 1)))
-    chunks = triton.cdiv(tiles, tiles_per_chunk)
+    tiles = ceil_div(upsampling.lanes, block)
+    tiles_per_chunk = ceil_div(tiles, min(tiles, max(budget // row_bytes, 1)))
+    chunks = ceil_div(tiles, tiles_per_chunk)
     partials = {
         x: logits.new_zeros((batch, chunks, num_classes), dtype=torch.float32) for x in floats
     }
@@ -291,4 +292,5 @@ def softmax_moments(logits: Tensor, labels: Tensor, options: Any) -> dict[str, T
         **without_spills(),
     )
     over = 1 if options.per_image else (0, 1)
-    return results | {name: x.sum(over) for name, x in partials.items()}
+    sums = {name: x.sum(over) for name, x in partials.items()}
+    return results | sums | {"divisor": results["counts"].sum().clamp_(min=1)}

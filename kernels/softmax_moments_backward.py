@@ -312,7 +312,7 @@ def _softmax_moments_bwd_kernel(
 def _by_class(gradient: Tensor | None) -> ClassGradient:
     if gradient is None:
         return ClassGradient(None, 0, 0)
-    stride_b, stride_k = (0, *gradient.stride())[-2:]
+    stride_b, stride_k = (0, 0, *gradient.stride())[-2:]
     return ClassGradient(gradient, stride_b, stride_k)
 
 

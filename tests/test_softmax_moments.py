@@ -430,7 +430,8 @@ def test_every_combination_of_statistics(statistics: tuple[str, ...], backend: s
 def test_statistics_by_default():
     moments = ao.ops.softmax_moments(torch.zeros(4, 2), torch.zeros(4).long())
     given = {name for name, x in moments._asdict().items() if x is not None}
-    assert given == {"counts", "correct", "losses", "intersections", "probability_sums"}
+    defaults = {"counts", "correct", "losses", "intersections", "probability_sums", "divisor"}
+    assert given == defaults
 
 
 @cpu

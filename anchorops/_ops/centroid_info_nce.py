@@ -22,7 +22,7 @@ from .._checks import (
     savable,
 )
 from ..reference.centroid_info_nce import LOGITS_AT_ONCE
-from .registration import Gradient, define
+from .registration import Gradient, define, run
 
 # float32 products [R, K], contiguous: R = K·G, row r is a query of class r // G. float32 positives
 # [R] replace the products with the own keys. bool present [R], present_keys [K]; without them, all
@@ -99,9 +99,9 @@ def _losses(
         own_products = None
         if positives is not None:
             own_products = (flat * _selected(positives.flatten(0, -2), rows)).sum(-1)
-        operator = torch.ops.anchorops.centroid_info_nce.triton
         mask = None if present_keys is None else present_keys.contiguous()
-        losses, _ = operator(products, own_products, rows, mask, temperature)
+        arguments = products, own_products, rows, mask, temperature
+        losses, _ = run("centroid_info_nce", "triton", *arguments)
     return losses.view(queries.shape[:-1])
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._backend import CUDA_BACKENDS
-from .registration import define
+from .registration import define, run
 from .split_groups import split_groups
 
 
@@ -73,7 +73,7 @@ def class_keys(
     else:
         height, width, grid = features.shape[2], features.shape[3], labels
     arguments = grid, height, width, num_classes, per_image, ignore_index
-    keys, counts = getattr(torch.ops.anchorops.class_keys, backend)(*arguments, class_dtype)
+    keys, counts = run("class_keys", backend, *arguments, class_dtype)
     if groups > 1:
         assert seed is not None
         return split_groups(keys, counts, groups, seed, backend=backend)

@@ -35,7 +35,7 @@ from .._checks import (
 from .._moments import ClassMoments, statistics_dtype
 from .._shared.sums import fixed_order_sum, sum_by_key
 from .class_keys import KeyOptions, class_keys
-from .registration import Gradient, define
+from .registration import Gradient, define, run
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from Python 3.11
@@ -93,13 +93,17 @@ def _setup_context(ctx: Any, inputs: Any, results: Any) -> None:
     features, anchors = inputs.features, inputs.anchors
     ctx.groups, ctx.with_sums = inputs.groups, inputs.with_sums
     ctx.size, ctx.dtype = features.shape, features.dtype
-    ctx.stride = torch.empty_like(features, device="meta").stride()  # dense, as the features
+    ctx.stride = _dense_stride(features) if anchors is None else None
     ctx.save_for_backward(
         features if anchors is not None else None,
         inputs.keys,
         anchors,
         results.sums if ctx.with_sums and ctx.needs.anchors else None,
     )
+
+
+def _dense_stride(features: Tensor) -> tuple[int, ...]:
+    return torch.empty_like(features, device="meta").stride()
 
 
 def _backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
@@ -109,17 +113,11 @@ def _backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
     dsqdists = grads.sqdists if anchors is not None else None
     gradients: dict[str, Tensor | None] = {}
     if ctx.needs.features and not (dsums is None and dsqdists is None):
-        gradients["features"] = operator(
-            features if dsqdists is not None else None,
-            keys,
-            anchors if dsqdists is not None else None,
-            dsums,
-            dsqdists,
-            ctx.groups,
-            ctx.size,
-            ctx.stride if dsqdists is None else (),
-            ctx.dtype,
-        )
+        read, stride = (features, anchors), ()
+        if dsqdists is None:
+            read, stride = (None, None), ctx.stride or _dense_stride(features)
+        arguments = read[0], keys, read[1], dsums, dsqdists, ctx.groups
+        gradients["features"] = operator(*arguments, ctx.size, stride, ctx.dtype)
     if ctx.needs.anchors and dsqdists is not None:
         assert anchors is not None
         if sums is None:
@@ -172,9 +170,9 @@ def _moments(
     # The gradient of anchors needs the sums. Whether there will be one is not always known here:
     # backward computes them if this call did not, and reads the features once more for it.
     learnable = anchors is not None and anchors.requires_grad and torch.is_grad_enabled()
-    operator = getattr(torch.ops.anchorops.class_moments, backend)
-    sums, sqdists = operator(features, keys, anchors, num_keys, groups, with_sums or learnable)
-    return sums if with_sums else sums.new_empty(0), sqdists
+    arguments = features, keys, anchors, num_keys, groups, with_sums or learnable
+    sums, sqdists = run("class_moments", backend, *arguments)
+    return sums if with_sums or not learnable else sums.new_empty(0), sqdists
 
 
 def _check_inputs(
@@ -186,7 +184,6 @@ def _check_inputs(
     check_labels_: bool,
 ) -> tuple[int, int]:
     """Returns the number of classes and the label to ignore."""
-    check_features(function, features)
     check_labels(function, labels, features)
     num_classes = check_num_classes(function, num_classes)
     ignored = check_ignore_index(function, ignore_index, num_classes)
@@ -261,6 +258,7 @@ def class_moments(
     Every loss of SAR (arXiv 2312.11872), CBP+OCCL (doi 10.1016/j.patcog.2024.110431), CeCo
     (CVPR 2023) and MVSC is computed from these statistics.
     """
+    check_features("class_moments", features)
     num_classes, ignored = _check_inputs(
         "class_moments", features, labels, num_classes, ignore_index, check_labels
     )
@@ -350,6 +348,7 @@ def class_centroids(
     Returns:
         centroids [K, D] or [B, K, D], float32 (float64 for float64); counts [K] or [B, K], int64.
     """
+    check_features("class_centroids", features)
     num_classes, ignored = _check_inputs(
         "class_centroids", features, labels, num_classes, ignore_index, check_labels
     )

@@ -20,7 +20,7 @@ from .._checks import (
 )
 from .._moments import Options
 from .pixel_argmax import pixel_argmax
-from .registration import define
+from .registration import define, run
 from .softmax_moments import moments_of
 
 MATRIX_CLASSES = 4096  # at most: the matrix then needs 128 MiB
@@ -119,8 +119,7 @@ def confusion_for(
     backend = select(function, predictions, num_classes, called=("confusion",))
     if backend == "reference":
         return reference.confusion(predictions, labels, num_classes, ignore_index=ignore_index)
-    operator = getattr(torch.ops.anchorops.confusion, backend)
-    return operator(predictions, labels, num_classes, ignore_index)
+    return run("confusion", backend, predictions, labels, num_classes, ignore_index)
 
 
 def pixel_confusion(

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from .._moments import statistics_dtype
 from .._shared.sums import histogram
 from .._shared.upsampling import transposed_rows
-from .registration import define, library
+from .registration import define, library, run
 
 # A float's exponent and the first bits of its mantissa number the bins, from 2^-20 to 2^40.
 MANTISSA, EXPONENTS = 9, (-20, 40)
@@ -50,8 +50,8 @@ def hinge_histograms(
 ) -> tuple[Tensor, Tensor]:
     """A scalar, 0 if all errors are finite, otherwise NaN; and int64 [2, BINS]: how many pixels
     that are 1, and how many others, have an error in each bin. logits: (B, 1, h, w)."""
-    operator = torch.ops.anchorops.hinge_histograms.reference
-    return operator(logits.detach(), labels, ignore_index, align_corners)
+    arguments = logits.detach(), labels, ignore_index, align_corners
+    return run("hinge_histograms", "reference", *arguments)
 
 
 def bin_edges(device: torch.device) -> Tensor:

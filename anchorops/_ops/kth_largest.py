@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import reference
 from .._backend import select
 from .class_keys import class_keys
-from .registration import define
+from .registration import define, run
 
 
 def _fake(values: Tensor, k: int) -> Tensor:
@@ -26,7 +26,7 @@ def kth_largest(values: Tensor, k: int) -> Tensor:
     values = values.flatten()
     backend = select("kth_largest", values[:, None], 1)
     if backend == "cpu":
-        return torch.ops.anchorops.kth_largest.cpu(values, k)
+        return run("kth_largest", "cpu", values, k)
     bits = values.view(torch.int32) & 0x7FFFFFFF  # without the sign of −0 and of −NaN
     rank = torch.full((), k, device=values.device)
     prefix = torch.zeros_like(rank)  # the higher digits of the value

@@ -21,7 +21,7 @@ from .._checks import (
     fail,
     in_transform,
 )
-from .registration import define
+from .registration import define, run
 
 
 def _fake_codes(changes: Tensor, offsets: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
@@ -217,8 +217,8 @@ def mask_rle(
     if backend == "reference":
         results = reference.mask_rle(logits, (height, width), threshold, limits, align_corners)
     else:
-        operator = getattr(torch.ops.anchorops.mask_rle, backend)
-        results = operator(logits, height, width, threshold, limits, align_corners)
+        arguments = logits, height, width, threshold, limits, align_corners
+        results = run("mask_rle", backend, *arguments)
     characters, offsets, areas, own_boxes = results
     return MaskRLE((height, width), (characters, offsets, areas.to(device), own_boxes.to(device)))
 

@@ -12,7 +12,7 @@ from .._backend import select
 from .._checks import check_flags, check_logits, check_size, check_threshold, describe, fail
 from .._moments import Options, statistics_dtype
 from . import volumes as volumes  # it registers the operators of volumes
-from .registration import define
+from .registration import define, run
 from .softmax_moments import moments_of
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64)
@@ -159,5 +159,4 @@ def _classes(
     if backend == "reference":
         return reference.pixel_argmax(logits, size, align_corners=align_corners).to(dtype)
     name = "pixel_argmax" if logits.dim() == 4 else "volume_argmax"
-    operator = getattr(getattr(torch.ops.anchorops, name), backend)
-    return operator(logits, *size, align_corners, dtype)
+    return run(name, backend, logits, *size, align_corners, dtype)

@@ -7,14 +7,7 @@ from torch import Tensor
 
 from .._checks import check_choice, check_flags, check_pixels, check_pos_weight
 from .._moments import Options, statistics_dtype
-from .._shared.sums import fixed_order_sum
-from .pixel_cross_entropy import (
-    class_losses,
-    divide,
-    label_weights,
-    smoothed,
-    used_counts,
-)
+from .pixel_cross_entropy import label_weights, number_of_pixels, smoothed, weighted_loss
 from .softmax_moments import moments_of, valid_pixels, weighted
 
 
@@ -88,8 +81,8 @@ def pixel_binary_cross_entropy(
             valid = valid_pixels(labels, 2, ignore_index)
             losses = weighted(losses, label_weights(labels, weight, valid))
         return losses.view(original_labels.shape)
-    loss = fixed_order_sum(class_losses(moments, weight, 0.0))
-    return loss if reduction == "sum" else divide(loss, fixed_order_sum(used_counts(moments)))
+    divisor = None if reduction == "sum" else number_of_pixels(moments)
+    return weighted_loss(moments, weight, divisor)[0]
 
 
 def class_weights(pos_weight: Tensor | float, logits: Tensor) -> Tensor:

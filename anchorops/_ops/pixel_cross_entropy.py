@@ -1,5 +1,7 @@
 """Cross-entropy at the labels' resolution, computed from softmax moments."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from .._checks import (
 )
 from .._moments import Options, SoftmaxMoments, statistics_dtype
 from .._shared.sums import fixed_order_sum
-from .softmax_moments import moments_of, valid_pixels, weighted
+from .softmax_moments import Slopes, loss_of_moments, moments_of, valid_pixels, weighted
 
 
 def pixel_cross_entropy(
@@ -75,18 +77,20 @@ def pixel_cross_entropy(
         align_corners=align_corners,
         pixel_losses=reduction == "none",
     )
-    moments = moments_of(function, logits, labels, options)
-    if moments.pixel_losses is not None:
-        losses = moments.pixel_losses
+    if reduction == "none":
+        losses = moments_of(function, logits, labels, options).pixel_losses
+        assert losses is not None
         if weight is not None and label_smoothing == 0:
             valid = valid_pixels(labels, logits.shape[1], ignore_index)
             losses = weighted(losses, label_weights(labels, weight, valid))
         return losses.view(shape_of(original_labels))
-    loss = fixed_order_sum(class_losses(moments, weight, label_smoothing))
-    if reduction == "sum":
-        return loss
-    counts = used_counts(moments)
-    return divide(loss, fixed_order_sum(counts if weight is None else weight * counts))
+
+    def loss(moments: SoftmaxMoments) -> tuple[Tensor, Slopes]:
+        divisor = None if reduction == "sum" else number_of_pixels(moments, weight)
+        return weighted_loss(moments, weight if label_smoothing == 0 else None, divisor)
+
+    slopes = weight is None or not weight.requires_grad
+    return loss_of_moments(function, logits, labels, options, loss, slopes=slopes)
 
 
 def check_weight(function: str, weight: Tensor, logits: Tensor) -> None:
@@ -98,10 +102,39 @@ def check_weight(function: str, weight: Tensor, logits: Tensor) -> None:
         fail(function, "weight", f"a floating dtype on {logits.device}", describe(weight))
 
 
-def divide(total: Tensor, weights: Tensor) -> Tensor:
-    """total / weights, 0 where weights is 0, also if total is not."""
-    unused = weights == 0
-    return torch.where(unused, 0, total) / torch.where(unused, 1, weights)
+def weighted_loss(
+    moments: SoftmaxMoments, weight: Tensor | None, divisor: Tensor | None
+) -> tuple[Tensor, Slopes]:
+    """Σ weight·losses / divisor, and its slopes."""
+    losses = moments.losses
+    if weight is not None:
+        weight = weight.expand_as(losses)
+        losses = weighted(losses, weight)
+
+    def slopes(dloss: Tensor) -> dict[str, Tensor]:
+        dlosses = divide(dloss, divisor)
+        return {"losses": dlosses if weight is None else dlosses * weight}
+
+    return divide(fixed_order_sum(losses), divisor), slopes
+
+
+def divide(total: Tensor, divisor: Tensor | None) -> Tensor:
+    """total / divisor, 0 where the divisor is 0, also if the total is not; the total if there is no
+    divisor. A number of pixels or classes, an integer, is at least 1."""
+    if divisor is None or not divisor.is_floating_point():
+        return total if divisor is None else total / divisor
+    unused = divisor == 0
+    return torch.where(unused, 0, total) / torch.where(unused, 1, divisor)
+
+
+def number_of_pixels(moments: SoftmaxMoments, weight: Tensor | None = None) -> Tensor:
+    """The divisor of the mean: Σ weight·used, or the number of valid pixels but at least 1."""
+    counts = moments.counts if moments.used is None else moments.used
+    if weight is None and moments.used is None:
+        assert moments.divisor is not None
+        return moments.divisor
+    counts = counts.to(moments.losses.dtype)
+    return fixed_order_sum(counts if weight is None else weight * counts)
 
 
 def smoothed(
@@ -114,19 +147,6 @@ def smoothed(
     if weight is None:
         weight = logits.new_ones(num_classes, dtype=statistics_dtype(logits.dtype))
     return (1 - label_smoothing) * weight, label_smoothing / num_classes * weight
-
-
-def class_losses(moments: SoftmaxMoments, weight: Tensor | None, label_smoothing: float) -> Tensor:
-    """The weighted losses of each class; with label smoothing they are weighted already."""
-    if weight is None or label_smoothing > 0:
-        return moments.losses
-    return weighted(moments.losses, weight.expand_as(moments.losses))
-
-
-def used_counts(moments: SoftmaxMoments) -> Tensor:
-    """The number of pixels in each class's loss, in the losses' dtype."""
-    counts = moments.counts if moments.used is None else moments.used
-    return counts.to(moments.losses.dtype)
 
 
 def label_weights(labels: Tensor, weight: Tensor, valid: Tensor) -> Tensor:

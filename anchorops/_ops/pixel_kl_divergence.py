@@ -34,7 +34,7 @@ from .._checks import (
     without_channel,
 )
 from .._moments import statistics_dtype
-from .registration import Gradient, define
+from .registration import Gradient, define, run
 
 # logits (B, K, h, w), teacher_logits (B, K, h', w'), valid bool (B, H, W), of any strides. Results
 # are float32, for float64 logits float64: total = Σ D is a scalar, the others are (B, H, W),
@@ -210,7 +210,9 @@ def pixel_kl_divergence(
             reduction=reduction,
         )
     name = "pixel_kl_divergence" if logits.dim() == 4 else "volume_kl_divergence"
-    total, divergences, _, _ = getattr(getattr(torch.ops.anchorops, name), backend)(
+    total, divergences, _, _ = run(
+        name,
+        backend,
         logits,
         teacher_logits.detach(),
         valid,

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._backend import FUSED, register_triton, select
+from .._backend import FUSED, select, triton_launcher
 from .._moments import statistics_dtype
 from .hinges import hinge_gradients
-from .registration import Gradient, call, define, library
+from .registration import Gradient, call, define, library, run
 
 
 def _histograms_fake(
@@ -70,7 +70,7 @@ for name, backends in (("error_loss", (*FUSED, "reference")), ("hinge_loss", ("r
         in_python=True,
         any_strides=True,
     )
-register_triton(library, "error_loss_backward", call)
+triton_launcher(library, "error_loss_backward", call)
 
 
 def _loss(loss: Tensor, *_: Any) -> Tensor:
@@ -100,8 +100,8 @@ def probability_histograms(
     backend = _backend(function, logits)
     if backend == "reference":
         return reference.probability_histograms(logits, labels, bins, ignore_index, align_corners)
-    operator = getattr(torch.ops.anchorops.probability_histograms, backend)
-    return operator(logits, labels, bins, ignore_index, align_corners)
+    arguments = logits, labels, bins, ignore_index, align_corners
+    return run("probability_histograms", backend, *arguments)
 
 
 def error_loss(
@@ -116,8 +116,8 @@ def error_loss(
 ) -> Tensor:
     """The loss, a scalar, whose gradient for the logits is that of the slopes [K, 2, bins]."""
     slopes = slopes.to(statistics_dtype(logits.dtype))
-    operator = getattr(torch.ops.anchorops.error_loss, _backend(function, logits))
-    return operator(loss, logits, labels, slopes, ignore_index, align_corners)
+    arguments = loss, logits, labels, slopes, ignore_index, align_corners
+    return run("error_loss", _backend(function, logits), *arguments)
 
 
 def hinge_loss(
@@ -131,8 +131,8 @@ def hinge_loss(
 ) -> Tensor:
     """`loss` of a channel (B, 1, h, w), with the gradient that `slopes` [2, BINS] of its hinge
     errors give."""
-    operator = torch.ops.anchorops.hinge_loss.reference
-    return operator(loss, logits, labels, slopes.to(loss.dtype), ignore_index, align_corners)
+    arguments = loss, logits, labels, slopes.to(loss.dtype), ignore_index, align_corners
+    return run("hinge_loss", "reference", *arguments)
 
 
 def count_labels_out_of_range(labels: Tensor, counts: Tensor, ignore_index: int) -> Tensor:

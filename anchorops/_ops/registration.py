@@ -1,19 +1,58 @@
-"""Registration of operators: one overload per backend, with schema, fake kernel and autograd."""
+"""Registration of operators: one overload per backend, with schema, fake kernel and autograd.
+
+torch's dispatcher takes longer than what it dispatches to, if images are small. So `run` calls an
+implementation without it, except where something has to see the operator: a compiler or another
+tracer, a transform of torch.func, a mode of torch, a subclass of Tensor.
+"""
 
 from collections import namedtuple
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .._backend import FUSED, register_triton
+from .._backend import FUSED, triton_launcher
 from .._checks import in_transform, savable
 
 library = torch.library.Library("anchorops", "FRAGMENT")
 defined: dict[torch._ops.OpOverload, str] = {}
 """The operators of every backend, by name."""
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+_eager: dict[tuple[str, str], Callable[..., Any]] = {}  # by name and backend
+# What is none of these may be a subclass of Tensor, or a number that is traced.
+_PLAIN = frozenset(
+    (Tensor, torch.nn.Parameter, type(None), bool, int, float, tuple, torch.Size, torch.dtype)
+)
+
+
+def is_eager(*arguments: Any) -> bool:
+    """Whether nothing but autograd sees this call. A dispatch mode may: it sees each operator."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_function_stack() > 0
+        or forward_ad._current_level >= 0
+    ) and _PLAIN.issuperset(map(type, arguments))
+
+
+def run(name: str, backend: str, *arguments: Any) -> Any:
+    """The results of anchorops::NAME.BACKEND."""
+    if is_eager(*arguments):
+        return _eager[name, backend](*arguments)
+    return _overload(name, backend)(*arguments)
+
+
+def run_backward(grads: Sequence[Any], name: str, backend: str, *arguments: Any) -> Any:
+    """`run`, for these gradients. With is_grads_batched they are of a vmap that nothing else
+    tells."""
+    is_batched = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore
+    if any(grad is not None and is_batched(grad) for grad in grads):
+        return _overload(name, backend)(*arguments)
+    return run(name, backend, *arguments)
 
 
 def call(launcher: Callable[..., Any], *arguments: Any) -> Any:
@@ -89,15 +128,22 @@ def define(
             outputs back to the layout that they have in eager mode.
     """
     for backend in backends:
+        triton = backend == "triton" and not in_python
+        launcher = triton_launcher(library, name, launch) if triton else None
         _define(f"{name}.{backend}", schema, fake, any_strides)
-        if gradient is not None:
-            _define(f"{name}_backward.{backend}", gradient.schema, gradient.fake, any_strides)
-            _register_autograd(name, backend, gradient)
-        defined[getattr(getattr(torch.ops.anchorops, name), backend)] = name
-    if "triton" in backends and not in_python:
-        register_triton(library, name, launch)
-        if gradient is not None:
-            register_triton(library, f"{name}_backward", gradient.launch)
+        defined[_overload(name, backend)] = name
+        below = _Below(name, backend, launcher)
+        _eager[name, backend] = below.eager
+        if gradient is None:
+            continue
+        backward_name = f"{name}_backward"
+        launcher = triton_launcher(library, backward_name, gradient.launch) if triton else None
+        _define(f"{backward_name}.{backend}", gradient.schema, gradient.fake, any_strides)
+        _register_autograd(below, _Below(backward_name, backend, launcher), gradient)
+
+
+def _overload(name: str, backend: str) -> torch._ops.OpOverload:
+    return getattr(getattr(torch.ops.anchorops, name), backend)
 
 
 def _define(overload: str, schema: str, fake: Callable[..., Any], any_strides: bool) -> None:
@@ -108,20 +154,41 @@ def _define(overload: str, schema: str, fake: Callable[..., Any], any_strides: b
     torch.library.register_fake(f"anchorops::{overload}", fake, lib=library)
 
 
-def _register_autograd(name: str, backend: str, gradient: Gradient) -> None:
-    forward = getattr(getattr(torch.ops.anchorops, name), backend)
-    operator = getattr(getattr(torch.ops.anchorops, f"{name}_backward"), backend)
-    Inputs = namedtuple("Inputs", [x.name for x in forward._schema.arguments])
-    Results = namedtuple("Results", [x.name for x in forward._schema.returns])
+class _Below:
+    """anchorops::NAME.BACKEND without gradients."""
+
+    def __init__(self, name: str, backend: str, launcher: Callable[..., Any] | None) -> None:
+        self.name, self.backend, self.launcher = name, backend, launcher
+        self.overload = _overload(name, backend)
+        self.redispatch = self.overload._handle.redispatch_boxed  # as overload.redispatch
+
+    def dispatched(self, *inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*inputs)
+
+    def eager(self, *inputs: Any) -> Any:
+        if torch._C._len_torch_dispatch_stack() == 0:
+            if self.launcher is not None:
+                return self.launcher(*inputs)
+            if self.backend == "cpu":
+                return self.redispatch(_CPU, *inputs)
+        return self.dispatched(*inputs)
+
+
+def _register_autograd(forward: _Below, backward: _Below, gradient: Gradient) -> None:
+    name, backend = forward.name, forward.backend
+    Inputs = namedtuple("Inputs", [x.name for x in forward.overload._schema.arguments])
+    Results = namedtuple("Results", [x.name for x in forward.overload._schema.returns])
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         ctx.set_materialize_grads(False)
         ctx.needs = Inputs(*ctx.needs_input_grad)
         results = output if isinstance(output, tuple) else (output,)
-        gradient.setup_context(ctx, Inputs(*inputs), Results(*results))
+        gradient.setup_context(ctx, Inputs(*map(savable, inputs)), Results(*results))
 
-    def backward(ctx: Any, *grads: Any) -> tuple:
-        ctx.forward = forward
+    def gradients_of(ctx: Any, *grads: Any) -> tuple:
+        ctx.forward, ctx.backend = partial(run, name, backend), backend
+        operator = partial(run_backward, grads, backward.name, backend)
         gradients = gradient.backward(operator, ctx, Results(*grads))
         return tuple(map(gradients.get, Inputs._fields))
 
@@ -129,43 +196,46 @@ def _register_autograd(name: str, backend: str, gradient: Gradient) -> None:
     def second_derivative(ctx: Any, *grads: Any) -> NoReturn:
         raise_second_derivative(name, gradient.function)
 
-    function = gradient.function
-    _differentiate(name, backend, backward, setup_context, function=function)
-    _differentiate(f"{name}_backward", backend, second_derivative, function=function)
+    _differentiate(forward, gradients_of, setup_context, gradient.function)
+    _differentiate(backward, second_derivative, lambda *_: None, gradient.function)
 
 
 def _differentiate(
-    name: str,
-    backend: str,
-    backward: Callable[..., tuple],
-    setup_context: Callable[[Any, tuple, Any], None] | None = None,
-    function: str | None = None,
+    below: _Below,
+    backward: Callable[..., Any],
+    setup_context: Callable[[Any, tuple, Any], None],
+    function: str | None,
 ) -> None:
     """As torch.library.register_autograd, which silently drops the tangents of forward mode if no
     input requires a gradient, and has an unclear message for torch.func's derivatives."""
-    operator = getattr(getattr(torch.ops.anchorops, name), backend)
 
-    def without_gradient(*inputs: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*inputs)
+    def differentiable(implementation: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = implementation(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
 
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        output = without_gradient(*inputs)
-        if setup_context is not None:
-            setup_context(ctx, tuple(map(savable, inputs)), output)
-        return output
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        node = type(below.name, (torch.autograd.Function,), methods)
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    node = type(name, (torch.autograd.Function,), methods)
+        def call(*inputs: Any) -> Any:
+            if torch.is_grad_enabled():
+                for x in inputs:
+                    if isinstance(x, Tensor) and x.requires_grad:
+                        return node.apply(*inputs)
+            return implementation(*inputs)
 
-    def differentiable(*inputs: Any) -> Any:
+        return call
+
+    dispatched = differentiable(below.dispatched)
+
+    def checked(*inputs: Any) -> Any:
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-            _raise_not_implemented(name, "forward-mode derivatives", function)
+            _raise_not_implemented(below.name, "forward-mode derivatives", function)
         if any(in_transform(x, only_derivatives=True) for x in tensors):
-            _raise_not_implemented(name, "torch.func's derivatives", function)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return node.apply(*inputs)
-        return without_gradient(*inputs)
+            _raise_not_implemented(below.name, "torch.func's derivatives", function)
+        return dispatched(*inputs)
 
-    library.impl(f"{name}.{backend}", differentiable, "Autograd")
+    library.impl(f"{below.name}.{below.backend}", checked, "Autograd")
+    _eager[below.name, below.backend] = differentiable(below.eager)

@@ -27,14 +27,14 @@ Logits of one channel are those of a sigmoid: the classes are 0 and 1, and z = (
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from .._backend import select
-from .._checks import check_flags, check_pixels, shape_of
+from .._checks import check_flags, check_pixels, savable, shape_of
 from .._moments import (
     BACKWARD_SCHEMA,
     GRADIENTS,
@@ -49,7 +49,7 @@ from .._moments import (
     selects,
     statistics_dtype,
 )
-from .registration import Gradient, define
+from .registration import Gradient, define, is_eager, run, run_backward
 from .sigmoid import one_batch
 
 
@@ -89,9 +89,12 @@ def setup_context(ctx: Any, inputs: Any, results: Any) -> None:
     if options.pixel_weights is None:
         constants.append(results.used)
     ctx.mark_non_differentiable(*constants)
-    tensors = (getattr(options, name) for name in TENSORS)
-    ctx.save_for_backward(logits, labels, results.lse, *tensors)
-    ctx.options = options._replace(**dict.fromkeys(TENSORS))
+    _save(ctx, logits, labels, results.lse, options)
+
+
+def _save(ctx: Any, logits: Tensor, labels: Tensor, lse: Tensor, options: Options) -> None:
+    ctx.save_for_backward(logits, labels, lse, *options[: len(TENSORS)])
+    ctx.options = options[len(TENSORS) :]
 
 
 def reads_lse(backend: str, logits: Tensor) -> bool:
@@ -101,7 +104,7 @@ def reads_lse(backend: str, logits: Tensor) -> bool:
 
 def backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
     logits, labels, lse, *tensors = ctx.saved_tensors
-    options = ctx.options._replace(**dict(zip(TENSORS, tensors, strict=True)))
+    options = Options(*tensors, *ctx.options)
     # The gradient of an absent (empty) output is an empty tensor, not None.
     result_grads = [getattr(grads, x) if options.requests(x) else None for x in GRADIENTS]
 
@@ -110,7 +113,7 @@ def backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
 
     gradients: dict[str, Tensor | None] = {}
     if ctx.needs.logits and any(grad is not None for grad in result_grads):
-        if not options.with_lse and reads_lse(operator._overloadname, logits):
+        if not options.with_lse and reads_lse(ctx.backend, logits):
             # torch.vmap and traces without gradients hide that a gradient will be requested
             lse = again(options.without_loss_options(with_lse=True)).lse
         gradients["logits"] = operator(logits, labels, lse, *result_grads, *options)
@@ -261,10 +264,10 @@ def softmax_moments(
 
     Returns:
         SoftmaxMoments(counts, correct, losses, intersections, probability_sums, squares,
-        pixel_losses); None for what was not requested. Statistics of classes are [K], with
-        per_image [B, K]. pixel_losses = −log p_y has the labels' shape and is 0 for ignored pixels.
-        counts and correct are int64, the others float32 (float64 for float64 logits). Results are
-        bitwise reproducible.
+        pixel_losses) and `divisor`, the number of valid pixels but at least 1; None for what was
+        not requested. Statistics of classes are [K], with per_image [B, K]. pixel_losses = −log p_y
+        has the labels' shape and is 0 for ignored pixels. counts, correct and divisor are int64,
+        the others float32 (float64 for float64 logits). Results are bitwise reproducible.
         For correct, the first of equal logits is the largest, and NaN is larger than all numbers.
         A pixel reads only logits whose interpolation weight is not 0, so a NaN affects only the
         pixels that read it. A logit of −inf has p = 0 and gradient 0.
@@ -293,6 +296,47 @@ def softmax_moments(
     )
 
 
+class _Call(NamedTuple):
+    """An operator and its arguments."""
+
+    operator: str
+    backend: str
+    logits: Tensor
+    labels: Tensor
+    options: Options
+
+
+def _call_of(
+    function: str, logits: Tensor, labels: Tensor, options: Options, sigmoid: bool = False
+) -> _Call:
+    if sigmoid or logits.dim() != 4:
+        logits, by_image = as_images(logits, labels, sigmoid)
+        labels, options = by_image(labels), options.convert(by_image)
+    backend = select(function, logits, logits.shape[1], called=("softmax_moments",))
+    if logits.shape[1] == 1 and backend != "cpu":
+        logits = torch.cat([torch.zeros_like(logits), logits], 1)
+    with_lse = logits.requires_grad and torch.is_grad_enabled() and reads_lse(backend, logits)
+    if sigmoid or with_lse:
+        per_image = sigmoid or options.per_image
+        options = options._replace(per_image=per_image, with_lse=with_lse)
+    operator = "softmax_moments" if logits.dim() == 4 else "volume_moments"
+    return _Call(operator, backend, logits, labels, options)
+
+
+_LSE = Results._fields.index("lse")
+# The place of each statistic among the results, and whether it was requested.
+_STATISTICS = [
+    (Results._fields.index(name), RESULTS[name].requested) for name in SoftmaxMoments._fields
+]
+
+
+def _requested(results: Sequence[Any], options: Options) -> SoftmaxMoments:
+    requested: list[Any] = [
+        results[i] if is_requested(options) else None for i, is_requested in _STATISTICS
+    ]
+    return SoftmaxMoments(*requested)
+
+
 def moments_of(
     function: str, logits: Tensor, labels: Tensor, options: Options, *, sigmoid: bool = False
 ) -> SoftmaxMoments:
@@ -301,17 +345,13 @@ def moments_of(
 
     With sigmoid, those of the two classes of each channel: sigmoid(x) is the softmax of (0, x).
     Statistics of classes are then [C, 2], with per_image [B, C, 2]; maps have the labels' shape,
-    and `labels_out_of_range` is of all channels.
+    and `divisor` and `labels_out_of_range` are of all channels.
     """
-    images, by_image = as_images(logits, labels, sigmoid)
-    image_options = options.convert(by_image)._replace(per_image=sigmoid or options.per_image)
-    backend = select(function, images, images.shape[1], called=("softmax_moments",))
-    if images.shape[1] == 1 and backend != "cpu":
-        images = torch.cat([torch.zeros_like(images), images], 1)
+    operator, backend, *images, image_options = _call_of(function, logits, labels, options, sigmoid)
     if backend == "reference":
-        moments = reference.softmax_moments(images, by_image(labels), image_options)
+        moments = reference.softmax_moments(*images, options=image_options)
     else:
-        moments = _fused_moments(backend, images, by_image(labels), image_options)
+        moments = _requested(run(operator, backend, *images, *image_options), image_options)
     if not sigmoid:
         return in_shape(moments, labels.shape)
     points = logits.dim() == 2
@@ -334,19 +374,46 @@ def moments_of(
     )
 
 
-def _fused_moments(
-    backend: str, logits: Tensor, labels: Tensor, options: Options
-) -> SoftmaxMoments:
-    differentiates = logits.requires_grad and torch.is_grad_enabled()
-    options = options._replace(with_lse=differentiates and reads_lse(backend, logits))
-    name = "softmax_moments" if logits.dim() == 4 else "volume_moments"
-    operator = getattr(getattr(torch.ops.anchorops, name), backend)
-    results = Results(*operator(logits, labels, *options))
-    statistics: dict[str, Any] = {
-        name: getattr(results, name) if options.requests(name) else None
-        for name in SoftmaxMoments._fields
-    }
-    return SoftmaxMoments(**statistics)
+Slopes = Callable[[Tensor], dict[str, Tensor]]
+"""From the gradient of a loss to those of the statistics, by name. `losses` may have one number for
+all classes."""
+
+
+def loss_of_moments(
+    function: str,
+    logits: Tensor,
+    labels: Tensor,
+    options: Options,
+    arithmetic: Callable[[SoftmaxMoments], tuple[Tensor, Slopes | None]],
+    *,
+    slopes: bool,
+    sigmoid: bool = False,
+) -> Tensor:
+    """A loss that is arithmetic on the statistics of classes. With its slopes, it is one node of
+    autograd in eager mode, not with sigmoid. Otherwise autograd differentiates the arithmetic."""
+    differentiates = logits.requires_grad and torch.is_grad_enabled() and not sigmoid
+    if slopes and differentiates and is_eager(logits, labels, *options):
+        call = _call_of(function, logits, labels, options)
+        if call.backend != "reference":
+            return _Loss.apply(call.logits, call, arithmetic)  # pyright: ignore[reportReturnType]
+    return arithmetic(moments_of(function, logits, labels, options, sigmoid=sigmoid))[0]
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, call: _Call, arithmetic: Any) -> Tensor:
+        ctx.operator, ctx.backend, _, labels, options = call
+        results = run(ctx.operator, ctx.backend, logits, labels, *options)
+        loss, ctx.slopes = arithmetic(_requested(results, options))
+        _save(ctx, savable(logits), savable(labels), results[_LSE], options)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved, slopes = ctx.saved_tensors, ctx.slopes(*grads)
+        arguments = *saved[:3], *map(slopes.get, GRADIENTS), *saved[3:], *ctx.options
+        operator = f"{ctx.operator}_backward"
+        return run_backward(grads, operator, ctx.backend, *arguments), None, None
 
 
 def in_shape(moments: SoftmaxMoments, shape: Sequence[int]) -> SoftmaxMoments:

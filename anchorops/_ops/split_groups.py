@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import CUDA_BACKENDS, select
-from .registration import define
+from .registration import define, run
 
 
 def _split_groups_fake(
@@ -41,7 +41,7 @@ def split_groups(
         return split, reference.group_counts(counts, groups)
     if not isinstance(seed, Tensor):
         seed = torch.full((), seed, dtype=torch.int64, device=keys.device)
-    return getattr(torch.ops.anchorops.split_groups, backend)(keys, counts, seed, groups)
+    return run("split_groups", backend, keys, counts, seed, groups)
 
 
 def random_halves(items: int, seed: Tensor, like: Tensor) -> Tensor:

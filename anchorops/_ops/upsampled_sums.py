@@ -24,7 +24,7 @@ from .._checks import in_transform
 from .._moments import UpsampledSums, statistics_dtype
 from .._shared.splats import SPLAT_UNITS, splat_axis, splat_keys, splat_of
 from .class_keys import class_keys
-from .registration import Gradient, define, library
+from .registration import Gradient, define, library, run
 
 CACHED = 2**18  # entries of W that fit into a CPU's cache
 
@@ -225,6 +225,6 @@ def upsampled_sums(
         backend=backend,
     )
     keys = keys.view(features.shape[0], grid.shape[2], grid.shape[3])
-    operator = getattr(torch.ops.anchorops.upsampled_sums, backend)
-    sums, mean, variance = operator(features, keys, counts.numel(), num_classes)
+    arguments = features, keys, counts.numel(), num_classes
+    sums, mean, variance = run("upsampled_sums", backend, *arguments)
     return UpsampledSums(counts, sums.view(*counts.shape, features.shape[1]), mean, variance)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .._backend import FUSED
-from .._moments import GRADIENTS, RESULTS, Options, statistics_dtype
+from .._moments import GRADIENTS, RESULTS, Options, Results, statistics_dtype
 from .._shared.upsampling import bilinear_sources
 from . import pixel_kl_divergence as kl
 from .registration import Gradient, define, library
@@ -93,7 +93,7 @@ def _moments(backend: str, logits: Tensor, labels: Tensor, *arguments: Any) -> t
     options = Options(*arguments)
     results = [x.zero_() for x in forward_fake(logits, labels, *options)]
     if labels.numel() == 0:
-        return tuple(results)
+        return Results(*results)._replace(divisor=results[0].new_ones((), dtype=torch.int64))
     axes = [result.axes for result in RESULTS.values()]
     totals = [
         x if axis == "pixels" or not x.is_floating_point() else x.double()
@@ -113,7 +113,8 @@ def _moments(backend: str, logits: Tensor, labels: Tensor, *arguments: Any) -> t
                 total[slab.volumes] += slab.by_slice(part).sum(1, dtype=total.dtype)
             elif axis != "pixels":
                 total += part
-    return tuple(total.to(x.dtype) for total, x in zip(totals, results, strict=True))
+    totals = Results(*(total.to(x.dtype) for total, x in zip(totals, results, strict=True)))
+    return totals._replace(divisor=totals.counts.sum().clamp(min=1))
 
 
 def _moments_backward(
@@ -126,8 +127,8 @@ def _moments_backward(
         return torch.zeros_like(logits)
 
     def slab_gradient(slab: _Slab, images: Tensor) -> Tensor:
-        def select(grad: Tensor | None) -> Tensor | None:  # None, [K], [B, K] or (B, D, H, W)
-            if grad is None or grad.dim() == 1:
+        def select(grad: Tensor | None) -> Tensor | None:  # None, [], [K], [B, K], (B, D, H, W)
+            if grad is None or grad.dim() < 2:
                 return grad
             return (
                 slab.repeat_values(grad)

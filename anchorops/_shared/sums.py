@@ -21,6 +21,8 @@ def fixed_order_sum(values: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or is_jit_traced():
         values = values if values.dim() < 2 else values.sum(-1)
         return values.sum(dtype=torch.float64).to(dtype)
+    if values.numel() <= _RUN:
+        return values.sum()
     while values.numel() > _RUN:
         values = _sums_of_runs(values).double()
     return values.sum().to(dtype)

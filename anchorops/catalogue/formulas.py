@@ -75,6 +75,7 @@ def softmax_moments(
         "squares": lambda: p.square().sum(axes),
         "pixel_losses": lambda: losses.view(shape),
         "used": lambda: (one_hot * shares[:, None]).sum(axes),
+        "divisor": lambda: valid.sum().clamp(min=1),
     }
     return {name: moments[name]() for name in names}
 

@@ -43,6 +43,7 @@ class BinaryCrossEntropy(BaseCrossEntropy):
     """
 
     sigmoid = True
+    divides_by_weight = False
     pos_weight: Tensor | None
 
     def __init__(
@@ -81,6 +82,3 @@ class BinaryCrossEntropy(BaseCrossEntropy):
         self, weight: Tensor | None, logits: Tensor
     ) -> tuple[Tensor, Tensor] | tuple[None, None]:
         return binary_smoothed(weight, self.label_smoothing, logits)
-
-    def divisors(self, used: Tensor, weight: Tensor | None) -> Tensor:
-        return used

@@ -12,13 +12,12 @@ from .._checks import check_int, check_number, check_share
 from .._moments import Options, SoftmaxMoments, statistics_dtype
 from .._ops.kth_largest import kth_largest
 from .._ops.pixel_cross_entropy import (
-    class_losses,
-    divide,
     label_weights,
+    number_of_pixels,
     smoothed,
-    used_counts,
+    weighted_loss,
 )
-from .._shared.sums import fixed_order_sum
+from .._ops.softmax_moments import Slopes
 from .pixel import MomentsLoss, class_weight
 
 
@@ -26,6 +25,7 @@ class BaseCrossEntropy(MomentsLoss):
     """What the cross-entropies of a softmax and of sigmoids share: all but the weights."""
 
     settings = ("label_smoothing", "focal_gamma", "ohem_threshold", "ohem_min_kept")
+    divides_by_weight = True  # whether the mean divides by the class weights of the used pixels
 
     def __init__(
         self,
@@ -58,10 +58,6 @@ class BaseCrossEntropy(MomentsLoss):
         """The options true_weights and all_weights."""
         raise NotImplementedError
 
-    def divisors(self, used: Tensor, weight: Tensor | None) -> Tensor:
-        """What the mean divides by, from the numbers of used pixels and their class weights."""
-        raise NotImplementedError
-
     def options(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Options:
         weight = self.class_weight(logits)
         min_loss = -math.inf if self.ohem_threshold is None else -math.log(self.ohem_threshold)
@@ -80,16 +76,21 @@ class BaseCrossEntropy(MomentsLoss):
             focal_gamma=self.focal_gamma,
         )
 
-    def parts(self, moments: SoftmaxMoments, logits: Tensor) -> dict[str, Tensor]:
+    @property
+    def has_slopes(self) -> bool:
+        return True
+
+    def parts_and_slopes(
+        self, moments: SoftmaxMoments, logits: Tensor
+    ) -> dict[str, tuple[Tensor, Slopes | None]]:
         weight = self.class_weight(logits)
-        losses = class_losses(moments, weight, self.label_smoothing)
-        used = used_counts(moments)
+        used = None
         if weight is not None and (
             self.ohem_threshold is not None or self.ohem_min_kept is not None
         ):
-            removed = weight == 0
-            losses, used = torch.where(removed, 0, losses), torch.where(removed, 0, used)
-        return {"ce": divide(fixed_order_sum(losses), fixed_order_sum(self.divisors(used, weight)))}
+            used = (weight != 0).to(weight.dtype)
+        divisor = number_of_pixels(moments, weight if self.divides_by_weight else used)
+        return {"ce": weighted_loss(moments, used if self.label_smoothing else weight, divisor)}
 
     def _largest(
         self,
@@ -189,6 +190,3 @@ class CrossEntropy(BaseCrossEntropy):
         self, weight: Tensor | None, logits: Tensor
     ) -> tuple[Tensor, Tensor] | tuple[None, None]:
         return smoothed(weight, self.label_smoothing, logits.shape[1], logits)
-
-    def divisors(self, used: Tensor, weight: Tensor | None) -> Tensor:
-        return used if weight is None else used * weight

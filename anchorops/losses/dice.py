@@ -10,6 +10,8 @@ from torch.distributed import ProcessGroup
 
 from .._checks import check_choice, check_flags, check_number, describe, fail
 from .._moments import Options, SoftmaxMoments
+from .._ops.pixel_cross_entropy import divide
+from .._ops.softmax_moments import Slopes
 from .._shared.sums import fixed_order_sum
 from ..distributed import all_reduce, group_name
 from .binary_cross_entropy import BinaryCrossEntropy
@@ -145,10 +147,25 @@ class Dice(MomentsLoss):
     def options(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Options:
         return Options(probability_sums=True, squares=self.squared, per_image=self.per_image)
 
-    def parts(self, moments: SoftmaxMoments, logits: Tensor) -> dict[str, Tensor]:
+    @property
+    def has_slopes(self) -> bool:
+        special = self.log or self.gamma != 1 or self.classes or self.process_group
+        return self._least_denominator > 0 and not special
+
+    @property
+    def _least_denominator(self) -> float:
+        """The denominator of a class with pixels is larger. 0 if it need not be above 0, or where
+        the statistics of a class without pixels may be NaN alone."""
+        if self.sigmoid or self.absent == "keep":
+            return 0
+        return min(self.beta + self.smooth_denominator, 1) / 2
+
+    def parts_and_slopes(
+        self, moments: SoftmaxMoments, logits: Tensor
+    ) -> dict[str, tuple[Tensor, Slopes | None]]:
         return {"dice": self._dice(moments, class_weight(self, logits))}
 
-    def _dice(self, moments: SoftmaxMoments, weight: Tensor | None) -> Tensor:
+    def _dice(self, moments: SoftmaxMoments, weight: Tensor | None) -> tuple[Tensor, Slopes]:
         sums = moments.squares if self.squared else moments.probability_sums
         intersections, counts = moments.intersections, moments.counts
         assert sums is not None and intersections is not None
@@ -166,29 +183,49 @@ class Dice(MomentsLoss):
             )
             if weight is not None:
                 weight = torch.stack([weight[k] for k in self.classes])
-        present = counts > 0
-        counts = counts.to(intersections.dtype)
+        present = 1 if self.absent == "keep" else counts.clamp(max=1)
         denominator = torch.add(intersections, sums - intersections, alpha=self.alpha)
         denominator = torch.add(denominator, counts - intersections, alpha=self.beta)
-        numerator, denominator = intersections + self.smooth, denominator + self.smooth_denominator
+        numerator = intersections
+        if self.smooth > 0:
+            numerator = torch.add(numerator, present, alpha=self.smooth)
+        if self.smooth_denominator > 0:
+            denominator = denominator + self.smooth_denominator
         # Before the division, because the derivative of a skipped score may be 0 · ∞.
-        undefined = denominator <= 0  # false for NaN, which must not become a score of 0
-        if self.absent != "keep":
-            undefined = undefined | ~present
-        scores = torch.where(undefined, 0, numerator) / torch.where(undefined, 1, denominator)
+        if self._least_denominator > 0:
+            denominator = denominator.clamp(min=self._least_denominator)
+        else:
+            undefined = denominator <= 0  # false for NaN, which must not become a score of 0
+            if self.absent != "keep":
+                undefined = undefined | (counts == 0)
+            numerator = numerator.masked_fill(undefined, 0)
+            denominator = denominator.masked_fill(undefined, 1)
+        scores = numerator / denominator
         tiny = torch.finfo(scores.dtype).tiny
-        losses = -scores.clamp(min=tiny).log() if self.log else 1 - scores
-        if self.absent == "zero":
-            losses = torch.where(present, losses, 0)
-        counted = present.to(losses.dtype) if self.absent == "skip" else torch.ones_like(losses)
+        losses = present * -scores.clamp(min=tiny).log() if self.log else present - scores
+        counted = present if isinstance(present, Tensor) and self.absent == "skip" else None
+        counted = torch.ones_like(counts) if counted is None else counted
         if weight is not None:
-            counted = counted * weight
+            losses, counted = losses * weight, counted * weight
         total = fixed_order_sum(counted)
-        mean = fixed_order_sum(counted * losses) / torch.where(total > 0, total, 1)
-        if self.gamma == 1:
-            return mean
-        # Below 0 by rounding alone. Kept above 0, where the derivative of a power below 1 is ∞.
-        return torch.where(mean <= 0, 0, mean.clamp(min=tiny) ** self.gamma)
+        total = total if total.is_floating_point() else total.clamp(min=1)
+        mean = divide(fixed_order_sum(losses), total)
+
+        def slopes(dloss: Tensor) -> dict[str, Tensor]:
+            dlosses = divide(dloss, total)
+            dnumerator = (dlosses if weight is None else dlosses * weight) / denominator
+            ddenominator = dnumerator * scores  # with the other sign, as dnumerator
+            dintersections = -dnumerator
+            if self.alpha + self.beta != 1:
+                share = 1 - self.alpha - self.beta
+                dintersections = torch.add(dintersections, ddenominator, alpha=share)
+            name = "squares" if self.squared else "probability_sums"
+            return {"intersections": dintersections, name: self.alpha * ddenominator}
+
+        if self.gamma != 1:
+            # Below 0 by rounding alone. Kept above 0, where the derivative of a power below 1 is ∞.
+            mean = torch.where(mean <= 0, 0, mean.clamp(min=tiny) ** self.gamma)
+        return mean, slopes
 
 
 class CrossEntropyDice(MomentsLoss):
@@ -262,7 +299,19 @@ class CrossEntropyDice(MomentsLoss):
             probability_sums=True, squares=dice.squared, per_image=dice.per_image
         )
 
-    def parts(self, moments: SoftmaxMoments, logits: Tensor) -> dict[str, Tensor]:
-        (ce,) = self.cross_entropy.parts(moments, logits).values()
-        (dice,) = self.dice.parts(moments, logits).values()
-        return {"ce": self.ce_weight * ce, "dice": self.dice_weight * dice}
+    @property
+    def has_slopes(self) -> bool:
+        return self.dice.has_slopes
+
+    def parts_and_slopes(
+        self, moments: SoftmaxMoments, logits: Tensor
+    ) -> dict[str, tuple[Tensor, Slopes | None]]:
+        parts = {}
+        for loss, factor in ((self.cross_entropy, self.ce_weight), (self.dice, self.dice_weight)):
+            ((name, part),) = loss.parts_and_slopes(moments, logits).items()
+            parts[name] = part if factor == 1 else _times(factor, *part)
+        return parts
+
+
+def _times(factor: float, loss: Tensor, slopes: Slopes | None) -> tuple[Tensor, Slopes | None]:
+    return factor * loss, slopes and (lambda dloss: slopes(factor * dloss))

@@ -18,7 +18,7 @@ from .._ops.probability_histograms import (
 )
 from .._ops.sigmoid import contiguous
 from .._ops.softmax_moments import as_images
-from .pixel import PixelLoss, PixelLosses, check_chosen_classes, chosen_classes
+from .pixel import PixelLoss, Terms, check_chosen_classes, chosen_classes
 
 
 class Lovasz(PixelLoss):
@@ -82,7 +82,9 @@ class Lovasz(PixelLoss):
         self.sigmoid, self.per_image = sigmoid, per_image
         self.classes, self.absent = chosen_classes("Lovasz", classes), absent
 
-    def losses(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> PixelLosses:
+    def loss(
+        self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None
+    ) -> tuple[Tensor, Terms]:
         if pixel_weights is not None:
             self._no_pixel_weights()
         ignore_index = self.ignored(logits)
@@ -96,7 +98,8 @@ class Lovasz(PixelLoss):
         else:
             loss, count = whole(logits, labels, ignore_index)
         labels_out_of_range = count_labels_out_of_range(labels, count, ignore_index)
-        return PixelLosses({"lovasz": loss}, {}, count.sum(), labels_out_of_range)
+        parts = {"lovasz": loss.detach()}
+        return loss.clone(), Terms(parts, labels.numel(), count, labels_out_of_range)
 
     def _softmax(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
         """The loss, and the number of labels of each class."""

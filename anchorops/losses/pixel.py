@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -20,19 +21,21 @@ from .._checks import (
     savable,
 )
 from .._moments import Options, SoftmaxMoments, statistics_dtype
-from .._ops.softmax_moments import moments_of, valid_pixels
+from .._ops.softmax_moments import Slopes, loss_of_moments, moments_of, valid_pixels
 from .initialized_module import InitializedModule
 
 
-class PixelLosses(NamedTuple):
-    """parts: weighted, their sum is the loss; logs: other values shown in the loss's `terms`;
-    valid, labels_out_of_range: the numbers of labels that are classes, and of those that are
-    neither a class nor ignored."""
+class Terms(NamedTuple):
+    """What `terms` are computed from when they are read, detached. parts: weighted, their sum is
+    the loss; labels: the number of labels; counts: that of each class; labels_out_of_range: that of
+    neither a class nor ignored ones; correct: that of correctly predicted ones of each class, if
+    requested."""
 
     parts: dict[str, Tensor]
-    logs: dict[str, Tensor]
-    valid: Tensor
+    labels: int
+    counts: Tensor
     labels_out_of_range: Tensor
+    correct: Tensor | None = None
 
 
 class PixelLoss(InitializedModule):
@@ -74,12 +77,23 @@ class PixelLoss(InitializedModule):
         check_flags(name, align_corners=align_corners, check_labels=check_labels)
         self.ignore_index, self.align_corners = ignore_index, align_corners
         self.check_labels = check_labels
-        self._terms: dict[str, Tensor] = {}
+        self._last: Terms | None = None
 
     @property
     def terms(self) -> dict[str, Tensor]:
         """The terms of the last loss: copies."""
-        return {name: term.clone() for name, term in self._terms.items()}
+        if self._last is None:
+            return {}
+        parts, labels, counts, labels_out_of_range, correct = self._last
+        valid = counts.sum()
+        terms = {name: part.clone() for name, part in parts.items()}
+        dtype = next(iter(terms.values())).dtype
+        # floating-point too, because loggers average over steps and ranks
+        if correct is not None:
+            terms["accuracy"] = correct.sum().to(dtype) / valid.clamp(min=1)
+        terms["labels_out_of_range"] = labels_out_of_range.to(dtype, copy=True)
+        ignored = labels - valid - labels_out_of_range
+        return terms | {"labels_ignored": ignored.to(dtype)}
 
     def ignored(self, logits: Tensor) -> int:
         """The label to ignore, for the number of classes of these logits."""
@@ -91,9 +105,12 @@ class PixelLoss(InitializedModule):
         num_classes = 2 if self.sigmoid else logits.shape[1]
         return valid_pixels(labels, num_classes, self.ignored(logits))
 
-    def losses(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> PixelLosses:
-        """The losses, for labels that were already checked. pixel_weights have the labels' shape
-        and the statistics' dtype."""
+    def loss(
+        self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None
+    ) -> tuple[Tensor, Terms]:
+        """The loss, in memory of its own, because the caller may change it in place, for labels
+        that were already checked. pixel_weights have the labels' shape and the statistics'
+        dtype."""
         raise NotImplementedError
 
     def forward(
@@ -113,13 +130,7 @@ class PixelLoss(InitializedModule):
             self._check_pixel_weights(pixel_weights, original_labels, labels)
             pixel_weights = savable(pixel_weights.to(statistics_dtype(logits.dtype)))
             pixel_weights = pixel_weights.view(labels.shape)
-        parts, logs, valid, labels_out_of_range = self.losses(logits, labels, pixel_weights)
-        loss = torch.stack(tuple(parts.values())).sum()  # not a part itself, which is in `terms`
-        terms = {name: part.detach() for name, part in parts.items()} | logs
-        # floating-point too, because loggers average over steps and ranks
-        terms["labels_out_of_range"] = labels_out_of_range.to(loss.dtype)
-        terms["labels_ignored"] = (labels.numel() - valid - labels_out_of_range).to(loss.dtype)
-        self._terms = terms
+        loss, self._last = self.loss(logits, labels, pixel_weights)
         return loss
 
     def _no_pixel_weights(self) -> NoReturn:
@@ -174,23 +185,56 @@ class MomentsLoss(PixelLoss):
         shape and the statistics' dtype."""
         raise NotImplementedError
 
+    @property
+    def has_slopes(self) -> bool:
+        """Whether `parts_and_slopes` gives slopes: then the loss is one node of autograd."""
+        return False
+
     def parts(self, moments: SoftmaxMoments, logits: Tensor) -> dict[str, Tensor]:
         """The weighted parts of the loss, from the requested statistics."""
         raise NotImplementedError
 
-    def losses(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> PixelLosses:
+    def parts_and_slopes(
+        self, moments: SoftmaxMoments, logits: Tensor
+    ) -> dict[str, tuple[Tensor, Slopes | None]]:
+        """`parts`, each with its slopes in the statistics; None: autograd differentiates it."""
+        return {name: (part, None) for name, part in self.parts(moments, logits).items()}
+
+    def loss(
+        self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None
+    ) -> tuple[Tensor, Terms]:
         options = self.options(logits, labels, pixel_weights)
         if pixel_weights is not None and options.pixel_weights is None:
             self._no_pixel_weights()
-        options = options._replace(correct=self.accuracy, labels_out_of_range=True)
-        moments = self.moments(logits, labels, options)
-        valid, labels_out_of_range = moments.counts.sum(), moments.labels_out_of_range
-        assert labels_out_of_range is not None
-        logs = {}
-        if moments.correct is not None:
-            correct = moments.correct.sum().to(moments.losses.dtype)
-            logs["accuracy"] = correct / valid.clamp(min=1)
-        return PixelLosses(self.parts(moments, logits), logs, valid, labels_out_of_range)
+        options = options._replace(
+            correct=self.accuracy,
+            labels_out_of_range=True,
+            ignore_index=self.ignored(logits),
+            align_corners=self.align_corners,
+        )
+        last: list[Terms] = []
+
+        def arithmetic(moments: SoftmaxMoments) -> tuple[Tensor, Slopes | None]:
+            parts = self.parts_and_slopes(moments, logits)
+            values = {k: x.detach() if x.requires_grad else x for k, (x, _) in parts.items()}
+            counts, outside = moments.counts, moments.labels_out_of_range
+            assert outside is not None
+            last.append(Terms(values, labels.numel(), counts, outside, moments.correct))
+            (first, slopes), *others = parts.values()
+            if not others:
+                return first.clone(), slopes
+
+            def all_slopes(dloss: Tensor) -> dict[str, Tensor]:
+                return {k: x for _, part in parts.values() if part for k, x in part(dloss).items()}
+
+            return reduce(torch.add, (x for x, _ in others), first), all_slopes
+
+        slopes = self.has_slopes and not (pixel_weights is not None and pixel_weights.requires_grad)
+        function = type(self).__name__
+        loss = loss_of_moments(
+            function, logits, labels, options, arithmetic, slopes=slopes, sigmoid=self.sigmoid
+        )
+        return loss, last[0]
 
     def moments(self, logits: Tensor, labels: Tensor, options: Options) -> SoftmaxMoments:
         """Softmax moments, for labels that were already checked. The statistics of classes are [K],

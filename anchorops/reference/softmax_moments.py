@@ -23,7 +23,7 @@ def softmax_moments(logits: Tensor, labels: Tensor, options: Options) -> Softmax
     squares[k] = Σ_{q ∈ V} p_k(q)²               probability_sums[k] = Σ_{q ∈ V} p_k(q)
     pixel_losses[q] = L_q;  0 where ignored
     used[k] = Σ_{q ∈ V, y = k, not c < min_loss} ω_q
-    labels_out_of_range = #{q : y is neither a class nor ignore_index}
+    labels_out_of_range = #{q : y is neither a class nor ignore_index},  divisor = max(#V, 1)
 
     L_q = m·(a_y·c + Σ_k v_k·(−log p_k)), c = −log p_y, m = (1 − e^{−c})^γ, 0 where not used
 
@@ -101,5 +101,6 @@ def softmax_moments(logits: Tensor, labels: Tensor, options: Options) -> Softmax
         used=by_class(shares.long() if pixel_weights is None else shares)
         if counts_used(options)
         else None,
+        divisor=valid.sum().clamp(min=1),
         labels_out_of_range=(~is_class & ~ignored).sum() if options.labels_out_of_range else None,
     )

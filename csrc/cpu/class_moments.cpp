@@ -191,9 +191,9 @@ std::tuple<Tensor, Tensor> class_moments(Tensor features, Tensor keys,
   check_keys("class_moments.cpu", keys, features.numel() / std::max<int64_t>(features.size(1), 1));
   const ScalarType dtype = features.scalar_type();
   const ScalarType stat = dtype == ScalarType::Double ? dtype : ScalarType::Float;
-  const std::vector<int64_t> matrix = {num_keys, features.size(1)}, none = {0};
-  Tensor sums = new_empty(features, with_sums ? matrix : none, stat);
-  Tensor sqdists = new_empty(features, {anchors ? num_keys : 0}, stat);
+  const std::vector<int64_t> matrix = {num_keys, features.size(1)};
+  Tensor sums = with_sums ? new_empty(features, matrix, stat) : absent(stat);
+  Tensor sqdists = anchors ? new_empty(features, {num_keys}, stat) : absent(stat);
   if (anchors) anchors = torch::stable::contiguous(*anchors);
   for_dtype("class_moments.cpu", dtype, [&](auto element) {
     moments<decltype(element)>(features, keys, anchors, num_keys, groups,

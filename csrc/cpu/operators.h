@@ -77,4 +77,15 @@ inline Tensor new_empty(const Tensor& like, std::vector<int64_t> size, ScalarTyp
   return output;
 }
 
+// A result that was not requested: (0,). It is made without torch's dispatcher, which takes longer
+// than all else for small images.
+inline Tensor absent(ScalarType dtype) {
+  const int64_t size = 0, stride = 1;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride,
+                                                         static_cast<int32_t>(dtype),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 }  // namespace anchorops::cpu

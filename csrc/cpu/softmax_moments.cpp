@@ -49,7 +49,7 @@ class Partials {
 // RESULTS of anchorops/_moments.py. Empty if not requested.
 struct Results {
   Tensor losses, intersections, probability_sums, squares, pixel_losses, lse, counts, correct, used,
-      labels_out_of_range;
+      divisor, labels_out_of_range;
 };
 
 template <class Value>
@@ -177,6 +177,9 @@ void forward(const Tensor& logits, const Tensor& labels, const Options& options,
   squares.add_up(groups, splits, data_or_null<Stat>(out.squares));
   counts.add_up(groups, splits, out.counts.mutable_data_ptr<int64_t>());
   correct.add_up(groups, splits, data_or_null<int64_t>(out.correct));
+  const int64_t* all_counts = out.counts.const_data_ptr<int64_t>();
+  *out.divisor.mutable_data_ptr<int64_t>() = std::max<int64_t>(
+      std::accumulate(all_counts, all_counts + out.counts.numel(), int64_t{0}), 1);
   if (out.labels_out_of_range.numel())
     labels_out_of_range.add_up(1, items, out.labels_out_of_range.mutable_data_ptr<int64_t>());
 }
@@ -189,18 +192,15 @@ Results softmax_moments(const Tensor& logits, const Tensor& labels, const Option
   const ScalarType stat = dtype == ScalarType::Double ? dtype : ScalarType::Float;
   const bool empty = labels.numel() == 0;
   const auto by_class = [&](bool requested, ScalarType type) {
-    std::vector<int64_t> size = {0};
-    if (requested && options.per_image) size = {batch, num_classes};
-    if (requested && !options.per_image) size = {num_classes};
+    if (!requested) return absent(type);
+    std::vector<int64_t> size = {num_classes};
+    if (options.per_image) size = {batch, num_classes};
     return empty ? torch::stable::new_zeros(logits, size, type) : new_empty(logits, size, type);
   };
   const auto by_pixel = [&](bool requested) {
-    std::vector<int64_t> size = {0};
-    if (requested) size = {batch, labels.size(1), labels.size(2)};
-    return new_empty(logits, size, stat);
+    if (!requested) return absent(stat);
+    return new_empty(logits, {batch, labels.size(1), labels.size(2)}, stat);
   };
-  std::vector<int64_t> scalar_size;
-  if (!options.labels_out_of_range) scalar_size = {0};
   const bool weighted = options.pixel_weights.has_value();
   const Results results = {
       .losses = by_class(true, stat),
@@ -212,8 +212,13 @@ Results softmax_moments(const Tensor& logits, const Tensor& labels, const Option
       .counts = by_class(true, ScalarType::Long),
       .correct = by_class(options.correct, ScalarType::Long),
       .used = by_class(weighted || options.has_min_loss(), weighted ? stat : ScalarType::Long),
-      .labels_out_of_range = torch::stable::new_zeros(logits, scalar_size, ScalarType::Long)};
-  if (!empty)
+      .divisor = new_empty(logits, {}, ScalarType::Long),
+      .labels_out_of_range = options.labels_out_of_range
+                                 ? torch::stable::new_zeros(logits, {}, ScalarType::Long)
+                                 : absent(ScalarType::Long)};
+  if (empty)
+    *results.divisor.mutable_data_ptr<int64_t>() = 1;
+  else
     for_dtype("softmax_moments.cpu", dtype,
               [&](auto element) { forward<decltype(element)>(logits, labels, options, results); });
   return results;
@@ -230,13 +235,19 @@ void backward(const Tensor& logits, const Tensor& labels, const Options& options
               const Tensor& dlogits) {
   using Stat = StatOf<T>;
   Gradients<Stat> gradients = {};
+  std::vector<Stat> equal;  // dlosses [B, K], if one number is given
   const auto by_class = [&](std::optional<Tensor>& table) -> const Stat* {
     if (!table) return nullptr;
     table = torch::stable::contiguous(*table);
     gradients.stride_b = table->dim() == 2 ? table->size(1) : 0;
     return table->template const_data_ptr<Stat>();
   };
-  gradients.dlosses = by_class(d.losses);
+  if (d.losses && d.losses->dim() == 0) {
+    equal.assign(logits.size(0) * num_classes_of(logits), *d.losses->template const_data_ptr<Stat>());
+    gradients.dlosses = equal.data();
+  } else {
+    gradients.dlosses = by_class(d.losses);
+  }
   gradients.dintersections = by_class(d.intersections);
   gradients.dprobability_sums = by_class(d.probability_sums);
   gradients.dsquares = by_class(d.squares);
@@ -276,7 +287,7 @@ struct Operators {
   static auto forward(Tensor logits, Tensor labels, OptionTypes... options) {
     const Results x = softmax_moments(logits, labels, Options{options...});
     return std::make_tuple(x.losses, x.intersections, x.probability_sums, x.squares, x.pixel_losses,
-                           x.lse, x.counts, x.correct, x.used, x.labels_out_of_range);
+                           x.lse, x.counts, x.correct, x.used, x.divisor, x.labels_out_of_range);
   }
 
   static Tensor backward(Tensor logits, Tensor labels, Tensor lse, std::optional<Tensor> dlosses,

@@ -166,7 +166,7 @@ def run_reference(case: Case, logits: Tensor, labels: Tensor, weights, through=F
 
 def by_torch(case: Case, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """All statistics but `correct` by torch's formulas in the dtype of x."""
-    names = {"counts", "losses", *case.statistics} - {"correct"}
+    names = {"counts", "losses", "divisor", *case.statistics} - {"correct"}
     names |= {"intersections"} if "probability_sums" in case.statistics else set()
     names |= {"used"} if case.min_loss > -torch.inf or case.pixel_weights else set()
     options = case.options
@@ -202,7 +202,8 @@ def check(case: Case, backend: str, through=FLOATING, logits=None, labels=None) 
     assert ours.keys() - {"correct"} == exact.keys() and ("correct" in ours) == (
         "correct" in case.statistics
     )
-    assert torch.equal(ours["counts"], exact["counts"])
+    for name in ("counts", "divisor"):
+        assert torch.equal(ours[name], exact[name])
     if "used" in ours and case.pixel_weights:
         torch.testing.assert_close(ours["used"], exact["used"].to(dtype))
     elif "used" in ours:

@@ -1,0 +1,99 @@
+"""The host's work of a call: operators that torch dispatches, launches, and the gradient of a loss
+in one node of autograd."""
+
+from typing import Any
+
+import host_time
+import pytest
+import torch
+
+import anchorops as ao
+
+CALLS = {call.name: call for call in host_time.calls("cpu")}
+MOST = {  # operators, forward and backward
+    "pixel_cross_entropy": 8,
+    "CrossEntropy": 10,
+    "CrossEntropyDice": 25,
+    "pixel_to_anchor_mse": 12,
+}
+WEIGHT = torch.tensor([0.5, 0, 2, 1])
+LOSSES: dict[str, Any] = {
+    "mean": ao.pixel_cross_entropy,
+    "sum": lambda x, y: ao.pixel_cross_entropy(x, y, reduction="sum"),
+    "weights": ao.CrossEntropy(WEIGHT, accuracy=True),
+    "smoothing of hard pixels": ao.CrossEntropy(WEIGHT, label_smoothing=0.1, ohem_threshold=0.3),
+    "hardest pixels": ao.CrossEntropy(ohem_min_kept=9, focal_gamma=2.0),
+    "Dice": ao.Dice(),
+    "Dice of images": ao.Dice(weight=WEIGHT, per_image=True, absent="zero"),
+    "Tversky": ao.Dice(alpha=0.3, beta=0.6, smooth=0.5, smooth_denominator=1.0),
+    "squares": ao.Dice(squared=True),
+    "keep": ao.Dice(absent="keep", smooth=1.0),
+    "logarithms": ao.Dice(log=True),
+    "no false negatives": ao.Dice(alpha=1.0, beta=0.0),
+    "both": ao.CrossEntropyDice(
+        ao.CrossEntropy(WEIGHT), ao.Dice(per_image=True), ce_weight=0.7, dice_weight=0.2
+    ),
+}
+
+
+@pytest.mark.on("cpu")
+@pytest.mark.parametrize("name", MOST)
+def test_operators(name: str, backend: str) -> None:
+    with host_time.Operators() as operators:
+        CALLS[name].step()
+    assert len(operators.names) <= MOST[name], operators.names
+    assert any(operator.startswith("anchorops.") for operator in operators.names)
+
+
+@pytest.mark.on("simulated_triton")
+@pytest.mark.parametrize("name", MOST)
+def test_launches(name: str, backend: str) -> None:
+    from ptx.triton_launches import launches
+
+    before = launches.total()
+    CALLS[name].step()
+    # the moments and their gradient; those of classes also sort keys by tile and add partials
+    assert launches.total() - before == (6 if name == "pixel_to_anchor_mse" else 2)
+
+
+@pytest.mark.on("cpu")
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("shape", [(2, 4, 3, 5), (1, 4, 2, 3, 2), (20, 4)], ids=str)
+def test_one_node_has_the_gradient_of_autograd(name: str, shape: tuple, backend: str) -> None:
+    """Where a mode of torch functions is active, autograd differentiates the arithmetic."""
+    x = torch.randn(shape)
+    size = (shape[0], *(2 * n for n in shape[2:])) if len(shape) > 3 else shape[:1]
+    labels = torch.randint(0, 3, size)  # class 3 is absent
+    gradients = []
+    for mode in (torch.device("cpu"), torch.enable_grad()):
+        leaf = x.clone().requires_grad_()
+        with mode:
+            loss = LOSSES[name](leaf, labels)
+        (0.3 * loss).backward()
+        gradients.append((loss.detach(), leaf.grad))
+    (expected, expected_gradient), (actual, gradient) = gradients
+    assert torch.equal(actual, expected)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+    assert gradient.any()
+
+
+@pytest.mark.on("cpu")
+def test_batched_gradients(backend: str) -> None:
+    """torch.vmap runs the backward pass of a loss that it did not see."""
+    x, labels = torch.randn(2, 4, 3, 5, requires_grad=True), torch.randint(0, 4, (2, 6, 10))
+    loss = ao.CrossEntropyDice()(x, labels)
+    (one,) = torch.autograd.grad(loss, x, retain_graph=True)
+    factors = torch.tensor([1.0, -2.0])
+    (both,) = torch.autograd.grad(loss, x, factors, is_grads_batched=True)
+    torch.testing.assert_close(both, torch.stack([one, -2 * one]))
+
+
+def test_a_loss_that_is_changed_in_place_does_not_change_its_terms() -> None:
+    x, labels = torch.randn(2, 4, 3, 5, requires_grad=True), torch.randint(0, 4, (2, 6, 10))
+    for make in (ao.CrossEntropy, ao.Dice, ao.CrossEntropyDice, ao.Lovasz):
+        module = make()
+        before = module(x, labels).detach().clone()
+        loss = module(x, labels)
+        loss.mul_(3)
+        parts = [x for name, x in module.terms.items() if not name.startswith("labels")]
+        torch.testing.assert_close(torch.stack(parts).sum(), before)
