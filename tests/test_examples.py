@@ -183,11 +183,7 @@ def test_mmsegmentation_head_refuses(
     ("name", "arguments", "expected"),
     [
         ("point_cloud", ["--steps", "2"], ["step 2: ", "recall: ground "]),
-        (
-            "long_tailed_classification",
-            ["--epochs", "1", "--seeds", "1"],
-            ["10 classes with 100 to 3 images", "plain  all", "SAR    all"],
-        ),
+        ("long_tailed_classification", ["--epochs", "1"], ["plain all ", "SAR   all "]),
         ("cosine_head", ["--steps", "2"], ["text: loss ", "simplex: loss ", "means: loss "]),
         ("few_shot", ["--steps", "1"], ["before training: 0.", "after 1 steps: 0."]),
     ],
