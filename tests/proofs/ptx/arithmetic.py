@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.generic] | np.generic
 
 U1, U2, U4, U8 = np.uint8, np.uint16, np.uint32, np.uint64
-I4, I8, F2, F4, F8 = np.int32, np.int64, np.float16, np.float32, np.float64
+I8, F2, F4, F8 = np.int64, np.float16, np.float32, np.float64
 NAN16 = U2(0x7FFF)
 
 COMPARE: dict[str, Callable[..., Array]] = {

@@ -147,7 +147,7 @@ class Machine:
         )
         counted = None if shared.traffic is None else shared.traffic.setdefault(name, {})
         order = None if shared.seed is None else shared.seed + sum(shared.launches.values())
-        shared.instructions[name] += run(launch, order, counted)
+        run(launch, order, counted)
         shared.launches[name] += 1
 
     def _params(self, program: Program, arguments: int) -> np.ndarray:

@@ -68,22 +68,20 @@ class _Copy(NamedTuple):
     group: np.ndarray
 
 
-def run(launch: Launch, seed: int | None = None, traffic: dict[str, Traffic] | None = None) -> int:
-    """Returns the number of instructions that warps executed. With a seed, warps run in a random
-    order between barriers."""
+def run(launch: Launch, seed: int | None = None, traffic: dict[str, Traffic] | None = None) -> None:
+    """With a seed, warps run in a random order between barriers."""
     blocks = launch.grid[0] * launch.grid[1] * launch.grid[2]
     if launch.threads % WARP:
         raise Unsupported("the PTX machine does not know warps that are not full")
     size = min(MOST_LANES // launch.threads, MOST_SHARED // max(launch.shared_bytes, 1), blocks)
-    executed, random = 0, None if seed is None else np.random.default_rng(seed)
+    random = None if seed is None else np.random.default_rng(seed)
     fault = products.fault_of(launch.program)
     with np.errstate(all="ignore"):
         for first in range(0, blocks, max(size, 1)):
             batch = Batch(launch, first, min(max(size, 1), blocks - first), random, traffic)
             if fault is not None:
                 raise batch._finding(*fault, 0)
-            executed += batch.run()
-    return executed
+            batch.run()
 
 
 def _one_or_all(values: list):
@@ -144,9 +142,9 @@ class Batch:
 
     # Schedule
 
-    def run(self) -> int:
+    def run(self) -> None:
         waiting = {0: np.arange(self.n)}  # block of code -> lanes
-        executed, program = 0, self.program
+        program = self.program
         while waiting:
             at, lanes = self._next(waiting)
             rest = np.setdiff1d(waiting.pop(at), lanes, assume_unique=True)
@@ -154,8 +152,6 @@ class Batch:
                 waiting[at] = rest
             block, everyone = program.kernel.blocks[at], len(lanes) == self.n
             program.hits[at] += 1
-            warps = 1 + int(np.count_nonzero(np.diff(lanes // WARP)))
-            executed += (len(program.steps[at]) + (block.condition is not None)) * warps
             condition = program.blocks[at](self, self.registers, lanes, everyone)
             if condition is None:
                 self._arrive(waiting, block.following, lanes)
@@ -165,7 +161,6 @@ class Batch:
         if self.copies:
             copy = self.copies[0]
             raise self._finding("a copy that nobody awaits", copy.at, copy.lanes[0])
-        return executed
 
     def _next(self, waiting: dict[int, np.ndarray]) -> tuple[int, np.ndarray]:
         """The first block of code for which lanes are ready; with a seed any, and some warps."""

@@ -20,7 +20,6 @@ from .text import Address, Kernel, Register, Symbol, Unsupported, kernels
 
 programs: dict[str, Program] = {}  # by the hash of what was compiled
 launches: Counter[str] = Counter()  # by kernel
-instructions: Counter[str] = Counter()  # that warps executed, by kernel
 calls: set[tuple[str, str]] = set()  # operators, and dtypes of features or logits
 traffic: dict[str, dict[str, Traffic]] | None = None  # by kernel, where it is counted
 seed: int | None = None  # of a random order of the warps
@@ -244,5 +243,5 @@ def _run(function: Any, grid: Any, *args: Any, **kwargs: Any) -> None:
     counted = None if traffic is None else traffic.setdefault(name, {})
     if x * y * z:
         order = None if seed is None else seed + sum(launches.values())
-        instructions[name] += run(launch, order, counted)
+        run(launch, order, counted)
     launches[name] += 1
