@@ -2,11 +2,11 @@
 are those with float32. Only parameters and anchors that are made have this dtype."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import methods
-import numpy as np
 import pytest
 import torch
 from operators import each, results
@@ -14,7 +14,8 @@ from torch import Tensor
 
 import anchorops as ao
 from anchorops import diagnostics
-from anchorops.catalogue import Case
+from anchorops.catalogue import Case, cases
+from anchorops.catalogue.pixels import Loss
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
 on_cpu = pytest.mark.on("reference", "cpu")
@@ -77,23 +78,9 @@ CALLS: dict[str, Callable[[], Any]] = {
         FEATURES[0, :, :3, 0], torch.arange(12) * 10_000
     ),
 }
-LOSSES: dict[str, Callable[[], torch.nn.Module]] = {
-    "CrossEntropy": lambda: ao.CrossEntropy(accuracy=True),
-    "weights": lambda: ao.CrossEntropy(WEIGHTS, accuracy=True, label_smoothing=0.1),
-    "array": lambda: ao.CrossEntropy(np.array(WEIGHTS), focal_gamma=0.7),
-    "ohem": lambda: ao.CrossEntropy(ohem_threshold=0.3, ohem_min_kept=70_000, accuracy=True),
-    "Dice": lambda: ao.Dice(weight=WEIGHTS, accuracy=True, squared=True),
-    "Dice, images": lambda: ao.Dice(per_image=True, log=True, absent="zero"),
-    "Tversky": lambda: ao.Dice(alpha=0.3, beta=0.7, gamma=0.75, smooth=1.0),
-    "CrossEntropyDice": lambda: ao.CrossEntropyDice(ao.CrossEntropy(accuracy=True), ce_weight=0.3),
-    "Lovasz": lambda: ao.Lovasz(per_image=True),
-}
-SIGMOIDS: dict[str, Callable[[], torch.nn.Module]] = {
-    "BinaryCrossEntropy": lambda: ao.BinaryCrossEntropy(accuracy=True),
-    "pos_weight": lambda: ao.BinaryCrossEntropy(WEIGHTS, ohem_min_kept=70_000, accuracy=True),
-    "Dice": lambda: ao.Dice(sigmoid=True, accuracy=True),
-    "Lovasz": lambda: ao.Lovasz(sigmoid=True),
-}
+
+
+OPTIONS_OF_LOSSES = [case for case in cases("options") if isinstance(case.entry.ours, Loss)]
 
 
 def tensors(x: Any) -> list[Tensor]:
@@ -116,13 +103,18 @@ def loss_gradient_and_terms(loss: Any, *inputs: Tensor) -> list[Tensor]:
 
 
 @on_cpu
-@pytest.mark.parametrize("name", [*LOSSES, *(f"sigmoid {name}" for name in SIGMOIDS)])
-def test_losses(name: str, backend: str, default_dtype: Callable[[], None]) -> None:
-    make = LOSSES[name] if name in LOSSES else SIGMOIDS[name.removeprefix("sigmoid ")]
-    labels = LABELS if name in LOSSES else MAPS
-    expected = loss_gradient_and_terms(make(), LOGITS, labels)
+@pytest.mark.parametrize("case", OPTIONS_OF_LOSSES, ids=str)
+def test_losses(case: Case, backend: str, default_dtype: Callable[[], None]) -> None:
+    def results() -> list[Tensor]:
+        loss: Any = case.entry.ours.module(**case.sample.options)
+        loss.accuracy = True
+        return loss_gradient_and_terms(loss, *inputs.values())
+
+    labels = case.sample.inputs()["labels"].numel()
+    inputs = case.sample.inputs(1 + math.isqrt(65_504 // labels))  # more than float16's largest
+    expected = results()
     default_dtype()
-    same(loss_gradient_and_terms(make(), LOGITS, labels), expected, 1e-6)
+    same(results(), expected, 1e-6)
 
 
 @on_cpu

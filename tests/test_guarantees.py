@@ -22,7 +22,7 @@ def same_bits(ours: list[Tensor], expected: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
-@each(exact=True)
+@each(options=True, exact=True)
 def test_values_and_gradients(case: Case, backend: str, poisoned: None):
     """The error is at most twice that of torch's functions in float32, plus the floor."""
     inputs = case.sample.inputs(1)
@@ -32,7 +32,7 @@ def test_values_and_gradients(case: Case, backend: str, poisoned: None):
         assert error <= limit
 
 
-@each("reference", "cpu", exact=True)
+@each("reference", "cpu", options=True, exact=True)
 def test_float64(case: Case, backend: str):
     inputs = as_dtype(case.sample.inputs(1), F64)
     expected = results(case.formula, inputs)

@@ -61,81 +61,9 @@ def check(run: Callable[..., Any], inputs: Inputs) -> None:
     assert differentiable > 0 or not any(x.requires_grad for x in expected)
 
 
-@each()
+@each(options=True)
 def test_operators(case: Case, backend: str) -> None:
     check(case.ours, case.sample.inputs(1))
-
-
-def with_weight(n: int) -> Inputs:
-    return four_times(n) | {"weight": torch.rand(4)}
-
-
-def with_pos_weight(n: int) -> Inputs:
-    return channel_inputs(n) | {"pos_weight": torch.rand(3)}
-
-
-def points(n: int) -> Inputs:
-    return {"logits": torch.randn(40, 3), "labels": torch.randint(0, 3, (40,))}
-
-
-def channel_weights(n: int) -> Inputs:
-    inputs = channel_inputs(n)
-    return inputs | {"pixel_weights": torch.rand(inputs["labels"].shape)}
-
-
-def with_seed(n: int) -> Inputs:
-    return {
-        "features": torch.randn(2, 6, 5, 7),
-        "labels": torch.randint(0, 4, (2, 10, 14)),
-        "anchors": torch.randn(4, 6),
-        "seed": torch.tensor(3),
-    }
-
-
-def loss_of(make: Callable[[], Any]) -> Callable[..., Tensor]:
-    return lambda **inputs: make()(**inputs)
-
-
-def pixel_weighted(**options: Any) -> tuple[Callable[..., Any], Callable[[int], Inputs]]:
-    return loss_of(lambda: ao.CrossEntropy(**options)), with_pixel_weights
-
-
-# Options and inputs that OPERATORS does not have.
-CALLS: dict[str, tuple[Callable[..., Any], Callable[[int], Inputs]]] = {
-    "pixel_cross_entropy": (ao.pixel_cross_entropy, with_weight),
-    "no reduction": (lambda **i: ao.pixel_cross_entropy(**i, reduction="none"), with_weight),
-    "smoothing": (
-        lambda logits, labels, weight: ao.pixel_cross_entropy(
-            logits, labels, weight=weight.detach(), label_smoothing=0.1
-        ),
-        with_weight,
-    ),
-    "points": (ao.pixel_cross_entropy, points),
-    "pos_weight": (
-        lambda logits, labels, pos_weight: ao.pixel_binary_cross_entropy(
-            logits, labels, pos_weight=pos_weight.detach(), reduction="none"
-        ),
-        with_pos_weight,
-    ),
-    "seed": (lambda **i: ao.ops.class_moments(**i, num_classes=4, groups=2), with_seed),
-    "CrossEntropy": pixel_weighted(),
-    "weights": pixel_weighted(weight=[0.5, 1.0, 2.0, 0.0], label_smoothing=0.1),
-    "ohem": pixel_weighted(ohem_threshold=0.5, ohem_min_kept=40),
-    "BinaryCrossEntropy": (loss_of(lambda: ao.BinaryCrossEntropy([0.5, 1, 2])), channel_weights),
-    "hard labels": (loss_of(lambda: ao.BinaryCrossEntropy(ohem_min_kept=40)), channel_weights),
-    "Dice": (loss_of(lambda: ao.Dice(weight=[0.5, 1.0, 2.0, 0.0], squared=True)), four_times),
-    "Dice of sigmoids": (loss_of(lambda: ao.Dice(sigmoid=True, per_image=True)), channel_inputs),
-    "CrossEntropyDice": (loss_of(ao.CrossEntropyDice), with_pixel_weights),
-    "Lovasz": (loss_of(lambda: ao.Lovasz(per_image=True)), four_times),
-    "Lovasz of sigmoids": (loss_of(lambda: ao.Lovasz(sigmoid=True)), channel_inputs),
-}
-
-
-@pytest.mark.on("reference", "cpu")
-@pytest.mark.parametrize("name", CALLS)
-def test_options(name: str, backend: str) -> None:
-    run, inputs = CALLS[name]
-    check(run, inputs(1))
 
 
 @pytest.mark.on("reference", "cpu", "simulated_triton")
@@ -181,15 +109,19 @@ def test_methods(build: Callable[[], Any], backend: str) -> None:
         loss.backward()
 
 
-def test_arguments_of_modules() -> None:
-    """They are copied."""
+def test_other_arguments() -> None:
+    """Modules copy them."""
     logits, labels = torch.randn(2, 4, 3, 5, requires_grad=True), torch.randint(0, 4, (2, 6, 10))
     features = torch.randn(2, 6, 3, 5, requires_grad=True)
-    weight, anchors = torch.rand(4), torch.randn(4, 6)
+    weight, anchors, seed = torch.rand(4), torch.randn(4, 6), torch.tensor(3)
+    maps = torch.stack([labels] * 4, 1) % 2
     for make in (
+        lambda x: ao.pixel_cross_entropy(logits, labels, weight=x(weight)),
+        lambda x: ao.pixel_binary_cross_entropy(logits, maps, pos_weight=x(weight)),
+        lambda x: ao.ops.class_moments(features, labels, 4, groups=2, seed=x(seed)).sums.sum(),
         lambda x: ao.CrossEntropy(weight=x(weight))(logits, labels),
         lambda x: ao.Dice(weight=x(weight))(logits, labels),
-        lambda x: ao.BinaryCrossEntropy(x(weight))(logits, torch.stack([labels] * 4, 1) % 2),
+        lambda x: ao.BinaryCrossEntropy(x(weight))(logits, maps),
         lambda x: ao.SAR(4, 6, anchors=x(anchors), embed=False)(features, labels),
         lambda x: ao.CeCo(4, 6, prior=x(weight), reduced_dim=3, center_dim=5, dropout=0.0)(
             features, labels

@@ -30,16 +30,6 @@ def ignoring(labels: Tensor) -> Tensor:
     return torch.where(torch.rand(labels.shape) < 0.2, 255, labels)
 
 
-@pytest.mark.parametrize("gamma", [0.5, 2.0])
-def test_focal_cross_entropy(gamma):
-    logits, z, labels = inputs()
-    labels, weight = ignoring(labels), torch.rand(K)
-    loss = ao.CrossEntropy(weight, focal_gamma=gamma)(logits, labels)
-    ce = F.cross_entropy(z, labels, ignore_index=255, reduction="none")
-    w = torch.where(labels == 255, 0, weight.double()[labels.clamp(max=K - 1)])
-    check_loss(loss, (w * (1 - (-ce).exp()) ** gamma * ce).sum() / w.sum(), logits)
-
-
 @pytest.mark.parametrize("gamma", [0.1, 0.5, 1.0, 2.0])
 def test_focal_gradient_is_finite_where_the_loss_is_zero(gamma):
     logits = torch.tensor([[200.0, 0.0], [0.0, 1.0]], requires_grad=True)
@@ -72,33 +62,6 @@ def test_dice_gradient_of_an_absent_class_of_almost_no_probability(absent):
     labels = torch.zeros(1, 8, 8, dtype=torch.int64)
     ao.Dice(smooth=1.0, smooth_denominator=0.0, absent=absent)(logits, labels).backward()
     assert logits.grad.isfinite().all() and logits.grad.any()
-
-
-def hardest(ce: Tensor, valid: Tensor, bound: float, min_kept: int) -> Tensor:
-    """By sorting: all with a loss of at least the bound, and the `min_kept` largest."""
-    largest = ce[valid].sort(descending=True).values
-    bound = min(bound, largest[min(min_kept, len(largest)) - 1].item()) if min_kept else bound
-    return valid & (ce >= bound)
-
-
-@pytest.mark.parametrize(
-    ("threshold", "min_kept"),
-    [(0.3, None), (0.3, 40), (0.01, 200), (None, 100), (0.9, 10**6), (None, 1)],
-)
-def test_hard_examples(threshold, min_kept):
-    logits, z, labels = inputs(torch.float32)
-    labels = ignoring(labels)
-    pixel_weights = torch.rand(labels.shape)
-    loss = ao.CrossEntropy(ohem_threshold=threshold, ohem_min_kept=min_kept)(
-        logits, labels, pixel_weights
-    )
-    ce = F.cross_entropy(z, labels, ignore_index=255, reduction="none")
-    bound = math.inf if threshold is None else -math.log(threshold)
-    hard = hardest(ce.detach(), labels != 255, bound, min_kept or 0)
-    if min_kept == 10**6:
-        assert hard.sum() == (labels != 255).sum()
-    w = torch.where(hard, pixel_weights, 0)
-    check_loss(loss, (w * ce).sum() / w.sum(), logits)
 
 
 @both_backends
@@ -174,22 +137,6 @@ def test_power_of_a_negative_mean(settings, defined, log):
     else:
         with pytest.raises(ValueError, match="Dice: gamma: expected 1 with smooth above"):
             ao.Dice(log=log, gamma=0.75, **settings)
-
-
-@pytest.mark.parametrize("absent", ["skip", "zero", "keep"])
-def test_absent_classes(absent):
-    logits, z, labels = inputs()
-    loss = ao.Dice(absent=absent, weight=torch.arange(1.0, 6.0))(logits, labels)
-    p, one_hot = z.softmax(1), F.one_hot(labels, K).movedim(-1, 1).double()
-    o, m, c = ((x).sum((0, 2, 3)) for x in (p * one_hot, p, one_hot))
-    losses, w = 1 - 2 * o / (m + c), torch.arange(1.0, 6.0).double()
-    present = c > 0
-    assert not present[3]
-    if absent != "keep":
-        losses = losses * present
-    if absent == "skip":
-        w = w * present
-    check_loss(loss, (w * losses).sum() / w.sum(), logits)
 
 
 @pytest.mark.parametrize(

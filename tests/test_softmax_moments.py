@@ -427,6 +427,17 @@ def test_every_combination_of_statistics(statistics: tuple[str, ...], backend: s
     check(Case((2, 7, 3, 5), (12, 20), statistics=statistics), backend)
 
 
+@cpu
+def test_backward_twice_and_in_place_scaling(backend: str):
+    logits, labels = torch.randn(2, 5, 4, 5, requires_grad=True), torch.randint(0, 5, (2, 16, 20))
+    loss = ao.pixel_cross_entropy(logits, labels)
+    (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    expected = first.clone()
+    first.mul_(7)
+    (second,) = torch.autograd.grad(loss, logits)
+    assert torch.equal(second, expected)
+
+
 def test_statistics_by_default():
     moments = ao.ops.softmax_moments(torch.zeros(4, 2), torch.zeros(4).long())
     given = {name for name, x in moments._asdict().items() if x is not None}

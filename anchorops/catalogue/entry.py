@@ -1,7 +1,7 @@
 """The types of the catalogue, after PyTorch's OpInfo and SampleInput."""
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +21,9 @@ class Sample(NamedTuple):
         make: the inputs, on the CPU, of n and a random generator: n² as many pixels as for n = 1.
         options: of our call and of the formula.
         tags: where it is used; "all", "quick": by --verify (also without --all), "small": by the
-            tests of the guarantees, on the CPU alone with "cpu"; "kernels": with the small ones it
-            launches every kernel, with "cuda" those of CUDA's library; "bench": by --benchmark, n
-            may be any number.
+            tests of the guarantees, "options": by those of options, both on the CPU alone with
+            "cpu"; "kernels": with the small ones it launches every kernel, with "cuda" those of
+            CUDA's library; "bench": by --benchmark, n may be any number.
         floor: of the limit, relative to the largest number (budget.py).
     """
 
@@ -41,6 +41,15 @@ class Sample(NamedTuple):
 def small(name: str, make: Maker, on_cpu: bool = False, **options: Any) -> Sample:
     """A sample for the tests of the guarantees; on_cpu: on the CPU alone."""
     return Sample(name, make, options, ("small", "cpu") if on_cpu else ("small",))
+
+
+def of_options(
+    what: str, make: Maker, *every: Mapping[str, Any], on_cpu: bool = True
+) -> Iterator[Sample]:
+    """A sample of each of these options, with the tag "options"."""
+    for options in every:
+        name = ", ".join([what, *(f"{key} {value}" for key, value in options.items())])
+        yield Sample(name, make, options, ("options", "cpu") if on_cpu else ("options",))
 
 
 class Entry(NamedTuple):

@@ -3,7 +3,6 @@ names of our arguments. Labels of −1 are ignored."""
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -84,45 +83,115 @@ def statistics(logits: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, 
     return tuple(softmax_moments(logits, labels, **options).values())
 
 
+def losses_and_used(
+    logits: Tensor,
+    labels: Tensor,
+    w: Tensor,
+    pixel_weights: Tensor | None,
+    *,
+    label_smoothing: float = 0.0,
+    ohem_threshold: float | None = None,
+    ohem_min_kept: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """Sums of the losses, and of the weights of the pixels that are used. w: weights of the classes
+    [K], or of each image [B, K]."""
+    options["true_weights"] = (1 - label_smoothing) * w
+    if label_smoothing:
+        options["all_weights"] = label_smoothing / logits.shape[1] * w
+    if ohem_threshold is not None:
+        options["min_loss"] = -math.log(ohem_threshold)
+    if ohem_min_kept is not None:  # pixels of weight 0 are removed first
+        labels = labels if pixel_weights is None else torch.where(pixel_weights == 0, -1, labels)
+        align = options.get("align_corners", False)
+        (losses,) = statistics(logits, labels, names=("pixel_losses",), align_corners=align)
+        kept = losses.flatten().topk(min(ohem_min_kept, losses.numel())).values[-1].item()
+        options["min_loss"] = min(options.get("min_loss", math.inf), kept)
+    options["pixel_weights"] = pixel_weights
+    return statistics(logits, labels, names=("losses", "used"), **options)
+
+
 def cross_entropy(
     logits: Tensor,
     labels: Tensor,
     pixel_weights: Tensor | None = None,
     *,
-    weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    ohem_threshold: float | None = None,
-    ohem_min_kept: int | None = None,
+    weight: Tensor | Sequence[float] | None = None,
     **options: Any,
 ) -> Tensor:
-    """The formula of ao.CrossEntropy; `ohem_min_kept` without `ohem_threshold`."""
-    num_classes = logits.shape[1]
-    w = logits.new_ones(num_classes) if weight is None else weight.to(logits)
-    if weight is not None or label_smoothing:
-        options["true_weights"] = (1 - label_smoothing) * w
-    if label_smoothing:
-        options["all_weights"] = label_smoothing / num_classes * w
-    if ohem_threshold is not None:
-        options["min_loss"] = -math.log(ohem_threshold)
-    if ohem_min_kept is not None:
-        align = options.get("align_corners", False)
-        (losses,) = statistics(logits, labels, names=("pixel_losses",), align_corners=align)
-        options["min_loss"] = losses.flatten().topk(ohem_min_kept).values[-1].item()
-    names, options["pixel_weights"] = ("losses", "used"), pixel_weights
-    losses, used = statistics(logits, labels, names=names, **options)
+    """The formula of ao.CrossEntropy."""
+    w = torch.ones(logits.shape[1]) if weight is None else torch.as_tensor(weight)
+    w = w.to(logits)
+    losses, used = losses_and_used(logits, labels, w, pixel_weights, **options)
     return losses.sum() / (used * w).sum()
 
 
-def loss_of_pixels(logits: Tensor, labels: Tensor, *, align_corners: bool = False) -> Tensor:
+def loss_of_pixels(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    weight: Tensor | None = None,
+    align_corners: bool = False,
+    **options: Any,
+) -> Tensor:
     z = upsampled(logits, labels.shape[1:], align_corners)
-    return F.cross_entropy(z, labels.long(), ignore_index=-1, reduction="none")
+    weight = None if weight is None else weight.to(z)
+    options = {"reduction": "none"} | options
+    return F.cross_entropy(z, labels.long(), weight, ignore_index=-1, **options)
 
 
-def dice(logits: Tensor, labels: Tensor, *, squared: bool = False, **options: Any) -> Tensor:
-    """The mean over the classes that are present."""
+def two_classes(logits: Tensor, *maps: Tensor | None) -> tuple[Any, ...]:
+    """Each channel as an image whose logits are 0 and its own, and maps of the labels' size."""
+    both = torch.stack([torch.zeros_like(logits), logits], 2).flatten(0, 1)
+    return both, *(None if x is None else x.flatten(0, 1) for x in maps)
+
+
+def binary_cross_entropy_of(
+    logits: Tensor,
+    labels: Tensor,
+    pixel_weights: Tensor | None = None,
+    *,
+    pos_weight: Sequence[float] | float = 1.0,
+    **options: Any,
+) -> Tensor:
+    """The formula of ao.BinaryCrossEntropy."""
+    of_ones = torch.as_tensor(pos_weight).to(logits).expand(logits.shape[1])
+    w = torch.stack([torch.ones_like(of_ones), of_ones], 1).repeat(len(logits), 1)
+    z, y, v = two_classes(logits, labels, pixel_weights)
+    losses, used = losses_and_used(z, y, w, v, **options)
+    return losses.sum() / used.sum()
+
+
+def dice(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    smooth: float = 0.0,
+    squared: bool = False,
+    per_image: bool = False,
+    absent: str = "skip",
+    weight: Sequence[float] | None = None,
+    log: bool = False,
+    gamma: float = 1.0,
+    sigmoid: bool = False,
+    align_corners: bool = False,
+) -> Tensor:
+    """The formula of ao.Dice."""
     names = ("counts", "intersections", "squares" if squared else "probability_sums")
-    counts, intersections, masses = statistics(logits, labels, names=names, **options)
-    return (1 - 2 * intersections / (masses + counts))[counts > 0].mean()
+    z, y = two_classes(logits, labels) if sigmoid else (logits, labels)
+    options: dict[str, Any] = {"per_image": per_image or sigmoid, "align_corners": align_corners}
+    c, o, m = statistics(z, y, names=names, **options)
+    if sigmoid:
+        c, o, m = (x[:, 1].view(logits.shape[:2]) for x in (c, o, m))
+        c, o, m = (x if per_image else x.sum(0) for x in (c, o, m))
+    scores = (o + smooth) / (o + alpha * (m - o) + beta * (c - o) + smooth)
+    scores = scores if absent == "keep" else torch.where(c > 0, scores, 1)  # without a loss
+    losses = -scores.log() if log else 1 - scores
+    w = torch.ones_like(losses) if weight is None else torch.as_tensor(weight).to(losses)
+    w = w * (c > 0) if absent == "skip" else w.expand_as(losses)
+    return ((w * losses).sum() / w.sum()) ** gamma
 
 
 def cross_entropy_dice(
@@ -134,8 +203,9 @@ def cross_entropy_dice(
     align_corners: bool = False,
     **options: Any,
 ) -> Tensor:
-    align = {"align_corners": align_corners}
-    regions = dice(logits, labels, squared=squared, per_image=per_image, **align)
+    align: dict[str, Any] = {"align_corners": align_corners}
+    of_dice: dict[str, Any] = {"squared": squared, "per_image": per_image} | align
+    regions = dice(logits, labels, **of_dice)
     return cross_entropy(logits, labels, **align, **options) + regions
 
 
@@ -156,8 +226,13 @@ def lovasz_of_classes(z: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([sorted_loss((x.to(p) - p[:, k]).abs(), x) for k, x in enumerate(is_class)])
 
 
-def lovasz(logits: Tensor, labels: Tensor, *, align_corners: bool = False) -> Tensor:
+def lovasz(
+    logits: Tensor, labels: Tensor, *, per_image: bool = False, align_corners: bool = False
+) -> Tensor:
     """The mean of the classes that are present."""
+    if per_image:
+        images = zip(logits.split(1), labels.split(1), strict=True)
+        return torch.stack([lovasz(*image, align_corners=align_corners) for image in images]).mean()
     losses = lovasz_of_classes(upsampled(logits, labels.shape[1:], align_corners), labels)
     return losses[labels[labels >= 0].unique().long()].mean()
 
@@ -172,11 +247,21 @@ def lovasz_of_sigmoids(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def binary_cross_entropy(logits: Tensor, labels: Tensor, *, pos_weight: float) -> Tensor:
+def binary_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    pos_weight: Sequence[float] | float,
+    reduction: str = "mean",
+) -> Tensor:
     z = upsampled(logits, labels.shape[2:])
-    loss = partial(F.binary_cross_entropy_with_logits, reduction="none")
-    weight = torch.as_tensor(pos_weight, dtype=z.dtype, device=z.device)
-    return loss(z, labels.clamp(min=0).to(z), pos_weight=weight)[labels >= 0].mean()
+    weight = torch.as_tensor(pos_weight).to(z).expand(z.shape[1]).view(-1, 1, 1)
+    options: dict[str, Any] = {"pos_weight": weight, "reduction": "none"}
+    losses = F.binary_cross_entropy_with_logits(z, labels.clamp(min=0).to(z), **options)
+    losses = torch.where(labels >= 0, losses, 0)
+    if reduction == "none":
+        return losses
+    return losses.sum() / ((labels >= 0).sum() if reduction == "mean" else 1)
 
 
 def kl_divergence(

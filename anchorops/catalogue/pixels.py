@@ -12,7 +12,7 @@ import anchorops as ao
 from .._ops.kth_largest import kth_largest
 from . import formulas
 from .budget import FLOOR
-from .entry import Entry, Inputs, Sample, small
+from .entry import Entry, Inputs, Sample, of_options, small
 from .inputs import F32, in_layout, labels_of, normal, uniform
 
 BF16, F16 = torch.bfloat16, torch.float16
@@ -62,7 +62,7 @@ class Pixels(NamedTuple):
             return {"logits": logits, "teacher": teacher.to(self.dtype), "valid": y >= 0}
         if not self.weights:
             return {"logits": logits, "labels": y}
-        weights = uniform(*label_size, random=random)
+        weights = uniform(*y.shape, random=random)
         weights = weights.masked_fill(weights < 0.1, 0)
         return {"logits": logits, "labels": y, "pixel_weights": weights}
 
@@ -138,16 +138,16 @@ def thousands(n: int, random: Generator) -> Inputs:
     return {"values": uniform(3000 * n**2, random=random)}
 
 
-def loss_of(make: Callable[..., nn.Module], **always: Any) -> Callable[..., Tensor]:
+class Loss:
     """A new module for each call: a traced one would keep its terms, tensors of the trace."""
 
-    def loss(
-        logits: Tensor, labels: Tensor, pixel_weights: Tensor | None = None, **options: Any
-    ) -> Tensor:
-        module = make(**always, **options, ignore_index=-1)
-        return module.to(logits.device)(logits, labels, pixel_weights)
+    def __init__(self, make: Callable[..., nn.Module], **always: Any) -> None:
+        self.module = partial(make, **always, ignore_index=-1)
 
-    return loss
+    def __call__(
+        self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        return self.module(**options).to(logits.device)(logits, labels, pixel_weights)
 
 
 def cross_entropy_dice(
@@ -179,6 +179,8 @@ def largest(logits: Tensor, labels: Tensor, confidence: bool = False, **options:
     return (z, *confidences)
 
 
+WEIGHT: dict[str, Any] = {"weight": [0.5, 1.0, 2.0, 0.25]}
+WEIGHTS = {"weight": torch.tensor(WEIGHT["weight"], device="cpu")}
 SHAPED: dict[str, Any] = {"label_smoothing": 0.1, "focal_gamma": 1.5}
 OHEM: dict[str, Any] = {"ohem_threshold": 0.3}
 PLAIN = Entry(
@@ -195,19 +197,31 @@ PLAIN = Entry(
 CROSS_ENTROPY = Entry(
     "CrossEntropy",
     MOMENTS,
-    loss_of(ao.CrossEntropy),
+    Loss(ao.CrossEntropy),
     formulas.cross_entropy,
     (
         Sample("pixel weights", BASE._replace(weights=True)),
         small("CrossEntropy", FOUR_TIMES._replace(weights=True), **SHAPED),
+        *of_options(
+            "CrossEntropy",
+            ANY_SIZE._replace(weights=True),
+            WEIGHT | {"label_smoothing": 0.1},
+            WEIGHT | {"focal_gamma": 0.7},
+            WEIGHT | OHEM | {"ohem_min_kept": 20},
+            {"ohem_threshold": 0.01, "ohem_min_kept": 60},
+            {"ohem_min_kept": 10**6},
+        ),
     ),
 )
 LOVASZ = Entry(
     "Lovasz",
     HISTOGRAMS,
-    loss_of(ao.Lovasz),
+    Loss(ao.Lovasz),
     formulas.lovasz,
-    (small("Lovasz", ANY_SIZE)._replace(floor=BINS),),
+    (
+        small("Lovasz", ANY_SIZE)._replace(floor=BINS),
+        *(x._replace(floor=BINS) for x in of_options("Lovasz", ANY_SIZE, {"per_image": True})),
+    ),
     exact=False,
 )
 ENTRIES = [
@@ -240,6 +254,14 @@ ENTRIES = [
         samples=(
             *of_images("a loss for each pixel"),
             small("pixel_cross_entropy", Pixels(2, (6, 7), (6, 7), half=True)),
+            *of_options(
+                "pixel_cross_entropy",
+                ANY_SIZE,
+                {"reduction": "sum", "label_smoothing": 0.3, "align_corners": True},
+                WEIGHTS | {"reduction": "mean"},
+                WEIGHTS | {"reduction": "none", "label_smoothing": 0.3},
+                on_cpu=False,
+            ),
         ),
     ),
     CROSS_ENTROPY,
@@ -271,14 +293,29 @@ ENTRIES = [
     Entry(
         "Dice",
         MOMENTS,
-        loss_of(ao.Dice),
+        Loss(ao.Dice),
         formulas.dice,
-        (small("Dice", ANY_SIZE, squared=True, per_image=True),),
+        (
+            small("Dice", ANY_SIZE, squared=True, per_image=True),
+            *of_options(
+                "Dice",
+                FOUR_TIMES,
+                *(WEIGHT | {"absent": name} for name in ("skip", "zero", "keep")),
+                {"per_image": True, "log": True, "absent": "zero"},
+                {"alpha": 0.3, "beta": 0.7, "gamma": 0.75, "smooth": 1.0},
+            ),
+            *of_options(
+                "Dice",
+                CHANNELS,
+                {"sigmoid": True, "squared": True},
+                {"sigmoid": True, "per_image": True, "absent": "keep", "smooth": 0.5},
+            ),
+        ),
     ),
     Entry(
         "CrossEntropyDice",
         MOMENTS,
-        loss_of(cross_entropy_dice),
+        Loss(cross_entropy_dice),
         formulas.cross_entropy_dice,
         (
             *of_images("cross-entropy + Dice"),
@@ -291,7 +328,7 @@ ENTRIES = [
     LOVASZ,
     LOVASZ._replace(
         name="Lovasz of many bins",
-        ours=loss_of(ao.Lovasz, bins=2**16),
+        ours=Loss(ao.Lovasz, bins=2**16),
         samples=tuple(
             sample._replace(floor=BINS)
             for sample, images in zip(of_images("Lovász"), IMAGES.values(), strict=True)
@@ -300,7 +337,7 @@ ENTRIES = [
     ),
     LOVASZ._replace(
         name="Lovasz of sigmoids",
-        ours=loss_of(ao.Lovasz, sigmoid=True, absent="keep"),
+        ours=Loss(ao.Lovasz, sigmoid=True, absent="keep"),
         formula=formulas.lovasz_of_sigmoids,
         samples=(small("Lovasz of sigmoids", CHANNELS, on_cpu=True)._replace(floor=BINS),),
     ),
@@ -319,6 +356,28 @@ ENTRIES = [
                 for channels, weight in ((1, 1.0), (3, 2.5))
             ),
             small("pixel_binary_cross_entropy", CHANNELS, pos_weight=2.5),
+            *of_options(
+                "pixel_binary_cross_entropy",
+                CHANNELS,
+                *({"reduction": name, "pos_weight": [1.0, 3.0, 0.5]} for name in ("sum", "none")),
+            ),
+        ),
+    ),
+    Entry(
+        "BinaryCrossEntropy",
+        MOMENTS,
+        Loss(ao.BinaryCrossEntropy),
+        formulas.binary_cross_entropy_of,
+        tuple(
+            of_options(
+                "BinaryCrossEntropy",
+                CHANNELS._replace(weights=True),
+                {"pos_weight": [1.0, 3.0, 0.5], "label_smoothing": 0.2},
+                {"pos_weight": 1 / 3, "focal_gamma": 0.5},
+                {"pos_weight": [1.0, 3.0, 0.5], "ohem_threshold": 0.4},
+                {"ohem_threshold": 0.2, "ohem_min_kept": 300},
+                {"ohem_min_kept": 100},
+            )
         ),
     ),
     Entry(

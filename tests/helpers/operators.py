@@ -1,4 +1,5 @@
-"""The cases of the catalogue that tests of the guarantees run: those of its small samples."""
+"""The cases of the catalogue that tests of the guarantees run: its small samples and those of
+options."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,16 +24,19 @@ def places_of(case: Case) -> list[str]:
     return ["reference", *on_cpu, *(f"simulated_{x}" for x in simulated if x in backends)]
 
 
-def each(*places: str, slow: bool = False, **having: object) -> pytest.MarkDecorator:
+def each(
+    *places: str, slow: bool = False, options: bool = False, **having: object
+) -> pytest.MarkDecorator:
     """All cases whose entries have these properties, in these places. slow: a case takes about a
-    second, so `make test` runs a few of them."""
+    second, so `make test` runs a few of them; options: also the samples of options."""
+    chosen = catalogue.cases("small") + (catalogue.cases("options") if options else [])
     cases = [
         pytest.param(
             case,
             marks=[pytest.mark.on(*here), *[pytest.mark.slow] * (slow and str(case) not in FEW)],
             id=str(case),
         )
-        for case in catalogue.cases("small")
+        for case in chosen
         if all(getattr(case.entry, name) == value for name, value in having.items())
         and (here := [place for place in places_of(case) if place in (places or places_of(case))])
     ]
