@@ -22,24 +22,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchorops as ao
 from anchorops import Attachment
+from anchorops.catalogue import features as catalogue
 from anchorops.distributed import all_reduce
 from anchorops.losses import Regularizer, occl, statistics
 
 K, D = 6, 8
 METHODS: dict[str, Callable[..., Regularizer]] = {
-    "sar": lambda **kw: ao.SAR(K, D, delta=0.0, gate="per_class", **kw),
-    "cr": lambda **kw: ao.SAR(K, D, embed=False, **kw),
-    "occl": lambda **kw: ao.OCCL(K, D, **kw),
-    "occl_images": lambda **kw: ao.OCCL(K, D, split="images", **kw),
-    "mvsc": lambda **kw: ao.MVSC(K, D, **kw),
-    "ceco": lambda **kw: ao.CeCo(K, D, reduced_dim=7, center_dim=9, dropout=0.0, **kw),
-    "ceco_feature": lambda **kw: ao.CeCo(K, D, dropout=0.0, resolution="feature", **kw),
-    "ceco_per_image": lambda **kw: ao.CeCo(K, D, dropout=0.0, per_image=True, **kw),
-    "cbp_ema": lambda **kw: ao.Combined(
-        ao.CBP(K, D, update="ema", momentum=0.5, **kw), ao.OCCL(K, D, **kw)
-    ),
-    "combined": lambda **kw: ao.Combined(
-        ao.SAR(K, D, delta=0.0, gate="per_class", **kw), ao.OCCL(K, D, **kw), ao.MVSC(K, D, **kw)
+    **{name: x for name, x in catalogue.METHODS.items() if "CBP" not in name},
+    "CBP, OCCL": lambda *sizes, **kw: ao.Combined(
+        ao.CBP(*sizes, update="ema", momentum=0.5, **kw), ao.OCCL(*sizes, **kw)
     ),
 }
 
@@ -57,7 +48,7 @@ class Net(nn.Module):
 def build(method: str, process_group: str | None) -> tuple[Net, Attachment]:
     torch.manual_seed(0)
     model = Net()
-    return model, ao.attach(model, METHODS[method](process_group=process_group))
+    return model, ao.attach(model, METHODS[method](K, D, process_group=process_group))
 
 
 def batch_of(rank: int, step: int) -> tuple[Tensor, Tensor]:
@@ -244,13 +235,13 @@ def check_fully_sharded_cbp(update: str, shard_classifier: bool, rank: int, rank
 
 def check_refusals_of_sharded_models(rank: int) -> None:
     x, labels = batch_of(rank, 0)
-    model, attached = build("sar", None)
+    model, attached = build("SAR", None)
     fully_shard(model.classifier)
     fully_shard(model)
     model(x)
     with pytest.raises(ValueError, match=r"SAR: classifier: .* not sharded .* got a DTensor"):
         attached(labels)
-    model, attached = build("ceco", None)
+    model, attached = build("CeCo", None)
     fully_shard(model, reshard_after_forward=True)
     model(x)
     with pytest.raises(ValueError, match=r"CeCo: state: .* reshard_after_forward=True, got DTens"):
@@ -417,7 +408,7 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
             check_compiled(rank)
             check_diagnostics(rank, ranks)
             check_wrapped(rank)
-            for method in ("sar", "occl", "mvsc"):
+            for method in ("SAR", "OCCL", "MVSC"):
                 check_fully_sharded(method, rank, ranks)
             for update in ("frozen", "gradient", "ema"):
                 for shard_classifier in (False, True):

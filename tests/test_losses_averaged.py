@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 
 import anchorops as ao
+from anchorops.catalogue import features as catalogue
 
 K, D, DECAY = 3, 8, 0.75
 
@@ -31,19 +32,13 @@ def average(model: nn.Module, name: str) -> tuple[nn.Module, Callable[[nn.Module
     return averaged.module, averaged.update_parameters
 
 
-METHODS: dict[str, Callable[[], Any]] = {
-    "sar": lambda: ao.SAR(K, D, delta=0.0, gate="per_class"),
-    "cbp_ema": lambda: ao.CBP(K, D, update="ema", momentum=0.9),
-    "occl": lambda: ao.OCCL(K, D),
-    "mvsc": lambda: ao.MVSC(K, D),
-    "ceco": lambda: ao.CeCo(K, D, reduced_dim=5, center_dim=6),
-}
+METHODS = ("SAR", "CBP", "OCCL", "MVSC", "CeCo")
 
 
 def model_and_loss(method: str) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, D, 1), nn.Conv2d(D, K, 1))
-    return model, ao.attach(model, METHODS[method]())
+    return model, ao.attach(model, catalogue.METHODS[method](K, D))
 
 
 def train(model: nn.Module, loss: Any, steps: int = 1) -> None:
@@ -88,7 +83,7 @@ def test_the_average_of_a_model(method: str, kind: str) -> None:
 
 
 def test_the_average_has_the_classes_that_have_started() -> None:
-    model, loss = model_and_loss("sar")
+    model, loss = model_and_loss("SAR")
     averaged, update = average(model, "multi_ema")
     sar = loss.regularizer
     sar.delta = 1.0  # no class is recognised

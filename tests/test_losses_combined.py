@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from methods import D, K, batch, combined, open_gate
+from methods import METHODS, D, K, batch, open_gate
 from torch import nn
 
 import anchorops as ao
@@ -20,7 +20,7 @@ def methods_of(together: Regularizer) -> nn.ModuleList:
 
 def test_combined_equals_its_parts_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels, classifier = batch()
-    together = open_gate(combined())
+    together = open_gate(METHODS["combined"]())
     apart = [copy.deepcopy(method) for method in methods_of(together)]
     passes = []
     moments = class_moments_module.unchecked_moments

@@ -138,7 +138,7 @@ def test_nothing_valid_is_finite(build: Callable[[], Regularizer]) -> None:
     assert features.grad is None or features.grad.abs().max() == 0
 
 
-@pytest.mark.parametrize("build", [METHODS[n] for n in ("sar", "cr", "occl", "mvsc", "combined")])
+@pytest.mark.parametrize("build", [METHODS[n] for n in ("SAR", "CR", "OCCL", "MVSC", "combined")])
 def test_ignored_pixels_may_be_nan(build: Callable[[], Regularizer]) -> None:
     features, labels, classifier = batch()
     method = open_gate(build())
@@ -239,14 +239,14 @@ def test_evaluation_changes_no_state(build: Callable[[], Regularizer]) -> None:
 
 
 def every_loss() -> Regularizer:
-    ceco, cbp = METHODS["ceco"](), METHODS["cbp_penalty"]()
+    ceco, cbp = METHODS["CeCo"](), METHODS["CBP, penalty"]()
     return ao.Combined(ao.SAR(K, D), ao.OCCL(K, D), ao.MVSC(K, D), ceco, cbp)
 
 
 @pytest.mark.parametrize(
     "build",
     slow_but(
-        "sar", "occl", "ceco", "cbp_penalty", "inductor", of=METHODS | {"inductor": every_loss}
+        "SAR", "OCCL", "CeCo", "CBP, penalty", "inductor", of=METHODS | {"inductor": every_loss}
     ),
 )
 def test_compiles_as_one_graph(build: Callable[[], Regularizer]) -> None:
@@ -297,7 +297,7 @@ def test_gradient_of_ceco_in_evaluation() -> None:
     torch.manual_seed(0)
     features = torch.randn(2, D, 1, 3, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, K, (2, 1, 3))
-    ceco = METHODS["ceco"]().double().eval()
+    ceco = METHODS["CeCo"]().double().eval()
     assert torch.autograd.gradcheck(lambda f: ceco(f, labels), features)
 
 

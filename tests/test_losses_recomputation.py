@@ -12,23 +12,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import anchorops as ao
-from anchorops.losses import Regularizer
+from anchorops.catalogue.features import METHODS
 
 K, D = 5, 12
-WITH_STATE: dict[str, Callable[[], Regularizer]] = {
-    "sar": lambda: ao.SAR(K, D, delta=0.0, gate="per_class", momentum=0.5),
-    "occl": lambda: ao.OCCL(K, D),
-    "mvsc": lambda: ao.MVSC(K, D),
-    "ceco": lambda: ao.CeCo(K, D, reduced_dim=7, center_dim=9, dropout=0.3),
-    "cbp_ema": lambda: ao.CBP(K, D, update="ema"),
-    "combined": lambda: ao.Combined(ao.SAR(K, D, embed=False), ao.OCCL(K, D), ao.CBP(K, D)),
-}
-WITHOUT_STATE: dict[str, Callable[[], Regularizer]] = {
-    "cr": lambda: ao.SAR(K, D, embed=False),
-    "cbp": lambda: ao.CBP(K, D),
-    "cbp_penalty": lambda: ao.CBP(K, D, update="penalty"),
-}
-METHODS = WITH_STATE | WITHOUT_STATE
+WITH_STATE = ("SAR", "OCCL", "MVSC", "CeCo", "CBP", "combined")
+WITHOUT_STATE = ("CR", "CBP, penalty")
 MESSAGE = "recomputes this loss: call it outside of the checkpointed function"
 reentrant_or_not = pytest.mark.parametrize("reentrant", [False, True])
 
@@ -40,7 +28,7 @@ class Step(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.layer, self.classifier = nn.Conv2d(4, D, 1), nn.Conv2d(D, K, 1)
-        self.method = METHODS[name]()
+        self.method = METHODS[name](K, D)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         features = self.layer(images)
@@ -83,7 +71,7 @@ def test_a_loss_with_state_raises_and_has_updated_it_once(name: str, reentrant: 
     torch.testing.assert_close(step.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", slow_but("sar", "ceco", of={x: x for x in WITH_STATE}))
+@pytest.mark.parametrize("name", slow_but("SAR", "CeCo", of={x: x for x in WITH_STATE}))
 def test_compiled_and_recomputed(name: str) -> None:
     torch.compiler.reset()
     step = Step(name)
@@ -118,7 +106,7 @@ class Attached(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Conv2d(4, D, 1), nn.Conv2d(D, K, 1))
-        self.loss = ao.attach(self.net, METHODS[name]())
+        self.loss = ao.attach(self.net, METHODS[name](K, D))
         self.recomputed = recomputed
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -127,7 +115,7 @@ class Attached(nn.Module):
         return self.loss(labels) + logits.square().mean()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", WITH_STATE + WITHOUT_STATE)
 @pytest.mark.parametrize("recomputed", [1, 2])
 def test_model_with_recomputed_layers(name: str, recomputed: int) -> None:
     step, plain = Attached(name, recomputed), Attached(name, 0)
@@ -139,7 +127,7 @@ def test_model_with_recomputed_layers(name: str, recomputed: int) -> None:
 
 
 def test_an_attached_loss_that_is_recomputed() -> None:
-    step = Attached("occl", 1)
+    step = Attached("OCCL", 1)
     loss: Any = checkpoint(step, *next(batches()), use_reentrant=False)
     with pytest.raises(RuntimeError, match=f"OCCL: .*{MESSAGE}"):
         loss.backward()

@@ -5,6 +5,7 @@ The images of a GPU are as large as those for which its kernels are made; on the
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -13,6 +14,7 @@ from cpu_kernels import in_layout
 from torch import Tensor, nn
 
 import anchorops as ao
+from anchorops.catalogue import features as catalogue
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -28,32 +30,16 @@ class ToAnchors(nn.Module):
         return ao.pixel_to_anchor_mse(features, labels, self.anchors)
 
 
-def sar(num_classes: int, dim: int) -> ao.SAR:
-    return ao.SAR(num_classes, dim, gate="per_class", delta=0.0)
-
-
+CONSTANT = ("CBP, penalty", "SAR, one gate")  # in the features, here
 METHODS: dict[str, Callable[[int, int], nn.Module]] = {
-    "fixed anchors": lambda k, d: ToAnchors(k, d, learnable=False),
-    "learnable anchors": lambda k, d: ToAnchors(k, d, learnable=True),
-    "SAR": sar,
-    "CR": lambda k, d: ao.SAR(k, d, embed=False),
-    "CBP": lambda k, d: ao.CBP(k, d, update="ema"),
-    "OCCL": lambda k, d: ao.OCCL(k, d),
-    "OCCL, sum": lambda k, d: ao.OCCL(
-        k, d, normalize=False, reduction="sum", temperature=1.0, centroid_weight=0.01
+    **{name: x for name, x in catalogue.METHODS.items() if name not in CONSTANT},
+    "fixed anchors": partial(ToAnchors, learnable=False),
+    "learnable anchors": partial(ToAnchors, learnable=True),
+    "OCCL, sum": partial(
+        ao.OCCL, normalize=False, reduction="sum", temperature=1.0, centroid_weight=0.01
     ),
-    "OCCL, images": lambda k, d: ao.OCCL(k, d, split="images"),
-    "MVSC": lambda k, d: ao.MVSC(k, d),
-    "MVSC, three groups": lambda k, d: ao.MVSC(k, d, groups=3, enhance=False),
-    "MVSC, one group": lambda k, d: ao.MVSC(k, d, groups=1),
-    "CeCo": lambda k, d: ao.CeCo(k, d, reduced_dim=d // 3, center_dim=2 * k, dropout=0.0),
-    "CeCo, images": lambda k, d: ao.CeCo(
-        k, d, reduced_dim=d // 3, center_dim=2 * k, dropout=0.0, per_image=True
-    ),
-    "CeCo, features": lambda k, d: ao.CeCo(
-        k, d, reduced_dim=d // 3, center_dim=2 * k, dropout=0.0, resolution="feature"
-    ),
-    "combined": lambda k, d: ao.Combined(sar(k, d), ao.OCCL(k, d), ao.MVSC(k, d)),
+    "MVSC, three groups": partial(ao.MVSC, groups=3, enhance=False),
+    "MVSC, one group": partial(ao.MVSC, groups=1),
 }
 
 

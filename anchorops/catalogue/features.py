@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 import anchorops as ao
+from anchorops.losses import Regularizer
 
 from .._backend import CUDA_BACKENDS, select
 from .._ops import split_groups as groups_of_keys
@@ -196,13 +197,31 @@ def step(
         return method(features, labels, classifier)
 
 
+def ceco(num_classes: int, dim: int, **options: Any) -> ao.CeCo:
+    options = {"reduced_dim": dim // 3, "center_dim": 2 * num_classes, "dropout": 0.0} | options
+    return ao.CeCo(num_classes, dim, **options)
+
+
+def combined(*sizes: int, **options: Any) -> ao.Combined:
+    return ao.Combined(*(METHODS[name](*sizes, **options) for name in ("SAR", "OCCL", "MVSC")))
+
+
+METHODS: dict[str, Callable[..., Regularizer]] = {  # of the numbers of classes and channels
+    "SAR": partial(ao.SAR, gate="per_class", delta=0.0),
+    "SAR, one gate": partial(ao.SAR, delta=0.1),
+    "CR": partial(ao.SAR, embed=False),
+    "CBP": partial(ao.CBP, update="ema"),
+    "CBP, penalty": partial(ao.CBP, update="penalty"),
+    "OCCL": ao.OCCL,
+    "OCCL, images": partial(ao.OCCL, split="images"),
+    "MVSC": ao.MVSC,
+    "CeCo": ceco,
+    "CeCo, features": partial(ceco, resolution="feature"),
+    "CeCo, images": partial(ceco, per_image=True),
+    "combined": combined,
+}
 OF_CENTROIDS = (*GROUPED, "centroid_info_nce")
-METHODS: tuple[tuple[str, Callable[..., nn.Module], tuple[str, ...]], ...] = (
-    ("SAR", partial(ao.SAR, gate="per_class", delta=0.0), MOMENTS),
-    ("OCCL", ao.OCCL, OF_CENTROIDS),
-    ("MVSC", ao.MVSC, OF_CENTROIDS),
-    ("CeCo", partial(ao.CeCo, reduced_dim=8, center_dim=14, dropout=0.0), ("upsampled_sums",)),
-)
+STEPS = {"SAR": MOMENTS, "OCCL": OF_CENTROIDS, "MVSC": OF_CENTROIDS, "CeCo": ("upsampled_sums",)}
 PLAIN = {name: features for name, features in FEATURES.items() if not features.options}
 IMAGES = {"each image": FEATURES["each image"]}
 GROUPS = {"3 groups": FEATURES["3 groups"]}
@@ -311,10 +330,10 @@ ENTRIES = [
         Entry(
             name,
             operators,
-            partial(step, make),
-            partial(step, make, exact=True),
+            partial(step, METHODS[name]),
+            partial(step, METHODS[name], exact=True),
             (Sample(f"a step of {name}", of_step, {}, ("all", "quick")[: 1 + (name != "MVSC")]),),
         )
-        for name, make, operators in METHODS
+        for name, operators in STEPS.items()
     ),
 ]
