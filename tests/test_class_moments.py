@@ -4,9 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from masked_sums import (
+from class_moments_cases import (
     BF16,
     F16,
     F32,
@@ -20,6 +18,8 @@ from masked_sums import (
     pixel_keys,
     run,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from simulated_gpu import BACKEND
 
 import anchorops as ao

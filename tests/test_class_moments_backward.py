@@ -7,8 +7,8 @@ features' dtype.
 
 import pytest
 import torch
+from class_moments_cases import BF16, F16, F32
 from cpu_kernels import in_layout
-from masked_sums import BF16, F16, F32
 from simulated_gpu import BACKEND
 
 pytestmark = pytest.mark.on("simulated_triton", "simulated_cuda")

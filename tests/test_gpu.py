@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import softmax_formulas as softmax
 import torch
-from masked_sums import BF16, Case, make_inputs, run
+from class_moments_cases import BF16, Case, make_inputs, run
 from torch import Tensor
 
 import anchorops as ao

@@ -412,6 +412,6 @@ def centroid_info_nce(
     others = torch.einsum("igd,jd->igj", rows, keys) / temperature
     others = others.masked_fill(~used[:, None], -torch.inf)
     losses = torch.cat([positive, others], -1).logsumexp(-1) - positive[..., 0]
-    if reduction == "mean":
-        return losses[here].mean()
-    return torch.where(here, losses, 0).view(queries.shape[:-1])
+    if reduction == "none":
+        return torch.where(here, losses, 0).view(queries.shape[:-1])
+    return losses[here].mean() if reduction == "mean" else losses[here].sum()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from masked_sums import BF16, F32, Case, check, make_features, make_labels
+from class_moments_cases import BF16, F32, Case, check, make_features, make_labels
 
 import anchorops as ao
 
