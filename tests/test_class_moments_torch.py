@@ -1,12 +1,10 @@
-"""Class moments together with torch: second derivatives, saved tensors, other dtypes of anchors;
-pixel_to_anchor_mse, compared with F.mse_loss."""
+"""Class moments together with torch: second derivatives, saved tensors, other dtypes of anchors."""
 
 import gc
 import weakref
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -136,22 +134,3 @@ def test_anchors_of_another_dtype(dtype: torch.dtype):
     ao.pixel_to_anchor_mse(features, labels, float_anchors).backward()
     assert anchors.grad is not None and float_anchors.grad is not None
     assert anchors.grad.dtype == dtype and torch.equal(anchors.grad, float_anchors.grad.to(dtype))
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("size", [(2, 5, 6, 7), (3, 5, 20), (40, 5)])
-def test_pixel_to_anchor_mse_is_mse_loss(backend: str, size):
-    features = torch.randn(size, dtype=F64, requires_grad=True)
-    anchors = torch.randn(4, 5, dtype=F64, requires_grad=True)
-    labels = some_labels(size, 4)
-    valid = labels != 255
-    rows, targets = features.movedim(1, -1)[valid], anchors[labels[valid]]
-    with ao.use_backend(backend):
-        for reduction in ("mean", "sum"):
-            ours = ao.pixel_to_anchor_mse(features, labels, anchors, reduction=reduction)
-            expected = F.mse_loss(rows, targets, reduction=reduction)
-            torch.testing.assert_close(ours, expected)
-            torch.testing.assert_close(
-                torch.autograd.grad(ours, (features, anchors), retain_graph=True),
-                torch.autograd.grad(expected, (features, anchors), retain_graph=True),
-            )

@@ -121,20 +121,6 @@ def test_sizes(backend, size, pixels, align_corners):
     check_argmax(torch.randn(size), pixels, align_corners)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16])
-def test_layouts(backend, dtype):
-    logits = torch.randn(2, 20, 3, 9).to(dtype)
-    expected = check_argmax(logits, (12, 36))
-    around = torch.full((4, 22, 7, 13), torch.nan, dtype=dtype)
-    around[1:3, 1:21, 2:5, 3:12] = logits
-    for view in (
-        logits.contiguous(memory_format=torch.channels_last),
-        logits.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
-        around[1:3, 1:21, 2:5, 3:12],
-    ):
-        assert torch.equal(ao.pixel_argmax(view, (12, 36)), expected)
-
-
 @pytest.mark.parametrize("pixels", [(8, 12), (5, 7), (2, 3)])
 def test_first_of_equal_logits(backend, pixels):
     logits = torch.zeros(1, 40, 2, 3)

@@ -126,7 +126,7 @@ def test_what_nothing_valid_reads_changes_nothing(case: Case, backend: str):
     torch.testing.assert_close(actual, expected)
 
 
-@each(ignores=True)
+@each(options=True, ignores=True)
 @pytest.mark.parametrize("images", [0, 2])
 def test_nothing_valid(images: int, case: Case, backend: str, poisoned: None):
     """No image; or all are ignored, and NaN. Results and gradients are 0."""

@@ -144,39 +144,12 @@ def test_lanes_of_one_pixel(backend: str, case: Case, monkeypatch: pytest.Monkey
     test_divergences_and_gradients(backend, case)
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("case", [CASES[1], CASES[6]], ids=str)
-def test_reductions(backend: str, case: Case, reduction: str) -> None:
-    inputs = make_inputs(case)
-    inputs = inputs._replace(weights=torch.ones_like(inputs.weights))
-    exact, gradient = formula(case, inputs, F64)
-    pixels = exact.numel() if inputs.valid is None else int(inputs.valid.sum())
-    count = pixels if reduction == "mean" else 1
-    actual = ours(case, inputs, reduction)
-    torch.testing.assert_close(actual[0].double(), exact.sum() / count, rtol=2e-6, atol=1e-6)
-    close = 1e-5 * float(gradient.abs().max()) / count
-    torch.testing.assert_close(actual[1].double(), gradient / count, rtol=1e-5, atol=close)
-
-
 @pytest.mark.on("reference", "cpu")
 @pytest.mark.parametrize("slab", [2**22, 4 * 3 * 5 * 6])  # all volumes at once, or a few slices
 @pytest.mark.parametrize("case", VOLUMES, ids=str)
 def test_volumes(backend: str, case: Case, slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(volumes, "SLAB", slab)
     test_divergences_and_gradients(backend, case)
-    if case.dtype == F32:
-        for reduction in ("sum", "mean"):
-            test_reductions(backend, case, reduction)
-
-
-@pytest.mark.on("cpu", "reference")
-@pytest.mark.parametrize("case", [*CASES[1:3], CASES[7], CASES[12], VOLUMES[1]], ids=str)
-def test_float64(backend: str, case: Case) -> None:
-    case = case._replace(dtype=F64)
-    inputs = make_inputs(case)
-    for value, exact in zip(ours(case, inputs), formula(case, inputs, F64), strict=True):
-        assert value.dtype == F64
-        torch.testing.assert_close(value, exact, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -261,11 +234,9 @@ def test_logits_that_spread_widely(backend: str, spread: int, near: bool) -> Non
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_nothing_to_compare(backend: str, reduction: str) -> None:
-    """No image, no pixel of the labels, no valid pixel."""
+    """No pixel of the labels."""
     for size, pixels in (
-        ((0, 5, 3, 4), (12, 16)),
         ((2, 5, 3, 4), (0, 16)),
-        ((2, 5, 3, 4), (6, 8)),
         ((2, 3, 2, 3, 3), (0, 4, 4)),
         ((2, 3, 2, 3, 3), (4, 0, 4)),
     ):
@@ -276,14 +247,6 @@ def test_nothing_to_compare(backend: str, reduction: str) -> None:
         assert not actual.any() and actual.shape == (valid.shape if reduction == "none" else ())
         (gradient,) = torch.autograd.grad(actual.sum(), x)
         assert gradient.shape == x.shape and not gradient.any()
-
-
-def test_the_teacher_is_constant(backend: str) -> None:
-    x, teacher = torch.randn(2, 2, 5, 3, 4).unbind()
-    teacher = teacher.requires_grad_()
-    assert not ao.pixel_kl_divergence(x, teacher, (12, 16)).requires_grad
-    loss = ao.pixel_kl_divergence(x.requires_grad_(), teacher, (12, 16))
-    assert torch.autograd.grad(loss, [x, teacher], allow_unused=True)[1] is None
 
 
 @pytest.mark.on("cpu")

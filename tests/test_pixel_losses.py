@@ -139,23 +139,6 @@ def test_power_of_a_negative_mean(settings, defined, log):
             ao.Dice(log=log, gamma=0.75, **settings)
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        ao.CrossEntropy(),
-        ao.CrossEntropy(ohem_threshold=0.7, ohem_min_kept=9),
-        *(ao.Dice(gamma=gamma) for gamma in (0.1, 0.5, 1, 2)),
-        ao.CrossEntropyDice(),
-    ],
-    ids=str,
-)
-def test_nothing_valid_is_zero_with_a_gradient(loss):
-    logits, _, labels = inputs(torch.float32)
-    value = loss(logits, torch.full_like(labels, 255))
-    value.backward()
-    assert value == 0 and not logits.grad.any()
-
-
 def test_a_masked_class_of_weight_0_has_no_part_in_label_smoothing():
     logits, _, labels = inputs()  # without class 3
     masked = logits.detach().clone()
@@ -204,31 +187,6 @@ def test_a_message_shows_what_was_wrong():
         ao.CrossEntropy()((logits, logits), labels)
     with pytest.raises(ValueError, match=r"of one image \(K, h, w\) give logits\[None\]"):
         ao.CrossEntropy()(logits[0], labels[0])
-
-
-@pytest.mark.on("cpu", "simulated_triton", "triton")
-@pytest.mark.parametrize("shape", [(2, K, 3, 4), (1, K, 2, 3, 4)])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"ohem_min_kept": 20},
-        {"ohem_threshold": 0.5},
-        {"ohem_threshold": 0.5, "focal_gamma": 1.0},
-    ],
-)
-def test_weights_of_pixels_on_each_backend(options, shape, backend):
-    logits = torch.randn(shape, requires_grad=True)
-    labels = ignoring(torch.randint(0, K, (shape[0], *(2 * n for n in shape[2:]))))
-    weights = torch.rand(labels.shape).where(labels > 0, 0).where(labels != 255, torch.nan)
-    weights.requires_grad_()
-    loss = ao.CrossEntropy(**options)
-    actual = loss(logits, labels, weights)
-    with ao.use_backend("reference"):
-        expected = loss(logits, labels, weights)
-    torch.testing.assert_close(actual, expected)
-    actual, expected = (torch.autograd.grad(x, (logits, weights)) for x in (actual, expected))
-    torch.testing.assert_close(actual, expected)
 
 
 @both_backends

@@ -17,7 +17,7 @@ from .._backend import CUDA_BACKENDS, select
 from .._ops import split_groups as groups_of_keys
 from .._ops.upsampled_sums import upsampled_sums
 from . import formulas
-from .entry import Entry, Inputs, Sample, small
+from .entry import Entry, Inputs, Sample, of_options, small
 from .inputs import F32, in_layout, labels_of, normal, uniform
 
 BF16, F16 = torch.bfloat16, torch.float16
@@ -260,6 +260,7 @@ ENTRIES = [
         (
             *of_distances("pixel-to-anchor MSE", PLAIN),
             small("pixel_to_anchor_mse", SMALL),
+            *of_options("pixel_to_anchor_mse", SMALL, {"reduction": "sum"}, on_cpu=False),
         ),
         tables=("anchors",),
     ),

@@ -277,7 +277,9 @@ def kl_divergence(
     pixels = (upsampled(x, size, align_corners) / temperature for x in both)
     s, t = (z.log_softmax(1) for z in pixels)
     divergences = temperature**2 * (t.exp() * (t - s)).sum(1)
-    return divergences[valid].mean() if reduction == "mean" else torch.where(valid, divergences, 0)
+    if reduction == "none":
+        return torch.where(valid, divergences, 0)
+    return divergences[valid].mean() if reduction == "mean" else divergences[valid].sum()
 
 
 def largest(
@@ -365,9 +367,11 @@ def class_centroids(
     return sums / counts.clamp(min=1)[..., None], counts
 
 
-def pixel_to_anchor_mse(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
+def pixel_to_anchor_mse(
+    features: Tensor, labels: Tensor, anchors: Tensor, *, reduction: str = "mean"
+) -> Tensor:
     counts, _, sqdists = class_moments(features, labels, anchors, num_classes=len(anchors))
-    return sqdists.sum() / (features.shape[1] * counts.sum())
+    return sqdists.sum() / (features.shape[1] * counts.sum() if reduction == "mean" else 1)
 
 
 def upsampled_sums(

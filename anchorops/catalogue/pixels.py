@@ -213,6 +213,24 @@ CROSS_ENTROPY = Entry(
         ),
     ),
 )
+DICE = Entry(
+    "Dice",
+    MOMENTS,
+    Loss(ao.Dice),
+    formulas.dice,
+    (
+        small("Dice", ANY_SIZE, squared=True, per_image=True),
+        *of_options(
+            "Dice",
+            FOUR_TIMES,
+            WEIGHT | {"squared": True},
+            WEIGHT | {"absent": "zero"},
+            {"per_image": True, "log": True, "absent": "zero"},
+            {"alpha": 0.3, "beta": 0.7, "gamma": 0.75, "smooth": 1.0},
+        ),
+        *of_options("Dice", CHANNELS, {"sigmoid": True, "squared": True}),
+    ),
+)
 LOVASZ = Entry(
     "Lovasz",
     HISTOGRAMS,
@@ -290,24 +308,15 @@ ENTRIES = [
             small("CrossEntropy of the hardest", FOUR_TIMES, ohem_min_kept=40),
         ),
     ),
-    Entry(
-        "Dice",
-        MOMENTS,
-        Loss(ao.Dice),
-        formulas.dice,
-        (
-            small("Dice", ANY_SIZE, squared=True, per_image=True),
-            *of_options(
-                "Dice",
-                FOUR_TIMES,
-                *(WEIGHT | {"absent": name} for name in ("skip", "zero", "keep")),
-                {"per_image": True, "log": True, "absent": "zero"},
-                {"alpha": 0.3, "beta": 0.7, "gamma": 0.75, "smooth": 1.0},
-            ),
+    DICE,
+    DICE._replace(
+        name="Dice of absent classes",
+        ignores=False,
+        samples=(
+            *of_options("Dice", FOUR_TIMES, WEIGHT | {"absent": "keep"}),
             *of_options(
                 "Dice",
                 CHANNELS,
-                {"sigmoid": True, "squared": True},
                 {"sigmoid": True, "per_image": True, "absent": "keep", "smooth": 0.5},
             ),
         ),
@@ -391,6 +400,12 @@ ENTRIES = [
             Sample("a divergence for each pixel", BASE._replace(teacher=()), {"reduction": "none"}),
             Sample("volume, divergence", VOLUME._replace(teacher=())),
             small("pixel_kl_divergence", FOUR_TIMES._replace(teacher=(3, 5)), temperature=2.0),
+            *of_options(
+                "pixel_kl_divergence",
+                ANY_SIZE._replace(teacher=(6, 9)),
+                *({"reduction": x, "align_corners": True} for x in ("mean", "sum", "none")),
+                on_cpu=False,
+            ),
             small(
                 "pixel_kl_divergence of volumes",
                 VOLUMES._replace(teacher=(3, 4, 5)),
