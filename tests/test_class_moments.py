@@ -24,6 +24,7 @@ from simulated_gpu import BACKEND
 
 import anchorops as ao
 from anchorops._backend import CUDA_MAX_KEYS
+from tests.test_guarantees import far
 
 cpu = pytest.mark.on("cpu")
 on_cpu = pytest.mark.on("cpu", "reference")
@@ -60,6 +61,24 @@ CASES = [
     Case((3, 130, 600), 6, BF16, labels="long runs", per_image=True),
     Case((2, 4, 30, 1), 3, F32, "every other"),
     Case((60, 3), 1024),
+]
+LAYOUTS = [  # where planes, rows or elements begin at 16 bytes, and where not
+    Case((2, 65, 1, 1), 5),
+    Case((2, 40, 6, 1), 5, BF16),
+    Case((5, 300), 5, F16),
+    Case((33, 1), 5, BF16),
+    Case((2, 40, 13, 13), 5, BF16, "misaligned"),
+    Case((2, 24, 4, 16), 5, BF16, "misaligned"),
+    Case((70, 24), 5, F32, "misaligned"),
+    Case((2, 24, 4, 16), 5, BF16, "channels_last misaligned"),
+    Case((2, 24, 13, 11), 5, BF16, "cropped aligned"),
+    Case((70, 24), 5, F16, "cropped aligned"),
+    Case((2, 24, 4, 16), 5, BF16, "channels_last cropped"),
+    Case((2, 24, 4, 16), 5, F32, "channels_last cropped aligned"),
+    Case((2, 24, 4, 16), 5, BF16, "transposed dense"),
+    Case((130, 24), 5, F32, "transposed dense"),
+    Case((2, 24, 4, 16), 5, F32, "expanded channels"),
+    Case((2, 24, 4, 16), 5, BF16, "expanded pixels"),
 ]
 CASES_OF_CPU = [
     Case((1, 1, 1, 1), 1),
@@ -172,6 +191,7 @@ def marked(cases: list[Case], mark: pytest.MarkDecorator) -> list:
     "case",
     [
         *CASES,
+        *LAYOUTS,
         *marked(CASES_OF_CPU, on_cpu),
         *marked(SEVERAL_TILES + UNALIGNED, simulated_cuda),
         *marked(CASES_OF_GPUS, on_gpu),
@@ -348,6 +368,29 @@ def test_not_finite_pixels_spoil_their_class_alone(
     assert_same(ours[4][classes], clean[4][classes])
     kept = (torch.arange(len(keys)) != pixel).view(rows.shape[:-1])
     assert torch.equal(ours[3].movedim(1, -1)[kept], clean[3].movedim(1, -1)[kept])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "misaligned", "every other"])
+def test_not_finite_element_spoils_its_gradient_alone(layout: str, backend: str):
+    features, labels, *rest = make_inputs(Case((2, 24, 5, 16), 5, BF16, layout))
+    labels[1, 2, 5] = 1
+    clean = run(Case(features.shape, 5, BF16), features, labels, *rest)[3]
+    features[1, 3, 2, 5] = torch.inf
+    ours = run(Case(features.shape, 5, BF16), features, labels, *rest)[3]
+    assert not ours[1, 3, 2, 5].isfinite()
+    ours[1, 3, 2, 5] = clean[1, 3, 2, 5]
+    assert torch.equal(ours, clean)
+
+
+@pytest.mark.on("cpu", "simulated_triton", "simulated_cuda")
+@pytest.mark.parametrize("axis", [0, 1])
+def test_offsets_of_points_are_64_bit(axis: int, backend: str):
+    torch.use_deterministic_algorithms(False)  # otherwise torch.empty would write all of it
+    case = Case((61, 4) if axis else (4, 61), 2, F16)
+    features, labels, *rest = make_inputs(case)
+    moved = far(features, axis, torch.contiguous_format)
+    for ours, near in zip(*(run(case, x, labels, *rest) for x in (moved, features)), strict=True):
+        torch.testing.assert_close(ours, near)
 
 
 @simulated_cuda

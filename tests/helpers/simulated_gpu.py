@@ -24,7 +24,6 @@ CUDA_FILES = (  # files of the operators that have CUDA kernels
     "guarantees",
     "class_keys",
     "class_moments",
-    "class_moments_backward",
     "methods",
     "every_kernel",
 )
