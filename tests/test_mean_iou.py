@@ -128,19 +128,6 @@ def test_classes_by_name() -> None:
     assert set(alone(*batches()[0])) == {f"iou_{name}" for name in names}
 
 
-def test_states_of_inference_mode() -> None:
-    """A metric that is reset there is updated outside."""
-    metric, expected = ao.MeanIoU(K), ao.MeanIoU(K)
-    with torch.inference_mode():
-        metric.reset()
-        metric.update(*batches()[0])
-        metric.reset()
-    for batch in batches():
-        metric.update(*batch)
-        expected.update(*batch)
-    assert torch.equal(metric.compute(), expected.compute())
-
-
 @pytest.mark.parametrize("average", AVERAGES)
 def test_without_pixels_and_reset(average: str | None) -> None:
     metric = ao.MeanIoU(K, average=average)
