@@ -2,7 +2,7 @@
 make as many all-reduces as docs/cost.md lists."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,8 @@ METHODS: dict[str, Callable[..., Regularizer]] = {
         ao.CBP(*sizes, update="ema", momentum=0.5, **kw), ao.OCCL(*sizes, **kw)
     ),
 }
+UPDATES = ("frozen", "gradient", "ema", "penalty")
+CBP = {f"CBP {x}": partial(ao.CBP, update=x, momentum=0.5) for x in UPDATES}
 
 
 class Net(nn.Module):
@@ -48,7 +50,7 @@ class Net(nn.Module):
 def build(method: str, process_group: str | None) -> tuple[Net, Attachment]:
     torch.manual_seed(0)
     model = Net()
-    return model, ao.attach(model, METHODS[method](K, D, process_group=process_group))
+    return model, ao.attach(model, (METHODS | CBP)[method](K, D, process_group=process_group))
 
 
 def batch_of(rank: int, step: int) -> tuple[Tensor, Tensor]:
@@ -90,35 +92,48 @@ def assert_same(got: Tensor, want: Tensor, what: str) -> None:
     assert error <= 1e-5 * max(float(want.abs().max()), 0.1), f"{what}: {error}"
 
 
-def check_method(method: str, rank: int, ranks: int) -> None:
+def whole(x: Tensor) -> Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def check_method(method: str, rank: int, ranks: int, sharded: Sequence[str] | None = None) -> None:
+    """Three steps under DDP, or FSDP2 with these layers sharded on their own, equal those of one
+    process. FSDP shards the root's parameters, including the regulariser's, after the backward."""
     model, attached = build(method, "world")
     alone, alone_attached = build(method, None)
-    parallel = DistributedDataParallel(model)
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (parallel, alone)]
+    for name in () if sharded is None else (*sharded, ""):
+        fully_shard(model.get_submodule(name))
+    parallel = DistributedDataParallel(model) if sharded is None else model
+    # CBP needs the gradient of a loss of the logits; the others' own gradients are compared alone
+    share, lr = (1.0, 0.01) if method in CBP else (0.0, 0.1)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=lr) for m in (parallel, alone)]
     for step in range(3):
         batches = [batch_of(r, step) for r in range(ranks)]
         x, labels = batches[rank]
-        logits = parallel(x)  # in training, cross-entropy gives them a gradient
-        loss = attached(labels) + 0 * logits.sum()
+        logits, what = parallel(x), f"{method}, {ranks} ranks, {sharded}, step {step}"
+        loss = attached(labels)
         with pytest.MonkeyPatch.context() as patch:
             draw_per_share([len(x) for x, _ in batches], patch)
-            logits = alone(torch.cat([x for x, _ in batches]))
+            all_logits = alone(torch.cat([x for x, _ in batches]))
             expected = alone_attached(torch.cat([labels for _, labels in batches]))
-            expected = expected + 0 * logits.sum()
-        what = f"{method}, {ranks} ranks, step {step}"
         assert_same(loss.detach(), expected.detach(), what)
+        loss = loss + share * logits.square().sum()  # in training, cross-entropy has a gradient
+        expected = expected + share * all_logits.square().sum() / ranks
         for optimizer, value in zip(optimizers, (loss, expected), strict=True):
             optimizer.zero_grad()
             value.backward()
         for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
-            if q.grad is not None:
+            if q.grad is not None and (q.grad.any() or sharded is None):
                 assert p.grad is not None
-                assert_same(p.grad, q.grad, f"{what}, gradient of {name}")
+                assert_same(whole(p.grad), q.grad, f"{what}, gradient of {name}")
         for optimizer in optimizers:
             optimizer.step()
+        want = alone.state_dict()
         for name, value in model.state_dict().items():
-            want = alone.state_dict()[name]
-            assert_same(value.double(), want.double(), f"{what}, {name}")
+            assert_same(whole(value).double(), want[name].double(), f"{what}, {name}")
+    if method == "CBP ema":
+        basis = alone.get_submodule("regularizer").basis
+        assert not torch.equal(alone.state_dict()["classifier.weight"], basis)
 
 
 def check_all_reduce(rank: int, ranks: int) -> None:
@@ -181,58 +196,6 @@ def check_wrapped(rank: int) -> None:
     loss.backward()
 
 
-def check_fully_sharded(method: str, rank: int, ranks: int) -> None:
-    """FSDP2: the root's parameters, including the regulariser's, are not sharded until backward."""
-    model, attached = build(method, "world")
-    alone, alone_attached = build(method, None)
-    fully_shard(model)
-    batches = [batch_of(r, 0) for r in range(ranks)]
-    x, labels = batches[rank]
-    logits = model(x)  # FSDP waits for the gradient of the model's output, which CE gives
-    (attached(labels) + 0 * logits.sum()).backward()
-    with pytest.MonkeyPatch.context() as patch:
-        draw_per_share([len(x) for x, _ in batches], patch)
-        alone(torch.cat([x for x, _ in batches]))
-        alone_attached(torch.cat([labels for _, labels in batches])).backward()
-    for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
-        if q.grad is not None and q.grad.any():
-            assert isinstance(p.grad, DTensor)
-            assert_same(p.grad.full_tensor(), q.grad, f"{method}, fully_shard, gradient of {name}")
-
-
-def build_cbp(update: str) -> tuple[Net, Attachment]:
-    torch.manual_seed(0)
-    model = Net()
-    return model, ao.attach(model, ao.CBP(K, D, update=update, momentum=0.5))
-
-
-def check_fully_sharded_cbp(update: str, shard_classifier: bool, rank: int, ranks: int) -> None:
-    """Three steps under FSDP2 equal those of one process: no change of the classifier is lost."""
-    (model, attached), (alone, alone_attached) = build_cbp(update), build_cbp(update)
-    if shard_classifier:
-        fully_shard(model.classifier)
-    fully_shard(model)
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (model, alone)]
-    for step in range(3):
-        batches = [batch_of(r, step) for r in range(ranks)]
-        x, labels = batches[rank]
-        loss = model(x).square().sum() + attached(labels)
-        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        expected = alone(images).square().sum() / ranks + alone_attached(labels)
-        for optimizer, value in zip(optimizers, (loss, expected), strict=True):
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-    model(x)  # "ema" moves the rows when the next forward begins
-    alone(images)
-    want = alone.state_dict()
-    for name, value in model.state_dict().items():
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        assert_same(whole, want[name], f"CBP, {update}, fully_shard, {name}")
-    if update == "ema":
-        assert not torch.equal(want["classifier.weight"], alone.get_submodule("regularizer").basis)
-
-
 def check_refusals_of_sharded_models(rank: int) -> None:
     x, labels = batch_of(rank, 0)
     model, attached = build("SAR", None)
@@ -246,11 +209,11 @@ def check_refusals_of_sharded_models(rank: int) -> None:
     model(x)
     with pytest.raises(ValueError, match=r"CeCo: state: .* reshard_after_forward=True, got DTens"):
         attached(labels)
-    model, _ = build_cbp("penalty")  # its rows would be made equal in a copy that is thrown away
+    model, _ = build("CBP penalty", None)  # rows would be made equal in a copy that is thrown away
     fully_shard(model)
     with pytest.raises(ValueError, match=r'CBP: classifier: .* update="penalty" .*use DDP'):
         model(x)
-    model, attached = build_cbp("gradient")
+    model, attached = build("CBP gradient", None)
     fully_shard(model)
     with pytest.raises(ValueError, match=r"CBP: classifier: .* not sharded: call detach\(\)"):
         attached.detach()
@@ -409,10 +372,10 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
             check_diagnostics(rank, ranks)
             check_wrapped(rank)
             for method in ("SAR", "OCCL", "MVSC"):
-                check_fully_sharded(method, rank, ranks)
-            for update in ("frozen", "gradient", "ema"):
-                for shard_classifier in (False, True):
-                    check_fully_sharded_cbp(update, shard_classifier, rank, ranks)
+                check_method(method, rank, ranks, sharded=[])
+            for update in UPDATES[:3]:
+                for layers in ([], ["classifier"]):
+                    check_method(f"CBP {update}", rank, ranks, sharded=layers)
             check_refusals_of_sharded_models(rank)
             check_tensors_of_all_ranks(rank, ranks)
     finally:
