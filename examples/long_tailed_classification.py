@@ -23,7 +23,7 @@ IMAGES = PIXELS.float() / 16
 
 def split() -> tuple[Tensor, Tensor]:
     """Indices of the training images, and of 70 test images of each digit."""
-    rows = [(k == DIGITS).nonzero().flatten() for k in range(K)]
+    rows = [DIGITS.eq(k).nonzero().flatten() for k in range(K)]
     counts = [round(100 * 0.03 ** (k / (K - 1))) for k in range(K)]
     train = torch.cat([images[:n] for images, n in zip(rows, counts, strict=True)])
     return train, torch.cat([images[100:170] for images in rows])
