@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import D, K, Net, backward, batch
+from small_networks import D, K, Net, backward, batch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

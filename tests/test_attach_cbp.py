@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import D, K, Net, backward, batch
+from small_networks import D, K, Net, backward, batch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 

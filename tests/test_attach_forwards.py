@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import D, K, Net, batch
+from small_networks import D, K, Net, batch
 from torch import Tensor
 
 import anchorops as ao

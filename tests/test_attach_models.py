@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import (
+from small_networks import (
     NO_TORCHVISION,
     D,
     K,

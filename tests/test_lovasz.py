@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from memory import peak_allocated_bytes
-from networks import NO_TORCHVISION
+from small_networks import NO_TORCHVISION
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from networks import K, smp_model, torchvision_model
+from small_networks import K, smp_model, torchvision_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from monai import losses as monai
-from networks import NO_TORCHVISION
+from small_networks import NO_TORCHVISION
 from torch import Tensor, nn
 
 import anchorops as ao
