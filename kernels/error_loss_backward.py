@@ -23,6 +23,7 @@ from .upsampling import (
     LOGITS,
     SIZES,
     Logits,
+    at_pixels,
     axes_of,
     class_planes,
     corner_ptrs,
@@ -92,7 +93,7 @@ def _error_loss_bwd_kernel(
     logits = Logits(logits_ptr, num_classes, logits_b, logits_k, logits_h, logits_w)
     logits = logits_of_image(logits, program.image)
     lanes = lanes_of_program(program, axes, logits, CELLS, TILE)
-    cells = cells_of_program(program, TILE)
+    cells = cells_of_program(program, lanes, CELLS, TILE)
     label_map = PixelMap(labels_ptr, labels_b, labels_h, labels_w)
     labels = load_labels(label_map, program.image, lanes, num_classes, ignore_index, CELLS)
     softmax = softmax_of_errors(logits, lanes, labels, CELLS)
@@ -103,10 +104,10 @@ def _error_loss_bwd_kernel(
         p = probabilities(ptrs, softmax, lanes, CELLS)
         u = _slopes_of_class(slopes, p, labels, k, bins, CELLS)
         means = [tl.fma(p[i], u[i], means[i]) for i in () + CELLS.columns]
-        ptrs, slopes = next_class(ptrs, logits_k), slopes + 2 * bins
+        ptrs, slopes = next_class(ptrs, logits_k, CELLS), slopes + 2 * bins
 
     dlogits = Logits(dlogits_ptr, num_classes, dlogits_b, dlogits_k, dlogits_h, dlogits_w)
-    dptrs, written = gradient_ptrs(dlogits, program, cells, axes, dlogits_block)
+    dptrs, written = gradient_ptrs(dlogits, program, cells, axes, dlogits_block, CELLS)
     ptrs, slopes = corner_ptrs(logits.ptr, lanes, CELLS), slopes_ptr
     for k in range(num_classes):
         p = probabilities(ptrs, softmax, lanes, CELLS)
@@ -114,8 +115,8 @@ def _error_loss_bwd_kernel(
         dz = [tl.where(labels[i] >= 0, p[i] * (u[i] - means[i]), 0.0) for i in () + CELLS.columns]
         gradient = transposed(dz, lanes, cells, axes, CELLS, TILE)
         tl.store(dptrs, gradient.to(dlogits_ptr.dtype.element_ty), mask=written)
-        ptrs, slopes = next_class(ptrs, logits_k), slopes + 2 * bins
-        dptrs += dlogits_k
+        ptrs, slopes = next_class(ptrs, logits_k, CELLS), slopes + 2 * bins
+        dptrs = at_pixels(dptrs, dlogits_k, CELLS)
 
 
 def error_loss_backward(
@@ -129,7 +130,7 @@ def error_loss_backward(
     if labels.numel() == 0:
         return dlogits.zero_()
     logits = class_planes(logits)
-    upsampling = upsampling_of(logits, *labels.shape[1:], align_corners)
+    upsampling = upsampling_of(logits, *labels.shape[1:], align_corners, maps=(labels,))
     tiles = tiles_of(upsampling, True)
     gradients = gradients_of_blocks(dlogits, tiles.blocks)
     _error_loss_bwd_kernel[(len(logits) * tiles.down * tiles.across * tiles.blocks,)](

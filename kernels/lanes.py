@@ -7,7 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .upsampling import ROW_AXIS, logits_of_class, rows_of_lane, strides_of
+from .upsampling import (
+    ROW_AXIS,
+    at_pixels,
+    both,
+    logits_of_class,
+    rows_of_lane,
+    strides_of,
+)
 
 LABELS = strides_of("labels", "bhw")
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -40,7 +47,7 @@ def contiguous_map(ptr, axes):
 def inside_of(lanes, CELLS: tl.constexpr):
     """Whether there is such a pixel: a cell may have fewer than the others."""
     inside = lanes.y.start + rows_of_lane(CELLS) < lanes.y.stop
-    return [inside & (lanes.x.start + i < lanes.x.stop) for i in () + CELLS.columns]
+    return [both(inside, lanes.x.start + i < lanes.x.stop, CELLS) for i in () + CELLS.columns]
 
 
 @triton.jit
@@ -48,7 +55,8 @@ def pointers(pixel_map, image, lanes, CELLS: tl.constexpr):
     """Pointers to the numbers of a map."""
     ptr = pixel_map.ptr + image.to(tl.int64) * pixel_map.stride_b
     ptr += (lanes.y.start + rows_of_lane(CELLS)).to(tl.int64) * pixel_map.stride_h
-    return [ptr + (lanes.x.start + i).to(tl.int64) * pixel_map.stride_w for i in () + CELLS.columns]
+    offsets = [(lanes.x.start + i).to(tl.int64) * pixel_map.stride_w for i in () + CELLS.columns]
+    return [at_pixels(ptr, offset, CELLS) for offset in offsets]
 
 
 @triton.jit
@@ -115,7 +123,11 @@ def next_label(labels, after):
 def load_map(pixel_map, image, lanes, labels, CELLS: tl.constexpr):
     """The numbers of valid pixels; 0 where ignored."""
     ptrs = pointers(pixel_map, image, lanes, CELLS)
-    return [tl.load(ptrs[i], mask=labels[i] >= 0, other=0.0) for i in () + CELLS.columns]
+    if CELLS.y.same:  # pixels that are loaded at once have one mask
+        loaded = tl.load(ptrs[0], mask=inside_of(lanes, CELLS)[0], other=0.0)
+        return (tl.where(labels[0] >= 0, loaded, 0.0),)
+    else:
+        return [tl.load(ptrs[i], mask=labels[i] >= 0, other=0.0) for i in () + CELLS.columns]
 
 
 @triton.jit

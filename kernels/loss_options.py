@@ -86,7 +86,7 @@ def _read_losses_of_all_classes(logits, lse, lanes, options, image, CELLS: tl.co
         ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
         for k in range(logits.num_classes):
             weighted = add_weighted(weighted, corners(ptrs, CELLS), k, options, image)
-            ptrs = next_class(ptrs, logits.stride_k)
+            ptrs = next_class(ptrs, logits.stride_k, CELLS)
     return losses_of_all_classes(weighted, lse, lanes, options, image, CELLS)
 
 

@@ -37,7 +37,7 @@ def largest_logits(logits, lanes, CELLS: tl.constexpr):
         larger = [(z[i] > largest[i]) | for_nan[i] for i in () + CELLS.columns]
         largest = [tl.where(larger[i], z[i], largest[i]) for i in () + CELLS.columns]
         classes = [tl.where(larger[i], k, classes[i]) for i in () + CELLS.columns]
-        ptrs = next_class(ptrs, logits.stride_k)
+        ptrs = next_class(ptrs, logits.stride_k, CELLS)
     return largest, classes
 
 
@@ -77,7 +77,7 @@ def pixel_argmax(
     if predictions.numel() == 0:
         return predictions
     logits = class_planes(logits)
-    upsampling = upsampling_of(logits, height, width, align_corners)
+    upsampling = upsampling_of(logits, height, width, align_corners, maps=())
     block = FORWARD_LANES
     tiles = triton.cdiv(upsampling.lanes, block)
     _pixel_argmax_kernel[(logits.shape[0] * tiles,)](

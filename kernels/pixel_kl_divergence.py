@@ -91,7 +91,7 @@ def _span_of_pixel(pixel, axis, stride, CELLS: tl.constexpr):
     pixel = tl.minimum(pixel, axis.pixels - 1)
     cell = tl.floor(coordinate(pixel, axis, CELLS.align_corners)).to(tl.int32)
     cell = tl.minimum(cell, axis.source - 1)
-    lower, upper = neighbours(cell, axis, stride)
+    lower, upper = neighbours(cell, axis, stride, CELLS)
     weight = weight_of(0, cell, pixel, axis, CELLS)
     return Span(cell, pixel, pixel + 1, weight, lower, upper)
 
@@ -103,9 +103,9 @@ def _column(span):
 
 
 @triton.jit
-def _with_stride(span, axis, stride):
+def _with_stride(span, axis, stride, CELLS: tl.constexpr):
     """The span for logits of the same size with another stride."""
-    lower, upper = neighbours(span.cell, axis, stride)
+    lower, upper = neighbours(span.cell, axis, stride, CELLS)
     return Span(span.cell, span.start, span.stop, span.weights, lower, upper)
 
 
@@ -116,8 +116,8 @@ def teacher_lanes(
     """Lanes that read the teacher's logits: those of the student, or one lane for each pixel, a
     list as that of the pixels."""
     if TEACHER_GRID is None:
-        y = _with_stride(lanes.y, axes.y, teacher.stride_h)
-        return (YX(y, _with_stride(lanes.x, axes.x, teacher.stride_w)),)
+        y = _with_stride(lanes.y, axes.y, teacher.stride_h, CELLS.y)
+        return (YX(y, _with_stride(lanes.x, axes.x, teacher.stride_w, CELLS.x)),)
     else:
         Y: tl.constexpr = TEACHER_GRID.y
         X: tl.constexpr = TEACHER_GRID.x

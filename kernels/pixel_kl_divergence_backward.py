@@ -30,6 +30,7 @@ from .upsampling import (
     LOGITS,
     SIZES,
     Logits,
+    at_pixels,
     axes_of,
     class_planes,
     corner_ptrs,
@@ -112,7 +113,7 @@ def _pixel_kl_divergence_bwd_kernel(
     lanes_of_teacher = teacher_lanes(
         teacher, lanes, axes, teacher_height, teacher_width, teacher_ratios, CELLS, TEACHER_GRID
     )
-    cells = cells_of_program(program, TILE)
+    cells = cells_of_program(program, lanes, CELLS, TILE)
     valid_map = PixelMap(valid_ptr, valid_b, valid_h, valid_w)
     valid = load_labels(valid_map, image, lanes, 2, 0, CELLS)
     lse = load_map(contiguous_map(lse_ptr, axes), image, lanes, valid, CELLS)
@@ -131,7 +132,7 @@ def _pixel_kl_divergence_bwd_kernel(
 
     inverse = 1 / temperature
     dlogits = Logits(dlogits_ptr, num_classes, dlogits_b, dlogits_k, dlogits_h, dlogits_w)
-    dptrs, written = gradient_ptrs(dlogits, program, cells, axes, dlogits_block)
+    dptrs, written = gradient_ptrs(dlogits, program, cells, axes, dlogits_block, CELLS)
     ptr, teacher_ptr = logits.ptr, teacher.ptr
     for _ in range(num_classes):
         s = logits_of_pixels(corner_ptrs(ptr, lanes, CELLS), lanes, CELLS)
@@ -143,7 +144,7 @@ def _pixel_kl_divergence_bwd_kernel(
         tl.store(dptrs, gradient.to(dlogits_ptr.dtype.element_ty), mask=written)
         ptr += logits_k
         teacher_ptr += teacher_k
-        dptrs += dlogits_k
+        dptrs = at_pixels(dptrs, dlogits_k, CELLS)
 
 
 def pixel_kl_divergence_backward(

@@ -97,7 +97,7 @@ def _probability_histograms_kernel(
             counted = (labels[i] >= 0) & (bin_index[i] > 0)
             one = tl.full(counted.shape, 1, tl.int64)
             tl.atomic_add(class_counts + places[i], one, mask=counted, sem="relaxed")
-        ptrs, class_counts = next_class(ptrs, logits_k), class_counts + 2 * bins
+        ptrs, class_counts = next_class(ptrs, logits_k, CELLS), class_counts + 2 * bins
     label = next_label(labels, -1)
     while label < NO_CLASS:
         pixels = number_of([labels[i] == label for i in () + CELLS.columns])
@@ -115,7 +115,7 @@ def probability_histograms(
     if labels.numel() == 0:
         return counts
     logits = class_planes(logits)
-    upsampling = upsampling_of(logits, *labels.shape[1:], align_corners)
+    upsampling = upsampling_of(logits, *labels.shape[1:], align_corners, maps=(labels,))
     block = FORWARD_LANES
     tiles = triton.cdiv(upsampling.lanes, block)
     _probability_histograms_kernel[(batch * tiles,)](

@@ -93,7 +93,7 @@ def _sums_by_cell(logits, lanes, options, image, PREDICT: tl.constexpr, CELLS: t
     stored = loaded(ptrs)
     for k in range(logits.num_classes):
         four = corners_of(stored, CELLS)
-        ptrs = following(ptrs, k, logits)
+        ptrs = following(ptrs, k, logits, CELLS)
         stored = loaded(ptrs)
         # tl.maximum of NaN and a number returns the number; the sum is still NaN
         highest = tl.maximum(tl.maximum(four[0], four[1]), tl.maximum(four[2], four[3]))
@@ -130,7 +130,7 @@ def _sums_by_pixel(logits, lanes, largest, CELLS: tl.constexpr):
     for _ in range(logits.num_classes):
         z = logits_of_pixels(ptrs, lanes, CELLS)
         sums = [sums[i] + tl.exp2((z[i] - shifts[i]) * LOG2_E) for i in () + CELLS.columns]
-        ptrs = next_class(ptrs, logits.stride_k)
+        ptrs = next_class(ptrs, logits.stride_k, CELLS)
     return sums, shifts
 
 

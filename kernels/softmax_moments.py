@@ -154,7 +154,7 @@ def _add_all_classes(results, row, logits, lanes, labels, lse, CELLS: tl.constex
             _add(results.probability_sums + row + k, probability_sum)
         if results.squares is not None:
             _add(results.squares + row + k, square)
-        ptrs = next_class(ptrs, logits.stride_k)
+        ptrs = next_class(ptrs, logits.stride_k, CELLS)
 
 
 @triton.jit(
@@ -257,7 +257,9 @@ def softmax_moments(logits: Tensor, labels: Tensor, options: Any) -> dict[str, T
     logits = class_planes(logits)
     loss_options = loss_options_of(options)
     rows = most_rows(loss_options.change_losses, options.probability_sums or options.squares)
-    upsampling = upsampling_of(logits, *labels.shape[1:], options.align_corners, rows)
+    upsampling = upsampling_of(
+        logits, *labels.shape[1:], options.align_corners, rows, maps=(labels, options.pixel_weights)
+    )
     block = FORWARD_LANES
     row_bytes = 4 * len(floats) * batch * num_classes
     budget = max(PARTIALS_IN_CACHE, logits.numel() * logits.element_size() // 8)

@@ -41,6 +41,7 @@ from .upsampling import (
     ROW_AXIS,
     SIZES,
     Logits,
+    at_pixels,
     axes_of,
     class_planes,
     corner_ptrs,
@@ -157,7 +158,7 @@ def _subtract_all_classes(x, gradients, pixels, CELLS: tl.constexpr):
                 tl.fma(-p[i], tl.fma(p[i], dsquare, dprobability_sum), x[i])
                 for i in () + CELLS.columns
             ]
-            ptrs = next_class(ptrs, logits.stride_k)
+            ptrs = next_class(ptrs, logits.stride_k, CELLS)
     return x
 
 
@@ -268,7 +269,7 @@ def _softmax_moments_bwd_kernel(
     logits = Logits(logits_ptr, num_classes, logits_b, logits_k, logits_h, logits_w)
     logits = logits_of_image(logits, image)
     lanes = lanes_of_program(program, axes, logits, CELLS, TILE)
-    cells = cells_of_program(program, TILE)
+    cells = cells_of_program(program, lanes, CELLS, TILE)
     label_map = PixelMap(labels_ptr, labels_b, labels_h, labels_w)
     labels = load_labels(label_map, image, lanes, num_classes, ignore_index, CELLS)
     lse = load_map(contiguous_map(lse_ptr, axes), image, lanes, labels, CELLS)
@@ -290,7 +291,7 @@ def _softmax_moments_bwd_kernel(
         beta = transposed(betas, lanes, cells, axes, CELLS, TILE)
 
     dlogits = Logits(dlogits_ptr, num_classes, dlogits_b, dlogits_k, dlogits_h, dlogits_w)
-    dptrs, written = gradient_ptrs(dlogits, program, cells, axes, dlogits_block)
+    dptrs, written = gradient_ptrs(dlogits, program, cells, axes, dlogits_block, CELLS)
     # p = 0 where ignored
     lse = [tl.where(labels[i] >= 0, lse[i], INF) for i in () + CELLS.columns]
     factors = [tl.where(labels[i] >= 0, factors[i], 0.0) for i in () + CELLS.columns]
@@ -299,14 +300,14 @@ def _softmax_moments_bwd_kernel(
     stored = loaded(ptrs)
     for k in range(num_classes):
         four = _valid_cells(corners_of(stored, CELLS), labels, CELLS)
-        ptrs = following(ptrs, k, logits)
+        ptrs = following(ptrs, k, logits, CELLS)
         stored = loaded(ptrs)
         p = _probabilities(four, lse, lanes, CELLS)
         dz = _pixel_gradients(k, p, factors, alphas, classes, gradients, pixels, BY_PIXEL, CELLS)
         gradient = transposed(dz, lanes, cells, axes, CELLS, TILE)
         gradient = subtract_weighted(gradient, beta, k, loss_options, image)
         tl.store(dptrs, gradient.to(dlogits_ptr.dtype.element_ty), mask=written)
-        dptrs += dlogits_k
+        dptrs = at_pixels(dptrs, dlogits_k, CELLS)
 
 
 def _by_class(gradient: Tensor | None) -> ClassGradient:
@@ -340,8 +341,10 @@ def softmax_moments_backward(
     loss_options = loss_options_of(options)
     by_class = any(x is not None for x in (dintersections, dprobability_sums, dsquares))
     rows = most_rows(loss_options.change_losses, by_class)
-    upsampling = upsampling_of(logits, *labels.shape[1:], options.align_corners, rows)
     weights = options.pixel_weights if dlosses is not None else None
+    lse = lse.contiguous()
+    maps = labels, lse, dpixel_losses, weights
+    upsampling = upsampling_of(logits, *labels.shape[1:], options.align_corners, rows, maps=maps)
     by_pixel = dpixel_losses is not None or weights is not None
     more_registers = by_class or loss_options.change_losses
     tiles = tiles_of(upsampling, more_registers)
@@ -352,7 +355,7 @@ def softmax_moments_backward(
         logits.shape[1],
         labels,
         *labels.stride(),
-        lse.contiguous(),
+        lse,
         Gradients(*map(_by_class, (dlosses, dintersections, dprobability_sums, dsquares))),
         *pixel_map_of(dpixel_losses),
         loss_options,

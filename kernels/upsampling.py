@@ -11,9 +11,12 @@ What lanes have in common is a tensor [1, lanes]. Something of their pixels is a
 column of a lane's pixels a tensor [rows, lanes]. So Triton compiles one access to memory for four
 pixels; its time grows with the number of accesses, and with the code around them.
 
-If labels have the logits' size (`same`), a pixel is a cell and reads one logit.
+If labels have the logits' size (`same`), a pixel is a cell and reads one logit. If the pixels of an
+image then follow each other in memory, they are one row, of which a lane has ADJACENT cells, so
+that it loads and stores at least 8 bytes at once. What lanes have in common is then [cells, lanes].
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -26,6 +29,8 @@ from torch.torch_version import TorchVersion
 # Pixels of a lane, 16 together. With aligned corners, cells have five pixels if labels have four
 # times as many as logits; along the columns they are one part.
 MOST_ROWS, MOST_COLUMNS = 4, 5
+# Cells of a lane, if the sizes are the same. Four float32 are the widest store.
+ADJACENT = 4
 # Of [rows, lanes]; with Triton 3.6 they are [lanes, rows], because a lane's rows should be in one
 # thread: of a tensor of pointers that is contiguous along no axis, Triton 3.6 puts neighbours along
 # the first axis into different threads, later versions those along the last one.
@@ -64,8 +69,9 @@ class Cells(NamedTuple):
     """The cells along an axis, for which kernels are compiled. The first cell is `first`, −1 or 0.
     A cell has `parts` (a power of two) of at most `pixels` pixels. `select`: a pixel may have
     weight 0 for a neighbour that it must not read. `even`: each cell has `pixels` pixels, with
-    weights (t + ½)/pixels. `same`: labels have the logits' size. These three are the same along
-    both axes, because each combination would be compiled."""
+    weights (t + ½)/pixels. `same`: labels have the logits' size; then `pixels` are those of a lane,
+    each of them a cell. These three are the same along both axes, because each combination would be
+    compiled."""
 
     first: int
     parts: int
@@ -140,6 +146,23 @@ class Upsampling(NamedTuple):
         return Ratios(self.y.ratio, self.x.ratio, self.y.inverse, self.x.inverse)
 
 
+def _follow_each_other(tensor: Tensor) -> bool:
+    """Whether the pixels of an image are one row, of which ADJACENT ones can be loaded at once."""
+    *strides, stride_h, stride_w = tensor.stride()
+    height, width = tensor.shape[-2:]
+    one_row = stride_w == 1 and (stride_h == width or height == 1)
+    steps = height * width, *strides
+    return one_row and tensor.data_ptr() % 16 == 0 and all(step % ADJACENT == 0 for step in steps)
+
+
+def _of_one_row(pixels: int, align_corners: bool) -> Upsampling:
+    """Logits and labels of the same size, with ADJACENT pixels for a lane."""
+    y, cells = axis_of(1, 1, align_corners, 1, True)
+    x, _ = axis_of(pixels, pixels, align_corners, 1, False)
+    cells_x = cells._replace(pixels=ADJACENT)
+    return Upsampling(y, x._replace(lanes=pixels // ADJACENT), Grid(cells, cells_x, (0,)))
+
+
 def upsampling_of(
     logits: Tensor,
     height: int,
@@ -147,9 +170,15 @@ def upsampling_of(
     align_corners: bool,
     most_rows: int | None = None,
     most_columns: int | None = None,
+    maps: Sequence[Tensor | None] | None = None,
 ) -> Upsampling:
     """From logits (B, K, h, w) to labels (B, height, width). A part has at most so many rows and
-    columns of pixels; None: MOST_ROWS, MOST_COLUMNS."""
+    columns of pixels; None: MOST_ROWS, MOST_COLUMNS. `maps`: everything else (…, height, width)
+    that a kernel accesses by the same lanes, except for new tensors; None: its lanes must not have
+    several cells."""
+    one_row = maps is not None and logits.shape[2:] == (height, width)
+    if one_row and all(_follow_each_other(x) for x in (logits, *(maps or ())) if x is not None):
+        return _of_one_row(height * width, align_corners)
     columns = most_columns or MOST_COLUMNS
     x, cells_x = axis_of(logits.shape[3], width, align_corners, columns, False)
     rows = min(most_rows or MOST_ROWS, 16 // triton.next_power_of_2(cells_x.pixels))
@@ -196,6 +225,8 @@ def class_planes(logits: Tensor) -> Tensor:
 def axes_of(height, width, label_height, label_width, ratios, CELLS: tl.constexpr):
     lanes_y = (height - CELLS.y.first) * CELLS.y.parts
     lanes_x = (width - CELLS.x.first) * CELLS.x.parts
+    if CELLS.x.same:
+        lanes_x = width // CELLS.x.pixels
     return YX(
         Axis(height, label_height, ratios.y, ratios.inverse_y, lanes_y),
         Axis(width, label_width, ratios.x, ratios.inverse_x, lanes_x),
@@ -277,11 +308,49 @@ def weight_of(t, cell, start, axis, CELLS: tl.constexpr):
 
 
 @triton.jit
-def neighbours(cell, axis, stride):
+def cells_of_lane(CELLS: tl.constexpr):
+    """0, 1, … for the cells of a lane along an axis, if the sizes are the same: [cells, 1]."""
+    return tl.expand_dims(tl.arange(0, CELLS.pixels), 1 - ROW_AXIS)
+
+
+@triton.jit
+def at_pixels(ptrs, offsets, CELLS: tl.constexpr):
+    """ptrs + offsets, one for each pixel. Tells the compiler which of them a lane accesses at once.
+    (It is told of the results of an operation, not of arguments.)"""
+    ptrs += offsets
+    if CELLS.y.same and CELLS.x.pixels > 1:
+        PIXELS: tl.constexpr = CELLS.x.pixels
+        BYTES: tl.constexpr = min(PIXELS * (ptrs.dtype.element_ty.primitive_bitwidth // 8), 16)
+        if ROW_AXIS == 0:
+            ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (BYTES, 1)), (PIXELS, 1))
+        else:
+            ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (1, BYTES)), (1, PIXELS))
+    return ptrs
+
+
+@triton.jit
+def both(mask_y, mask_x, CELLS: tl.constexpr):
+    """A mask of pixels, by rows and columns. It is the same for what a lane accesses at once."""
+    mask = mask_y & mask_x
+    if CELLS.y.same and CELLS.x.pixels > 1:
+        if ROW_AXIS == 0:
+            mask = tl.max_constancy(mask, (CELLS.x.pixels, 1))
+        else:
+            mask = tl.max_constancy(mask, (1, CELLS.x.pixels))
+    return mask
+
+
+@triton.jit
+def neighbours(cell, axis, stride, CELLS: tl.constexpr):
     """Offsets of a cell's lower and upper neighbour along an axis."""
-    lower = tl.minimum(tl.maximum(cell, 0), axis.source - 1)
-    upper = tl.minimum(tl.maximum(cell + 1, 0), axis.source - 1)
-    return lower.to(tl.int64) * stride, upper.to(tl.int64) * stride
+    if CELLS.same:
+        last = axis.source - CELLS.pixels + cells_of_lane(CELLS)
+        offset = tl.minimum(cell, last).to(tl.int64) * stride
+        return offset, offset
+    else:
+        lower = tl.minimum(tl.maximum(cell, 0), axis.source - 1)
+        upper = tl.minimum(tl.maximum(cell + 1, 0), axis.source - 1)
+        return lower.to(tl.int64) * stride, upper.to(tl.int64) * stride
 
 
 class Span(NamedTuple):
@@ -304,8 +373,8 @@ def lanes_at(cell, part, axes, logits, CELLS: tl.constexpr):
     left, right = pixels_of_part(cell.x, part.x, axes.x, X)
     weights_y = weight_of(rows_of_lane(CELLS), cell.y, top, axes.y, Y)
     weights_x = [weight_of(i, cell.x, left, axes.x, X) for i in () + CELLS.columns]
-    lower_y, upper_y = neighbours(cell.y, axes.y, logits.stride_h)
-    lower_x, upper_x = neighbours(cell.x, axes.x, logits.stride_w)
+    lower_y, upper_y = neighbours(cell.y, axes.y, logits.stride_h, Y)
+    lower_x, upper_x = neighbours(cell.x, axes.x, logits.stride_w, X)
     return YX(
         Span(cell.y, top, bottom, weights_y, lower_y, upper_y),
         Span(cell.x, left, right, weights_x, lower_x, upper_x),
@@ -317,6 +386,8 @@ def lanes_of_tile(tile, axes, logits, CELLS: tl.constexpr, LANES: tl.constexpr):
     """A tile is LANES lanes of an image that follow each other."""
     lane = tile * LANES + tl.expand_dims(tl.arange(0, LANES), ROW_AXIS)
     y, x = lane // axes.x.lanes, lane % axes.x.lanes
+    if CELLS.x.same:
+        x = x * CELLS.x.pixels + cells_of_lane(CELLS.x)
     cell = YX(y // CELLS.y.parts + CELLS.y.first, x // CELLS.x.parts + CELLS.x.first)
     return lanes_at(cell, YX(y % CELLS.y.parts, x % CELLS.x.parts), axes, logits, CELLS)
 
@@ -328,23 +399,22 @@ def corner_ptrs(ptr, lanes, CELLS: tl.constexpr):
     loop."""
     y, x = lanes.y, lanes.x
     if CELLS.y.same:
-        return (ptr + y.lower + x.lower,)
+        return (at_pixels(ptr, y.lower + x.lower, CELLS),)
     else:
         top, bottom = ptr + y.lower, ptr + y.upper
         return (top + x.lower, top + x.upper, bottom + x.lower, bottom + x.upper)
 
 
 @triton.jit
-def next_class(ptrs, stride_k):
+def next_class(ptrs, stride_k, CELLS: tl.constexpr):
     """The pointers of corner_ptrs, moved to the next class."""
-    return [ptr + stride_k for ptr in ptrs]
+    return [at_pixels(ptr, stride_k, CELLS) for ptr in ptrs]
 
 
 @triton.jit
-def following(ptrs, k, logits):
+def following(ptrs, k, logits, CELLS: tl.constexpr):
     """The pointers of corner_ptrs, moved from class k to the next one, if there is one."""
-    step = tl.where(k + 1 < logits.num_classes, logits.stride_k, 0)
-    return [ptr + step for ptr in ptrs]
+    return next_class(ptrs, tl.where(k + 1 < logits.num_classes, logits.stride_k, 0), CELLS)
 
 
 @triton.jit

@@ -19,6 +19,9 @@ from .upsampling import (
     ROW_AXIS,
     YX,
     Upsampling,
+    at_pixels,
+    both,
+    cells_of_lane,
     classes_contiguous,
     lanes_at,
     logits_of_image,
@@ -56,10 +59,11 @@ def tiles_of(upsampling: Upsampling, more_registers: bool) -> Tiles:
     blocks_y, blocks_x = (triton.cdiv(cells.parts, MOST_PARTS) for cells in (cells_y, cells_x))
     parts_y, parts_x = cells_y.parts // blocks_y, cells_x.parts // blocks_x
     edge = 0 if cells_y.same else 1
-    row = width if cells_y.same else 0
+    row = upsampling.x.lanes if cells_y.same else 0
     lanes_y, lanes_x = backward_lanes(parts_y, parts_x, row, more_registers)
+    adjacent = cells_x.pixels if cells_x.same else 1
     y = Tile(lanes_y // parts_y, edge, parts_y, blocks_y)
-    x = Tile(lanes_x // parts_x, edge, parts_x, blocks_x)
+    x = Tile(lanes_x // parts_x * adjacent, edge, parts_x, blocks_x)
     down, across = triton.cdiv(height, y.cells - edge), triton.cdiv(width, x.cells - edge)
     return Tiles(YX(y, x), lanes_y * lanes_x, down, across, blocks_y * blocks_x)
 
@@ -103,9 +107,12 @@ def program_of(tiles_y, tiles_x, TILE: tl.constexpr):
 
 @triton.jit
 def lanes_of_program(program, axes, logits, CELLS: tl.constexpr, TILE: tl.constexpr):
-    LANES_X: tl.constexpr = TILE.x.cells * TILE.x.parts
+    ADJACENT: tl.constexpr = CELLS.x.pixels if CELLS.x.same else 1
+    LANES_X: tl.constexpr = TILE.x.cells * TILE.x.parts // ADJACENT
     lane = tl.expand_dims(tl.arange(0, TILE.y.cells * TILE.y.parts * LANES_X), ROW_AXIS)
     y, x = lane // LANES_X, lane % LANES_X
+    if CELLS.x.same:
+        x = x * CELLS.x.pixels + cells_of_lane(CELLS.x)
     cell_y = program.row - TILE.y.edge + y // TILE.y.parts
     cell_x = program.column - TILE.x.edge + x // TILE.x.parts
     part_y = program.block // TILE.x.blocks * TILE.y.parts + y % TILE.y.parts
@@ -114,22 +121,26 @@ def lanes_of_program(program, axes, logits, CELLS: tl.constexpr, TILE: tl.conste
 
 
 @triton.jit
-def cells_of_program(program, TILE: tl.constexpr):
-    """Rows and columns [cells along y, cells along x]."""
-    y = program.row - TILE.y.edge + tl.arange(0, TILE.y.cells)[:, None]
-    x = program.column - TILE.x.edge + tl.arange(0, TILE.x.cells)[None, :]
-    return YX(y, x)
+def cells_of_program(program, lanes, CELLS: tl.constexpr, TILE: tl.constexpr):
+    """Rows and columns [cells along y, cells along x]; those of the lanes, if the sizes are the
+    same."""
+    if CELLS.y.same:
+        return YX(lanes.y.cell, lanes.x.cell)
+    else:
+        y = program.row - TILE.y.edge + tl.arange(0, TILE.y.cells)[:, None]
+        x = program.column - TILE.x.edge + tl.arange(0, TILE.x.cells)[None, :]
+        return YX(y, x)
 
 
 @triton.jit
-def gradient_ptrs(dlogits, program, cells, axes, stride_block):
+def gradient_ptrs(dlogits, program, cells, axes, stride_block, CELLS: tl.constexpr):
     """Where the gradients of class 0 are written, and which of them this program writes."""
     ptrs = logits_of_image(dlogits, program.image).ptr + program.block.to(tl.int64) * stride_block
     ptrs += cells.y.to(tl.int64) * dlogits.stride_h
-    ptrs += cells.x.to(tl.int64) * dlogits.stride_w
+    ptrs = at_pixels(ptrs, cells.x.to(tl.int64) * dlogits.stride_w, CELLS)
     written_y = (cells.y >= program.row) & (cells.y < axes.y.source)
     written_x = (cells.x >= program.column) & (cells.x < axes.x.source)
-    return ptrs, written_y & written_x
+    return ptrs, both(written_y, written_x, CELLS)
 
 
 @triton.jit
@@ -187,7 +198,7 @@ def transposed(gradients, lanes, cells, axes, CELLS: tl.constexpr, TILE: tl.cons
     """The gradient of each cell's upper left logit, from those of the pixels: the sum of what the
     logit gets from the four cells around it."""
     if CELLS.y.same:
-        return _over_parts(gradients[0], TILE)
+        return gradients[0]
     else:
         CELLS_Y: tl.constexpr = TILE.y.cells
         CELLS_X: tl.constexpr = TILE.x.cells
