@@ -2,7 +2,9 @@
 
 A lane (upsampling.py) is a part of a cell of the student's logits. If the teacher's logits have the
 same size, a lane reads four of them for all its pixels; otherwise four for each pixel. A first loop
-over the classes finds the largest logits of each pixel, a second one the sums.
+over the classes finds the largest logits of each cell, a second one the sums. They may underflow,
+if the neighbours of a cell differ by about 70·T. Then, and if the teacher has another size, the
+largest logits of each pixel are found, and the sums again.
 """
 
 from typing import Any, NamedTuple
@@ -18,13 +20,14 @@ from .lanes import (
     LOG2_E,
     PixelMap,
     contiguous_map,
+    inside_of,
     load_labels,
     pixel_map_of,
     store_map,
     sum_of,
 )
 from .launch import FORWARD_LANES, architecture, without_spills
-from .softmax import finite_or_zero
+from .softmax import any_of, finite_or_zero, underflow
 from .upsampling import (
     LOGITS,
     SIZES,
@@ -34,15 +37,20 @@ from .upsampling import (
     Span,
     Upsampling,
     axes_of,
+    class_after,
     class_planes,
     coordinate,
     corner_ptrs,
+    corners,
+    corners_of,
     lanes_of_tile,
+    loaded,
     logits_of_image,
-    logits_of_pixels,
     neighbours,
+    next_class,
     rows_of_lane,
     strides_of,
+    upsampled,
     upsampling_of,
     weight_of,
     zeros_of_pixels,
@@ -68,12 +76,19 @@ class Upsamplings(NamedTuple):
 
 
 def upsamplings_of(
-    logits: Tensor, teacher: Tensor, height: int, width: int, align_corners: bool
+    logits: Tensor,
+    teacher: Tensor,
+    height: int,
+    width: int,
+    align_corners: bool,
+    maps: tuple[Tensor | None, ...],
 ) -> Upsamplings:
+    """maps: see upsampling_of."""
     if logits.shape == teacher.shape:
         # there 16 pixels of both need more registers than a thread has
         rows = 2 if architecture() == "sm_100" else None
-        both = upsampling_of(logits, height, width, align_corners, rows)
+        maps = teacher, *maps
+        both = upsampling_of(logits, height, width, align_corners, rows, maps=maps)
         return Upsamplings(both, both, None)
     # places of 16 pixels in the teacher's logits would need more registers than there are
     student = upsampling_of(logits, height, width, align_corners, 2, 2)
@@ -131,16 +146,181 @@ def teacher_lanes(
 
 
 @triton.jit
-def teacher_logits(ptr, teacher_lanes, CELLS: tl.constexpr, TEACHER_GRID: tl.constexpr):
-    """The teacher's logits of one class at the student's pixels."""
-    if TEACHER_GRID is None:
-        ptrs = corner_ptrs(ptr, teacher_lanes[0], CELLS)
-        return logits_of_pixels(ptrs, teacher_lanes[0], CELLS)
+def load_valid(valid_map, image, lanes, CELLS: tl.constexpr):
+    """1 where valid, −1 elsewhere; without a map all pixels are valid."""
+    if valid_map.ptr is None:
+        return [tl.where(inside, 1, -1) for inside in inside_of(lanes, CELLS)]
     else:
-        return [
-            logits_of_pixels(corner_ptrs(ptr, lanes, TEACHER_GRID), lanes, TEACHER_GRID)[0]
-            for lanes in teacher_lanes
+        return load_labels(valid_map, image, lanes, 2, 0, CELLS)
+
+
+@triton.jit
+def loaded_of_both(
+    ptr, teacher_ptr, lanes, teacher_lanes, CELLS: tl.constexpr, TEACHER_GRID: tl.constexpr
+):
+    """What a lane reads of one class, of the student's logits and of the teacher's. The pointers
+    are computed for each class: there are many, if the teacher has another size."""
+    stored = loaded(corner_ptrs(ptr, lanes, CELLS))
+    if TEACHER_GRID is None:
+        return stored, loaded(corner_ptrs(teacher_ptr, teacher_lanes[0], CELLS))
+    else:
+        return stored, [loaded(corner_ptrs(teacher_ptr, x, TEACHER_GRID)) for x in teacher_lanes]
+
+
+@triton.jit
+def _exponents(stored, lanes, slope, shift, CELLS: tl.constexpr):
+    """slope·z − shift of a lane's pixels. The weights of a pixel's four logits add up to 1, so this
+    can be upsampled."""
+    four = [tl.fma(x, slope, -shift) for x in corners_of(stored, CELLS)]
+    return upsampled(four, lanes, CELLS)
+
+
+@triton.jit
+def exponents_of_both(
+    stored, lanes, teacher_lanes, slope, shifts, CELLS: tl.constexpr, TEACHER_GRID: tl.constexpr
+):
+    """log2 e^(z/T) of the student and the teacher at the student's pixels, less a shift of each
+    lane. slope = log2(e)/T"""
+    s = _exponents(stored[0], lanes, slope, shifts[0], CELLS)
+    if TEACHER_GRID is None:
+        return s, _exponents(stored[1], teacher_lanes[0], slope, shifts[1], CELLS)
+    else:
+        t = [
+            upsampled(corners_of(stored[1][i], TEACHER_GRID), teacher_lanes[i], TEACHER_GRID)[0]
+            for i in () + CELLS.columns
         ]
+        return s, [x * slope for x in t]
+
+
+@triton.jit
+def _largest_of_cells(logits, teacher, lanes, teacher_lanes, slope, CELLS: tl.constexpr):
+    """The largest exponents of each cell."""
+    largest = tl.zeros(lanes.x.cell.shape, tl.float32) - INF
+    teacher_largest = largest
+    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
+    teacher_ptrs = corner_ptrs(teacher.ptr, teacher_lanes[0], CELLS)
+    for _ in range(logits.num_classes):
+        four, teacher_four = corners(ptrs, CELLS), corners(teacher_ptrs, CELLS)
+        ptrs = next_class(ptrs, logits.stride_k, CELLS)
+        teacher_ptrs = next_class(teacher_ptrs, teacher.stride_k, CELLS)
+        # tl.maximum of NaN and a number returns the number; the sum is still NaN
+        for i in tl.static_range(4):
+            largest = tl.maximum(largest, four[i])
+            teacher_largest = tl.maximum(teacher_largest, teacher_four[i])
+    return finite_or_zero(largest) * slope, finite_or_zero(teacher_largest) * slope
+
+
+@triton.jit
+def _largest_of_pixels(
+    logits, teacher, lanes, teacher_lanes, slope, CELLS: tl.constexpr, TEACHER_GRID: tl.constexpr
+):
+    """The largest exponents of each pixel."""
+    none = zeros_of_pixels(lanes, CELLS) - INF
+    largest = [none for _ in () + CELLS.columns]
+    teacher_largest = [none for _ in () + CELLS.columns]
+    ptr, teacher_ptr = logits.ptr, teacher.ptr
+    for _ in range(logits.num_classes):
+        stored = loaded_of_both(ptr, teacher_ptr, lanes, teacher_lanes, CELLS, TEACHER_GRID)
+        s, t = exponents_of_both(
+            stored, lanes, teacher_lanes, slope, (0.0, 0.0), CELLS, TEACHER_GRID
+        )
+        largest = [tl.maximum(largest[i], s[i]) for i in () + CELLS.columns]
+        teacher_largest = [tl.maximum(teacher_largest[i], t[i]) for i in () + CELLS.columns]
+        ptr += logits.stride_k
+        teacher_ptr += teacher.stride_k
+    return [finite_or_zero(x) for x in largest], [finite_or_zero(x) for x in teacher_largest]
+
+
+@triton.jit
+def _add_class(sums, s, t, CELLS: tl.constexpr):
+    e = [tl.exp2(x) for x in t]
+    terms = [tl.where(e[i] == 0, 0.0, e[i] * (t[i] - s[i])) for i in () + CELLS.columns]
+    return (
+        [sums[0][i] + tl.exp2(s[i]) for i in () + CELLS.columns],
+        [sums[1][i] + e[i] for i in () + CELLS.columns],
+        [sums[2][i] + terms[i] for i in () + CELLS.columns],
+    )
+
+
+@triton.jit
+def _no_sums(lanes, CELLS: tl.constexpr):
+    """Of Σ 2^s, Σ 2^t and Σ 2^t·(t − s), with the exponents s and t of a pixel."""
+    zero = zeros_of_pixels(lanes, CELLS)
+    return (
+        [zero for _ in () + CELLS.columns],
+        [zero for _ in () + CELLS.columns],
+        [zero for _ in () + CELLS.columns],
+    )
+
+
+@triton.jit
+def _sums_by_cell(logits, teacher, lanes, teacher_lanes, slope, CELLS: tl.constexpr):
+    """The sums, less the shifts; and the shifts of each lane, which are the largest exponents."""
+    shifts = _largest_of_cells(logits, teacher, lanes, teacher_lanes, slope, CELLS)
+    sums = _no_sums(lanes, CELLS)
+    ptr, teacher_ptr = logits.ptr, teacher.ptr
+    stored = loaded_of_both(ptr, teacher_ptr, lanes, teacher_lanes, CELLS, None)
+    for k in range(logits.num_classes):
+        s, t = exponents_of_both(stored, lanes, teacher_lanes, slope, shifts, CELLS, None)
+        ptr, teacher_ptr = class_after(ptr, k, logits), class_after(teacher_ptr, k, teacher)
+        stored = loaded_of_both(ptr, teacher_ptr, lanes, teacher_lanes, CELLS, None)
+        sums = _add_class(sums, s, t, CELLS)
+    return sums, shifts
+
+
+@triton.jit
+def _results(sums, shifts, CELLS: tl.constexpr):
+    """lse s, lse t and the divergence of each pixel, with its sums and their shifts."""
+    students, teachers, differences = sums
+    return (
+        [(shifts[0][i] + tl.log2(students[i])) * LN_2 for i in () + CELLS.columns],
+        [(shifts[1][i] + tl.log2(teachers[i])) * LN_2 for i in () + CELLS.columns],
+        [
+            (differences[i] / teachers[i] + tl.log2(students[i] / teachers[i])) * LN_2
+            for i in () + CELLS.columns
+        ],
+    )
+
+
+@triton.jit
+def _results_by_pixel(
+    logits, teacher, lanes, teacher_lanes, slope, CELLS: tl.constexpr, TEACHER_GRID: tl.constexpr
+):
+    """_results, with shifts of each pixel. Registers do not suffice to load one class ahead."""
+    largest, teacher_largest = _largest_of_pixels(
+        logits, teacher, lanes, teacher_lanes, slope, CELLS, TEACHER_GRID
+    )
+    sums = _no_sums(lanes, CELLS)
+    ptr, teacher_ptr = logits.ptr, teacher.ptr
+    for _ in range(logits.num_classes):
+        stored = loaded_of_both(ptr, teacher_ptr, lanes, teacher_lanes, CELLS, TEACHER_GRID)
+        s, t = exponents_of_both(
+            stored, lanes, teacher_lanes, slope, (0.0, 0.0), CELLS, TEACHER_GRID
+        )
+        s = [s[i] - largest[i] for i in () + CELLS.columns]
+        t = [t[i] - teacher_largest[i] for i in () + CELLS.columns]
+        sums = _add_class(sums, s, t, CELLS)
+        ptr += logits.stride_k
+        teacher_ptr += teacher.stride_k
+    return _results(sums, (largest, teacher_largest), CELLS)
+
+
+@triton.jit
+def _divergences(
+    logits, teacher, lanes, teacher_lanes, valid, slope,
+    CELLS: tl.constexpr, TEACHER_GRID: tl.constexpr,
+):  # fmt: skip
+    """_results: they need fewer registers than the sums and shifts."""
+    if TEACHER_GRID is None:
+        sums, cell_shifts = _sums_by_cell(logits, teacher, lanes, teacher_lanes, slope, CELLS)
+        shifts = [[shift for _ in () + CELLS.columns] for shift in cell_shifts]
+        results = _results(sums, shifts, CELLS)
+        by_pixel = any_of(underflow(sums[0], valid) | underflow(sums[1], valid))
+        if not CELLS.y.same and by_pixel:
+            results = _results_by_pixel(logits, teacher, lanes, teacher_lanes, slope, CELLS, None)
+        return results
+    else:
+        return _results_by_pixel(logits, teacher, lanes, teacher_lanes, slope, CELLS, TEACHER_GRID)
 
 
 @triton.jit(do_not_specialize=(*SIZES, *LOGITS, *TEACHER, *VALID, "tiles"))
@@ -156,7 +336,7 @@ def _pixel_kl_divergence_kernel(
     teacher_k,
     teacher_h,
     teacher_w,
-    valid_ptr,  # uint8 [B, H, W]: 0 or 1
+    valid_ptr,  # uint8 [B, H, W]: 0 or 1, or None
     valid_b,
     valid_h,
     valid_w,
@@ -178,7 +358,7 @@ def _pixel_kl_divergence_kernel(
     TEACHER_GRID: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Reads both logits from memory once, and from the caches for the second loop and for
+    """Reads both logits from memory once, and from the caches for further loops and for
     neighbours. Reads `valid` once. Writes the requested maps, and a number for each tile."""
     axes = axes_of(height, width, label_height, label_width, ratios, CELLS)
     image, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -190,73 +370,29 @@ def _pixel_kl_divergence_kernel(
         teacher, lanes, axes, teacher_height, teacher_width, teacher_ratios, CELLS, TEACHER_GRID
     )
     valid_map = PixelMap(valid_ptr, valid_b, valid_h, valid_w)
-    valid = load_labels(valid_map, image, lanes, 2, 0, CELLS)
+    valid = load_valid(valid_map, image, lanes, CELLS)
 
-    zero = zeros_of_pixels(lanes, CELLS)
-    largest = [zero - INF for _ in () + CELLS.columns]
-    teacher_largest = [zero - INF for _ in () + CELLS.columns]
-    ptr, teacher_ptr = logits.ptr, teacher.ptr
-    for _ in range(logits.num_classes):
-        s = logits_of_pixels(corner_ptrs(ptr, lanes, CELLS), lanes, CELLS)
-        t = teacher_logits(teacher_ptr, lanes_of_teacher, CELLS, TEACHER_GRID)
-        # tl.maximum of NaN and a number returns the number; the sum is still NaN
-        largest = [tl.maximum(largest[i], s[i]) for i in () + CELLS.columns]
-        teacher_largest = [tl.maximum(teacher_largest[i], t[i]) for i in () + CELLS.columns]
-        ptr += logits.stride_k
-        teacher_ptr += teacher.stride_k
-    shift = [finite_or_zero(x) for x in largest]
-    teacher_shift = [finite_or_zero(x) for x in teacher_largest]
-
-    slope = LOG2_E / temperature
-    sums, teacher_sums, differences = (  # Σ e^s, Σ e^t, Σ e^t·(t − s)
-        [zero for _ in () + CELLS.columns],
-        [zero for _ in () + CELLS.columns],
-        [zero for _ in () + CELLS.columns],
+    lse, teacher_lse, values = _divergences(
+        logits, teacher, lanes, lanes_of_teacher, valid, LOG2_E / temperature, CELLS, TEACHER_GRID
     )
-    ptr, teacher_ptr = logits.ptr, teacher.ptr
-    for _ in range(logits.num_classes):
-        s = logits_of_pixels(corner_ptrs(ptr, lanes, CELLS), lanes, CELLS)
-        t = teacher_logits(teacher_ptr, lanes_of_teacher, CELLS, TEACHER_GRID)
-        s = [s[i] - shift[i] for i in () + CELLS.columns]
-        t = [t[i] - teacher_shift[i] for i in () + CELLS.columns]
-        e = [tl.exp2(t[i] * slope) for i in () + CELLS.columns]
-        terms = [tl.where(e[i] == 0, 0.0, e[i] * (t[i] - s[i])) for i in () + CELLS.columns]
-        sums = [sums[i] + tl.exp2(s[i] * slope) for i in () + CELLS.columns]
-        teacher_sums = [teacher_sums[i] + e[i] for i in () + CELLS.columns]
-        differences = [differences[i] + terms[i] for i in () + CELLS.columns]
-        ptr += logits.stride_k
-        teacher_ptr += teacher.stride_k
-
-    values = [
-        differences[i] / teacher_sums[i] / temperature + tl.log2(sums[i] / teacher_sums[i]) * LN_2
-        for i in () + CELLS.columns
-    ]
+    if lse_ptr is not None:
+        store_map(contiguous_map(lse_ptr, axes), lse, image, lanes, CELLS)
+        store_map(contiguous_map(teacher_lse_ptr, axes), teacher_lse, image, lanes, CELLS)
     values = [tl.where(x < 0, 0.0, x) for x in values]  # negative by rounding; NaN remains
     values = [
         tl.where(valid[i] >= 0, temperature * (temperature * values[i]), 0.0)
         for i in () + CELLS.columns
     ]
-    total = zero
+    total = zeros_of_pixels(lanes, CELLS)
     for i in tl.static_range(len(values)):
         total += values[i]
     tl.store(totals_ptr + tl.program_id(0), sum_of(total))
     if divergences_ptr is not None:
         store_map(contiguous_map(divergences_ptr, axes), values, image, lanes, CELLS)
-    if lse_ptr is not None:
-        lse = [shift[i] / temperature + tl.log2(sums[i]) * LN_2 for i in () + CELLS.columns]
-        store_map(contiguous_map(lse_ptr, axes), lse, image, lanes, CELLS)
-        teacher_lse = [
-            teacher_shift[i] / temperature + tl.log2(teacher_sums[i]) * LN_2
-            for i in () + CELLS.columns
-        ]
-        store_map(contiguous_map(teacher_lse_ptr, axes), teacher_lse, image, lanes, CELLS)
 
 
-def all_or(valid: Tensor | None, logits: Tensor, height: int, width: int) -> Tensor:
-    """`valid` as uint8; by default all pixels, without memory for each."""
-    if valid is None:
-        return logits.new_ones(1, dtype=torch.uint8).expand(logits.shape[0], height, width)
-    return valid.view(torch.uint8)
+def valid_map_of(valid: Tensor | None) -> PixelMap:
+    return pixel_map_of(None if valid is None else valid.view(torch.uint8))
 
 
 def pixel_kl_divergence(
@@ -281,7 +417,9 @@ def pixel_kl_divergence(
     if batch * height * width == 0:
         return logits.new_zeros((), dtype=torch.float32), *maps
     logits, teacher_logits = class_planes(logits), class_planes(teacher_logits)
-    upsamplings = upsamplings_of(logits, teacher_logits, height, width, align_corners)
+    upsamplings = upsamplings_of(
+        logits, teacher_logits, height, width, align_corners, maps=(valid,)
+    )
     block = FORWARD_LANES
     tiles = triton.cdiv(upsamplings.student.lanes, block)
     totals = logits.new_empty(batch * tiles, dtype=torch.float32)
@@ -291,7 +429,7 @@ def pixel_kl_divergence(
         logits.shape[1],
         teacher_logits,
         *teacher_logits.stride(),
-        *pixel_map_of(all_or(valid, logits, height, width)),
+        *valid_map_of(valid),
         totals,
         *(x if x.numel() else None for x in maps),
         *upsamplings.arguments,

@@ -10,21 +10,22 @@ import triton.language as tl
 from torch import Tensor
 
 from .lanes import (
+    LOG2_E,
     PixelMap,
     contiguous_map,
-    load_labels,
     load_map,
     pixel_map_of,
-    probability,
 )
 from .launch import registers
 from .pixel_kl_divergence import (
     TEACHER,
     VALID,
-    all_or,
+    exponents_of_both,
+    load_valid,
+    loaded_of_both,
     teacher_lanes,
-    teacher_logits,
     upsamplings_of,
+    valid_map_of,
 )
 from .upsampling import (
     LOGITS,
@@ -32,10 +33,9 @@ from .upsampling import (
     Logits,
     at_pixels,
     axes_of,
+    class_after,
     class_planes,
-    corner_ptrs,
     logits_of_image,
-    logits_of_pixels,
     strides_of,
 )
 from .upsampling_transposed import (
@@ -69,7 +69,7 @@ def _pixel_kl_divergence_bwd_kernel(
     teacher_k,
     teacher_h,
     teacher_w,
-    valid_ptr,  # uint8 [B, H, W]: 0 or 1
+    valid_ptr,  # uint8 [B, H, W]: 0 or 1, or None
     valid_b,
     valid_h,
     valid_w,
@@ -115,7 +115,7 @@ def _pixel_kl_divergence_bwd_kernel(
     )
     cells = cells_of_program(program, lanes, CELLS, TILE)
     valid_map = PixelMap(valid_ptr, valid_b, valid_h, valid_w)
-    valid = load_labels(valid_map, image, lanes, 2, 0, CELLS)
+    valid = load_valid(valid_map, image, lanes, CELLS)
     lse = load_map(contiguous_map(lse_ptr, axes), image, lanes, valid, CELLS)
     teacher_lse = load_map(contiguous_map(teacher_lse_ptr, axes), image, lanes, valid, CELLS)
 
@@ -130,20 +130,23 @@ def _pixel_kl_divergence_bwd_kernel(
         factors = [x + dtotal for x in factors]
     factors = [x * temperature for x in factors]
 
-    inverse = 1 / temperature
+    slope = LOG2_E / temperature
+    log_sums, teacher_log_sums = [x * LOG2_E for x in lse], [x * LOG2_E for x in teacher_lse]
     dlogits = Logits(dlogits_ptr, num_classes, dlogits_b, dlogits_k, dlogits_h, dlogits_w)
     dptrs, written = gradient_ptrs(dlogits, program, cells, axes, dlogits_block, CELLS)
     ptr, teacher_ptr = logits.ptr, teacher.ptr
-    for _ in range(num_classes):
-        s = logits_of_pixels(corner_ptrs(ptr, lanes, CELLS), lanes, CELLS)
-        t = teacher_logits(teacher_ptr, lanes_of_teacher, CELLS, TEACHER_GRID)
-        q = [probability(s[i] * inverse, lse[i]) for i in () + CELLS.columns]
-        p = [probability(t[i] * inverse, teacher_lse[i]) for i in () + CELLS.columns]
+    stored = loaded_of_both(ptr, teacher_ptr, lanes, lanes_of_teacher, CELLS, TEACHER_GRID)
+    for k in range(num_classes):
+        s, t = exponents_of_both(
+            stored, lanes, lanes_of_teacher, slope, (0.0, 0.0), CELLS, TEACHER_GRID
+        )
+        ptr, teacher_ptr = class_after(ptr, k, logits), class_after(teacher_ptr, k, teacher)
+        stored = loaded_of_both(ptr, teacher_ptr, lanes, lanes_of_teacher, CELLS, TEACHER_GRID)
+        q = [tl.exp2(s[i] - log_sums[i]) for i in () + CELLS.columns]
+        p = [tl.exp2(t[i] - teacher_log_sums[i]) for i in () + CELLS.columns]
         ds = [tl.where(valid[i] >= 0, (q[i] - p[i]) * factors[i], 0.0) for i in () + CELLS.columns]
         gradient = transposed(ds, lanes, cells, axes, CELLS, TILE)
         tl.store(dptrs, gradient.to(dlogits_ptr.dtype.element_ty), mask=written)
-        ptr += logits_k
-        teacher_ptr += teacher_k
         dptrs = at_pixels(dptrs, dlogits_k, CELLS)
 
 
@@ -164,7 +167,9 @@ def pixel_kl_divergence_backward(
         return dlogits.zero_()
     logits, teacher_logits = class_planes(logits), class_planes(teacher_logits)
     size = lse.shape[1:]
-    upsamplings = upsamplings_of(logits, teacher_logits, *size, align_corners)
+    lse, teacher_lse = lse.contiguous(), teacher_lse.contiguous()
+    maps = valid, lse, teacher_lse, ddivergences
+    upsamplings = upsamplings_of(logits, teacher_logits, *size, align_corners, maps)
     tiles = tiles_of(upsamplings.student, more_registers=True)
     gradients = gradients_of_blocks(dlogits, tiles.blocks)
     _pixel_kl_divergence_bwd_kernel[(len(logits) * tiles.down * tiles.across * tiles.blocks,)](
@@ -173,9 +178,9 @@ def pixel_kl_divergence_backward(
         logits.shape[1],
         teacher_logits,
         *teacher_logits.stride(),
-        *pixel_map_of(all_or(valid, logits, *size)),
-        lse.contiguous(),
-        teacher_lse.contiguous(),
+        *valid_map_of(valid),
+        lse,
+        teacher_lse,
         dtotal,
         *pixel_map_of(ddivergences),
         gradients,

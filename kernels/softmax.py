@@ -112,13 +112,18 @@ def _sums_by_cell(logits, lanes, options, image, PREDICT: tl.constexpr, CELLS: t
 
 
 @triton.jit
-def _underflow(sums, spread, labels, CELLS: tl.constexpr):
-    """Whether a term that matters may have underflowed, in any lane."""
-    SMALLEST: tl.constexpr = _SMALLEST_SUM_OF_ROWS if CELLS.x.even else _SMALLEST_SUM
-    unsafe = spread > _LARGEST_SPREAD
-    for i in tl.static_range(len(sums)):
+def underflow(sums, labels, SMALLEST: tl.constexpr = _SMALLEST_SUM):
+    """For each row of pixels, whether a term that matters may have underflowed."""
+    unsafe = (labels[0] >= 0) & ~(sums[0] >= SMALLEST)
+    for i in tl.static_range(1, len(sums)):
         unsafe |= (labels[i] >= 0) & ~(sums[i] >= SMALLEST)
-    return sum_of(unsafe.to(tl.int32)) > 0
+    return unsafe
+
+
+@triton.jit
+def any_of(mask):
+    """Whether it is true in any lane."""
+    return sum_of(mask.to(tl.int32)) > 0
 
 
 @triton.jit
@@ -141,7 +146,8 @@ def softmax_of(logits, lanes, labels, options, image, PREDICT: tl.constexpr, CEL
         logits, lanes, options, image, PREDICT, CELLS
     )
     shifts = [tl.broadcast_to(cell_shift * -LN_2, x.shape) for x in sums]
-    by_pixel = _underflow(sums, spread, labels, CELLS)
+    SMALLEST: tl.constexpr = _SMALLEST_SUM_OF_ROWS if CELLS.x.even else _SMALLEST_SUM
+    by_pixel = any_of((spread > _LARGEST_SPREAD) | underflow(sums, labels, SMALLEST))
     if by_pixel:
         largest, classes = largest_logits(logits, lanes, CELLS)
         sums, shifts = _sums_by_pixel(logits, lanes, largest, CELLS)

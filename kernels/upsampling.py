@@ -412,9 +412,20 @@ def next_class(ptrs, stride_k, CELLS: tl.constexpr):
 
 
 @triton.jit
+def _step_after(k, logits):
+    return tl.where(k + 1 < logits.num_classes, logits.stride_k, 0)
+
+
+@triton.jit
+def class_after(ptr, k, logits):
+    """A pointer to class k, moved to the next one, if there is one."""
+    return ptr + _step_after(k, logits)
+
+
+@triton.jit
 def following(ptrs, k, logits, CELLS: tl.constexpr):
     """The pointers of corner_ptrs, moved from class k to the next one, if there is one."""
-    return next_class(ptrs, tl.where(k + 1 < logits.num_classes, logits.stride_k, 0), CELLS)
+    return next_class(ptrs, _step_after(k, logits), CELLS)
 
 
 @triton.jit
