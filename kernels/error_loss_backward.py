@@ -27,8 +27,9 @@ from .upsampling import (
     axes_of,
     class_planes,
     corner_ptrs,
+    following,
+    loaded,
     logits_of_image,
-    next_class,
     upsampling_of,
 )
 from .upsampling_transposed import (
@@ -100,22 +101,28 @@ def _error_loss_bwd_kernel(
 
     means = [tl.zeros(label.shape, tl.float32) for label in labels]  # Σ_j p_j u_j
     ptrs, slopes = corner_ptrs(logits.ptr, lanes, CELLS), slopes_ptr
+    stored = loaded(ptrs)
     for k in range(num_classes):
-        p = probabilities(ptrs, softmax, lanes, CELLS)
+        p = probabilities(stored, softmax, lanes, CELLS)
+        ptrs = following(ptrs, k, logits, CELLS)
+        stored = loaded(ptrs)
         u = _slopes_of_class(slopes, p, labels, k, bins, CELLS)
         means = [tl.fma(p[i], u[i], means[i]) for i in () + CELLS.columns]
-        ptrs, slopes = next_class(ptrs, logits_k, CELLS), slopes + 2 * bins
+        slopes += 2 * bins
 
     dlogits = Logits(dlogits_ptr, num_classes, dlogits_b, dlogits_k, dlogits_h, dlogits_w)
     dptrs, written = gradient_ptrs(dlogits, program, cells, axes, dlogits_block, CELLS)
     ptrs, slopes = corner_ptrs(logits.ptr, lanes, CELLS), slopes_ptr
+    stored = loaded(ptrs)
     for k in range(num_classes):
-        p = probabilities(ptrs, softmax, lanes, CELLS)
+        p = probabilities(stored, softmax, lanes, CELLS)
+        ptrs = following(ptrs, k, logits, CELLS)
+        stored = loaded(ptrs)
         u = _slopes_of_class(slopes, p, labels, k, bins, CELLS)
         dz = [tl.where(labels[i] >= 0, p[i] * (u[i] - means[i]), 0.0) for i in () + CELLS.columns]
         gradient = transposed(dz, lanes, cells, axes, CELLS, TILE)
         tl.store(dptrs, gradient.to(dlogits_ptr.dtype.element_ty), mask=written)
-        ptrs, slopes = next_class(ptrs, logits_k, CELLS), slopes + 2 * bins
+        slopes += 2 * bins
         dptrs = at_pixels(dptrs, dlogits_k, CELLS)
 
 

@@ -14,10 +14,13 @@ from .upsampling import (
     axes_of,
     class_planes,
     corner_ptrs,
+    corners_of,
+    following,
     lanes_of_tile,
+    loaded,
     logits_of_image,
-    logits_of_pixels,
-    next_class,
+    rows_of_lane,
+    upsampled,
     upsampling_of,
     zeros_of_pixels,
 )
@@ -31,14 +34,39 @@ def largest_logits(logits, lanes, CELLS: tl.constexpr):
     largest = [zero - INF for _ in () + CELLS.columns]
     classes = [zero.to(tl.int32) for _ in () + CELLS.columns]
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
+    stored = loaded(ptrs)
     for k in range(logits.num_classes):
-        z = logits_of_pixels(ptrs, lanes, CELLS)
+        z = upsampled(corners_of(stored, CELLS), lanes, CELLS)
+        ptrs = following(ptrs, k, logits, CELLS)
+        stored = loaded(ptrs)
         for_nan = [(z[i] != z[i]) & (largest[i] == largest[i]) for i in () + CELLS.columns]
         larger = [(z[i] > largest[i]) | for_nan[i] for i in () + CELLS.columns]
         largest = [tl.where(larger[i], z[i], largest[i]) for i in () + CELLS.columns]
         classes = [tl.where(larger[i], k, classes[i]) for i in () + CELLS.columns]
-        ptrs = next_class(ptrs, logits.stride_k, CELLS)
     return largest, classes
+
+
+@triton.jit
+def _joined(x):
+    """[rows, lanes, 4], from four columns [rows, lanes]."""
+    four = tl.join(tl.join(x[0], x[2]), tl.join(x[1], x[3]))
+    return tl.reshape(four, (x[0].shape[0], x[0].shape[1], 4))
+
+
+@triton.jit
+def _store_rows(pixel_map, values, image, lanes, CELLS: tl.constexpr):
+    """store_map for lanes of four columns, of which the first is an even one: neighbouring threads
+    store neighbouring pixels."""
+    values = [x.to(pixel_map.ptr.dtype.element_ty) for x in values]
+    column = tl.expand_dims(lanes.x.start, 2) + tl.arange(0, 4)[None, None, :]
+    row = tl.expand_dims(lanes.y.start + rows_of_lane(CELLS), 2)
+    inside = (row < tl.expand_dims(lanes.y.stop, 2)) & (column < tl.expand_dims(lanes.x.stop, 2))
+    ptrs = pixel_map.ptr + image.to(tl.int64) * pixel_map.stride_b
+    ptrs = ptrs + (row.to(tl.int64) * pixel_map.stride_h + column)
+    BYTES: tl.constexpr = 2 * ptrs.dtype.element_ty.primitive_bitwidth // 8
+    ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (1, 1, BYTES)), (1, 1, 2))
+    inside = tl.max_constancy(inside, (1, 1, 2))
+    tl.store(ptrs, _joined(values), mask=inside)
 
 
 @triton.jit(do_not_specialize=(*SIZES, *LOGITS, "tiles"))
@@ -66,7 +94,11 @@ def _pixel_argmax_kernel(
     logits = Logits(logits_ptr, num_classes, logits_b, logits_k, logits_h, logits_w)
     lanes = lanes_of_tile(tile, axes, logits, CELLS, LANES)
     _, classes = largest_logits(logits_of_image(logits, image), lanes, CELLS)
-    store_map(contiguous_map(predictions_ptr, axes), classes, image, lanes, CELLS)
+    predictions = contiguous_map(predictions_ptr, axes)
+    if CELLS.x.even and CELLS.x.pixels == 4:
+        _store_rows(predictions, classes, image, lanes, CELLS)
+    else:
+        store_map(predictions, classes, image, lanes, CELLS)
 
 
 def pixel_argmax(

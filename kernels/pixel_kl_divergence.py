@@ -26,7 +26,7 @@ from .lanes import (
     store_map,
     sum_of,
 )
-from .launch import FORWARD_LANES, architecture, without_spills
+from .launch import FORWARD_LANES, without_spills
 from .softmax import any_of, finite_or_zero, underflow
 from .upsampling import (
     LOGITS,
@@ -85,10 +85,7 @@ def upsamplings_of(
 ) -> Upsamplings:
     """maps: see upsampling_of."""
     if logits.shape == teacher.shape:
-        # there 16 pixels of both need more registers than a thread has
-        rows = 2 if architecture() == "sm_100" else None
-        maps = teacher, *maps
-        both = upsampling_of(logits, height, width, align_corners, rows, maps=maps)
+        both = upsampling_of(logits, height, width, align_corners, maps=(teacher, *maps))
         return Upsamplings(both, both, None)
     # places of 16 pixels in the teacher's logits would need more registers than there are
     student = upsampling_of(logits, height, width, align_corners, 2, 2)

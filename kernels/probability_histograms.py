@@ -21,10 +21,11 @@ from .upsampling import (
     axes_of,
     class_planes,
     corner_ptrs,
-    corners,
+    corners_of,
+    following,
     lanes_of_tile,
+    loaded,
     logits_of_image,
-    next_class,
     upsampling_of,
 )
 
@@ -37,9 +38,9 @@ def softmax_of_errors(logits, lanes, labels, CELLS: tl.constexpr):
 
 
 @triton.jit
-def probabilities(ptrs, softmax, lanes, CELLS: tl.constexpr):
-    """p of the pixels, from pointers to the four logits of a cell."""
-    exponents = exponents_of(corners(ptrs, CELLS), softmax, lanes, CELLS)
+def probabilities(stored, softmax, lanes, CELLS: tl.constexpr):
+    """p of the pixels, from the four logits of a cell as they were loaded."""
+    exponents = exponents_of(corners_of(stored, CELLS), softmax, lanes, CELLS)
     return [tl.exp2(exponents[i] - softmax.log_sums[i]) for i in () + CELLS.columns]
 
 
@@ -90,14 +91,17 @@ def _probability_histograms_kernel(
     labels = load_labels(label_map, image, lanes, num_classes, ignore_index, CELLS)
     softmax = softmax_of_errors(logits, lanes, labels, CELLS)
     ptrs, class_counts = corner_ptrs(logits.ptr, lanes, CELLS), counts_ptr
+    stored = loaded(ptrs)
     for k in range(num_classes):
-        p = probabilities(ptrs, softmax, lanes, CELLS)
+        p = probabilities(stored, softmax, lanes, CELLS)
+        ptrs = following(ptrs, k, logits, CELLS)
+        stored = loaded(ptrs)
         bin_index, places = places_of_errors(p, labels, k, bins, CELLS)
         for i in tl.static_range(len(labels)):
             counted = (labels[i] >= 0) & (bin_index[i] > 0)
             one = tl.full(counted.shape, 1, tl.int64)
             tl.atomic_add(class_counts + places[i], one, mask=counted, sem="relaxed")
-        ptrs, class_counts = next_class(ptrs, logits_k, CELLS), class_counts + 2 * bins
+        class_counts += 2 * bins
     label = next_label(labels, -1)
     while label < NO_CLASS:
         pixels = number_of([labels[i] == label for i in () + CELLS.columns])

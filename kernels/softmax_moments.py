@@ -48,10 +48,11 @@ from .upsampling import (
     class_planes,
     corner_ptrs,
     corners,
+    corners_of,
+    following,
     lanes_of_tile,
+    loaded,
     logits_of_image,
-    logits_of_pixels,
-    next_class,
     strides_of,
     upsampled,
     upsampling_of,
@@ -142,8 +143,11 @@ def _add_true_classes(
 def _add_all_classes(results, row, logits, lanes, labels, lse, CELLS: tl.constexpr):
     """Adds Σ p and Σ p² of each class."""
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
+    stored = loaded(ptrs)
     for k in range(logits.num_classes):
-        z = logits_of_pixels(ptrs, lanes, CELLS)
+        z = upsampled(corners_of(stored, CELLS), lanes, CELLS)
+        ptrs = following(ptrs, k, logits, CELLS)
+        stored = loaded(ptrs)
         probability_sum = tl.zeros(lse[0].shape, tl.float32)
         square = tl.zeros(lse[0].shape, tl.float32)
         for i in tl.static_range(len(labels)):
@@ -154,7 +158,6 @@ def _add_all_classes(results, row, logits, lanes, labels, lse, CELLS: tl.constex
             _add(results.probability_sums + row + k, probability_sum)
         if results.squares is not None:
             _add(results.squares + row + k, square)
-        ptrs = next_class(ptrs, logits.stride_k, CELLS)
 
 
 @triton.jit(

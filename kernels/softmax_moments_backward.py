@@ -49,8 +49,6 @@ from .upsampling import (
     following,
     loaded,
     logits_of_image,
-    logits_of_pixels,
-    next_class,
     strides_of,
     upsampled,
     upsampling_of,
@@ -149,8 +147,11 @@ def _subtract_all_classes(x, gradients, pixels, CELLS: tl.constexpr):
     if gradients.dprobability_sums.ptr is not None or gradients.dsquares.ptr is not None:
         image, logits, lanes, _, lse = pixels
         ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
+        stored = loaded(ptrs)
         for k in range(logits.num_classes):
-            z = logits_of_pixels(ptrs, lanes, CELLS)
+            z = upsampled(corners_of(stored, CELLS), lanes, CELLS)
+            ptrs = following(ptrs, k, logits, CELLS)
+            stored = loaded(ptrs)
             dprobability_sum = _class_value(gradients.dprobability_sums, image, k)
             dsquare = 2 * _class_value(gradients.dsquares, image, k)
             p = [probability(z[i], lse[i]) for i in () + CELLS.columns]
@@ -158,7 +159,6 @@ def _subtract_all_classes(x, gradients, pixels, CELLS: tl.constexpr):
                 tl.fma(-p[i], tl.fma(p[i], dsquare, dprobability_sum), x[i])
                 for i in () + CELLS.columns
             ]
-            ptrs = next_class(ptrs, logits.stride_k, CELLS)
     return x
 
 
