@@ -327,6 +327,23 @@ def test_more_keys_than_cuda_supports_are_for_triton(monkeypatch):
     assert gpus.select(0, refusal=many) == "reference"
 
 
+def test_auto_takes_the_backend_that_was_faster(monkeypatch):
+    gpus = Gpus(monkeypatch, "9.0", "9.0")
+    assert [gpus.select(0, faster=name) for name in (None, "triton")] == ["cuda", "triton"]
+    with ao.use_backend("cuda"):
+        assert gpus.select(0, faster="triton") == "cuda"
+    monkeypatch.setitem(_backend._MISSING, "triton", "not installed")
+    assert gpus.select(0, faster="triton") == "cuda"
+
+
+def test_where_triton_was_faster_than_cuda():
+    points, images = torch.zeros(8, 96, dtype=torch.bfloat16), FEATURES.bfloat16()
+    faster = class_moments.faster_backend
+    assert [faster(points, keys, True) for keys in (199, 200, 1000)] == [None, "triton", "triton"]
+    assert faster(images, 200, True) is faster(points, 200, False) is None
+    assert faster(points.float(), 200, True) is None
+
+
 def test_operators_without_cuda_kernels_are_for_triton(monkeypatch):
     gpus = Gpus(monkeypatch, "9.0", "9.0")
     assert gpus.select(0, backends=_backend.FUSED) == "triton"

@@ -40,6 +40,7 @@ CASES = [
     Case((2, 5, 4, 6), (16, 24), masked=False, temperature=4.0),
     Case((1, 5, 6, 9), (12, 18), temperature=0.5),  # 2
     Case((2, 3, 9, 8), (9, 8)),  # 1
+    Case((2, 3, 6, 10), (6, 10), dtype=BF16, masked=False),  # lanes of four pixels
     Case((1, 2, 9, 17), (9, 40)),  # 1 along the rows only
     Case((1, 7, 3, 5), (24, 45), masked=False),  # 8 and 9
     Case((2, 7, 7, 9), (16, 31)),  # no integers

@@ -61,6 +61,9 @@ CASES = [
     # the same size, down, one logit, one label
     Case((2, 6, 7, 5), (7, 5), BF16, layout="channels_last"),
     Case((1, 2, 4, 3), (4, 3)),
+    Case((2, 5, 6, 10), (6, 10), F16, per_image=True),  # lanes of four pixels; also the next one
+    Case((1, 3, 8, 40), (8, 40), BF16),
+    Case((2, 5, 4, 12), (4, 12), layout="cropped"),
     Case((2, 2, 3, 2), (12, 8), per_image=True),
     Case((1, 7, 9, 8), (3, 5)),
     Case((1, 7, 9, 8), (4, 2), F32, True, statistics=("probability_sums",)),

@@ -1,7 +1,9 @@
-"""How many variants of the Triton kernels images of many sizes need. The kernels themselves run in
-the machine for PTX, by `make proofs`."""
+"""How many variants of the Triton kernels images of many sizes need, and how many pixels a lane
+has. The kernels themselves run in the machine for PTX, by `make proofs`."""
 
 import pytest
+import torch
+from torch import Tensor
 
 pytest.importorskip("triton", reason="CPU builds of torch do not include Triton")
 
@@ -15,3 +17,26 @@ def test_sizes_share_variants(stride: int):
     found = variants("sm_90", native_sizes(stride))
     assert found["_softmax_moments_kernel"] <= 3
     assert found["_softmax_moments_bwd_kernel"] <= 4
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "pixels"),
+    [
+        (torch.zeros(2, 3, 6, 10), torch.zeros(2, 6, 10), 4),
+        (torch.zeros(4, 3, 6, 10)[::2], torch.zeros(6, 10).expand(2, 6, 10), 4),
+        (torch.zeros(2, 3, 5, 9), torch.zeros(2, 5, 9), 1),  # an odd number
+        (torch.zeros(2, 3, 6, 12)[..., :10], torch.zeros(2, 6, 10), 1),  # rows with gaps
+        (torch.zeros(2, 3, 6, 10), torch.zeros(2, 10, 6).mT, 1),
+        (torch.zeros(2, 3, 6, 10), torch.zeros(122)[2:].view(2, 6, 10), 1),  # not at 16 bytes
+        (torch.zeros(2, 181).as_strided((2, 3, 6, 10), (181, 60, 10, 1)), torch.zeros(2, 6, 10), 1),
+    ],
+)
+def test_pixels_of_a_lane_at_full_resolution(logits: Tensor, labels: Tensor, pixels: int):
+    """Several, only if they follow each other in memory at addresses that one access can have."""
+    from anchorops.kernels.upsampling import upsampling_of
+
+    height, width = logits.shape[2:]
+    found = upsampling_of(logits, height, width, False, maps=(labels, None))
+    assert found.cells.x.pixels == pixels and found.cells.columns == (0,)
+    assert found.lanes == logits[0, 0].numel() // pixels
+    assert upsampling_of(logits, height, width, False).cells.x.pixels == 1

@@ -290,6 +290,24 @@ def refusal(num_keys: int, backend: str) -> str | None:
     return None
 
 
+# Where an H100 was slower with CUDA than with Triton (bench/results): class moments of points in
+# random order, bfloat16, with sums and anchors, forward and backward; ms of CUDA and of Triton:
+#
+#     points       channels   classes   CUDA   Triton
+#     1,000,000    96         200       1.72   1.05
+#     1,024        2,048      1,000     0.33   0.24
+#
+# Fewer classes, other dtypes and groups of points were not measured; with images CUDA was faster.
+KEYS_FOR_TRITON = 200
+
+
+def faster_backend(features: Tensor, num_keys: int, with_sums_and_anchors: bool) -> str | None:
+    """The backend that "auto" tries first, for `select`. It cannot see whether the labels of points
+    are in random order, which they mostly are."""
+    points = features.dim() == 2 and features.dtype == torch.bfloat16 and with_sums_and_anchors
+    return "triton" if points and num_keys >= KEYS_FOR_TRITON else None
+
+
 def unchecked_moments(
     features: Tensor,
     labels: Tensor,
@@ -311,6 +329,9 @@ def unchecked_moments(
         called=called,
         refusal=partial(refusal, num_keys),
         backends=CUDA_BACKENDS,
+        faster=faster_backend(
+            features, num_keys, with_sums and anchors is not None and options["groups"] == 1
+        ),
     )
     if backend == "reference":
         return reference.class_moments(features, labels, num_classes, anchors=anchors, **options)
