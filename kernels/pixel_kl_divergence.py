@@ -128,8 +128,10 @@ def teacher_lanes(
     """Lanes that read the teacher's logits: those of the student, or one lane for each pixel, a
     list as that of the pixels."""
     if TEACHER_GRID is None:
-        y = _with_stride(lanes.y, axes.y, teacher.stride_h, CELLS.y)
-        return (YX(y, _with_stride(lanes.x, axes.x, teacher.stride_w, CELLS.x)),)
+        CELLS_Y: tl.constexpr = CELLS.y
+        CELLS_X: tl.constexpr = CELLS.x
+        y = _with_stride(lanes.y, axes.y, teacher.stride_h, CELLS_Y)
+        return (YX(y, _with_stride(lanes.x, axes.x, teacher.stride_w, CELLS_X)),)
     else:
         Y: tl.constexpr = TEACHER_GRID.y
         X: tl.constexpr = TEACHER_GRID.x

@@ -333,10 +333,11 @@ def both(mask_y, mask_x, CELLS: tl.constexpr):
     """A mask of pixels, by rows and columns. It is the same for what a lane accesses at once."""
     mask = mask_y & mask_x
     if CELLS.y.same and CELLS.x.pixels > 1:
+        PIXELS: tl.constexpr = CELLS.x.pixels
         if ROW_AXIS == 0:
-            mask = tl.max_constancy(mask, (CELLS.x.pixels, 1))
+            mask = tl.max_constancy(mask, (PIXELS, 1))
         else:
-            mask = tl.max_constancy(mask, (1, CELLS.x.pixels))
+            mask = tl.max_constancy(mask, (1, PIXELS))
     return mask
 
 
@@ -384,10 +385,11 @@ def lanes_at(cell, part, axes, logits, CELLS: tl.constexpr):
 @triton.jit
 def lanes_of_tile(tile, axes, logits, CELLS: tl.constexpr, LANES: tl.constexpr):
     """A tile is LANES lanes of an image that follow each other."""
+    X: tl.constexpr = CELLS.x
     lane = tile * LANES + tl.expand_dims(tl.arange(0, LANES), ROW_AXIS)
     y, x = lane // axes.x.lanes, lane % axes.x.lanes
-    if CELLS.x.same:
-        x = x * CELLS.x.pixels + cells_of_lane(CELLS.x)
+    if X.same:
+        x = x * X.pixels + cells_of_lane(X)
     cell = YX(y // CELLS.y.parts + CELLS.y.first, x // CELLS.x.parts + CELLS.x.first)
     return lanes_at(cell, YX(y % CELLS.y.parts, x % CELLS.x.parts), axes, logits, CELLS)
 

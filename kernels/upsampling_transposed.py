@@ -107,12 +107,13 @@ def program_of(tiles_y, tiles_x, TILE: tl.constexpr):
 
 @triton.jit
 def lanes_of_program(program, axes, logits, CELLS: tl.constexpr, TILE: tl.constexpr):
-    ADJACENT: tl.constexpr = CELLS.x.pixels if CELLS.x.same else 1
+    X: tl.constexpr = CELLS.x
+    ADJACENT: tl.constexpr = X.pixels if X.same else 1
     LANES_X: tl.constexpr = TILE.x.cells * TILE.x.parts // ADJACENT
     lane = tl.expand_dims(tl.arange(0, TILE.y.cells * TILE.y.parts * LANES_X), ROW_AXIS)
     y, x = lane // LANES_X, lane % LANES_X
-    if CELLS.x.same:
-        x = x * CELLS.x.pixels + cells_of_lane(CELLS.x)
+    if X.same:
+        x = x * X.pixels + cells_of_lane(X)
     cell_y = program.row - TILE.y.edge + y // TILE.y.parts
     cell_x = program.column - TILE.x.edge + x // TILE.x.parts
     part_y = program.block // TILE.x.blocks * TILE.y.parts + y % TILE.y.parts
