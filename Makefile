@@ -14,11 +14,11 @@ ABI_TORCHES ?= 2.10 2.11 2.13
 # of make check-torch: those of docs/stability.md
 TORCH ?= 2.10.0 2.12.1 2.14.1 2.15.0
 
-.PHONY: setup test check-torch check-nnunet check-ultralytics proofs faults barriers demo bench counted-memory kernels-report lint format docs package check-abi clean
+.PHONY: setup test check-torch check-nnunet check-ultralytics proofs faults barriers demo bench counted-memory kernels-report kernels-report-older lint format docs package check-abi clean
 release_of_nnunet = nnunetv2==2.8.1
 release_of_ultralytics = ultralytics==8.4.190
 # or make would delete the environments that it made on the way
-.PRECIOUS: build/torch/% build/abi/%
+.PRECIOUS: build/torch/% build/abi/% build/triton/%
 
 setup: .venv/installed
 
@@ -100,6 +100,14 @@ counted-memory: setup
 
 kernels-report: setup
 	$(BIN)/python bench/kernels_report.py
+
+# the same with an older Triton, which GPUs at hand may have, in a directory of its own of 600 MB
+TRITON ?= 3.6.0
+kernels-report-older: setup build/triton/$(TRITON)
+	PYTHONPATH=build/triton/$(TRITON) $(BIN)/python bench/kernels_report.py --targets sm_80 sm_90 sm_100 sm_120
+
+build/triton/%:
+	$(BIN)/pip install --no-deps --target $@ triton==$* || { rm -r $@; false; }
 
 lint: setup
 	$(BIN)/ruff check

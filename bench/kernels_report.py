@@ -4,6 +4,9 @@ Entries of the catalogue are called with tensors of the CPU and a driver that na
 then compiles what it would launch there, and the table is read off the machine code. Its columns:
 - stack: bytes of a thread for spilled registers, on AMD GPUs its scratch memory;
 - shared: bytes of a program;
+- warps: how many of a multiprocessor the registers allow;
+- loops: of each innermost loop that loads from memory, in the order of the code: instructions,
+  exponentials and logarithms, loads, and the fewest instructions from a load to its first use;
 - seconds: the processor's time for compiling it, ptxas included. On a GPU about half a second of
   gcc is added for the launcher.
 The report fails on spills, and if users would wait too long for the first step of a loss: SECONDS
@@ -44,7 +47,10 @@ from anchorops.catalogue.masks import Masks
 from anchorops.catalogue.pixels import Pixels
 from anchorops.kernels import softmax_moments, softmax_moments_backward
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+PROGRAMS = Path(triton.__file__).parent / "backends/nvidia/bin"
+CUOBJDUMP, NVDISASM = PROGRAMS / "cuobjdump", PROGRAMS / "nvdisasm"
+# A label, or an instruction without its condition.
+CODE = re.compile(r"^(\.L_x_\d+):|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([^;]+?)\s*;", re.MULTILINE)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),  # A100
     "sm_86": GPUTarget("cuda", 86, 32),  # RTX 30
@@ -252,10 +258,54 @@ def variants(name: str, calls: Iterable[Callable[[], object]]) -> dict[str, int]
     return {kernel: len(variants) for kernel, variants in keys.items()}
 
 
+class Loop(NamedTuple):
+    instructions: int
+    exponentials: int
+    loads: int
+    distance: int
+
+
+def _distance(body: list[str], load: int) -> int:
+    """The number of instructions to the first use, which may be in the next iteration."""
+    opcode, register = re.match(r"(\S+) R(\d+)", body[load]).groups()  # type: ignore[union-attr]
+    count = 4 if ".128" in opcode else 2 if ".64" in opcode else 1
+    loaded = {f"R{int(register) + i}" for i in range(count)}
+    for distance in range(1, len(body)):
+        opcode, _, operands = body[(load + distance) % len(body)].partition(" ")
+        read = operands if opcode.startswith("ST") else operands.partition(",")[2]
+        if loaded & set(re.findall(r"\bR\d+", read)):
+            return distance
+    return len(body)
+
+
+def loops_of(sass: str) -> list[Loop]:
+    """sass: machine code as nvdisasm -c prints it."""
+    labels, code = {}, []
+    for label, instruction in CODE.findall(sass):
+        if label:
+            labels[label] = len(code)
+        else:
+            code.append(instruction)
+    jumps = ((re.search(r"^BRA.*`\((\.L_x_\d+)\)", x), i + 1) for i, x in enumerate(code))
+    loops = [(labels[jump[1]], end) for jump, end in jumps if jump and labels[jump[1]] < end]
+    found = []
+    for begin, end in loops:
+        body = code[begin:end]
+        loads = [i for i, x in enumerate(body) if x.startswith("LDG")]
+        innermost = not any(begin <= b and e <= end for b, e in loops if (b, e) != (begin, end))
+        if loads and innermost:
+            distance = min(_distance(body, load) for load in loads)
+            exponentials = sum(x.startswith("MUFU") for x in body)
+            found.append(Loop(len(body), exponentials, len(loads), distance))
+    return found
+
+
 class Row(NamedTuple):
     registers: int
     stack: int
     shared: int
+    warps: int | str
+    loops: str
     seconds: float
 
 
@@ -265,13 +315,19 @@ def measure(kernel: Any, seconds: float) -> Row:
         counts = dict(re.findall(r"\.(\w+):\s+(\d+)", kernel.asm["amdgcn"]))
         # scalar registers spill into vector registers, and are not counted
         stack = int(counts["private_segment_fixed_size"])
-        return Row(int(counts["vgpr_count"]), stack, shared, seconds)
+        return Row(int(counts["vgpr_count"]), stack, shared, "", "", seconds)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
         command = [CUOBJDUMP, "--dump-resource-usage", file.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        command = [NVDISASM, "-c", file.name]
+        sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     registers, stack = (int(re.findall(rf"{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK"))
-    return Row(registers, stack, shared, seconds)
+    loops = "; ".join(" ".join(map(str, loop)) for loop in loops_of(sass))
+    most = 64 if kernel.metadata.target.arch in (80, 90, 100) else 48
+    warps = min(2**16 // (32 * triton.cdiv(registers, 8) * 8), most)
+    warps -= warps % kernel.metadata.num_warps
+    return Row(registers, stack, shared, warps, loops, seconds)
 
 
 COLUMNS = ("GPU", "kernel", "variant", *Row._fields)

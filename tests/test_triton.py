@@ -40,3 +40,25 @@ def test_pixels_of_a_lane_at_full_resolution(logits: Tensor, labels: Tensor, pix
     assert found.cells.x.pixels == pixels and found.cells.columns == (0,)
     assert found.lanes == logits[0, 0].numel() // pixels
     assert upsampling_of(logits, height, width, False).cells.x.pixels == 1
+
+
+MACHINE_CODE = """
+.L_x_0:
+        /*0010*/              @!P0 BRA `(.L_x_2) ;
+.L_x_1:
+        /*0020*/                   MUFU.EX2 R6, R5 ;
+        /*0030*/                   LDG.E.64 R4, desc[UR4][R8.64] ;
+        /*0040*/                   IADD3 R8, R8, UR4, RZ ;
+        /*0050*/               @P1 BRA `(.L_x_1) ;
+        /*0060*/               @P2 BRA `(.L_x_0) ;
+.L_x_2:
+        /*0070*/                   BRA `(.L_x_2) ;
+"""
+
+
+def test_loops_of_machine_code():
+    """The innermost one, of four instructions with one exponential. The load of R4 and R5 is used
+    three instructions later, in the next iteration; UR4 is another register."""
+    from kernels_report import loops_of
+
+    assert loops_of(MACHINE_CODE) == [(4, 1, 1, 3)]
