@@ -287,13 +287,13 @@ def loops_of(sass: str) -> list[Loop]:
         else:
             code.append(instruction)
     jumps = ((re.search(r"^BRA.*`\((\.L_x_\d+)\)", x), i + 1) for i, x in enumerate(code))
-    loops = [(labels[jump[1]], end) for jump, end in jumps if jump and labels[jump[1]] < end]
+    spans = [(labels[jump[1]], end) for jump, end in jumps if jump and labels[jump[1]] < end]
+    loops = [x for x in spans if any(line.startswith("LDG.") for line in code[slice(*x)])]
     found = []
     for begin, end in loops:
-        body = code[begin:end]
-        loads = [i for i, x in enumerate(body) if x.startswith("LDG")]
-        innermost = not any(begin <= b and e <= end for b, e in loops if (b, e) != (begin, end))
-        if loads and innermost:
+        if not any(begin <= b and e <= end for b, e in loops if (b, e) != (begin, end)):
+            body = code[begin:end]
+            loads = [i for i, x in enumerate(body) if x.startswith("LDG.")]
             distance = min(_distance(body, load) for load in loads)
             exponentials = sum(x.startswith("MUFU") for x in body)
             found.append(Loop(len(body), exponentials, len(loads), distance))
