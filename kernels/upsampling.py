@@ -320,7 +320,8 @@ def at_pixels(ptrs, offsets, CELLS: tl.constexpr):
     ptrs += offsets
     if CELLS.y.same and CELLS.x.pixels > 1:
         PIXELS: tl.constexpr = CELLS.x.pixels
-        BYTES: tl.constexpr = min(PIXELS * (ptrs.dtype.element_ty.primitive_bitwidth // 8), 16)
+        SIZE: tl.constexpr = ptrs.dtype.element_ty.primitive_bitwidth // 8
+        BYTES: tl.constexpr = tl.constexpr(min(PIXELS * SIZE, 16))
         if ROW_AXIS == 0:
             ptrs = tl.max_contiguous(tl.multiple_of(ptrs, (BYTES, 1)), (PIXELS, 1))
         else:

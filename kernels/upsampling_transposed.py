@@ -108,7 +108,7 @@ def program_of(tiles_y, tiles_x, TILE: tl.constexpr):
 @triton.jit
 def lanes_of_program(program, axes, logits, CELLS: tl.constexpr, TILE: tl.constexpr):
     X: tl.constexpr = CELLS.x
-    ADJACENT: tl.constexpr = X.pixels if X.same else 1
+    ADJACENT: tl.constexpr = X.pixels if X.same else tl.constexpr(1)
     LANES_X: tl.constexpr = TILE.x.cells * TILE.x.parts // ADJACENT
     lane = tl.expand_dims(tl.arange(0, TILE.y.cells * TILE.y.parts * LANES_X), ROW_AXIS)
     y, x = lane // LANES_X, lane % LANES_X
