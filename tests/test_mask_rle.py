@@ -2,7 +2,13 @@
 those of the CPU."""
 
 import json
+import os
 import pickle
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -225,6 +231,23 @@ def test_every_operation_of_triton_is_rounded(backend: str):
         if floating and instruction.name not in exact:
             assert instruction.name in ("add", "sub", "mul"), instruction.text
             assert instruction.modifiers == ("rn",), instruction.text
+
+
+@pytest.mark.slow
+def test_every_operation_of_the_cpu_is_rounded():
+    """Nothing is fused on a processor that could."""
+    from torch.utils.cpp_extension import include_paths
+
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("it needs a C++ compiler")
+    command = [compiler, "-O2", "-S", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
+    command += ["-mfma"] if platform.machine() == "x86_64" else []
+    command += [x for path in include_paths("cpu") for x in ("-isystem", path)]
+    source = Path(__file__).parents[1] / "csrc/cpu/mask_rle.cpp"
+    run = subprocess.run([*command, "-o-", source], text=True, capture_output=True)
+    assert "mulss" in run.stdout or "fmul" in run.stdout, run.stderr
+    assert re.findall(r"\bv?fn?m(?:add|sub|la|ls)\w*", run.stdout) == []
 
 
 @pytest.mark.on("simulated_triton")

@@ -5,6 +5,15 @@
 // linear between two rows of logits, so its sign changes there at most once, also with rounded
 // terms: each is monotonic in the weight. A division finds the pixel, and the formula of each pixel
 // mends its rounding. A cell whose four logits have one sign is not visited.
+//
+// Every operation is rounded, as on a GPU: where the processor could, the compiler does not fuse
+// products and sums.
+#ifdef __clang__
+#pragma STDC FP_CONTRACT OFF
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
+
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
