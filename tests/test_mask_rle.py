@@ -325,6 +325,8 @@ def test_result():
         error = TypeError if index == "x" else IndexError
         with pytest.raises(error, match=rf"^MaskRLE: index: .* indices of 5 masks, got {got}"):
             masks[index]  # pyright: ignore
+    with pytest.raises(ValueError, match=r"^MaskRLE: index: .* got slice\(None, None, -1\)"):
+        masks[::-1]
     with pytest.raises(ValueError, match=r"^MaskRLE.coco: compressed: expected True or False"):
         masks.coco(1)  # pyright: ignore[reportArgumentType]
 

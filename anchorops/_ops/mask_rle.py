@@ -137,7 +137,7 @@ class MaskRLE:
             index = index.cpu()
         try:
             chosen = torch.arange(len(self), device="cpu")[index].flatten()
-        except (IndexError, TypeError) as error:
+        except (IndexError, TypeError, ValueError) as error:  # ValueError: a negative step
             problem = f"expected indices of {len(self)} masks, got {describe(index)}"
             raise type(error)(f"MaskRLE: index: {problem}") from None
         begins, ends = self._offsets[chosen].tolist(), self._offsets[chosen + 1].tolist()
