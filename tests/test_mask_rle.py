@@ -379,7 +379,7 @@ def test_compiled():
 @pytest.mark.usefixtures("backend")
 def test_where_no_library_is_compiled(monkeypatch: pytest.MonkeyPatch):
     """Then PyTorch writes the codes."""
-    monkeypatch.setattr(module, "unusable", lambda: {"cpu": "it was not compiled"})
+    monkeypatch.setattr(module, "unusable", lambda: {"cpu": "it was not compiled", "triton": None})
     monkeypatch.delattr(torch.ops.anchorops.mask_codes, "cpu", raising=False)
     check_same_as_on_the_cpu(torch.randn(3, 4, 5), (30, 20))
 
