@@ -46,7 +46,7 @@ from .upsampling import (
     lanes_of_tile,
     loaded,
     logits_of_image,
-    neighbours,
+    neighbours_of_lane,
     next_class,
     rows_of_lane,
     strides_of,
@@ -103,7 +103,7 @@ def _span_of_pixel(pixel, axis, stride, CELLS: tl.constexpr):
     pixel = tl.minimum(pixel, axis.pixels - 1)
     cell = tl.floor(coordinate(pixel, axis, CELLS.align_corners)).to(tl.int32)
     cell = tl.minimum(cell, axis.source - 1)
-    lower, upper = neighbours(cell, axis, stride, CELLS)
+    lower, upper = neighbours_of_lane(cell, axis, stride, CELLS)
     weight = weight_of(0, cell, pixel, axis, CELLS)
     return Span(cell, pixel, pixel + 1, weight, lower, upper)
 
@@ -117,7 +117,7 @@ def _column(span):
 @triton.jit
 def _with_stride(span, axis, stride, CELLS: tl.constexpr):
     """The span for logits of the same size with another stride."""
-    lower, upper = neighbours(span.cell, axis, stride, CELLS)
+    lower, upper = neighbours_of_lane(span.cell, axis, stride, CELLS)
     return Span(span.cell, span.start, span.stop, span.weights, lower, upper)
 
 

@@ -343,16 +343,22 @@ def both(mask_y, mask_x, CELLS: tl.constexpr):
 
 
 @triton.jit
-def neighbours(cell, axis, stride, CELLS: tl.constexpr):
+def neighbours(cell, axis, stride):
     """Offsets of a cell's lower and upper neighbour along an axis."""
+    lower = tl.minimum(tl.maximum(cell, 0), axis.source - 1)
+    upper = tl.minimum(tl.maximum(cell + 1, 0), axis.source - 1)
+    return lower.to(tl.int64) * stride, upper.to(tl.int64) * stride
+
+
+@triton.jit
+def neighbours_of_lane(cell, axis, stride, CELLS: tl.constexpr):
+    """The same of the cells of a lane."""
     if CELLS.same:
         last = axis.source - CELLS.pixels + cells_of_lane(CELLS)
         offset = tl.minimum(cell, last).to(tl.int64) * stride
         return offset, offset
     else:
-        lower = tl.minimum(tl.maximum(cell, 0), axis.source - 1)
-        upper = tl.minimum(tl.maximum(cell + 1, 0), axis.source - 1)
-        return lower.to(tl.int64) * stride, upper.to(tl.int64) * stride
+        return neighbours(cell, axis, stride)
 
 
 class Span(NamedTuple):
@@ -375,8 +381,8 @@ def lanes_at(cell, part, axes, logits, CELLS: tl.constexpr):
     left, right = pixels_of_part(cell.x, part.x, axes.x, X)
     weights_y = weight_of(rows_of_lane(CELLS), cell.y, top, axes.y, Y)
     weights_x = [weight_of(i, cell.x, left, axes.x, X) for i in () + CELLS.columns]
-    lower_y, upper_y = neighbours(cell.y, axes.y, logits.stride_h, Y)
-    lower_x, upper_x = neighbours(cell.x, axes.x, logits.stride_w, X)
+    lower_y, upper_y = neighbours_of_lane(cell.y, axes.y, logits.stride_h, Y)
+    lower_x, upper_x = neighbours_of_lane(cell.x, axes.x, logits.stride_w, X)
     return YX(
         Span(cell.y, top, bottom, weights_y, lower_y, upper_y),
         Span(cell.x, left, right, weights_x, lower_x, upper_x),
