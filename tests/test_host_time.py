@@ -97,3 +97,15 @@ def test_a_loss_that_is_changed_in_place_does_not_change_its_terms() -> None:
         loss.mul_(3)
         parts = [x for name, x in module.terms.items() if not name.startswith("labels")]
         torch.testing.assert_close(torch.stack(parts).sum(), before)
+
+
+@pytest.mark.on("cpu")
+def test_squares_above_probabilities(backend: str) -> None:
+    """With squared and alpha above beta a denominator may be below beta."""
+    p = torch.tensor([0.4375, 0.28125, 0.28125])
+    x = p.log().view(1, 3, 1, 1).requires_grad_()
+    for alpha, beta in ((2.0, 0.5), (1.0, 0.25), (1.0, 1.0)):
+        dice = ao.Dice(alpha=alpha, beta=beta, squared=True)
+        denominator = p[0] + alpha * (p[0] ** 2 - p[0]) + beta * (1 - p[0])
+        loss = dice(x, torch.zeros(1, 1, 1, dtype=torch.long))
+        torch.testing.assert_close(loss.detach(), 1 - p[0] / denominator)

@@ -156,7 +156,8 @@ class Dice(MomentsLoss):
     def _least_denominator(self) -> float:
         """The denominator of a class with pixels is larger. 0 if it need not be above 0, or where
         the statistics of a class without pixels may be NaN alone."""
-        if self.sigmoid or self.absent == "keep":
+        is_below_0_possible = self.squared and self.alpha > self.beta  # as explained for gamma
+        if self.sigmoid or self.absent == "keep" or is_below_0_possible:
             return 0
         return min(self.beta + self.smooth_denominator, 1) / 2
 
