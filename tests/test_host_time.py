@@ -109,3 +109,37 @@ def test_squares_above_probabilities(backend: str) -> None:
         denominator = p[0] + alpha * (p[0] ** 2 - p[0]) + beta * (1 - p[0])
         loss = dice(x, torch.zeros(1, 1, 1, dtype=torch.long))
         torch.testing.assert_close(loss.detach(), 1 - p[0] / denominator)
+
+
+@pytest.mark.on("cpu")
+@pytest.mark.parametrize("name", ["CrossEntropy", "Dice", "pixel_cross_entropy"])
+def test_weights_that_change_before_the_backward_pass(name: str, backend: str) -> None:
+    x, labels = torch.randn(2, 4, 3, 5, requires_grad=True), torch.randint(0, 4, (2, 6, 10))
+    weight, module = WEIGHT.clone(), None
+    if name != "pixel_cross_entropy":
+        module = getattr(ao, name)(WEIGHT) if name == "CrossEntropy" else ao.Dice(weight=WEIGHT)
+        weight = module.weight
+
+    def loss() -> torch.Tensor:
+        return module(x, labels) if module else ao.pixel_cross_entropy(x, labels, weight=weight)
+
+    (expected,) = torch.autograd.grad(loss(), x)
+    last = loss()
+    weight.mul_(torch.tensor([3.0, 1, 1, 0.5]))
+    if name == "Dice":
+        module.alpha, module.beta, module.squared = 0.9, 0.2, True
+    assert torch.equal(torch.autograd.grad(last, x)[0], expected)
+
+
+@pytest.mark.on("cpu")
+@pytest.mark.parametrize("make", [ao.CrossEntropy, lambda w: ao.Dice(weight=w)], ids=["ce", "dice"])
+def test_weights_that_require_a_gradient(make: Any, backend: str) -> None:
+    x, labels = torch.randn(2, 4, 3, 5), torch.randint(0, 4, (2, 6, 10))
+    gradients = []
+    for name in ("cpu", "reference"):
+        module, leaf = make(WEIGHT), x.clone().requires_grad_()
+        module.weight.requires_grad_()
+        with ao.use_backend(name):
+            module(leaf, labels).backward()
+        gradients += [module.weight.grad, leaf.grad]
+    torch.testing.assert_close(gradients[:2], gradients[2:])

@@ -13,7 +13,6 @@ from .._checks import (
     check_strided,
     describe,
     fail,
-    savable,
     shape_of,
 )
 from .._moments import Options, SoftmaxMoments, statistics_dtype
@@ -68,7 +67,8 @@ def pixel_cross_entropy(
         if weight.requires_grad and label_smoothing > 0:
             expected = "no gradient with label smoothing (its detach())"
             fail(function, "weight", expected, "requires_grad = True")
-        weight = savable(weight.to(statistics_dtype(logits.dtype)))
+        # a copy, because the weight may be changed before the backward pass
+        weight = weight.to(statistics_dtype(logits.dtype), copy=True)
     true_weights, all_weights = smoothed(weight, label_smoothing, logits.shape[1], logits)
     options = Options(
         true_weights=true_weights,

@@ -76,10 +76,6 @@ class BaseCrossEntropy(MomentsLoss):
             focal_gamma=self.focal_gamma,
         )
 
-    @property
-    def has_slopes(self) -> bool:
-        return True
-
     def parts_and_slopes(
         self, moments: SoftmaxMoments, logits: Tensor
     ) -> dict[str, tuple[Tensor, Slopes | None]]:
@@ -182,6 +178,10 @@ class CrossEntropy(BaseCrossEntropy):
             check_labels=check_labels,
         )
         self._register_weight(weight)
+
+    @property
+    def has_slopes(self) -> bool:
+        return self.weight is None or not self.weight.requires_grad
 
     def class_weight(self, logits: Tensor) -> Tensor | None:
         return class_weight(self, logits)

@@ -150,7 +150,8 @@ class Dice(MomentsLoss):
     @property
     def has_slopes(self) -> bool:
         special = self.log or self.gamma != 1 or self.classes or self.process_group
-        return self._least_denominator > 0 and not special
+        learnable = self.weight is not None and self.weight.requires_grad
+        return self._least_denominator > 0 and not special and not learnable
 
     @property
     def _least_denominator(self) -> float:
@@ -212,16 +213,18 @@ class Dice(MomentsLoss):
         total = total if total.is_floating_point() else total.clamp(min=1)
         mean = divide(fixed_order_sum(losses), total)
 
+        # The module may be changed before the backward pass.
+        alpha, share = self.alpha, 1 - self.alpha - self.beta
+        name = "squares" if self.squared else "probability_sums"
+
         def slopes(dloss: Tensor) -> dict[str, Tensor]:
             dlosses = divide(dloss, total)
             dnumerator = (dlosses if weight is None else dlosses * weight) / denominator
             ddenominator = dnumerator * scores  # with the other sign, as dnumerator
             dintersections = -dnumerator
-            if self.alpha + self.beta != 1:
-                share = 1 - self.alpha - self.beta
+            if share != 0:
                 dintersections = torch.add(dintersections, ddenominator, alpha=share)
-            name = "squares" if self.squared else "probability_sums"
-            return {"intersections": dintersections, name: self.alpha * ddenominator}
+            return {"intersections": dintersections, name: alpha * ddenominator}
 
         if self.gamma != 1:
             # Below 0 by rounding alone. Kept above 0, where the derivative of a power below 1 is ∞.
@@ -302,7 +305,7 @@ class CrossEntropyDice(MomentsLoss):
 
     @property
     def has_slopes(self) -> bool:
-        return self.dice.has_slopes
+        return self.cross_entropy.has_slopes and self.dice.has_slopes
 
     def parts_and_slopes(
         self, moments: SoftmaxMoments, logits: Tensor

@@ -271,7 +271,8 @@ class MomentsLoss(PixelLoss):
 
 
 def class_weight(loss: MomentsLoss, logits: Tensor) -> Tensor | None:
-    """The module's weight [K] in the statistics' dtype."""
+    """A copy of the module's weight [K], in the statistics' dtype: the weight may be changed before
+    the backward pass."""
     weight: Any = loss.weight
     if weight is None:
         return None
@@ -281,7 +282,7 @@ def class_weight(loss: MomentsLoss, logits: Tensor) -> Tensor | None:
         fail(type(loss).__name__, "weight", expected, len(weight))
     if weight.device != logits.device:
         fail(type(loss).__name__, "logits", f"device {weight.device}, as weight", logits.device)
-    return savable(weight.to(statistics_dtype(logits.dtype)))
+    return weight.to(statistics_dtype(logits.dtype), copy=True)
 
 
 def chosen_classes(function: str, classes: Sequence[int] | None) -> tuple[int, ...] | None:
