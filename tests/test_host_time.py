@@ -45,6 +45,14 @@ def test_operators(name: str, backend: str) -> None:
     assert any(operator.startswith("anchorops.") for operator in operators.names)
 
 
+@pytest.mark.on("cpu", "simulated_triton")
+def test_a_profiler_names_the_operators(backend: str) -> None:
+    with torch.autograd.profiler.profile() as profile:
+        CALLS["CrossEntropy"].step()
+    names = {event.name for event in profile.function_events or ()}
+    assert {"anchorops::softmax_moments", "anchorops::softmax_moments_backward"} <= names
+
+
 @pytest.mark.on("simulated_triton")
 @pytest.mark.parametrize("name", MOST)
 def test_launches(name: str, backend: str) -> None:

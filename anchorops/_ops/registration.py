@@ -2,7 +2,7 @@
 
 torch's dispatcher takes longer than what it dispatches to, if images are small. So `run` calls an
 implementation without it, except where something has to see the operator: a compiler or another
-tracer, a transform of torch.func, a mode of torch, a subclass of Tensor.
+tracer, a transform of torch.func, a mode of torch, a subclass of Tensor, a profiler.
 """
 
 from collections import namedtuple
@@ -21,6 +21,7 @@ library = torch.library.Library("anchorops", "FRAGMENT")
 defined: dict[torch._ops.OpOverload, str] = {}
 """The operators of every backend, by name."""
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+_is_profiling = torch._C._autograd._profiler_enabled  # pyright: ignore[reportAttributeAccessIssue]
 _eager: dict[tuple[str, str], Callable[..., Any]] = {}  # by name and backend
 # What is none of these may be a subclass of Tensor, or a number that is traced.
 _PLAIN = frozenset(
@@ -29,7 +30,8 @@ _PLAIN = frozenset(
 
 
 def is_eager(*arguments: Any) -> bool:
-    """Whether nothing but autograd sees this call. A dispatch mode may: it sees each operator."""
+    """Whether nothing but autograd sees this call. A dispatch mode or a profiler may: it sees each
+    operator."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
@@ -167,7 +169,7 @@ class _Below:
             return self.overload(*inputs)
 
     def eager(self, *inputs: Any) -> Any:
-        if torch._C._len_torch_dispatch_stack() == 0:
+        if torch._C._len_torch_dispatch_stack() == 0 and not _is_profiling():
             if self.launcher is not None:
                 return self.launcher(*inputs)
             if self.backend == "cpu":
