@@ -151,3 +151,16 @@ def test_weights_that_require_a_gradient(make: Any, backend: str) -> None:
             module(leaf, labels).backward()
         gradients += [module.weight.grad, leaf.grad]
     torch.testing.assert_close(gradients[:2], gradients[2:])
+
+
+@pytest.mark.on("cpu", "simulated_triton")
+def test_tensors_whose_values_are_not_in_memory(backend: str) -> None:
+    x, labels = torch.randn(2, 4, 3, 5, requires_grad=True), torch.randint(0, 4, (2, 6, 10))
+    negated = torch.complex(x, -x).conj().imag
+    assert negated.is_neg()
+    loss, expected = (ao.CrossEntropyDice()(logits, labels) for logits in (negated, x))
+    assert torch.equal(loss, expected)
+    (gradient,) = torch.autograd.grad(loss, x, retain_graph=True)
+    assert torch.equal(gradient, torch.autograd.grad(expected, x)[0])
+    # the gradient of sgn has no memory
+    assert not torch.autograd.grad(loss.sgn(), x)[0].any()

@@ -156,6 +156,12 @@ def _define(overload: str, schema: str, fake: Callable[..., Any], any_strides: b
     torch.library.register_fake(f"anchorops::{overload}", fake, lib=library)
 
 
+def _is_implicit(x: Any) -> bool:
+    """Whether memory does not have the tensor's values, which torch's dispatcher writes first: it
+    is a negated view (as complex.conj().imag) or without memory (zeros, as the gradient of sgn)."""
+    return isinstance(x, Tensor) and (x.is_neg() or x._is_zerotensor())
+
+
 class _Below:
     """anchorops::NAME.BACKEND without gradients."""
 
@@ -169,7 +175,8 @@ class _Below:
             return self.overload(*inputs)
 
     def eager(self, *inputs: Any) -> Any:
-        if torch._C._len_torch_dispatch_stack() == 0 and not _is_profiling():
+        is_seen = torch._C._len_torch_dispatch_stack() > 0 or _is_profiling()
+        if not is_seen and not any(map(_is_implicit, inputs)):
             if self.launcher is not None:
                 return self.launcher(*inputs)
             if self.backend == "cpu":
