@@ -170,6 +170,12 @@ class MomentsLoss(PixelLoss):
 
     common_settings = ("accuracy", *PixelLoss.common_settings)
 
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if "parts" in vars(cls) and "parts_and_slopes" not in vars(cls):  # slopes of other parts
+            for name in ("parts_and_slopes", "has_slopes"):
+                setattr(cls, name, getattr(MomentsLoss, name))
+
     def __init__(
         self,
         *,
