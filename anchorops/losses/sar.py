@@ -56,9 +56,10 @@ class SAR(Regularizer):
         num_classes, dim: K ≥ 2 and D.
         loss_weight: λ2 of L_p2a (0.05 for DeepLabV3).
         aux_weight: λ1 of L_aux.
-        momentum: α of Â ← αÂ + (1−α)h(A); with 0 there is no average.
-        tau: L_aux includes only the anchors with p_k ≤ τ (its Eq. 6).
-        delta: an anchor is recognised if it is classified as its class with p_k > δ.
+        momentum: α of Â ← αÂ + (1−α)h(A) (0.999: its section 4.1); with 0 there is no average.
+        tau: L_aux includes only the anchors with p_k ≤ τ (its Eq. 6, Table 18).
+        delta: an anchor is recognised if it is classified as its class with p_k > δ (its
+            Table 19).
         gate: "all" (as in the released code): the average is started and updated, and L_p2a is not
             0, only in steps in which every anchor is recognised. "per_class": as in the text, each
             class separately.
