@@ -79,7 +79,7 @@ IMAGES = {
     "2×": Pixels(19, (24, 40), (48, 80), dtype=F16),
     "1.5×": Pixels(19, (22, 26), (33, 39), quick=True),
     "1×": Pixels(19, (33, 40), (33, 40), quick=True),
-    "1×, channels last": Pixels(19, (33, 40), (33, 40), False, "channels last"),
+    "1×, cropped": Pixels(19, (33, 40), (33, 40), False, "cropped"),
     "half the size": Pixels(7, (40, 48), (20, 24)),
     "4×, 2 classes": Pixels(2, (20, 24), (80, 96), quick=True),
     "4×, neighbours 40 apart": Pixels(19, (20, 24), (80, 96), steep=40.0),
@@ -397,6 +397,7 @@ ENTRIES = [
         (
             Sample("divergence, temperature 3", BASE._replace(teacher=()), {"temperature": 3.0}),
             Sample("divergence, small teacher", BASE._replace(teacher=(7, 9))),
+            Sample("divergence, 1×", IMAGES["1×"]._replace(teacher=())),
             Sample("a divergence for each pixel", BASE._replace(teacher=()), {"reduction": "none"}),
             Sample("volume, divergence", VOLUME._replace(teacher=())),
             small("pixel_kl_divergence", FOUR_TIMES._replace(teacher=(3, 5)), temperature=2.0),
