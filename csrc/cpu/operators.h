@@ -82,9 +82,8 @@ inline Tensor new_empty(const Tensor& like, std::vector<int64_t> size, ScalarTyp
 inline Tensor absent(ScalarType dtype) {
   const int64_t size = 0, stride = 1;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride,
-                                                         static_cast<int32_t>(dtype),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      1, &size, &stride, static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

@@ -243,7 +243,8 @@ void backward(const Tensor& logits, const Tensor& labels, const Options& options
     return table->template const_data_ptr<Stat>();
   };
   if (d.losses && d.losses->dim() == 0) {
-    equal.assign(logits.size(0) * num_classes_of(logits), *d.losses->template const_data_ptr<Stat>());
+    equal.assign(logits.size(0) * num_classes_of(logits),
+                 *d.losses->template const_data_ptr<Stat>());
     gradients.dlosses = equal.data();
   } else {
     gradients.dlosses = by_class(d.losses);
