@@ -225,7 +225,7 @@ BATCHES = (SEGFORMER_B0, SEGFORMER_B5, UNET)
 COMPILED = [network.name for network in (SEGFORMER_B0, HRNET_W18, UNET)]
 ON_CPU = (
     Network(
-        *("hrnet-w18-small", small_hrnet, (512, 1024), 2, 19, 270),
+        *("hrnet-w18-small", small_hrnet, (512, 1024), 2, 19, 240),
     ),
     Network(
         *(

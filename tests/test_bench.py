@@ -214,6 +214,20 @@ def test_dry_run(tmp_path):
     assert (tmp_path / "operators.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_dry_run_of_training_steps_on_a_cpu(tmp_path):
+    """The networks of `make bench`, which have the methods too."""
+    path = tmp_path / "rows.json"
+    command = [sys.executable, "bench/training_step.py", "--device", "cpu", "--dry-run"]
+    subprocess.run([*command, "--rows", str(path)], cwd=ROOT, check=True)
+    rows = load(path)["training_steps"]
+    methods = {row["name"].partition(",")[0] for row in rows}
+    assert (
+        len({row["network"] for row in rows}) == 2
+        and {"SAR", "CBP + OCCL", "CeCo", "MVSC"} < methods
+    )
+
+
 def test_plan_of_a_day():
     """The check first, then what users call most; each row is known before, and written once."""
     plan = bench.Plan(Path("rows.json"), "cuda", dry=False).items()
