@@ -472,6 +472,20 @@ def rows_of_precision(section: str) -> list[dict]:
     return [row for row in load(COUNTED_PRECISION)["rows"] if row["section"] == section]
 
 
+def masks_in_frameworks() -> str:
+    lines = []
+    for (case,), rows in grouped(load(RUN)["masks_in_frameworks"], "case").items():
+        cells = (f"{1e3 * row['seconds']:,.0f} ms, {row['memory'] / 1e6:,.0f} MB" for row in rows)
+        lines.append([case, *cells])
+    return markdown_table(["masks", "anchorops", "Transformers"], lines)
+
+
+def coco_steps() -> str:
+    rows = load(RUN)["coco_steps"]
+    steps = ", ".join(f"{row['step']} {row['seconds']:.1f} s" for row in rows)
+    return f"{rows[0]['images']:,} images: {steps}."
+
+
 def precision() -> str:
     """How many results have larger errors; the worst, divided by torch's."""
     rows = rows_of_precision("losses")
@@ -546,6 +560,8 @@ TABLES = {
     "training_steps": lambda: training_steps(load(RUN)),
     "steps_on_a_gpu": lambda: training_steps(load(GPU_RUN), methods=False),
     "inference": lambda: inference(load(RUN)),
+    "masks_in_frameworks": masks_in_frameworks,
+    "coco_steps": coco_steps,
     "export": export,
     "lovasz": lovasz,
     "counted_memory": counted_memory,
