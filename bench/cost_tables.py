@@ -477,7 +477,7 @@ def masks_in_frameworks() -> str:
     for (case,), rows in grouped(load(RUN)["masks_in_frameworks"], "case").items():
         cells = (f"{1e3 * row['seconds']:,.0f} ms, {row['memory'] / 1e6:,.0f} MB" for row in rows)
         lines.append([case, *cells])
-    return markdown_table(["masks", "anchorops", "Transformers"], lines)
+    return markdown_table(["masks", "anchorops", "the library"], lines)
 
 
 def coco_steps() -> str:

@@ -4,8 +4,9 @@ evaluation.
     python bench/instances.py [--device cuda] [--out ROWS.json] [--quick]
 
 `masks_in_frameworks`: from mask logits of ellipses to COCO's codes, by the post-processing of
-Transformers with pycocotools, and by the functions of examples/transformers_masks.py. The
-pipeline of SAM 2 has codes of its own. `memory` is what the device needs at most beyond the logits.
+Transformers and of Ultralytics (if it is installed) with pycocotools, and by the functions of
+examples/transformers_masks.py and ultralytics_validator.py. The pipeline of SAM 2 has codes of its
+own. `memory` is what the device needs at most beyond the logits.
 
 `coco_steps`: seconds of each step for 5,000 generated images of 480 × 640 pixels. Each has 7
 ellipses, and 20 predictions: each is one of these, moved and scaled by up to a tenth, with mask
@@ -40,7 +41,7 @@ import transformers_masks as ours
 
 ROUNDS, CLASSES = 3, 80
 IMAGES, OBJECTS, PREDICTIONS = 5000, 7, 20
-OURS, THEIRS = "anchorops", "Transformers"
+OURS, THEIRS = "anchorops", "the library"
 Size = tuple[int, int]
 Ways = dict[str, Callable[[], object]]
 
@@ -99,10 +100,34 @@ def of_sam2(logits: Tensor, size: Size) -> Ways:
     }
 
 
+def of_ultralytics(logits: Tensor, size: Size) -> Ways:
+    """Of a padded image: the logits of an object are one of 32 prototypes."""
+    import ultralytics_validator as ours
+    from ultralytics.utils import ops
+
+    protos = logits[:32]
+    coefficients = torch.eye(len(protos), device=logits.device)
+    coefficients = coefficients[torch.randint(len(protos), (len(logits),))]
+    gain = min(4 * n / m for n, m in zip(protos.shape[1:], size, strict=True))
+    padding = [(4 * n - round(m * gain)) / 2 for n, m in zip(protos.shape[1:], size, strict=True)]
+
+    def masks(boxes: Tensor) -> ao.MaskRLE:
+        z = ours.mask_logits(protos, coefficients)
+        return ours.masks_in_image(z, boxes, size, (gain, gain), padding)
+
+    whole = torch.tensor([0.0, 0.0, size[1], size[0]], device=logits.device)
+    boxes = masks(whole.expand(len(logits), 4)).boxes()
+    return {
+        OURS: lambda: masks(boxes).coco(),
+        THEIRS: lambda: encoded(ops.process_mask_native(protos, coefficients, boxes, size).bool()),
+    }
+
+
 FRAMEWORKS: dict[str, tuple[Any, int, Size, Size]] = {
     "Mask2Former, 100 queries": (of_mask2former, 100, (200, 334), (800, 1333)),
     "RF-DETR, 200 queries": (of_rf_detr, 200, (108, 108), (1080, 1920)),
     "SAM 2, 64 points": (of_sam2, 192, (256, 256), (1080, 1920)),
+    "Ultralytics, 100 objects": (of_ultralytics, 100, (96, 160), (1080, 1920)),
 }
 
 
@@ -111,7 +136,11 @@ def rows_of_frameworks(device: torch.device, quick: bool) -> list[dict]:
     for name, (make, count, low, size) in FRAMEWORKS.items():
         if quick:
             count, low, size = 12, (16, 20), (64, 80)
-        ways = make(random_logits(count, low, device), size)
+        try:
+            ways = make(random_logits(count, low, device), size)
+        except ImportError as error:
+            print(f"{name}: {error.name} is not installed", file=sys.stderr)
+            continue
         case = f"{name}, {low[0]}×{low[1]} to {size[0]}×{size[1]}"
         memory = [peak_extra_bytes(run, device) for run in ways.values()]
         times, others = in_turns([*ways.values()], device, seconds=0, rounds=ROUNDS)

@@ -30,6 +30,7 @@ CASES = {  # what identifies a case: its rows are measured together
     "batches": ("network",),
     "export": ("volume", "dtype"),
     "masks": ("masks", "threads"),
+    "masks_in_frameworks": ("case",),
 }
 # names of training steps, measured or counted
 BASELINE, OWN = "baseline, torch's cross-entropy", "baseline, ours"
