@@ -25,14 +25,17 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import evidence_report
+import numpy as np
 import torch
-from evidence_report import MEASURES
+from evidence_report import MEASURES, PREDICTIONS
+from PIL import Image
 from record import commit
 
 from anchorops.measure import environment
@@ -188,7 +191,7 @@ def train_one(run: Run, out: Path) -> None:
         row |= {"classes": _classes(lines[run.steps], "val"), "test": _on_test(directory)}
     save_atomically(json.dumps(row) + "\n", row_file(run, out))
     (directory / LAST).unlink(missing_ok=True)  # 50 to 100 MB a run
-    if run.scenes != CAMVID:  # from which pictures of predictions are made
+    if run.scenes != CAMVID:  # whose predictions are drawn
         (directory / BEST).unlink(missing_ok=True)
 
 
@@ -277,6 +280,30 @@ def finished(out: Path, known: dict[str, Any]) -> dict[Run, dict[str, Any]]:
     return found
 
 
+def draw_predictions(done: Sequence[Run], out: Path, directory: Path) -> bool:
+    """The picture of the photographs' predictions, if the weights of seed 0 are in `out`."""
+    runs = [run for run in done if run.scenes == CAMVID and run.seed == 0]
+    if not runs or not all((out / run.name / BEST).exists() for run in runs):
+        return False
+    root = Path(SCENES[CAMVID]["root"])
+    images = sorted((root / "images/test").iterdir())[::60]
+    maps = {"labels": _maps(root / "masks/test", images)}
+    for run in runs:
+        words = ["predict", "--run", str(out / run.name), "--data.images", *map(str, images)]
+        with tempfile.TemporaryDirectory() as folder:
+            Program(*with_presets([*words, "--out", folder]))
+            row = {"methods": "+".join(run.methods) or "plain", "setting": run.setting}
+            maps[evidence_report.label(row)] = _maps(Path(folder), images)
+    classes = (root / "classes.txt").read_text().split()
+    figure = evidence_report.predictions(maps, classes)
+    figure.savefig(directory / PREDICTIONS, dpi=80)
+    return True
+
+
+def _maps(folder: Path, images: Sequence[Path]) -> list[np.ndarray]:
+    return [np.array(Image.open(folder / f"{image.stem}.png")) for image in images]
+
+
 def evidence(rows: list[dict[str, Any]], known: dict[str, Any]) -> dict[str, Any]:
     """The contents of evidence.json. Its device and version of torch are those of the rows that do
     not have their own."""
@@ -285,6 +312,7 @@ def evidence(rows: list[dict[str, Any]], known: dict[str, Any]) -> dict[str, Any
         "device": known.get("device", _device()),
         "torch": known.get("torch", torch.__version__),
         "planned": [list(_values(run)) for run in dict.fromkeys(plan())],
+        "predictions": known.get("predictions", []),
         "rows": rows,
     }
 
@@ -321,7 +349,10 @@ def main() -> None:
     done = finished(out, known)
     if arguments.report:
         arguments.report.mkdir(parents=True, exist_ok=True)
-        evidence_report.write(evidence([*done.values()], known), arguments.report)
+        written = evidence([*done.values()], known)
+        if draw_predictions([*done], out, arguments.report):
+            written["predictions"] = [CAMVID]
+        evidence_report.write(written, arguments.report)
         return
     if arguments.list:
         for run in chosen:

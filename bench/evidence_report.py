@@ -2,15 +2,18 @@
 evidence.json."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from record import grouped, json_of, markdown_table
 
 from anchorops.train.networks.learner import CLASSES, PUBLISHED
+from anchorops.train.report.pictures import palette
 from anchorops.train.saving import save_atomically
 
 MEASURES = {"miou": "mIoU", "head": "head", "body": "body", "tail": "tail"}  # and their titles
@@ -41,6 +44,7 @@ class DataSet(NamedTuple):
     steps: int
 
 
+PREDICTIONS = "evidence-camvid-predictions.png"
 DATA_SETS = [
     DataSet(
         "digit scenes",
@@ -62,7 +66,7 @@ DATA_SETS = [
         "480×360 pixels, the 11 classes of the SegNet tutorial, JPEG of quality 85) the backbone\n"
         "starts from ImageNet weights. The recipe, preset `camvid`, was tried on the validation\n"
         "split with the baseline alone. Tail: fence, sign, pole, pedestrian and bicyclist, each\n"
-        "0.3 to 1.2 % of the training pixels. The columns of classes are their IoU in %.",
+        "0.3 to 1.2 % of the training pixels. The columns of classes are their mean IoU in %.",
         {"camvid": "Photographs"},
         "Photographs are planned with 1,000 steps, and with the published weights of SAR, MVSC,\n"
         "CeCo, and CBP + OCCL. A single run, with the files named in\n"
@@ -141,6 +145,11 @@ def page(evidence: dict[str, Any]) -> str:
         parts.append(table(group, seeds))
         if tested := [row | row["test"] for row in group if "test" in row]:
             parts.append(f"The same on the test split:\n\n{table(tested, seeds)}")
+        if scenes in evidence.get("predictions", ()):
+            parts.append(
+                f"Every 60th image of the test split, by the best weights of seed 0:\n\n"
+                f"![Labels and predictions]({PREDICTIONS})\n"
+            )
     if ratios := _gradient_ratios(rows, data_sets):
         parts.append(ratios)
     return "\n".join(parts)
@@ -150,7 +159,7 @@ def table(rows: Sequence[Row], seeds: int) -> str:
     """Markdown: a row for each choice of methods; for each schedule columns of mIoU, the tail, and
     the classes if the rows have them. rows: of one network. seeds: how many a figure usually has.
     """
-    measures = ["tail", *rows[0].get("classes", {})]
+    classes: dict[str, float] = rows[0].get("classes", {})
     schedules = [
         (steps, runs)
         for (steps,), runs in sorted(grouped(rows, "steps").items())
@@ -167,11 +176,11 @@ def table(rows: Sequence[Row], seeds: int) -> str:
             else:
                 added = [r["miou"] - baseline[r["seed"]] for r in chosen if r["seed"] in baseline]
                 cells.append(_spread(added, "+", seeds))
-            for name in measures:
-                values = [(run | run.get("classes", {}))[name] for run in chosen]
-                cells.append(_spread(values, seeds=seeds))
+            cells.append(_spread([run["tail"] for run in chosen], seeds=seeds))
+            means = (fmean(run["classes"][name] for run in chosen) for name in classes)
+            cells += [f"{100 * mean:.1f}" for mean in means] if chosen else [""] * len(classes)
         lines.append([label(dict(zip(("methods", "setting"), choice, strict=True))), *cells])
-    header = [x for steps, _ in schedules for x in (f"{steps:,} steps: mIoU", *measures)]
+    header = [x for steps, _ in schedules for x in (f"{steps:,} steps: mIoU", "tail", *classes)]
     return markdown_table(["", *header], lines) + "\n"
 
 
@@ -224,6 +233,25 @@ def curves(rows: Sequence[Row]) -> Figure:
         axis.set_xlabel("step")
     columns = math.ceil(len(lines) / math.ceil(len(lines) / 6))  # of rows of equal length
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=columns, frameon=False)
+    return figure
+
+
+def predictions(maps: Mapping[str, Sequence[np.ndarray]], classes: Sequence[str]) -> Figure:
+    """A row of label maps for each name."""
+    columns, colors = len(next(iter(maps.values()))), palette(len(classes))
+    figure = Figure(figsize=(2.4 * columns, 1.8 * len(maps) + 0.8), layout="constrained")
+    no_ticks = {"xticks": [], "yticks": []}
+    grid = figure.subplots(len(maps), columns, squeeze=False, subplot_kw=no_ticks)
+    for axes, (name, row) in zip(grid, maps.items(), strict=True):
+        axes[0].set_ylabel(name)
+        for axis, labels in zip(axes, row, strict=True):
+            known = np.where(labels < len(classes), labels, len(classes))
+            axis.imshow(colors[known], interpolation="nearest")
+    handles = [
+        Patch(facecolor=color / 255, edgecolor="0.5", label=name)
+        for color, name in zip(colors, [*classes, "ignored"], strict=True)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 
