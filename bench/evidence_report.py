@@ -90,11 +90,10 @@ INTRODUCTION = """# The methods by training schedule
 A schedule is a separate training of so many steps, whose learning rate decays to 0 at its end.
 The baseline is the network without a [method](methods.md). Its mIoU is given in %; that of a
 method as the difference to the baseline of the same seeds, in points. "Tail" is the mean IoU of
-its classes in %. Figures are mean ± standard deviation over {seeds} seeds, or over n; those
-without ± are of one seed, and fewer than three do not show whether a method helps. "From scratch"
-is `--model.setting from-scratch`; the others have the published weights. Bands in the pictures
-are one standard deviation. A network has converged at a schedule if the next one adds less than
-{converged:g} point to the mIoU of the baseline (not known of the longest).
+its classes in %. Figures are mean ± standard deviation (in pictures a band) over {seeds} seeds,
+or over n; those without ± are of one seed, which does not show whether a method helps. "From
+scratch" is `--model.setting from-scratch`; the others have the published weights. A network has
+converged at a schedule if the next one adds less than {converged:g} point to the baseline's mIoU.
 
 {missing}
 """

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import evidence_report
+import numpy as np
 import pytest
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -80,15 +81,27 @@ def test_report_of_evidence(tmp_path: Path):
     on_validation, on_test = page.split("## Photographs, ")[1].split("on the test split")
     header = "|  | 1,000 steps: mIoU | tail | sky |\n"
     assert header in on_validation and header in on_test
-    assert "| baseline | 55.0 ± 5.0 | 20.0 ± 0.0 | 90.0 ± 0.0 |" in on_validation
+    assert "| baseline | 55.0 ± 5.0 | 20.0 ± 0.0 | 90.0 |" in on_validation
     assert "| SAR | +2.0 ± 1.4 (n = 2) | 20.0 ± 0.0 (n = 2) |" in on_validation
-    assert "| baseline | 50.0 ± 10.0 | 10.0 ± 0.0 | 80.0 ± 0.0 |" in on_test
+    assert "| baseline | 50.0 ± 10.0 | 10.0 ± 0.0 | 80.0 |" in on_test
     assert "| SAR | +4.0 ± 2.8 (n = 2) | 10.0 ± 0.0 (n = 2) |" in on_test
     assert "3 of the 3 runs planned on digit scenes are missing" in page
     assert "Nothing planned on photographs is missing: all 1 runs are here." in page
+    assert evidence_report.PREDICTIONS not in page
+    page = evidence_report.page(evidence | {"predictions": ["camvid"]})
+    assert evidence_report.PREDICTIONS in page.split("## Photographs, ")[1]
     for name in ("digits-segformer-b0", "camvid-efficientnet-lite0"):
         picture = (tmp_path / f"evidence-{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
+
+
+def test_picture_of_predictions():
+    """Ignored pixels (255) are white."""
+    labels = np.array([[0, 1], [2, 255]], np.uint8)
+    figure = evidence_report.predictions({"labels": [labels], "SAR": [labels % 3]}, ["a", "b", "c"])
+    assert [axes.get_ylabel() for axes in figure.axes] == ["labels", "SAR"]
+    colors = figure.axes[0].images[0].get_array()
+    assert colors is not None and (colors[1, 1] == 255).all() and not (colors[0] == 255).all()
 
 
 def test_evidence_with_a_row_is_not_repeated(
