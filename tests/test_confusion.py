@@ -4,7 +4,7 @@ almost equal. On the CPU they are compared with torch too."""
 import pytest
 import torch
 import torch.nn.functional as F
-from softmax_formulas import BF16, F16, F32
+from softmax_cases import BF16, F16, F32
 
 import anchorops as ao
 from anchorops import reference

@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-import softmax_formulas as softmax
 import torch
 from class_moments_cases import BF16, Case, make_inputs, run
+from operators import results as results_of
+from softmax_cases import moments
 from torch import Tensor
 
 import anchorops as ao
@@ -20,7 +21,16 @@ from tests.test_methods import METHODS, classifier_of, labels_of
 
 pytestmark = pytest.mark.on("gpu")
 CASE = Case((2, 720, 32, 64), 19, BF16, labels="coherent")
-LOGITS_CASE = softmax.Case((2, 19, 32, 64), (128, 256), layout="channels_last")
+LOGITS_CASE = moments((2, 19, 32, 64), (128, 256), layout="channels_last")
+
+
+def logits_and_labels() -> tuple[Tensor, Tensor]:
+    inputs = LOGITS_CASE.sample.inputs()
+    return inputs["logits"].cuda(), inputs["labels"].cuda()
+
+
+def of_logits(case: Any, logits: Tensor, labels: Tensor) -> list[Tensor]:
+    return results_of(case.ours, {"logits": logits, "labels": labels})
 
 
 def same(ours, expected) -> bool:
@@ -37,11 +47,8 @@ def calls(request: pytest.FixtureRequest, backend: str) -> list[Calls]:
     """Values and gradient of an operator, of two inputs."""
     if request.param == "class_moments":
         return [(run, CASE, [*make_inputs(CASE)]) for _ in range(2)]
-    inputs = [
-        [softmax.make_logits(LOGITS_CASE)[0], softmax.make_labels(LOGITS_CASE)] for _ in range(2)
-    ]
-    weights = softmax.make_weights(LOGITS_CASE)
-    return [(softmax.results, LOGITS_CASE, [*tensors, weights]) for tensors in inputs]
+    logits, labels = logits_and_labels()
+    return [(of_logits, LOGITS_CASE, [x, labels]) for x in (logits, logits.flip(0))]
 
 
 def test_cuda_graph(calls: list[Calls]):
@@ -129,8 +136,8 @@ def test_graph_of_a_training_step(backend: str, name: str):
 
 @pytest.mark.on("triton")
 def test_losses_wait_for_nothing(backend: str):
-    logits = softmax.make_logits(LOGITS_CASE)[0].requires_grad_()
-    labels = softmax.make_labels(LOGITS_CASE)
+    logits, labels = logits_and_labels()
+    logits.requires_grad_()
     losses = [
         ao.CrossEntropy(ohem_threshold=0.7, ohem_min_kept=100, focal_gamma=2.0),
         ao.CrossEntropyDice(ao.CrossEntropy(label_smoothing=0.1), ao.Dice()),
@@ -192,7 +199,7 @@ def test_compiles_as_one_graph(backend: str):
 
 @pytest.mark.on("triton")
 def test_cross_entropy_compiles_as_one_graph(backend: str):
-    logits, labels = softmax.make_logits(LOGITS_CASE)[0], softmax.make_labels(LOGITS_CASE)
+    logits, labels = logits_and_labels()
 
     def cross_entropy(logits):
         return ao.pixel_cross_entropy(logits, labels)

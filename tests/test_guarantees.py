@@ -5,14 +5,12 @@ torch needs of an operator. The cases and peculiarities of an operator are in it
 import pytest
 import torch
 from cpu_kernels import same_for_all_threads
-from operators import as_dtype, each, results, strided
+from operators import as_dtype, check, each, results, strided
 from torch import Tensor
 
 from anchorops.catalogue import Case
-from anchorops.catalogue.budget import error_and_limit
 
-F32, F64 = torch.float32, torch.float64
-FLOOR = 12 * 2**-23  # of the largest number, as in softmax_formulas.check
+F64 = torch.float64
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, in the machine for PTX
 ]
@@ -24,12 +22,7 @@ def same_bits(ours: list[Tensor], expected: list[Tensor]) -> bool:
 
 @each(options=True, exact=True)
 def test_values_and_gradients(case: Case, backend: str, poisoned: None):
-    """The error is at most twice that of torch's functions in float32, plus the floor."""
-    inputs = case.sample.inputs(1)
-    exact, plain = (results(case.formula, as_dtype(inputs, dtype)) for dtype in (F64, F32))
-    for ours, right, other in zip(results(case.ours, inputs), exact, plain, strict=True):
-        error, limit = error_and_limit(ours, right, other, FLOOR)
-        assert error <= limit
+    check(case, backend)
 
 
 @each("reference", "cpu", options=True, exact=True)

@@ -1,138 +1,122 @@
-"""pixel_kl_divergence of each backend, compared with F.interpolate, F.log_softmax and F.kl_div in
-float64. `make proofs` runs the cases that take `backend` again, with Triton's kernels."""
+"""pixel_kl_divergence of each backend, compared with torch's functions in float64. `make proofs`
+runs the cases that take `backend` again, with Triton's kernels."""
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from cpu_kernels import in_layout, same_for_all_threads
-from torch import Tensor
+from operators import check, results
+from torch import Generator, Tensor
 
 import anchorops as ao
 from anchorops._ops import volumes
-from anchorops.catalogue.budget import error_and_limit
-from anchorops.catalogue.formulas import kl_divergence, upsampled
+from anchorops.catalogue import Case, Entry, Inputs, Sample, formulas
+from anchorops.catalogue.budget import FLOOR
+from anchorops.catalogue.pixels import Pixels
 
-F32, F64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-FLOOR = 2**-22
+F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 pytestmark = pytest.mark.on("reference", "cpu", "simulated_triton", "triton")
+cpu = pytest.mark.on("cpu")
 
 
-class Case(NamedTuple):
-    size: tuple[int, ...]  # of volumes with a depth
-    pixels: tuple[int, ...]
-    teacher: tuple[int, ...] | None = None  # its pixels; None: those of the student
-    align_corners: bool = False
-    dtype: torch.dtype = F32
-    teacher_dtype: torch.dtype | None = None
-    layout: str = "contiguous"
-    temperature: float = 1.0
-    masked: bool = True
-    scale: float = 3.0
+def ours(logits: Tensor, teacher: Tensor, valid: Tensor, *, masked: bool, **options: Any) -> Tensor:
+    options = {"valid": valid if masked else None, "reduction": "none"} | options
+    return ao.pixel_kl_divergence(logits, teacher, valid.shape[1:], **options)
 
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"temperature": self.temperature, "align_corners": self.align_corners}
+
+def formula(
+    logits: Tensor, teacher: Tensor, valid: Tensor, *, masked: bool, **options: Any
+) -> Tensor:
+    valid = valid if masked else torch.ones_like(valid)
+    return formulas.kl_divergence(logits, teacher, valid, reduction="none", **options)
+
+
+DIVERGENCE = Entry("divergences", ("pixel_kl_divergence",), ours, formula)
+
+
+def make(
+    pixels: Pixels, teacher_dtype: torch.dtype | None, layout: str, n: int, random: Generator
+) -> Inputs:
+    inputs = pixels(n, random)
+    inputs["teacher"] = inputs["teacher"].to(teacher_dtype or pixels.dtype)
+    valid = inputs["valid"]
+    transposed = valid.permute(*reversed(range(valid.dim()))).contiguous()
+    inputs["valid"] = transposed.permute(*reversed(range(valid.dim())))
+    return inputs | {name: in_layout(inputs[name], layout)[0] for name in ("logits", "teacher")}
+
+
+def divergences(
+    size: tuple[int, ...],
+    pixels: tuple[int, ...],
+    teacher: tuple[int, ...] = (),
+    align_corners: bool = False,
+    dtype: torch.dtype = F32,
+    *,
+    teacher_dtype: torch.dtype | None = None,
+    layout: str = "contiguous",
+    temperature: float = 1.0,
+    masked: bool = True,
+    scale: float = 3.0,
+) -> Case:
+    """size: of the logits. pixels: of the divergences. teacher: of its logits, without batch and
+    classes; (): that of the student's. scale: of the logits."""
+    maker = Pixels(size[1], size[2:], pixels, align_corners, dtype=dtype, teacher=teacher)
+    maker = maker._replace(batch=size[0], scale=scale)
+    options = {"temperature": temperature, "align_corners": align_corners, "masked": masked}
+    name = ", ".join(
+        map(str, (size, pixels, teacher, dtype, teacher_dtype, layout, scale, options))
+    )
+    made = partial(make, maker, teacher_dtype, layout)
+    return Case(DIVERGENCE, Sample(name, made, options, (), FLOOR * max(1.0, scale)))
 
 
 CASES = [
-    Case((2, 19, 4, 6), (16, 24)),  # ratio 4
-    Case((2, 5, 4, 6), (16, 24), masked=False, temperature=4.0),
-    Case((1, 5, 6, 9), (12, 18), temperature=0.5),  # 2
-    Case((2, 3, 9, 8), (9, 8)),  # 1
-    Case((1, 2, 9, 17), (9, 40)),  # 1 along the rows only
-    Case((1, 7, 3, 5), (24, 45), masked=False),  # 8 and 9
-    Case((2, 7, 7, 9), (16, 31)),  # no integers
-    Case((2, 7, 7, 9), (16, 31), align_corners=True),
-    Case((1, 4, 5, 5), (17, 17), align_corners=True),  # rows of weight 0
-    Case((1, 3, 12, 13), (5, 7)),  # down
-    Case((1, 3, 12, 40), (5, 6), align_corners=True),
-    Case((1, 6, 1, 1), (5, 3), (2, 1)),
-    Case((2, 5, 8, 6), (32, 24), (4, 12)),  # the teacher is smaller and larger
-    Case((1, 5, 4, 6), (16, 24), (4, 9)),  # of the same height
-    Case((1, 5, 5, 4), (20, 16), (20, 16), temperature=2.0),  # full resolution
-    Case((1, 5, 20, 16), (20, 16), (5, 4)),  # the student at full resolution
-    Case((1, 5, 7, 9), (13, 20), (5, 3), align_corners=True),
-    Case((2, 6, 4, 6), (16, 24), dtype=BF16),
-    Case((2, 6, 4, 6), (16, 24), (8, 8), dtype=FP16, teacher_dtype=F32, temperature=2.0),
-    Case((2, 6, 4, 6), (16, 24), dtype=BF16, layout="channels_last"),
-    Case((2, 5, 4, 6), (16, 24), layout="transposed"),
-    Case((2, 5, 4, 6), (16, 24), (5, 5), layout="every other"),
-    Case((1, 7, 4, 6), (16, 24), scale=40.0),  # steep: sums of powers would underflow
-    Case((1, 7, 4, 6), (9, 13), (2, 3), scale=200.0, temperature=2.0),
-    Case((2, 3, 6, 10), (6, 10), dtype=BF16, masked=False),  # lanes of four pixels
+    divergences((2, 19, 4, 6), (16, 24)),  # ratio 4
+    divergences((2, 5, 4, 6), (16, 24), masked=False, temperature=4.0),
+    divergences((1, 5, 6, 9), (12, 18), temperature=0.5),  # 2
+    divergences((2, 3, 9, 8), (9, 8)),  # 1
+    divergences((1, 2, 9, 17), (9, 40)),  # 1 along the rows only
+    divergences((1, 7, 3, 5), (24, 45), masked=False),  # 8 and 9
+    divergences((2, 7, 7, 9), (16, 31)),  # no integers
+    divergences((2, 7, 7, 9), (16, 31), align_corners=True),
+    divergences((1, 4, 5, 5), (17, 17), align_corners=True),  # rows of weight 0
+    divergences((1, 3, 12, 13), (5, 7)),  # down
+    divergences((1, 3, 12, 40), (5, 6), align_corners=True),
+    divergences((1, 6, 1, 1), (5, 3), (2, 1)),
+    divergences((2, 5, 8, 6), (32, 24), (4, 12)),  # the teacher is smaller and larger
+    divergences((1, 5, 4, 6), (16, 24), (4, 9)),  # of the same height
+    divergences((1, 5, 5, 4), (20, 16), (20, 16), temperature=2.0),  # full resolution
+    divergences((1, 5, 20, 16), (20, 16), (5, 4)),  # the student at full resolution
+    divergences((1, 5, 7, 9), (13, 20), (5, 3), align_corners=True),
+    divergences((2, 6, 4, 6), (16, 24), dtype=BF16),
+    divergences((2, 6, 4, 6), (16, 24), (8, 8), dtype=FP16, teacher_dtype=F32, temperature=2.0),
+    divergences((2, 6, 4, 6), (16, 24), dtype=BF16, layout="channels_last"),
+    divergences((2, 5, 4, 6), (16, 24), layout="transposed"),
+    divergences((2, 5, 4, 6), (16, 24), (5, 5), layout="every other"),
+    divergences((1, 7, 4, 6), (16, 24), scale=40.0),  # steep: sums of powers would underflow
+    divergences((1, 7, 4, 6), (9, 13), (2, 3), scale=200.0, temperature=2.0),
+    divergences((2, 3, 6, 10), (6, 10), dtype=BF16, masked=False),  # lanes of four pixels
 ]
 VOLUMES = [
-    Case((2, 3, 4, 5, 6), (16, 20, 24)),
-    Case((2, 3, 4, 5, 6), (9, 11, 13), (2, 3, 9), temperature=2.5),
-    Case((2, 3, 4, 5, 6), (9, 11, 13), dtype=BF16, layout="channels_last", masked=False),
-    Case((2, 3, 7, 5, 6), (3, 10, 9), (3, 10, 9), align_corners=True),  # full resolution
-    Case((2, 3, 4, 5, 6), (4, 5, 6), (8, 5, 6)),  # the student at full resolution
-    Case((2, 3, 1, 5, 6), (4, 10, 12), (4, 5, 6)),
+    divergences((2, 3, 4, 5, 6), (16, 20, 24)),
+    divergences((2, 3, 4, 5, 6), (9, 11, 13), (2, 3, 9), temperature=2.5),
+    divergences((2, 3, 4, 5, 6), (9, 11, 13), dtype=BF16, layout="channels_last", masked=False),
+    divergences((2, 3, 7, 5, 6), (3, 10, 9), (3, 10, 9), align_corners=True),  # full resolution
+    divergences((2, 3, 4, 5, 6), (4, 5, 6), (8, 5, 6)),  # the student at full resolution
+    divergences((2, 3, 1, 5, 6), (4, 10, 12), (4, 5, 6)),
 ]
 
 
-class Inputs(NamedTuple):
-    logits: Tensor
-    teacher: Tensor
-    valid: Tensor | None
-    weights: Tensor  # of the divergences of the pixels
+MANY_CLASSES = [divergences((1, n, 2, 3), (8, 9), (2, 2), scale=1.0) for n in (300, 65_536)]
 
 
-def make_inputs(case: Case) -> Inputs:
-    teacher_size = (*case.size[:2], *(case.teacher or case.size[2:]))
-    pixels_size = (case.size[0], *case.pixels)
-    logits = (case.scale * torch.randn(case.size)).to(case.dtype)
-    teacher = (case.scale * torch.randn(teacher_size)).to(case.teacher_dtype or case.dtype)
-    valid = None
-    if case.masked:
-        valid = (torch.rand(pixels_size[::-1]) < 0.7).permute(*reversed(range(len(pixels_size))))
-    logits, teacher = (in_layout(x, case.layout)[0] for x in (logits, teacher))
-    return Inputs(logits, teacher, valid, torch.randn(pixels_size, dtype=F64))
-
-
-def formula(case: Case, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
-    """D of each pixel, and the gradient of Σ weights·D, by torch."""
-    x = inputs.logits.detach().to(dtype, memory_format=torch.contiguous_format).requires_grad_()
-    valid = torch.ones(inputs.weights.shape) > 0 if inputs.valid is None else inputs.valid
-    divergences = kl_divergence(
-        x, inputs.teacher.to(dtype), valid, reduction="none", **case.options
-    )
-    (gradient,) = torch.autograd.grad((divergences * inputs.weights.to(dtype)).sum(), x)
-    return [divergences.detach().double(), gradient.double()]
-
-
-def ours(case: Case, inputs: Inputs, reduction: str = "none") -> list[Tensor]:
-    x = inputs.logits.detach().requires_grad_()
-    actual = ao.pixel_kl_divergence(
-        x, inputs.teacher, case.pixels, valid=inputs.valid, reduction=reduction, **case.options
-    )
-    weights = inputs.weights.to(actual.dtype) if reduction == "none" else torch.ones_like(actual)
-    return [actual.detach(), *torch.autograd.grad(actual, x, weights)]
-
-
-def assert_close(actual: Tensor, exact: Tensor, plain: Tensor, floor: float, eps: float = 0.0):
-    """floor: of the largest number, or of 1."""
-    largest = float(exact.abs().max())
-    error, limit = error_and_limit(actual, exact, plain, floor * max(largest, 1) / largest, eps)
-    assert error <= limit
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(case, marks=cpu) for case in MANY_CLASSES)], ids=str
+)
 def test_divergences_and_gradients(backend: str, case: Case) -> None:
-    inputs = make_inputs(case)
-    actual, gradient = ours(case, inputs)
-    exact, plain = formula(case, inputs, F64), formula(case, inputs, F32)
-    assert actual.dtype == F32 and actual.is_contiguous()
-    assert gradient.dtype == case.dtype
-    if backend != "reference":
-        assert gradient.stride() == torch.empty_like(inputs.logits, device="meta").stride()
-    largest = max(float(x.abs().max()) for x in inputs[:2]) / case.temperature
-    floor = FLOOR * (1 + largest) * max(case.temperature, 1)
-    assert_close(actual, exact[0], plain[0], floor * max(case.temperature, 1))
-    eps = 0.0 if case.dtype == F32 else torch.finfo(case.dtype).eps / 2
-    tiny = 2**-24 if case.dtype == FP16 else 0.0
-    assert_close(gradient, exact[1], plain[1], floor + tiny, eps)
+    check(case, backend)
 
 
 @pytest.mark.on("simulated_triton")
@@ -142,7 +126,7 @@ def test_lanes_of_one_pixel(backend: str, case: Case, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(upsampling, "MOST_ROWS", 1)
     monkeypatch.setattr(upsampling, "MOST_COLUMNS", 1)
-    test_divergences_and_gradients(backend, case)
+    check(case, backend)
 
 
 @pytest.mark.on("reference", "cpu")
@@ -150,29 +134,26 @@ def test_lanes_of_one_pixel(backend: str, case: Case, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("case", VOLUMES, ids=str)
 def test_volumes(backend: str, case: Case, slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(volumes, "SLAB", slab)
-    test_divergences_and_gradients(backend, case)
+    check(case, backend)
 
 
-@pytest.mark.parametrize(
-    "case", [CASES[0], CASES[3], CASES[8], CASES[9], CASES[12]], ids=lambda case: str(case.size)
-)
-def test_invalid_pixels_change_nothing(backend: str, case: Case) -> None:
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[8], CASES[9], CASES[12]], ids=str)
+@pytest.mark.parametrize("spoilt", ["logits", "teacher"])
+def test_invalid_pixels_change_nothing(backend: str, case: Case, spoilt: str) -> None:
     """Logits that only invalid pixels read; a pixel reads only logits of weight > 0."""
-    inputs = make_inputs(case._replace(masked=False))
+    inputs = case.sample.inputs()
+    x, valid = inputs[spoilt].clone(), inputs["valid"]
+    marked = torch.zeros_like(x[:1, :1]).index_fill_(3, torch.tensor(1), 1.0)
+    corners = case.sample.options["align_corners"]
+    read = formulas.upsampled(marked, valid.shape[1:], corners)[0, 0] > 0
+    inputs["valid"] = valid = ~read.expand_as(valid)
+    expected = results(case.ours, inputs)
     values = torch.tensor([torch.nan, torch.inf, -torch.inf])  # of one row each
-    for spoil_teacher in (False, True):
-        x = (inputs.teacher if spoil_teacher else inputs.logits).clone()
-        marked = torch.zeros_like(x[:1, :1]).index_fill_(3, torch.tensor(1), 1.0)
-        read = upsampled(marked, case.pixels, case.align_corners)[0, 0] > 0
-        valid = ~read.expand(case.size[0], -1, -1)
-        expected = ours(case, inputs._replace(valid=valid))
-        x[..., 1] = values[torch.arange(x.shape[2]) % 3]
-        spoiled = inputs._replace(valid=valid, **{"teacher" if spoil_teacher else "logits": x})
-        actual = ours(case, spoiled)
-        assert valid.any() and not valid.all()
-        for a, b in zip(actual, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-        assert not actual[0][~valid].any()
+    x[..., 1] = values[torch.arange(x.shape[2]) % 3]
+    actual = results(case.ours, inputs | {spoilt: x})
+    assert valid.any() and not valid.all()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert not actual[0][~valid].any()
 
 
 def test_classes_of_probability_0(backend: str) -> None:
@@ -250,28 +231,20 @@ def test_nothing_to_compare(backend: str, reduction: str) -> None:
         assert gradient.shape == x.shape and not gradient.any()
 
 
-@pytest.mark.on("cpu")
+@cpu
+@pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize(
     "case",
     [
-        Case((3, 19, 33, 40), (132, 160), (17, 40)),
-        Case((1, 150, 40, 90), (160, 360), dtype=BF16),
-        Case((2, 4, 1, 2000), (1, 4001), masked=False),
+        divergences((3, 19, 33, 40), (132, 160), (17, 40)),
+        divergences((1, 150, 40, 90), (160, 360), dtype=BF16),
+        divergences((2, 4, 1, 2000), (1, 4001), masked=False),
     ],
     ids=str,
 )
-def test_the_same_bits_for_any_number_of_threads(backend: str, case: Case) -> None:
-    inputs = make_inputs(case)
-    same_for_all_threads(lambda: [*ours(case, inputs), *ours(case, inputs, "sum")])
-
-
-@pytest.mark.on("cpu")
-@pytest.mark.parametrize("num_classes", [300, 65_536])
-def test_many_classes(backend: str, num_classes: int) -> None:
-    case = Case((1, num_classes, 2, 3), (8, 9), (2, 2))
-    inputs = make_inputs(case)
-    for value, exact in zip(ours(case, inputs), formula(case, inputs, F64), strict=True):
-        torch.testing.assert_close(value.double(), exact, rtol=1e-4, atol=1e-5)
+def test_the_same_bits_for_any_number_of_threads(backend: str, case: Case, reduction: str) -> None:
+    call, inputs = partial(case.ours, reduction=reduction), case.sample.inputs()
+    same_for_all_threads(lambda: results(call, inputs))
 
 
 LOGITS, VALID = torch.zeros(2, 5, 4, 6), torch.ones(2, 16, 24, dtype=torch.bool)

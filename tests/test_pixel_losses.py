@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from softmax_formulas import check_loss
+from operators import check_loss
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

@@ -5,25 +5,14 @@ import math
 
 import pytest
 import torch
-from softmax_formulas import (
-    BF16,
-    EVERYTHING,
-    F16,
-    F32,
-    F64,
-    Case,
-    make_labels,
-    make_logits,
-    make_weights,
-    run,
-    run_reference,
-)
+from softmax_cases import ALL, BF16, CE, F16, F32, F64, moments, run, run_reference
 from torch import Tensor
 
 import anchorops as ao
 from anchorops._moments import Options
 from anchorops._ops.softmax_moments import moments_of
 from anchorops._shared.upsampling import upsample
+from anchorops.catalogue import Case
 
 on_cpu = pytest.mark.on("cpu", "reference")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the machine for PTX
@@ -35,13 +24,13 @@ RATIOS = [  # of labels to logits of (3, 4)
 ]
 each_ratio = pytest.mark.parametrize(("pixels", "align_corners"), RATIOS)
 CASES = [
-    Case((2, 7, 9, 20), (36, 80), labels="coherent"),
-    Case((2, 7, 9, 20), (36, 80), BF16, True, layout="channels_last"),
-    Case((2, 7, 9, 20), (31, 67), F32, True),
-    Case((2, 3, 9, 20), (72, 160), F16),
-    Case((2, 7, 9, 20), (9, 20), F32),
-    Case((2, 7, 9, 20), (5, 11), F64),
-    Case((2, 2, 5, 6), (20, 24)),
+    moments((2, 7, 9, 20), (36, 80), coherent=True),
+    moments((2, 7, 9, 20), (36, 80), BF16, True, layout="channels_last"),
+    moments((2, 7, 9, 20), (31, 67), F32, True),
+    moments((2, 3, 9, 20), (72, 160), F16),
+    moments((2, 7, 9, 20), (9, 20), F32),
+    moments((2, 7, 9, 20), (5, 11), F64),
+    moments((2, 2, 5, 6), (20, 24)),
 ]
 
 
@@ -55,14 +44,13 @@ def read_by(pixels: tuple[int, int], align_corners: bool, row: int, column: int)
 @each_ratio
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_logit_spoils_the_pixels_that_read_it(pixels, align_corners, value, backend: str):
-    case = Case((2, 5, 3, 4), pixels, F32, align_corners)
-    logits, weights = make_logits(case)[0], make_weights(case)
-    labels = torch.randint(0, 5, case.labels_size)
+    case = moments((2, 5, 3, 4), pixels, F32, align_corners)
+    logits, labels = torch.randn(2, 5, 3, 4), torch.randint(0, 5, (2, *pixels))
     spoilt = read_by(pixels, align_corners, 1, 2)
     labels[1, spoilt] %= 2
-    clean, clean_gradient = run(case, logits, labels, weights)
+    clean = run(case, logits=logits, labels=labels)
     logits[1, 3, 1, 2] = value
-    ours, dlogits = run(case, logits, labels, weights)
+    ours = run(case, logits=logits, labels=labels)
     losses, clean_losses = ours["pixel_losses"], clean["pixel_losses"]
     assert torch.equal(losses[0], clean_losses[0])
     torch.testing.assert_close(losses[1][~spoilt], clean_losses[1][~spoilt])
@@ -74,38 +62,36 @@ def test_a_logit_spoils_the_pixels_that_read_it(pixels, align_corners, value, ba
     reached = [
         [(read_by(pixels, align_corners, i, j) & spoilt).any() for j in range(4)] for i in range(3)
     ]
-    reached = torch.tensor(reached)
+    reached, dlogits, right = torch.tensor(reached), ours["dlogits"], clean["dlogits"]
     assert not dlogits[1, 3, 1, 2].isfinite()
-    assert torch.equal(dlogits[0], clean_gradient[0])
-    torch.testing.assert_close(dlogits[1][:, ~reached], clean_gradient[1][:, ~reached])
+    assert torch.equal(dlogits[0], right[0])
+    torch.testing.assert_close(dlogits[1][:, ~reached], right[1][:, ~reached])
     if math.isnan(value):
         assert dlogits[1][:, reached].isnan().all()
 
 
 def test_a_pixel_just_above_a_row_of_logits(backend: str):
     """In float32 the middle one of 37 rows is just above row 1 of 3, so it does not read row 2."""
-    case = Case((1, 3, 3, 4), (37, 16), F32)
-    logits, weights = make_logits(case)[0], make_weights(case)
+    logits, labels = torch.randn(1, 3, 3, 4), torch.zeros(1, 37, 16, dtype=torch.int64)
     logits[0, 1, 2, 2] = torch.nan
-    ours, _ = run(case, logits, torch.zeros(1, 37, 16, dtype=torch.int64), weights)
+    losses = run(moments((1, 3, 3, 4), (37, 16)), logits=logits, labels=labels)["pixel_losses"]
     spoilt = read_by((37, 16), False, 2, 2)
-    assert torch.equal(ours["pixel_losses"][0].isnan(), spoilt) and not spoilt[18].any()
+    assert torch.equal(losses[0].isnan(), spoilt) and not spoilt[18].any()
 
 
 @on_cpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_rows_that_no_pixel_reads(case: Case, backend: str):
     """Not a bit changes."""
-    logits, labels, weights = make_logits(case)[0], make_labels(case), make_weights(case)
-    labels[:, : case.pixels[0] * 2 // 3] = 255
-    upper = logits[:, :, : case.size[2] // 2]
-    clean, gradient = run(case, logits, labels, weights)
+    logits, labels = (case.sample.inputs()[name] for name in ("logits", "labels"))
+    labels[:, : labels.shape[1] * 2 // 3] = 255
+    rows = slice(logits.shape[2] // 2)
+    clean = run(case, logits=logits, labels=labels)
     for value in (torch.nan, torch.inf, -torch.inf):
-        upper.fill_(value)
-        ours, dlogits = run(case, logits, labels, weights)
+        logits[:, :, rows] = value
+        ours = run(case, logits=logits, labels=labels)
         assert all(torch.equal(ours[name], clean[name]) for name in clean)
-        assert torch.equal(dlogits, gradient)
-    assert not gradient[:, :, : case.size[2] // 2].any()
+    assert not clean["dlogits"][:, :, rows].any()
 
 
 @pytest.mark.on("cpu")
@@ -113,78 +99,54 @@ def test_rows_that_no_pixel_reads(case: Case, backend: str):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_results_are_those_of_the_reference(case: Case, value: float, backend: str):
     """One logit, all classes of a position, and a whole class."""
-    logits, labels, weights = make_logits(case)[0], make_labels(case), make_weights(case)
+    logits = case.sample.inputs()["logits"]
     logits[0, 0, 2, 3] = logits[1, :, 4, 4] = value
-    if case.num_classes > 2:
+    if logits.shape[1] > 2:
         logits[1, 2] = value
-    (ours, dlogits), (exact, exact_gradient) = (
-        f(case, logits, labels, weights) for f in (run, run_reference)
-    )
-    for actual, expected in ((dlogits, exact_gradient), *((ours[k], exact[k]) for k in exact)):
+    wide = logits if logits.dtype == F64 else logits.float()
+    expected = run_reference(case, logits=wide)
+    for name, actual in run(case, logits=logits).items():
         rtol = 1e-2 if actual.dtype in (BF16, F16) else 1e-5
-        atol = rtol * float(torch.where(expected.isfinite(), expected, 0).abs().max())
-        expected = expected.to(actual.dtype)
-        torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, equal_nan=True)
+        right = expected[name]
+        atol = rtol * float(torch.where(right.isfinite(), right, 0).abs().max())
+        options = {"rtol": rtol, "atol": atol, "equal_nan": True}
+        torch.testing.assert_close(actual, right.to(actual.dtype), **options)
 
 
 @each_ratio
 def test_minus_infinity_masks_a_class(pixels, align_corners, backend: str):
     """A logit of −inf, in a whole plane or at single positions: p = 0, gradient 0, no NaN."""
-    case = Case((1, 5, 3, 4), pixels, F32, align_corners)
-    logits, weights = make_logits(case)[0], make_weights(case)
-    labels = torch.randint(0, 2, case.labels_size)
+    case = moments((1, 5, 3, 4), pixels, F32, align_corners)
+    logits, labels = torch.randn(1, 5, 3, 4), torch.randint(0, 2, (1, *pixels))
     logits[0, 2] = -torch.inf
     logits[0, 4, 0, 1] = -torch.inf
     logits[0, 3, 1:, 2:] = -torch.inf
-    ours, dlogits = run(case, logits, labels, weights)
-    expected = run_reference(case, logits, labels, weights)
-    torch.testing.assert_close((ours, dlogits), expected, rtol=1e-5, atol=1e-5)
-    assert not dlogits[0, 2].any() and not dlogits[0, 4, 0, 1].any()
+    ours, expected = (f(case, logits=logits, labels=labels) for f in (run, run_reference))
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    assert not ours["dlogits"][0, 2].any() and not ours["dlogits"][0, 4, 0, 1].any()
     labels[0, 1, 1] = 2  # a masked class is not expected: its loss is infinite
-    ours, _ = run(case, logits, labels, weights)
+    ours = run(case, logits=logits, labels=labels)
     assert ours["losses"][2] == torch.inf and ours["pixel_losses"][0, 1, 1] == torch.inf
     assert ours["losses"].isfinite().sum() == 4 and ours["intersections"][2] == 0
-
-
-@on_cpu
-def test_a_class_of_minus_infinity_is_no_class(backend: str):
-    case, fewer = (Case((2, num_classes, 9, 20), (36, 80)) for num_classes in (6, 5))
-    logits, labels, weights = make_logits(case)[0], make_labels(case), make_weights(case)
-    labels[labels == 3] = 255
-    logits[:, 3] = -torch.inf
-    kept = torch.tensor([0, 1, 2, 4, 5])
-    kept_labels = torch.full((256,), 255).index_put_((kept,), torch.arange(5))
-    kept_labels = kept_labels[labels.where((labels >= 0) & (labels < 6), 255)]
-    weights_of_kept = {name: w[kept] if w.dim() == 1 else w for name, w in weights.items()}
-    ours, dlogits = run(case, logits, labels, weights)
-    others, gradient = run(fewer, logits[:, kept], kept_labels, weights_of_kept)
-    torch.testing.assert_close(dlogits[:, kept], gradient)
-    assert not dlogits[:, 3].any()
-    for name, statistic in ours.items():
-        torch.testing.assert_close(
-            statistic[kept] if statistic.dim() == 1 else statistic, others[name]
-        )
-        assert statistic.dim() != 1 or not statistic[3]
 
 
 @each_ratio
 def test_shaped_losses(pixels, align_corners, backend: str):
     """A class that is −inf and has no weight; NaN in ignored pixels; a label whose loss is ∞."""
-    case = Case((1, 4, 3, 4), pixels, F32, align_corners, weights_by="class", focal_gamma=2.0)
-    logits, weights = make_logits(case)[0], make_weights(case)
-    labels = torch.randint(1, 4, case.labels_size)
+    logits, labels = torch.randn(1, 4, 3, 4), torch.randint(1, 4, (1, *pixels))
     logits[0, 0] = -torch.inf  # v = 0
     logits[0, 2, 1, 2] = torch.nan
     labels[0, read_by(pixels, align_corners, 1, 2)] = 255
-    through = ("losses", "pixel_losses")
+    options = {"weights_by": "class", "focal_gamma": 2.0, "through": ("losses", "pixel_losses")}
     for min_loss in (-torch.inf, 0.2):
-        case = case._replace(min_loss=min_loss)
-        ours, dlogits = run(case, logits, labels, weights, through)
-        expected = run_reference(case, logits, labels, weights, through)
-        torch.testing.assert_close((ours, dlogits), expected, rtol=1e-5, atol=1e-5)
-        assert dlogits.isfinite().all() and dlogits[0, 1].any() and not dlogits[0, 0].any()
+        options["min_loss"] = min_loss
+        case = moments((1, 4, 3, 4), pixels, F32, align_corners, **options)
+        ours, expected = (f(case, logits=logits, labels=labels) for f in (run, run_reference))
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+        gradient = ours["dlogits"]
+        assert gradient.isfinite().all() and gradient[0, 1].any() and not gradient[0, 0].any()
     labels[0, 0, 0] = 0
-    ours, _ = run(case, logits, labels, weights, through)
+    ours = run(case, logits=logits, labels=labels)
     assert ours["pixel_losses"][0, 0, 0] == ours["losses"][0] == torch.inf
     assert ours["losses"][1:].isfinite().all()
 
@@ -228,26 +190,18 @@ def test_pixel_weights(unused: float, ratio: int, focal_gamma: float, backend: s
     logits[:, 2] = -torch.inf
     labels = torch.randint(0, 2, (1, 4 * ratio, 8 * ratio))
     labels[0, :, 0], labels[0, 0, -1] = 255, 2
-    options = Options(min_loss=0.7, focal_gamma=focal_gamma)
+    chosen = {"min_loss": 0.7, "focal_gamma": focal_gamma}
     with ao.use_backend("reference"):
-        plain = options.without_loss_options(pixel_losses=True)
-        ce = moments_of("test", logits, labels, plain).pixel_losses
-    assert ce is not None
-    weights = torch.where(ce < options.min_loss, unused, torch.rand(labels.shape))
+        losses = ao.pixel_cross_entropy(logits, labels, reduction="none")
+    weights = torch.where(losses < 0.7, unused, torch.rand(labels.shape))
     weights[labels == 255], weights[labels == 2] = torch.nan, 0
 
-    def results() -> list[Tensor]:
-        leaves = logits.clone().requires_grad_(), weights.clone().requires_grad_()
-        moments = moments_of("test", leaves[0], labels, options._replace(pixel_weights=leaves[1]))
-        assert moments.used is not None
-        outputs = [moments.losses, moments.used]
-        gradients = torch.autograd.grad(outputs, leaves, [x.detach() for x in outputs])
-        return [x.detach() for x in (*outputs, *gradients)]
-
-    ours = results()
-    with ao.use_backend("reference"):
-        torch.testing.assert_close(ours, results(), rtol=2e-5, atol=2e-5)
-    assert all(x.isfinite().all() and x.any() for x in ours)
+    case = moments((1, 3, 4, 8), (4 * ratio, 8 * ratio), statistics=CE, **chosen)
+    inputs = {"logits": logits, "labels": labels, "pixel_weights": weights}
+    ours = run(case, **inputs)
+    torch.testing.assert_close(ours, run_reference(case, **inputs), rtol=2e-5, atol=2e-5)
+    assert all(ours[x].isfinite().all() and ours[x].any() for x in ("losses", "dlogits"))
+    assert ours["used"].isfinite().all() and ours["dweights"].isfinite().all()
 
 
 def test_gradient_of_nan_reaches_the_logits_that_its_pixel_reads(backend: str):
@@ -285,7 +239,9 @@ def test_gradient_of_nan_reaches_the_logits_that_its_pixel_reads(backend: str):
 def test_nothing_valid(size, labels, dtype, per_image, backend: str, poisoned: None):
     logits = torch.full(size, torch.nan, dtype=dtype, requires_grad=True)
     ignored = torch.full(labels, 255)
-    moments = ao.ops.softmax_moments(logits, ignored, per_image=per_image, **EVERYTHING)
+    moments = ao.ops.softmax_moments(
+        logits, ignored, per_image=per_image, **dict.fromkeys(ALL, True)
+    )
     loss = ao.pixel_cross_entropy(logits, ignored)
     images = (1 if len(size) == 2 else size[0],) if per_image else ()
     for statistic in moments[:6]:

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from memory import peak_allocated_bytes
-from softmax_formulas import BF16, F64, Case, check
+from operators import check
+from softmax_cases import BF16, CE, F64, moments
 from torch import Tensor
 
 import anchorops as ao
 from anchorops._ops import volumes
-from anchorops.catalogue import formulas
+from anchorops.catalogue import Case, formulas
 
 K = 4
 pytestmark = pytest.mark.on("cpu", "reference")
@@ -35,42 +36,31 @@ def slab(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
 
 
 def inputs(
-    size: tuple[int, ...] = (4, 5, 6),
-    label_size: tuple[int, ...] = (9, 11, 13),
-    dtype: torch.dtype = torch.float32,
+    size: tuple[int, ...] = (4, 5, 6), label_size: tuple[int, ...] = (9, 11, 13)
 ) -> tuple[Tensor, Tensor]:
-    logits = (2 * torch.randn(2, K, *size)).to(dtype).requires_grad_()
+    logits = (2 * torch.randn(2, K, *size)).requires_grad_()
     labels = torch.randint(0, K, (2, *label_size))
     labels[torch.rand(labels.shape) < 0.2] = 255
     return logits, labels
 
 
-def upsampled(logits: Tensor, labels: Tensor, align_corners: bool = False) -> Tensor:
-    return formulas.upsampled(logits.double(), labels.shape[1:], align_corners)
-
-
-def assert_same(
-    ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], logits: Tensor
-) -> None:
-    """Assert equal values and gradients."""
-    actual, expected = ours(logits), theirs(logits)
-    torch.testing.assert_close(actual.double(), expected.double(), rtol=1e-5, atol=1e-6)
-    (gradient,) = torch.autograd.grad(actual, logits)
-    (wanted,) = torch.autograd.grad(expected, logits)
-    assert gradient.dtype == logits.dtype
-    tolerance = 1e-2 if logits.dtype == torch.bfloat16 else 1e-4
-    atol = tolerance * float(wanted.abs().max())
-    torch.testing.assert_close(gradient, wanted, rtol=tolerance, atol=atol)
-
-
 CASES = [
     *(
-        Case((2, K, *size), pixels, align_corners=i % 2 > 0)
+        moments((2, K, *size), pixels, align_corners=i % 2 > 0)
         for i, (size, pixels) in enumerate(SIZES)
     ),
-    Case((2, K, 4, 5, 6), (9, 11, 13), F64, per_image=True),
-    Case((2, K, 4, 5, 6), (9, 11, 13), BF16, layout="channels_last"),
-    Case((2, K, 4, 5, 6), (16, 20, 24), BF16, True, layout="every other", per_image=True),
+    moments((2, K, 4, 5, 6), (9, 11, 13), F64, per_image=True),
+    moments((2, K, 4, 5, 6), (9, 11, 13), BF16, layout="channels_last"),
+    moments((2, K, 4, 5, 6), (16, 20, 24), BF16, True, layout="every other", per_image=True),
+    *(
+        moments((2, classes, 4, 5, 6), (9, 11, 13), statistics=CE, **options)
+        for classes in (1, K)
+        for options in (
+            {"weights_by": "class"},
+            {"weights_by": "image and class", "focal_gamma": 2.0, "min_loss": 0.3},
+            {"pixel_weights": True},
+        )
+    ),
 ]
 
 
@@ -85,35 +75,10 @@ def test_predictions(size: Any, label_size: Any, align_corners: bool, backend: s
     logits, labels = inputs(size, label_size)
     classes = ao.pixel_argmax(logits, label_size, align_corners=align_corners)
     matrix = ao.pixel_confusion(logits, labels, align_corners=align_corners)
-    z = upsampled(logits, labels, align_corners)
+    z = formulas.upsampled(logits.double(), label_size, align_corners)
     chosen = z.gather(1, classes[:, None])[:, 0]
     assert (z.amax(1) - chosen <= 1e-5 * z.abs().max()).all()
     assert torch.equal(matrix, ao.confusion(classes, labels, K))
-
-
-LOSSES: dict[str, Callable[[], Any]] = {
-    "smoothing": lambda: ao.CrossEntropy(torch.rand(K), label_smoothing=0.1),
-    "focal, ohem": lambda: ao.CrossEntropy(focal_gamma=2.0, ohem_threshold=0.7),
-    "kept": lambda: ao.CrossEntropy(ohem_min_kept=100),
-    "dice": lambda: ao.Dice(per_image=True, squared=True),
-    "both": lambda: ao.CrossEntropyDice(),
-    "binary": lambda: ao.BinaryCrossEntropy(torch.arange(1.0, K + 1), label_smoothing=0.1),
-    "dice of sigmoids": lambda: ao.Dice(sigmoid=True),
-}
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_losses(name: str) -> None:
-    """The loss is that of full-resolution logits, which are points."""
-    logits, labels = inputs()
-    if name in ("binary", "dice of sigmoids"):
-        labels = (torch.rand(2, K, *labels.shape[1:]) < 0.3).long()
-    loss = LOSSES[name]()
-
-    def at_full_size(x: Tensor) -> Tensor:
-        return loss(upsampled(x, labels[:, 0] if labels.dim() == 5 else labels).float(), labels)
-
-    assert_same(lambda x: loss(x, labels), at_full_size, logits)
 
 
 @pytest.mark.parametrize("volume", [False, True])
@@ -156,14 +121,11 @@ def test_the_rank_of_the_logits_decides() -> None:
     torch.testing.assert_close(ao.pixel_cross_entropy(logits, labels), expected)
 
 
-def test_confidence_and_mean_iou(backend: str) -> None:
+def test_mean_iou(backend: str) -> None:
     logits, labels = inputs()
-    z = upsampled(logits, labels)
-    classes, confidence = ao.pixel_argmax(logits, (9, 11, 13), confidence=True)
-    torch.testing.assert_close(confidence.double(), z.softmax(1).amax(1), rtol=0, atol=1e-5)
     first, second = ao.MeanIoU(K), ao.MeanIoU(K)
     first.update(logits, labels[:, None])
-    second.update(classes, labels)
+    second.update(ao.pixel_argmax(logits, (9, 11, 13)), labels)
     assert torch.equal(first.confusion, second.confusion) and first.confusion.sum() > 0
 
 

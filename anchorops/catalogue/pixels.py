@@ -22,7 +22,7 @@ BINS = 2.0**-8  # the floor of Lovász, whose errors are rounded to bins
 
 
 class Pixels(NamedTuple):
-    """Logits and labels of two images, or of two volumes."""
+    """Logits and labels of images, volumes or points, which have sizes ()."""
 
     num_classes: int
     logits: tuple[int, ...]
@@ -38,16 +38,19 @@ class Pixels(NamedTuple):
     distinct: bool = False  # pixels with two almost equal logits are ignored
     weights: bool = False  # of the pixels
     teacher: tuple[int, ...] | None = None  # its logits' size; () if they are the student's
+    batch: int = 2
+    scale: float = 2.0  # of the logits
 
     def __call__(self, n: int, random: Generator) -> Inputs:
         size, label_size = (tuple(n * i for i in x) for x in (self.logits, self.labels))
-        size, label_size = (2, self.num_classes, *size), (2, *label_size)
-        z = 2 * normal(*size, random=random)
+        size, label_size = (self.batch, self.num_classes, *size), (self.batch, *label_size)
+        z = self.scale * normal(*size, random=random)
         if self.steep:
-            region = labels_of((2, *size[2:]), self.num_classes, random).clamp(min=0)
+            region = labels_of((self.batch, *size[2:]), self.num_classes, random).clamp(min=0)
             z.scatter_add_(1, region[:, None], torch.full_like(z, self.steep))
         if self.sigmoid:
-            y = labels_of((2, self.num_classes, *label_size[1:]), 2, random, self.half)
+            channels = (self.batch, self.num_classes, *label_size[1:])
+            y = labels_of(channels, 2, random, self.half)
         else:
             y = labels_of(label_size, self.num_classes, random, self.half)
         if self.distinct:
@@ -58,7 +61,8 @@ class Pixels(NamedTuple):
         if self.teacher is not None:
             teacher = z.flip(1)
             if self.teacher:
-                teacher = 2 * normal(*size[:2], *(n * i for i in self.teacher), random=random)
+                teacher_size = (*size[:2], *(n * i for i in self.teacher))
+                teacher = self.scale * normal(*teacher_size, random=random)
             return {"logits": logits, "teacher": teacher.to(self.dtype), "valid": y >= 0}
         if not self.weights:
             return {"logits": logits, "labels": y}
@@ -211,6 +215,7 @@ CROSS_ENTROPY = Entry(
             {"ohem_threshold": 0.01, "ohem_min_kept": 60},
             {"ohem_min_kept": 10**6},
         ),
+        *of_options("CrossEntropy of volumes", VOLUMES, {"ohem_min_kept": 100}),
     ),
 )
 DICE = Entry(
@@ -229,6 +234,7 @@ DICE = Entry(
             {"alpha": 0.3, "beta": 0.7, "gamma": 0.75, "smooth": 1.0},
         ),
         *of_options("Dice", CHANNELS, {"sigmoid": True, "squared": True}),
+        *of_options("Dice of volumes", VOLUMES._replace(sigmoid=True), {"sigmoid": True}),
     ),
 )
 LOVASZ = Entry(

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from simulated_gpu import SIMULATED
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from anchorops import catalogue
+from anchorops._moments import statistics_dtype
 from anchorops.catalogue import Case, Inputs
+from anchorops.catalogue.budget import FLOOR, error_and_limit
 from anchorops.catalogue.entry import evaluate
 
 FEW = ("class_moments", "CrossEntropy", "Dice", "pixel_argmax", "centroid_info_nce")
@@ -64,6 +67,37 @@ def results(
     """The results; and the gradients of the floating inputs, of a weighted sum of the results."""
     found = evaluate(run, inputs, strided) if weights_are_strided else evaluate(run, inputs)
     return [x for x in found if x is not None]
+
+
+def check(case: Case, backend: str) -> None:
+    """Values and gradients are within the error budget. The gradient of the first input has its
+    layout. No input changes, nor the memory around it."""
+    inputs = {k: x.to(torch.get_default_device()) for k, x in case.sample.inputs().items()}
+    whole = [x if x._base is None else x._base for x in inputs.values()]
+    before = [x.clone() for x in whole]
+    first = next(iter(inputs.values()))
+    dtype = statistics_dtype(first.dtype)
+    roundings = 32 if dtype == torch.float64 else 12 if SIMULATED else 8
+    floor = case.sample.floor / FLOOR * roundings * torch.finfo(dtype).eps
+    exact, plain = (results(case.formula, as_dtype(inputs, x)) for x in (torch.float64, dtype))
+    found = evaluate(case.ours, inputs)
+    ours = [x for x in found if x is not None]
+    for number, numbers in enumerate(zip(ours, exact, plain, strict=True)):
+        error, limit = error_and_limit(*numbers, floor)
+        assert error <= limit, number
+    gradient = found[-sum(x.is_floating_point() for x in inputs.values())]
+    if gradient is not None and backend != "reference":
+        assert gradient.stride() == torch.empty_like(first, device="meta").stride()
+    torch.testing.assert_close(whole, before, rtol=0, atol=0, equal_nan=True)
+
+
+def check_loss(ours: Tensor, expected: Tensor, logits: Tensor) -> None:
+    """Assert equal values and gradients."""
+    torch.testing.assert_close(ours, expected)
+    gradients = [
+        torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0] for loss in (ours, expected)
+    ]
+    torch.testing.assert_close(*gradients)
 
 
 class Calls(TorchDispatchMode):
