@@ -1,5 +1,5 @@
 """pixel_argmax, confusion and pixel_confusion on every backend: equal integers, unless logits are
-almost equal. On the CPU they are compared with torch too."""
+almost equal. The catalogue compares them with torch."""
 
 import pytest
 import torch
@@ -9,38 +9,9 @@ from softmax_cases import BF16, F16, F32
 import anchorops as ao
 from anchorops import reference
 from anchorops._shared.upsampling import upsample
-from anchorops.catalogue import formulas
+from tests.test_class_keys import INTEGERS
 
-INTEGERS = ["uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"]
 both_backends = pytest.mark.on("cpu", "reference")
-
-
-@both_backends
-@pytest.mark.parametrize("align_corners", [False, True])
-@pytest.mark.parametrize(
-    ("size", "label_size", "num_classes", "dtype"),
-    [
-        ((9, 20), (36, 80), 19, torch.float32),
-        ((9, 20), (36, 80), 19, torch.bfloat16),
-        ((13, 10), (31, 29), 300, torch.float64),
-        ((9, 20), (9, 20), 2, torch.float32),
-        ((9, 20), (5, 13), 7, torch.float16),
-    ],
-)
-def test_confidence(size, label_size, num_classes, dtype, align_corners, backend):
-    logits = (3 * torch.randn(2, num_classes, *size)).to(dtype).requires_grad_()
-    options = {"size": label_size, "align_corners": align_corners}
-    classes, probabilities = ao.pixel_argmax(logits, **options, confidence=True)
-    assert torch.equal(classes, ao.pixel_argmax(logits, **options))
-    result = torch.float64 if dtype == torch.float64 else torch.float32
-    assert probabilities.dtype == result
-    assert not probabilities.requires_grad and probabilities.max() <= 1
-    exact, torchs = (
-        formulas.upsampled(x, label_size, align_corners).softmax(1).amax(1)
-        for x in (logits.double(), logits.to(result))
-    )
-    error, bound = (probabilities - exact).abs().max(), (torchs - exact).abs().max()
-    assert error <= 2 * bound + (1e-13 if dtype == torch.float64 else 5e-7)
 
 
 @both_backends
@@ -58,41 +29,6 @@ def test_confidence_of_ties_and_what_is_not_finite(backend: str):
     for shape, size in (((0, 4, 2, 2), (3, 3)), ((1, 4, 2, 2), (0, 3))):
         maps = ao.pixel_argmax(torch.zeros(shape), size, confidence=True)
         assert [x.shape for x in maps] == [(shape[0], *size)] * 2
-
-
-@both_backends
-@pytest.mark.parametrize(
-    ("shape", "num_classes"), [((70_000,), 3), ((2, 300), 300), ((2, 17, 23), 19), ((0, 3, 4), 5)]
-)
-def test_confusion(shape: tuple[int, ...], num_classes: int, backend: str):
-    predictions = torch.randint(0, num_classes, shape)
-    labels = torch.randint(0, num_classes, shape)
-    labels[torch.rand(shape) < 0.2] = 255
-    labels[torch.rand(shape) < 0.1] = -1
-    valid = (labels >= 0) & (labels != 255)
-    expected = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-    expected.index_put_(
-        (labels[valid], predictions[valid]), torch.ones(int(valid.sum()), dtype=torch.int64), True
-    )
-    assert torch.equal(ao.confusion(predictions, labels, num_classes, ignore_index=255), expected)
-    if labels.dim() > 1:
-        transposed = ao.confusion(predictions.mT, labels.mT, num_classes, ignore_index=255)
-        assert torch.equal(transposed, expected)
-    predictions[..., ::2] = num_classes  # no class
-    half = ao.confusion(predictions, labels, num_classes, ignore_index=255)
-    expected = valid & (torch.arange(shape[-1]) % 2 == 1)
-    assert half.sum() == expected.sum()
-
-
-def check_argmax(logits, size, align_corners=False):
-    """The logit of our class is the largest, up to rounding."""
-    ours = ao.pixel_argmax(logits, size, align_corners=align_corners)
-    z = upsample(logits.float(), size, align_corners)
-    assert ours.dtype == torch.int64 and ours.shape == z[:, 0].shape
-    assert ours.is_contiguous()
-    chosen = z.gather(1, ours[:, None])[:, 0]
-    assert (chosen >= z.amax(1) - 2**-22 * float(z.abs().max())).all()
-    return ours
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
@@ -118,7 +54,19 @@ def check_argmax(logits, size, align_corners=False):
     ],
 )
 def test_sizes(backend, size, pixels, align_corners):
-    check_argmax(torch.randn(size), pixels, align_corners)
+    """The logit of our class is the largest, up to rounding."""
+    logits = torch.randn(size)
+    ours = ao.pixel_argmax(logits, pixels, align_corners=align_corners)
+    z = upsample(logits, pixels, align_corners)
+    assert ours.dtype == torch.int64 and ours.shape == z[:, 0].shape
+    assert ours.is_contiguous()
+    chosen = z.gather(1, ours[:, None])[:, 0]
+    assert (chosen >= z.amax(1) - 2**-22 * float(z.abs().max())).all()
+    if backend in ("cpu", "reference"):
+        options = {"align_corners": align_corners, "confidence": True}
+        classes, p = ao.pixel_argmax(logits.requires_grad_(), pixels, **options)
+        assert torch.equal(classes, ours) and p.max() <= 1 and not p.requires_grad
+        torch.testing.assert_close(p.double(), z.softmax(1).amax(1), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("pixels", [(8, 12), (5, 7), (2, 3)])
@@ -144,17 +92,14 @@ def test_nan_is_largest(backend, pixels):
     assert (ao.pixel_argmax(logits, pixels) == 11).all()
 
 
-def test_no_images(backend):
+def test_nothing(backend):
     assert ao.pixel_argmax(torch.empty(0, 3, 2, 2), (4, 4)).shape == (0, 4, 4)
-
-
-def test_no_pixels(backend):
     assert ao.pixel_argmax(torch.randn(2, 3, 2, 2), (0, 4)).shape == (2, 0, 4)
     empty = torch.empty(0, dtype=torch.int64)
     assert not ao.confusion(empty, empty, 3).any()
 
 
-@pytest.mark.parametrize("dtype", [getattr(torch, name) for name in INTEGERS], ids=str)
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_label_dtypes_of_confusion(backend, dtype):
     labels = torch.randint(0, 8, (2, 9, 33)).to(dtype)
     labels[0, 0, :4] = 120
@@ -172,6 +117,8 @@ def test_classes_of_confusion(backend, num_classes):
     labels[:200], predictions[:200] = num_classes - 1, num_classes - 1
     expected = reference.confusion(predictions, labels, num_classes, ignore_index=0)
     assert torch.equal(ao.confusion(predictions, labels, num_classes, ignore_index=0), expected)
+    maps = (x.view(2, 350).mT for x in (predictions, labels))
+    assert torch.equal(ao.confusion(*maps, num_classes, ignore_index=0), expected)
 
 
 def test_values_outside_are_left_out(backend):

@@ -439,6 +439,7 @@ ENTRIES = [
             Sample("argmax, confidence", BASE, floor=8 * FLOOR),
             small("pixel_argmax", FOUR_TIMES),
             small("pixel_argmax of volumes", VOLUMES, on_cpu=True),
+            *of_options("pixel_argmax with confidence", ANY_SIZE, {"align_corners": True}),
         ),
         differentiable=False,
         ignores=False,

@@ -132,7 +132,9 @@ def moments(
         weights[..., 1, :] /= num_classes
         options["true_weights"], options["all_weights"] = weights.unbind(-2)
     floor = FLOOR * max(1.0, scale / 2.5)  # an exponent is a difference of logits, rounded once
-    values = {k: x for k, x in options.items() if not isinstance(x, Tensor) and x not in (ALL, False)}
+    values = {
+        k: x for k, x in options.items() if not isinstance(x, Tensor) and x not in (ALL, False)
+    }
     what = (size, pixels, dtype, layout, coherent, scale, weights_by, pixel_weights, label_dtype)
     name = ", ".join(str(x) for x in (*what, values) if x)
     made = partial(make, maker, channels, layout, coherent)
