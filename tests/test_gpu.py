@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from softmax_cases import moments
 from torch import Tensor
 
 import anchorops as ao
+from anchorops.catalogue import Inputs
 from anchorops.measure import cuda_graph
 from tests.test_methods import METHODS, classifier_of, labels_of
 
@@ -29,49 +31,46 @@ def logits_and_labels() -> tuple[Tensor, Tensor]:
     return inputs["logits"].cuda(), inputs["labels"].cuda()
 
 
-def of_logits(case: Any, logits: Tensor, labels: Tensor) -> list[Tensor]:
-    return results_of(case.ours, {"logits": logits, "labels": labels})
-
-
 def same(ours, expected) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
-Calls = tuple[Callable[..., Any], Any, list[Any]]  # a function, its case, further arguments
+Call = tuple[Callable[[Inputs], Any], Inputs]
 
 
 @pytest.fixture(
     params=["class_moments", pytest.param("softmax_moments", marks=pytest.mark.on("triton"))]
 )
-def calls(request: pytest.FixtureRequest, backend: str) -> list[Calls]:
+def calls(request: pytest.FixtureRequest, backend: str) -> list[Call]:
     """Values and gradient of an operator, of two inputs."""
     if request.param == "class_moments":
-        return [(run, CASE, [*make_inputs(CASE)]) for _ in range(2)]
+        return [(partial(run, CASE), make_inputs(CASE)) for _ in range(2)]
     logits, labels = logits_and_labels()
-    return [(of_logits, LOGITS_CASE, [x, labels]) for x in (logits, logits.flip(0))]
+    inputs = [{"logits": x, "labels": labels} for x in (logits, logits.flip(0))]
+    return [(partial(results_of, LOGITS_CASE.ours), x) for x in inputs]
 
 
-def test_cuda_graph(calls: list[Calls]):
-    function, case, (x, *inputs) = calls[0]
-    expected = function(case, x, *inputs)
+def test_cuda_graph(calls: list[Call]):
+    function, inputs = calls[0]
+    expected, (name, x) = function(inputs), next(iter(inputs.items()))
     static = torch.zeros_like(x)
-    replay = cuda_graph(lambda: function(case, static, *inputs))
+    replay = cuda_graph(lambda: function(inputs | {name: static}))
     static.copy_(x)
     assert same(replay(), expected)
 
 
-def test_two_streams(calls: list[Calls]):
-    expected = [function(case, *inputs) for function, case, inputs in calls]
+def test_two_streams(calls: list[Call]):
+    expected = [function(inputs) for function, inputs in calls]
     streams = [torch.cuda.Stream() for _ in calls]
     torch.cuda.synchronize()
     streamed: list[list[Any]] = [[] for _ in calls]
     for _ in range(20):
-        for stream, results, (function, case, inputs) in zip(streams, streamed, calls, strict=True):
+        for stream, found, (function, inputs) in zip(streams, streamed, calls, strict=True):
             with torch.cuda.stream(stream):
-                results.append(function(case, *inputs))
+                found.append(function(inputs))
     torch.cuda.synchronize()
-    for results, right in zip(streamed, expected, strict=True):
-        assert all(same(result, right) for result in results)
+    for found, right in zip(streamed, expected, strict=True):
+        assert all(same(result, right) for result in found)
 
 
 FIRST_LAUNCHES = """
@@ -155,7 +154,7 @@ def test_losses_wait_for_nothing(backend: str):
 
 @pytest.mark.parametrize("method", [ao.OCCL, ao.MVSC])
 def test_each_replay_of_a_graph_draws_other_groups(backend: str, method):
-    features, labels, anchors, *_ = make_inputs(CASE)
+    features, labels, anchors = make_inputs(CASE).values()
     method, classifier = method(*anchors.shape).cuda(), torch.randn_like(anchors)
 
     def loss():
@@ -175,7 +174,7 @@ def test_each_replay_of_a_graph_draws_other_groups(backend: str, method):
 def test_threads_that_launch_at_once(backend: str):
     """With 19 and with 150 classes, one kernel needs different amounts of shared memory."""
     cases = [Case((2, 64, 16, 32), k, BF16) for k in (19, 150)]
-    inputs = [(case, *make_inputs(case)) for case in cases]
+    inputs = [(case, make_inputs(case)) for case in cases]
 
     def results(i: int):
         with ao.use_backend(backend):
@@ -188,7 +187,7 @@ def test_threads_that_launch_at_once(backend: str):
 
 
 def test_compiles_as_one_graph(backend: str):
-    features, labels, anchors, *_ = make_inputs(CASE)
+    features, labels, anchors = make_inputs(CASE).values()
 
     def loss(features):
         return ao.pixel_to_anchor_mse(features, labels, anchors)
@@ -209,15 +208,9 @@ def test_cross_entropy_compiles_as_one_graph(backend: str):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
-def test_another_device(calls: list[Calls]):
+def test_another_device(calls: list[Call]):
     """Tensors of the second GPU, while the first one is the current device."""
-    function, case, inputs = calls[0]
-    there = [
-        {name: x.to("cuda:1") for name, x in argument.items()}
-        if isinstance(argument, dict)
-        else argument.to("cuda:1")
-        for argument in inputs
-    ]
-    actual, expected = function(case, *there), function(case, *inputs)
+    function, inputs = calls[0]
+    actual, expected = function({k: x.to("cuda:1") for k, x in inputs.items()}), function(inputs)
     assert all(x.device.index == 1 for x in actual if x is not None)
     torch.testing.assert_close([None if x is None else x.to("cuda:0") for x in actual], [*expected])

@@ -1,18 +1,20 @@
 """Cases of class moments. Values and gradients are within the catalogue's error budget, but more
 strict: without the error of torch's formula in float32, and with a smaller floor."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from cpu_kernels import in_layout
+from operators import as_dtype
 from torch import Tensor
 
 import anchorops as ao
 from anchorops import reference
 from anchorops._moments import statistics_dtype
-from anchorops.catalogue import formulas
+from anchorops.catalogue import Inputs, formulas
 from anchorops.catalogue.budget import error_and_limit
+from anchorops.catalogue.entry import evaluate
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 # of the largest number; in float64 the formula itself has as many as the backend
@@ -31,14 +33,10 @@ class Case(NamedTuple):
     per_image: bool = False
     labels_size: tuple[int, int] | None = None
 
-    @property
-    def statistics_dtype(self) -> torch.dtype:
-        return statistics_dtype(self.dtype)
 
-
-def make_features(case: Case) -> tuple[Tensor, Tensor]:
-    """Random features of this layout, and their buffer, which is NaN around them."""
-    return in_layout(torch.randn(case.size, dtype=F64).to(case.dtype), case.layout)
+def make_features(case: Case) -> Tensor:
+    """Random features of this layout, between NaN."""
+    return in_layout(torch.randn(case.size, dtype=F64).to(case.dtype), case.layout)[0]
 
 
 def make_labels(case: Case) -> Tensor:
@@ -74,120 +72,97 @@ def make_labels(case: Case) -> Tensor:
     return labels.view(shape)
 
 
-def pixel_keys(case: Case, features: Tensor, labels: Tensor) -> tuple[Tensor, list[int]]:
-    """The key of each pixel (flat), −1 if ignored, and the shape of the statistics."""
-    if features.dim() == 4:
-        labels = F.interpolate(labels[:, None].double(), features.shape[2:], mode="nearest")[:, 0]
-    keys = labels.long() if labels.dim() > 1 else labels.long()[None]
-    shape = [case.num_classes]
-    valid = (keys >= 0) & (keys < case.num_classes) & (keys != 255)
-    if case.per_image:
-        image = torch.arange(len(keys)).view(-1, *[1] * (keys.dim() - 1))
-        keys, shape = keys + case.num_classes * image, [len(keys), *shape]
-    keys = torch.where(valid, keys, -1).flatten()
-    if case.groups > 1:  # tested in test_class_keys.py
-        counts = torch.bincount(keys[keys >= 0], minlength=torch.Size(shape).numel())
-        keys, shape = reference.split_groups(keys, counts, case.groups, 7), [*shape, case.groups]
-    return keys, shape
+def make_inputs(case: Case) -> Inputs:
+    inputs = {"features": make_features(case), "labels": make_labels(case)}
+    if case.anchors:
+        dtype = statistics_dtype(case.dtype)
+        inputs["anchors"] = torch.randn(case.num_classes, case.size[1], dtype=dtype)
+    return inputs
 
 
-def formula(case: Case, features: Tensor, labels: Tensor, anchors: Tensor, dsums, dsqdists):
-    """The results of `run` by torch's functions, in float64."""
-    x, a = (t.detach().double().requires_grad_() for t in (features, anchors))
+def pixel_keys(case: Case, features: Tensor, labels: Tensor) -> Tensor:
+    """The key of each pixel (flat), −1 if ignored."""
+    arguments = features, labels, case.num_classes, case.per_image, 255
+    keys, counts = reference.class_keys(*arguments)
+    if case.groups > 1:
+        keys = reference.split_groups(keys, counts, case.groups, 7)
+    return keys.flatten()
+
+
+def moments(
+    case: Case, features: Tensor, labels: Tensor, anchors: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
+    anchors = anchors.detach() if anchors is not None and case.anchors == "fixed" else anchors
+    options = {"groups": case.groups, "per_image": case.per_image, "seed": 7, "ignore_index": 255}
+    return ao.ops.class_moments(features, labels, case.num_classes, anchors=anchors, **options)
+
+
+def formula(
+    case: Case, features: Tensor, labels: Tensor, anchors: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    anchors = anchors.detach() if anchors is not None and case.anchors == "fixed" else anchors
     valid = (labels >= 0) & (labels < case.num_classes) & (labels != 255)
-    pixels, labels = x, torch.where(valid, labels, -1)
-    if x.dim() == 2:
-        pixels, labels = x.t()[None], labels[None]
+    pixels, labels = features, torch.where(valid, labels, -1)
+    if pixels.dim() == 2:
+        pixels, labels = pixels.t()[None], labels[None]
     options = {"num_classes": case.num_classes, "groups": case.groups, "seed": 7}
-    counts, sums, sqdists = formulas.class_moments(
-        pixels, labels, a, per_image=case.per_image, **options
-    )
-    loss = (sums * dsums).sum() + (sqdists * dsqdists).sum() * bool(case.anchors)
-    gradients = torch.autograd.grad(loss, (x, a), materialize_grads=True)
-    return counts, sums.detach(), sqdists.detach(), *gradients
+    return formulas.class_moments(pixels, labels, anchors, per_image=case.per_image, **options)
 
 
-def run(case: Case, features: Tensor, labels: Tensor, anchors: Tensor, dsums, dsqdists):
-    """counts, sums, sqdists, dfeatures, danchors of the chosen backend; None for those that there
-    are not."""
-    features = features.detach().requires_grad_()
-    anchors = anchors.detach().requires_grad_(case.anchors == "learnable")
-    counts, sums, sqdists = ao.ops.class_moments(
-        features,
-        labels,
-        case.num_classes,
-        anchors=anchors if case.anchors else None,
-        groups=case.groups,
-        per_image=case.per_image,
-        seed=7,
-        ignore_index=255,
-    )
-    loss = (sums * dsums).sum()
-    inputs = [features, anchors] if case.anchors == "learnable" else [features]
-    if sqdists is not None:
-        loss, sqdists = loss + (sqdists * dsqdists).sum(), sqdists.detach()
-    dfeatures, *danchors = torch.autograd.grad(loss, inputs)
-    return counts, sums.detach(), sqdists, dfeatures, danchors[0] if danchors else None
+def run(case: Case, inputs: Inputs) -> list[Tensor | None]:
+    """counts, sums, sqdists if there are anchors, dfeatures, danchors; of the chosen backend."""
+    return evaluate(partial(moments, case), inputs)
 
 
-def make_inputs(case: Case):
-    """features, labels, anchors, dsums, dsqdists."""
-    features, labels, dtype = make_features(case)[0], make_labels(case), case.statistics_dtype
-    shape = pixel_keys(case, features, labels)[1]
-    anchors, dsums = (
-        torch.randn(*n, case.size[1], dtype=dtype) for n in ([case.num_classes], shape)
-    )
-    return features, labels, anchors, dsums, torch.rand(shape, dtype=dtype)
-
-
-def check(
-    case: Case,
-    backend: str,
-    features: Tensor | None = None,
-    labels: Tensor | None = None,
-    anchors: Tensor | None = None,
-) -> None:
+def check(case: Case, backend: str, **changed: Tensor) -> None:
     """Values and gradients of the backend, which is chosen, are within the error budget."""
-    default_features, default_labels, default_anchors, dsums, dsqdists = make_inputs(case)
-    features = default_features if features is None else features
-    labels = default_labels if labels is None else labels
-    anchors = default_anchors if anchors is None else anchors
-    arguments = features, labels, anchors, dsums, dsqdists
-    ours, exact = run(case, *arguments), formula(case, *arguments)
-    dtype = case.statistics_dtype
-    dtypes = torch.int64, dtype, dtype, case.dtype, anchors.dtype
-    assert all(x is None or x.dtype == of for x, of in zip(ours, dtypes, strict=True))
-    assert torch.equal(ours[0], exact[0].long())
+    inputs = make_inputs(case) | changed
+    features = inputs["features"]
+    buffer = features if features._base is None else features._base
+    before = buffer.clone()
+    ours, exact = run(case, inputs), evaluate(partial(formula, case), as_dtype(inputs, F64))
+    torch.testing.assert_close(buffer, before, rtol=0, atol=0, equal_nan=True)
+    counts, sums, *sqdists, dfeatures = ours[: 4 if case.anchors else 3]
+    dtype = statistics_dtype(case.dtype)
+    assert all(x.dtype == dtype for x in (sums, *sqdists)) and counts.dtype == torch.int64
+    assert torch.equal(counts, exact[0].long())
     if backend != "reference":
-        assert ours[3].stride() == torch.empty_like(features, device="meta").stride()
-    largest = [max(float(x.abs().max()), 1e-30) for x in exact]
+        assert dfeatures.stride() == torch.empty_like(features, device="meta").stride()
     floor, terms = ROUNDINGS[dtype] * torch.finfo(dtype).eps, 1.0
     if backend not in ("cpu", "reference"):  # where tensor cores truncate, the terms matter
         floor = ON_GPU if features.is_cuda else torch.finfo(dtype).eps
-        terms = float(formula(case, features.abs(), *arguments[1:])[1].max()) / largest[1]
-    # danchors = −2·dsqdists·(sums − n·a), from the rounded sums
-    factors = terms, 1.0, 1.0, 1 + terms * 2 * case.groups * largest[1] / largest[4]
-    for i, factor in enumerate(factors, 1):
-        if ours[i] is not None:
-            rounding = torch.finfo(ours[i].dtype).eps / (2 if i == 3 else 1)
-            error, limit = error_and_limit(ours[i], exact[i], exact[i], factor * floor, rounding)
-            assert error <= limit, i
+        absolute = formula(case, **inputs | {"features": features.abs().double()})[1]
+        terms = float(absolute.max()) / max(float(exact[1].abs().max()), 1e-30)
+    factors = [1.0] * len(ours)
+    factors[1] = terms
+    if case.anchors == "learnable":  # danchors = −2·dsqdists·(sums − n·a), from the rounded sums
+        factors[4] = 1 + terms * 2 * case.groups * float(
+            exact[1].abs().max() / exact[4].abs().max().clamp(min=1e-30)
+        )
+    for actual, right, factor in list(zip(ours, exact, factors, strict=True))[1:]:
+        if actual is None:
+            assert right is None
+            continue
+        rounding = torch.finfo(actual.dtype).eps / (2 if actual is dfeatures else 1)
+        error, limit = error_and_limit(actual, right, right, factor * floor, rounding)
+        assert error <= limit
 
 
 def check_distances_alone(case: Case, backend: str) -> None:
     """pixel_to_anchor_mse, which needs no sums of features where the anchors are fixed: the loss
     and its gradients."""
-    features, labels, anchors, *_ = make_inputs(case)
-    leaves = [features.detach().requires_grad_(), anchors.detach()]
-    leaves[1].requires_grad_(case.anchors == "learnable")
-    wide = [x.detach().double().requires_grad_(x.requires_grad) for x in leaves]
-    ours = ao.pixel_to_anchor_mse(leaves[0], labels, leaves[1], ignore_index=255)
-    labels = torch.where((labels >= 0) & (labels < case.num_classes), labels, -1)
-    exact = formulas.pixel_to_anchor_mse(wide[0], labels, wide[1])
-    gradients = [
-        torch.autograd.grad(loss, [x for x in inputs if x.requires_grad])
-        for loss, inputs in ((ours, leaves), (exact, wide))
-    ]
-    for actual, right in zip((ours, *gradients[0]), (exact, *gradients[1]), strict=True):
-        error, limit = error_and_limit(actual.detach(), right.detach(), right.detach(), 1e-5)
-        assert error <= limit
+
+    def anchored(call, features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
+        return call(features, labels, anchors.detach() if case.anchors == "fixed" else anchors)
+
+    inputs = make_inputs(case)
+    labels = inputs["labels"]
+    valid = (labels >= 0) & (labels < case.num_classes)
+    wide = as_dtype(inputs | {"labels": torch.where(valid, labels, -1)}, F64)
+    ours = evaluate(partial(anchored, ao.pixel_to_anchor_mse), inputs)
+    exact = evaluate(partial(anchored, formulas.pixel_to_anchor_mse), wide)
+    for actual, right in zip(ours, exact, strict=True):
+        assert (actual is None) == (right is None)
+        if actual is not None and right is not None:
+            error, limit = error_and_limit(actual, right, right, 1e-5)
+            assert error <= limit

@@ -61,7 +61,7 @@ def test_squares_of_values_with_few_bits(set_hardware: SetHardware):
     of them would be rounded in the same direction: they have few bits."""
     set_hardware(1, 228)
     case = Case((1, 32, 1, 12_288), 33, BF16, labels="few ignored")
-    features, labels = make_features(case)[0], make_labels(case)
+    features, labels = make_features(case), make_labels(case)
     sqdists = ao.ops.class_moments(features, labels, 33, anchors=torch.zeros(33, 32)).sqdists
     with ao.use_backend("reference"):
         exact = ao.ops.class_moments(
