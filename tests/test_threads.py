@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from cpu_kernels import same_for_all_threads
+from operators import results
 from torch import Tensor
 
 import anchorops as ao
@@ -21,6 +22,8 @@ LOGITS = {
     "short rows": ((33_000, 3, 2), (33_000, 2)),
     "one column": ((1, 4, 10_000, 1), (1, 40_001, 1)),
     "volume": ((1, 3, 8, 70, 91), (1, 8, 70, 91)),
+    "cells": ((1, 7, 24, 33), (1, 96, 132)),
+    "any size": ((2, 5, 20, 33), (2, 65, 129)),
 }
 
 
@@ -40,18 +43,8 @@ def losses(num_classes: int) -> dict[str, ao.CrossEntropy | ao.Dice | ao.CrossEn
 
 def check(function: Callable[..., Tensor | tuple], *inputs: Tensor) -> None:
     """The results of the function, and the gradients of its inputs."""
-    inputs = tuple(x.requires_grad_() for x in inputs)
-
-    def run() -> list[Tensor]:
-        results = function(*inputs)
-        results = (
-            [results] if isinstance(results, Tensor) else [x for x in results if x is not None]
-        )
-        differentiable = [x for x in results if x.requires_grad]
-        weights = [torch.linspace(0.5, 1.5, x.numel()).view(x.shape).to(x) for x in differentiable]
-        return [*results, *torch.autograd.grad(differentiable, inputs, weights)]
-
-    same_for_all_threads(run)
+    named = {str(i): x for i, x in enumerate(inputs)}
+    same_for_all_threads(lambda: results(lambda **x: function(*x.values()), named))
 
 
 @pytest.mark.parametrize(
@@ -95,14 +88,14 @@ def test_class_moments(size: tuple[int, ...], num_classes: int, backend: str):
     labels = torch.randint(0, num_classes, (size[0], *size[2:]))
     features, anchors = torch.randn(size), torch.randn(num_classes, size[1])
 
-    def run(f: Tensor, a: Tensor) -> list[Tensor | None]:
+    def run(f: Tensor, a: Tensor) -> tuple[Tensor | None, ...]:
         arguments = f, labels, num_classes
-        return [
+        return (
             ao.pixel_to_anchor_mse(f, labels, a, ignore_index=-1),
             ao.pixel_to_anchor_mse(f, labels, a, reduction="sum", ignore_index=-1),
             *ao.ops.class_moments(*arguments, anchors=a, per_image=True, ignore_index=-1),
             *ao.ops.class_moments(*arguments, anchors=a, groups=3, seed=5, ignore_index=-1),
-        ]
+        )
 
     with ao.use_backend(backend):
         check(run, features, anchors)

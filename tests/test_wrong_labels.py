@@ -2,6 +2,7 @@
 them in its terms. Masks of 0 and 255."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -213,104 +214,60 @@ MASK = 255 * (torch.arange(2 * 16 * 24).view(2, 1, 16, 24) % 3 == 0)  # 0 and 25
 BINARY_LOGITS = torch.randn(2, 1, 4, 6)
 
 
-def by_function(**options: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda x, y: ao.pixel_binary_cross_entropy(x, y, **options)
+def of_two(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A call with logits or features of two channels, and labels without a channel."""
+    return lambda x, y, **options: call(x.expand(-1, 2, -1, -1), y[:, 0], **options)
 
 
-def by_confusion(**options: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda x, y: ao.pixel_confusion(x, y, sigmoid=True, **options)
+def of_loss(make: Callable[..., PixelLoss]) -> Callable[..., Tensor]:
+    return lambda x, y, **options: make(**options)(x, y)
 
 
-def by_metric(from_classes: bool = False, **options: Any) -> Callable[[Tensor, Tensor], object]:
-    def update(x: Tensor, y: Tensor) -> None:
-        metric = ao.MeanIoU(1, sigmoid=True, **options)
-        metric.update(torch.zeros_like(y) if from_classes else x, y)
-
-    return update
+def of_method(method: Callable[..., Any]) -> Callable[..., Tensor]:
+    return of_two(lambda x, y, **options: method(2, 2, **options)(x, y, torch.eye(2)))
 
 
-CHECKS: dict[str, tuple[str, Callable[..., Callable[[Tensor, Tensor], object]]]] = {
-    "pixel_binary_cross_entropy": ("pixel_binary_cross_entropy", by_function),
-    "pixel_confusion": ("pixel_confusion", by_confusion),
-    "MeanIoU": ("MeanIoU", by_metric),
-    "MeanIoU of classes": ("MeanIoU", lambda **options: by_metric(True, **options)),
-    **{name: (name.split()[0], make) for name, make in SIGMOIDS.items()},
-}
-
-
-def of_classes(call: Callable[..., Any]) -> Callable[..., Callable[[Tensor, Tensor], object]]:
-    """Makes calls with logits or features of two channels, and labels without a channel."""
-
-    def make(**options: Any) -> Callable[[Tensor, Tensor], object]:
-        return lambda x, y: call(x.expand(-1, 2, -1, -1), y[:, 0], **options)
-
-    return make
-
-
-def of_method(method: Callable[..., Any]) -> Callable[..., Callable[[Tensor, Tensor], object]]:
-    def make(**options: Any) -> Callable[[Tensor, Tensor], object]:
-        module = method(2, 2, **options)
-        return lambda x, y: module(x.expand(-1, 2, -1, -1), y[:, 0], torch.eye(2))
-
-    return make
-
-
-def of_loss(loss: Callable[..., PixelLoss]) -> Callable[..., Callable[[Tensor, Tensor], object]]:
-    return of_classes(lambda x, y, **options: loss(**options)(x, y))
-
-
-def confusion_of(x: Tensor, y: Tensor, **options: Any) -> Tensor:
-    return ao.confusion(torch.zeros_like(y).long(), y, 2, **options)
-
-
-def updated(x: Tensor, y: Tensor, **options: Any) -> None:
-    ao.MeanIoU(2, **options).update(x, y)
-
-
-TWO_CLASSES: dict[str, tuple[str, Callable[..., Callable[[Tensor, Tensor], object]]]] = {
+# Calls of logits of one channel and labels; the first word is the name in the message.
+CHECKS: dict[str, Callable[..., object]] = {
+    "pixel_binary_cross_entropy": ao.pixel_binary_cross_entropy,
+    "pixel_confusion": partial(ao.pixel_confusion, sigmoid=True),
+    "MeanIoU": lambda x, y, **i: ao.MeanIoU(1, sigmoid=True, **i).update(x, y),
+    "MeanIoU of maps": lambda x, y, **i: ao.MeanIoU(1, sigmoid=True, **i).update(0 * y, y),
+    **{f"{name} of sigmoids": of_loss(make) for name, make in SIGMOIDS.items()},
     **{
-        f"{name} of classes": (name.split()[0], of_loss(make))
-        for name, make in LOSSES.items()
+        f"{name} of classes": of_two(of_loss(make))
+        for name, make in (LOSSES | {"Lovasz": ao.Lovasz}).items()
         if name[0].isupper()
     },
-    "Lovasz of classes": ("Lovasz", of_loss(ao.Lovasz)),
-    "pixel_cross_entropy": ("pixel_cross_entropy", of_classes(ao.pixel_cross_entropy)),
-    "softmax_moments": ("softmax_moments", of_classes(ao.ops.softmax_moments)),
-    "pixel_confusion of classes": ("pixel_confusion", of_classes(ao.pixel_confusion)),
-    "confusion": ("confusion", of_classes(confusion_of)),
-    "MeanIoU of two classes": ("MeanIoU", of_classes(updated)),
-    "class_moments": (
-        "class_moments",
-        of_classes(lambda x, y, **i: ao.ops.class_moments(x, y, 2, **i)),
+    "pixel_cross_entropy": of_two(ao.pixel_cross_entropy),
+    "softmax_moments": of_two(ao.ops.softmax_moments),
+    "pixel_confusion of classes": of_two(ao.pixel_confusion),
+    "confusion": of_two(lambda x, y, **i: ao.confusion(0 * y.long(), y, 2, **i)),
+    "MeanIoU of two classes": of_two(lambda x, y, **i: ao.MeanIoU(2, **i).update(x, y)),
+    "class_moments": of_two(lambda x, y, **i: ao.ops.class_moments(x, y, 2, **i)),
+    "class_centroids": of_two(lambda x, y, **i: ao.class_centroids(x, y, 2, **i)),
+    "pixel_to_anchor_mse": of_two(
+        lambda x, y, **i: ao.pixel_to_anchor_mse(x, y, torch.eye(2), **i)
     ),
-    "class_centroids": (
-        "class_centroids",
-        of_classes(lambda x, y, **i: ao.class_centroids(x, y, 2, **i)),
-    ),
-    "pixel_to_anchor_mse": (
-        "pixel_to_anchor_mse",
-        of_classes(lambda x, y, **i: ao.pixel_to_anchor_mse(x, y, torch.eye(2), **i)),
-    ),
-    **{m.__name__: (m.__name__, of_method(m)) for m in (ao.SAR, ao.OCCL, ao.MVSC, ao.CBP)},
-    "CeCo": ("CeCo", of_method(lambda *a, **i: ao.CeCo(*a, reduced_dim=2, center_dim=2, **i))),
+    **{method.__name__: of_method(method) for method in (ao.SAR, ao.OCCL, ao.MVSC, ao.CBP)},
+    "CeCo": of_method(partial(ao.CeCo, reduced_dim=2, center_dim=2)),
 }
 
 
-@pytest.mark.parametrize("name", [*CHECKS, *TWO_CLASSES])
+@pytest.mark.parametrize("name", CHECKS)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int64])
 def test_masks_of_0_and_255(name: str, dtype: torch.dtype) -> None:
     """An error with check_labels alone: background and void without an object are right labels."""
-    function, make = (CHECKS | TWO_CLASSES)[name]
-    mask, check = MASK.to(dtype), make(check_labels=True)
-    make()(BINARY_LOGITS, mask)
-    message = rf"^{function}: labels: expected a label 1 beside 0 .*\(mask > 0\).*a crop of "
+    call, mask = partial(CHECKS[name], BINARY_LOGITS), MASK.to(dtype)
+    call(mask)
+    message = rf"^{name.split()[0]}: labels: expected a label 1 beside 0 .*\(mask > 0\).*a crop of "
     with pytest.raises(ValueError, match=message + r".*, got \[0, 255\]$"):
-        check(BINARY_LOGITS, mask)
+        call(mask, check_labels=True)
     one = mask.clone()
     one[0, 0, 0, 0] = 1
     for right in (one, (MASK > 0).to(dtype), torch.zeros_like(mask), torch.full_like(mask, 255)):
-        check(BINARY_LOGITS, right)
-    make(check_labels=True, ignore_index=2)(BINARY_LOGITS, 2 * (MASK > 0).to(dtype))
+        call(right, check_labels=True)
+    call(2 * (MASK > 0).to(dtype), check_labels=True, ignore_index=2)
 
 
 def test_more_classes_may_lack_class_1() -> None:
