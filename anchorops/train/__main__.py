@@ -1,8 +1,6 @@
 """The program anchorops-train. It handles signals before it imports the libraries of training."""
 
-import os
 import sys
-import traceback
 
 from .signals import end_at_once, handle
 
@@ -17,24 +15,15 @@ USAGE = """usage: anchorops-train fit --config PRESET [OPTIONS]      train (fit 
 A preset is a file of the package, or your own YAML file. A RUN is the directory of a run."""
 
 
-def main() -> None:
+def main() -> int:
     handle(end_at_once)
     if sys.argv[1:] in ([], ["-h"], ["--help"]):
         print(USAGE)
-        return
+        return 0
     from .cli import main
 
-    try:
-        status = main()
-    except Exception:
-        traceback.print_exc()
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Python's own exit sends SIGTERM to the workers of an interrupted loader, which do not see it
-    # (data/loading.py), and waits for them. They end when they notice the end of this process.
-    os._exit(status)
+    return main()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -36,7 +36,7 @@ for line in sys.stdin:
         if name:
             interrupt(name, int(step), int(signum))
         sys.argv[1:] = arguments
-        __main__.main()
+        sys.exit(__main__.main())
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 STEPS = 7
