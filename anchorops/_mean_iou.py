@@ -169,7 +169,7 @@ class MeanIoU(Metric):
 
     def compute(self) -> Tensor:
         """The average, a float32 scalar, 0 if no class occurs; or each class, [K], float32. NaN
-        before any `update`."""
+        before any `update`. torchmetrics keeps the tensor for the next call: do not change it."""
         iou = self._average()
         if self.update_called:
             return iou

@@ -167,13 +167,15 @@ def test_tensors_whose_values_are_not_in_memory(backend: str) -> None:
 
 
 @pytest.mark.on("cpu")
-def test_a_subclass_with_other_parts(backend: str) -> None:
-    class Sum(ao.CrossEntropy):
+@pytest.mark.parametrize("base", [ao.CrossEntropy, ao.Dice, ao.CrossEntropyDice])
+def test_a_subclass_with_other_parts(base: Any, backend: str) -> None:
+    class Sum(base):
         def parts(self, moments: ao.ops.SoftmaxMoments, logits: torch.Tensor) -> Any:
-            return {"sum": moments.losses.sum()}
+            return super().parts(moments, logits) | {"sum": moments.losses.sum()}
 
     x, labels = torch.randn(2, 4, 3, 5, requires_grad=True), torch.randint(0, 4, (2, 6, 10))
-    loss, expected = Sum()(x, labels), ao.pixel_cross_entropy(x, labels, reduction="sum")
+    loss = Sum()(x, labels)
+    expected = base()(x, labels) + ao.pixel_cross_entropy(x, labels, reduction="sum")
     torch.testing.assert_close(loss, expected)
     gradients = [torch.autograd.grad(value, x)[0] for value in (loss, expected)]
     torch.testing.assert_close(*gradients)

@@ -172,9 +172,17 @@ class MomentsLoss(PixelLoss):
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
-        if "parts" in vars(cls) and "parts_and_slopes" not in vars(cls):  # slopes of other parts
+        defined = {"parts", "parts_and_slopes"} & vars(cls).keys()
+        if defined == {"parts"}:  # the inherited slopes are of other parts
             for name in ("parts_and_slopes", "has_slopes"):
                 setattr(cls, name, getattr(MomentsLoss, name))
+        elif defined == {"parts_and_slopes"}:
+
+            def parts(self: Any, moments: SoftmaxMoments, logits: Tensor) -> dict[str, Tensor]:
+                both = cls.parts_and_slopes(self, moments, logits)
+                return {name: part for name, (part, _) in both.items()}
+
+            cls.parts = parts
 
     def __init__(
         self,
