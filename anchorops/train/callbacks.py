@@ -1,6 +1,7 @@
 """What a run does beside its steps: stopping and saving, timing, the methods' gradients, neural
 collapse, and the files at its end."""
 
+import os
 import resource
 import shlex
 import signal
@@ -295,19 +296,25 @@ def attempt(what: str) -> Iterator[None]:
 
 
 class MaskWriter(BasePredictionWriter):
-    """Writes the classes of each image to out/NAME.png, a mask of the image's size: 8 bits, or 16
-    with more than 256 classes.
+    """Writes the classes of each image to out/NAME.png, or out/SUBFOLDER/NAME.png if the images are
+    in several folders: a mask of the image's size, 8 bits, or 16 with more than 256 classes.
 
     Raises ValueError for a file that exists, or would be written twice.
     """
 
     def __init__(self, out: Path, images: list[str]) -> None:
         super().__init__("batch")
-        self.masks = [out / f"{Path(image).stem}.png" for image in images]
+        paths = [Path(os.path.abspath(image)) for image in images]
+        common = os.path.commonpath([path.parent for path in paths]) if paths else ""
+        self.masks = [out / path.relative_to(common).with_suffix(".png") for path in paths]
         for i, mask in enumerate(self.masks):
-            if mask.exists() or mask in self.masks[:i]:
-                what = "exists" if mask.exists() else "would be written twice"
-                raise ValueError(f"predict: --out: {mask} {what}: give another directory")
+            if mask.exists():
+                raise ValueError(f"predict: --out: {mask} exists: give another directory")
+            if mask in self.masks[:i]:
+                raise ValueError(
+                    f"predict: --data.images: {mask} would be written twice: expected images of "
+                    "different names"
+                )
         out.mkdir(parents=True, exist_ok=True)
 
     def write_on_batch_end(
@@ -323,5 +330,6 @@ class MaskWriter(BasePredictionWriter):
         assert isinstance(pl_module, SegmentationModule)
         kind = np.uint8 if pl_module.network.classifier.out_channels <= 256 else np.uint16
         mask = self.masks[int(batch[0])]
+        mask.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(prediction[0].cpu().numpy().astype(kind)).save(mask)
         print(mask)

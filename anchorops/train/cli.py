@@ -158,7 +158,7 @@ class Program(LightningCLI):
     ) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "predict":
-            help = "Directory of the masks, which have the images' names and end in .png."
+            help = "Directory of the masks: the images' subfolders and names, which end in .png."
             parser.add_argument("--out", type=str, default="predictions", help=help)
         return parser
 

@@ -67,13 +67,14 @@ def test_images_that_can_and_cannot_be_predicted(straight: Path, tmp_path: Path)
     out = tmp_path / "out"
     predict(straight, [grey], out)
     assert np.array(Image.open(out / "grey.png")).shape == (6, 9)
-    first, grey_first, low = (tmp_path / f"{name}.tif" for name in ("first", "grey_first", "low"))
+    first, grey_first, low = (tmp_path / f"{x}.tif" for x in ("first", "grey_first", "low/first"))
     write(first, np.moveaxis(image(), 2, 0).copy())
     write(grey_first, image()[None, ..., 0])
     write(low, image(3)[..., 0])  # three pixels high
     predict(straight, [first, grey_first, low], out)
     for path, height in ((first, 6), (grey_first, 6), (low, 3)):
-        assert np.array(Image.open(out / f"{path.stem}.png")).shape == (height, 9)
+        mask = out / path.relative_to(tmp_path).with_suffix(".png")
+        assert np.array(Image.open(mask)).shape == (height, 9)
     for run, images, message in (
         (straight, [grey], "predict: --out: .*out/grey.png exists: give another directory"),
         (straight, [four, four], "four.png would be written twice"),
