@@ -265,9 +265,6 @@ def test_seed_is_an_int_or_a_tensor(backend: str, seed: int):
         assert torch.equal(split_groups(keys, counts, 3, form, backend=backend)[0], expected)
 
 
-# The keys of a tile, which Triton's kernels list
-
-
 @pytest.mark.on("simulated_triton")
 def test_few_keys_take_partials_and_many_are_sorted(backend: str, monkeypatch):
     from anchorops.kernels import launch
@@ -284,27 +281,3 @@ def test_few_keys_take_partials_and_many_are_sorted(backend: str, monkeypatch):
         assert chunks(num_keys, 8, 720, 128, 256) == 0
     assert chunks(19, 300, 64) == 3  # the number of tiles
     assert chunks(16_384, 300, 768) == 0
-
-
-@pytest.mark.on("simulated_triton")
-@pytest.mark.parametrize("ignored", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("num_keys", [1, 3, 2**31 - 1])
-def test_keys_of_a_tile(backend: str, num_keys: int, ignored: float):
-    from anchorops.kernels.launch import as_pixels
-    from anchorops.kernels.tile_keys import tile_keys
-
-    keys = torch.randint(0, num_keys, (2, 40), dtype=torch.int32)
-    keys[torch.rand(keys.shape) < ignored] = -1
-    (view,) = as_pixels((2, 5, 40), (200, 40, 1))
-    summaries, lists, local = tile_keys(keys, view, 32)  # the second tile of a line ends early
-    tiles = torch.full((4, 32), -1, dtype=torch.int32)
-    tiles[0::2], tiles[1::2, :8] = keys[:, :32], keys[:, 32:]
-    for tile, summary, listed, places in zip(tiles, summaries.tolist(), lists, local, strict=True):
-        present = tile[tile >= 0].unique()
-        if (tile == tile[0]).all():
-            assert summary == -1 - int(tile[0])
-        else:
-            assert summary == len(present) + 2**16 * int((tile < 0).any())
-            assert torch.equal(listed[: len(present)], present)
-            expected = torch.where(tile >= 0, torch.searchsorted(present, tile), -1)
-            assert torch.equal(places.long(), expected)

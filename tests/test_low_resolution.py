@@ -393,15 +393,8 @@ def test_models_it_takes(after: Callable[[Tensor, Tensor], Any]) -> None:
 
 
 def test_volumes() -> None:
-    class Volumes(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.head = nn.Conv3d(1, K, 2, stride=2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.interpolate(self.head(x), x.shape[2:], mode="trilinear")
-
-    model, images = Volumes(), torch.randn(1, 1, 8, 6, 4)
+    up = nn.Upsample(scale_factor=2, mode="trilinear")
+    model, images = nn.Sequential(nn.Conv3d(1, K, 2, stride=2), up), torch.randn(1, 1, 8, 6, 4)
     labels = torch.randint(0, K, (1, 8, 6, 4))
     expected = F.cross_entropy(model(images), labels)
     handle = ao.low_resolution(model, images)

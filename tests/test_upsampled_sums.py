@@ -4,6 +4,8 @@ The reference is compared with sums of the upsampled tensor, the others with the
 """
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -39,31 +41,28 @@ def example(size: Size, label_size: Size, channels: int = 5) -> tuple[Tensor, Te
     return 3 + torch.randn(2, channels, *size), labels
 
 
-def ours(features: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, ...]:
+def scaled(
+    call: Callable[..., tuple[Tensor, ...]], features: Tensor, labels: Tensor, **options: Any
+) -> tuple[Tensor, ...]:
     """The gradients of mean and variance are as large in the features as those of the sums."""
-    counts, sums, *others = upsampled_sums(features, labels, ignore_index=255, **options)
+    counts, sums, *others = call(features, labels, **options)
     return counts, sums, *(features[:, 0].numel() * x for x in others)
 
 
-def in_reference(features: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    counts, sums, *others = reference.upsampled_sums(features, labels, ignore_index=255, **options)
-    return counts, sums, *(features[:, 0].numel() * x for x in others)
-
-
-def by_formula(features: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    counts, sums, *others = formulas.upsampled_sums(features, labels, **options)
-    return counts, sums, *(features[:, 0].numel() * x for x in others)
+OURS = partial(scaled, partial(upsampled_sums, ignore_index=255))
+IN_REFERENCE = partial(scaled, partial(reference.upsampled_sums, ignore_index=255))
+BY_FORMULA = partial(scaled, formulas.upsampled_sums)
 
 
 def check_sums(
-    backend: str, features: Tensor, labels: Tensor, formula: Any = in_reference, **options: Any
+    backend: str, features: Tensor, labels: Tensor, formula: Any = IN_REFERENCE, **options: Any
 ) -> None:
     """Sums, mean, variance and gradient."""
 
     def make(n: int, random: Generator) -> Inputs:
         return {"features": features, "labels": labels}
 
-    entry = Entry("upsampled_sums", ("upsampled_sums",), ours, formula)
+    entry = Entry("upsampled_sums", ("upsampled_sums",), OURS, formula)
     check(Case(entry, Sample("sums", make, OPTIONS | options, (), 4 * FLOOR)), backend)
 
 
@@ -95,7 +94,7 @@ SIZES_OF_CPU = [
 @pytest.mark.parametrize("upsample", [True, False])
 def test_the_reference_sums_the_upsampled_tensor(backend, size, label_size, per_image, upsample):
     options = {"per_image": per_image, "upsample": upsample}
-    check_sums(backend, *example(size, label_size), by_formula, **options)
+    check_sums(backend, *example(size, label_size), BY_FORMULA, **options)
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,9 @@ CROSS_ENTROPY = Entry(
             {"ohem_min_kept": 10**6},
         ),
         *of_options("CrossEntropy of volumes", VOLUMES, {"ohem_min_kept": 100}),
+        *of_options(
+            "CrossEntropy of bfloat16", ANY_SIZE._replace(dtype=BF16), {"label_smoothing": 0.2}
+        ),
     ),
 )
 DICE = Entry(
