@@ -13,11 +13,7 @@ from torch import Tensor, nn
 
 import anchorops as ao
 from anchorops import diagnostics
-from anchorops.catalogue import Case, Inputs, cases
-
-SMALL = {str(case): case.sample.inputs for case in cases("small")}
-four_times, with_pixel_weights = SMALL["softmax_moments"], SMALL["CrossEntropy"]
-channel_inputs = SMALL["pixel_binary_cross_entropy"]
+from anchorops.catalogue import Case, Inputs
 
 
 def inference(x: Any) -> Any:

@@ -1,7 +1,6 @@
 """The PTX machine's own arithmetic, by kernels of a few lines, against the definitions of the PTX
 manual: integers exactly, floats against float64. Needs neither Triton nor nvcc."""
 
-import functools
 import math
 
 import numpy as np
@@ -97,9 +96,9 @@ def test_shifts(ty: str):
 
 def test_bits():
     """Fields, counts, permutations and tables of bits."""
-    x, y, z = integers("u4"), integers("u4"), integers("u4")
+    x, y = integers("u4"), integers("u4")
     at, n = RANDOM.integers(0, 32, 32).astype("u4"), RANDOM.integers(0, 40, 32).astype("u4")
-    a, b, c, p, k = (v.tolist() for v in (x, y, z, at, n))
+    a, b, p, k = (v.tolist() for v in (x, y, at, n))
 
     def field(value: int, position: int, length: int, signed: bool) -> int:
         top = min(position + length - 1, 31)
@@ -111,13 +110,8 @@ def test_bits():
         ty = "s32" if signed else "u32"
         result = compute(f"bfe.{ty} {{to}}, {{0}}, {{1}}, {{2}};", x, at, n, dtype="u4")
         assert result.tolist() == [field(v, i, j, signed) for v, i, j in zip(a, p, k, strict=True)]
-    result = compute("bfi.b32 {to}, {0}, {1}, {2}, {3};", x, y, at, n, dtype="u4")
-    for v, w, i, j, got in zip(a, b, p, k, result.tolist(), strict=True):
-        mask = ((1 << j) - 1) << i & 0xFFFFFFFF
-        assert got == (w & ~mask) | (v << i & mask)
     for name, exact in (
         ("popc.b32", lambda v: v.bit_count()),
-        ("clz.b32", lambda v: 32 - v.bit_length()),
         ("brev.b32", lambda v: int(f"{v:032b}"[::-1], 2)),
         ("bfind.u32", lambda v: v.bit_length() - 1 & 0xFFFFFFFF),
         ("bfind.shiftamt.u32", lambda v: 32 - v.bit_length() if v else 0xFFFFFFFF),
@@ -126,8 +120,6 @@ def test_bits():
         assert compute(f"{name} {{to}}, {{0}};", x, dtype="u4").tolist() == [exact(v) for v in a], (
             name
         )
-    result = compute("lop3.b32 {to}, {0}, {1}, {2}, 0xCA;", x, y, z, dtype="u4")  # x ? y : z
-    assert result.tolist() == [(u & v) | (~u & w) for u, v, w in zip(a, b, c, strict=True)]
     selector = RANDOM.integers(0, 1 << 16, 32).astype("u4")
     result = compute("prmt.b32 {to}, {0}, {1}, {2};", x, y, selector, dtype="u4")
     for u, v, s, got in zip(a, b, selector.tolist(), result.tolist(), strict=True):
@@ -135,16 +127,6 @@ def test_bits():
         chosen = [s >> 4 * j & 15 for j in range(4)]
         exact = [(255 * (octets[q & 7] >> 7)) if q & 8 else octets[q] for q in chosen]
         assert got == int.from_bytes(bytes(exact), "little")
-    by = np.resize(np.array([0, 1, 31, 32, 40], "u4"), 32)
-    for name, exact in (
-        ("shf.l.wrap", lambda lo, hi, s: (hi << 32 | lo) << (s & 31) >> 32),
-        ("shf.r.wrap", lambda lo, hi, s: (hi << 32 | lo) >> (s & 31)),
-        ("shf.l.clamp", lambda lo, hi, s: (hi << 32 | lo) << min(s, 32) >> 32),
-        ("shf.r.clamp", lambda lo, hi, s: (hi << 32 | lo) >> min(s, 32)),
-    ):
-        result = compute(f"{name}.b32 {{to}}, {{0}}, {{1}}, {{2}};", x, y, by, dtype="u4")
-        numbers = zip(a, b, by.tolist(), strict=True)
-        assert result.tolist() == [exact(*v) & 0xFFFFFFFF for v in numbers], name
 
 
 SPECIAL = [0.0, -0.0, 1.0, -1.5, 2.5, 3.4e38, -3.4e38, 1e-40, -1e-40, np.inf, -np.inf, np.nan]
@@ -169,36 +151,18 @@ def test_floats():
             "max.NaN.f32 {to}, {0}, {1};": np.maximum(a, b),
             "neg.f32 {to}, {0};": -a,
             "abs.f32 {to}, {0};": abs(a),
-            "sqrt.rn.f32 {to}, {0};": np.sqrt(a),
-            "rcp.rn.f32 {to}, {0};": 1 / a,
             "cvt.rni.f32.f32 {to}, {0};": np.rint(a),
-            "cvt.sat.f32.f32 {to}, {0};": np.nan_to_num(np.clip(a, 0, 1)),
         }
         exact = {text: values.astype("f4") for text, values in exact.items()}
     for text, values in exact.items():
         result = compute(text, x, y, z, dtype="f4")
         np.testing.assert_array_equal(result, values, err_msg=text)
-    for text, function in (
-        ("ex2.approx.f32 {to}, {0};", np.exp2),
-        ("lg2.approx.f32 {to}, {0};", np.log2),
-        ("rsqrt.approx.f32 {to}, {0};", lambda v: 1 / np.sqrt(v)),
-        ("tanh.approx.f32 {to}, {0};", np.tanh),
-    ):
-        result = compute(text, abs(x), dtype="f4")
-        with np.errstate(all="ignore"):
-            exact = function(abs(a)).astype("f4")
-        np.testing.assert_allclose(result, exact, rtol=4e-7, err_msg=text)
+    result = compute("ex2.approx.f32 {to}, {0};", abs(x), dtype="f4")
+    with np.errstate(all="ignore"):
+        np.testing.assert_allclose(result, np.exp2(abs(a)).astype("f4"), rtol=4e-7)
     small = np.array([1e-40, -1e-40, 2.0, -3.0], "f4")
     result = compute("mul.ftz.f32 {to}, {0}, {1};", small, np.ones(4, "f4"), dtype="f4")
     assert result[:4].tolist() == [0, 0, 2, -3] and np.signbit(result[:4]).tolist() == [0, 1, 0, 1]
-    low, high = (
-        compute(f"fma.{r}.f32 {{to}}, {{0}}, {{1}}, {{2}};", x, y, z, dtype="f4")
-        for r in ("rm", "rp")
-    )
-    finite = np.isfinite(a * b + c)
-    assert (low[finite] <= (a * b + c)[finite]).all() and (
-        high[finite] >= (a * b + c)[finite]
-    ).all()
 
 
 def test_conversions():
@@ -234,25 +198,6 @@ def test_conversions():
     assert pair.tolist() == (half.astype("u4") << 16 | 0x3C00).tolist()
     pair = compute("cvt.rn.bf16x2.f32 {to}, {0}, {1};", np.ones(32, "f4"), z, dtype="u4")
     assert pair.tolist() == (0x3F800000 | result.astype("u4")).tolist()
-    some = RANDOM.standard_normal(32).astype("f4")
-    nearest = np.round(some.astype("f8") * 2.0 ** (10 - np.floor(np.log2(abs(some)))))
-    nearest *= 2.0 ** (np.floor(np.log2(abs(some))) - 10)
-    assert compute("cvt.rna.tf32.f32 {to}, {0};", some, dtype="f4").tolist() == nearest.tolist()
-    assert (compute("set.lt.f32.f32 {to}, {0}, {1};", some, z, dtype="f4") == (some < z)).all()
-    one = compute("set.ge.u32.f32 {to}, {0}, {1};", some, z, dtype="u4")
-    assert one.tolist() == np.where(some >= z, 0xFFFFFFFF, 0).tolist()
-
-
-def test_halves():
-    """Pairs of 16-bit numbers in a register: fma, and their parts."""
-    x, y, z = RANDOM.integers(-8, 9, (3, 32, 2)).astype("f4")
-    for ty, bits in (
-        ("f16x2", lambda v: v.astype("f2").view("u4")),
-        ("bf16x2", lambda v: np.ascontiguousarray(v.view("u2")[:, 1::2]).view("u4")),
-    ):
-        a, b, c, exact = (bits(v)[:, 0] for v in (x, y, z, x * y + z))
-        result = compute(f"fma.rn.{ty} {{to}}, {{0}}, {{1}}, {{2}};", a, b, c, dtype="u4")
-        assert result.tolist() == exact.tolist(), ty
     pairs = integers("u4")
     swapped = compute("mov.b32 {{%h1, %h2}}, {0}; mov.b32 {to}, {{%h2, %h1}};", pairs, dtype="u4")
     assert swapped.tolist() == (pairs >> 16 | pairs << 16).tolist()
@@ -315,7 +260,6 @@ def test_warps():
     for mode, by, source in (
         ("bfly", 5, lanes ^ 5),
         ("up", 3, np.where(lanes >= 3, lanes - 3, lanes)),
-        ("down", 3, np.where(lanes <= 28, lanes + 3, lanes)),
         ("idx", 7, np.full(32, 7)),
     ):
         clamp = 0 if mode == "up" else 31
@@ -330,15 +274,10 @@ def test_warps():
     assert set(compute(odd, x, dtype="u4").tolist()) == {
         sum(int(v & 1) << k for k, v in enumerate(x))
     }
-    for kind, exact in (("any", 1), ("all", 0)):
-        text = f"setp.eq.u32 %p1, %r0, 5; vote.sync.{kind}.pred %p2, %p1, -1;"
-        result = compute(text + "selp.b32 {to}, 1, 0, %p2;", x, dtype="u4")
-        assert (result == exact).all(), kind
+    text = "setp.eq.u32 %p1, %r0, 5; vote.sync.any.pred %p2, %p1, -1; selp.b32 {to}, 1, 0, %p2;"
+    assert (compute(text, x, dtype="u4") == 1).all()
     text = "elect.sync _|%p1, -1; selp.b32 {to}, 1, 0, %p1;"
     assert compute(text, x, dtype="u4").tolist() == [1, *[0] * 31]
-    few = (x % 3).astype("u4")
-    result = compute("match.any.sync.b32 {to}, {0}, -1;", few, dtype="u4")
-    assert result.tolist() == [sum(1 << k for k in range(32) if few[k] == v) for v in few]
 
 
 def test_loops_and_divergence():
@@ -359,21 +298,8 @@ def test_atomics():
     """
     result = launch(body, np.zeros(1, "u4"), np.zeros(129, "u4"), blocks=2, threads=64)
     assert result[0] == 128 and sorted(result[1:].tolist()) == list(range(128))
-    x = integers("i4")
-    for kind, exact in (
-        ("min.s32", min),
-        ("max.s32", max),
-        ("and.b32", lambda v, w: v & w),
-        ("or.b32", lambda v, w: v | w),
-        ("xor.b32", lambda v, w: v ^ w),
-    ):
-        text = f"mad.wide.u32 %d2, %r0, 4, %d0; ld.global.b32 %r5, [%d2]; red.global.{kind} [%d1],"
-        result = launch(f"{text} %r5;", x, np.zeros(1, "i4"))
-        assert result[0] == functools.reduce(exact, x.tolist(), 0), kind
-    result = launch("red.global.inc.u32 [%d1], 20;", x, np.zeros(1, "u4"))
-    assert result[0] == 32 % 21
-    result = launch("atom.global.cas.b32 %r4, [%d1], %r0, 9;", x, np.zeros(1, "u4"))
-    assert result[0] == 9  # of lane 0, and of lane 9 again
+    text = "setp.lt.u32 %p1, %r0, 9; @%p1 atom.global.exch.b32 %r4, [%d1], %r0;"
+    assert launch(text, np.zeros(1, "u4"), np.zeros(1, "u4"))[0] == 8  # in the order of the lanes
 
 
 def test_nan_is_one():
@@ -386,6 +312,11 @@ def test_nan_is_one():
     "instruction",
     [
         "add.cc.s32 %r4, %r3, 1;",
+        "sqrt.rn.f32 %f1, %f2;",
+        "red.global.add.u32 [%d1], %r3;",
+        "atom.global.max.u32 %r4, [%d1], %r3;",
+        "cvt.sat.f32.f32 %f1, %f2;",
+        "fma.rn.f16x2 %r4, %r5, %r6, %r7;",
         "min.xorsign.f32 %f1, %f2, %f3;",
         "tex.2d.v4.f32 {%f1, %f2, %f3, %f4}, [%d0, {%f1, %f2}];",
         "ld.global.unknown.b32 %r4, [%d0];",

@@ -1,5 +1,5 @@
 """What instructions compute: functions of arrays with one number for each lane, as the PTX manual
-defines them. bfloat16 and tf32 are held as their bits."""
+defines them. bfloat16 is held as its bits."""
 
 from collections.abc import Callable
 
@@ -34,11 +34,6 @@ COMBINE = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 def without_subnormals(x):
     """`.ftz`: zeros with their signs."""
     return np.where(np.abs(x) < F4(2.0**-126), np.copysign(F4(0), x), x)
-
-
-def saturated(x):
-    """`.sat`: within [0, 1], and 0 for NaN."""
-    return np.where(np.isnan(x), x.dtype.type(0), np.clip(x, 0, 1)).astype(x.dtype)
 
 
 def high_product(x, y):
@@ -84,18 +79,12 @@ def extreme(x, y, is_min: bool, keep_nan: bool):
     return np.where((x == 0) & (y == 0), both_zero, result)
 
 
-def fma(x, y, z, rounding: str = "rn"):
+def fma(x, y, z):
     """x·y + z. In float32 the product is exact in float64; the sum is rounded there first, which
     differs from one rounding in rare cases. In float64 both are rounded."""
     if x.dtype == F8:
         return x * y + z
-    exact = x.astype(F8) * y + z
-    result = exact.astype(F4)
-    if rounding == "rm":
-        return np.where(result > exact, np.nextafter(result, F4(-np.inf)), result)
-    if rounding == "rp":
-        return np.where(result < exact, np.nextafter(result, F4(np.inf)), result)
-    return result
+    return (x.astype(F8) * y + z).astype(F4)
 
 
 def shift_left(x, by):
@@ -109,12 +98,6 @@ def shift_right(x, by):
     bits = 8 * x.dtype.itemsize
     shifted = x >> np.minimum(by, bits - 1).astype(x.dtype)
     return shifted if x.dtype.kind == "i" else np.where(by < bits, shifted, x.dtype.type(0))
-
-
-def funnel_shift(low, high, by, left: bool, wrap: bool):
-    both = (high.astype(U8) << U8(32)) | low.astype(U8)
-    by = (by & U4(31) if wrap else np.minimum(by, U4(32))).astype(U8)
-    return ((both << by) >> U8(32) if left else both >> by).astype(U4)
 
 
 def extracted_bits(x, position, length):
@@ -138,16 +121,6 @@ def extracted_bits(x, position, length):
     return value.astype(f"u{x.dtype.itemsize}").view(x.dtype)
 
 
-def inserted_bits(x, y, position, length):
-    """bfi: the lowest `length` bits of x, in y at `position`."""
-    position, length = position.astype(U8) & U8(255), length.astype(U8) & U8(255)
-    field = np.where(length < 64, (U8(1) << np.minimum(length, U8(63))) - U8(1), ~U8(0))
-    outside = position >= 8 * x.dtype.itemsize
-    mask = np.where(outside, U8(0), field << np.minimum(position, U8(63)))
-    value = x.astype(U8) << np.minimum(position, U8(63))
-    return ((y.astype(U8) & ~mask) | (value & mask)).astype(x.dtype)
-
-
 def permuted_bytes(x, y, selector):
     """prmt: four bits select a byte of y and x; the highest copies the byte's sign."""
     both, result = x.astype(U8) | (y.astype(U8) << U8(32)), U8(0)
@@ -157,15 +130,6 @@ def permuted_bytes(x, y, selector):
         sign = np.where(byte >= 128, U8(255), U8(0))
         result = result | (np.where(chosen >= 8, sign, byte) << U8(8 * i))
     return result.astype(U4)
-
-
-def looked_up(x, y, z, table):
-    """lop3: bit (4x + 2y + z) of the table, for each bit."""
-    result = x ^ x
-    for i in range(8):
-        term = (x if i & 4 else ~x) & (y if i & 2 else ~y) & (z if i & 1 else ~z)
-        result = np.where((table >> U4(i)) & U4(1) == 1, result | term, result)
-    return result
 
 
 def leading_zeros(x):
@@ -205,21 +169,14 @@ def rounded_to_integer(x, mode: str, dtype: str):
     return number
 
 
-def to_bfloat16(x, towards_zero: bool = False):
+def to_bfloat16(x):
     bits = x.view(U4)
-    even = U4(0x7FFF) + ((bits >> U4(16)) & U4(1))
-    rounded = bits if towards_zero else bits + even
+    rounded = bits + U4(0x7FFF) + ((bits >> U4(16)) & U4(1))
     return np.where(np.isnan(x), NAN16, (rounded >> U4(16)).astype(U2))
 
 
 def to_float16(x):
     return np.where(np.isnan(x), NAN16, x.astype(F2).view(U2))
-
-
-def to_tf32(x):
-    """To the nearest, halves away from zero (`.rna`)."""
-    bits = x.view(U4)
-    return np.where(np.isfinite(x), (bits + U4(0x1000)) & ~U4(0x1FFF), bits)
 
 
 def from_bfloat16(bits):
@@ -236,14 +193,6 @@ def packed(low, high):
     return low.astype(U4) | (high.astype(U4) << U4(16))
 
 
-def fma_of_halves(x, y, z, dtype: str):
-    """For bfloat16 rounded to float32 first, which differs from one rounding in rare cases."""
-    a, b, c = (halves(value, dtype).astype(F8) for value in (x, y, z))
-    exact = a * b + c
-    result = to_float16(exact) if dtype == "f16x2" else to_bfloat16(exact.astype(F4))
-    return packed(result[..., 0], result[..., 1])
-
-
 def shuffled(x, by, clamp, mode: str):
     """shfl: the value of another lane of the warp, and whether there is one."""
     lane = np.arange(32)
@@ -254,11 +203,7 @@ def shuffled(x, by, clamp, mode: str):
         source = lane - by
         inside = source >= last
     else:
-        source = {
-            "down": lane + by,
-            "bfly": lane ^ by,
-            "idx": (lane & segment) | (by & ~segment),
-        }[mode]
+        source = lane ^ by if mode == "bfly" else (lane & segment) | (by & ~segment)
         inside = source <= last
     source = np.where(inside, source, lane)
     return np.take_along_axis(x.reshape(-1, 32), source, 1).reshape(-1), inside.reshape(-1)
@@ -275,10 +220,3 @@ def ballot(predicate):
     """Bit i: of lane i of the warp."""
     bits = predicate.reshape(-1, 32).astype(U4) << np.arange(32, dtype=U4)
     return np.repeat(np.bitwise_or.reduce(bits, axis=1), 32)
-
-
-def equal_lanes(x):
-    """match.any: the lanes of the warp with the same value."""
-    rows = x.reshape(-1, 32)
-    equal = rows[:, :, None] == rows[:, None, :]
-    return np.bitwise_or.reduce(equal.astype(U4) << np.arange(32, dtype=U4), axis=2).reshape(-1)

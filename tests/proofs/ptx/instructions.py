@@ -55,7 +55,7 @@ def dtype_of(ty: str) -> str:
     """NumPy's name; bits and bfloat16 are unsigned."""
     if ty == "pred":
         return "?"
-    kind = "u" if ty[0] == "b" or ty in ("tf32", "f16x2") else ty[0]
+    kind = "u" if ty[0] == "b" or ty == "f16x2" else ty[0]
     if bits_of(ty) > 64:
         raise ValueError(f"type {ty}")
     return {"s": "i"}.get(kind, kind) + str(bits_of(ty) // 8)
@@ -97,20 +97,18 @@ def _integer(i: Instruction, function: Callable[..., object]) -> Operation:
 
 
 def _float(i: Instruction, m: _Modifiers, function: Callable[..., object]) -> Operation:
-    """With `.ftz` and `.sat`; `.rn` is what numbers are rounded by anyhow."""
+    """With `.ftz`; `.rn` is what numbers are rounded by anyhow."""
     if i.types[-1] not in ("f32", "f64"):
         raise ValueError(f"type {i.types[-1]}")
     m.take("rn")
-    flush, saturate = m.take("ftz"), m.take("sat")
+    if not m.take("ftz"):
+        return _plain(i, function)
 
     def compute(*arguments):
-        if flush:
-            arguments = tuple(arithmetic.without_subnormals(x) for x in arguments)
-        result = function(*arguments)
-        result = arithmetic.without_subnormals(result) if flush else result
-        return arithmetic.saturated(result) if saturate else result
+        flushed = (arithmetic.without_subnormals(x) for x in arguments)
+        return arithmetic.without_subnormals(function(*flushed))
 
-    return _plain(i, compute if flush or saturate else function)
+    return _plain(i, compute)
 
 
 def _arithmetic(function: Callable[..., object]) -> Callable[..., Operation]:
@@ -148,15 +146,6 @@ def _multiply(i: Instruction, m: _Modifiers) -> Operation:
     return _plain(i, product if i.name == "mul" else lambda x, y, z: product(x, y) + z, *dtypes)
 
 
-def _fma(i: Instruction, m: _Modifiers) -> Operation:
-    ty = i.types[-1]
-    if ty in ("f16x2", "bf16x2"):
-        m.must("rn")
-        return _plain(i, partial(arithmetic.fma_of_halves, dtype=ty))
-    rounding = m.take("rm", "rp") or "rn"
-    return _float(i, m, partial(arithmetic.fma, rounding=rounding))
-
-
 def _divide(i: Instruction, m: _Modifiers) -> Operation:
     if i.types[-1][0] != "f":
         return _integer(i, arithmetic.quotient)
@@ -180,20 +169,13 @@ def _shift(i: Instruction, m: _Modifiers) -> Operation:
     return _plain(i, function, one, one, "u4")
 
 
-def _funnel_shift(i: Instruction, m: _Modifiers) -> Operation:
-    left, wrap = m.must("l", "r") == "l", m.must("wrap", "clamp") == "wrap"
-    return _plain(i, partial(arithmetic.funnel_shift, left=left, wrap=wrap))
-
-
 def _bit_field(i: Instruction, m: _Modifiers) -> Operation:
     one = dtype_of(i.types[-1])
-    if i.name == "bfe":
-        return _plain(i, arithmetic.extracted_bits, one, one, "u4", "u4")
-    return _plain(i, arithmetic.inserted_bits, one, one, one, "u4", "u4")
+    return _plain(i, arithmetic.extracted_bits, one, one, "u4", "u4")
 
 
-def _count(function: Callable[..., object]) -> Callable[..., Operation]:
-    return lambda i, m: _plain(i, function, "u4", dtype_of(i.types[-1]).replace("i", "u"))
+def _count(i: Instruction, m: _Modifiers) -> Operation:
+    return _plain(i, np.bitwise_count, "u4", dtype_of(i.types[-1]).replace("i", "u"))
 
 
 def _highest_bit(i: Instruction, m: _Modifiers) -> Operation:
@@ -248,29 +230,17 @@ def _convert_address(i: Instruction, m: _Modifiers) -> Operation:
 def _convert(i: Instruction, m: _Modifiers) -> Operation:
     to, source = i.types[-2:]
     mode = m.take("rzi", "rni", "rmi", "rpi")
-    rounding = m.take("rn", "rz", "rna")
-    if to in ("f16x2", "bf16x2") and source == "f32":
-        if rounding == "rn":
-            function = arithmetic.to_float16 if to == "f16x2" else arithmetic.to_bfloat16
-        elif (to, rounding) == ("bf16x2", "rz"):
-            function = partial(arithmetic.to_bfloat16, towards_zero=True)
-        else:
-            raise ValueError("rounding")
-        return _plain(i, lambda x, y: arithmetic.packed(function(y), function(x)), "u4", "f4", "f4")
-    if to in ("bf16", "tf32", "f16") and source == "f32":
-        narrow = {
-            ("bf16", "rn"): arithmetic.to_bfloat16,
-            ("bf16", "rz"): partial(arithmetic.to_bfloat16, towards_zero=True),
-            ("f16", "rn"): arithmetic.to_float16,
-            ("tf32", "rna"): arithmetic.to_tf32,
-        }[to, rounding or ""]
-        return _plain(i, narrow, "u4" if to == "tf32" else "u2", "f4")
+    m.take("rn")
+    if source == "f32" and to in ("f16", "bf16", "f16x2", "bf16x2"):
+        narrow = arithmetic.to_float16 if to.startswith("f16") else arithmetic.to_bfloat16
+        if to.endswith("x2"):
+            return _plain(i, lambda x, y: arithmetic.packed(narrow(y), narrow(x)), "u4", "f4", "f4")
+        return _plain(i, narrow, "u2", "f4")
     if source == "bf16" and to == "f32":
         return _plain(i, arithmetic.from_bfloat16, "f4", "u2")
-    if rounding not in (None, "rn") or "bf16" in (to, source):
-        raise ValueError("rounding")
-    result, one = dtype_of(to), dtype_of(source)
-    flush, saturate = m.take("ftz"), m.take("sat")
+    if "bf16" in (to, source):
+        raise ValueError("types")
+    result, one, flush = dtype_of(to), dtype_of(source), m.take("ftz")
 
     def compute(x):
         if flush and one == "f4":
@@ -279,11 +249,8 @@ def _convert(i: Instruction, m: _Modifiers) -> Operation:
             return arithmetic.rounded_to_integer(x, mode or "rzi", result)
         if mode is not None:
             x = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[mode](x)
-        x = x.astype(result)
-        return arithmetic.saturated(x) if saturate else x
+        return x.astype(result)
 
-    if saturate and (one[0], result[0]) != ("f", "f"):
-        raise ValueError("sat of integers")
     return _plain(i, compute, result, one)
 
 
@@ -314,17 +281,6 @@ def _compare(i: Instruction, m: _Modifiers) -> Operation:
     targets = to if type(to) is tuple else (to, Nothing())
     arguments = [(x, one), (y, one), *((p, "?") for p in rest)]
     return Operation(compute, [(target, "?") for target in targets], arguments)
-
-
-def _set(i: Instruction, m: _Modifiers) -> Operation:
-    """1 or 0 as a float, or all bits."""
-    compare, (to, source) = arithmetic.COMPARE[m.must(*arithmetic.COMPARE)], i.types
-    if source not in ("f32", "s32", "u32") or to not in ("f32", "u32", "s32"):
-        raise ValueError("type")
-    one, result = dtype_of(source), dtype_of(to)
-    true = np.array(1 if to == "f32" else -1, "f4" if to == "f32" else "i4").astype(result)
-    false = true.dtype.type(0)
-    return _plain(i, lambda x, y: np.where(compare(x, y), true, false), result, one, one)
 
 
 def _values(operand: Operand) -> tuple[Operand, ...]:
@@ -363,15 +319,10 @@ def _atomic(i: Instruction, m: _Modifiers) -> Operation:
     space = _space(m, "global", "shared", "shared_cta")
     m.take(*ORDER)
     scope = m.take("gpu", "sys", "cta") or "gpu"
-    kind, one = (
-        m.must("add", "min", "max", "and", "or", "xor", "exch", "cas", "inc"),
-        dtype_of(i.types[-1]),
-    )
-    result, operands = [], i.operands
-    if i.name == "atom":
-        result, operands = [(operands[0], one)], operands[1:]
-    arguments = [(operands[0], "address"), *((x, one) for x in operands[1:])]
-    return Operation(f"atomic:{space}:{kind}:{one}:{scope}", result, arguments)
+    kind, one = m.must("add", "exch"), dtype_of(i.types[-1])
+    to, address, value = i.operands
+    arguments = [(address, "address"), (value, one)]
+    return Operation(f"atomic:{space}:{kind}:{one}:{scope}", [(to, one)], arguments)
 
 
 def _number(operand: Operand) -> int:
@@ -431,18 +382,15 @@ def _barrier(i: Instruction, m: _Modifiers) -> Operation:
 
 
 def _fence(i: Instruction, m: _Modifiers) -> Operation:
-    if m.take("proxy"):
-        m.must("async")
-        m.take("shared_cta")
-        return Operation("fence_async", [], [])
-    m.take("acq_rel", "sc")
-    m.take("gl", "gpu", "cta", "sys")
-    return Operation("nothing", [], [])
+    m.must("proxy")
+    m.must("async")
+    m.take("shared_cta")
+    return Operation("fence_async", [], [])
 
 
 def _shuffle(i: Instruction, m: _Modifiers) -> Operation:
     m.must("sync")
-    mode, (to, x, by, clamp, mask) = m.must("bfly", "idx", "up", "down"), i.operands
+    mode, (to, x, by, clamp, mask) = m.must("bfly", "idx", "up"), i.operands
     targets = _values(to)
     return Operation(
         _of_warp(partial(arithmetic.shuffled, mode=mode)),
@@ -466,18 +414,10 @@ def _reduce(i: Instruction, m: _Modifiers) -> Operation:
 
 def _vote(i: Instruction, m: _Modifiers) -> Operation:
     m.must("sync")
-    kind = m.must("ballot", "any", "all")
-    if kind == "ballot":
+    if m.must("ballot", "any") == "ballot":
         return _warp(i, arithmetic.ballot, "u4", "?")
-    of_warp = np.logical_or if kind == "any" else np.logical_and
-    function = lambda p: np.repeat(of_warp.reduce(p.reshape(-1, 32), axis=1), 32)  # noqa: E731
+    function = lambda p: np.repeat(p.reshape(-1, 32).any(1), 32)  # noqa: E731
     return _warp(i, function, "?", "?")
-
-
-def _match(i: Instruction, m: _Modifiers) -> Operation:
-    m.must("any")
-    m.must("sync")
-    return _warp(i, arithmetic.equal_lanes, "u4", dtype_of(i.types[-1]))
 
 
 def _elect(i: Instruction, m: _Modifiers) -> Operation:
@@ -497,13 +437,13 @@ def _matrix_product(i: Instruction, m: _Modifiers) -> Operation:
     m.must("aligned")
     m.must("row")
     m.must("col")
-    shape, (to, a, b, c) = m.must("m16n8k16", "m16n8k8", "m16n8k4"), i.operands
-    result, dtype, other, added = i.types
-    if dtype != other or (result, added) != ("f32", "f32") or dtype not in ("f16", "bf16", "tf32"):
+    m.must("m16n8k16")
+    (to, a, b, c), (result, dtype, other, added) = i.operands, i.types
+    if dtype != other or (result, added) != ("f32", "f32") or dtype not in ("f16", "bf16"):
         raise ValueError("types")
     arguments = [(x, "u4") for part in (a, b) for x in _values(part)]
     arguments += [(x, "f4") for x in _values(c)]
-    function = partial(matrices.product, dtype=dtype, k=int(shape[6:]))
+    function = partial(matrices.product, dtype=dtype)
     return Operation(function, [(x, "f4") for x in _values(to)], arguments, Waits.WARP)
 
 
@@ -550,12 +490,11 @@ _DECODE: dict[str, Callable[[Instruction, _Modifiers], Operation]] = {
     "cvt": _convert,
     "selp": _select,
     "setp": _compare,
-    "set": _set,
     "add": _arithmetic(np.add),
     "sub": _arithmetic(np.subtract),
     "mul": _multiply,
     "mad": _multiply,
-    "fma": _fma,
+    "fma": lambda i, m: _float(i, m, arithmetic.fma),
     "div": _divide,
     "rem": _bits(arithmetic.remainder),
     "neg": _arithmetic(np.negative),
@@ -568,35 +507,22 @@ _DECODE: dict[str, Callable[[Instruction, _Modifiers], Operation]] = {
     "not": _bits(np.invert),
     "shl": _shift,
     "shr": _shift,
-    "shf": _funnel_shift,
     "bfe": _bit_field,
-    "bfi": _bit_field,
     "brev": _bits(arithmetic.reversed_bits),
     "bfind": _highest_bit,
-    "clz": _count(arithmetic.leading_zeros),
-    "popc": _count(np.bitwise_count),
+    "popc": _count,
     "prmt": _bits(arithmetic.permuted_bytes),
-    "lop3": _bits(arithmetic.looked_up),
     "ex2": _approximate(np.exp2),
-    "lg2": _approximate(np.log2),
-    "rcp": _approximate(np.reciprocal),
-    "sqrt": _approximate(np.sqrt),
-    "rsqrt": _approximate(lambda x: np.reciprocal(np.sqrt(x))),
-    "tanh": _approximate(np.tanh),
     "ld": _load,
     "st": _store,
     "atom": _atomic,
-    "red": _atomic,
     "cp": _copy,
     "createpolicy": _policy,
     "bar": _barrier,
-    "barrier": _barrier,
-    "membar": _fence,
     "fence": _fence,
     "shfl": _shuffle,
     "redux": _reduce,
     "vote": _vote,
-    "match": _match,
     "elect": _elect,
     "mma": _matrix_product,
     "ldmatrix": _matrix_move,

@@ -380,10 +380,10 @@ class Batch:
     def store_shared(self, *arguments):
         self._store("shared", *arguments)
 
-    def atomic(self, lanes, at, guard, space, kind, dtype, scope, address, *values):
+    def atomic(self, lanes, at, guard, space, kind, dtype, scope, address, values):
         chosen = self._lanes(lanes, guard)
         if guard is not None:
-            address, values = address[guard], [v[guard] for v in values]
+            address, values = address[guard], values[guard]
         before = np.zeros(len(address), dtype)
         if len(address):
             if scope == "cta" and space == "global" and self.launch.grid != (1, 1, 1):
@@ -395,9 +395,7 @@ class Batch:
                 space, "atomics", at, chosen, address, size
             ):
                 try:
-                    before[some] = region.update(
-                        position, dtype, kind, [v[some] for v in values], of
-                    )
+                    before[some] = region.update(position, dtype, kind, values[some], of)
                 except Fault as fault:
                     raise self._faulty(fault, at, of, space) from None
         if guard is None:

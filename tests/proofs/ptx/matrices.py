@@ -11,39 +11,30 @@ ROW, COLUMN = LANE // 4, LANE % 4
 QUARTERS = ((0, 0), (8, 0), (0, 8), (8, 8))  # of a matrix of 16 × 16: where its registers begin
 
 
-def _left(registers, dtype: str, k: int):
-    """A [warps, 16, k]."""
-    result = np.zeros((len(registers[0]) // 32, 16, k))
-    for register, (row, column) in zip(registers, QUARTERS, strict=False):
-        if dtype == "tf32":
-            value = (register & ~U4(0x1FFF)).view(F4).reshape(-1, 32)
-            result[:, ROW + row, COLUMN + column // 2] = value
-        else:
-            pair = halves(register, dtype).reshape(-1, 32, 2)
-            for j in range(2):
-                result[:, ROW + row, 2 * COLUMN + column + j] = pair[..., j]
+def _left(registers, dtype: str):
+    """A [warps, 16, 16]."""
+    result = np.zeros((len(registers[0]) // 32, 16, 16))
+    for register, (row, column) in zip(registers, QUARTERS, strict=True):
+        pair = halves(register, dtype).reshape(-1, 32, 2)
+        for j in range(2):
+            result[:, ROW + row, 2 * COLUMN + column + j] = pair[..., j]
     return result
 
 
-def _right(registers, dtype: str, k: int):
-    """B [warps, k, 8]."""
-    result = np.zeros((len(registers[0]) // 32, k, 8))
+def _right(registers, dtype: str):
+    """B [warps, 16, 8]."""
+    result = np.zeros((len(registers[0]) // 32, 16, 8))
     for i, register in enumerate(registers):
-        if dtype == "tf32":
-            value = (register & ~U4(0x1FFF)).view(F4).reshape(-1, 32)
-            result[:, COLUMN + 4 * i, ROW] = value
-        else:
-            pair = halves(register, dtype).reshape(-1, 32, 2)
-            for j in range(2):
-                result[:, 2 * COLUMN + 8 * i + j, ROW] = pair[..., j]
+        pair = halves(register, dtype).reshape(-1, 32, 2)
+        for j in range(2):
+            result[:, 2 * COLUMN + 8 * i + j, ROW] = pair[..., j]
     return result
 
 
-def product(*registers, dtype: str, k: int):
-    """mma.sync.m16n8k*: A B + C, of 16 × k, k × 8 and 16 × 8."""
-    of_a, of_b = (k // 2, k // 4) if dtype == "tf32" else (k // 4, k // 8)
-    a, b, c = registers[:of_a], registers[of_a : of_a + of_b], registers[of_a + of_b :]
-    exact = _left(a, dtype, k) @ _right(b, dtype, k)
+def product(*registers, dtype: str):
+    """mma.sync.m16n8k16: A B + C, of 16 × 16, 16 × 8 and 16 × 8."""
+    a, b, c = registers[:4], registers[4:6], registers[6:]
+    exact = _left(a, dtype) @ _right(b, dtype)
     results = []
     for i, old in enumerate(c):
         part = exact[:, ROW + 8 * (i // 2), 2 * COLUMN + i % 2].reshape(-1)
@@ -60,7 +51,7 @@ def transposed(words):
 def wgmma(a, b, c, keep, dtype: str):
     """A [64, 16] in the registers of four warps, B [groups, 16, n] float64, added to C where `keep`
     holds."""
-    left = _left(a, dtype, 16).reshape(-1, 4, 16, 16)
+    left = _left(a, dtype).reshape(-1, 4, 16, 16)
     exact = (left @ b[:, None]).reshape(-1, 16, b.shape[2])  # of a warp: 16 rows
     results = []
     for i, old in enumerate(c):

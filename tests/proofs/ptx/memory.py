@@ -214,7 +214,7 @@ class Region:
                 of_warp = first[one] // 32 == lanes.thread[one] // 32
                 raise Fault("unequal copies" if of_warp else "race", bad, detail)
 
-    def update(self, position, dtype: str, kind: str, values: list, lanes: Lanes):
+    def update(self, position, dtype: str, kind: str, values, lanes: Lanes):
         """Atomics, in the order of the lanes: the old values."""
         words, of_words = self.words(position, np.dtype(dtype).itemsize, lanes)
         per = len(words) // len(position)
@@ -231,26 +231,15 @@ class Region:
         return updated(self.view(dtype), self.index(position, dtype, 0), kind, values)
 
 
-def updated(view, index, kind: str, values: list):
+def updated(view, index, kind: str, values):
     """The first lane of each address, then the second of each, and so on."""
     order = np.argsort(index, kind="stable")
     begins = np.r_[True, np.diff(index[order]) != 0]
     rank = np.arange(len(order)) - np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))
-    before = np.empty_like(values[0])
+    before = np.empty_like(values)
     by_rank = order[np.argsort(rank, kind="stable")]
-    operate = {
-        "add": lambda old, x: old + x,
-        "min": np.minimum,
-        "max": np.maximum,
-        "and": lambda old, x: old & x,
-        "or": lambda old, x: old | x,
-        "xor": lambda old, x: old ^ x,
-        "exch": lambda old, x: x,
-        "inc": lambda old, x: np.where(old >= x, 0, old + x.dtype.type(1)),
-        "cas": lambda old, compare, x: np.where(old == compare, x, old),
-    }[kind]
     for lanes in np.split(by_rank, np.cumsum(np.bincount(rank))[:-1]):
         old = view[index[lanes]]
         before[lanes] = old
-        view[index[lanes]] = operate(old, *(x[lanes] for x in values))
+        view[index[lanes]] = old + values[lanes] if kind == "add" else values[lanes]
     return before
