@@ -117,8 +117,8 @@ def test_classes_of_confusion(backend, num_classes):
     labels[:200], predictions[:200] = num_classes - 1, num_classes - 1
     expected = reference.confusion(predictions, labels, num_classes, ignore_index=0)
     assert torch.equal(ao.confusion(predictions, labels, num_classes, ignore_index=0), expected)
-    maps = (x.view(2, 350).mT for x in (predictions, labels))
-    assert torch.equal(ao.confusion(*maps, num_classes, ignore_index=0), expected)
+    predictions, labels = predictions.view(2, 350).mT, labels.view(2, 350).mT
+    assert torch.equal(ao.confusion(predictions, labels, num_classes, ignore_index=0), expected)
 
 
 def test_values_outside_are_left_out(backend):
