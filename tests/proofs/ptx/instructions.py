@@ -138,6 +138,8 @@ def _multiply(i: Instruction, m: _Modifiers) -> Operation:
     if ty[0] == "f":
         return _float(i, m, np.multiply if i.name == "mul" else arithmetic.fma)
     part, one = m.must("lo", "hi", "wide"), dtype_of(ty)
+    if part == "hi" and bits_of(ty) > 32:
+        raise ValueError(f"type {ty}")
     product = {"lo": np.multiply, "hi": arithmetic.high_product, "wide": arithmetic.wide_product}[
         part
     ]
@@ -255,32 +257,13 @@ def _convert(i: Instruction, m: _Modifiers) -> Operation:
 
 
 def _compare(i: Instruction, m: _Modifiers) -> Operation:
-    """setp: p|q = a ? b, and both combined with a predicate."""
-    to, x, y, *rest = i.operands
-    ty, flush = i.types[-1], m.take("ftz")
-    if ty.endswith("x2"):
+    """setp: p = a ? b."""
+    ty, (to, x, y) = i.types[-1], i.operands
+    if ty.endswith("x2") or ty == "bf16":
         raise ValueError(f"type {ty}")
-    integer = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
-    name = m.must(*arithmetic.COMPARE, *integer)
-    compare = (
-        arithmetic.COMPARE[integer.get(name, name)]
-        if name != "ne" or ty[0] == "f" or ty == "bf16"
-        else np.not_equal
-    )
-    combine = arithmetic.COMBINE[m.must("and", "or", "xor")] if rest else None
-
-    def compute(x, y, *predicate):
-        if ty == "bf16":
-            x, y = arithmetic.from_bfloat16(x), arithmetic.from_bfloat16(y)
-        if flush:
-            x, y = arithmetic.without_subnormals(x), arithmetic.without_subnormals(y)
-        both = compare(x, y), np.logical_not(compare(x, y))
-        return [combine(p, *predicate) if combine else p for p in both]
-
-    one = dtype_of(ty)
-    targets = to if type(to) is tuple else (to, Nothing())
-    arguments = [(x, one), (y, one), *((p, "?") for p in rest)]
-    return Operation(compute, [(target, "?") for target in targets], arguments)
+    name, one = m.must(*arithmetic.COMPARE), dtype_of(ty)
+    compare = np.not_equal if name == "ne" and ty[0] != "f" else arithmetic.COMPARE[name]
+    return Operation(compare, [(to, "?")], [(x, one), (y, one)])
 
 
 def _values(operand: Operand) -> tuple[Operand, ...]:
@@ -408,7 +391,7 @@ def _warp(i: Instruction, function: Callable[..., object], result: str, argument
 
 def _reduce(i: Instruction, m: _Modifiers) -> Operation:
     m.must("sync")
-    kind, one = m.must("add", "min", "max", "and", "or", "xor"), dtype_of(i.types[-1])
+    kind, one = m.must("add", "min", "max", "or"), dtype_of(i.types[-1])
     return _warp(i, partial(arithmetic.reduced, kind=kind), one, one)
 
 

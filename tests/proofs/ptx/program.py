@@ -11,7 +11,6 @@ from .text import (
     Address,
     Block,
     Instruction,
-    Inverted,
     Kernel,
     Literal,
     Operand,
@@ -40,7 +39,7 @@ def held(x, dtype: str, bits: int):
 def registers_of(operands: Iterable[Operand]) -> Live:
     found: Live = set()
     for x in operands:
-        x = x.base if isinstance(x, Address) else x.register if isinstance(x, Inverted) else x
+        x = x.base if isinstance(x, Address) else x
         if isinstance(x, Register):
             found.add(x)
     return found
@@ -140,8 +139,6 @@ class Program:
                 return f"({base} + {x.offset})" if x.offset else base
             base = x.base.value if isinstance(x.base, Literal) else self.kernel.offset(x.base)
             return self._constant(np.int64(base + x.offset))
-        if isinstance(x, Inverted):
-            return f"~{x.register.name}"
         if isinstance(x, Register):
             if dtype == "?":
                 return x.name

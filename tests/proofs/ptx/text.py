@@ -38,10 +38,6 @@ class Symbol(NamedTuple):
     name: str
 
 
-class Inverted(NamedTuple):
-    register: Register
-
-
 class Address(NamedTuple):
     base: "Register | Symbol | Literal"
     offset: int
@@ -51,7 +47,7 @@ class Nothing(NamedTuple):
     """`_`: a result that nobody needs."""
 
 
-Operand = Register | Literal | Symbol | Inverted | Address | Nothing | tuple["Operand", ...]
+Operand = Register | Literal | Symbol | Address | Nothing | tuple["Operand", ...]
 
 
 class Instruction(NamedTuple):
@@ -160,8 +156,6 @@ class _Reader:
             return Address(inner, int(offset or "0", 0))
         if "|" in text:
             return tuple(self.operand(part.strip()) for part in text.split("|"))
-        if text[0] == "!":
-            return Inverted(self.register(text[1:]))
         if re.fullmatch(r"0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}", text):
             return Literal(int(text[2:], 16), 4 * len(text[2:]))
         if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|0|[1-9]\d*)U?", text):
