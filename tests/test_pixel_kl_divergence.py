@@ -260,14 +260,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"logits": LOGITS[:, :, :0]}, "logits: expected at least one pixel per image, got shape"),
     ({"teacher_logits": None}, r"teacher_logits: expected a tensor \(2, 5, h, w\), .*, got None"),
     (
-        {"teacher_logits": LOGITS[:1]},
-        r"teacher_logits: expected a tensor \(2, 5, h, w\), as logits",
-    ),
-    (
         {"teacher_logits": LOGITS[:, :4]},
         r"teacher_logits: expected .*\(2, 5, h, w\).*\(2, 4, 4, 6\)",
     ),
-    ({"teacher_logits": LOGITS.to_sparse()}, "teacher_logits: expected a strided tensor, got"),
     ({"teacher_logits": LOGITS.long()}, "teacher_logits: expected float32 or .*, got torch.int64"),
     (
         {"teacher_logits": LOGITS.double()},
@@ -277,7 +272,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"logits": LOGITS.double()},
         "teacher_logits: expected float64, got torch.float32 with logits",
     ),
-    ({"teacher_logits": LOGITS.to("meta")}, "teacher_logits: expected device cpu, as logits, got"),
     ({"teacher_logits": LOGITS[..., :0]}, "teacher_logits: expected at least one pixel per image"),
     ({"size": 16}, r"size: expected \(H, W\), two ints of at least 0, got 16 of type int"),
     ({"size": (16, -1)}, r"size: expected \(H, W\), two ints of at least 0, got \(16, -1\)"),
@@ -286,8 +280,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         r"valid: expected a bool tensor \(2, 16, 24\), or None, got .*\(1, 16, 24",
     ),
     ({"valid": VALID.int()}, r"valid: expected a bool tensor .*, got torch.int32 tensor"),
-    ({"valid": [True]}, r"valid: expected a bool tensor .*, got \[True\] of type list"),
     ({"valid": VALID.to("meta")}, "valid: expected device cpu, as logits, got meta"),
+    ({"valid": [True]}, r"valid: expected a bool tensor .*, got \[True\] of type list"),
     ({"temperature": 0.0}, "temperature: expected a finite float or int, above 0, got 0.0"),
     ({"temperature": "1"}, "temperature: expected a finite float or int, above 0, got '1'"),
     ({"temperature": 1e-40}, "temperature: expected a normal number of float32, .*, got 1e-40"),
