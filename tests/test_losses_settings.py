@@ -24,12 +24,16 @@ GROUP = ("foo", -1, True, 2.5)
 SEED = ("foo", -1, None, True, 2.5, 2**31)
 IGNORE_INDEX = ("foo", True, 2.5, 2**63)
 VECTORS = ("foo", -1, 2.5, [1.0], torch.zeros(K, D + 1))
-WEIGHT = ("foo", -1, 2.5, [1.0, -1.0], [INFINITE], [[1.0]])
+WEIGHT = ("foo", -1, 2.5, [1.0, -1.0], [INFINITE], [[1.0]], torch.ones(5) * 1j)
 
 METHOD_SETTINGS = {"num_classes": COUNT, "dim": COUNT, "ignore_index": IGNORE_INDEX}
 METHOD_SETTINGS |= {"process_group": GROUP, "check_labels": FLAG}
 PIXEL_SETTINGS = {"ignore_index": IGNORE_INDEX}
-PIXEL_SETTINGS |= dict.fromkeys(("accuracy", "align_corners", "check_labels"), FLAG)
+PIXEL_SETTINGS |= dict.fromkeys(("align_corners", "check_labels"), FLAG)
+ACCURACY = {"accuracy": FLAG}
+HARD_EXAMPLES = {"ohem_threshold": ("foo", -1, True, 2.5, NAN, 0)}
+HARD_EXAMPLES |= {"ohem_min_kept": ("foo", -1, True, 2.5, 0, LARGE)}
+CLASSES = ("foo", -1, True, 2.5, [1, 1], [-1], [1.0], [])
 ARGUMENTS: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
     ao.SAR: METHOD_SETTINGS
     | dict.fromkeys(("loss_weight", "aux_weight"), NUMBER)
@@ -57,25 +61,25 @@ ARGUMENTS: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
     | dict.fromkeys(("fca_weight", "cos_weight", "visual_weight"), NUMBER)
     | {"groups": COUNT, "enhance": FLAG, "temperature": TEMPERATURE, "seed": SEED},
     ao.CrossEntropy: PIXEL_SETTINGS
+    | ACCURACY
     | {"weight": WEIGHT, "label_smoothing": SHARE, "focal_gamma": NUMBER}
-    | {
-        "ohem_threshold": ("foo", -1, True, 2.5, NAN, 0),
-        "ohem_min_kept": ("foo", -1, True, 2.5, 0),
-    },
+    | HARD_EXAMPLES,
     ao.BinaryCrossEntropy: PIXEL_SETTINGS
+    | ACCURACY
     | {"pos_weight": ("foo", -1, [1.0, -1.0], [INFINITE], [[1.0, 2.0]])}
     | {"label_smoothing": SHARE, "focal_gamma": NUMBER}
-    | {
-        "ohem_threshold": ("foo", -1, True, 2.5, NAN, 0),
-        "ohem_min_kept": ("foo", -1, True, 2.5, 0),
-    },
+    | HARD_EXAMPLES,
+    ao.Lovasz: PIXEL_SETTINGS
+    | dict.fromkeys(("sigmoid", "per_image"), FLAG)
+    | {"classes": CLASSES, "absent": NAME, "bins": ("foo", None, True, 10.0, 1, 65_537)},
     ao.Dice: PIXEL_SETTINGS
+    | ACCURACY
     | dict.fromkeys(("alpha", "beta", "smooth"), NUMBER)
     | {"smooth_denominator": ("foo", -1, True, INFINITE, NAN, LARGE), "gamma": POSITIVE}
     | dict.fromkeys(("squared", "per_image", "log", "sigmoid"), FLAG)
-    | {"classes": ("foo", -1, True, 2.5, [1, 1], [-1], [1.0], []), "absent": NAME}
+    | {"classes": CLASSES, "absent": NAME}
     | {"weight": WEIGHT, "process_group": GROUP},
-    ao.CrossEntropyDice: {"cross_entropy": ("foo", -1, 2.5), "dice": ("foo", -1, 2.5)}
+    ao.CrossEntropyDice: {"cross_entropy": ("foo", -1, ao.Dice()), "dice": ("foo", -1, 2.5)}
     | dict.fromkeys(("ce_weight", "dice_weight"), NUMBER)
     | {"ignore_index": IGNORE_INDEX, "check_labels": FLAG},
 }

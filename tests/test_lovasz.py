@@ -325,23 +325,6 @@ def test_terms():
     assert set(loss.terms) == {"lovasz", "labels_out_of_range", "labels_ignored"}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        *(({"bins": x}, "bins: expected an int from 2 to 65,536, got") for x in (1, 65537)),
-        *(({"bins": x}, "bins: expected an int from 2 to .*, got") for x in (10.0, True)),
-        ({"absent": "ignore"}, "absent: expected 'skip' or 'zero' or 'keep', got 'ignore'"),
-        ({"classes": [1, 1]}, "classes: expected different ints of at least 0"),
-        ({"sigmoid": 1}, "sigmoid: expected True or False"),
-        ({"ignore_index": 1.5}, "ignore_index: "),
-    ],
-    ids=str,
-)
-def test_messages(arguments: dict[str, Any], message: str):
-    with pytest.raises(ValueError, match=f"^Lovasz: {message}"):
-        ao.Lovasz(**arguments)
-
-
 def test_messages_of_inputs():
     logits, labels = example(5, 6, 7)
     with pytest.raises(ValueError, match=r"^Lovasz: logits: expected at least 8 classes"):

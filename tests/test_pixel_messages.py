@@ -132,14 +132,7 @@ def test_confusion(arguments: dict[str, Any], message: str):
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
-        (
-            ao.CrossEntropy,
-            {"ohem_min_kept": 2**63},
-            "ohem_min_kept: expected an int from 1 to 2^63 − 1",
-        ),
-        (ao.CrossEntropy, {"weight": torch.ones(5) * 1j}, "weight: expected a number for each"),
         (ao.Dice, {"per_image": True, "process_group": "world"}, "process_group: expected"),
-        (ao.CrossEntropyDice, {"cross_entropy": ao.Dice()}, "cross_entropy: expected"),
         (
             ao.CrossEntropyDice,
             {"cross_entropy": ao.CrossEntropy(ignore_index=0), "ignore_index": 1},
@@ -159,5 +152,5 @@ def test_confusion(arguments: dict[str, Any], message: str):
     ids=lambda v: str(v)[:50],
 )
 def test_settings_of_losses(make: Any, arguments: dict[str, Any], message: str):
-    with pytest.raises(ValueError, match=rf"^{make.__name__}: {message.replace('^', '.')}"):
+    with pytest.raises(ValueError, match=f"^{make.__name__}: {message}"):
         make(**arguments)
