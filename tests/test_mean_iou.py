@@ -193,7 +193,6 @@ def test_messages_of_update(arguments: dict[str, Any], message: str) -> None:
             {"num_classes": 1},
             r"num_classes: expected 2 to 4096 classes .*MeanIoU\(1, sigmoid=True\).*, got 1",
         ),
-        ({"num_classes": 300}, "ignore_index: expected a value where num_classes > 255"),
         ({"num_classes": 0, "sigmoid": True}, "num_classes: expected an int of at least 1, got 0"),
         ({"num_classes": 3, "sigmoid": 1}, "sigmoid: expected True or False, got 1"),
         ({"num_classes": 3, "align_corners": None}, "align_corners: expected True or False"),

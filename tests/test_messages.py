@@ -174,6 +174,18 @@ ANY_IGNORE_INDEX: dict[str, Callable[..., Any]] = {
     "pixel_to_anchor_mse": lambda k, **i: ao.pixel_to_anchor_mse(
         FEATURES, LABELS, torch.zeros(k, 3), **i
     ),
+    **{
+        function.__name__: lambda k, function=function, **i: function(
+            torch.zeros(2, k, 4, 5), LABELS, **i
+        )
+        for function in (ao.ops.softmax_moments, ao.pixel_cross_entropy, ao.pixel_confusion)
+    },
+    **{
+        loss.__name__: lambda k, loss=loss, **i: loss(**i)(torch.zeros(2, k, 4, 5), LABELS)
+        for loss in (ao.CrossEntropy, ao.Dice, ao.CrossEntropyDice, ao.Lovasz)
+    },
+    "confusion": lambda k, **i: ao.confusion(LABELS, LABELS, k, **i),
+    "MeanIoU": lambda k, **i: ao.MeanIoU(k, **i),
     "SAR": lambda k, **i: ao.SAR(k, 3, **i),
     "CBP": lambda k, **i: ao.CBP(k, 256, **i),
     "OCCL": lambda k, **i: ao.OCCL(k, 3, **i),
