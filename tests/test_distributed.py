@@ -22,9 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchorops as ao
 from anchorops import Attachment
+from anchorops.catalogue import cases
 from anchorops.catalogue import features as catalogue
 from anchorops.distributed import all_reduce
 from anchorops.losses import Regularizer, occl, statistics
+from tests.test_messages import ONLY_SIZE
 
 K, D = 6, 8
 METHODS: dict[str, Callable[..., Regularizer]] = {
@@ -234,24 +236,18 @@ def check_tensors_of_all_ranks(rank: int, ranks: int) -> None:
         return distribute_tensor(tensor, mesh, [Shard(0)])
 
     calls: list[Callable[[], Any]] = [
-        lambda: ao.ops.class_moments(sharded(features), labels, K),
-        lambda: ao.ops.class_moments(features, sharded(labels), K),
-        lambda: ao.ops.class_moments(features, labels, K, anchors=sharded(anchors)),
-        lambda: ao.pixel_to_anchor_mse(sharded(features), labels, anchors),
-        lambda: ao.pixel_cross_entropy(sharded(features), labels),
-        lambda: ao.pixel_cross_entropy(features, sharded(labels)),
         lambda: ao.pixel_cross_entropy(features, labels, weight=sharded(torch.ones(D))),
-        lambda: ao.Dice()(sharded(features), labels),
-        lambda: ao.CrossEntropy()(features, labels, sharded(torch.ones(labels.shape))),
-        lambda: ao.pixel_argmax(sharded(features), (12, 10)),
-        lambda: ao.pixel_confusion(sharded(features), labels),
         lambda: ao.confusion(sharded(labels), labels, K),
         lambda: ao.OCCL(K, D)(sharded(features), labels, anchors),
         lambda: ao.OCCL(K, D)(features, sharded(labels), anchors),
         lambda: ao.OCCL(K, D)(features, labels, sharded(anchors)),
-        lambda: ao.ops.centroid_info_nce(sharded(anchors), anchors),
-        lambda: ao.ops.centroid_info_nce(anchors, sharded(anchors)),
     ]
+    for case in cases("small"):
+        inputs = case.sample.inputs()
+        for name in inputs:  # in the same order on all ranks, which exchange them
+            if name not in ONLY_SIZE.get(case.entry.name, ()):
+                changed = inputs | {name: sharded(inputs[name])}
+                calls.append(partial(case.ours, **changed))
     for call in calls:
         with pytest.raises(ValueError, match=r"expected .*(of this rank|not sharded).* a DTensor"):
             call()

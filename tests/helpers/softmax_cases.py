@@ -83,11 +83,12 @@ def make(
     inputs = pixels(n, random)
     z, labels = inputs["logits"], inputs["labels"].long()
     if coherent:
-        row, column = (torch.arange(size) // 8 * 8 for size in labels.shape[1:])
+        row, column = (torch.arange(n, device="cpu") // 8 * 8 for n in labels.shape[1:])
         labels = labels[:, row[:, None], column]
     if labels.numel() > 3:
         labels.view(-1)[:3] = torch.tensor([255, -1, pixels.num_classes])
-    inputs["logits"] = z = in_layout(z[:, :channels], layout)[0]
+    with torch.device("cpu"):
+        inputs["logits"] = z = in_layout(z[:, :channels], layout)[0]
     both = torch.cat([torch.zeros_like(z), z], 1) if channels == 1 else z
     both = formulas.upsampled(both.double(), labels.shape[1:], pixels.align)
     largest = both.topk(2, 1).values
@@ -115,11 +116,12 @@ def moments(
     scale: float = 3.0,
     weights_by: str = "",
     pixel_weights: bool = False,
+    floor: float = 0.0,
     **options: Any,
 ) -> Case:
     """size: of the logits; one channel has the two classes of a sigmoid. pixels: of the labels,
     without the batch. coherent: labels in squares of one class. weights_by: true_weights and
-    all_weights, by "class" or "image and class"."""
+    all_weights, by "class" or "image and class". floor: of the error, instead of the usual."""
     (batch, channels), num_classes = size[:2], max(2, size[1])
     maker = Pixels(num_classes, size[2:], pixels, align_corners, dtype=dtype)
     maker = maker._replace(batch=batch, scale=scale, weights=pixel_weights, label_dtype=label_dtype)
@@ -131,12 +133,11 @@ def moments(
         weights[..., 0, -1] = weights[..., 1, 0] = 0
         weights[..., 1, :] /= num_classes
         options["true_weights"], options["all_weights"] = weights.unbind(-2)
-    floor = FLOOR * max(1.0, scale / 2.5)  # an exponent is a difference of logits, rounded once
-    values = {
-        k: x for k, x in options.items() if not isinstance(x, Tensor) and x not in (ALL, False)
-    }
-    what = (size, pixels, dtype, layout, coherent, scale, weights_by, pixel_weights, label_dtype)
-    name = ", ".join(str(x) for x in (*what, values) if x)
+    # an exponent is a difference of logits, rounded once
+    floor = floor or FLOOR * max(1.0, scale / 2.5)
+    shown = [f"{k} {x}" for k, x in options.items() if not isinstance(x, Tensor) and x]
+    what = [dtype, layout, coherent, scale, weights_by, pixel_weights, label_dtype]
+    name = ", ".join(str(x) for x in (size, pixels, *what, *shown) if x)
     made = partial(make, maker, channels, layout, coherent)
     return Case(MOMENTS, Sample(name, made, options, (), floor))
 
