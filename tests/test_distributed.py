@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -233,7 +233,7 @@ def check_tensors_of_all_ranks(rank: int, ranks: int) -> None:
     features, anchors = torch.randn(len(x), D, 6, 5), torch.randn(K, D)
 
     def sharded(tensor: Tensor) -> DTensor:
-        return distribute_tensor(tensor, mesh, [Shard(0)])
+        return DTensor.from_local(tensor, mesh, [Shard(0)])
 
     calls: list[Callable[[], Any]] = [
         lambda: ao.pixel_cross_entropy(features, labels, weight=sharded(torch.ones(D))),
@@ -244,7 +244,7 @@ def check_tensors_of_all_ranks(rank: int, ranks: int) -> None:
     ]
     for case in cases("small"):
         inputs = case.sample.inputs()
-        for name in inputs:  # in the same order on all ranks, which exchange them
+        for name in inputs:
             if name not in ONLY_SIZE.get(case.entry.name, ()):
                 changed = inputs | {name: sharded(inputs[name])}
                 calls.append(partial(case.ours, **changed))
