@@ -177,9 +177,9 @@ MOST_PARTS = 8  # along an axis, in a program of the gradient: of 256 lanes, as 
 
 def backward_lanes(parts_y: int, parts_x: int, row: int, more_registers: bool) -> tuple[int, int]:
     """The shape of a program's lanes for the gradient. If a lane needs more registers, for
-    gradients of class statistics or for options of the loss, there are fewer lanes. If the labels
-    have the logits' size, `row` logits wide, no cell needs its neighbours. Otherwise the shape does
-    not depend on the images' size, because each one would be compiled."""
+    gradients of class statistics, maps of pixels or options of the loss, there are fewer lanes. If
+    the labels have the logits' size, `row` logits wide, no cell needs its neighbours. Otherwise the
+    shape does not depend on the images' size, because each one would be compiled."""
     if row > 0:
         return 1, min(max(triton.next_power_of_2(row), 32), 256)
     if parts_y == 4 and parts_x < 4:

@@ -31,7 +31,7 @@ _SMALLEST_SUM = tl.constexpr(2.0**-100)
 # they are below 2^(-126 + 3/4 · 80) = 2^-66, and this sum does not feel them.
 _LARGEST_SPREAD, _SMALLEST_SUM_OF_ROWS = tl.constexpr(80.0), tl.constexpr(2.0**-40)
 # Below every logit and exponent. Finite, so that differences are numbers.
-_LOWEST = tl.constexpr(-1e36)
+LOWEST = tl.constexpr(-1e36)
 
 
 class Softmax(NamedTuple):
@@ -59,20 +59,30 @@ def _exponents(four, shift):
 
 
 @triton.jit
+def exponentials_of_rows(ends, lanes, CELLS: tl.constexpr):
+    """2^z of a lane's pixels in an even cell, whose four logits are `ends`; and by how much z
+    changes across the cell along its upper and lower edge, and along its first column. The pixels
+    of a row are equally spaced, so two exponentials serve all of them."""
+    STEP: tl.constexpr = 1 / CELLS.x.pixels
+    top, bottom = ends[1] - ends[0], ends[3] - ends[2]
+    first_top = tl.fma(top, lanes.x.weights[0], ends[0])
+    down = tl.fma(bottom, lanes.x.weights[0], ends[2]) - first_top
+    factor = tl.exp2(tl.fma(bottom - top, lanes.y.weights * STEP, top * STEP))
+    exponentials = (tl.exp2(tl.fma(down, lanes.y.weights, first_top)),)
+    for i in tl.static_range(1, len(CELLS.columns)):
+        exponentials = exponentials + (exponentials[i - 1] * factor,)
+    return exponentials, tl.maximum(tl.abs(top), tl.abs(bottom)), tl.abs(down)
+
+
+@triton.jit
 def _exponentials(four, shift, spread, lanes, CELLS: tl.constexpr):
     """e^(z − m) of a lane's pixels; and the larger of `spread` and |log2| of the quotient of both
     ends of a row."""
     if CELLS.x.even:
-        # The pixels of a row are equally spaced, so two exponentials serve all of them. The limit
-        # is for −∞, so that two of them have a difference.
-        ends = [tl.maximum(x, _LOWEST, tl.PropagateNan.ALL) for x in _exponents(four, shift)]
-        left = tl.fma(ends[2] - ends[0], lanes.y.weights, ends[0])
-        across = tl.fma(ends[3] - ends[1], lanes.y.weights, ends[1]) - left
-        factor = tl.exp2(across * (1 / CELLS.x.pixels))
-        exponentials = (tl.exp2(tl.fma(across, lanes.x.weights[0], left)),)
-        for i in tl.static_range(1, len(CELLS.columns)):
-            exponentials = exponentials + (exponentials[i - 1] * factor,)
-        return exponentials, tl.maximum(spread, tl.abs(across))
+        # The limit is for −∞, so that two of them have a difference.
+        ends = [tl.maximum(x, LOWEST, tl.PropagateNan.ALL) for x in _exponents(four, shift)]
+        exponentials, across, _ = exponentials_of_rows(ends, lanes, CELLS)
+        return exponentials, tl.maximum(spread, across)
     else:
         exponents = upsampled(_exponents(four, shift), lanes, CELLS)
         return [tl.exp2(x) for x in exponents], spread
@@ -82,13 +92,13 @@ def _exponentials(four, shift, spread, lanes, CELLS: tl.constexpr):
 def _sums_by_cell(logits, lanes, options, image, PREDICT: tl.constexpr, CELLS: tl.constexpr):
     """For each pixel Σ_k e^(z_k − m), where m is the largest logit of the cell, and with PREDICT
     the class of its largest logit; for each cell −m·log2(e), and Σ_k v_k x_k of its four logits
-    x; for each row of a cell the largest spread of _exponentials."""
+    x; the largest spread of _exponentials."""
     zero = tl.zeros(lanes.x.cell.shape, tl.float32)
-    maximum, shift = zero + _LOWEST, zero + _LOWEST * -LOG2_E
+    maximum, shift = zero + LOWEST, zero + LOWEST * -LOG2_E
     zeros = zeros_of_pixels(lanes, CELLS)
     sums, best = [zeros for _ in () + CELLS.columns], [zeros - INF for _ in () + CELLS.columns]
     predicted = [zeros.to(tl.int32) for _ in () + CELLS.columns]
-    weighted, spread = (zero, zero, zero, zero), zeros
+    weighted, spread = (zero, zero, zero, zero), zero
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
     stored = loaded(ptrs)
     for k in range(logits.num_classes):

@@ -7,6 +7,11 @@
 and the transpose of the upsampling (upsampling_transposed.py), of dz. First the terms of a pixel
 that are the same for all classes are computed; then dz, for one class after the other. The
 transpose of β·v_k is v_k times the transpose of β, which is computed once.
+
+In even cells p_k = e^(z_k − m)·e^(m − lse), where m is the largest lse of a lane: the first factor
+is a geometric sequence along a row, the second one is the same for all classes. If neighbours of a
+cell differ by more than about 28, this may underflow or overflow. Then the program computes its
+gradients again, with an exponential for each pixel.
 """
 
 from typing import Any, NamedTuple
@@ -19,6 +24,7 @@ from torch import Tensor
 from .lanes import (
     INF,
     LABELS,
+    LOG2_E,
     PixelMap,
     classes_of,
     contiguous_map,
@@ -36,6 +42,7 @@ from .loss_options import (
     slopes_of_losses,
     subtract_weighted,
 )
+from .softmax import LOWEST, any_of, exponentials_of_rows
 from .upsampling import (
     LOGITS,
     ROW_AXIS,
@@ -49,6 +56,8 @@ from .upsampling import (
     following,
     loaded,
     logits_of_image,
+    next_class,
+    rows_of_lane,
     strides_of,
     upsampled,
     upsampling_of,
@@ -64,6 +73,11 @@ from .upsampling_transposed import (
     tiles_of,
     transposed,
 )
+
+# How much z·log2(e) changes in an even cell, along a row or a column. Then pixels of a lane differ
+# by at most 3/2 of it, so that e^(z − m) and e^(m − lse) are at most 2^60, also where ignored. If
+# the first exponential of a row underflows, below 2^-126, p is below 2^(-126 + 3/4 · 40 + 60).
+_LARGEST_SPREAD = tl.constexpr(40.0)
 
 
 class ClassGradient(NamedTuple):
@@ -89,6 +103,15 @@ class Pixels(NamedTuple):
     lanes: Any
     labels: Any  # of each pixel of a lane, −1 if ignored
     lse: Any
+
+
+class Terms(NamedTuple):
+    """What is the same for all classes."""
+
+    factors: Any  # of each pixel, for p_k
+    alphas: Any  # of each pixel
+    beta: Any  # the transpose of β
+    classes: Any  # of the labels: classes_of
 
 
 @triton.jit
@@ -176,6 +199,30 @@ def _valid_cells(four, labels, CELLS: tl.constexpr):
 
 
 @triton.jit
+def _shift_of(lse, labels):
+    """−m·log2(e) of each lane, where m is the largest lse of valid pixels; −∞ if it has none, so
+    that all e^(z − m) are 0. And a spread: ∞ if m·log2(e) overflows, otherwise 0."""
+    largest = tl.full(lse[0].shape, -INF, tl.float32)
+    for i in tl.static_range(len(lse)):
+        largest = tl.maximum(largest, tl.where(labels[i] >= 0, lse[i], -INF))
+    largest = tl.max(largest, ROW_AXIS, keep_dims=True)
+    shift = tl.where(largest == -INF, -INF, largest * -LOG2_E)
+    overflow = (largest != -INF) & (tl.abs(shift) == INF)
+    return shift, tl.where(overflow, INF, 0.0)
+
+
+@triton.jit
+def _exponentials(four, shift, scales, spread, lanes, BY_CLASS: tl.constexpr, CELLS: tl.constexpr):
+    """e^(z − m) of a lane's pixels in an even cell, with BY_CLASS multiplied by the scales; and the
+    larger of `spread` and that of this class. NaN gives 0: where it matters, lse is NaN too."""
+    ends = [tl.maximum(tl.fma(x, LOG2_E, shift), LOWEST) for x in four]
+    exponentials, across, down = exponentials_of_rows(ends, lanes, CELLS)
+    if BY_CLASS:
+        exponentials = [exponentials[i] * scales[i] for i in () + CELLS.columns]
+    return exponentials, tl.maximum(spread, tl.maximum(across, down))
+
+
+@triton.jit
 def _probabilities(four, lse, lanes, CELLS: tl.constexpr):
     """p of a lane's pixels, from the four logits of its cell."""
     z = upsampled(four, lanes, CELLS)
@@ -183,10 +230,9 @@ def _probabilities(four, lse, lanes, CELLS: tl.constexpr):
 
 
 @triton.jit
-def _pixel_gradients(
-    k, p, factors, alphas, classes, gradients, pixels, BY_PIXEL: tl.constexpr, CELLS: tl.constexpr
-):
+def _pixel_gradients(k, p, terms, gradients, pixels, BY_PIXEL: tl.constexpr, CELLS: tl.constexpr):
     """dz_k of each pixel, except for β·v_k."""
+    factors, alphas, _, classes = terms
     image, _, _, labels, _ = pixels
     dprobability_sum = _class_value(gradients.dprobability_sums, image, k)
     dsquare = 2 * _class_value(gradients.dsquares, image, k)
@@ -212,6 +258,17 @@ def _pixel_gradients(
             of_label = of_label + (tl.where(labels[i] == k, dz[i] - label_term, dz[i]),)
         dz = of_label
     return dz
+
+
+@triton.jit
+def _class_gradient(
+    k, p, terms, gradients, pixels, cells, axes, loss_options,
+    BY_PIXEL: tl.constexpr, CELLS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the logits of class k."""
+    dz = _pixel_gradients(k, p, terms, gradients, pixels, BY_PIXEL, CELLS)
+    gradient = transposed(dz, pixels.lanes, cells, axes, CELLS, TILE)
+    return subtract_weighted(gradient, terms.beta, k, loss_options, pixels.image)
 
 
 @triton.jit(
@@ -259,6 +316,7 @@ def _softmax_moments_bwd_kernel(
     CELLS: tl.constexpr,
     TILE: tl.constexpr,
     BY_PIXEL: tl.constexpr,  # whether α depends on more than the class of a pixel
+    BY_CLASS: tl.constexpr,  # whether dz depends on p in other ways than p·factor
 ):
     """Reads the logits of a tile and its edge from memory once, and from the caches for each loop
     over the classes and for neighbours. Reads labels, lse and maps once, except at the edge. Writes
@@ -283,6 +341,7 @@ def _softmax_moments_bwd_kernel(
     alphas, betas = slopes_of_losses(
         d, logits, lanes, labels, lse, loss_options, image, weights_ptr is not None, CELLS
     )
+    alphas = [tl.where(labels[i] >= 0, alphas[i], 0.0) for i in () + CELLS.columns]
     factors = add_sum_of_weights(alphas, betas, loss_options, image, CELLS)
     factors = _subtract_intersections(factors, gradients, pixels, CELLS)
     factors = _subtract_all_classes(factors, gradients, pixels, CELLS)
@@ -295,19 +354,50 @@ def _softmax_moments_bwd_kernel(
     # p = 0 where ignored
     lse = [tl.where(labels[i] >= 0, lse[i], INF) for i in () + CELLS.columns]
     factors = [tl.where(labels[i] >= 0, factors[i], 0.0) for i in () + CELLS.columns]
-    classes = classes_of(labels)
+    terms = Terms(factors, alphas, beta, classes_of(labels))
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
-    stored = loaded(ptrs)
-    for k in range(num_classes):
-        four = _valid_cells(corners_of(stored, CELLS), labels, CELLS)
-        ptrs = following(ptrs, k, logits, CELLS)
+    by_pixel = True
+    if CELLS.x.even:
+        shift, spread = _shift_of(lse, labels)
+        scales = [tl.exp2(tl.fma(x, -LOG2_E, -shift)) for x in lse]
+        scales = [tl.where(labels[i] >= 0, scales[i], 0.0) for i in () + CELLS.columns]
+        terms_of_rows = terms
+        if not BY_CLASS:  # p·factor as e^(z − m)·(e^(m − lse)·factor)
+            factors_of_rows = [scales[i] * factors[i] for i in () + CELLS.columns]
+            terms_of_rows = Terms(factors_of_rows, alphas, beta, terms.classes)
         stored = loaded(ptrs)
-        p = _probabilities(four, lse, lanes, CELLS)
-        dz = _pixel_gradients(k, p, factors, alphas, classes, gradients, pixels, BY_PIXEL, CELLS)
-        gradient = transposed(dz, lanes, cells, axes, CELLS, TILE)
-        gradient = subtract_weighted(gradient, beta, k, loss_options, image)
-        tl.store(dptrs, gradient.to(dlogits_ptr.dtype.element_ty), mask=written)
-        dptrs = at_pixels(dptrs, dlogits_k, CELLS)
+        for k in range(num_classes):
+            four = corners_of(stored, CELLS)
+            ptrs = following(ptrs, k, logits, CELLS)
+            stored = loaded(ptrs)
+            p, spread = _exponentials(four, shift, scales, spread, lanes, BY_CLASS, CELLS)
+            gradient = _class_gradient(
+                k, p, terms_of_rows, gradients, pixels, cells, axes, loss_options, BY_PIXEL, CELLS,
+                TILE,
+            )  # fmt: skip
+            tl.store(dptrs, gradient.to(dlogits_ptr.dtype.element_ty), mask=written)
+            dptrs = at_pixels(dptrs, dlogits_k, CELLS)
+        by_pixel = any_of(spread > _LARGEST_SPREAD)
+        # back to class 0: pointers that are kept need registers
+        last = (num_classes - 1).to(tl.int64)
+        ptrs = next_class(ptrs, -last * logits.stride_k, CELLS)
+        dptrs = at_pixels(dptrs, -(last + 1) * dlogits_k, CELLS)
+    if by_pixel:
+        # read again: lse and its addresses, if these were computed as above, would be kept
+        row = (image * axes.y.pixels + lanes.y.start + rows_of_lane(CELLS)) * axes.x.pixels
+        ptr = lse_ptr + (row + lanes.x.start)
+        lse = [tl.load(ptr + i, mask=labels[i] >= 0, other=INF) for i in () + CELLS.columns]
+        stored = loaded(ptrs)
+        for k in range(num_classes):
+            four = _valid_cells(corners_of(stored, CELLS), labels, CELLS)
+            ptrs = following(ptrs, k, logits, CELLS)
+            stored = loaded(ptrs)
+            p = _probabilities(four, lse, lanes, CELLS)
+            gradient = _class_gradient(
+                k, p, terms, gradients, pixels, cells, axes, loss_options, BY_PIXEL, CELLS, TILE
+            )
+            tl.store(dptrs, gradient.to(dlogits_ptr.dtype.element_ty), mask=written)
+            dptrs = at_pixels(dptrs, dlogits_k, CELLS)
 
 
 def _by_class(gradient: Tensor | None) -> ClassGradient:
@@ -346,7 +436,7 @@ def softmax_moments_backward(
     maps = labels, lse, dpixel_losses, weights
     upsampling = upsampling_of(logits, *labels.shape[1:], options.align_corners, rows, maps=maps)
     by_pixel = dpixel_losses is not None or weights is not None
-    more_registers = by_class or loss_options.change_losses
+    more_registers = by_class or by_pixel or loss_options.change_losses
     tiles = tiles_of(upsampling, more_registers)
     gradients = gradients_of_blocks(dlogits, tiles.blocks)
     _softmax_moments_bwd_kernel[(len(logits) * tiles.down * tiles.across * tiles.blocks,)](
@@ -369,7 +459,8 @@ def softmax_moments_backward(
         *pixel_map_of(weights),
         CELLS=upsampling.cells,
         TILE=tiles.tile,
-        BY_PIXEL=by_pixel or loss_options.change_losses,
+        BY_PIXEL=by_pixel or loss_options.change_losses or not by_class,
+        BY_CLASS=by_class,
         num_warps=tiles.lanes // 32,
         enable_fp_fusion=False,  # coordinates as in F.interpolate
         # two programs on a multiprocessor, if they do not spill

@@ -285,10 +285,13 @@ def test_steep_logits(case: Case, scale: float, backend: str):
 
 @pytest.mark.on("reference", "simulated_triton")
 def test_largest_logits(backend: str):
-    """Neighbours whose difference is not finite in float32: p is 0 or 1, the gradient finite."""
+    """Neighbours whose difference is not finite in float32, and equal ones for which z·log2(e) is
+    not: p is 0 or 1, the gradient finite."""
     case = moments((1, 4, 3, 4), (12, 16), statistics=("correct", "probability_sums"))
     size = 1, 4, 3, 4
     logits = torch.where(torch.randn(size) > 0, 3e38, -3e38) * torch.rand(size)
+    torch.testing.assert_close(run(case, logits=logits), run_reference(case, logits=logits))
+    logits = torch.tensor([3e38, 0, -3e38, 0])[:, None, None].expand(size)
     torch.testing.assert_close(run(case, logits=logits), run_reference(case, logits=logits))
 
 
@@ -300,6 +303,18 @@ def test_a_row_that_begins_below_the_smallest_number(backend: str):
     logits = torch.full((1, 2, 3, 8), -24.0)
     logits[:, 0] = torch.tensor([-200.0, 0.0]).repeat(4)
     torch.testing.assert_close(run(case, logits=logits), run_reference(case, logits=logits))
+
+
+@pytest.mark.on("reference", "simulated_triton")
+def test_ignored_rows_far_above_a_valid_one(backend: str):
+    """In a cell, e^z of the last row of pixels is e^225 times that of the first one, which alone is
+    valid."""
+    case = moments((1, 2, 8, 3), (32, 12), statistics=CE)
+    logits = torch.full((1, 2, 8, 3), -400.0)
+    logits[:, 0] = torch.tensor([-300.0, 0.0]).repeat(4)[:, None]
+    labels = torch.where(torch.arange(32)[:, None] % 8 == 2, 0, -1).expand(1, 32, 12)
+    changed = {"logits": logits, "labels": labels}
+    torch.testing.assert_close(run(case, **changed), run_reference(case, **changed))
 
 
 @cpu
