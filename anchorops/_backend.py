@@ -77,6 +77,11 @@ _launched: set[str] = set()  # operators of triton, in this process
 _told: set[str] = set()  # what was logged once
 
 
+def chosen_backend() -> str:
+    """What `use_backend` has chosen in this thread."""
+    return _choice.backend
+
+
 @contextlib.contextmanager
 def compiling(operator: str, patience: float = 1.0) -> Iterator[None]:
     """Logs one line if the operator's first launch takes longer than `patience` seconds: then
@@ -289,7 +294,7 @@ def backends() -> dict[str, str | None]:
     if at least one GPU supports it. GPUs of a compute capability below 8.0 are served by
     `reference` alone. Usable does not mean every call: `cuda` has class moments of at
     most 1,024 keys (images × classes × groups), and leaves everything else to `triton`; both leave
-    float64 to `reference` (of `mask_rle` to `cpu`)."""
+    float64 to `reference`. Only `mask_rle` takes `cpu` where others take `reference`."""
     reasons = unusable()
     for name, operators in excluded.items():
         if operators and not reasons[name]:
@@ -329,9 +334,9 @@ class use_backend:
     `triton` (`triton` first for class moments of points that it sums faster); on GPUs of a compute
     capability below 8.0 it is `reference`. (`backends` says which calls `cuda` leaves to `triton`.)
     Float64, and more classes than they support, use `reference`. For CPU tensors it is `cpu`, for
-    all others `reference`. An operator that `exclude_from_auto` names is not selected. A backend
-    chosen by name raises an error if it does not support a call; it is never silently replaced by
-    another one.
+    all others `reference`. Instead of `reference`, `mask_rle` takes `cpu`. An operator that
+    `exclude_from_auto` names is not selected. A backend chosen by name raises an error if it does
+    not support a call; it is never silently replaced by another one.
 
     Raises ValueError for an unknown name, RuntimeError for a backend that is not usable here.
     """

@@ -435,7 +435,8 @@ def test_memory():
 
 
 Z = torch.zeros(2, 4, 5)
-LONG = Z[:, :1, :1].expand(2, 2**31, 1)
+MOST = 2**23
+LONG = Z[:, :1, :1].expand(2, MOST + 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -445,9 +446,9 @@ LONG = Z[:, :1, :1].expand(2, 2**31, 1)
         ({"logits": Z.int()}, "logits: expected float32, .* or float64, got torch.int32"),
         ({"logits": Z.to_sparse()}, "logits: expected a strided tensor"),
         ({"logits": Z[:, :0]}, r"logits: expected at least one pixel per mask, got .*\(2, 0, 5\)"),
-        ({"logits": LONG}, r"logits: expected axes below 2\^31, got \(2147483648, 1\)"),
+        ({"logits": LONG}, r"logits: expected axes of at most 2\^23, got \(8388609, 1\)"),
         ({"size": (8,)}, r"size: expected \(H, W\), two ints of at least 0, got \(8,\)"),
-        ({"size": (2**31, 1)}, r"size: expected axes below 2\^31, got \(2147483648, 1\)"),
+        ({"size": (MOST + 1, 1)}, r"size: expected axes of at most 2\^23, got \(8388609, 1\)"),
         ({"threshold": 1}, r"threshold: expected a float in \(0, 1\), got 1 of type int"),
         ({"align_corners": 1}, "align_corners: expected True or False, got 1"),
         ({"boxes": [[0, 0, 1, 1]] * 2}, r"boxes: expected a tensor \(2, 4\), as logits, got \[\["),
@@ -461,6 +462,12 @@ LONG = Z[:, :1, :1].expand(2, 2**31, 1)
 def test_messages(arguments: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=f"^mask_rle: {message}"):
         ao.mask_rle(**({"logits": Z, "size": (8, 10)} | arguments))
+
+
+def test_cpu_for_logits_of_another_device():
+    """It raises, as for other operators, with and without Triton: only "auto" copies the logits."""
+    with ao.use_backend("cpu"), pytest.raises(ValueError, match="supports cpu tensors, the input"):
+        ao.mask_rle(Z.to("meta"), (8, 10))
 
 
 def test_transforms_are_refused():

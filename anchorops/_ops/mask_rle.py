@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from .._backend import select, unusable
+from .._backend import chosen_backend, select, unusable
 from .._checks import (
     FLOATING,
     check_flags,
@@ -30,14 +30,7 @@ def _fake_codes(changes: Tensor, offsets: Tensor, pixels: int) -> tuple[Tensor, 
     return changes.new_empty(characters, dtype=torch.uint8), torch.empty_like(offsets)
 
 
-def _fake(
-    logits: Tensor,
-    height: int,
-    width: int,
-    threshold: float,
-    boxes: Tensor | None,
-    align_corners: bool,
-) -> tuple[Tensor, ...]:
+def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
     """Logits (N, h, w) of any strides, boxes on the CPU. The results are those of
     `reference.mask_rle`; the codes are on the CPU, areas and boxes with the logits."""
     count = logits.shape[0]
@@ -169,14 +162,14 @@ def mask_rle(
     the reference are the same.
 
     On a GPU the call synchronises once, for the number of runs, and then copies the runs to the
-    CPU, which writes the codes. Where `triton` cannot serve (float64, a GPU of a compute capability
-    below 8.0, other devices), the logits are copied to the CPU. The size of the result depends on
-    the data, so torch.compile breaks the graph at the call, and it is not for CUDA graphs,
-    torch.export and torch.vmap. Logits are detached.
+    CPU, which writes the codes. Where "auto" finds that `triton` cannot serve (float64, a GPU of a
+    compute capability below 8.0, other devices), it copies the logits to the CPU. The size of the
+    result depends on the data, so torch.compile breaks the graph at the call, and it is not for
+    CUDA graphs, torch.export and torch.vmap. Logits are detached.
 
     Args:
         logits: (N, h, w), any strides; float32, bfloat16, float16 or float64.
-        size: (H, W) of the masks, below 2³¹ each: a sequence or an array.
+        size: (H, W) of the masks, at most 2²³ each: a sequence or an array.
         threshold: of the probability, in (0, 1). NaN is above it.
         boxes: (N, 4), of any real dtype: x0, y0, x1, y1 in pixels of the masks. Pixel (y, x) is
             inside if x0 ≤ x < x1 and y0 ≤ y < y1; the others are 0, and are not visited. What is
@@ -201,17 +194,16 @@ def mask_rle(
         fail(function, "logits", "a tensor outside of torch.func", "one of a transform")
     height, width = check_size(function, size)
     for argument, shape in (("size", (height, width)), ("logits", logits.shape[1:])):
-        if max(shape) >= 2**31:
-            fail(function, argument, "axes below 2^31", tuple(shape))
+        if max(shape) > 2**23:  # pixel + 1/2 must be exact
+            fail(function, argument, "axes of at most 2^23", tuple(shape))
     if logits.numel() == 0 and len(logits) * height * width > 0:
         fail(function, "logits", "at least one pixel per mask", f"shape {tuple(logits.shape)}")
     threshold = check_threshold(function, threshold)
     check_flags(function, align_corners=align_corners)
     limits = None if boxes is None else _pixels_inside(boxes, len(logits), height, width)
     logits, device = logits.detach(), logits.device
-    if device.type != "cpu" and (
-        unusable()["triton"] is not None or select(function, logits, 1) == "reference"
-    ):
+    without_triton = chosen_backend() == "auto" and unusable()["triton"] is not None
+    if device.type != "cpu" and (without_triton or select(function, logits, 1) == "reference"):
         logits = logits.cpu()
     backend = select(function, logits, 1)
     if backend == "reference":
