@@ -109,6 +109,11 @@ def axis_of(
     if source == pixels:
         cells = Cells(0, 1, 1, True, False, align_corners, True)
         return Axis(source, pixels, ratio, inverse, source), cells
+    if max(source, pixels) > 2**23:  # pixel + 1/2 must be exact
+        raise ValueError(
+            "upsampling in float32: expected axes of at most 2^23 logits and labels, got "
+            f"{source} and {pixels}"
+        )
     at = torch.arange(pixels, dtype=torch.float32, device="cpu")
     step = torch.tensor(ratio, dtype=torch.float32, device="cpu")
     at = at * step if align_corners else (at + 0.5) * step - 0.5

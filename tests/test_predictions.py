@@ -67,6 +67,16 @@ def test_sigmoids(shape: str, channels: int, threshold: float):
     assert torch.equal(inside, ao.pixel_argmax(logits, size, **options))
 
 
+@pytest.mark.on("cpu", "simulated_triton")
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(("logits", "labels"), [(2, 2**23 + 1), (2**23 + 1, 2)])
+def test_axes_whose_coordinates_float32_would_round(logits: int, labels: int):
+    z = torch.zeros(1, 1, 1, 1).expand(1, 2, 1, logits)
+    message = rf"axes of at most 2\^23 logits and labels, got {logits} and {labels}"
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        ao.pixel_argmax(z, (1, labels), dtype=torch.uint8)
+
+
 def test_strides_of_sigmoids():
     logits = torch.randn(2, 5, 6, 3).movedim(-1, 1)
     actual = ao.pixel_argmax(logits, (10, 12), sigmoid=True)

@@ -3,9 +3,12 @@
 // fuse the products.
 #pragma once
 
+#include <torch/headeronly/util/Exception.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "types.h"
@@ -34,6 +37,10 @@ class Bilinear {
  public:
   Bilinear(int64_t size, int64_t source, bool align_corners) : size_(size), source_(source) {
     if (size == source) return;
+    // label + 1/2 must be exact
+    STD_TORCH_CHECK(std::max(size, source) <= int64_t{1} << (std::numeric_limits<Stat>::digits - 1),
+                    "upsampling in float32: expected axes of at most 2^23 logits and labels, got ",
+                    source, " and ", size);
     lower_.resize(size);
     weight_.resize(size);
     const double exact = align_corners ? double(source - 1) / double(std::max<int64_t>(size - 1, 1))
