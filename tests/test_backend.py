@@ -314,26 +314,31 @@ def test_auto_takes_triton_on_a_gpu_without_code(monkeypatch, targets, served, n
     assert [gpus.select(i) for i in range(len(expected))] == expected
 
 
-def test_more_keys_than_cuda_supports_are_for_triton(monkeypatch):
-    gpus = Gpus(monkeypatch, "9.0", "9.0")
-    few, many = (partial(class_moments.refusal, keys) for keys in (1024, 1025))
-    assert [gpus.select(0, refusal=keys) for keys in (few, many)] == ["cuda", "triton"]
-    with ao.use_backend("cuda"):
-        assert gpus.select(0, refusal=few) == "cuda"
-        message = 'f: backend cuda .* at most 1024 keys .*: choose "triton" or "auto"$'
-        with pytest.raises(ValueError, match=message):
-            gpus.select(0, refusal=many)
-    monkeypatch.setitem(_backend._MISSING, "triton", "not installed")
-    assert gpus.select(0, refusal=many) == "reference"
+FEW, MANY = (partial(class_moments.refusal, keys) for keys in (1024, 1025))
 
 
-def test_auto_takes_the_backend_that_was_faster(monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "auto", "cuda", "without_triton"),
+    [
+        ({"refusal": FEW}, "cuda", "cuda", "cuda"),
+        ({"refusal": MANY}, "triton", "at most 1024 keys .*", "reference"),
+        ({"faster": "triton"}, "triton", "cuda", "cuda"),
+        ({"backends": _backend.FUSED}, "triton", "it does not have this operator", "reference"),
+    ],
+)
+def test_choice_on_a_gpu(monkeypatch, options, auto: str, cuda: str, without_triton: str):
+    """By "auto"; of a chosen CUDA, or why it refuses; and by "auto" where Triton is missing."""
     gpus = Gpus(monkeypatch, "9.0", "9.0")
-    assert [gpus.select(0, faster=name) for name in (None, "triton")] == ["cuda", "triton"]
+    assert gpus.select(0, **options) == auto
     with ao.use_backend("cuda"):
-        assert gpus.select(0, faster="triton") == "cuda"
+        if cuda == "cuda":
+            assert gpus.select(0, **options) == cuda
+        else:
+            message = f'^f: backend cuda .* {cuda}: choose "triton" or "auto"$'
+            with pytest.raises(ValueError, match=message):
+                gpus.select(0, **options)
     monkeypatch.setitem(_backend._MISSING, "triton", "not installed")
-    assert gpus.select(0, faster="triton") == "cuda"
+    assert gpus.select(0, **options) == without_triton
 
 
 def test_where_triton_was_faster_than_cuda():
@@ -342,16 +347,6 @@ def test_where_triton_was_faster_than_cuda():
     assert [faster(points, keys, True) for keys in (199, 200, 1000)] == [None, "triton", "triton"]
     assert faster(images, 200, True) is faster(points, 200, False) is None
     assert faster(points.float(), 200, True) is None
-
-
-def test_operators_without_cuda_kernels_are_for_triton(monkeypatch):
-    gpus = Gpus(monkeypatch, "9.0", "9.0")
-    assert gpus.select(0, backends=_backend.FUSED) == "triton"
-    message = '^f: backend cuda .* it does not have this operator: choose "triton" or "auto"$'
-    with ao.use_backend("cuda"), pytest.raises(ValueError, match=message):
-        gpus.select(0, backends=_backend.FUSED)
-    monkeypatch.setitem(_backend._MISSING, "triton", "not installed")
-    assert gpus.select(0, backends=_backend.FUSED) == "reference"
 
 
 def test_keys_are_images_times_classes_times_groups(monkeypatch):

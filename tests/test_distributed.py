@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -232,21 +232,21 @@ def check_tensors_of_all_ranks(rank: int, ranks: int) -> None:
     x, labels = batch_of(0, 0)
     features, anchors = torch.randn(len(x), D, 6, 5), torch.randn(K, D)
 
-    def sharded(tensor: Tensor) -> DTensor:
-        return DTensor.from_local(tensor, mesh, [Shard(0)])
+    def distributed(tensor: Tensor) -> DTensor:
+        return DTensor.from_local(tensor, mesh, [Replicate()])
 
     calls: list[Callable[[], Any]] = [
-        lambda: ao.pixel_cross_entropy(features, labels, weight=sharded(torch.ones(D))),
-        lambda: ao.confusion(sharded(labels), labels, K),
-        lambda: ao.OCCL(K, D)(sharded(features), labels, anchors),
-        lambda: ao.OCCL(K, D)(features, sharded(labels), anchors),
-        lambda: ao.OCCL(K, D)(features, labels, sharded(anchors)),
+        lambda: ao.pixel_cross_entropy(features, labels, weight=distributed(torch.ones(D))),
+        lambda: ao.confusion(distributed(labels), labels, K),
+        lambda: ao.OCCL(K, D)(distributed(features), labels, anchors),
+        lambda: ao.OCCL(K, D)(features, distributed(labels), anchors),
+        lambda: ao.OCCL(K, D)(features, labels, distributed(anchors)),
     ]
     for case in cases("small"):
         inputs = case.sample.inputs()
         for name in inputs:
             if name not in ONLY_SIZE.get(case.entry.name, ()):
-                changed = inputs | {name: sharded(inputs[name])}
+                changed = inputs | {name: distributed(inputs[name])}
                 calls.append(partial(case.ours, **changed))
     for call in calls:
         with pytest.raises(ValueError, match=r"expected .*(of this rank|not sharded).* a DTensor"):
