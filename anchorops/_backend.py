@@ -103,16 +103,21 @@ def compiling(operator: str, patience: float = 1.0) -> Iterator[None]:
 
 
 def triton_launcher(
-    library: torch.library.Library, operator: str, call: Callable[..., Any]
+    library: torch.library.Library,
+    operator: str,
+    call: Callable[..., Any],
+    complete: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Implement `operator`.triton by `call`, of the function `operator` of
     anchorops.kernels.`operator` and the arguments. The first call imports this module, and Triton
-    with it."""
-
-    module = f"anchorops.kernels.{operator}"
+    with it. `complete`, of the results and the arguments, gives torch's dispatcher what the
+    operator's schema says; the function that is returned leaves it out."""
+    kernel: Callable[..., Any] | None = None
 
     def launch(*args: Any) -> Any:
-        kernel = getattr(importlib.import_module(module), operator)
+        nonlocal kernel
+        if kernel is None:
+            kernel = getattr(importlib.import_module(f"anchorops.kernels.{operator}"), operator)
         tensor = next(x for x in args if isinstance(x, Tensor))
         with torch.cuda.device_of(tensor):  # Triton launches on the current device
             if operator in _launched:
@@ -120,10 +125,13 @@ def triton_launcher(
             with compiling(operator):
                 return call(kernel, *args)
 
-    library.impl(f"{operator}.triton", launch, "CUDA")
+    def completed(*args: Any) -> Any:
+        return launch(*args) if complete is None else complete(launch(*args), *args)
+
+    library.impl(f"{operator}.triton", completed, "CUDA")
     if TRITON_ON_HOST:
         _launched.add(operator)  # tests compile all the time
-        library.impl(f"{operator}.triton", launch, "CPU")
+        library.impl(f"{operator}.triton", completed, "CPU")
     return launch
 
 

@@ -4,8 +4,8 @@ csrc/cpu/softmax_moments.cpp."""
 
 import math
 from collections import namedtuple
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,14 +59,13 @@ class SoftmaxMoments(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The arguments of the operator `softmax_moments` after logits and labels, in its order.
+    """What the loss of a pixel is, and which pixels there are: the arguments of the operator
+    `softmax_moments` after logits and labels, in its order, up to those of Wanted.
 
     true_weights, all_weights: a and v, both or none: [K], or of each image, [B, K]; of at least 0,
         in the statistics' dtype. Classes of v_k = 0 are left out of the sum over the classes.
     pixel_weights: ω, of the labels' shape and any strides, in the statistics' dtype.
     min_loss: pixels of smaller −log p_y are not used in the losses; NaN is not smaller.
-    with_lse: keep lse for the backward pass; set where a gradient may be requested.
-    The other flags request the results of these names; `probability_sums` also the intersections.
     """
 
     true_weights: Tensor | None = None
@@ -76,29 +75,6 @@ class Options(NamedTuple):
     focal_gamma: float = 0.0
     ignore_index: int = 255
     align_corners: bool = False
-    per_image: bool = False
-    correct: bool = False
-    probability_sums: bool = False
-    squares: bool = False
-    pixel_losses: bool = False
-    with_lse: bool = False
-    labels_out_of_range: bool = False
-
-    def requests(self, result: str) -> bool:
-        return RESULTS[result].requested(self)
-
-    def without_loss_options(self, **requested: bool) -> "Options":
-        """The options that request other results of the same pixels, with L = −log p_y."""
-        options = Options(ignore_index=self.ignore_index, align_corners=self.align_corners)
-        return options._replace(**requested)
-
-    def without_selection(self) -> "Options":
-        """The options that request L of all pixels, used or not."""
-        return self.without_loss_options(pixel_losses=True)._replace(
-            true_weights=self.true_weights,
-            all_weights=self.all_weights,
-            focal_gamma=self.focal_gamma,
-        )
 
     def convert(
         self,
@@ -121,11 +97,41 @@ class Options(NamedTuple):
         )
 
 
+class Wanted(NamedTuple):
+    """The results that are requested, by their names: the last arguments of the operator.
+
+    per_image: statistics of each image.
+    probability_sums: also the intersections.
+    with_lse: keep lse for the backward pass; set where a gradient may be requested.
+    """
+
+    per_image: bool = False
+    correct: bool = False
+    probability_sums: bool = False
+    squares: bool = False
+    pixel_losses: bool = False
+    with_lse: bool = False
+    labels_out_of_range: bool = False
+
+
 _TYPES = {Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool"}
-_KINDS = {name: _TYPES[kind] for name, kind in Options.__annotations__.items()}
+_KINDS = {
+    name: _TYPES[kind] for name, kind in (Options.__annotations__ | Wanted.__annotations__).items()
+}
 TENSORS = tuple(name for name, kind in _KINDS.items() if kind == "Tensor?")
 
 # Functions, because Dynamo of torch 2.10 does not trace a property of a NamedTuple.
+
+
+def split_options(arguments: Sequence[Any]) -> tuple[Options, Wanted]:
+    """The operator's arguments after logits and labels, as the two types."""
+    count = len(Options._fields)
+    return Options(*arguments[:count]), Wanted(*arguments[count:])
+
+
+def plain(options: Options) -> Options:
+    """The options of the same pixels, with L = −log p_y."""
+    return Options(ignore_index=options.ignore_index, align_corners=options.align_corners)
 
 
 def selects(options: Options) -> bool:
@@ -149,34 +155,39 @@ def counts_used(options: Options) -> bool:
 
 class Result(NamedTuple):
     """axes: "classes" for [K], with per_image [B, K]; "pixels" for (B, H, W), contiguous; "" for a
-    scalar. A result is of the statistics' dtype, or int64."""
+    scalar. A result is of the statistics' dtype, or int64. wanted: the field of Wanted that
+    requests it; without one it is always there, `used` only if the options count it."""
 
     axes: str
     dtype: type
-    requested: Callable[[Options], bool]
+    wanted: str = ""
     differentiable: bool = False
 
 
 # In the order of the operator: opcheck needs a floating-point result first.
 RESULTS = {
-    "losses": Result("classes", float, lambda options: True, differentiable=True),
-    "intersections": Result(
-        "classes", float, lambda options: options.probability_sums, differentiable=True
-    ),
-    "probability_sums": Result(
-        "classes", float, lambda options: options.probability_sums, differentiable=True
-    ),
-    "squares": Result("classes", float, lambda options: options.squares, differentiable=True),
-    "pixel_losses": Result("pixels", float, lambda o: o.pixel_losses, differentiable=True),
-    "lse": Result("pixels", float, lambda options: options.with_lse),
-    "counts": Result("classes", int, lambda options: True),
-    "correct": Result("classes", int, lambda options: options.correct),
-    "used": Result("classes", int, counts_used),  # float with pixel weights
-    "divisor": Result("", int, lambda options: True),
-    "labels_out_of_range": Result("", int, lambda options: options.labels_out_of_range),
+    "losses": Result("classes", float, differentiable=True),
+    "intersections": Result("classes", float, "probability_sums", differentiable=True),
+    "probability_sums": Result("classes", float, "probability_sums", differentiable=True),
+    "squares": Result("classes", float, "squares", differentiable=True),
+    "pixel_losses": Result("pixels", float, "pixel_losses", differentiable=True),
+    "lse": Result("pixels", float, "with_lse"),
+    "counts": Result("classes", int),
+    "correct": Result("classes", int, "correct"),
+    "used": Result("classes", int),  # float with pixel weights
+    "divisor": Result("", int),
+    "labels_out_of_range": Result("", int, "labels_out_of_range"),
 }
-Results = namedtuple("Results", RESULTS)  # tensors; those that were not requested are empty
+Results = namedtuple("Results", RESULTS)  # what was not requested is empty, or None
 GRADIENTS = tuple(name for name, result in RESULTS.items() if result.differentiable)
+
+
+def is_requested(result: str, options: Options, wanted: Wanted) -> bool:
+    if result == "used":
+        return counts_used(options)
+    name = RESULTS[result].wanted
+    return not name or getattr(wanted, name)
+
 
 _OPTIONS = ", ".join(f"{kind} {name}" for name, kind in _KINDS.items())
 _RESULTS = ", ".join(f"Tensor {name}" for name in RESULTS)

@@ -39,7 +39,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
 import anchorops as ao
-from anchorops._moments import GRADIENTS, Options
+from anchorops._moments import GRADIENTS, Options, Results, Wanted
 from anchorops.catalogue import ENTRIES, Case, Sample
 from anchorops.catalogue.entry import evaluate
 from anchorops.catalogue.features import Features, centroids, keys_of_classes
@@ -173,11 +173,12 @@ def launch_cross_entropy(size: tuple[int, ...], labels: tuple[int, int]) -> None
     """Both directions of plain cross-entropy, without memory."""
     logits = torch.empty(size, dtype=BF16, device="meta")
     classes = torch.empty((size[0], *labels), dtype=UINT8, device="meta")
-    options = Options(with_lse=True)
-    moments = softmax_moments.softmax_moments(logits, classes, options)
-    gradients = {f"d{name}": moments.get(name) for name in GRADIENTS}
+    options = Options()
+    wanted = Wanted(with_lse=True)
+    moments = Results(*softmax_moments.softmax_moments(logits, classes, options, wanted))
+    gradients = {f"d{name}": getattr(moments, name) for name in GRADIENTS}
     softmax_moments_backward.softmax_moments_backward(
-        logits, classes, moments["lse"], **gradients, options=options
+        logits, classes, moments.lse, **gradients, options=options
     )
 
 

@@ -5,10 +5,11 @@ it computes Σ_k e^(z_k) of the pixels, in one loop over the classes (softmax.py
 statistics of the true class, for one label of the tile after the other; probability_sums and
 squares need another loop over the classes.
 
-A program adds to its own partials; torch.sum adds these in a fixed order. counts, correct, used and
-labels_out_of_range need integer atomics.
+A program adds to its own partials; one torch.sum adds those of all statistics, in a fixed order.
+counts, correct, used and labels_out_of_range need integer atomics.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -233,69 +234,85 @@ def _softmax_moments_kernel(
             _add_all_classes(results, row, logits, lanes, labels, lse, CELLS)
 
 
-def softmax_moments(logits: Tensor, labels: Tensor, options: Any) -> dict[str, Tensor]:
-    """See _ops/softmax_moments.py; options: Options of _moments.py.
+def softmax_moments(
+    logits: Tensor, labels: Tensor, options: Any, wanted: Any
+) -> tuple[Tensor | None, ...]:
+    """See _ops/softmax_moments.py; options, wanted: Options and Wanted of _moments.py. Returns the
+    results in the order of the operator, None for those that were not requested.
 
     In addition to the results it needs memory for the partials: for each statistic one row [K] for
     each tile, or fewer rows if these would take more than 16 MiB and 1/8 of the logits. Logits
     whose classes are contiguous are copied.
     """
     batch, num_classes = logits.shape[:2]
-    shape = (batch, num_classes) if options.per_image else (num_classes,)
-    integers = ["counts", "correct"]
-    floats = ["losses", "intersections", "probability_sums", "squares"]
-    (integers if options.pixel_weights is None else floats).append("used")
-    maps = ["pixel_losses", "lse"]
-    integers, floats, maps = (
-        [name for name in names if options.requests(name)] for names in (integers, floats, maps)
-    )
-    results = {x: logits.new_zeros(shape, dtype=torch.int64) for x in integers}
-    results |= {x: logits.new_empty(labels.shape, dtype=torch.float32) for x in maps}
-    if options.requests("labels_out_of_range"):
-        results["labels_out_of_range"] = logits.new_zeros((), dtype=torch.int64)
-    if labels.numel() == 0:
-        results |= {x: logits.new_zeros(shape, dtype=torch.float32) for x in floats}
-        return results | {"divisor": results["counts"].new_ones(())}
-
-    logits = class_planes(logits)
+    shape = (batch, num_classes) if wanted.per_image else (num_classes,)
+    weights = options.pixel_weights
     loss_options = loss_options_of(options)
-    rows = most_rows(loss_options.change_losses, options.probability_sums or options.squares)
-    upsampling = upsampling_of(
-        logits, *labels.shape[1:], options.align_corners, rows, maps=(labels, options.pixel_weights)
-    )
-    block = FORWARD_LANES
-    row_bytes = 4 * len(floats) * batch * num_classes
-    budget = max(PARTIALS_IN_CACHE, logits.numel() * logits.element_size() // 8)
-    tiles = ceil_div(upsampling.lanes, block)
-    tiles_per_chunk = ceil_div(tiles, min(tiles, max(budget // row_bytes, 1)))
-    chunks = ceil_div(tiles, tiles_per_chunk)
-    partials = {
-        x: logits.new_zeros((batch, chunks, num_classes), dtype=torch.float32) for x in floats
-    }
-    added = partials | results
-    _softmax_moments_kernel[(batch * chunks,)](
-        logits,
-        *logits.stride(),
-        num_classes,
-        labels,
-        *labels.stride(),
-        loss_options,
-        Results(*(added.get(name) for name in Results._fields)),
-        results.get("pixel_losses"),
-        results.get("lse"),
-        *upsampling.sizes,
-        upsampling.ratios,
-        chunks,
-        tiles_per_chunk,
-        options.ignore_index,
-        num_classes if options.per_image else 0,
-        *pixel_map_of(options.pixel_weights),
-        CELLS=upsampling.cells,
-        LANES=block,
-        num_warps=block // 32,
-        enable_fp_fusion=False,  # coordinates as in F.interpolate
-        **without_spills(),
-    )
-    over = 1 if options.per_image else (0, 1)
-    sums = {name: x.sum(over) for name, x in partials.items()}
-    return results | sums | {"divisor": results["counts"].sum().clamp_(min=1)}
+    by_class = wanted.probability_sums or wanted.squares
+    counts_used = weights is None and loss_options.min_loss is not None
+    summed = (True, wanted.probability_sums, wanted.probability_sums, wanted.squares)
+    summed = *summed, weights is not None
+    several = (sum(summed),) if by_class or weights is not None else ()
+
+    def zeros(requested: bool, shape: tuple[int, ...] = shape) -> Tensor | None:
+        return logits.new_zeros(shape, dtype=torch.int64) if requested else None
+
+    def pixel_map(requested: bool) -> Tensor | None:
+        return logits.new_empty(labels.shape, dtype=torch.float32) if requested else None
+
+    counts = logits.new_zeros(shape, dtype=torch.int64)
+    correct, used = zeros(wanted.correct), zeros(counts_used)
+    outside = zeros(wanted.labels_out_of_range, ())
+    pixel_losses, lse = pixel_map(wanted.pixel_losses), pixel_map(wanted.with_lse)
+    if labels.numel() == 0:
+        sums = logits.new_zeros((*several, *shape), dtype=torch.float32)
+    else:
+        logits = class_planes(logits)
+        rows = most_rows(loss_options.change_losses, by_class)
+        maps = labels, weights
+        upsampling = upsampling_of(
+            logits, *labels.shape[1:], options.align_corners, rows, maps=maps
+        )
+        block = FORWARD_LANES
+        row_bytes = 4 * sum(summed) * batch * num_classes
+        budget = max(PARTIALS_IN_CACHE, logits.numel() * logits.element_size() // 8)
+        tiles = ceil_div(upsampling.lanes, block)
+        tiles_per_chunk = ceil_div(tiles, min(tiles, max(budget // row_bytes, 1)))
+        chunks = ceil_div(tiles, tiles_per_chunk)
+        size = *several, batch, chunks, num_classes
+        partials = logits.new_zeros(size, dtype=torch.float32)
+        *floats, partial_used = _in_turn(partials, summed)
+        _softmax_moments_kernel[(batch * chunks,)](
+            logits,
+            *logits.stride(),
+            num_classes,
+            labels,
+            *labels.stride(),
+            loss_options,
+            Results(*floats, counts, correct, partial_used if used is None else used, outside),
+            pixel_losses,
+            lse,
+            *upsampling.sizes,
+            upsampling.ratios,
+            chunks,
+            tiles_per_chunk,
+            options.ignore_index,
+            num_classes if wanted.per_image else 0,
+            *pixel_map_of(weights),
+            CELLS=upsampling.cells,
+            LANES=block,
+            num_warps=block // 32,
+            enable_fp_fusion=False,  # coordinates as in F.interpolate
+            **without_spills(),
+        )
+        sums = partials.sum(-2 if wanted.per_image else (-3, -2))
+    *floats, weights_used = _in_turn(sums, summed)
+    used = weights_used if used is None else used
+    divisor = counts.sum().clamp_(min=1)
+    return *floats, pixel_losses, lse, counts, correct, used, divisor, outside
+
+
+def _in_turn(stacked: Tensor, places: Sequence[bool]) -> list[Tensor | None]:
+    """The parts of a tensor, if there are several, at the places that are true, None at others."""
+    parts = iter(stacked.unbind() if sum(places) > 1 else (stacked,))
+    return [next(parts) if place else None for place in places]

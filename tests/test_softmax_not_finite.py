@@ -9,7 +9,7 @@ from softmax_cases import ALL, BF16, CE, F16, F32, F64, moments, run, run_refere
 from torch import Tensor
 
 import anchorops as ao
-from anchorops._moments import Options
+from anchorops._moments import Options, Wanted
 from anchorops._ops.softmax_moments import moments_of
 from anchorops._shared.upsampling import upsample
 from anchorops.catalogue import Case
@@ -162,14 +162,13 @@ def test_a_label_of_a_masked_class_without_weights(ratio: int, backend: str):
     labels[:, :, : 2 * ratio] = 255
     labels[0, 0, -1] = 2
     weights = torch.tensor([0.9, 0.9, 0.0]), torch.tensor([0.05, 0.05, 0.0])
-    options = Options(*weights, focal_gamma=2.0, min_loss=0.1, pixel_losses=True)
-    moments = moments_of("test", logits, labels, options)
+    options, wanted = Options(*weights, focal_gamma=2.0, min_loss=0.1), Wanted(pixel_losses=True)
+    moments = moments_of("test", logits, labels, options, wanted)
     (gradient,) = torch.autograd.grad(moments.losses.sum(), logits)
     assert moments.losses.isfinite().all() and gradient.isfinite().all()
     assert gradient[:, :, :, 2:].any() and not gradient[:, 2].any()
-    moments = moments_of(
-        "test", logits, labels, options._replace(true_weights=None, all_weights=None)
-    )
+    options = options._replace(true_weights=None, all_weights=None)
+    moments = moments_of("test", logits, labels, options, wanted)
     assert moments.pixel_losses[0, 0, -1] == torch.inf
 
 

@@ -18,7 +18,7 @@ from .._checks import (
     shape_of,
     without_channel,
 )
-from .._moments import Options
+from .._moments import Options, Wanted
 from .pixel_argmax import pixel_argmax
 from .registration import define, run
 from .softmax_moments import moments_of
@@ -188,8 +188,9 @@ def pixel_confusion_for(
         check_labels=check_labels,
     )
     if sigmoid:
-        options = Options(correct=True, ignore_index=ignore_index, align_corners=align_corners)
-        counts, correct, *_ = moments_of(function, logits.detach(), labels, options, sigmoid=True)
+        options = Options(ignore_index=ignore_index, align_corners=align_corners)
+        arguments = logits.detach(), labels, options, Wanted(correct=True)
+        counts, correct, *_ = moments_of(function, *arguments, sigmoid=True)
         assert correct is not None
         misses = counts - correct
         negative = torch.stack([correct[:, 0], misses[:, 0]], -1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import reference
 from .._backend import onnx_refusal
 from .._checks import formulas_for_onnx
-from .._moments import RESULTS, Options
+from .._moments import RESULTS, is_requested, split_options
 from .registration import defined
 
 
@@ -29,11 +29,13 @@ def _argmax(logits: Tensor, *arguments: Any) -> Tensor:
 
 
 def _moments(logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    options = Options(*arguments)
-    moments = reference.softmax_moments(_two_classes(logits), labels, options)
-    absent = logits.new_empty(0)  # also lse, which only a backward pass reads
-    requested = {name for name in RESULTS if options.requests(name)} - {"lse"}
-    return tuple(getattr(moments, x) if x in requested else absent for x in RESULTS)
+    options, wanted = split_options(arguments)
+    wanted = wanted._replace(with_lse=False)  # which only a backward pass reads
+    moments = reference.softmax_moments(_two_classes(logits), labels, options, wanted)
+    absent = logits.new_empty(0)
+    return tuple(
+        getattr(moments, x) if is_requested(x, options, wanted) else absent for x in RESULTS
+    )
 
 
 def _confusion(predictions: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:

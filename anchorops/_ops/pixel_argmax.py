@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from .._backend import select
 from .._checks import check_flags, check_logits, check_size, check_threshold, describe, fail
-from .._moments import Options, statistics_dtype
+from .._moments import Options, Wanted, statistics_dtype
 from . import volumes as volumes  # it registers the operators of volumes
 from .registration import define, run
 from .softmax_moments import moments_of
@@ -123,8 +123,8 @@ def pixel_argmax(
     )
     if not confidence:
         return classes.view(shape)
-    options = Options(ignore_index=-1, align_corners=align_corners, pixel_losses=True)
-    losses = moments_of(function, images, classes, options).pixel_losses
+    options = Options(ignore_index=-1, align_corners=align_corners)
+    losses = moments_of(function, images, classes, options, Wanted(pixel_losses=True)).pixel_losses
     assert losses is not None
     return classes.view(shape), losses.neg_().exp_().view(shape)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_choice, check_flags, check_pixels, check_pos_weight
-from .._moments import Options, statistics_dtype
+from .._moments import Options, Wanted, statistics_dtype
 from .pixel_cross_entropy import label_weights, number_of_pixels, smoothed, weighted_loss
 from .softmax_moments import moments_of, valid_pixels, weighted
 
@@ -69,12 +69,9 @@ def pixel_binary_cross_entropy(
     weight = None
     if pos_weight is not None:
         weight = class_weights(check_pos_weight(function, pos_weight, logits), logits)
-    options = Options(
-        ignore_index=ignore_index,
-        align_corners=align_corners,
-        pixel_losses=reduction == "none",
-    )
-    moments = moments_of(function, logits, labels, options, sigmoid=True)
+    options = Options(ignore_index=ignore_index, align_corners=align_corners)
+    wanted = Wanted(pixel_losses=reduction == "none")
+    moments = moments_of(function, logits, labels, options, wanted, sigmoid=True)
     if moments.pixel_losses is not None:
         losses = moments.pixel_losses
         if weight is not None:

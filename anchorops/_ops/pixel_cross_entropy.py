@@ -15,7 +15,7 @@ from .._checks import (
     fail,
     shape_of,
 )
-from .._moments import Options, SoftmaxMoments, statistics_dtype
+from .._moments import Options, SoftmaxMoments, Wanted, statistics_dtype
 from .._shared.sums import fixed_order_sum
 from .softmax_moments import Slopes, loss_of_moments, moments_of, valid_pixels, weighted
 
@@ -75,10 +75,10 @@ def pixel_cross_entropy(
         all_weights=all_weights,
         ignore_index=ignore_index,
         align_corners=align_corners,
-        pixel_losses=reduction == "none",
     )
     if reduction == "none":
-        losses = moments_of(function, logits, labels, options).pixel_losses
+        wanted = Wanted(pixel_losses=True)
+        losses = moments_of(function, logits, labels, options, wanted).pixel_losses
         assert losses is not None
         if weight is not None and label_smoothing == 0:
             valid = valid_pixels(labels, logits.shape[1], ignore_index)
@@ -90,7 +90,7 @@ def pixel_cross_entropy(
         return weighted_loss(moments, weight if label_smoothing == 0 else None, divisor)
 
     slopes = weight is None or not weight.requires_grad
-    return loss_of_moments(function, logits, labels, options, loss, slopes=slopes)
+    return loss_of_moments(function, logits, labels, options, Wanted(), loss, slopes=slopes)
 
 
 def check_weight(function: str, weight: Tensor, logits: Tensor) -> None:

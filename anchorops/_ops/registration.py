@@ -23,6 +23,7 @@ defined: dict[torch._ops.OpOverload, str] = {}
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _is_profiling = torch._C._autograd._profiler_enabled  # pyright: ignore[reportAttributeAccessIssue]
 _eager: dict[tuple[str, str], Callable[..., Any]] = {}  # by name and backend
+_below: dict[tuple[str, str], "_Below"] = {}  # the same, without gradients
 # What is none of these may be a subclass of Tensor, or a number that is traced.
 _PLAIN = frozenset(
     (Tensor, torch.nn.Parameter, type(None), bool, int, float, tuple, torch.Size, torch.dtype)
@@ -46,6 +47,11 @@ def run(name: str, backend: str, *arguments: Any) -> Any:
     if is_eager(*arguments):
         return _eager[name, backend](*arguments)
     return _overload(name, backend)(*arguments)
+
+
+def run_below(name: str, backend: str, *arguments: Any) -> Any:
+    """`run`, where the call `is_eager` and its results need no gradients."""
+    return _below[name, backend].eager(*arguments)
 
 
 def run_backward(grads: Sequence[Any], name: str, backend: str, *arguments: Any) -> Any:
@@ -106,6 +112,7 @@ def define(
     backends: Sequence[str] = FUSED,
     gradient: Gradient | None = None,
     launch: Callable[..., Any] = call,
+    complete: Callable[..., Any] | None = None,
     in_python: bool = False,
     any_strides: bool = False,
 ) -> None:
@@ -122,7 +129,9 @@ def define(
             tensor (0,).
         fake: returns results without values, from the arguments.
         gradient: None if no result is differentiable.
-        launch: calls Triton's function NAME, its first argument, with the operator's arguments.
+        launch: calls Triton's function NAME, its first argument, with the operator's arguments. In
+            eager mode None stands for a result that was not requested.
+        complete: (results, the operator's arguments) → the results, with empty tensors for None.
         in_python: the caller implements every overload. It always implements `reference`.
         any_strides: NAME and NAME_backward take tensors of any strides, except results of other
             operators (keys, lse), and the strides of their own results follow from them at run
@@ -131,10 +140,10 @@ def define(
     """
     for backend in backends:
         triton = backend == "triton" and not in_python
-        launcher = triton_launcher(library, name, launch) if triton else None
+        launcher = triton_launcher(library, name, launch, complete) if triton else None
         _define(f"{name}.{backend}", schema, fake, any_strides)
         defined[_overload(name, backend)] = name
-        below = _Below(name, backend, launcher)
+        below = _below[name, backend] = _Below(name, backend, launcher)
         _eager[name, backend] = below.eager
         if gradient is None:
             continue
@@ -156,12 +165,6 @@ def _define(overload: str, schema: str, fake: Callable[..., Any], any_strides: b
     torch.library.register_fake(f"anchorops::{overload}", fake, lib=library)
 
 
-def _is_implicit(x: Any) -> bool:
-    """Whether memory does not have the tensor's values, which torch's dispatcher writes first: it
-    is a negated view (as complex.conj().imag) or without memory (zeros, as the gradient of sgn)."""
-    return isinstance(x, Tensor) and (x.is_neg() or x._is_zerotensor())
-
-
 class _Below:
     """anchorops::NAME.BACKEND without gradients."""
 
@@ -175,13 +178,17 @@ class _Below:
             return self.overload(*inputs)
 
     def eager(self, *inputs: Any) -> Any:
-        is_seen = torch._C._len_torch_dispatch_stack() > 0 or _is_profiling()
-        if not is_seen and not any(map(_is_implicit, inputs)):
-            if self.launcher is not None:
-                return self.launcher(*inputs)
-            if self.backend == "cpu":
-                return self.redispatch(_CPU, *inputs)
-        return self.dispatched(*inputs)
+        """Past torch's dispatcher, unless a dispatch mode or a profiler sees the call, or the
+        dispatcher first has to write a tensor's values into memory: those of a negated view (as
+        complex.conj().imag), and zeros (as the gradient of sgn)."""
+        if torch._C._len_torch_dispatch_stack() > 0 or _is_profiling():
+            return self.dispatched(*inputs)
+        for x in inputs:
+            if isinstance(x, Tensor) and (x.is_neg() or x._is_zerotensor()):
+                return self.dispatched(*inputs)
+        if self.launcher is not None:
+            return self.launcher(*inputs)
+        return self.redispatch(_CPU, *inputs) if self.backend == "cpu" else self.dispatched(*inputs)
 
 
 def _register_autograd(forward: _Below, backward: _Below, gradient: Gradient) -> None:

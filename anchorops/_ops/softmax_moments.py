@@ -26,6 +26,7 @@ Logits of one channel are those of a sigmoid: the classes are 0 and 1, and z = (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -44,12 +45,17 @@ from .._moments import (
     Options,
     Results,
     SoftmaxMoments,
+    Wanted,
     changes_losses,
+    counts_used,
+    is_requested,
     is_unused,
+    plain,
     selects,
+    split_options,
     statistics_dtype,
 )
-from .registration import Gradient, define, is_eager, run, run_backward
+from .registration import Gradient, define, is_eager, run, run_backward, run_below
 from .sigmoid import one_batch
 
 
@@ -57,14 +63,13 @@ def forward_fake(logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tenso
     """Logits (B, K, h, w) of any strides, labels (B, H, W) of any integer dtype and strides. A
     result that was not requested is an empty tensor (0,). On the CPU logits may have one channel:
     K = 2 statistics."""
-    options = Options(*arguments)
+    options, wanted = split_options(arguments)
     batch, num_classes = logits.shape[0], max(logits.shape[1], 2)
-    by_class = (batch, num_classes) if options.per_image else (num_classes,)
+    by_class = (batch, num_classes) if wanted.per_image else (num_classes,)
     shapes = {"classes": by_class, "pixels": labels.shape, "": ()}
 
     def empty(name: str) -> Tensor:
-        result = RESULTS[name]
-        shape = shapes[result.axes] if options.requests(name) else (0,)
+        shape = shapes[RESULTS[name].axes] if is_requested(name, options, wanted) else (0,)
         return logits.new_empty(shape, dtype=_dtype(name, options, logits))
 
     return tuple(empty(name) for name in RESULTS)
@@ -84,17 +89,18 @@ def backward_fake(logits: Tensor, *_: Any) -> Tensor:
 
 def setup_context(ctx: Any, inputs: Any, results: Any) -> None:
     logits, labels, *arguments = inputs
-    options = Options(*arguments)
     constants = [getattr(results, name) for name in RESULTS if name not in (*GRADIENTS, "used")]
-    if options.pixel_weights is None:
+    if inputs.pixel_weights is None:
         constants.append(results.used)
-    ctx.mark_non_differentiable(*constants)
-    _save(ctx, logits, labels, results.lse, options)
+    ctx.mark_non_differentiable(*(x for x in constants if x is not None))
+    _save(ctx, logits, labels, results.lse, arguments)
 
 
-def _save(ctx: Any, logits: Tensor, labels: Tensor, lse: Tensor, options: Options) -> None:
-    ctx.save_for_backward(logits, labels, lse, *options[: len(TENSORS)])
-    ctx.options = options[len(TENSORS) :]
+def _save(
+    ctx: Any, logits: Tensor, labels: Tensor, lse: Tensor | None, arguments: Sequence[Any]
+) -> None:
+    ctx.save_for_backward(logits, labels, lse, *arguments[: len(TENSORS)])
+    ctx.numbers = arguments[len(TENSORS) :]
 
 
 def reads_lse(backend: str, logits: Tensor) -> bool:
@@ -104,19 +110,21 @@ def reads_lse(backend: str, logits: Tensor) -> bool:
 
 def backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
     logits, labels, lse, *tensors = ctx.saved_tensors
-    options = Options(*tensors, *ctx.options)
+    options, wanted = split_options((*tensors, *ctx.numbers))
     # The gradient of an absent (empty) output is an empty tensor, not None.
-    result_grads = [getattr(grads, x) if options.requests(x) else None for x in GRADIENTS]
+    result_grads = [
+        getattr(grads, x) if is_requested(x, options, wanted) else None for x in GRADIENTS
+    ]
 
-    def again(options: Options) -> Any:
-        return Results(*ctx.forward(logits, labels, *options))
+    def again(options: Options, wanted: Wanted) -> Any:
+        return Results(*ctx.forward(logits, labels, *options, *wanted))
 
     gradients: dict[str, Tensor | None] = {}
     if ctx.needs.logits and any(grad is not None for grad in result_grads):
-        if not options.with_lse and reads_lse(ctx.backend, logits):
+        if not wanted.with_lse and reads_lse(ctx.backend, logits):
             # torch.vmap and traces without gradients hide that a gradient will be requested
-            lse = again(options.without_loss_options(with_lse=True)).lse
-        gradients["logits"] = operator(logits, labels, lse, *result_grads, *options)
+            lse = again(plain(options), Wanted(with_lse=True)).lse
+        gradients["logits"] = operator(logits, labels, lse, *result_grads, *options, *wanted)
     if ctx.needs.pixel_weights:
         gradients["pixel_weights"] = _dpixel_weights(
             again, logits, labels, options, grads.losses, grads.used
@@ -125,7 +133,7 @@ def backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
 
 
 def _dpixel_weights(
-    again: Callable[[Options], Any],
+    again: Callable[[Options, Wanted], Any],
     logits: Tensor,
     labels: Tensor,
     options: Options,
@@ -134,12 +142,13 @@ def _dpixel_weights(
 ) -> Tensor:
     """dω of all pixels."""
     num_classes = max(logits.shape[1], 2)
-    plain = options.without_loss_options(pixel_losses=True)
-    shaped = options.without_selection()
-    losses = again(shaped).pixel_losses
+    of_all = options._replace(pixel_weights=None, min_loss=-math.inf)
+    losses = again(of_all, Wanted(pixel_losses=True)).pixel_losses
     used = valid_pixels(labels, num_classes, options.ignore_index)
     if selects(options):
-        ce = again(plain).pixel_losses if changes_losses(shaped) else losses
+        ce = losses
+        if changes_losses(of_all):
+            ce = again(plain(options), Wanted(pixel_losses=True)).pixel_losses
         used &= ~is_unused(options, ce)
     classes = torch.where(used, labels.long(), 0).flatten(1)
     gradient = torch.zeros_like(losses)
@@ -158,26 +167,28 @@ def valid_pixels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     return valid & (labels != ignore_index) if 0 <= ignore_index < num_classes else valid
 
 
-def _launch(launcher: Any, logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Call Triton's launcher, which returns the requested results by name."""
-    options = Options(*arguments)
-    results = launcher(logits, labels, options)
+def _launch(launcher: Any, logits: Tensor, labels: Tensor, *arguments: Any) -> Any:
+    return launcher(logits, labels, *split_options(arguments))
+
+
+def _complete(results: Any, logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    options, _ = split_options(arguments)
     return tuple(
-        results[x] if x in results else logits.new_empty(0, dtype=_dtype(x, options, logits))
-        for x in RESULTS
+        logits.new_empty(0, dtype=_dtype(name, options, logits)) if x is None else x
+        for name, x in zip(RESULTS, results, strict=True)
     )
 
 
 def _launch_backward(launcher: Any, *arguments: Any) -> Tensor:
     count = 3 + len(GRADIENTS)  # before the options
-    return launcher(*arguments[:count], Options(*arguments[count:]))
+    return launcher(*arguments[:count], split_options(arguments[count:])[0])
 
 
 def define_moments(name: str, **how: Any) -> None:
     """Define the operator `name`, which takes and returns what softmax moments do. how: as in
     `define`."""
     gradient = Gradient(BACKWARD_SCHEMA, backward_fake, setup_context, backward, _launch_backward)
-    define(name, SCHEMA, forward_fake, gradient=gradient, launch=_launch, **how)
+    define(name, SCHEMA, forward_fake, gradient=gradient, launch=_launch, complete=_complete, **how)
 
 
 define_moments("softmax_moments", any_strides=True)
@@ -277,23 +288,15 @@ def softmax_moments(
             call.
         RuntimeError: a second or a forward-mode derivative was requested from a fused backend.
     """
-    flags: dict[str, Any] = {
-        "align_corners": align_corners,
-        "per_image": per_image,
-        "correct": correct,
-        "probability_sums": probability_sums,
-        "squares": squares,
-        "pixel_losses": pixel_losses,
-    }
-    check_flags("softmax_moments", **flags)
+    wanted = Wanted(per_image, correct, probability_sums, squares, pixel_losses)
+    check_flags("softmax_moments", align_corners=align_corners, **wanted._asdict())
     original_labels = labels
     labels, ignore_index = check_pixels(
         "softmax_moments", logits, labels, ignore_index=ignore_index, check_labels=check_labels
     )
-    options = Options(ignore_index=ignore_index, **flags)
-    return in_shape(
-        moments_of("softmax_moments", logits, labels, options), shape_of(original_labels)
-    )
+    options = Options(ignore_index=ignore_index, align_corners=align_corners)
+    moments = moments_of("softmax_moments", logits, labels, options, wanted)
+    return in_shape(moments, shape_of(original_labels))
 
 
 class _Call(NamedTuple):
@@ -304,10 +307,11 @@ class _Call(NamedTuple):
     logits: Tensor
     labels: Tensor
     options: Options
+    wanted: Wanted
 
 
 def _call_of(
-    function: str, logits: Tensor, labels: Tensor, options: Options, sigmoid: bool = False
+    function: str, logits: Tensor, labels: Tensor, options: Options, wanted: Wanted, sigmoid: bool
 ) -> _Call:
     if sigmoid or logits.dim() != 4:
         logits, by_image = as_images(logits, labels, sigmoid)
@@ -315,43 +319,54 @@ def _call_of(
     backend = select(function, logits, logits.shape[1], called=("softmax_moments",))
     if logits.shape[1] == 1 and backend != "cpu":
         logits = torch.cat([torch.zeros_like(logits), logits], 1)
-    with_lse = logits.requires_grad and torch.is_grad_enabled() and reads_lse(backend, logits)
-    if sigmoid or with_lse:
-        per_image = sigmoid or options.per_image
-        options = options._replace(per_image=per_image, with_lse=with_lse)
+    if logits.requires_grad and torch.is_grad_enabled() and reads_lse(backend, logits):
+        wanted = wanted._replace(with_lse=True)
+    if sigmoid:
+        wanted = wanted._replace(per_image=True)
     operator = "softmax_moments" if logits.dim() == 4 else "volume_moments"
-    return _Call(operator, backend, logits, labels, options)
+    return _Call(operator, backend, logits, labels, options, wanted)
 
 
-_LSE = Results._fields.index("lse")
-# The place of each statistic among the results, and whether it was requested.
-_STATISTICS = [
-    (Results._fields.index(name), RESULTS[name].requested) for name in SoftmaxMoments._fields
-]
-
-
-def _requested(results: Sequence[Any], options: Options) -> SoftmaxMoments:
-    requested: list[Any] = [
-        results[i] if is_requested(options) else None for i, is_requested in _STATISTICS
-    ]
-    return SoftmaxMoments(*requested)
+def _moments(results: Sequence[Any], options: Options, wanted: Wanted) -> SoftmaxMoments:
+    """The statistics that were requested, from the operator's results."""
+    x = Results(*results)
+    return SoftmaxMoments(
+        x.counts,
+        x.correct if wanted.correct else None,
+        x.losses,
+        x.intersections if wanted.probability_sums else None,
+        x.probability_sums if wanted.probability_sums else None,
+        x.squares if wanted.squares else None,
+        x.pixel_losses if wanted.pixel_losses else None,
+        x.used if counts_used(options) else None,
+        x.divisor,
+        x.labels_out_of_range if wanted.labels_out_of_range else None,
+    )
 
 
 def moments_of(
-    function: str, logits: Tensor, labels: Tensor, options: Options, *, sigmoid: bool = False
+    function: str,
+    logits: Tensor,
+    labels: Tensor,
+    options: Options,
+    wanted: Wanted,
+    *,
+    sigmoid: bool = False,
 ) -> SoftmaxMoments:
-    """Softmax moments with all options, of arguments that `check_pixels` has checked. Logits may
-    have one channel. Messages name `function`.
+    """Softmax moments of arguments that `check_pixels` has checked. Logits may have one channel.
+    Messages name `function`.
 
     With sigmoid, those of the two classes of each channel: sigmoid(x) is the softmax of (0, x).
     Statistics of classes are then [C, 2], with per_image [B, C, 2]; maps have the labels' shape,
     and `divisor` and `labels_out_of_range` are of all channels.
     """
-    operator, backend, *images, image_options = _call_of(function, logits, labels, options, sigmoid)
-    if backend == "reference":
-        moments = reference.softmax_moments(*images, options=image_options)
+    call = _call_of(function, logits, labels, options, wanted, sigmoid)
+    images = call.logits, call.labels
+    if call.backend == "reference":
+        moments = reference.softmax_moments(*images, call.options, call.wanted)
     else:
-        moments = _requested(run(operator, backend, *images, *image_options), image_options)
+        results = run(call.operator, call.backend, *images, *call.options, *call.wanted)
+        moments = _moments(results, call.options, call.wanted)
     if not sigmoid:
         return in_shape(moments, labels.shape)
     points = logits.dim() == 2
@@ -359,7 +374,7 @@ def moments_of(
 
     def by_channel(statistic: Tensor) -> Tensor:
         statistic = statistic.view(batch, channels, 2)
-        return statistic if options.per_image else statistic.sum(0)
+        return statistic if wanted.per_image else statistic.sum(0)
 
     def by_pixel(pixel_map: Tensor) -> Tensor:
         return pixel_map.view(labels.t().shape).t() if points else pixel_map.view(labels.shape)
@@ -384,6 +399,7 @@ def loss_of_moments(
     logits: Tensor,
     labels: Tensor,
     options: Options,
+    wanted: Wanted,
     arithmetic: Callable[[SoftmaxMoments], tuple[Tensor, Slopes | None]],
     *,
     slopes: bool,
@@ -393,27 +409,32 @@ def loss_of_moments(
     autograd in eager mode, not with sigmoid. Otherwise autograd differentiates the arithmetic."""
     differentiates = logits.requires_grad and torch.is_grad_enabled() and not sigmoid
     if slopes and differentiates and is_eager(logits, labels, *options):
-        call = _call_of(function, logits, labels, options)
+        call = _call_of(function, logits, labels, options, wanted, sigmoid)
         if call.backend != "reference":
             return _Loss.apply(call.logits, call, arithmetic)  # pyright: ignore[reportReturnType]
-    return arithmetic(moments_of(function, logits, labels, options, sigmoid=sigmoid))[0]
+    moments = moments_of(function, logits, labels, options, wanted, sigmoid=sigmoid)
+    return arithmetic(moments)[0]
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, call: _Call, arithmetic: Any) -> Tensor:
-        ctx.operator, ctx.backend, _, labels, options = call
-        results = run(ctx.operator, ctx.backend, logits, labels, *options)
-        loss, ctx.slopes = arithmetic(_requested(results, options))
-        _save(ctx, savable(logits), savable(labels), results[_LSE], options)
+        ctx.operator, ctx.backend, _, labels, options, wanted = call
+        arguments = *options, *wanted
+        results = run_below(ctx.operator, ctx.backend, logits, labels, *arguments)
+        loss, ctx.slopes = arithmetic(_moments(results, options, wanted))
+        _save(ctx, savable(logits), savable(labels), results[_LSE], arguments)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved, slopes = ctx.saved_tensors, ctx.slopes(*grads)
-        arguments = *saved[:3], *map(slopes.get, GRADIENTS), *saved[3:], *ctx.options
+        arguments = *saved[:3], *map(slopes.get, GRADIENTS), *saved[3:], *ctx.numbers
         operator = f"{ctx.operator}_backward"
         return run_backward(grads, operator, ctx.backend, *arguments), None, None
+
+
+_LSE = Results._fields.index("lse")
 
 
 def in_shape(moments: SoftmaxMoments, shape: Sequence[int]) -> SoftmaxMoments:

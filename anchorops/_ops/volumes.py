@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .._backend import FUSED
-from .._moments import GRADIENTS, RESULTS, Options, Results, statistics_dtype
+from .._moments import GRADIENTS, RESULTS, Options, Results, split_options, statistics_dtype
 from .._shared.upsampling import bilinear_sources
 from . import pixel_kl_divergence as kl
 from .registration import Gradient, define, library
@@ -90,8 +90,8 @@ def _slab_options(slab: _Slab, options: Options) -> Options:
 
 def _moments(backend: str, logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     operator = getattr(torch.ops.anchorops.softmax_moments, backend)
-    options = Options(*arguments)
-    results = [x.zero_() for x in forward_fake(logits, labels, *options)]
+    options, wanted = split_options(arguments)
+    results = [x.zero_() for x in forward_fake(logits, labels, *arguments)]
     if labels.numel() == 0:
         return Results(*results)._replace(divisor=results[0].new_ones((), dtype=torch.int64))
     axes = [result.axes for result in RESULTS.values()]
@@ -105,11 +105,12 @@ def _moments(backend: str, logits: Tensor, labels: Tensor, *arguments: Any) -> t
             _images(logits, slab, sources),
             slab.select_pixels(labels),
             *_slab_options(slab, options),
+            *wanted,
         )
         for total, part, axis in zip(totals, slab_results, axes, strict=True):
             if axis == "pixels" and part.numel() > 0:
                 total[slab.volumes, slab.slices] = slab.by_slice(part)
-            elif axis == "classes" and options.per_image and part.numel() > 0:
+            elif axis == "classes" and wanted.per_image and part.numel() > 0:
                 total[slab.volumes] += slab.by_slice(part).sum(1, dtype=total.dtype)
             elif axis != "pixels":
                 total += part
@@ -121,7 +122,8 @@ def _moments_backward(
     backend: str, logits: Tensor, labels: Tensor, lse: Tensor, *arguments: Any
 ) -> Tensor:
     operator = getattr(torch.ops.anchorops.softmax_moments_backward, backend)
-    grads, options = arguments[: len(GRADIENTS)], Options(*arguments[len(GRADIENTS) :])
+    grads = arguments[: len(GRADIENTS)]
+    options, wanted = split_options(arguments[len(GRADIENTS) :])
     depth = labels.shape[1]
     if labels.numel() == 0:
         return torch.zeros_like(logits)
@@ -142,6 +144,7 @@ def _moments_backward(
             slab.select_pixels(lse).contiguous() if lse.numel() > 0 else lse,
             *map(select, grads),
             *_slab_options(slab, options),
+            *wanted,
         )
 
     return _dlogits(logits, depth, options.align_corners, _slabs(depth, logits), slab_gradient)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_int, check_number, check_share
-from .._moments import Options, SoftmaxMoments, statistics_dtype
+from .._moments import Options, SoftmaxMoments, Wanted, statistics_dtype
 from .._ops.kth_largest import kth_largest
 from .._ops.pixel_cross_entropy import (
     label_weights,
@@ -17,7 +17,7 @@ from .._ops.pixel_cross_entropy import (
     smoothed,
     weighted_loss,
 )
-from .._ops.softmax_moments import Slopes
+from .._ops.softmax_moments import Slopes, moments_of
 from .pixel import MomentsLoss, class_weight
 
 
@@ -98,7 +98,9 @@ class BaseCrossEntropy(MomentsLoss):
     ) -> Tensor:
         """Which pixels have one of the ohem_min_kept largest −log p_y, or at least min_loss:
         bool, the labels' shape. Any value where the label is ignored or its class has weight 0."""
-        ce = self.moments(logits, labels, Options(pixel_losses=True)).pixel_losses
+        options = Options(ignore_index=self.ignored(logits), align_corners=self.align_corners)
+        arguments = logits, labels, options, Wanted(pixel_losses=True)
+        ce = moments_of(type(self).__name__, *arguments, sigmoid=self.sigmoid).pixel_losses
         assert ce is not None and self.ohem_min_kept is not None
         ce = ce.float()  # kth_largest needs float32
         if pixel_weights is not None:

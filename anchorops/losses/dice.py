@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .._checks import check_choice, check_flags, check_number, describe, fail
-from .._moments import Options, SoftmaxMoments
+from .._moments import Options, SoftmaxMoments, Wanted
 from .._ops.pixel_cross_entropy import divide
 from .._ops.softmax_moments import Slopes
 from .._shared.sums import fixed_order_sum
@@ -144,8 +144,11 @@ class Dice(MomentsLoss):
         self.sigmoid = sigmoid
         self.process_group = group_name("Dice", process_group)
 
-    def options(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Options:
-        return Options(probability_sums=True, squares=self.squared, per_image=self.per_image)
+    @property
+    def wanted(self) -> Wanted:
+        return super().wanted._replace(
+            probability_sums=True, squares=self.squared, per_image=self.per_image
+        )
 
     @property
     def has_slopes(self) -> bool:
@@ -297,11 +300,11 @@ class CrossEntropyDice(MomentsLoss):
         self.ce_weight, self.dice_weight = ce_weight, dice_weight
 
     def options(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Options:
-        options = self.cross_entropy.options(logits, labels, pixel_weights)
-        dice = self.dice
-        return options._replace(
-            probability_sums=True, squares=dice.squared, per_image=dice.per_image
-        )
+        return self.cross_entropy.options(logits, labels, pixel_weights)
+
+    @property
+    def wanted(self) -> Wanted:
+        return self.dice.wanted._replace(correct=self.accuracy)
 
     @property
     def has_slopes(self) -> bool:

@@ -20,8 +20,8 @@ from .._checks import (
     flat_pos_weight,
     savable,
 )
-from .._moments import Options, SoftmaxMoments, statistics_dtype
-from .._ops.softmax_moments import Slopes, loss_of_moments, moments_of, valid_pixels
+from .._moments import Options, SoftmaxMoments, Wanted, statistics_dtype
+from .._ops.softmax_moments import Slopes, loss_of_moments, valid_pixels
 from .initialized_module import InitializedModule
 
 
@@ -195,9 +195,14 @@ class MomentsLoss(PixelLoss):
         self.accuracy = accuracy
 
     def options(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Options:
-        """The statistics that the loss needs, except `correct`. pixel_weights have the labels'
-        shape and the statistics' dtype."""
-        raise NotImplementedError
+        """What the loss of a pixel is; ignore_index and align_corners are those of the module.
+        pixel_weights have the labels' shape and the statistics' dtype."""
+        return Options()
+
+    @property
+    def wanted(self) -> Wanted:
+        """The statistics that the loss needs."""
+        return Wanted(correct=self.accuracy, labels_out_of_range=True)
 
     @property
     def has_slopes(self) -> bool:
@@ -221,10 +226,7 @@ class MomentsLoss(PixelLoss):
         if pixel_weights is not None and options.pixel_weights is None:
             self._no_pixel_weights()
         options = options._replace(
-            correct=self.accuracy,
-            labels_out_of_range=True,
-            ignore_index=self.ignored(logits),
-            align_corners=self.align_corners,
+            ignore_index=self.ignored(logits), align_corners=self.align_corners
         )
         last: list[Terms] = []
 
@@ -244,19 +246,8 @@ class MomentsLoss(PixelLoss):
             return reduce(torch.add, (x for x, _ in others), first), all_slopes
 
         slopes = self.has_slopes and not (pixel_weights is not None and pixel_weights.requires_grad)
-        function = type(self).__name__
-        loss = loss_of_moments(
-            function, logits, labels, options, arithmetic, slopes=slopes, sigmoid=self.sigmoid
-        )
-        return loss, last[0]
-
-    def moments(self, logits: Tensor, labels: Tensor, options: Options) -> SoftmaxMoments:
-        """Softmax moments, for labels that were already checked. The statistics of classes are [K],
-        or [C, 2] of C sigmoids; with per_image [B, …]."""
-        options = options._replace(
-            ignore_index=self.ignored(logits), align_corners=self.align_corners
-        )
-        return moments_of(type(self).__name__, logits, labels, options, sigmoid=self.sigmoid)
+        arguments = type(self).__name__, logits, labels, options, self.wanted, arithmetic
+        return loss_of_moments(*arguments, slopes=slopes, sigmoid=self.sigmoid), last[0]
 
     def _register_weight(self, weight: object, name: str = "weight") -> None:
         """Register the buffer `name`: None or a copy [K], float32 (float64 if it was that). The

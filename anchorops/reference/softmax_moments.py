@@ -6,6 +6,7 @@ from torch import Tensor
 from .._moments import (
     Options,
     SoftmaxMoments,
+    Wanted,
     counts_used,
     is_unused,
     selects,
@@ -15,7 +16,9 @@ from .._shared.sums import sum_by_key
 from .._shared.upsampling import upsample
 
 
-def softmax_moments(logits: Tensor, labels: Tensor, options: Options) -> SoftmaxMoments:
+def softmax_moments(
+    logits: Tensor, labels: Tensor, options: Options, wanted: Wanted
+) -> SoftmaxMoments:
     """Let z be the upsampled logits, p = softmax z, V the valid pixels q:
 
     counts[k] = #{q ∈ V : y = k}                 correct[k] = #{q ∈ V : y = k = argmax z}
@@ -79,28 +82,28 @@ def softmax_moments(logits: Tensor, labels: Tensor, options: Options) -> Softmax
         return over_images(sums)
 
     def over_images(sums: Tensor) -> Tensor:
-        sums = sums if options.per_image else sums.sum(0)
+        sums = sums if wanted.per_image else sums.sum(0)
         return sums.to(dtype) if sums.is_floating_point() else sums
 
     intersections = probability_sums = squares = None
-    if options.probability_sums or options.squares:
+    if wanted.probability_sums or wanted.squares:
         p = torch.where(valid[:, None], (z - all_lse[:, None]).exp(), 0)
-        if options.probability_sums:
+        if wanted.probability_sums:
             intersections = by_class(p.gather(1, classes[:, None]))
             probability_sums = over_images(p.flatten(2).sum(2))
-        if options.squares:
+        if wanted.squares:
             squares = over_images(p.square().flatten(2).sum(2))
     return SoftmaxMoments(
         counts=by_class(valid.long()),
-        correct=by_class((valid & (z.argmax(1) == classes)).long()) if options.correct else None,
+        correct=by_class((valid & (z.argmax(1) == classes)).long()) if wanted.correct else None,
         losses=by_class(weighted),
         intersections=intersections,
         probability_sums=probability_sums,
         squares=squares,
-        pixel_losses=losses.to(dtype) if options.pixel_losses else None,
+        pixel_losses=losses.to(dtype) if wanted.pixel_losses else None,
         used=by_class(shares.long() if pixel_weights is None else shares)
         if counts_used(options)
         else None,
         divisor=valid.sum().clamp(min=1),
-        labels_out_of_range=(~is_class & ~ignored).sum() if options.labels_out_of_range else None,
+        labels_out_of_range=(~is_class & ~ignored).sum() if wanted.labels_out_of_range else None,
     )

@@ -11,7 +11,7 @@ from operators import results
 from torch import Generator, Tensor
 
 import anchorops as ao
-from anchorops._moments import Options, SoftmaxMoments, statistics_dtype
+from anchorops._moments import Options, SoftmaxMoments, Wanted, statistics_dtype
 from anchorops._ops.softmax_moments import moments_of
 from anchorops.catalogue import Case, Entry, Inputs, Sample, formulas
 from anchorops.catalogue.budget import FLOOR
@@ -50,9 +50,9 @@ def ours(
     names = names_of(statistics, pixel_weights, **options)
     for name in {"true_weights", "all_weights"} & options.keys():
         options[name] = options[name].to(logits.device, statistics_dtype(logits.dtype))
-    requested = dict.fromkeys(statistics, True)
-    given = Options(pixel_weights=pixel_weights, ignore_index=-1, **options, **requested)
-    moments = moments_of("test", logits, labels, given)
+    wanted = Wanted(options.pop("per_image", False), **dict.fromkeys(statistics, True))
+    given = Options(pixel_weights=pixel_weights, ignore_index=-1, **options)
+    moments = moments_of("test", logits, labels, given, wanted)
     return detached([x for x in moments if x is not None], names, through)
 
 
