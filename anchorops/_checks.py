@@ -232,7 +232,7 @@ def labels_of_logits(function: str, labels: Tensor, logits: Tensor) -> Tensor:
     labels = without_channel(labels, axes)
     if not isinstance(labels, Tensor) or labels.dim() != axes:
         _fail_labels(function, labels, logits)
-    check_integers(function, "labels", labels)
+    _check_integers(function, "labels", labels)
     if labels.device != logits.device:
         fail(function, "labels", f"device {logits.device}, as logits", labels.device)
     if labels.shape[0] != logits.shape[0] or not (images or labels.shape[1:] == logits.shape[2:]):
@@ -260,7 +260,7 @@ def labels_of_channels(function: str, labels: Tensor, logits: Tensor) -> Tensor:
         fail(function, "labels", f"{expected}, one for each channel of logits", describe(labels))
     if labels.dtype == torch.bool:
         labels = labels.view(torch.uint8)
-    check_integers(function, "labels", labels)
+    _check_integers(function, "labels", labels)
     if labels.device != logits.device:
         fail(function, "labels", f"device {logits.device}, as logits", labels.device)
     if images and labels.numel() > 0 and logits.numel() == 0:
@@ -320,6 +320,10 @@ def check_pos_weight(function: str, pos_weight: object, logits: Tensor) -> Tenso
 def check_integers(function: str, argument: str, values: Tensor) -> None:
     """Any integer dtype, and strided."""
     check_strided(function, argument, values)
+    _check_integers(function, argument, values)
+
+
+def _check_integers(function: str, argument: str, values: Tensor) -> None:
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         fail(function, argument, "an integer dtype", values.dtype)
 
@@ -418,6 +422,8 @@ def in_transform(tensor: Tensor, *, only_derivatives: bool = False) -> bool:
 def as_number(value: object) -> Any:
     """The value as a Python float or int, or None: NumPy's numbers become floats, and a bool is no
     number."""
+    if isinstance(value, float):
+        return float(value)
     if isinstance(value, bool):
         return None
     if isinstance(value, int):

@@ -22,6 +22,7 @@ defined: dict[torch._ops.OpOverload, str] = {}
 """The operators of every backend, by name."""
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _is_profiling = torch._C._autograd._profiler_enabled  # pyright: ignore[reportAttributeAccessIssue]
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore
 _eager: dict[tuple[str, str], Callable[..., Any]] = {}  # by name and backend
 _below: dict[tuple[str, str], "_Below"] = {}  # the same, without gradients
 # What is none of these may be a subclass of Tensor, or a number that is traced.
@@ -57,9 +58,9 @@ def run_below(name: str, backend: str, *arguments: Any) -> Any:
 def run_backward(grads: Sequence[Any], name: str, backend: str, *arguments: Any) -> Any:
     """`run`, for these gradients. With is_grads_batched they are of a vmap that nothing else
     tells."""
-    is_batched = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore
-    if any(grad is not None and is_batched(grad) for grad in grads):
-        return _overload(name, backend)(*arguments)
+    for grad in grads:
+        if grad is not None and _is_batched(grad):
+            return _overload(name, backend)(*arguments)
     return run(name, backend, *arguments)
 
 
@@ -172,6 +173,8 @@ class _Below:
         self.name, self.backend, self.launcher = name, backend, launcher
         self.overload = _overload(name, backend)
         self.redispatch = self.overload._handle.redispatch_boxed  # as overload.redispatch
+        types = [str(x.type) for x in self.overload._schema.arguments]
+        self.tensors = [i for i, name in enumerate(types) if "Tensor" in name]
 
     def dispatched(self, *inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -183,8 +186,9 @@ class _Below:
         complex.conj().imag), and zeros (as the gradient of sgn)."""
         if torch._C._len_torch_dispatch_stack() > 0 or _is_profiling():
             return self.dispatched(*inputs)
-        for x in inputs:
-            if isinstance(x, Tensor) and (x.is_neg() or x._is_zerotensor()):
+        for place in self.tensors:
+            x = inputs[place]
+            if x is not None and (x.is_neg() or x._is_zerotensor()):
                 return self.dispatched(*inputs)
         if self.launcher is not None:
             return self.launcher(*inputs)

@@ -15,14 +15,14 @@ def fixed_order_sum(values: Tensor) -> Tensor:
     torch.compile and torch.jit.trace record a formula for every size. Their code may add in another
     order.
     """
-    if values.device.type != "cpu":  # a GPU adds in an order that follows from the shape
+    if not values.is_cpu:  # a GPU adds in an order that follows from the shape
         return values.sum()
-    dtype = values.dtype
     if torch.compiler.is_compiling() or is_jit_traced():
         values = values if values.dim() < 2 else values.sum(-1)
-        return values.sum(dtype=torch.float64).to(dtype)
+        return values.sum(dtype=torch.float64).to(values.dtype)
     if values.numel() <= _RUN:
         return values.sum()
+    dtype = values.dtype
     while values.numel() > _RUN:
         values = _sums_of_runs(values).double()
     return values.sum().to(dtype)
