@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, fail, is_jit_traced
+from ._checks import check_choice, fail, is_traced
 
 _logger = logging.getLogger("anchorops")
 NAMES = ("cuda", "triton", "cpu", "reference")
@@ -378,7 +378,7 @@ def _why_not(
     name: str,
     tensor: Tensor,
     num_classes: int,
-    refusal: Callable[[str], str | None],
+    refusal: Callable[[str], str | None] | None,
     backends: Sequence[str],
 ) -> str | None:
     """Why the backend does not support a call with this input, or None."""
@@ -391,7 +391,7 @@ def _why_not(
         return "it does not support float64 (the reference does)"
     if name in ("cuda", "triton") and num_classes > GPU_MAX_CLASSES:
         return f"it supports at most {GPU_MAX_CLASSES} classes, num_classes is {num_classes}"
-    if reason := refusal(name):
+    if refusal is not None and (reason := refusal(name)):
         other = "triton" if name == "cuda" else "reference"
         return f'{reason}: choose "{other}" or "auto"'
     if name == "reference" or device == "cpu":
@@ -416,10 +416,6 @@ def _check_onnx_export(function: str, chosen: str) -> None:
         )
 
 
-def _takes_every_call(backend: str) -> None:
-    return None
-
-
 @torch.compiler.assume_constant_result  # torch.compile calls it when it traces
 def _tell_that_triton_is_missing(function: str) -> bool:
     """Logs one line in this process."""
@@ -436,7 +432,7 @@ def select(
     num_classes: int,
     *,
     called: Sequence[str] = (),
-    refusal: Callable[[str], str | None] = _takes_every_call,
+    refusal: Callable[[str], str | None] | None = None,
     backends: Sequence[str] = FUSED,
     faster: str | None = None,
 ) -> str:
@@ -452,7 +448,7 @@ def select(
     """
     chosen, called = _choice.backend, called or (function,)
     # torch.onnx.export always traces; is_in_onnx_export takes longer than the rest of this function
-    if (torch.compiler.is_compiling() or is_jit_traced()) and torch.onnx.is_in_onnx_export():
+    if is_traced() and torch.onnx.is_in_onnx_export():
         _check_onnx_export(function, chosen)
         return "reference"
     call = tensor, num_classes, refusal, backends

@@ -100,6 +100,11 @@ def is_jit_traced() -> bool:
     return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
 
 
+def is_traced() -> bool:
+    """Whether torch.compile or torch.jit.trace records this call."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
 class _Formulas(threading.local):
     """An attribute of the instance, which torch.compile guards."""
 
@@ -181,7 +186,7 @@ def check_labels(function: str, labels: Tensor, features: Tensor) -> None:
     if not isinstance(labels, Tensor) or labels.dim() != dim - 1:
         shape = tuple(features.shape)
         fail(function, "labels", f"{expected} for features of shape {shape}", describe(labels))
-    check_integers(function, "labels", labels)
+    _check_integers(function, "labels", labels)
     if labels.device != features.device:
         fail(function, "labels", f"device {features.device}, as features", labels.device)
     points = features.shape[0] if dim == 2 else features.shape[2]
@@ -229,7 +234,8 @@ def labels_of_logits(function: str, labels: Tensor, logits: Tensor) -> Tensor:
     (B, D, H, W) of any size. Those of images and volumes may have a channel, which is removed."""
     check_strided(function, "labels", labels)
     images, axes = logits.dim() >= 4, logits.dim() - 1
-    labels = without_channel(labels, axes)
+    if not isinstance(labels, Tensor) or labels.dim() != axes:
+        labels = without_channel(labels, axes)
     if not isinstance(labels, Tensor) or labels.dim() != axes:
         _fail_labels(function, labels, logits)
     _check_integers(function, "labels", labels)
@@ -376,6 +382,7 @@ def check_pixels(
     sigmoid: bool = False,
     ignore_index: int | None,
     check_labels: bool,
+    **flags: bool,
 ) -> tuple[Tensor, int]:
     """What all pixel losses take: the labels of `labels_of_logits`, with sigmoids those of
     `labels_of_channels`, and the label to ignore."""
@@ -383,7 +390,7 @@ def check_pixels(
     labels = (labels_of_channels if sigmoid else labels_of_logits)(function, labels, logits)
     num_classes = 2 if sigmoid else logits.shape[1]
     ignore_index = check_ignore_index(function, ignore_index, num_classes)
-    check_flags(function, check_labels=check_labels)
+    check_flags(function, check_labels=check_labels, **flags)
     if check_labels:
         check_label_values(function, labels, num_classes, ignore_index)
     return labels, ignore_index

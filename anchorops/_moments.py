@@ -150,7 +150,7 @@ def changes_losses(options: Options) -> bool:
 
 
 def counts_used(options: Options) -> bool:
-    return selects(options) or options.pixel_weights is not None
+    return options.pixel_weights is not None or options.min_loss > -math.inf
 
 
 class Result(NamedTuple):

@@ -178,7 +178,7 @@ def pixel_confusion_for(
     check_labels: bool,
 ) -> Tensor:
     """`pixel_confusion`, with messages that name `function`."""
-    check_flags(function, sigmoid=sigmoid, align_corners=align_corners)
+    check_flags(function, sigmoid=sigmoid)
     labels, ignore_index = check_pixels(
         function,
         logits,
@@ -186,6 +186,7 @@ def pixel_confusion_for(
         sigmoid=sigmoid,
         ignore_index=ignore_index,
         check_labels=check_labels,
+        align_corners=align_corners,
     )
     if sigmoid:
         options = Options(ignore_index=ignore_index, align_corners=align_corners)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_flags, check_pixels, check_pos_weight
+from .._checks import check_choice, check_pixels, check_pos_weight
 from .._moments import Options, Wanted, statistics_dtype
 from .pixel_cross_entropy import label_weights, number_of_pixels, smoothed, weighted_loss
 from .softmax_moments import moments_of, valid_pixels, weighted
@@ -63,8 +63,8 @@ def pixel_binary_cross_entropy(
         sigmoid=True,
         ignore_index=ignore_index,
         check_labels=check_labels,
+        align_corners=align_corners,
     )
-    check_flags(function, align_corners=align_corners)
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
     weight = None
     if pos_weight is not None:
@@ -78,7 +78,7 @@ def pixel_binary_cross_entropy(
             valid = valid_pixels(labels, 2, ignore_index)
             losses = weighted(losses, label_weights(labels, weight, valid))
         return losses.view(original_labels.shape)
-    divisor = None if reduction == "sum" else number_of_pixels(moments)
+    divisor = number_of_pixels(moments) if reduction == "mean" else None
     return weighted_loss(moments, weight, divisor)[0]
 
 

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from .._checks import (
     check_choice,
-    check_flags,
     check_pixels,
     check_share,
     check_strided,
@@ -57,9 +56,13 @@ def pixel_cross_entropy(
     function = "pixel_cross_entropy"
     original_labels = labels
     labels, ignore_index = check_pixels(
-        function, logits, labels, ignore_index=ignore_index, check_labels=check_labels
+        function,
+        logits,
+        labels,
+        ignore_index=ignore_index,
+        check_labels=check_labels,
+        align_corners=align_corners,
     )
-    check_flags(function, align_corners=align_corners)
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
     label_smoothing = check_share(function, "label_smoothing", label_smoothing)
     if weight is not None:
@@ -69,7 +72,9 @@ def pixel_cross_entropy(
             fail(function, "weight", expected, "requires_grad = True")
         # a copy, because the weight may be changed before the backward pass
         weight = weight.to(statistics_dtype(logits.dtype), copy=True)
-    true_weights, all_weights = smoothed(weight, label_smoothing, logits.shape[1], logits)
+    true_weights = all_weights = None
+    if label_smoothing > 0:
+        true_weights, all_weights = smoothed(weight, label_smoothing, logits.shape[1], logits)
     options = Options(
         true_weights=true_weights,
         all_weights=all_weights,
@@ -86,7 +91,7 @@ def pixel_cross_entropy(
         return losses.view(shape_of(original_labels))
 
     def loss(moments: SoftmaxMoments) -> tuple[Tensor, Slopes]:
-        divisor = None if reduction == "sum" else number_of_pixels(moments, weight)
+        divisor = number_of_pixels(moments, weight) if reduction == "mean" else None
         return weighted_loss(moments, weight if label_smoothing == 0 else None, divisor)
 
     slopes = weight is None or not weight.requires_grad
@@ -103,7 +108,7 @@ def check_weight(function: str, weight: Tensor, logits: Tensor) -> None:
 
 
 def weighted_loss(
-    moments: SoftmaxMoments, weight: Tensor | None, divisor: Tensor | None
+    moments: SoftmaxMoments, weight: Tensor | None, divisor: Divisor | None
 ) -> tuple[Tensor, Slopes]:
     """Σ weight·losses / divisor, and its slopes."""
     losses = moments.losses
@@ -118,23 +123,32 @@ def weighted_loss(
     return divide(fixed_order_sum(losses), divisor), slopes
 
 
-def divide(total: Tensor, divisor: Tensor | None) -> Tensor:
+Divisor = tuple[Tensor, Tensor | None]
+"""A number that is not 0, and whether it is there instead of a 0; None if it cannot be."""
+
+
+def divisor_or_0(number: Tensor) -> Divisor:
+    unused = number == 0
+    return torch.where(unused, 1, number), unused
+
+
+def divide(total: Tensor, divisor: Divisor | None) -> Tensor:
     """total / divisor, 0 where the divisor is 0, also if the total is not; the total if there is no
-    divisor. A number of pixels or classes, an integer, is at least 1."""
-    if divisor is None or not divisor.is_floating_point():
-        return total if divisor is None else total / divisor
-    unused = divisor == 0
-    return torch.where(unused, 0, total) / torch.where(unused, 1, divisor)
+    divisor."""
+    if divisor is None:
+        return total
+    number, unused = divisor
+    return (total if unused is None else torch.where(unused, 0, total)) / number
 
 
-def number_of_pixels(moments: SoftmaxMoments, weight: Tensor | None = None) -> Tensor:
+def number_of_pixels(moments: SoftmaxMoments, weight: Tensor | None = None) -> Divisor:
     """The divisor of the mean: Σ weight·used, or the number of valid pixels but at least 1."""
     counts = moments.counts if moments.used is None else moments.used
     if weight is None and moments.used is None:
         assert moments.divisor is not None
-        return moments.divisor
+        return moments.divisor, None
     counts = counts.to(moments.losses.dtype)
-    return fixed_order_sum(counts if weight is None else weight * counts)
+    return divisor_or_0(fixed_order_sum(counts if weight is None else weight * counts))
 
 
 def smoothed(

@@ -24,7 +24,8 @@ _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _is_profiling = torch._C._autograd._profiler_enabled  # pyright: ignore[reportAttributeAccessIssue]
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore
 _eager: dict[tuple[str, str], Callable[..., Any]] = {}  # by name and backend
-_below: dict[tuple[str, str], "_Below"] = {}  # the same, without gradients
+below: dict[tuple[str, str], Callable[..., Any]] = {}
+"""`run` by name and backend, where the call `is_eager` and its results need no gradients."""
 # What is none of these may be a subclass of Tensor, or a number that is traced.
 _PLAIN = frozenset(
     (Tensor, torch.nn.Parameter, type(None), bool, int, float, tuple, torch.Size, torch.dtype)
@@ -48,11 +49,6 @@ def run(name: str, backend: str, *arguments: Any) -> Any:
     if is_eager(*arguments):
         return _eager[name, backend](*arguments)
     return _overload(name, backend)(*arguments)
-
-
-def run_below(name: str, backend: str, *arguments: Any) -> Any:
-    """`run`, where the call `is_eager` and its results need no gradients."""
-    return _below[name, backend].eager(*arguments)
 
 
 def run_backward(grads: Sequence[Any], name: str, backend: str, *arguments: Any) -> Any:
@@ -144,14 +140,14 @@ def define(
         launcher = triton_launcher(library, name, launch, complete) if triton else None
         _define(f"{name}.{backend}", schema, fake, any_strides)
         defined[_overload(name, backend)] = name
-        below = _below[name, backend] = _Below(name, backend, launcher)
-        _eager[name, backend] = below.eager
+        forward = _Below(name, backend, launcher)
+        _eager[name, backend] = below[name, backend] = forward.eager
         if gradient is None:
             continue
         backward_name = f"{name}_backward"
         launcher = triton_launcher(library, backward_name, gradient.launch) if triton else None
         _define(f"{backward_name}.{backend}", gradient.schema, gradient.fake, any_strides)
-        _register_autograd(below, _Below(backward_name, backend, launcher), gradient)
+        _register_autograd(forward, _Below(backward_name, backend, launcher), gradient)
 
 
 def _overload(name: str, backend: str) -> torch._ops.OpOverload:
@@ -204,7 +200,9 @@ def _register_autograd(forward: _Below, backward: _Below, gradient: Gradient) ->
         ctx.set_materialize_grads(False)
         ctx.needs = Inputs(*ctx.needs_input_grad)
         results = output if isinstance(output, tuple) else (output,)
-        gradient.setup_context(ctx, Inputs(*map(savable, inputs)), Results(*results))
+        if any(inputs[i] is not None and inputs[i].is_inference() for i in forward.tensors):
+            inputs = tuple(map(savable, inputs))
+        gradient.setup_context(ctx, Inputs(*inputs), Results(*results))
 
     def gradients_of(ctx: Any, *grads: Any) -> tuple:
         ctx.forward, ctx.backend = partial(run, name, backend), backend

@@ -55,7 +55,7 @@ from .._moments import (
     split_options,
     statistics_dtype,
 )
-from .registration import Gradient, define, is_eager, run, run_backward, run_below
+from .registration import Gradient, below, define, is_eager, run, run_backward
 from .sigmoid import one_batch
 
 
@@ -329,18 +329,19 @@ def _call_of(
 
 def _moments(results: Sequence[Any], options: Options, wanted: Wanted) -> SoftmaxMoments:
     """The statistics that were requested, from the operator's results."""
-    x = Results(*results)
+    losses, intersections, probability_sums, squares, pixel_losses, _, *integers = results
+    counts, correct, used, divisor, labels_out_of_range = integers
     return SoftmaxMoments(
-        x.counts,
-        x.correct if wanted.correct else None,
-        x.losses,
-        x.intersections if wanted.probability_sums else None,
-        x.probability_sums if wanted.probability_sums else None,
-        x.squares if wanted.squares else None,
-        x.pixel_losses if wanted.pixel_losses else None,
-        x.used if counts_used(options) else None,
-        x.divisor,
-        x.labels_out_of_range if wanted.labels_out_of_range else None,
+        counts,
+        correct if wanted.correct else None,
+        losses,
+        intersections if wanted.probability_sums else None,
+        probability_sums if wanted.probability_sums else None,
+        squares if wanted.squares else None,
+        pixel_losses if wanted.pixel_losses else None,
+        used if counts_used(options) else None,
+        divisor,
+        labels_out_of_range if wanted.labels_out_of_range else None,
     )
 
 
@@ -421,9 +422,11 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, call: _Call, arithmetic: Any) -> Tensor:
         ctx.operator, ctx.backend, _, labels, options, wanted = call
         arguments = *options, *wanted
-        results = run_below(ctx.operator, ctx.backend, logits, labels, *arguments)
+        results = below[ctx.operator, ctx.backend](logits, labels, *arguments)
         loss, ctx.slopes = arithmetic(_moments(results, options, wanted))
-        _save(ctx, savable(logits), savable(labels), results[_LSE], arguments)
+        if logits.is_inference() or labels.is_inference():
+            logits, labels = savable(logits), savable(labels)
+        _save(ctx, logits, labels, results[_LSE], arguments)
         return loss
 
     @staticmethod

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._checks import is_for_onnx, is_jit_traced
+from .._checks import is_for_onnx, is_traced
 
 _RUN = 2**14  # torch divides a sum among threads from 2^15 numbers on
 
@@ -17,7 +17,7 @@ def fixed_order_sum(values: Tensor) -> Tensor:
     """
     if not values.is_cpu:  # a GPU adds in an order that follows from the shape
         return values.sum()
-    if torch.compiler.is_compiling() or is_jit_traced():
+    if is_traced():
         values = values if values.dim() < 2 else values.sum(-1)
         return values.sum(dtype=torch.float64).to(values.dtype)
     if values.numel() <= _RUN:

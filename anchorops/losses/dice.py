@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from .._checks import check_choice, check_flags, check_number, describe, fail
 from .._moments import Options, SoftmaxMoments, Wanted
-from .._ops.pixel_cross_entropy import divide
+from .._ops.pixel_cross_entropy import divide, divisor_or_0
 from .._ops.softmax_moments import Slopes
 from .._shared.sums import fixed_order_sum
 from ..distributed import all_reduce, group_name
@@ -210,10 +210,11 @@ class Dice(MomentsLoss):
         losses = present * -scores.clamp(min=tiny).log() if self.log else present - scores
         counted = present if isinstance(present, Tensor) and self.absent == "skip" else None
         counted = torch.ones_like(counts) if counted is None else counted
-        if weight is not None:
+        if weight is None:  # exact: fewer than 2^24 numbers
+            total = counted.sum(dtype=losses.dtype).clamp(min=1), None
+        else:
             losses, counted = losses * weight, counted * weight
-        total = fixed_order_sum(counted)
-        total = total if total.is_floating_point() else total.clamp(min=1)
+            total = divisor_or_0(fixed_order_sum(counted))
         mean = divide(fixed_order_sum(losses), total)
 
         # The module may be changed before the backward pass.
