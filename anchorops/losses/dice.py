@@ -144,9 +144,8 @@ class Dice(MomentsLoss):
         self.sigmoid = sigmoid
         self.process_group = group_name("Dice", process_group)
 
-    @property
     def wanted(self) -> Wanted:
-        return super().wanted._replace(
+        return super().wanted()._replace(
             probability_sums=True, squares=self.squared, per_image=self.per_image
         )
 
@@ -303,9 +302,8 @@ class CrossEntropyDice(MomentsLoss):
     def options(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Options:
         return self.cross_entropy.options(logits, labels, pixel_weights)
 
-    @property
     def wanted(self) -> Wanted:
-        return self.dice.wanted._replace(correct=self.accuracy)
+        return self.dice.wanted()._replace(correct=self.accuracy)
 
     @property
     def has_slopes(self) -> bool:

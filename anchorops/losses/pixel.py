@@ -199,7 +199,6 @@ class MomentsLoss(PixelLoss):
         pixel_weights have the labels' shape and the statistics' dtype."""
         return Options()
 
-    @property
     def wanted(self) -> Wanted:
         """The statistics that the loss needs."""
         return Wanted(correct=self.accuracy, labels_out_of_range=True)
@@ -246,7 +245,7 @@ class MomentsLoss(PixelLoss):
             return reduce(torch.add, (x for x, _ in others), first), all_slopes
 
         slopes = self.has_slopes and not (pixel_weights is not None and pixel_weights.requires_grad)
-        arguments = type(self).__name__, logits, labels, options, self.wanted, arithmetic
+        arguments = type(self).__name__, logits, labels, options, self.wanted(), arithmetic
         return loss_of_moments(*arguments, slopes=slopes, sigmoid=self.sigmoid), last[0]
 
     def _register_weight(self, weight: object, name: str = "weight") -> None:
