@@ -145,7 +145,8 @@ class Dice(MomentsLoss):
         self.process_group = group_name("Dice", process_group)
 
     def wanted(self) -> Wanted:
-        return super().wanted()._replace(
+        wanted = super().wanted()
+        return wanted._replace(
             probability_sums=True, squares=self.squared, per_image=self.per_image
         )
 
