@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Constant
 from .upsampling import (
     ROW_AXIS,
     at_pixels,
@@ -17,10 +18,10 @@ from .upsampling import (
 )
 
 LABELS = strides_of("labels", "bhw")
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-INF = tl.constexpr(float("inf"))
-NO_CLASS = tl.constexpr(2**31 - 1)
+LOG2_E = Constant(1.4426950408889634)
+LN_2 = Constant(0.6931471805599453)
+INF = Constant(float("inf"))
+NO_CLASS = Constant(2**31 - 1)
 
 
 class PixelMap(NamedTuple):

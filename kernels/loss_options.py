@@ -18,9 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .lanes import LOG2_E, true_logits, values_of_labels
+from .launch import Constant
 from .upsampling import corner_ptrs, corners, next_class, upsampled
 
-_SMALLEST = tl.constexpr(2.0**-24)  # c is rounded to multiples of about this
+_SMALLEST = Constant(2.0**-24)  # c is rounded to multiples of about this
 
 
 class LossOptions(NamedTuple):

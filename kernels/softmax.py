@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .lanes import INF, LN_2, LOG2_E, sum_of
+from .launch import Constant
 from .loss_options import add_weighted
 from .pixel_argmax import largest_logits
 from .upsampling import (
@@ -26,12 +27,12 @@ from .upsampling import (
 )
 
 # Below this sum, terms that matter may have underflowed.
-_SMALLEST_SUM = tl.constexpr(2.0**-100)
+_SMALLEST_SUM = Constant(2.0**-100)
 # If the first exponential of a row underflows, below 2^-126, so do the others. With this spread
 # they are below 2^(-126 + 3/4 · 80) = 2^-66, and this sum does not feel them.
-_LARGEST_SPREAD, _SMALLEST_SUM_OF_ROWS = tl.constexpr(80.0), tl.constexpr(2.0**-40)
+_LARGEST_SPREAD, _SMALLEST_SUM_OF_ROWS = Constant(80.0), Constant(2.0**-40)
 # Below every logit and exponent. Finite, so that differences are numbers.
-LOWEST = tl.constexpr(-1e36)
+LOWEST = Constant(-1e36)
 
 
 class Softmax(NamedTuple):

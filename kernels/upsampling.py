@@ -26,6 +26,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from .launch import Constant
+
 # Pixels of a lane, 16 together. With aligned corners, cells have five pixels if labels have four
 # times as many as logits; along the columns they are one part.
 MOST_ROWS, MOST_COLUMNS = 4, 5
@@ -34,7 +36,7 @@ ADJACENT = 4
 # Of [rows, lanes]; with Triton 3.6 they are [lanes, rows], because a lane's rows should be in one
 # thread: of a tensor of pointers that is contiguous along no axis, Triton 3.6 puts neighbours along
 # the first axis into different threads, later versions those along the last one.
-ROW_AXIS = tl.constexpr(0 if TorchVersion(triton.__version__) >= "3.7" else 1)
+ROW_AXIS = Constant(0 if TorchVersion(triton.__version__) >= "3.7" else 1)
 # Arguments that change with the images' size are in do_not_specialize: then Triton does not compile
 # again if one becomes 1 or a multiple of 16. It would, if they were elements of a tuple.
 SIZES = ("height", "width", "label_height", "label_width")
@@ -184,22 +186,30 @@ def upsampling_of(
     one_row = maps is not None and logits.shape[2:] == (height, width)
     if one_row and all(_follow_each_other(x) for x in (logits, *(maps or ())) if x is not None):
         return _of_one_row(height * width, align_corners)
-    columns = most_columns or MOST_COLUMNS
-    x, cells_x = axis_of(logits.shape[3], width, align_corners, columns, False)
-    rows = min(most_rows or MOST_ROWS, 16 // triton.next_power_of_2(cells_x.pixels))
-    y, cells_y = axis_of(logits.shape[2], height, align_corners, rows, True)
-    return Upsampling(y, x, _grid_of(cells_y, cells_x))
+    most = most_rows or MOST_ROWS, most_columns or MOST_COLUMNS
+    return _of_sizes(*logits.shape[2:], height, width, align_corners, *most)
 
 
 @lru_cache(maxsize=1024)
-def _grid_of(cells_y: Cells, cells_x: Cells) -> Grid:
+def _of_sizes(
+    source_height: int,
+    source_width: int,
+    height: int,
+    width: int,
+    align_corners: bool,
+    most_rows: int,
+    most_columns: int,
+) -> Upsampling:
+    x, cells_x = axis_of(source_width, width, align_corners, most_columns, False)
+    rows = min(most_rows, 16 // triton.next_power_of_2(cells_x.pixels))
+    y, cells_y = axis_of(source_height, height, align_corners, rows, True)
     joined = {
         "select": cells_y.select or cells_x.select,
         "even": cells_y.even and cells_x.even,
         "same": cells_y.same and cells_x.same,
     }
     cells_y, cells_x = cells_y._replace(**joined), cells_x._replace(**joined)
-    return Grid(cells_y, cells_x, tuple(range(cells_x.pixels)))
+    return Upsampling(y, x, Grid(cells_y, cells_x, tuple(range(cells_x.pixels))))
 
 
 class Logits(NamedTuple):

@@ -75,7 +75,7 @@ def _in_place(dlogits: Tensor, blocks: int) -> bool:
 def gradients_of_blocks(dlogits: Tensor, blocks: int) -> Tensor:
     """[blocks, B, K, h, w], for a kernel: dlogits, if it can write there."""
     if _in_place(dlogits, blocks):
-        return dlogits[None]
+        return dlogits.unsqueeze(0)
     dtype = torch.float32 if blocks > 1 else dlogits.dtype
     return dlogits.new_empty((blocks, *dlogits.shape), dtype=dtype)
 
