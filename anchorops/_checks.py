@@ -378,10 +378,10 @@ def check_pixels(
     function: str,
     logits: Tensor,
     labels: Tensor,
-    *,
-    sigmoid: bool = False,
     ignore_index: int | None,
     check_labels: bool,
+    *,
+    sigmoid: bool = False,
     **flags: bool,
 ) -> tuple[Tensor, int]:
     """What all pixel losses take: the labels of `labels_of_logits`, with sigmoids those of

@@ -179,14 +179,9 @@ def pixel_confusion_for(
 ) -> Tensor:
     """`pixel_confusion`, with messages that name `function`."""
     check_flags(function, sigmoid=sigmoid)
+    flags = {"sigmoid": sigmoid, "align_corners": align_corners}
     labels, ignore_index = check_pixels(
-        function,
-        logits,
-        labels,
-        sigmoid=sigmoid,
-        ignore_index=ignore_index,
-        check_labels=check_labels,
-        align_corners=align_corners,
+        function, logits, labels, ignore_index, check_labels, **flags
     )
     if sigmoid:
         options = Options(ignore_index=ignore_index, align_corners=align_corners)

@@ -44,17 +44,11 @@ def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
 
 
 def _launch(
-    launcher: Any,
-    logits: Tensor,
-    height: int,
-    width: int,
-    threshold: float,
-    boxes: Tensor | None,
-    align_corners: bool,
+    launcher: Any, logits: Tensor, height: int, width: int, threshold: float, *options: Any
 ) -> tuple[Tensor, ...]:
     """Triton finds the pixels at which the masks change; the CPU writes their codes."""
     level = math.log(threshold) - math.log1p(-threshold)
-    changes, offsets, *of_masks = launcher(logits, height, width, level, boxes, align_corners)
+    changes, offsets, *of_masks = launcher(logits, height, width, level, *options)
     compiled = unusable()["cpu"] is None
     encode = torch.ops.anchorops.mask_codes.cpu if compiled else reference.mask_codes
     return *encode(changes.cpu(), offsets, height * width), *of_masks

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,25 +11,23 @@ from .. import reference
 from .._backend import select
 from .._checks import check_flags, check_logits, check_size, check_threshold, describe, fail
 from .._moments import Options, Wanted, statistics_dtype
-from . import volumes as volumes  # it registers the operators of volumes
 from .registration import define, run
 from .softmax_moments import moments_of
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64)
 
 
-def _fake(
-    logits: Tensor, height: int, width: int, align_corners: bool, dtype: torch.dtype
-) -> Tensor:
+def fake(logits: Tensor, *arguments: Any) -> Tensor:
     """Logits of any strides. On the CPU they may have one channel: those of class 1 of two, where
     those of class 0 are 0."""
-    return logits.new_empty((logits.shape[0], height, width), dtype=dtype)
+    *size, _, dtype = arguments  # of an image, or of a volume
+    return logits.new_empty((logits.shape[0], *size), dtype=dtype)
 
 
 define(
     "pixel_argmax",
     "(Tensor logits, SymInt height, SymInt width, bool align_corners, ScalarType dtype) -> Tensor",
-    _fake,
+    fake,
     any_strides=True,
 )
 

@@ -56,14 +56,9 @@ def pixel_binary_cross_entropy(
     """
     function = "pixel_binary_cross_entropy"
     original_labels = labels
+    flags = {"sigmoid": True, "align_corners": align_corners}
     labels, ignore_index = check_pixels(
-        function,
-        logits,
-        labels,
-        sigmoid=True,
-        ignore_index=ignore_index,
-        check_labels=check_labels,
-        align_corners=align_corners,
+        function, logits, labels, ignore_index, check_labels, **flags
     )
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
     weight = None

@@ -56,12 +56,7 @@ def pixel_cross_entropy(
     function = "pixel_cross_entropy"
     original_labels = labels
     labels, ignore_index = check_pixels(
-        function,
-        logits,
-        labels,
-        ignore_index=ignore_index,
-        check_labels=check_labels,
-        align_corners=align_corners,
+        function, logits, labels, ignore_index, check_labels, align_corners=align_corners
     )
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
     label_smoothing = check_share(function, "label_smoothing", label_smoothing)

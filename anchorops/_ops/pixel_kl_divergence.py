@@ -97,13 +97,8 @@ def backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
     return {"logits": dlogits}
 
 
-define(
-    "pixel_kl_divergence",
-    SCHEMA,
-    forward_fake,
-    gradient=Gradient(BACKWARD_SCHEMA, backward_fake, setup_context, backward),
-    any_strides=True,
-)
+GRADIENT = Gradient(BACKWARD_SCHEMA, backward_fake, setup_context, backward)
+define("pixel_kl_divergence", SCHEMA, forward_fake, gradient=GRADIENT, any_strides=True)
 
 
 def _check_inputs(

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._backend import FUSED, select, triton_launcher
+from .._backend import FUSED, select
 from .._moments import statistics_dtype
 from .hinges import hinge_gradients
-from .registration import Gradient, call, define, library, run
+from .registration import Gradient, define, library, run
 
 
 def _histograms_fake(
@@ -52,7 +52,16 @@ define(
     _histograms_fake,
     any_strides=True,
 )
-for name, backends in (("error_loss", (*FUSED, "reference")), ("hinge_loss", ("reference",))):
+
+
+def _loss(_: str, loss: Tensor, *__: Any) -> Tensor:
+    return loss.clone()
+
+
+for name, backends, gradients in (
+    ("error_loss", (*FUSED, "reference"), reference.error_gradients),
+    ("hinge_loss", ("reference",), hinge_gradients),
+):
     define(
         name,
         "(Tensor loss, Tensor logits, Tensor labels, Tensor slopes, int ignore_index, "
@@ -67,22 +76,9 @@ for name, backends in (("error_loss", (*FUSED, "reference")), ("hinge_loss", ("r
             _backward,
             function="Lovasz",
         ),
-        in_python=True,
+        in_python=_loss,
         any_strides=True,
     )
-triton_launcher(library, "error_loss_backward", call)
-
-
-def _loss(loss: Tensor, *_: Any) -> Tensor:
-    return loss.clone()
-
-
-for overload in (*(f"error_loss.{x}" for x in (*FUSED, "reference")), "hinge_loss.reference"):
-    library.impl(overload, _loss, "CompositeExplicitAutograd")
-for name, gradients in (
-    ("error_loss", reference.error_gradients),
-    ("hinge_loss", hinge_gradients),
-):
     library.impl(f"{name}_backward.reference", gradients, "CompositeExplicitAutograd")
 
 

@@ -76,7 +76,7 @@ class Gradient(NamedTuple):
         an empty tensor. Whether a gradient will be requested is not always known when NAME is
         called (torch.vmap hides it, and a traced graph is used again): `backward` computes again
         what was not saved.
-    launch: as in `define`.
+    launch, in_python: as in `define`.
     function: the only one that calls NAME, if its reference has no other derivatives either.
     """
 
@@ -85,6 +85,7 @@ class Gradient(NamedTuple):
     setup_context: Callable[[Any, Any, Any], None]
     backward: Callable[[Any, Any, Any], dict[str, Tensor | None]]
     launch: Callable[..., Any] = call
+    in_python: Callable[..., Any] | None = None
     function: str | None = None
 
 
@@ -110,7 +111,7 @@ def define(
     gradient: Gradient | None = None,
     launch: Callable[..., Any] = call,
     complete: Callable[..., Any] | None = None,
-    in_python: bool = False,
+    in_python: Callable[..., Any] | None = None,
     any_strides: bool = False,
 ) -> None:
     """Define anchorops::NAME.BACKEND for each backend.
@@ -129,25 +130,41 @@ def define(
         launch: calls Triton's function NAME, its first argument, with the operator's arguments. In
             eager mode None stands for a result that was not requested.
         complete: (results, the operator's arguments) → the results, with empty tensors for None.
-        in_python: the caller implements every overload. It always implements `reference`.
+        in_python: (backend, the operator's arguments) → the results; it implements the overloads of
+            all backends. By default those of `reference` are left to the caller.
         any_strides: NAME and NAME_backward take tensors of any strides, except results of other
             operators (keys, lse), and the strides of their own results follow from them at run
             time. Then torch.compile, which makes convolutions channels last, does not copy their
             outputs back to the layout that they have in eager mode.
     """
     for backend in backends:
-        triton = backend == "triton" and not in_python
-        launcher = triton_launcher(library, name, launch, complete) if triton else None
         _define(f"{name}.{backend}", schema, fake, any_strides)
         defined[_overload(name, backend)] = name
+        launcher = _implement(name, backend, launch, complete, in_python)
         forward = _Below(name, backend, launcher)
         _eager[name, backend] = below[name, backend] = forward.eager
         if gradient is None:
             continue
         backward_name = f"{name}_backward"
-        launcher = triton_launcher(library, backward_name, gradient.launch) if triton else None
         _define(f"{backward_name}.{backend}", gradient.schema, gradient.fake, any_strides)
+        launcher = _implement(backward_name, backend, gradient.launch, None, gradient.in_python)
         _register_autograd(forward, _Below(backward_name, backend, launcher), gradient)
+
+
+def _implement(
+    name: str,
+    backend: str,
+    launch: Callable[..., Any],
+    complete: Callable[..., Any] | None,
+    in_python: Callable[..., Any] | None,
+) -> Callable[..., Any] | None:
+    """Returns Triton's launcher, if there is one."""
+    if in_python is not None:
+        implementation = partial(in_python, backend)
+        library.impl(f"{name}.{backend}", implementation, "CompositeExplicitAutograd")
+    elif backend == "triton":
+        return triton_launcher(library, name, launch, complete)
+    return None
 
 
 def _overload(name: str, backend: str) -> torch._ops.OpOverload:

@@ -184,14 +184,16 @@ def _launch_backward(launcher: Any, *arguments: Any) -> Tensor:
     return launcher(*arguments[:count], split_options(arguments[count:])[0])
 
 
-def define_moments(name: str, **how: Any) -> None:
-    """Define the operator `name`, which takes and returns what softmax moments do. how: as in
-    `define`."""
-    gradient = Gradient(BACKWARD_SCHEMA, backward_fake, setup_context, backward, _launch_backward)
-    define(name, SCHEMA, forward_fake, gradient=gradient, launch=_launch, complete=_complete, **how)
-
-
-define_moments("softmax_moments", any_strides=True)
+GRADIENT = Gradient(BACKWARD_SCHEMA, backward_fake, setup_context, backward, _launch_backward)
+define(
+    "softmax_moments",
+    SCHEMA,
+    forward_fake,
+    gradient=GRADIENT,
+    launch=_launch,
+    complete=_complete,
+    any_strides=True,
+)
 
 
 def as_images(
@@ -292,7 +294,7 @@ def softmax_moments(
     check_flags("softmax_moments", align_corners=align_corners, **wanted._asdict())
     original_labels = labels
     labels, ignore_index = check_pixels(
-        "softmax_moments", logits, labels, ignore_index=ignore_index, check_labels=check_labels
+        "softmax_moments", logits, labels, ignore_index, check_labels
     )
     options = Options(ignore_index=ignore_index, align_corners=align_corners)
     moments = moments_of("softmax_moments", logits, labels, options, wanted)

@@ -12,18 +12,25 @@ are those of `softmax_moments`, `pixel_argmax` and `pixel_kl_divergence`, with l
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._backend import FUSED
-from .._moments import GRADIENTS, RESULTS, Options, Results, split_options, statistics_dtype
+from .._moments import (
+    GRADIENTS,
+    RESULTS,
+    SCHEMA,
+    Options,
+    Results,
+    split_options,
+    statistics_dtype,
+)
 from .._shared.upsampling import bilinear_sources
 from . import pixel_kl_divergence as kl
-from .registration import Gradient, define, library
-from .softmax_moments import define_moments, forward_fake
+from .pixel_argmax import fake as argmax_fake
+from .registration import define
+from .softmax_moments import GRADIENT, forward_fake
 
 SLAB = 2**22  # logits in a slab, unless one slice has more: 16 MiB
 
@@ -176,48 +183,22 @@ def _dlogits(
     return dlogits
 
 
-def _argmax(
-    backend: str,
-    logits: Tensor,
-    depth: int,
-    height: int,
-    width: int,
-    align_corners: bool,
-    dtype: torch.dtype,
-) -> Tensor:
+def _argmax(backend: str, logits: Tensor, depth: int, *arguments: Any) -> Tensor:
     operator = getattr(torch.ops.anchorops.pixel_argmax, backend)
-    classes = _argmax_fake(logits, depth, height, width, align_corners, dtype)
+    classes = argmax_fake(logits, depth, *arguments)
     if classes.numel() == 0:
         return classes
-    sources = _sources(depth, logits, align_corners)
+    sources = _sources(depth, logits, align_corners=arguments[2])
     for slab in _slabs(depth, logits):
-        arguments = height, width, align_corners, dtype
         part = operator(_images(logits.detach(), slab, sources), *arguments)
         classes[slab.volumes, slab.slices] = slab.by_slice(part)
     return classes
 
 
-def _argmax_fake(
-    logits: Tensor,
-    depth: int,
-    height: int,
-    width: int,
-    align_corners: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    return logits.new_empty((logits.shape[0], depth, height, width), dtype=dtype)
-
-
-def _divergences(
-    backend: str,
-    logits: Tensor,
-    teacher_logits: Tensor,
-    valid: Tensor | None,
-    depth: int,
-    *options: Any,
-) -> tuple[Tensor, ...]:
+def _divergences(backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+    logits, teacher_logits, valid, depth, *options = arguments
     operator = getattr(torch.ops.anchorops.pixel_kl_divergence, backend)
-    results = [x.zero_() for x in kl.forward_fake(logits, teacher_logits, valid, depth, *options)]
+    results = [x.zero_() for x in kl.forward_fake(*arguments)]
     align_corners, total, maps = options[3], results[0].double(), results[1:]
     both = logits, teacher_logits
     if logits.shape[0] * depth * options[0] * options[1] == 0:
@@ -234,22 +215,12 @@ def _divergences(
     return total.to(results[0].dtype), *maps
 
 
-def _divergences_backward(
-    backend: str,
-    logits: Tensor,
-    teacher_logits: Tensor,
-    valid: Tensor | None,
-    lse: Tensor,
-    teacher_lse: Tensor,
-    dtotal: Tensor | None,
-    ddivergences: Tensor | None,
-    temperature: float,
-    align_corners: bool,
-) -> Tensor:
+def _divergences_backward(backend: str, *arguments: Any) -> Tensor:
+    logits, teacher_logits, valid, lse, teacher_lse, dtotal, ddivergences, *options = arguments
     operator = getattr(torch.ops.anchorops.pixel_kl_divergence_backward, backend)
     if lse.numel() == 0:
         return torch.zeros_like(logits)
-    depth = lse.shape[1]
+    depth, align_corners = lse.shape[1], options[1]
     sources = _sources(depth, teacher_logits, align_corners)
 
     def slab_gradient(slab: _Slab, images: Tensor) -> Tensor:
@@ -261,8 +232,7 @@ def _divergences_backward(
             slab.select_pixels(teacher_lse).contiguous(),
             dtotal,
             None if ddivergences is None else slab.select_pixels(ddivergences).contiguous(),
-            temperature,
-            align_corners,
+            *options,
         )
 
     slabs = _slabs(depth, logits, teacher_logits)
@@ -273,25 +243,20 @@ define(
     "volume_argmax",
     "(Tensor logits, SymInt depth, SymInt height, SymInt width, bool align_corners, "
     "ScalarType dtype) -> Tensor",
-    _argmax_fake,
-    in_python=True,
+    argmax_fake,
+    in_python=_argmax,
 )
 define(
     "volume_kl_divergence",
     kl.SCHEMA.replace("SymInt height", "SymInt depth, SymInt height"),
     kl.forward_fake,
-    gradient=Gradient(kl.BACKWARD_SCHEMA, kl.backward_fake, kl.setup_context, kl.backward),
-    in_python=True,
+    gradient=kl.GRADIENT._replace(in_python=_divergences_backward),
+    in_python=_divergences,
 )
-define_moments("volume_moments", in_python=True)
-for _name, _function in (
-    ("volume_moments", _moments),
-    ("volume_moments_backward", _moments_backward),
-    ("volume_argmax", _argmax),
-    ("volume_kl_divergence", _divergences),
-    ("volume_kl_divergence_backward", _divergences_backward),
-):
-    for _backend in FUSED:
-        library.impl(
-            f"{_name}.{_backend}", partial(_function, _backend), "CompositeExplicitAutograd"
-        )
+define(
+    "volume_moments",
+    SCHEMA,
+    forward_fake,
+    gradient=GRADIENT._replace(in_python=_moments_backward),
+    in_python=_moments,
+)

@@ -118,14 +118,8 @@ class PixelLoss(InitializedModule):
     ) -> Tensor:
         function = type(self).__name__
         original_labels = labels
-        labels, _ = check_pixels(
-            function,
-            logits,
-            labels,
-            sigmoid=self.sigmoid,
-            ignore_index=self.ignore_index,
-            check_labels=self.check_labels,
-        )
+        given = logits, labels, self.ignore_index, self.check_labels
+        labels, _ = check_pixels(function, *given, sigmoid=self.sigmoid)
         if pixel_weights is not None:
             self._check_pixel_weights(pixel_weights, original_labels, labels)
             pixel_weights = savable(pixel_weights.to(statistics_dtype(logits.dtype)))
