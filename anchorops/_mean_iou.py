@@ -143,9 +143,8 @@ class MeanIoU(Metric):
         else:
             check_integers("MeanIoU", "predictions", predictions)
             predictions = predictions.long()
-            matrix = confusion_for(
-                "MeanIoU", predictions, labels, self.num_classes, **label_options
-            )
+            arguments = predictions, labels, self.num_classes
+            matrix = confusion_for("MeanIoU", *arguments, **label_options)
         self.confusion = self.confusion + matrix  # new: a state may be a tensor of inference mode
 
     def _intersections_and_unions(self) -> tuple[Tensor, Tensor]:

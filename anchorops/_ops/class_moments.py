@@ -56,14 +56,8 @@ _BACKWARD_SCHEMA = (
 )
 
 
-def _forward_fake(
-    features: Tensor,
-    keys: Tensor,
-    anchors: Tensor | None,
-    num_keys: int,
-    groups: int,
-    with_sums: bool,
-) -> tuple[Tensor, Tensor]:
+def _forward_fake(features: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    _, anchors, num_keys, _, with_sums = arguments
     matrix = (num_keys, features.shape[1])
     dtype = statistics_dtype(features.dtype)
     return (
@@ -72,17 +66,8 @@ def _forward_fake(
     )
 
 
-def _backward_fake(
-    features: Tensor | None,
-    keys: Tensor,
-    anchors: Tensor | None,
-    dsums: Tensor | None,
-    dsqdists: Tensor | None,
-    groups: int,
-    size: list[int],
-    stride: list[int],
-    dtype: torch.dtype,
-) -> Tensor:
+def _backward_fake(features: Tensor | None, keys: Tensor, *arguments: Any) -> Tensor:
+    *_, size, stride, dtype = arguments
     if not stride:
         assert features is not None
         return torch.empty_like(features)
@@ -240,9 +225,7 @@ def class_moments(
         seed: for the groups: an int, or an int64 tensor with one element (a step counter).
         ignore_index: the label to ignore, 255 by default. With more than 255 classes, 255 is a
             class; then it must be given, for example −1. A class may be given, and is then ignored.
-        check_labels: raise an error if a label is neither a class nor ignore_index, or if labels of
-            two classes are 0 and 255 alone and 255 is ignored, as in masks of 0 and 255 that need
-            `mask > 0`; this synchronises with the device.
+        check_labels: as in `softmax_moments`.
 
     Returns:
         ClassMoments(counts, sums, sqdists) with shapes [K], [K, D], [K]; with groups [K, G, …];

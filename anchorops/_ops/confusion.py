@@ -63,10 +63,7 @@ def confusion(
             (B, 1, …), that predictions do not have. A pixel is ignored if its label is
             ignore_index or not a class, or if its prediction is not a class.
         num_classes: K, 2 to 4,096.
-        ignore_index: the label to ignore, 255 by default; with K > 255 it must be given.
-        check_labels: raise an error if a label is neither a class nor ignore_index, or if labels of
-            two classes are 0 and 255 alone and 255 is ignored, as in masks of 0 and 255 that need
-            `mask > 0`; this synchronises with the device.
+        ignore_index, check_labels: as in `softmax_moments`.
 
     Returns:
         int64 [K, K], truth × prediction.
@@ -74,14 +71,7 @@ def confusion(
     Raises:
         ValueError: wrong shape, dtype, device, number or label.
     """
-    return confusion_for(
-        "confusion",
-        predictions,
-        labels,
-        num_classes,
-        ignore_index=ignore_index,
-        check_labels=check_labels,
-    )
+    return confusion_for("confusion", predictions, labels, num_classes, ignore_index, check_labels)
 
 
 def confusion_for(
@@ -89,7 +79,6 @@ def confusion_for(
     predictions: Tensor,
     labels: Tensor,
     num_classes: int,
-    *,
     ignore_index: int | None,
     check_labels: bool = False,
 ) -> Tensor:
@@ -157,13 +146,7 @@ def pixel_confusion(
         ValueError: wrong shape, dtype, device, number or label.
     """
     return pixel_confusion_for(
-        "pixel_confusion",
-        logits,
-        labels,
-        sigmoid=sigmoid,
-        ignore_index=ignore_index,
-        align_corners=align_corners,
-        check_labels=check_labels,
+        "pixel_confusion", logits, labels, sigmoid, ignore_index, align_corners, check_labels
     )
 
 
@@ -171,7 +154,6 @@ def pixel_confusion_for(
     function: str,
     logits: Tensor,
     labels: Tensor,
-    *,
     sigmoid: bool,
     ignore_index: int | None,
     align_corners: bool,
