@@ -129,7 +129,6 @@ class Regularizer(InitializedModule):
     scalars, detached, still on their device.
     """
 
-    settings: tuple[str, ...] = ()
     uses_classifier = False
     replaces_classifier = False
     has_state = False  # whether it has buffers that a training forward updates
@@ -141,7 +140,6 @@ class Regularizer(InitializedModule):
         self,
         num_classes: int,
         dim: int,
-        *,
         ignore_index: int | None = None,
         process_group: ProcessGroup | str | None = None,
         check_labels: bool = False,
@@ -284,8 +282,3 @@ class Regularizer(InitializedModule):
             )
         if self.uses_classifier and classifier is None:
             fail(name, "classifier", "the model's classifier or its weight", None)
-
-    def extra_repr(self) -> str:
-        names = [*self.settings, "ignore_index", "process_group", "check_labels"]
-        settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-        return f"{self.num_classes}, {self.dim}, {settings}"

@@ -59,16 +59,8 @@ class BinaryCrossEntropy(BaseCrossEntropy):
         align_corners: bool = False,
         check_labels: bool = False,
     ) -> None:
-        super().__init__(
-            label_smoothing=label_smoothing,
-            focal_gamma=focal_gamma,
-            ohem_threshold=ohem_threshold,
-            ohem_min_kept=ohem_min_kept,
-            accuracy=accuracy,
-            ignore_index=ignore_index,
-            align_corners=align_corners,
-            check_labels=check_labels,
-        )
+        common = accuracy, ignore_index, align_corners, check_labels
+        super().__init__(label_smoothing, focal_gamma, ohem_threshold, ohem_min_kept, *common)
         self._register_weight(pos_weight, "pos_weight")
 
     def class_weight(self, logits: Tensor) -> Tensor | None:

@@ -95,7 +95,6 @@ class CBP(Regularizer):
     move by 1 − momentum to that mean, and the next batch replaces it.
     """
 
-    settings = ("length", "orthogonalize", "update", "momentum", "penalty_weight")
     replaces_classifier = True
     centroids: Tensor
 
@@ -114,13 +113,7 @@ class CBP(Regularizer):
         process_group: ProcessGroup | str | None = None,
         check_labels: bool = False,
     ) -> None:
-        super().__init__(
-            num_classes,
-            dim,
-            ignore_index=ignore_index,
-            process_group=process_group,
-            check_labels=check_labels,
-        )
+        super().__init__(num_classes, dim, ignore_index, process_group, check_labels)
         check_choice("CBP", "update", update, ("frozen", "gradient", "ema", "penalty"))
         if update == "penalty" and length is None:
             fail("CBP", "length", 'a number for update="penalty"', None)

@@ -48,16 +48,6 @@ class CeCo(Regularizer):
     The model's own classifier is not used. `terms`: center, present (number of centers).
     """
 
-    settings = (
-        "loss_weight",
-        "reduced_dim",
-        "center_dim",
-        "scale",
-        "resolution",
-        "per_image",
-        "freeze_projection",
-        "dropout",
-    )
     has_state = True
     prior: Tensor
     etf: Tensor
@@ -80,13 +70,7 @@ class CeCo(Regularizer):
         process_group: ProcessGroup | str | None = None,
         check_labels: bool = False,
     ) -> None:
-        super().__init__(
-            num_classes,
-            dim,
-            ignore_index=ignore_index,
-            process_group=process_group,
-            check_labels=check_labels,
-        )
+        super().__init__(num_classes, dim, ignore_index, process_group, check_labels)
         check_choice("CeCo", "resolution", resolution, ("label", "feature"))
         num_classes, dim = self.num_classes, self.dim
         self.loss_weight = check_number("CeCo", "loss_weight", loss_weight)

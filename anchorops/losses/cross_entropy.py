@@ -24,19 +24,17 @@ from .pixel import MomentsLoss, class_weight
 class BaseCrossEntropy(MomentsLoss):
     """What the cross-entropies of a softmax and of sigmoids share: all but the weights."""
 
-    settings = ("label_smoothing", "focal_gamma", "ohem_threshold", "ohem_min_kept")
     divides_by_weight = True  # whether the mean divides by the class weights of the used pixels
 
     def __init__(
         self,
-        *,
-        label_smoothing: float = 0.0,
-        focal_gamma: float = 0.0,
-        ohem_threshold: float | None = None,
-        ohem_min_kept: int | None = None,
-        **arguments: Any,
+        label_smoothing: float,
+        focal_gamma: float,
+        ohem_threshold: float | None,
+        ohem_min_kept: int | None,
+        *common: Any,
     ) -> None:
-        super().__init__(**arguments)
+        super().__init__(*common)
         name = type(self).__name__
         self.label_smoothing = check_share(name, "label_smoothing", label_smoothing)
         self.focal_gamma = check_number(name, "focal_gamma", focal_gamma)
@@ -169,16 +167,8 @@ class CrossEntropy(BaseCrossEntropy):
         align_corners: bool = False,
         check_labels: bool = False,
     ) -> None:
-        super().__init__(
-            label_smoothing=label_smoothing,
-            focal_gamma=focal_gamma,
-            ohem_threshold=ohem_threshold,
-            ohem_min_kept=ohem_min_kept,
-            accuracy=accuracy,
-            ignore_index=ignore_index,
-            align_corners=align_corners,
-            check_labels=check_labels,
-        )
+        common = accuracy, ignore_index, align_corners, check_labels
+        super().__init__(label_smoothing, focal_gamma, ohem_threshold, ohem_min_kept, *common)
         self._register_weight(weight)
 
     @property

@@ -74,20 +74,6 @@ class Dice(MomentsLoss):
     if requested.
     """
 
-    settings = (
-        "alpha",
-        "beta",
-        "smooth",
-        "smooth_denominator",
-        "squared",
-        "per_image",
-        "classes",
-        "absent",
-        "log",
-        "gamma",
-        "sigmoid",
-        "process_group",
-    )
     weight: Tensor | None
 
     def __init__(
@@ -111,12 +97,7 @@ class Dice(MomentsLoss):
         align_corners: bool = False,
         check_labels: bool = False,
     ) -> None:
-        super().__init__(
-            accuracy=accuracy,
-            ignore_index=ignore_index,
-            align_corners=align_corners,
-            check_labels=check_labels,
-        )
+        super().__init__(accuracy, ignore_index, align_corners, check_labels)
         if smooth_denominator is None:
             smooth_denominator = smooth
         alpha, beta = check_number("Dice", "alpha", alpha), check_number("Dice", "beta", beta)
@@ -253,8 +234,6 @@ class CrossEntropyDice(MomentsLoss):
 
     Raises ValueError if the two differ in ignore_index, align_corners or the kind of logits.
     """
-
-    settings = ("ce_weight", "dice_weight")
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +27,13 @@ class InitializedModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self._emptied:
             self._emptied = any(f"{prefix}{key}" not in state_dict for key in self.state_dict())
+
+    def extra_repr(self) -> str:
+        """The arguments of the constructors that became attributes, except tensors and modules."""
+        signatures = (signature(kind.__init__) for kind in type(self).__mro__)
+        names = dict.fromkeys(name for one in signatures for name in one.parameters)
+        shown = {name: vars(self)[name] for name in names if name in vars(self)}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
     def check_initialized(self) -> None:
         """Raise ValueError if the state has no values."""

@@ -59,8 +59,6 @@ class Lovasz(PixelLoss):
     the loss and the logit's gradient NaN.
     """
 
-    settings = ("sigmoid", "classes", "absent", "per_image", "bins")
-
     def __init__(
         self,
         *,
@@ -73,9 +71,7 @@ class Lovasz(PixelLoss):
         align_corners: bool = False,
         check_labels: bool = False,
     ) -> None:
-        super().__init__(
-            ignore_index=ignore_index, align_corners=align_corners, check_labels=check_labels
-        )
+        super().__init__(ignore_index, align_corners, check_labels)
         check_flags("Lovasz", sigmoid=sigmoid, per_image=per_image)
         check_choice("Lovasz", "absent", absent, ("skip", "zero", "keep"))
         self.bins = check_int("Lovasz", "bins", bins, "an int from 2 to 65,536", 2, 2**16)

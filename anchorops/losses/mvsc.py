@@ -49,15 +49,6 @@ class MVSC(Regularizer):
     State: `prototypes` (V), a parameter [G, K, D]. `terms`: fca, cos, visual, present (of K).
     """
 
-    settings = (
-        "groups",
-        "fca_weight",
-        "cos_weight",
-        "visual_weight",
-        "enhance",
-        "temperature",
-        "seed",
-    )
     uses_classifier = True
 
     def __init__(
@@ -76,13 +67,7 @@ class MVSC(Regularizer):
         process_group: ProcessGroup | str | None = None,
         check_labels: bool = False,
     ) -> None:
-        super().__init__(
-            num_classes,
-            dim,
-            ignore_index=ignore_index,
-            process_group=process_group,
-            check_labels=check_labels,
-        )
+        super().__init__(num_classes, dim, ignore_index, process_group, check_labels)
         self.groups = check_count("MVSC", "groups", groups)
         self.fca_weight = check_number("MVSC", "fca_weight", fca_weight)
         self.cos_weight = check_number("MVSC", "cos_weight", cos_weight)

@@ -48,15 +48,6 @@ class OCCL(Regularizer):
     A trainable classifier receives the gradient of L_c. `terms`: centroid, category, present (|P|).
     """
 
-    settings = (
-        "centroid_weight",
-        "category_weight",
-        "temperature",
-        "normalize",
-        "reduction",
-        "split",
-        "seed",
-    )
     uses_classifier = True
 
     def __init__(
@@ -75,13 +66,7 @@ class OCCL(Regularizer):
         process_group: ProcessGroup | str | None = None,
         check_labels: bool = False,
     ) -> None:
-        super().__init__(
-            num_classes,
-            dim,
-            ignore_index=ignore_index,
-            process_group=process_group,
-            check_labels=check_labels,
-        )
+        super().__init__(num_classes, dim, ignore_index, process_group, check_labels)
         check_choice("OCCL", "reduction", reduction, ("mean", "sum"))
         check_choice("OCCL", "split", split, ("pixels", "images"))
         self.centroid_weight = check_number("OCCL", "centroid_weight", centroid_weight)

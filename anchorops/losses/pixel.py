@@ -59,13 +59,10 @@ class PixelLoss(InitializedModule):
     stored as ignore_index: of masks of 0 and 255, the object. Then only the rest is learned.
     """
 
-    settings: tuple[str, ...] = ()
-    common_settings: tuple[str, ...] = ("ignore_index", "align_corners", "check_labels")
     sigmoid = False  # whether each channel of the logits is a sigmoid of its own
 
     def __init__(
         self,
-        *,
         ignore_index: int | None = None,
         align_corners: bool = False,
         check_labels: bool = False,
@@ -148,21 +145,14 @@ class PixelLoss(InitializedModule):
             )
             fail(type(self).__name__, "pixel_weights", expected, describe(pixel_weights))
 
-    def extra_repr(self) -> str:
-        names = (*self.settings, *self.common_settings)
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-
 
 class MomentsLoss(PixelLoss):
     """A pixel loss that softmax moments give.
 
     Args:
         accuracy: add the share of correctly predicted pixels to `terms`.
-
-    `arguments` are ignore_index, align_corners and check_labels, as in `CrossEntropy`.
+        ignore_index, align_corners, check_labels: as in `CrossEntropy`.
     """
-
-    common_settings = ("accuracy", *PixelLoss.common_settings)
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -180,11 +170,12 @@ class MomentsLoss(PixelLoss):
 
     def __init__(
         self,
-        *,
         accuracy: bool = False,
-        **arguments: Any,
+        ignore_index: int | None = None,
+        align_corners: bool = False,
+        check_labels: bool = False,
     ) -> None:
-        super().__init__(**arguments)
+        super().__init__(ignore_index, align_corners, check_labels)
         check_flags(type(self).__name__, accuracy=accuracy)
         self.accuracy = accuracy
 

@@ -78,19 +78,6 @@ class SAR(Regularizer):
     "all") and unsure (|S|).
     """
 
-    settings = (
-        "loss_weight",
-        "aux_weight",
-        "momentum",
-        "tau",
-        "delta",
-        "gate",
-        "anchor_kind",
-        "embed",
-        "layers",
-        "reweight",
-        "detach_weights",
-    )
     anchors: Tensor
     semantic_anchors: Tensor
 
@@ -114,13 +101,7 @@ class SAR(Regularizer):
         process_group: ProcessGroup | str | None = None,
         check_labels: bool = False,
     ) -> None:
-        super().__init__(
-            num_classes,
-            dim,
-            ignore_index=ignore_index,
-            process_group=process_group,
-            check_labels=check_labels,
-        )
+        super().__init__(num_classes, dim, ignore_index, process_group, check_labels)
         check_choice("SAR", "gate", gate, ("all", "per_class"))
         num_classes, dim = self.num_classes, self.dim
         self.layers = check_int("SAR", "layers", layers, "2 or 3", 2, 3)
@@ -149,6 +130,9 @@ class SAR(Regularizer):
             # in float32 at least, because updates of size (1−α) would be lost
             dtype = torch.promote_types(self.anchors.dtype, torch.float32)
             self.register_buffer("semantic_anchors", torch.zeros_like(self.anchors, dtype=dtype))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, anchor_kind={self.anchor_kind!r}"
 
     @property
     def started(self) -> Tensor:
