@@ -25,6 +25,7 @@ from ._checks import check_choice, fail, is_traced
 _logger = logging.getLogger("anchorops")
 NAMES = ("cuda", "triton", "cpu", "reference")
 _OF_DEVICE = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}  # fastest first
+_TAKES_CPU = ("auto", "cpu")  # choices
 FUSED = ("cpu", "triton")  # the backends of most operators, besides `reference`
 CUDA_BACKENDS = (*FUSED, "cuda")  # of class keys, random groups and class moments
 # The functions that torch.onnx.export writes as standard operators: those of predictions.
@@ -448,7 +449,12 @@ def select(
     """
     chosen, called = _choice.backend, called or (function,)
     # torch.onnx.export always traces; is_in_onnx_export takes longer than the rest of this function
-    if is_traced() and torch.onnx.is_in_onnx_export():
+    if not is_traced():
+        # what follows finds the same, but takes as long as a small operator of torch
+        usual = tensor.is_cpu and chosen in _TAKES_CPU and not (_MISSING["cpu"] or excluded["cpu"])
+        if usual and "cpu" in backends and not (refusal and refusal("cpu")):
+            return "cpu"
+    elif torch.onnx.is_in_onnx_export():
         _check_onnx_export(function, chosen)
         return "reference"
     call = tensor, num_classes, refusal, backends

@@ -17,6 +17,7 @@ T = TypeVar("T")
 SMALLEST_NORMAL, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_CLASSES = 65_536  # of the backends cpu and reference
+_is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
 
 
 def fail(function: str, argument: str, expected: str, got: object) -> NoReturn:
@@ -102,7 +103,7 @@ def is_jit_traced() -> bool:
 
 def is_traced() -> bool:
     """Whether torch.compile or torch.jit.trace records this call."""
-    return torch.compiler.is_compiling() or torch._C._is_tracing()
+    return _is_compiling() or _is_tracing()
 
 
 class _Formulas(threading.local):

@@ -15,13 +15,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .._backend import FUSED, triton_launcher
-from .._checks import in_transform, savable
+from .._checks import in_transform, is_traced, savable
 
 library = torch.library.Library("anchorops", "FRAGMENT")
 defined: dict[torch._ops.OpOverload, str] = {}
 """The operators of every backend, by name."""
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _is_profiling = torch._C._autograd._profiler_enabled  # pyright: ignore[reportAttributeAccessIssue]
+_are_transforms_active = torch._C._are_functorch_transforms_active
+_number_of_function_modes = torch._C._len_torch_function_stack
+_number_of_dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore
 _eager: dict[tuple[str, str], Callable[..., Any]] = {}  # by name and backend
 below: dict[tuple[str, str], Callable[..., Any]] = {}
@@ -36,10 +39,9 @@ def is_eager(*arguments: Any) -> bool:
     """Whether nothing but autograd sees this call. A dispatch mode or a profiler may: it sees each
     operator."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_function_stack() > 0
+        is_traced()
+        or _are_transforms_active()
+        or _number_of_function_modes() > 0
         or forward_ad._current_level >= 0
     ) and _PLAIN.issuperset(map(type, arguments))
 
@@ -197,7 +199,7 @@ class _Below:
         """Past torch's dispatcher, unless a dispatch mode or a profiler sees the call, or the
         dispatcher first has to write a tensor's values into memory: those of a negated view (as
         complex.conj().imag), and zeros (as the gradient of sgn)."""
-        if torch._C._len_torch_dispatch_stack() > 0 or _is_profiling():
+        if _number_of_dispatch_modes() > 0 or _is_profiling():
             return self.dispatched(*inputs)
         for place in self.tensors:
             x = inputs[place]
