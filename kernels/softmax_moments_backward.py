@@ -35,7 +35,7 @@ from .lanes import (
     true_logits,
     values_of_labels,
 )
-from .launch import most_rows, registers
+from .launch import Constant, most_rows, registers
 from .loss_options import (
     add_sum_of_weights,
     loss_options_of,
@@ -77,7 +77,7 @@ from .upsampling_transposed import (
 # How much z·log2(e) changes in an even cell, along a row or a column. Then pixels of a lane differ
 # by at most 3/2 of it, so that e^(z − m) and e^(m − lse) are at most 2^60, also where ignored. If
 # the first exponential of a row underflows, below 2^-126, p is below 2^(-126 + 3/4 · 40 + 60).
-_LARGEST_SPREAD = tl.constexpr(40.0)
+_LARGEST_SPREAD = Constant(40.0)
 
 
 class ClassGradient(NamedTuple):
