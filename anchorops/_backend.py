@@ -447,11 +447,12 @@ def select(
         backends: those that have these operators, besides `reference`.
         faster: a backend that "auto" tries first.
     """
-    chosen, device = _choice.backend, tensor.device.type
+    chosen = _choice.backend
     # torch.onnx.export always traces; is_in_onnx_export takes longer than the rest of this function
     if not is_traced():
-        # what follows finds the same, but takes as long as a small operator of torch
-        usual = device == "cpu" and chosen in _TAKES_CPU and "cpu" in backends
+        # what follows finds the same, but takes as long as a small operator of torch; is_cpu is
+        # quicker than device.type
+        usual = tensor.is_cpu and chosen in _TAKES_CPU and "cpu" in backends
         if usual and not (_MISSING["cpu"] or excluded["cpu"] or (refusal and refusal("cpu"))):
             return "cpu"
     elif torch.onnx.is_in_onnx_export():
@@ -463,7 +464,7 @@ def select(
         if reason:
             raise ValueError(f"{function}: backend {chosen} does not support this call: {reason}")
         return chosen
-    called = called or (function,)
+    called, device = called or (function,), tensor.device.type
     for name in (*([faster] if faster else []), *_OF_DEVICE.get(device, ())):
         # Kernels without a GPU are for tests: they are never selected automatically.
         if _MISSING[name] or _ON_HOST.get(name):

@@ -292,7 +292,10 @@ class Gpus:
 
     def select(self, index: int, function: str = "f", **options: Any) -> str:
         features: Any = SimpleNamespace(
-            device=torch.device("cuda", index), dtype=torch.bfloat16, shape=(2, 3, 4, 5)
+            device=torch.device("cuda", index),
+            is_cpu=False,
+            dtype=torch.bfloat16,
+            shape=(2, 3, 4, 5),
         )
         options = {"backends": _backend.CUDA_BACKENDS} | options
         return _backend.select(function, features, 6, **options)
