@@ -308,6 +308,7 @@ def test_more_than_2_to_the_31_pixels():
     assert masks.coco(compressed=False)[0]["counts"] == [2**31, 2**31]
 
 
+@pytest.mark.filterwarnings("error")
 def test_result():
     z = torch.randn(5, 6, 7)
     masks = ao.mask_rle(z, (20, 30))

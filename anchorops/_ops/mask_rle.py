@@ -123,7 +123,10 @@ class MaskRLE:
         if isinstance(index, Tensor):
             index = index.cpu()
         try:
-            chosen = torch.arange(len(self), device="cpu")[index].flatten()
+            # torch is about to read a sequence of sequences, as a str is, in another way
+            several = isinstance(index, Sequence) and len(index) > 0
+            numbers = torch.tensor(index, device="cpu") if several else index
+            chosen = torch.arange(len(self), device="cpu")[numbers].flatten()
         except (IndexError, TypeError, ValueError) as error:  # ValueError: a negative step
             problem = f"expected indices of {len(self)} masks, got {describe(index)}"
             raise type(error)(f"MaskRLE: index: {problem}") from None
