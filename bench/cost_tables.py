@@ -39,6 +39,7 @@ GPU_RUN = RESULTS / "nvidia-h100-80gb-hbm3-132-multiprocessors.json"
 COUNTED_MEMORY = RESULTS / "counted-memory.json"
 COUNTED_TRAFFIC = RESULTS / "counted-traffic.json"
 COUNTED_PRECISION = RESULTS / "counted-precision.json"
+HOST_TIME = RESULTS / "host-time.json"  # of bench/host_time.py
 EXPONENTIALS = "exponentials"
 REQUESTS = ("loads", "stores", "atomics")  # of counted traffic
 
@@ -486,6 +487,15 @@ def coco_steps() -> str:
     return f"{rows[0]['images']:,} images: {steps}."
 
 
+def host_time() -> str:
+    """Times of each call by each backend, also as multiples of torch's formula."""
+    lines = []
+    for (name,), rows in grouped(load(HOST_TIME)["host_time"], "name").items():
+        times = (f"{row['us']:.0f} ({row['ratio']:.1f})" for row in rows)
+        lines.append([name, *times, rows[0]["operators"]])
+    return markdown_table(["call", "CPU", "Triton", "operators"], lines)
+
+
 def precision() -> str:
     """How many results have larger errors; the worst, divided by torch's."""
     rows = rows_of_precision("losses")
@@ -562,6 +572,7 @@ TABLES = {
     "inference": lambda: inference(load(RUN)),
     "masks_in_frameworks": masks_in_frameworks,
     "coco_steps": coco_steps,
+    "host_time": host_time,
     "export": export,
     "lovasz": lovasz,
     "counted_memory": counted_memory,
