@@ -86,7 +86,9 @@ def check(case: Case, backend: str) -> None:
         error, limit = error_and_limit(*numbers, floor)
         assert error <= limit, number
     gradient = found[-sum(x.is_floating_point() for x in inputs.values())]
-    if gradient is not None and backend != "reference":
+    # Triton's gradient of sigmoids is every second plane of a larger tensor
+    planes = backend == "triton" and case.entry.name == "pixel_binary_cross_entropy"
+    if gradient is not None and backend != "reference" and not planes:
         assert gradient.stride() == torch.empty_like(first, device="meta").stride()
     torch.testing.assert_close(whole, before, rtol=0, atol=0, equal_nan=True)
 
