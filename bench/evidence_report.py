@@ -34,7 +34,7 @@ Row = dict[str, Any]
 
 class DataSet(NamedTuple):
     """name: in a sentence. about: how networks are trained on it. scenes: the titles of its
-    variants, by a row's `scenes`. plan: what the plan leaves out. steps: of the runs of the first
+    variants, by a row's `scenes`. plan: about its runs. steps: of the runs of the first
     variant whose gradients are shown."""
 
     name: str
@@ -56,8 +56,7 @@ DATA_SETS = [
             "few": "Few scenes: 500 training scenes, the same for all seeds",
             "steep": "More long-tailed: frequencies (d + 1)⁻² of digit d in the training scenes",
         },
-        "Few and more long-tailed scenes are planned with 1,500 steps (baseline, SAR and MVSC\n"
-        "also with 4,000), and without CR, CBP, and the published weights of OCCL and CeCo.",
+        "",
         steps=1_500,
     ),
     DataSet(
@@ -68,9 +67,7 @@ DATA_SETS = [
         "split with the baseline alone. Tail: fence, sign, pole, pedestrian and bicyclist, each\n"
         "0.3 to 1.2 % of the training pixels. The columns of classes are their mean IoU in %.",
         {"camvid": "Photographs"},
-        "Photographs are planned with 1,000 steps, and with the published weights of SAR, MVSC,\n"
-        "CeCo, and CBP + OCCL. A single run, with the files named in\n"
-        "[evidence.py](../bench/evidence.py):\n\n"
+        "A single run, with the files named in [evidence.py](../bench/evidence.py):\n\n"
         "```sh\n"
         "anchorops-train fit --config camvid --data.dataset folder --data.root data/camvid \\\n"
         "    --model.backbone_weights data/tf_efficientnet_lite0-imagenet-fp16.pth \\\n"
@@ -134,7 +131,9 @@ def page(evidence: dict[str, Any]) -> str:
             converged=CONVERGED,
             seeds=seeds,
             about="\n\n".join(data.about for data in data_sets),
-            missing="\n\n".join(f"{_not_run(evidence, data)}\n{data.plan}" for data in data_sets),
+            missing="\n\n".join(
+                f"{_not_run(evidence, data)}\n{data.plan}".rstrip() for data in data_sets
+            ),
         )
     ]
     for (scenes, model), group in grouped(rows, "scenes", "model").items():
