@@ -124,10 +124,11 @@ def _sums_by_cell(logits, lanes, options, image, PREDICT: tl.constexpr, CELLS: t
 
 @triton.jit
 def underflow(sums, labels, SMALLEST: tl.constexpr = _SMALLEST_SUM):
-    """For each row of pixels, whether a term that matters may have underflowed."""
-    unsafe = (labels[0] >= 0) & ~(sums[0] >= SMALLEST)
+    """For each row of pixels, whether a term that matters may have underflowed; or overflowed, by
+    the rounding error of a shift beyond 2^30."""
+    unsafe = (labels[0] >= 0) & ~((sums[0] >= SMALLEST) & (sums[0] < INF))
     for i in tl.static_range(1, len(sums)):
-        unsafe |= (labels[i] >= 0) & ~(sums[i] >= SMALLEST)
+        unsafe |= (labels[i] >= 0) & ~((sums[i] >= SMALLEST) & (sums[i] < INF))
     return unsafe
 
 

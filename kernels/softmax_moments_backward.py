@@ -10,8 +10,8 @@ transpose of β·v_k is v_k times the transpose of β, which is computed once.
 
 In even cells p_k = e^(z_k − m)·e^(m − lse), where m is the largest lse of a lane: the first factor
 is a geometric sequence along a row, the second one is the same for all classes. If neighbours of a
-cell differ by more than about 28, this may underflow or overflow. Then the program computes its
-gradients again, with an exponential for each pixel.
+cell differ by more than about 28 (14 with sums of probabilities), this may underflow or overflow.
+Then the program computes its gradients again, with an exponential for each pixel.
 """
 
 from typing import Any, NamedTuple
@@ -76,8 +76,9 @@ from .upsampling_transposed import (
 
 # How much z·log2(e) changes in an even cell, along a row or a column. Then pixels of a lane differ
 # by at most 3/2 of it, so that e^(z − m) and e^(m − lse) are at most 2^60, also where ignored. If
-# the first exponential of a row underflows, below 2^-126, p is below 2^(-126 + 3/4 · 40 + 60).
-_LARGEST_SPREAD = Constant(40.0)
+# the first exponential of a row underflows, below 2^-126, p is below 2^(-126 + 3/4 · 40 + 60) =
+# 2^-36; with the slopes of a class's sums, which may be as large as 1/p, below 2^-81.
+_LARGEST_SPREAD, _LARGEST_SPREAD_BY_CLASS = Constant(40.0), Constant(20.0)
 
 
 class ClassGradient(NamedTuple):
@@ -201,25 +202,28 @@ def _valid_cells(four, labels, CELLS: tl.constexpr):
 @triton.jit
 def _shift_of(lse, labels):
     """−m·log2(e) of each lane, where m is the largest lse of valid pixels; −∞ if it has none, so
-    that all e^(z − m) are 0. And a spread: ∞ if m·log2(e) overflows, otherwise 0."""
+    that all e^(z − m) are 0. And a spread: ∞ if m·log2(e) has a rounding error that might let them
+    overflow, otherwise 0."""
     largest = tl.full(lse[0].shape, -INF, tl.float32)
     for i in tl.static_range(len(lse)):
         largest = tl.maximum(largest, tl.where(labels[i] >= 0, lse[i], -INF))
     largest = tl.max(largest, ROW_AXIS, keep_dims=True)
     shift = tl.where(largest == -INF, -INF, largest * -LOG2_E)
-    overflow = (largest != -INF) & (tl.abs(shift) == INF)
-    return shift, tl.where(overflow, INF, 0.0)
+    inexact = (largest != -INF) & (tl.abs(shift) > 2.0**20)
+    return shift, tl.where(inexact, INF, 0.0)
 
 
 @triton.jit
 def _exponentials(four, shift, scales, spread, lanes, BY_CLASS: tl.constexpr, CELLS: tl.constexpr):
     """e^(z − m) of a lane's pixels in an even cell, with BY_CLASS multiplied by the scales; and the
-    larger of `spread` and that of this class. NaN gives 0: where it matters, lse is NaN too."""
+    larger of `spread` and that of this class, NaN if two ends overflow. A logit that is NaN gives
+    0: where it matters, lse is NaN too."""
     ends = [tl.maximum(tl.fma(x, LOG2_E, shift), LOWEST) for x in four]
     exponentials, across, down = exponentials_of_rows(ends, lanes, CELLS)
     if BY_CLASS:
         exponentials = [exponentials[i] * scales[i] for i in () + CELLS.columns]
-    return exponentials, tl.maximum(spread, tl.maximum(across, down))
+    of_class = tl.maximum(across, down, tl.PropagateNan.ALL)
+    return exponentials, tl.maximum(spread, of_class, tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -377,7 +381,8 @@ def _softmax_moments_bwd_kernel(
             )  # fmt: skip
             tl.store(dptrs, gradient.to(dlogits_ptr.dtype.element_ty), mask=written)
             dptrs = at_pixels(dptrs, dlogits_k, CELLS)
-        by_pixel = any_of(spread > _LARGEST_SPREAD)
+        LIMIT: tl.constexpr = _LARGEST_SPREAD_BY_CLASS if BY_CLASS else _LARGEST_SPREAD
+        by_pixel = any_of(~(spread <= LIMIT))
         # back to class 0: pointers that are kept need registers
         last = (num_classes - 1).to(tl.int64)
         ptrs = next_class(ptrs, -last * logits.stride_k, CELLS)

@@ -1,5 +1,6 @@
 """Values and gradients of softmax moments on every backend, with all options."""
 
+import math
 from itertools import combinations
 from typing import Any
 
@@ -293,6 +294,50 @@ def test_largest_logits(backend: str):
     torch.testing.assert_close(run(case, logits=logits), run_reference(case, logits=logits))
     logits = torch.tensor([3e38, 0, -3e38, 0])[:, None, None].expand(size)
     torch.testing.assert_close(run(case, logits=logits), run_reference(case, logits=logits))
+    logits = torch.zeros(size)
+    logits[:, 0] = torch.tensor([3e38, -3e38, -3e38])[:, None]  # two corners of a cell overflow
+    labels = torch.where(torch.arange(12)[:, None] == 5, 1, -1).expand(1, 12, 16)
+    changed = {"logits": logits, "labels": labels}
+    torch.testing.assert_close(run(case, **changed), run_reference(case, **changed))
+
+
+@pytest.mark.on("reference", "simulated_triton", "cpu")
+@pytest.mark.parametrize("value", [1e10, -1e10, 1e20, -1e30])
+def test_a_class_far_from_zero(value: float, backend: str):
+    """z·log2(e) has a rounding error beyond the range of exponents."""
+    case = moments((1, 3, 3, 4), (12, 16), statistics=("probability_sums",))
+    logits = torch.randn(1, 3, 3, 4)
+    logits[:, 0] = value
+    torch.testing.assert_close(run(case, logits=logits), run_reference(case, logits=logits))
+
+
+@pytest.mark.on("reference", "simulated_triton", "cpu")
+@pytest.mark.parametrize("stride", [1, 3, 4])
+def test_equal_logits_far_from_zero(stride: int, backend: str):
+    logits = torch.full((2, 3, 3, 4), -1e10)
+    logits[1] = 3e10
+    labels = torch.zeros((2, 3 * stride, 4 * stride), dtype=torch.int64)
+    loss = ao.pixel_cross_entropy(logits, labels)
+    torch.testing.assert_close(loss, torch.tensor(math.log(3)))
+
+
+@pytest.mark.on("reference", "simulated_triton", "cpu")
+def test_slopes_as_large_as_the_inverse_of_a_probability(backend: str):
+    """log-Dice of a class whose probabilities are 2^-46, in a cell with one of another class."""
+    z = torch.zeros(1, 2, 3, 4)
+    column, row = torch.tensor([0.0, 1, 0, 1]), torch.tensor([0.0, 1, 0])[:, None]
+    z[:, 0] = -(column + row) * 39.5 * math.log(2)
+    z[:, 1] = (column * 39.5 - 150) * math.log(2)
+    labels = torch.full((1, 12, 16), 255)
+    labels[0, 2, 2], labels[0, 5, 2:6] = 0, 1
+
+    def gradient() -> Tensor:
+        x = z.clone().requires_grad_()
+        return torch.autograd.grad(ao.Dice(log=True)(x, labels), x)[0]
+
+    ours = gradient()
+    with ao.use_backend("reference"):
+        torch.testing.assert_close(ours, gradient(), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.on("reference", "simulated_triton")

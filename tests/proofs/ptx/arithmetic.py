@@ -20,7 +20,9 @@ COMPARE: dict[str, Callable[..., Array]] = {
     "ge": np.greater_equal,
     "ne": lambda x, y: (x < y) | (x > y),  # false for NaN, where NumPy's is true
     "neu": np.not_equal,
+    "equ": lambda x, y: ~((x < y) | (x > y)),
     "ltu": lambda x, y: ~(x >= y),
+    "leu": lambda x, y: ~(x > y),
     "gtu": lambda x, y: ~(x <= y),
     "geu": lambda x, y: ~(x < y),
     "num": lambda x, y: ~(np.isnan(x) | np.isnan(y)),
