@@ -47,8 +47,8 @@ def test_predictions_are_those_of_the_evaluation(folder: Path, options: list[str
     assert any("_forward_changes" in vars(x) for x in program.model.network.modules())  # late
     matrix = torch.zeros(2, 2, dtype=torch.int64)
     for path in images:
-        mask = (folder / "masks/val" / path.relative_to(folder / "images/val")).with_suffix(".png")
-        made = folder / f"new/predictions/{path.stem}.png"
+        name = path.relative_to(folder / "images/val").with_suffix(".png")
+        mask, made = folder / "masks/val" / name, folder / "new/predictions" / name
         predicted, labels = (np.array(Image.open(x)) for x in (made, mask))
         assert predicted.dtype == np.uint8 and predicted.shape == labels.shape
         predicted, labels = (torch.tensor(x).long()[None] for x in (predicted, labels))
