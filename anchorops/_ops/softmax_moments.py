@@ -172,11 +172,15 @@ def _launch(launcher: Any, logits: Tensor, labels: Tensor, *arguments: Any) -> A
 
 
 def _complete(results: Any, logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """The statistics of Triton share memory, which the results of an operator must not."""
     options, _ = split_options(arguments)
-    return tuple(
-        logits.new_empty(0, dtype=_dtype(name, options, logits)) if x is None else x
-        for name, x in zip(RESULTS, results, strict=True)
-    )
+
+    def result(name: str, x: Tensor | None) -> Tensor:
+        if x is None:
+            return logits.new_empty(0, dtype=_dtype(name, options, logits))
+        return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
+
+    return tuple(result(name, x) for name, x in zip(RESULTS, results, strict=True))
 
 
 def _launch_backward(launcher: Any, *arguments: Any) -> Tensor:
