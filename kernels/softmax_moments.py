@@ -27,7 +27,6 @@ from .lanes import (
     next_label,
     number_of,
     pixel_map_of,
-    probability,
     store_map,
     sum_of,
 )
@@ -141,18 +140,18 @@ def _add_true_classes(
 
 
 @triton.jit
-def _add_all_classes(results, row, logits, lanes, labels, lse, CELLS: tl.constexpr):
+def _add_all_classes(results, row, logits, lanes, labels, softmax, CELLS: tl.constexpr):
     """Adds Σ p and Σ p² of each class."""
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
     stored = loaded(ptrs)
     for k in range(logits.num_classes):
-        z = upsampled(corners_of(stored, CELLS), lanes, CELLS)
+        exponents = exponents_of(corners_of(stored, CELLS), softmax, lanes, CELLS)
         ptrs = following(ptrs, k, logits, CELLS)
         stored = loaded(ptrs)
-        probability_sum = tl.zeros(lse[0].shape, tl.float32)
-        square = tl.zeros(lse[0].shape, tl.float32)
+        probability_sum = tl.zeros(labels[0].shape, tl.float32)
+        square = tl.zeros(labels[0].shape, tl.float32)
         for i in tl.static_range(len(labels)):
-            p = tl.where(labels[i] >= 0, probability(z[i], lse[i]), 0.0)
+            p = tl.where(labels[i] >= 0, tl.exp2(exponents[i] - softmax.log_sums[i]), 0.0)
             probability_sum += p
             square = tl.fma(p, p, square)
         if results.probability_sums is not None:
@@ -231,7 +230,7 @@ def _softmax_moments_kernel(
             pixel_losses_map = contiguous_map(pixel_losses_ptr, axes)
             store_map(pixel_losses_map, pixel_losses, image, lanes, CELLS)
         if results.probability_sums is not None or results.squares is not None:
-            _add_all_classes(results, row, logits, lanes, labels, lse, CELLS)
+            _add_all_classes(results, row, logits, lanes, labels, softmax, CELLS)
 
 
 def softmax_moments(
