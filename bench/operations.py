@@ -426,7 +426,7 @@ class Operation(NamedTuple):
         softmaxes: how many it computes of each pixel, for the count of exponentials.
         compares: whether results are compared. Not if equal losses are chosen otherwise, or errors
             rounded to bins.
-        rounds: of timing, if fewer than the command's.
+        rounds: of timing, at least.
     """
 
     operator: str
@@ -434,7 +434,7 @@ class Operation(NamedTuple):
     alternatives: dict[str, Any]
     softmaxes: int = 0
     compares: bool = True
-    rounds: int | None = None
+    rounds: int = 10
 
 
 def pixel_loss(

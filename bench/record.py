@@ -7,6 +7,7 @@ commit. An implementation that could not be measured has `absent`, the reason, i
 measurements.
 """
 
+import argparse
 import json
 import os
 import re
@@ -41,6 +42,16 @@ STEP_NAMES = {  # whose cross-entropy, and whether with late upsampling
     ("torch", True): LATE,
     ("anchorops", True): BOTH,
 }
+
+
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """The options of every program that measures."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=formatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=DEVICE)
+    parser.add_argument("--rows", type=Path, help="write the rows to this JSON file")
+    parser.add_argument("--dry-run", action="store_true", help="tiny, only to test the code")
+    return parser
 
 
 def file_name(device: torch.device) -> str:

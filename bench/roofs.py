@@ -1,17 +1,17 @@
 """What the device can do at most: copies and sums of a large tensor, and on a GPU exponentials.
 
-python bench/roofs.py [--rows ROWS.json]
+    python bench/roofs.py [--rows ROWS.json]
+
+A dry run needs TRITON_INTERPRET=1.
 """
 
-import argparse
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from record import DEVICE, head_of, save
+from record import head_of, parser_of, save
 
 from anchorops.measure import bandwidth, in_turns
 
@@ -42,11 +42,7 @@ def exponentials_per_second(device: torch.device, programs: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", default=DEVICE)
-    parser.add_argument("--rows", type=Path, help="write the results to this JSON file")
-    parser.add_argument("--dry-run", action="store_true", help="with TRITON_INTERPRET=1, on a CPU")
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__).parse_args()
     device, tiny = torch.device(arguments.device), arguments.dry_run
     size = 2**16 if tiny else 2**28 if device.type == "cuda" else 2**26
     rates = bandwidth(torch.randn(size, device=device))

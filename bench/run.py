@@ -30,8 +30,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import bench_cases
 import cost_tables
+import operators
 import plot
 import torch
 import training_step
@@ -85,17 +85,13 @@ class Plan(NamedTuple):
         rows = [
             {**case._replace(shape=case.shape.on(device)).fields, "name": one.name}
             for case in cases
-            for one in bench_cases.implementations(self.device, case, kinds)
+            for one in operators.implementations(self.device, case, kinds)
         ]
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE)]
-        command += ["--rows", str(self.rows("operators")), "--cases-of", self.device]
-        command += ["--device", "cpu" if self.dry else self.device]
+        script = partial(self.script, "operators.py", "operators", "--cases-of", self.device)
         if self.dry:
-            return Item(
-                "operators", "operators", [*command, "--tiny", "--threads", "1"], limit, rows
-            )
+            return Item("operators", "operators", script(), limit, rows)
         names = [name for case in cases for name in ("--case", str(case))]
-        return Item(str(cases[0]), "operators", [*command, *names], limit, rows)
+        return Item(str(cases[0]), "operators", script(*names), limit, rows)
 
     def steps(self, section: str, limit: float, compiled: bool = False) -> list[Item]:
         """An item for each network; in a dry run one for all."""

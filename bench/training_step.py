@@ -10,17 +10,15 @@ which the host does not decide. The ratio is the time divided by the median of t
 --dry-run: small images, with torch.compile's backend "eager" for the loss alone.
 """
 
-import argparse
 import copy
 import gc
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from networks import BATCHES, COMPILED, IGNORE_INDEX, ON_CPU, ON_GPU, Network
-from record import BASELINE, DEVICE, OWN, STEP_NAMES, head_of, save, spread
+from record import BASELINE, OWN, STEP_NAMES, head_of, parser_of, save, spread
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -283,14 +281,11 @@ def largest_batch(fits: Callable[[int], bool], start: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--network", action="append", help="by name (default: all)")
     parser.add_argument("--section", choices=SECTIONS, default=SECTIONS[0])
-    parser.add_argument("--rows", type=Path, help="write the rows to this JSON file")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=DEVICE)
     parser.add_argument("--networks-of", help="a type of device (default: that of --device)")
     parser.add_argument("--compiled", action="store_true", help="steps by torch.compile")
-    parser.add_argument("--dry-run", action="store_true", help="small images")
     arguments = parser.parse_args()
     device, dry = torch.device(arguments.device), arguments.dry_run
     for network, names in plan(

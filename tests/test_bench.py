@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import bench_cases
 import cases
 import cost_tables
 import operations
+import operators
 import plot
 import pytest
 import run as bench
@@ -344,15 +344,15 @@ def test_wrong_results_are_not_timed(monkeypatch):
     """Those of ours and of torch's formulas. A library that is not there has a row that says so."""
     case = cases.Case("cross-entropy", cases.SEGFORMER, dtype="fp32")
     case = case._replace(shape=case.shape.on(CPU, tiny=True))
-    timer = bench_cases.Timer(case, CPU, True, 0.0, 3)
-    ours = bench_cases.Implementation("anchorops (reference)", ao.CrossEntropy(), "reference")
+    timer = operators.Timer(case, CPU, True)
+    ours = operators.Implementation("anchorops (reference)", ao.CrossEntropy(), "reference")
     absent = operations.smp("DiceLoss")._replace(package="no_such_package")
-    library = bench_cases.Implementation("smp", absent)
+    library = operators.Implementation("smp", absent)
     first, second = timer.rows([ours, library])
     assert first["error"] < 1e-3 and first["exponentials"] == 2 * 32 * 32 * 20 * 25 / 16
     assert second["absent"] == "no_such_package is not there"
     wrong = ours._replace(formula=ao.CrossEntropy(label_smoothing=0.5))
-    with pytest.raises(bench_cases.WrongResults, match=r"anchorops \(reference\): error 0\.[45]"):
+    with pytest.raises(operators.WrongResults, match=r"anchorops \(reference\): error 0\.[45]"):
         timer.rows([wrong])
 
 

@@ -1,18 +1,22 @@
-"""Every case of cases.py: our backends and the alternatives take turns.
+"""Time and memory of every case of cases.py: our backends and the alternatives take turns.
 
-pytest bench -k "cross-entropy and SegFormer" --rows ROWS.json
+    python bench/operators.py --case 'cross-entropy, *SegFormer*' [--rows ROWS.json]
+
+Rows are written after each group of implementations, so an interrupted run keeps them.
 """
 
 import contextlib
 import ctypes
+import fnmatch
 import gc
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
-import pytest
 import torch
-from cases import BACKWARD, FORWARD, Case
+from cases import BACKWARD, FORWARD, Case, cases_on
 from operations import (
     OPERATIONS,
     Library,
@@ -20,6 +24,7 @@ from operations import (
     counted_bytes,
     counted_exponentials,
 )
+from record import by_case, head_of, ours_and_other, parser_of, save
 from torch import Tensor, nn
 
 import anchorops as ao
@@ -33,6 +38,7 @@ TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2, "fp16": 1e-2}  # also of expanded squar
 # than this: a virtual machine may have given unused memory back to its host, and new pages are
 # slow. The steadiest measurement is kept.
 MOST_TRIES, MOST_SPREAD = 3, 2.0
+SECONDS = 0.6  # of timing: at least
 KEPT, COPY, READ = ", kept pages", "copy", "read"
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's <malloc.h>
 
@@ -161,13 +167,12 @@ class Timer:
     """Measures the implementations of a case in groups that take turns: eager ones, compiled ones,
     and with kept pages."""
 
-    def __init__(self, case: Case, device: torch.device, tiny: bool, seconds: float, rounds: int):
+    def __init__(self, case: Case, device: torch.device, tiny: bool):
         self.case, self.device, self.tiny = case, device, tiny
         operation = OPERATIONS[case.operation]
-        self.seconds, self.rounds = seconds, min(rounds, operation.rounds or rounds)
+        self.seconds, self.rounds = (0.0, 3) if tiny else (SECONDS, operation.rounds)
         self.inputs = case.inputs(device)
         self.exact = exact_results(case, self.inputs) if operation.compares else None
-        self.ours: Sequence[float] = ()
 
     def rows(self, group: Sequence[Implementation]) -> list[dict[str, Any]]:
         """What fails, except ours, has a row that says why."""
@@ -189,8 +194,6 @@ class Timer:
             if any(one.kept for one in group):
                 kept.enter_context(kept_pages())
             times, others = self.times(runs)
-        if group[0].backend:
-            self.ours = times[group[0].name]
         for row in rows:
             if row["name"] in times:
                 row |= self.measured(times, row["name"], others)
@@ -270,15 +273,53 @@ def groups_of(every: Sequence[Implementation]) -> list[list[Implementation]]:
     return [*kinds.values()]
 
 
-def test_case(case: Case, rows: Any, benchmark: Any, pytestconfig: pytest.Config) -> None:
-    options = pytestconfig.option
-    device, tiny = torch.device(options.device), options.tiny
-    torch.compiler.reset()  # otherwise a formula compiled for many shapes would run uncompiled
-    case = case._replace(shape=case.shape.on(device, tiny))
-    timer = Timer(case, device, tiny, options.seconds, options.rounds)
-    for group in groups_of(implementations(options.cases_of or device.type, case, usable(device))):
-        rows.add(timer.rows(group))
-    if benchmark.enabled:  # for --benchmark-compare and other options of pytest-benchmark
-        stats = benchmark._make_stats(1)
-        for seconds in timer.ours:
-            stats.update(seconds)
+def lines_of(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """A table of the rows of a case, the fastest first."""
+    yield f"\n{rows[0]['case']} ({rows[0]['sizes']})"
+    for case in by_case(rows):
+        ours, _ = ours_and_other(case)
+        for row in case:
+            text = f"  {row['name']:<34}{row['median'] * 1e3:>10.3f} ms"
+            text += f"  [{row['q20'] * 1e3:.3f}, {row['q80'] * 1e3:.3f}]".ljust(22)
+            text += f"{row['median'] / ours['median']:>7.1f}×" if ours else " " * 8
+            text += f"{row['bytes'] / row['median'] / 1e9:>8.1f} GB/s"
+            text += f" {row['copy_share']:>5.0%} of copy"
+            if row["extra_bytes"] is not None:
+                text += f"  +{row['extra_bytes'] / 2**20:,.0f} MiB"
+            if (row["others"] or 0) > DISTURBED:
+                text += f"  disturbed: {row['others']:.1f} cores busy with other processes"
+            yield text
+    for row in rows:
+        if "absent" in row:
+            yield f"  {row['name']}: {row['absent']}"
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--case", action="append", help="of such a name, as 'Dice, *' (default: *)")
+    parser.add_argument("--cases-of", help="a type of device (default: that of --device)")
+    options = parser.parse_args()
+    device, tiny = torch.device(options.device), options.dry_run
+    of, failed = options.cases_of or device.type, []
+    for case in cases_on(of, tiny):
+        if not any(fnmatch.fnmatchcase(str(case), name) for name in options.case or ["*"]):
+            continue
+        torch.compiler.reset()  # otherwise a formula compiled for many shapes would run uncompiled
+        case = case._replace(shape=case.shape.on(device, tiny))
+        rows: list[dict[str, Any]] = []
+        try:
+            timer = Timer(case, device, tiny)
+            for group in groups_of(implementations(of, case, usable(device))):
+                rows += timer.rows(group)
+                if options.rows:
+                    save(options.rows, "operators", head_of(device), rows)
+            print(*lines_of(rows), sep="\n", flush=True)
+        except Exception:
+            traceback.print_exc()
+            failed.append(str(case))
+    if failed:
+        sys.exit("\n".join(["failed:", *failed]))
+
+
+if __name__ == "__main__":
+    main()
