@@ -1,12 +1,11 @@
 """Time and memory of labels of whole volumes at their original size, from the network's logits.
 
-    python bench/export.py [--out ROWS.json] [--quick]
+    python bench/export.py [--rows ROWS.json]
 
 The ways are pixel_argmax, F.interpolate and argmax of torch, zoom and argmax of SciPy, and what
 nnU-Net does by default, if `make build/nnunet` has made its environment. Each cell is a process of
 its own: the fastest of some calls, after a first one for which the memory is measured. `memory` is
-what the process needed at most beyond the logits and the labels. Nothing else may run; --quick is
-for small volumes.
+what the process needed at most beyond the logits and the labels. Nothing else may run.
 """
 # pyright: reportMissingImports=false
 
@@ -15,17 +14,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from record import ROOT, head_of, save
+from record import ROOT, head_of, parser_of, rows_of_ways, save
 from torch import Tensor
 
 import anchorops as ao
-from anchorops.measure import in_turns, peak_extra_bytes
 
 CPU = torch.device("cpu")
 THREADS, SECONDS = 2, 5.0  # of the calls of a cell
@@ -35,7 +32,7 @@ SIZES = {
     "30 classes, 96³ to 160×170×150": (30, (96, 96, 96), (160, 170, 150)),
     "118 classes, 64³ to 128³": (118, (64, 64, 64), (128, 128, 128)),
 }
-QUICK = {"5 classes, 16³ to 40³": (5, (16, 16, 16), (40, 40, 40))}
+TINY = {"5 classes, 16³ to 40³": (5, (16, 16, 16), (40, 40, 40))}
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 Size = tuple[int, ...]
 
@@ -78,7 +75,7 @@ WAYS: dict[str, Callable[[Tensor, Size], Tensor]] = {
 def cell(way: str, volume: str, dtype: str) -> dict[str, Any]:
     """Measures in this process."""
     torch.set_num_threads(THREADS)
-    num_classes, low, size = (SIZES | QUICK)[volume]
+    num_classes, low, size = (SIZES | TINY)[volume]
     run = WAYS[way]
     run(torch.randn(1, 2, 2, 2, 2).to(DTYPES[dtype]), (4, 4, 4))  # imports, threads
     logits = torch.randn(1, num_classes, *low).to(DTYPES[dtype])
@@ -88,39 +85,31 @@ def cell(way: str, volume: str, dtype: str) -> dict[str, Any]:
         labels[:] = [run(logits, size)]
         return labels[0]
 
-    memory = peak_extra_bytes(call, CPU)
-    (seconds,), others = in_turns([call], CPU, seconds=SECONDS, rounds=1)
-    differ = (labels[0] != our_labels(logits, size)).double().mean().item()
-    row = {"volume": volume, "dtype": dtype, "name": way, "seconds": min(seconds)}
-    return row | {"memory": memory, "differ": differ, "others": others}
+    case = {"volume": volume, "dtype": dtype}
+    (row,) = rows_of_ways(case, {way: call}, CPU, rounds=1, seconds=SECONDS)
+    return row | {"differ": (labels[0] != our_labels(logits, size)).double().mean().item()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE")
-    parser.add_argument("--quick", action="store_true")
+    parser = parser_of(__doc__)
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.cell:
         print(json.dumps(cell(*arguments.cell)))
         return
-    pythons = dict.fromkeys(WAYS, sys.executable)
+    pythons = {way: sys.executable for way in WAYS if way != "nnU-Net"}
     if NNUNET.exists():
         pythons["nnU-Net"] = str(NNUNET)
-    else:
-        del pythons["nnU-Net"]
     rows = []
-    for volume in QUICK if arguments.quick else SIZES:
+    for volume in TINY if arguments.dry_run else SIZES:
         for dtype in DTYPES:
             for way, python in pythons.items():
                 command = [python, __file__, "--cell", way, volume, dtype]
                 run = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
                 rows.append(json.loads(run.stdout))
                 print(rows[-1], file=sys.stderr)
-    if arguments.out:
-        save(arguments.out, "export", head_of(CPU), rows)
+    if arguments.rows:
+        save(arguments.rows, "export", head_of(CPU), rows)
 
 
 if __name__ == "__main__":

@@ -1,48 +1,60 @@
-"""Time and memory of the run lengths of instance masks, from low-resolution mask logits.
+"""Time and memory of the run lengths of instance masks; and of the steps of a COCO evaluation.
 
-    python bench/masks.py [--device cuda] [--out ROWS.json] [--quick]
+    python bench/masks.py [--device cuda] [--rows ROWS.json]
 
-The ways are mask_rle, F.interpolate and a comparison in chunks of 8 masks with pycocotools, and all
-masks by pixel_argmax with pycocotools; with the logits of a GPU also mask_rle of their copy on the
-CPU. They take turns, with one thread and with two; pycocotools has one. `memory` is what the device
-needs at most beyond the logits, `differ` the share of masks whose code is not ours. Nothing else
-may run; --quick is for small masks.
+Each section compares the ways from low-resolution mask logits to COCO's codes; `memory` is what the
+device needs at most beyond the logits.
+
+`masks`: by mask_rle, and by F.interpolate and a comparison in chunks of 8 masks with pycocotools,
+with one thread and with two; pycocotools has one. `differ` is the share of different codes.
+
+`masks_in_frameworks`: mask logits of ellipses, by the post-processing of Transformers and of
+Ultralytics (if they are installed) with pycocotools, and by the functions of
+examples/transformers_masks.py and ultralytics_validator.py. The pipeline of SAM 2 has codes of its
+own.
+
+`coco_steps`: seconds of each step for 5,000 generated images of 480 × 640 pixels. Each has 7
+ellipses, and 20 predictions: each is one of these, moved and scaled by up to a tenth, with mask
+logits of 120 × 160 and a random score. There are 80 classes. Nothing else may run.
 """
+# pyright: reportMissingImports=false
 
-import argparse
+import contextlib
+import io
 import sys
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from pycocotools.mask import encode
-from record import head_of, save
+from record import ROOT, Ways, head_of, parser_of, rows_of_ways, save
 from torch import Tensor
 
 import anchorops as ao
-from anchorops.measure import in_turns, peak_extra_bytes
+from anchorops.measure import duration
 
-CHUNK, ROUNDS = 8, 5
+sys.path.insert(0, str(ROOT / "examples"))
+
+CHUNK, CLASSES, ROUNDS = 8, 80, 3
+IMAGES, OBJECTS, PREDICTIONS = 5000, 7, 20
+OURS, BY_TORCH, THEIRS = "anchorops", "torch, pycocotools", "the library"
 Size = tuple[int, int]
+Rows = Iterator[dict[str, Any]]
 SIZES: dict[str, tuple[int, int, Size]] = {
     "100 masks, 192² to 1080×1920": (100, 192, (1080, 1920)),
     "20 masks, 288² to 6000×12000": (20, 288, (6000, 12000)),
 }
-ON_A_GPU: dict[str, tuple[int, int, Size]] = {
-    "100 masks, 192² to 1080×1920": (100, 192, (1080, 1920)),
-    "300 masks, 288² to 4000×6000": (300, 288, (4000, 6000)),
-}
-QUICK: dict[str, tuple[int, int, Size]] = {"10 masks, 24² to 50×60": (10, 24, (50, 60))}
+TINY: dict[str, tuple[int, int, Size]] = {"10 masks, 24² to 50×60": (10, 24, (50, 60))}
 
 
 def our_codes(logits: Tensor, size: Size) -> list[str]:
     return [code["counts"] for code in ao.mask_rle(logits, size).coco()]
-
-
-def codes_of_copy(logits: Tensor, size: Size) -> list[str]:
-    return our_codes(logits.cpu(), size)
 
 
 def torch_codes(logits: Tensor, size: Size) -> list[str]:
@@ -52,59 +64,192 @@ def torch_codes(logits: Tensor, size: Size) -> list[str]:
     return codes
 
 
-def argmax_codes(logits: Tensor, size: Size) -> list[str]:
-    return encoded(ao.pixel_argmax(logits[None], size, sigmoid=True, dtype=torch.uint8)[0])
-
-
 def encoded(masks: Tensor) -> list[str]:
     columns = np.asfortranarray(masks.cpu().permute(1, 2, 0).numpy().view(np.uint8))
     codes: Any = encode(columns)
     return [code["counts"].decode() for code in codes]
 
 
-WAYS = {
-    "anchorops": our_codes,
-    "torch, pycocotools": torch_codes,
-    "pixel_argmax, pycocotools": argmax_codes,
+def masks(device: torch.device, tiny: bool) -> Rows:
+    for case, (count, side, size) in (TINY if tiny else SIZES).items():
+        noise = torch.randn(1, count, 12, 12)
+        logits = F.interpolate(noise, (side, side), mode="bicubic")[0].to(device) * 4 - 4
+        ours, theirs = (codes(logits, size) for codes in (our_codes, torch_codes))
+        differ = float(np.mean([a != b for a, b in zip(ours, theirs, strict=True)]))
+        ways: Ways = {
+            OURS: lambda z=logits, size=size: our_codes(z, size),
+            BY_TORCH: lambda z=logits, size=size: torch_codes(z, size),
+        }
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for row in rows_of_ways({"masks": case, "threads": threads}, ways, device, ROUNDS):
+                yield row | {"differ": differ}
+
+
+def ellipses(centers: Tensor, radii: Tensor, size: Size) -> Tensor:
+    """Logits (N, *size). centers, radii: (N, 2) of y and x, as shares of the image's sides."""
+    y, x = (torch.linspace(0, 1, n, device=centers.device) for n in size)
+    y, x = (
+        (a - b[:, None]) / c[:, None] for a, b, c in zip((y, x), centers.T, radii.T, strict=True)
+    )
+    return 10 - 10 * (y[:, :, None] ** 2 + x[:, None] ** 2)
+
+
+def drawn_ellipses(count: int) -> tuple[Tensor, Tensor]:
+    """Their centers and radii."""
+    centers, radii = torch.rand(2, count, 2)
+    return centers, 0.05 + 0.2 * radii
+
+
+def of_mask2former(logits: Tensor, size: Size) -> Ways:
+    import transformers_masks as ours
+    from transformers import Mask2FormerImageProcessor
+
+    classes = 8 * torch.randn(len(logits), CLASSES + 1, device=logits.device)
+    outputs = SimpleNamespace(class_queries_logits=classes[None], masks_queries_logits=logits[None])
+    return {
+        OURS: lambda: ours.of_mask2former(classes, logits, size)[0].coco(),
+        THEIRS: lambda: codes_of_maps(Mask2FormerImageProcessor(), outputs, size),
+    }
+
+
+def of_rf_detr(logits: Tensor, size: Size) -> Ways:
+    import transformers_masks as ours
+    from transformers import RfDetrImageProcessor
+
+    classes = 2 * torch.randn(len(logits), CLASSES, device=logits.device)
+    outputs = SimpleNamespace(logits=classes[None], pred_masks=logits[None])
+    return {
+        OURS: lambda: ours.of_rf_detr(classes, logits, size)[0].coco(),
+        THEIRS: lambda: codes_of_maps(RfDetrImageProcessor(), outputs, size),
+    }
+
+
+def codes_of_maps(processor: Any, outputs: Any, size: Size) -> list[str]:
+    (result,) = processor.post_process_instance_segmentation(
+        outputs, target_sizes=[size], return_binary_maps=True
+    )
+    return encoded(result["segmentation"].bool())
+
+
+def of_sam2(logits: Tensor, size: Size) -> Ways:
+    """A batch of 64 points, of three masks each."""
+    import transformers_masks as ours
+    from transformers import Sam2ImageProcessor
+
+    scores, processor = torch.rand(len(logits), device=logits.device), Sam2ImageProcessor()
+
+    def theirs() -> object:
+        (masks,) = processor.post_process_masks(logits[None, None], [size], binarize=False)
+        found = processor.filter_masks(masks, scores[None], size, [0, 0, *size[::-1]])
+        return processor.post_process_for_mask_generation(*found, 0.7)
+
+    return {
+        OURS: lambda: ours.automatic_of_sam2(scores, logits, size)[0].coco(),
+        THEIRS: theirs,
+    }
+
+
+def of_ultralytics(logits: Tensor, size: Size) -> Ways:
+    """Of a padded image: the logits of an object are one of 32 prototypes."""
+    import ultralytics_validator as ours
+    from ultralytics.utils import ops
+
+    protos = logits[:32]
+    coefficients = torch.eye(len(protos), device=logits.device)
+    coefficients = coefficients[torch.randint(len(protos), (len(logits),))]
+    gain = min(4 * n / m for n, m in zip(protos.shape[1:], size, strict=True))
+    padding = [(4 * n - round(m * gain)) / 2 for n, m in zip(protos.shape[1:], size, strict=True)]
+
+    def masks(boxes: Tensor) -> ao.MaskRLE:
+        z = ours.mask_logits(protos, coefficients)
+        return ours.masks_in_image(z, boxes, size, (gain, gain), padding)
+
+    whole = torch.tensor([0.0, 0.0, size[1], size[0]], device=logits.device)
+    boxes = masks(whole.expand(len(logits), 4)).boxes()
+    return {
+        OURS: lambda: masks(boxes).coco(),
+        THEIRS: lambda: encoded(ops.process_mask_native(protos, coefficients, boxes, size).bool()),
+    }
+
+
+FRAMEWORKS: dict[str, tuple[Any, int, Size, Size]] = {
+    "Mask2Former, 100 queries": (of_mask2former, 100, (200, 334), (800, 1333)),
+    "RF-DETR, 200 queries": (of_rf_detr, 200, (108, 108), (1080, 1920)),
+    "SAM 2, 64 points": (of_sam2, 192, (256, 256), (1080, 1920)),
+    "Ultralytics, 100 objects": (of_ultralytics, 100, (96, 160), (1080, 1920)),
 }
-COPY = {"copy to the CPU, anchorops": codes_of_copy}
 
 
-def rows_of(device: torch.device, case: str, count: int, side: int, size: Size) -> list[dict]:
-    ways = WAYS | (COPY if device.type == "cuda" else {})
-    random = torch.Generator().manual_seed(0)
-    noise = torch.randn(1, count, 12, 12, generator=random)
-    logits = F.interpolate(noise, (side, side), mode="bicubic")[0] * 4 - 4
-    logits = logits.to(device)
-    runs = [lambda way=way: way(logits, size) for way in ways.values()]
-    memory = [peak_extra_bytes(run, device) for run in runs]
-    codes, rows = [run() for run in runs], []
-    differ = [np.mean([a != b for a, b in zip(x, codes[0], strict=True)]) for x in codes]
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        times, others = in_turns(runs, device, seconds=0, rounds=ROUNDS)
-        for i, way in enumerate(ways):
-            row = {"masks": case, "threads": threads, "name": way, "seconds": min(times[i])}
-            row |= {"memory": memory[i], "differ": float(differ[i]), "others": others}
-            print(row, file=sys.stderr)
-            rows.append(row)
-    return rows
+def masks_in_frameworks(device: torch.device, tiny: bool) -> Rows:
+    for name, (make, count, low, size) in FRAMEWORKS.items():
+        if tiny:
+            count, low, size = 12, (16, 20), (64, 80)
+        try:
+            centers, radii = drawn_ellipses(count)
+            ways = make(ellipses(centers.to(device), radii.to(device), low), size)
+        except ImportError as error:
+            print(f"{name}: {error.name} is not installed", file=sys.stderr)
+            continue
+        case = f"{name}, {low[0]}×{low[1]} to {size[0]}×{size[1]}"
+        yield from rows_of_ways({"case": case}, ways, device, ROUNDS)
+
+
+def coco_steps(device: torch.device, tiny: bool) -> Rows:
+    images, seconds = 20 if tiny else IMAGES, defaultdict[str, float](float)
+
+    def timed(step: str, run: Callable[[], Any]) -> Any:
+        results: list[Any] = []
+        seconds[step] += duration(lambda: results.append(run()))
+        return results[0]
+
+    size, annotations, predictions = (480, 640), [], []
+    for image in range(1, images + 1):
+        centers, radii = drawn_ellipses(OBJECTS)
+        labels = torch.randint(1, CLASSES + 1, (OBJECTS,))
+        masks = ao.mask_rle(ellipses(centers, radii, (120, 160)), size)
+        objects = zip(masks.coco(), masks.areas().tolist(), labels.tolist(), strict=True)
+        for code, area, label in objects:
+            annotation = {"id": len(annotations) + 1, "image_id": image, "category_id": label}
+            annotations.append(annotation | {"segmentation": code, "area": area, "iscrowd": 0})
+        chosen = torch.randint(0, OBJECTS, (PREDICTIONS,))
+        moved = centers[chosen] + 0.1 * (torch.rand(PREDICTIONS, 2) - 0.5)
+        scaled = radii[chosen] * (0.9 + 0.2 * torch.rand(PREDICTIONS, 2))
+        logits = ellipses(moved, scaled, (120, 160)).to(device)
+        codes = timed("codes, by mask_rle", lambda z=logits: ao.mask_rle(z, size).coco())
+        scores = torch.rand(PREDICTIONS).tolist()
+        for code, score, label in zip(codes, scores, labels[chosen].tolist(), strict=True):
+            prediction = {"image_id": image, "category_id": label, "score": score}
+            predictions.append(prediction | {"segmentation": code})
+    truth: Any = COCO()
+    truth.dataset = {
+        "info": {},
+        "images": [{"id": i, "height": 480, "width": 640} for i in range(1, images + 1)],
+        "categories": [{"id": i} for i in range(1, CLASSES + 1)],
+        "annotations": annotations,
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        found = timed("COCO.loadRes", lambda: truth.loadRes(predictions))
+        evaluation = COCOeval(truth, found, "segm")
+        timed("COCOeval.evaluate", evaluation.evaluate)
+        timed("COCOeval.accumulate", evaluation.accumulate)
+        evaluation.summarize()
+    precision = float(evaluation.stats[0])
+    for step, s in seconds.items():
+        yield {"images": images, "step": step, "seconds": s, "mean average precision": precision}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--out", type=Path, metavar="FILE")
-    parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__).parse_args()
     device = torch.device(arguments.device)
-    sizes = SIZES if device.type == "cpu" else ON_A_GPU
-    sizes = QUICK if arguments.quick else sizes
-    rows = [row for case, numbers in sizes.items() for row in rows_of(device, case, *numbers)]
-    if arguments.out:
-        save(arguments.out, "masks", head_of(device), rows)
+    torch.manual_seed(0)
+    for section in (masks, masks_in_frameworks, coco_steps):
+        with torch.no_grad():
+            rows = list(section(device, arguments.dry_run))
+        print(*rows, sep="\n", flush=True)
+        if arguments.rows:
+            save(arguments.rows, section.__name__, head_of(device), rows)
 
 
 if __name__ == "__main__":

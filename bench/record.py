@@ -13,14 +13,14 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
 import torch
 
-from anchorops.measure import environment
+from anchorops.measure import environment, in_turns, peak_extra_bytes
 
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where nothing else is chosen
@@ -79,6 +79,21 @@ def commit() -> str:
 def head_of(device: torch.device) -> dict[str, Any]:
     """Machine and versions."""
     return dict(environment(device))
+
+
+Ways = dict[str, Callable[[], object]]
+
+
+def rows_of_ways(
+    case: dict[str, Any], ways: Ways, device: torch.device, rounds: int, seconds: float = 0
+) -> Iterator[dict[str, Any]]:
+    """The least time of calls that take turns, and what each needs at most beyond its inputs and
+    outputs."""
+    memory = [peak_extra_bytes(run, device) for run in ways.values()]
+    times, others = in_turns([*ways.values()], device, seconds=seconds, rounds=rounds)
+    for i, name in enumerate(ways):
+        row = {"name": name, "seconds": min(times[i]), "memory": memory[i], "others": others}
+        yield case | row
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -116,22 +116,13 @@ class Plan(NamedTuple):
         """An item for all cases of an operation."""
         every = sorted(cases_on("cpu"), key=lambda case: case.operation)
         grouped = itertools.groupby(every, lambda case: case.operation)
-        others = [
-            Item(
-                section,
-                section,
-                [sys.executable, str(HERE / f"{section}.py"), "--out", str(self.path)],
-                3600,
-            )
-            for section in ("export", "masks")
-        ]
         return [
             Item("roofs", "roofs", self.script("roofs.py", "roofs"), 600),
             *(self.operators(cases, 7200) for _, cases in grouped),
             *self.steps("training_steps", 3600),
             *self.steps("training_steps", 3600, compiled=True),
             *self.steps("inference", 3600),
-            *others,
+            *(Item(x, x, self.script(f"{x}.py", x), 3600) for x in ("export", "masks")),
         ]
 
     def of_gpu(self) -> list[Item]:

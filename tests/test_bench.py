@@ -411,7 +411,7 @@ def test_rows_of_export(tmp_path):
     """Rows of small volumes stand in one file with the other sections of the run."""
     out = tmp_path / "rows.json"
     save(out, "operators", head_of(CPU), [])
-    command = [sys.executable, "bench/export.py", "--quick", "--out", str(out)]
+    command = [sys.executable, "bench/export.py", "--dry-run", "--rows", str(out)]
     answer = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert answer.returncode == 0, answer.stderr
     run = json.loads(out.read_text())
@@ -421,27 +421,23 @@ def test_rows_of_export(tmp_path):
     assert all(row["differ"] < 1e-2 for row in run["export"])
 
 
-def test_rows_of_masks(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "section", ["masks", pytest.param("masks_in_frameworks", marks=pytest.mark.slow), "coco_steps"]
+)
+def test_rows_of_masks(section, monkeypatch):
     """Rows of small masks are right, and the tables can name the gain."""
-    masks, out = importlib.import_module("masks"), tmp_path / "rows.json"
-    monkeypatch.setattr(sys, "argv", ["masks.py", "--quick", "--out", str(out)])
+    masks = importlib.import_module("masks")
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # of this process
-    masks.main()
-    run = json.loads(out.read_text())
-    assert len(run["masks"]) == 6 and all(row["differ"] == 0 for row in run["masks"])
-    gains = cost_tables.gains_over("torch, pycocotools", compared(run["masks"], "masks", "threads"))
+    with torch.no_grad():
+        rows = list(getattr(masks, section)(CPU, tiny=True))
+    if section == "coco_steps":
+        assert len(rows) == 4
+        assert all(0.3 < row["mean average precision"] < 0.7 for row in rows)
+        return
+    assert not any(row.get("differ") for row in rows)
+    other = masks.BY_TORCH if section == "masks" else masks.THEIRS
+    gains = cost_tables.gains_over(other, compared(rows, *bench.CASES[section]))
     assert re.fullmatch(r"[\d,]+ to [\d,]+×", gains)
-
-
-@pytest.mark.slow
-def test_rows_of_instances(tmp_path, monkeypatch):
-    pytest.importorskip("transformers", reason="it is not installed")
-    instances, out = importlib.import_module("instances"), tmp_path / "rows.json"
-    monkeypatch.setattr(sys, "argv", ["instances.py", "--quick", "--out", str(out)])
-    instances.main()
-    run = json.loads(out.read_text())
-    assert len(run["masks_in_frameworks"]) == 6 and len(run["coco_steps"]) == 4
-    assert all(0.3 < row["mean average precision"] < 0.7 for row in run["coco_steps"])
 
 
 def test_trained_logits():
