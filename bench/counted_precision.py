@@ -15,10 +15,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from operations import focal
 from record import ROOT, save_counts
 from torch import Tensor
 
 import anchorops as ao
+from anchorops.catalogue import usual
+from anchorops.catalogue.formulas import sorted_loss
 
 Function = Callable[..., Tensor]
 SHAPES = (  # logits (B, K, h, w), and the size of the labels
@@ -39,33 +42,22 @@ CLASS_PIXELS, EXAMPLES, BINS = (1, 2, 7, 20, 50), 150, (1024, 8192)
 NUM_CLASSES, PIXELS = 5, 4096  # of Lovász
 
 
-def cross_entropy(z: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(z, labels)
-
-
-def dice(z: Tensor, labels: Tensor) -> Tensor:
+def dice(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of the classes that are present."""
+    z = usual.upsampled(logits, labels)
     p, classes = z.softmax(1), F.one_hot(labels, z.shape[1]).movedim(-1, 1).to(z.dtype)
     counts, present = classes.sum((0, 2, 3)), classes.amax((0, 2, 3)) > 0
     scores = 2 * (p * classes).sum((0, 2, 3)) / (p.sum((0, 2, 3)) + counts)
     return 1 - scores[present].mean()
 
 
-def focal(z: Tensor, labels: Tensor) -> Tensor:
-    losses = F.cross_entropy(z, labels, reduction="none")
-    return ((1 - (-losses).exp()) ** 2 * losses).mean()
-
-
-def squared(z: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(z, labels, reduction="none").square().mean()
-
-
-def our_squared(logits: Tensor, labels: Tensor) -> Tensor:
-    return ao.pixel_cross_entropy(logits, labels, reduction="none").square().mean()
+def squared(logits: Tensor, labels: Tensor, of: Function = usual.cross_entropy) -> Tensor:
+    return of(logits, labels, reduction="none").square().mean()
 
 
 LOSSES: dict[str, tuple[Function, Function]] = {
-    "cross-entropy": (ao.pixel_cross_entropy, cross_entropy),
-    "squared cross-entropies": (our_squared, squared),
+    "cross-entropy": (ao.pixel_cross_entropy, usual.cross_entropy),
+    "squared cross-entropies": (partial(squared, of=ao.pixel_cross_entropy), squared),
     "Dice": (ao.Dice(), dice),
     "focal": (ao.CrossEntropy(focal_gamma=2.0), focal),
 }
@@ -84,64 +76,51 @@ def error(actual: Tensor, exact: Tensor, labels: int) -> float:
     return float((actual - exact).abs().max() / exact.abs().max().clamp(min=floor))
 
 
-def upsampled(loss: Function, size: tuple[int, int], logits: Tensor) -> Tensor:
-    return loss(F.interpolate(logits, size, mode="bilinear"))
+def examples() -> Iterator[tuple[tuple[int, ...], tuple[int, int]]]:
+    for (shape, size), seed in product(SHAPES, range(SEEDS)):
+        torch.manual_seed(seed)
+        yield shape, size
 
 
 def rows_of_losses() -> Iterator[dict[str, Any]]:
     """For each loss and scale the number of results, of those whose error is more than twice
     torch's and more than 1e-6, and the largest such ratio."""
-    for name, (ours, formula) in LOSSES.items():
-        for scale in SCALES:
-            pairs = []
-            for (shape, size), seed in ((shape, seed) for shape in SHAPES for seed in range(SEEDS)):
-                torch.manual_seed(seed)
-                logits, labels = scale * torch.randn(shape), torch.randint(shape[1], (1, *size))
-                labels = labels.expand(shape[0], *size).contiguous()
-                theirs = partial(upsampled, partial(formula, labels=labels), size)
-                exact = with_gradient(theirs, logits.double())
-                results = with_gradient(partial(ours, labels=labels), logits)
-                torchs = with_gradient(theirs, logits)
-                for ours_, torchs_, exact_ in zip(results, torchs, exact, strict=True):
-                    pairs.append([error(x, exact_, labels.numel()) for x in (ours_, torchs_)])
-            larger = [a / b for a, b in pairs if a > max(2 * b, 1e-6)]
-            row = {"loss": name, "scale": scale, "results": len(pairs), "larger": len(larger)}
-            yield row | {"worst": max(larger, default=0.0)}
+    for (name, losses), scale in product(LOSSES.items(), SCALES):
+        pairs = []
+        for shape, size in examples():
+            logits, labels = scale * torch.randn(shape), torch.randint(shape[1], (1, *size))
+            labels = labels.expand(shape[0], *size).contiguous()
+            ours, formula = (partial(loss, labels=labels) for loss in losses)
+            exact = with_gradient(formula, logits.double())
+            both = [with_gradient(loss, logits) for loss in (ours, formula)]
+            for right, *actual in zip(exact, *both, strict=True):
+                pairs.append([error(x, right, labels.numel()) for x in actual])
+        larger = [a / b for a, b in pairs if a > max(2 * b, 1e-6)]
+        row = {"loss": name, "scale": scale, "results": len(pairs), "larger": len(larger)}
+        yield row | {"worst": max(larger, default=0.0)}
 
 
 def rows_of_divergence() -> Iterator[dict[str, Any]]:
     """The largest error of the gradient, times the number of labels, for a student and an
     independent teacher, or one whose logits are the student's plus noise of 1."""
-
-    def formula(teacher: Tensor, size: tuple[int, int], logits: Tensor) -> Tensor:
-        z, t = (F.interpolate(x, size, mode="bilinear") for x in (logits, teacher.to(logits)))
-        loss = F.kl_div(z.log_softmax(1), t.log_softmax(1), reduction="none", log_target=True)
-        return loss.sum(1).mean()
-
-    for spread in SPREADS:
-        for near in (False, True):
-            errors = []
-            for (shape, size), seed in ((shape, seed) for shape in SHAPES for seed in range(SEEDS)):
-                torch.manual_seed(seed)
-                logits, other = torch.rand(shape) * spread, torch.rand(shape) * spread
-                teacher = logits + torch.randn(shape) if near else other
-                theirs = partial(formula, teacher, size)
-                exact = with_gradient(theirs, logits.double())[1]
-                both = (partial(ao.pixel_kl_divergence, teacher_logits=teacher, size=size), theirs)
-                gradients = (with_gradient(loss, logits)[1] for loss in both)
-                pixels = shape[0] * size[0] * size[1]
-                errors.append([float((x - exact).abs().max()) * pixels for x in gradients])
-            ours, torchs = map(max, zip(*errors, strict=True))
-            yield {"spread": spread, "near": near, "ours": ours, "torch": torchs}
+    for spread, near in product(SPREADS, (False, True)):
+        errors = []
+        for shape, size in examples():
+            logits, other = torch.rand(shape) * spread, torch.rand(shape) * spread
+            teacher = logits + torch.randn(shape) if near else other
+            formula = partial(usual.kl_divergence, labels=torch.empty(shape[0], *size))
+            exact = with_gradient(partial(formula, teacher=teacher.double()), logits.double())[1]
+            ours = partial(ao.pixel_kl_divergence, teacher_logits=teacher, size=size)
+            both = (ours, partial(formula, teacher=teacher))
+            gradients = (with_gradient(loss, logits)[1] for loss in both)
+            pixels = shape[0] * size[0] * size[1]
+            errors.append([float((x - exact).abs().max()) * pixels for x in gradients])
+        ours, torchs = map(max, zip(*errors, strict=True))
+        yield {"spread": spread, "near": near, "ours": ours, "torch": torchs}
 
 
-def sorted_errors(logits: Tensor, is_class: Tensor) -> Tensor:
-    """The Lovász loss of the last class, by sorting (Berman et al., arXiv 1705.08790)."""
-    errors, order = (is_class.to(logits) - logits.softmax(1)[:, -1]).abs().sort(descending=True)
-    is_class = is_class[order].double()
-    intersections = is_class.sum() - is_class.cumsum(0)
-    jaccard = 1 - intersections / (is_class.sum() + (1 - is_class).cumsum(0))
-    return (errors * torch.cat([jaccard[:1], jaccard.diff()])).sum()
+def of_last_class(logits: Tensor, is_class: Tensor) -> Tensor:
+    return sorted_loss((is_class.to(logits) - logits.softmax(1)[:, -1]).abs(), is_class)
 
 
 def rows_of_lovasz() -> Iterator[dict[str, Any]]:
@@ -156,7 +135,7 @@ def rows_of_lovasz() -> Iterator[dict[str, Any]]:
             logits = 2 * torch.randn(PIXELS, NUM_CLASSES, dtype=torch.float64)
             logits += 6 * trained * F.one_hot(labels, NUM_CLASSES)
             is_class = labels == NUM_CLASSES - 1
-            exact = with_gradient(partial(sorted_errors, is_class=is_class), logits)[1]
+            exact = with_gradient(partial(of_last_class, is_class=is_class), logits)[1]
             ours = with_gradient(partial(loss, labels=labels), logits)[1]
             errors.append(float((ours - exact).norm() / exact.norm()))
         row = {"bins": bins, "trained": trained, "pixels": pixels, "worst": max(errors)}

@@ -1,5 +1,5 @@
 """The formulas that people write, for labels of which none is ignored: what `--benchmark` and the
-benchmarks time beside our calls. They upsample in float32, as under autocast."""
+benchmarks time beside our calls. They upsample in float32, as under autocast, or in float64."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,7 +12,8 @@ from . import formulas
 
 
 def upsampled(x: Tensor, labels: Tensor) -> Tensor:
-    return formulas.upsampled(x.float(), labels.shape[1:])
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return formulas.upsampled(x.to(wide), labels.shape[1:])
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
