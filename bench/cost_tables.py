@@ -2,10 +2,12 @@
 
     python bench/cost_tables.py
 
-A table stands between `<!-- rows: NAME -->` and `<!-- end of rows -->`.
+A table stands between `<!-- rows: NAME -->` and `<!-- end of rows -->`. Of a table of words the
+figures alone are of the rows: they are compared, and the words stand in the page alone.
 """
 
 import re
+from collections.abc import Callable
 
 from cases import FORWARD, IMAGES, TRAINING, VOLUMES
 from record import (
@@ -50,8 +52,26 @@ def main() -> None:
 
 
 def with_tables(page: str) -> str:
-    """The text of a page, with its tables made anew from the rows."""
-    return MARKED.sub(lambda marked: f"{marked[1]}\n{TABLES[marked[2]]()}\n\n", page)
+    """The text of a page, with its tables made anew from the rows.
+
+    Raises:
+        ValueError: a figure in a table of words is not that of the rows.
+    """
+    return MARKED.sub(made_anew, page)
+
+
+def made_anew(marked: re.Match[str]) -> str:
+    """What stands after a mark, up to its end."""
+    head, name = marked.groups()
+    table, start = TABLES[name](), 0
+    if isinstance(table, str):
+        return f"{head}\n{table}\n\n"
+    for figure in table:
+        found = re.compile(rf"(?<![\d.,]){re.escape(figure)}").search(marked[0], start)
+        if not found:
+            raise ValueError(f"table {name}: {figure} is not there, or not in its place")
+        start = found.end()
+    return marked[0]
 
 
 def cases_of(run: dict, **fields: object) -> list[list[dict]]:
@@ -62,58 +82,29 @@ def cases_of(run: dict, **fields: object) -> list[list[dict]]:
 # README
 
 
-def gains() -> str:
-    """A typical and the best case of what the README promises."""
+def gains() -> list[str]:
+    """Typical and best cases of what the README promises."""
 
-    def share(network: str, run: dict) -> str:
+    def step(network: str, run: dict) -> str:
         """With late upsampling, if something could run later."""
         rows = step_of(network, run)
         ours = rows.get(BOTH) or rows[OWN]
         memory = ours["peak_bytes"] / rows[BASELINE]["peak_bytes"]
         return f"{ours['ratio']['median']:.0%}, {memory:.0%}"
 
-    cpu, gpu = load(RUN), load(GPU_RUN)
-
-    def on_gpu(shape: str) -> str:
-        fields = {"operation": "cross-entropy", "direction": TRAINING, "dtype": "bf16"}
-        fields["shape"] = shape
-        return f"{gain(cases_of(gpu, **fields)[0]):.0f}×"
-
-    h100 = "[H100](docs/gpu.md#how-fast), eager"
-    lines = [
-        [
-            "speed of cross-entropy, bfloat16, random logits, relative to the fastest alternative",
-            f"{on_gpu('HRNet, Cityscapes')}: 19 classes, output stride 4",
-            f"{on_gpu('SegFormer, ADE20K')}: 150 classes, stride 4",
-            h100,
-        ],
-        [
-            "time and memory of a training step, autocast, relative to torch's loss",
-            f"{share('hrnet', gpu)}: HRNet-W48",
-            f"{share('segformer', gpu)}: SegFormer-B5, with late upsampling",
-            h100,
-        ],
-        [
-            "images in 24 GB",
-            f"{largest_batches('SegFormer-B5')}: SegFormer-B5, with late upsampling",
-            f"{largest_batches('PSPNet-R101')}: PSPNet-R101",
-            "counted",
-        ],
-        [
-            "speed of cross-entropy, float32",
-            f"{gain_of('cross-entropy', 19, 4, labels='trained')}: 19 classes, stride 4, "
-            "trained logits",
-            f"{gain_of('cross-entropy', 150, 8)}: 150 classes, stride 8, random logits",
-            "CPU",
-        ],
-        [
-            "time and memory of a training step with late upsampling",
-            f"{share('hrnet', cpu)}: HRNet-W18-small, 19 classes",
-            f"{share('segformer', cpu)}: SegFormer-B0, 150 classes",
-            "CPU",
-        ],
+    fields = {"operation": "cross-entropy", "direction": TRAINING, "dtype": "bf16"}
+    on_gpu = [
+        cases_of(load(GPU_RUN), **fields, shape=shape)[0]
+        for shape in ("HRNet, Cityscapes", "SegFormer, ADE20K")
     ]
-    return markdown_table(["", "typical", "best", "source"], lines, words=(0, 1, 2, 3))
+    return [
+        *(f"{gain(case):.0f}×" for case in on_gpu),
+        *(step(network, load(GPU_RUN)) for network in ("hrnet", "segformer")),
+        *(largest_batches(network) for network in ("SegFormer-B5", "PSPNet-R101")),
+        gain_of("cross-entropy", 19, 4, labels="trained"),
+        gain_of("cross-entropy", 150, 8),
+        *(step(network, load(RUN)) for network in ("hrnet", "segformer")),
+    ]
 
 
 def gain_of(operation: str, num_classes: int, stride: int, **fields: object) -> str:
@@ -145,56 +136,19 @@ def counted_steps() -> dict[tuple, dict[str, dict]]:
     return compared(load(COUNTED_MEMORY)["rows"], *names)
 
 
-def uses() -> str:
-    """What to write, and what it gains."""
+def uses() -> list[str]:
+    """What the calls gain on a CPU."""
     run = load(RUN)
-    steps = [step_of("segformer", run)[name]["ratio"]["median"] for name in (OWN, BOTH)]
+    steps = [step_of("segformer", run)[name]["ratio"]["median"] for name in (BOTH, OWN)]
     exports = compared(run["export"], "volume", "dtype")
-    torch_exported, exported = (gains_over(way, exports) for way in ("torch", "nnU-Net"))
-    masks = compared(run["masks"], "masks", "threads")
     lovasz = [gain(case) for case in cases_of(run, operation="Lovász")]
-    lines = [
-        [
-            "logits and labels, in any framework",
-            "`ao.pixel_cross_entropy(logits, labels)`, `ao.CrossEntropy`, `ao.Dice`, "
-            "`ao.BinaryCrossEntropy`, …",
-            "[below](#what-to-expect)",
-        ],
-        [
-            "a model that upsamples its logits: torchvision, segmentation_models.pytorch, "
-            "UperNet of Transformers",
-            "`ao.low_resolution(model, images)`",
-            "the same",
-        ],
-        [
-            "a head that upsamples before a 1×1 convolution: SegFormer, HRNet, PSPNet, DPT",
-            "`ao.late_upsampling(model, images)`",
-            f"SegFormer-B0's step in {steps[1]:.0%} of the time ({steps[0]:.0%} with our loss "
-            "alone)",
-        ],
-        [
-            "MONAI, volumes",
-            "`ao.CrossEntropyDice()`",
-            f"{gain_of('cross-entropy + Dice', 14, 4, shape=VOLUMES)} that of torch's formulas",
-        ],
-        [
-            "labels of whole volumes; nnU-Net",
-            "`ao.pixel_argmax(logits, size)`; [export and trainer]"
-            "(docs/evaluation.md#labels-of-whole-volumes)",
-            f"{torch_exported} torch's, {exported} nnU-Net's",
-        ],
-        [
-            "masks of instances: Ultralytics, SAM",
-            "[`ao.mask_rle(logits, size)`](docs/evaluation.md#masks-of-instances)",
-            f"{gains_over('torch, pycocotools', masks)} that of torch and pycocotools",
-        ],
-        [
-            "Lovász of a softmax",
-            "`ao.Lovasz()`, [rounded](docs/losses.md#without-sorting-aolovasz)",
-            f"{min(lovasz):.0f} to {max(lovasz):.0f}× that of sorting",
-        ],
+    return [
+        *(f"{step:.0%}" for step in steps),
+        gain_of("cross-entropy + Dice", 14, 4, shape=VOLUMES),
+        *(gains_over(way, exports) for way in ("torch", "nnU-Net")),
+        gains_over("torch, pycocotools", compared(run["masks"], "masks", "threads")),
+        f"{min(lovasz):.0f} to {max(lovasz):.0f}×",
     ]
-    return markdown_table(["you have", "line of code", "speed on a CPU"], lines, words=(0, 1, 2))
 
 
 def gains_over(other: str, cases: dict[tuple, dict[str, dict]]) -> str:
@@ -558,7 +512,7 @@ OF_A_MACHINE = {
     "batches": batches,
     "inference": inference,
 }
-TABLES = {
+TABLES: dict[str, Callable[[], str | list[str]]] = {
     "gains": gains,
     "uses": uses,
     "slower": slower,
