@@ -304,7 +304,7 @@ def test_figures_in_a_table_of_words(monkeypatch):
     right = "<!-- rows: uses -->\n\n| 15 and 5× | 7% faster |\n\n<!-- end of rows -->"
     assert cost_tables.with_tables(right) == right
     for wrong in (right.replace(" 5×", " 15×"), right.replace("7%", "8%")):
-        with pytest.raises(ValueError, match="table uses: (5×|7%) is not there, or not in its"):
+        with pytest.raises(ValueError, match=r"table uses: (5×|7%) is not there, or not in its"):
             cost_tables.with_tables(wrong)
 
 
