@@ -5,7 +5,6 @@ equal. The first alternative is torch's formula; others are the classes of libra
 """
 
 import importlib
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -42,22 +41,15 @@ class Library(NamedTuple):
     labels: Callable[[Tensor], Tensor] = lambda labels: labels
     added: Formula = lambda logits, labels: 0.0
 
-    def missing(self) -> bool:
-        return importlib.util.find_spec(self.package) is None
-
     def build(self, inputs: Inputs) -> Formula:
         loss = getattr(importlib.import_module(f"{self.package}.losses"), self.name)
         module = loss(**self.options)
 
         def formula(logits: Tensor, labels: Tensor) -> Tensor:
-            z = upsampled(logits.float(), space_of(logits, labels))
+            z = usual.upsampled(logits, labels)
             return module(z, self.labels(labels)) + self.added(z, labels)
 
         return formula
-
-
-def space_of(logits: Tensor, labels: Tensor) -> torch.Size:
-    return labels.shape[2 - logits.dim() :]
 
 
 def smp(name: str, mode: str = "", **options: Any) -> Library:
@@ -122,7 +114,7 @@ def binary_smoothed(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def binary_dice(logits: Tensor, labels: Tensor) -> Tensor:
-    p, axes = usual.upsampled(logits, labels[:, 0]).sigmoid(), (0, 2, 3)
+    p, axes = usual.upsampled(logits, labels).sigmoid(), (0, 2, 3)
     sums = p.sum(axes) + labels.sum(axes)
     return 1 - (2 * (p * labels).sum(axes) / sums.clamp(min=1e-7)).mean()
 
@@ -220,35 +212,18 @@ def scatter_add(
     return sums, squares.new_zeros(num_keys + 1).scatter_add(0, keys.flatten(), squares)[:-1]
 
 
-def _expanded(sums: Tensor, hot: Tensor, squares: Tensor, anchors: Tensor) -> Tensor:
-    """Σ‖f‖² − 2·a·Σf + n·‖a‖²: fast, but inaccurate if anchors are far away."""
-    counts = hot.sum(0, dtype=torch.float32)
-    square_sums = squares @ hot.to(squares.dtype)
-    return square_sums - 2 * (sums * anchors).sum(1) + counts * anchors.square().sum(1)
-
-
-def one_hot_matmul(
-    features: Tensor, keys: Tensor, num_keys: int, anchors: Tensor | None
-) -> Statistics:
-    """One float32 product of the one-hot labels of the whole batch with the rows."""
-    rows = _rows(features)
-    hot = F.one_hot(keys.flatten(), num_keys + 1)[:, :-1].float()
-    sums = hot.T @ rows
-    if anchors is None:
-        return sums, None
-    return sums, _expanded(sums, hot, rows.square().sum(1), anchors)
-
-
 def one_hot_bmm(
     features: Tensor, keys: Tensor, num_keys: int, anchors: Tensor | None
 ) -> Statistics:
-    """A product for each image, in the features' own dtype and layout: no permute."""
+    """A product for each image, in the features' own dtype and layout: no permute. The squared
+    distances are Σ‖f‖² − 2·a·Σf + n·‖a‖²: fast, but inaccurate if anchors are far away."""
     hot = F.one_hot(keys, num_keys + 1)[..., :-1].to(features.dtype)
     sums = torch.bmm(features, hot).float().sum(0).T
     if anchors is None:
         return sums, None
-    squares = features.float().square().sum(1).flatten()
-    return sums, _expanded(sums, hot.flatten(0, 1), squares, anchors)
+    squares, hot = features.float().square().sum(1).flatten(), hot.flatten(0, 1)
+    square_sums, counts = squares @ hot.to(squares.dtype), hot.sum(0, dtype=torch.float32)
+    return sums, square_sums - 2 * (sums * anchors).sum(1) + counts * anchors.square().sum(1)
 
 
 def class_loop(features: Tensor, keys: Tensor, num_keys: int, anchors: Tensor | None) -> Statistics:
@@ -265,7 +240,6 @@ def class_loop(features: Tensor, keys: Tensor, num_keys: int, anchors: Tensor | 
 STATISTICS: dict[str, Alternative] = {
     "index_add": index_add,
     "scatter_add": scatter_add,
-    "one_hot matmul": one_hot_matmul,
     "one_hot bmm": one_hot_bmm,
     "class loop": class_loop,
 }
@@ -637,11 +611,6 @@ def counted_exponentials(operation: str, direction: str, inputs: Inputs) -> floa
     return softmaxes * pixels * logits.shape[1] * of_16 / 16
 
 
-def interpolated(logits: Tensor, labels: Tensor) -> Tensor:
-    """At full resolution, in the logits' own dtype."""
-    return upsampled(logits, space_of(logits, labels))
-
-
 def alternatives_of(case: Case, libraries: bool) -> dict[str, Any]:
     """By their names in tables. libraries: compile the losses of libraries too."""
     eager = dict(OPERATIONS[case.operation].alternatives)
@@ -654,7 +623,7 @@ def alternatives_of(case: Case, libraries: bool) -> dict[str, Any]:
     )
     if formula is not None and upsamples and case.dtype != "fp32":
         eager[f"torch, upsampled in {case.dtype}"] = lambda logits, labels: formula(
-            interpolated(logits, labels), labels
+            upsampled(logits, labels.shape[2 - logits.dim() :]), labels
         )
     if not case.compiled:
         return eager

@@ -180,9 +180,6 @@ class Timer:
         for one in group:
             row: dict[str, Any] = {**self.case.fields, "name": one.name}
             rows.append(row)
-            if isinstance(one.formula, Library) and one.formula.missing():
-                row["absent"] = f"{one.formula.package} is not there"
-                continue
             try:
                 runs[one.name] = self.checked(one, row)
             except Exception as error:

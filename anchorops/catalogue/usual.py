@@ -12,8 +12,9 @@ from . import formulas
 
 
 def upsampled(x: Tensor, labels: Tensor) -> Tensor:
+    """labels: of the pixels, or of each channel."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    return formulas.upsampled(x.to(wide), labels.shape[1:])
+    return formulas.upsampled(x.to(wide), labels.shape[2 - x.dim() :])
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
@@ -36,7 +37,7 @@ def cross_entropy_dice(logits: Tensor, labels: Tensor) -> Tensor:
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
     """labels: of each channel, (B, C, H, W)."""
-    z = upsampled(logits, labels[:, 0])
+    z = upsampled(logits, labels)
     return F.binary_cross_entropy_with_logits(z, labels.to(z.dtype), **options)
 
 
