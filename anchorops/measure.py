@@ -222,15 +222,22 @@ def measure(
         target = torch.empty_like(tensor)
         runs += [lambda: target.copy_(tensor), lambda: tensor.sum()]
     (times, *others), cores = in_turns(runs, device, seconds=seconds, rounds=rounds)
+    moved = 0 if beside is None else beside.nbytes
+    return summary(times, counted_bytes, moved, others)._replace(others=cores), times
+
+
+def summary(
+    times: Sequence[float], counted_bytes: int, copied_bytes: int, beside: Sequence[Sequence[float]]
+) -> Measurement:
+    """Of the seconds of each round. beside: those of a copy and of a sum of so many bytes."""
     q20, *_, q80 = quantiles(times, n=5, method="inclusive")
-    shares: list[float | None] = [None, None]
-    if beside is not None:
-        for i, moved in enumerate((2 * beside.nbytes, beside.nbytes)):
-            pairs = zip(times, others[i], strict=True)
-            shares[i] = median(counted_bytes / ours / (moved / other) for ours, other in pairs)
+    shares = []
+    for moved, others in zip((2 * copied_bytes, copied_bytes), beside, strict=False):
+        pairs = zip(times, others, strict=True)
+        shares.append(median(counted_bytes / ours / (moved / other) for ours, other in pairs))
     middle = median(times)
     rate = counted_bytes / middle / 1e9
-    return Measurement(middle, q20, q80, min(times), len(times), rate, *shares, others=cores), times
+    return Measurement(middle, q20, q80, min(times), len(times), rate, *shares)
 
 
 # If other processes use the cores, threads wait for each other in every small layer: SAR's

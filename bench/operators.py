@@ -12,7 +12,6 @@ import gc
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 import anchorops as ao
 from anchorops._backend import CUDA_MAX_KEYS, OPERATORS, TRITON_ON_HOST
 from anchorops.catalogue import Inputs
-from anchorops.measure import DISTURBED, Run, in_turns, peak_extra_bytes
+from anchorops.measure import DISTURBED, Run, in_turns, peak_extra_bytes, summary
 
 LESS_EXACT = 10  # alternatives, as those that upsample in bfloat16
 TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2, "fp16": 1e-2}  # also of expanded squares
@@ -39,7 +38,7 @@ TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2, "fp16": 1e-2}  # also of expanded squar
 # slow. The steadiest measurement is kept.
 MOST_TRIES, MOST_SPREAD = 3, 2.0
 SECONDS = 0.6  # of timing: at least
-KEPT, COPY, READ = ", kept pages", "copy", "read"
+KEPT = ", kept pages"
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's <malloc.h>
 
 
@@ -176,7 +175,7 @@ class Timer:
 
     def rows(self, group: Sequence[Implementation]) -> list[dict[str, Any]]:
         """What fails, except ours, has a row that says why."""
-        rows, runs, kept = [], {}, contextlib.ExitStack()
+        rows, runs = [], {}
         for one in group:
             row: dict[str, Any] = {**self.case.fields, "name": one.name}
             rows.append(row)
@@ -187,14 +186,9 @@ class Timer:
                     raise
                 first = next(iter(str(error).splitlines()), "")
                 row["absent"] = f"{type(error).__name__}: {first[:200]}"
-        with kept:
-            if any(one.kept for one in group):
-                kept.enter_context(kept_pages())
-            times, others = self.times(runs)
-        for row in rows:
-            if row["name"] in times:
-                row |= self.measured(times, row["name"], others)
-        return rows
+        with kept_pages() if any(one.kept for one in group) else contextlib.nullcontext():
+            measured = self.measured(runs) if runs else {}
+        return [row | measured.get(row["name"], {}) for row in rows]
 
     def checked(self, one: Implementation, row: dict[str, Any]) -> Run:
         """Calls it: the first call compiles."""
@@ -220,47 +214,27 @@ class Timer:
         row["extra_bytes"] = peak_extra_bytes(run, self.device)
         return run
 
-    def times(self, runs: dict[str, Run]) -> tuple[dict[str, list[float]], float | None]:
-        """Of the runs, and of a copy and a sum of the first input."""
+    def measured(self, runs: dict[str, Run]) -> dict[str, dict[str, Any]]:
+        """Fields of the row of each run. A copy and a sum of the first input take turns with
+        them."""
         x = next(iter(self.inputs.values())).detach()
         target = torch.empty_like(x)
-        runs = runs | {COPY: lambda: target.copy_(x), READ: lambda: x.sum()}
+        turns = [*runs.values(), lambda: target.copy_(x), lambda: x.sum()]
+        case = (self.case.operation, self.case.direction, self.inputs)
+        counted = counted_bytes(*case)
         tries = []
         for _ in range(1 if self.tiny else MOST_TRIES):
             gc.collect()
-            times, others = in_turns(
-                [*runs.values()], self.device, seconds=self.seconds, rounds=self.rounds
-            )
-            q20, *_, q80 = quantiles(times[0], n=5, method="inclusive")
-            unsteady = (others or 0) > DISTURBED, q80 / q20
-            tries.append((unsteady, dict(zip(runs, times, strict=True)), others))
+            times, others = in_turns(turns, self.device, seconds=self.seconds, rounds=self.rounds)
+            *times, copies, reads = times
+            rows = [summary(seconds, counted, x.nbytes, (copies, reads)) for seconds in times]
+            unsteady = (others or 0) > DISTURBED, rows[0].q80 / rows[0].q20
+            tries.append((unsteady, rows, others))
             if unsteady <= (False, MOST_SPREAD):
                 break
-        return min(tries, key=lambda one: one[0])[1:]
-
-    def measured(
-        self, times: dict[str, list[float]], name: str, others: float | None
-    ) -> dict[str, Any]:
-        case, seconds = (self.case.operation, self.case.direction, self.inputs), times[name]
-        counted, x = counted_bytes(*case), next(iter(self.inputs.values()))
-        q20, *_, q80 = quantiles(seconds, n=5, method="inclusive")
-
-        def share(other: str, moved: int) -> float:
-            pairs = zip(seconds, times[other], strict=True)
-            return median(counted / mine / (moved / theirs) for mine, theirs in pairs)
-
-        return {
-            "median": median(seconds),
-            "q20": q20,
-            "q80": q80,
-            "minimum": min(seconds),
-            "rounds": len(seconds),
-            "bytes": counted,
-            "exponentials": counted_exponentials(*case),
-            "copy_share": share(COPY, 2 * x.nbytes),
-            "read_share": share(READ, x.nbytes),
-            "others": others,
-        }
+        _, rows, others = min(tries, key=lambda one: one[0])
+        fields = {"bytes": counted, "exponentials": counted_exponentials(*case), "others": others}
+        return {name: row._asdict() | fields for name, row in zip(runs, rows, strict=True)}
 
 
 def groups_of(every: Sequence[Implementation]) -> list[list[Implementation]]:
@@ -279,8 +253,7 @@ def lines_of(rows: list[dict[str, Any]]) -> Iterator[str]:
             text = f"  {row['name']:<34}{row['median'] * 1e3:>10.3f} ms"
             text += f"  [{row['q20'] * 1e3:.3f}, {row['q80'] * 1e3:.3f}]".ljust(22)
             text += f"{row['median'] / ours['median']:>7.1f}×" if ours else " " * 8
-            text += f"{row['bytes'] / row['median'] / 1e9:>8.1f} GB/s"
-            text += f" {row['copy_share']:>5.0%} of copy"
+            text += f"{row['gbps']:>8.1f} GB/s {row['copy_share']:>5.0%} of copy"
             if row["extra_bytes"] is not None:
                 text += f"  +{row['extra_bytes'] / 2**20:,.0f} MiB"
             if (row["others"] or 0) > DISTURBED:
