@@ -11,7 +11,6 @@ what "auto" chooses, with its launches. The numbers of operators are those that 
 
 import argparse
 import os
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,6 +27,7 @@ if __name__ == "__main__" and not torch.cuda.is_available():
 from record import DEVICE, head_of, markdown_table, save
 
 import anchorops as ao
+from anchorops.measure import in_turns
 
 CROSS_ENTROPY, SQUARED_DISTANCE = "F.interpolate + F.cross_entropy", "F.mse_loss of anchors[labels]"
 
@@ -89,20 +89,6 @@ def calls(device: str) -> list[Call]:
     ]
 
 
-def least_times(all_calls: list[Call], rounds: int) -> list[float]:
-    """Microseconds of each."""
-    times = [float("inf")] * len(all_calls)
-    for n in range(rounds + 50):
-        for i, call in enumerate(all_calls):
-            start = time.perf_counter_ns()
-            call.step()
-            if n >= 50:
-                times[i] = min(times[i], (time.perf_counter_ns() - start) / 1000)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()  # otherwise the host waits for a full queue
-    return times
-
-
 def rows_of(backend: str, rounds: int) -> list[dict]:
     with ExitStack() as stack:
         stack.enter_context(ao.use_backend(backend))
@@ -113,19 +99,28 @@ def rows_of(backend: str, rounds: int) -> list[dict]:
                 self.run(*args, grid=None, warmup=True, **kwargs)
 
             stack.enter_context(instead_of_launches("sm_90", bind))
-        all_calls = calls(DEVICE)
-        rows = []
+        all_calls, operators = calls(DEVICE), []
         for call in all_calls:
             call.step()
-            with Operators() as operators:
+            with Operators() as counted:
                 call.step()
-            row = {"backend": backend, "name": call.name, "operators": len(operators.names)}
-            rows.append(row)
-        times = dict(zip((c.name for c in all_calls), least_times(all_calls, rounds), strict=True))
-    for call, row in zip(all_calls, rows, strict=True):
-        row["us"] = round(times[call.name], 1)
-        row["ratio"] = round(times[call.name] / times[call.formula or call.name], 2)
-    return rows
+            operators.append(len(counted.names))
+        steps = [call.step for call in all_calls]
+        if DEVICE == "cuda":
+            steps.append(torch.cuda.synchronize)  # otherwise the host waits for a full queue
+        host = torch.device("cpu")
+        times, _ = in_turns(steps, host, seconds=0, rounds=rounds)
+    least = {call.name: 1e6 * min(seconds) for call, seconds in zip(all_calls, times, strict=False)}
+    return [
+        {
+            "backend": backend,
+            "name": call.name,
+            "operators": number,
+            "us": round(least[call.name], 1),
+            "ratio": round(least[call.name] / least[call.formula or call.name], 2),
+        }
+        for call, number in zip(all_calls, operators, strict=True)
+    ]
 
 
 def main() -> None:

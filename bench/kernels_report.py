@@ -28,6 +28,7 @@ from functools import partial
 from itertools import product, repeat
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -196,21 +197,6 @@ def jobs(quick: bool) -> list[Case]:
     return [x for x in variants_to_compile() if not quick or x.sample.tags]
 
 
-class Driver(NamedTuple):
-    """The parts of a Triton driver that compilation needs."""
-
-    name: str
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGETS[self.name]
-
-    def get_current_device(self) -> str:
-        return self.name
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-
 @contextmanager
 def instead_of_launches(name: str, do: Callable[..., None]) -> Iterator[None]:
     """Where a kernel would be launched on that GPU, do(kernel, its arguments) is called."""
@@ -218,8 +204,13 @@ def instead_of_launches(name: str, do: Callable[..., None]) -> Iterator[None]:
     def getitem(self: Any, grid: Any) -> Any:
         return lambda *args, **kwargs: do(self, *args, **kwargs)
 
+    needed = SimpleNamespace(  # by compilation
+        get_current_target=lambda: TARGETS[name],
+        get_current_device=lambda: name,
+        get_current_stream=lambda device: 0,
+    )
     patch = mock.patch.object
-    with patch(jit.JITFunction, "__getitem__", getitem), patch(driver, "_active", Driver(name)):
+    with patch(jit.JITFunction, "__getitem__", getitem), patch(driver, "_active", needed):
         yield
 
 
