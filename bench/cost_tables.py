@@ -39,11 +39,9 @@ RESULTS = ROOT / "bench/results"
 RUN = RESULTS / "amd-epyc-avx512-2-threads.json"  # of `make bench BENCH=bench/results`
 GPU_RUN = RESULTS / "nvidia-h100-80gb-hbm3-132-multiprocessors.json"
 COUNTED_MEMORY = RESULTS / "counted-memory.json"
-COUNTED_TRAFFIC = RESULTS / "counted-traffic.json"
 COUNTED_PRECISION = RESULTS / "counted-precision.json"
 HOST_TIME = RESULTS / "host-time.json"  # of bench/host_time.py
 EXPONENTIALS = "exponentials"
-REQUESTS = ("loads", "stores", "atomics")  # of counted traffic
 
 
 def main() -> None:
@@ -333,17 +331,15 @@ def inference(run: dict) -> str:
     return "; ".join(texts) + "."
 
 
-def export() -> str:
-    exports = compared(load(RUN)["export"], "volume", "dtype")
+def beside(section: str, case: dict[str, str], seconds: Callable[[float], str]) -> str:
+    """Time and memory of the implementations. case: what identifies one, and the columns' names."""
+    cases = compared(load(RUN)[section], *case)
     lines = [
-        [
-            *case,
-            *(f"{row['seconds']:.2f} s, {row['memory'] / 1e6:,.0f} MB" for row in rows.values()),
-        ]
-        for case, rows in exports.items()
+        [*key, *(f"{seconds(x['seconds'])}, {x['memory'] / 1e6:,.0f} MB" for x in rows.values())]
+        for key, rows in cases.items()
     ]
-    (ways, *_) = exports.values()
-    return markdown_table(["volume", "logits", *ways], lines, words=(0, 1))
+    ways = next(iter(cases.values()))
+    return markdown_table([*case.values(), *ways], lines, words=range(len(case)))
 
 
 def lovasz() -> str:
@@ -427,14 +423,6 @@ def rows_of_precision(section: str) -> list[dict]:
     return [row for row in load(COUNTED_PRECISION)["rows"] if row["section"] == section]
 
 
-def masks_in_frameworks() -> str:
-    lines = []
-    for (case,), rows in grouped(load(RUN)["masks_in_frameworks"], "case").items():
-        cells = (f"{1e3 * row['seconds']:,.0f} ms, {row['memory'] / 1e6:,.0f} MB" for row in rows)
-        lines.append([case, *cells])
-    return markdown_table(["masks", "anchorops", "the library"], lines)
-
-
 def coco_steps() -> str:
     rows = load(RUN)["coco_steps"]
     steps = ", ".join(f"{row['step']} {row['seconds']:.1f} s" for row in rows)
@@ -479,33 +467,6 @@ def lovasz_precision() -> str:
     return markdown_table(["pixels of the class", *kinds], lines, words=())
 
 
-def traffic_table(rows: list[dict]) -> str:
-    """KB of each kernel: of its operands; of the different sectors that it moves; of the sectors of
-    all requests, and which part of them the lanes asked for. Equal rows of a kernel stand once."""
-
-    def kilobytes(size: int) -> str:
-        return f"{size / 1000:,.0f}"
-
-    def requests(row: dict, what: str) -> str:
-        if what not in row:
-            return ""
-        asked, sectors = row[what]["asked"], row[what]["sectors"]
-        return f"{kilobytes(sectors)} ({asked / sectors:.2f})"
-
-    lines, before, seen = [], "", []
-    for row in rows:
-        cells = [f"`{row['kernel']}`", kilobytes(row["operands"]), kilobytes(row["moved"])]
-        cells += [requests(row, what) for what in REQUESTS]
-        if cells in seen:
-            continue
-        seen.append(cells)
-        case = row["case"] if row["backend"] == "triton" else f"CUDA: {row['case']}"
-        lines.append([case if case != before else "", *cells])
-        before = case
-    header = ["operation", "kernel", "operands, KB", "moved, KB", *REQUESTS]
-    return markdown_table(header, lines, words=(0, 1))
-
-
 OF_A_MACHINE = {
     "operators": cases,
     "training_steps": training_steps,
@@ -524,10 +485,12 @@ TABLES: dict[str, Callable[[], str | list[str]]] = {
     "training_steps": lambda: training_steps(load(RUN)),
     "steps_on_a_gpu": lambda: training_steps(load(GPU_RUN), methods=False),
     "inference": lambda: inference(load(RUN)),
-    "masks_in_frameworks": masks_in_frameworks,
+    "masks_in_frameworks": lambda: beside(
+        "masks_in_frameworks", {"case": "masks"}, lambda seconds: f"{1e3 * seconds:,.0f} ms"
+    ),
     "coco_steps": coco_steps,
     "host_time": host_time,
-    "export": export,
+    "export": lambda: beside("export", {"volume": "volume", "dtype": "logits"}, "{:.2f} s".format),
     "lovasz": lovasz,
     "counted_memory": counted_memory,
     "precision": precision,

@@ -6,7 +6,7 @@ equal. The first alternative is torch's formula; others are the classes of libra
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -28,7 +28,6 @@ from anchorops.measure import keys_bytes, moments_bytes
 
 Formula = Callable[..., Any]
 BOUND, GAMMA, SMOOTHING, TEMPERATURE = 0.7, 2.0, 0.1, 0.07
-LOOPS = ("class loop", "image by image")  # are not compiled
 
 
 class Library(NamedTuple):
@@ -103,11 +102,6 @@ def weighted(logits: Tensor, labels: Tensor, of: Formula = usual.cross_entropy) 
     return (of(logits, labels, reduction="none") * weights).sum() / weights.sum()
 
 
-def image_by_image(logits: Tensor, labels: Tensor) -> Tensor:
-    images = zip(logits.split(1), labels.split(1), strict=True)
-    return torch.stack([usual.cross_entropy(*image) for image in images]).mean()
-
-
 def binary_smoothed(logits: Tensor, labels: Tensor) -> Tensor:
     soft = labels.float() * (1 - SMOOTHING) + SMOOTHING / 2
     return usual.binary_cross_entropy(logits, soft)
@@ -177,23 +171,15 @@ Statistics = tuple[Tensor, Tensor | None]
 Alternative = Callable[[Tensor, Tensor, int, Tensor | None], Statistics]
 
 
-def _rows(features: Tensor) -> Tensor:
-    return features.transpose(1, 2).reshape(-1, features.shape[1]).float()
-
-
-def _squares(rows: Tensor, keys: Tensor, anchors: Tensor) -> Tensor:
-    """‖f_p − a_p‖² of every pixel, with gathered anchors."""
-    anchors = torch.cat([anchors, anchors.new_zeros(1, anchors.shape[1])])
-    return (rows - anchors[keys]).square().sum(1)
-
-
 def index_add(features: Tensor, keys: Tensor, num_keys: int, anchors: Tensor | None) -> Statistics:
     """Rows by permute, sums by index_add, anchors by gather: the usual formula."""
-    rows, keys = _rows(features), keys.flatten()
+    rows = features.transpose(1, 2).reshape(-1, features.shape[1]).float()
+    keys = keys.flatten()
     sums = rows.new_zeros(num_keys + 1, rows.shape[1]).index_add(0, keys, rows)[:-1]
     if anchors is None:
         return sums, None
-    squares = _squares(rows, keys, anchors)
+    anchors = torch.cat([anchors, anchors.new_zeros(1, anchors.shape[1])])
+    squares = (rows - anchors[keys]).square().sum(1)
     return sums, squares.new_zeros(num_keys + 1).index_add(0, keys, squares)[:-1]
 
 
@@ -226,22 +212,10 @@ def one_hot_bmm(
     return sums, square_sums - 2 * (sums * anchors).sum(1) + counts * anchors.square().sum(1)
 
 
-def class_loop(features: Tensor, keys: Tensor, num_keys: int, anchors: Tensor | None) -> Statistics:
-    """A mask for each class, as in the released code of SAR and CeCo."""
-    rows, keys = _rows(features), keys.flatten()
-    members = [rows[keys == k] for k in range(num_keys)]
-    sums = torch.stack([rows.sum(0) for rows in members])
-    if anchors is None:
-        return sums, None
-    pairs = zip(members, anchors, strict=True)
-    return sums, torch.stack([(rows - anchor).square().sum() for rows, anchor in pairs])
-
-
 STATISTICS: dict[str, Alternative] = {
     "index_add": index_add,
     "scatter_add": scatter_add,
     "one_hot bmm": one_hot_bmm,
-    "class loop": class_loop,
 }
 
 
@@ -440,12 +414,7 @@ dice = ao.Dice(absent="keep")  # as the formula; smp and MONAI differ for absent
 bce = usual.binary_cross_entropy
 multiclass, multilabel = "multiclass", "multilabel"
 OPERATIONS = {
-    "cross-entropy": Operation(
-        "softmax_moments",
-        ao.CrossEntropy(),
-        {"torch": usual.cross_entropy, "image by image": image_by_image},
-        softmaxes=1,
-    ),
+    "cross-entropy": pixel_loss(ao.CrossEntropy(), usual.cross_entropy),
     "cross-entropy, aligned corners": pixel_loss(ao.CrossEntropy(align_corners=True), aligned),
     "class weights": pixel_loss(
         lambda logits, labels: ao.pixel_cross_entropy(logits, labels, weight=class_weights(logits)),
@@ -614,8 +583,6 @@ def counted_exponentials(operation: str, direction: str, inputs: Inputs) -> floa
 def alternatives_of(case: Case, libraries: bool) -> dict[str, Any]:
     """By their names in tables. libraries: compile the losses of libraries too."""
     eager = dict(OPERATIONS[case.operation].alternatives)
-    if case.direction != FORWARD:  # the gradient of all rows for each class takes seconds
-        eager.pop("class loop", None)
     formula = eager.get("torch")
     upsamples = case.shape.stride != 1 and case.operation not in (
         "divergence from a teacher",
@@ -627,11 +594,9 @@ def alternatives_of(case: Case, libraries: bool) -> dict[str, Any]:
         )
     if not case.compiled:
         return eager
-    chosen: Sequence[str] = [
-        name
+    left_out = Method if libraries else (Method, Library)
+    return eager | {
+        f"compiled {name}": other
         for name, other in eager.items()
-        if name not in LOOPS
-        and not isinstance(other, Method)
-        and (libraries or not isinstance(other, Library))
-    ]
-    return eager | {f"compiled {name}": eager[name] for name in chosen}
+        if not isinstance(other, left_out)
+    }

@@ -21,8 +21,7 @@ from .machine import Traffic
 triton_launches.install(80)  # before anchorops is imported
 cuda_launches.install(80)
 
-from cost_tables import COUNTED_TRAFFIC, traffic_table  # noqa: E402
-from record import save_counts  # noqa: E402
+from record import ROOT, markdown_table, save_counts  # noqa: E402
 
 import anchorops as ao  # noqa: E402
 from anchorops.catalogue import ENTRIES, Case, Sample  # noqa: E402
@@ -31,6 +30,8 @@ from anchorops.catalogue.features import Features, centroids  # noqa: E402
 from anchorops.catalogue.masks import objects  # noqa: E402
 from anchorops.catalogue.pixels import Pixels  # noqa: E402
 
+ROWS_OF_TRAFFIC = ROOT / "bench/results/counted-traffic.json"
+REQUESTS = ("loads", "stores", "atomics")
 K, SECTOR = 19, 32  # classes, bytes
 operands: Counter[str] = Counter()  # bytes of all tensors that launches are given, by kernel
 FEATURES = Features(K, (2, 64, 32, 32), ratio=4)
@@ -83,6 +84,22 @@ def rows_of(case: Case, backend: str) -> list[dict[str, Any]]:
     return rows
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """KB of each kernel: of its operands; of the different sectors that it moves; of the sectors of
+    all requests, and which part of them the lanes asked for."""
+    lines = []
+    for row in rows:
+        found = [row.get(what) for what in REQUESTS]
+        requests = [
+            f"{x['sectors'] / 1000:,.0f} ({x['asked'] / x['sectors']:.2f})" if x else ""
+            for x in found
+        ]
+        sizes = [f"{row[name] / 1000:,.0f}" for name in ("operands", "moved")]
+        lines.append([row["backend"], row["case"], row["kernel"], *sizes, *requests])
+    header = ["backend", "operation", "kernel", "operands, KB", "moved, KB", *REQUESTS]
+    return markdown_table(header, lines, words=(0, 1, 2))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -100,15 +117,15 @@ def main() -> int:
         rows += [row for case in with_cuda for row in rows_of(case, "cuda")]
     else:
         print(obstacle)
-    print(traffic_table(rows))
+    print(table(rows))
     if arguments.out:
         save_counts(arguments.out, rows)
         return 0
-    committed = json.loads(COUNTED_TRAFFIC.read_text())
+    committed = json.loads(ROWS_OF_TRAFFIC.read_text())
     counted = {row["backend"] for row in rows}
     expected = [row for row in committed["rows"] if row["backend"] in counted]
     if committed["torch"] == torch.__version__ and expected != rows:
-        print(f"These are not the rows of {COUNTED_TRAFFIC}: write them with --out.")
+        print(f"These are not the rows of {ROWS_OF_TRAFFIC}: write them with --out.")
         return 1
     return 0
 
