@@ -63,28 +63,24 @@ SCENES: dict[str, dict[str, Any]] = {
     CAMVID: {"dataset": "folder", "root": "data/camvid"},
 }
 Choice = tuple[tuple[str, ...], str]  # methods and their setting
-PLAIN: Choice = ((), PUBLISHED)
-MAIN: tuple[Choice, ...] = (
-    PLAIN,
-    (("sar",), PUBLISHED),
-    (("occl",), PUBLISHED),
-    (("occl",), SCRATCH),
-    (("ceco",), PUBLISHED),
-    (("ceco",), SCRATCH),
-    (("mvsc",), PUBLISHED),
-)
-REST: tuple[Choice, ...] = (
-    (("cr",), PUBLISHED),
-    (("cbp",), PUBLISHED),
-    (("cbp", "occl"), PUBLISHED),
-    (("cbp", "occl"), SCRATCH),
-)
-HARD: tuple[Choice, ...] = (MAIN[0], MAIN[1], MAIN[3], MAIN[5], MAIN[6])
-RARE: tuple[Choice, ...] = (MAIN[0], MAIN[1], MAIN[6])  # what helped where data are rare
-PHOTOGRAPHS: tuple[Choice, ...] = (
-    PLAIN,
-    *(((*methods,), PUBLISHED) for methods in (["sar"], ["mvsc"], ["cbp", "occl"], ["ceco"])),
-)
+
+
+def choices(names: str) -> list[Choice]:
+    """Of names as in that of a run: plain, or methods, which may be from scratch."""
+    found = []
+    for name in names.split():
+        methods = name.removesuffix(f"-{SCRATCH}")
+        setting = PUBLISHED if methods == name else SCRATCH
+        found.append((() if methods == "plain" else tuple(methods.split("+")), setting))
+    return found
+
+
+PLAIN = choices("plain")
+MAIN = choices("plain sar occl occl-from-scratch ceco ceco-from-scratch mvsc")
+REST = choices("cr cbp cbp+occl cbp+occl-from-scratch")
+HARD = choices("plain sar occl-from-scratch ceco-from-scratch mvsc")
+RARE = choices("plain sar mvsc")  # what helped where data are rare
+PHOTOGRAPHS = choices("plain sar mvsc cbp+occl ceco")
 
 
 class Run(NamedTuple):
@@ -135,7 +131,7 @@ def plan() -> list[Run]:
 
     return [
         *runs("digits", HRNET, MAIN, seeds=[0]),
-        *runs("digits", HRNET, [PLAIN], schedules=[8_000], seeds=[0]),
+        *runs("digits", HRNET, PLAIN, schedules=[8_000], seeds=[0]),
         *runs("digits", HRNET, MAIN, seeds=[1, 2]),
         *runs("digits", SEGFORMER, MAIN, seeds=[0]),
         *runs("few", HRNET, HARD, schedules=[1_500]),
@@ -143,7 +139,7 @@ def plan() -> list[Run]:
         *runs("digits", HRNET, REST, schedules=[500]),
         *runs("digits", SEGFORMER, MAIN + REST, schedules=[500]),  # seed 0 of MAIN is above
         *runs("digits", SEGFORMER, MAIN, seeds=[1, 2]),
-        *runs("digits", SEGFORMER, [PLAIN], schedules=[8_000], seeds=[0]),
+        *runs("digits", SEGFORMER, PLAIN, schedules=[8_000], seeds=[0]),
         *runs("digits", HRNET, REST, schedules=[1_500, 4_000]),
         *runs("few", SEGFORMER, HARD, schedules=[1_500]),
         *runs("steep", SEGFORMER, HARD, schedules=[1_500]),

@@ -144,10 +144,7 @@ def of_sam2(logits: Tensor, size: Size) -> Ways:
         found = processor.filter_masks(masks, scores[None], size, [0, 0, *size[::-1]])
         return processor.post_process_for_mask_generation(*found, 0.7)
 
-    return {
-        OURS: lambda: ours.automatic_of_sam2(scores, logits, size)[0].coco(),
-        THEIRS: theirs,
-    }
+    return {OURS: lambda: ours.automatic_of_sam2(scores, logits, size)[0].coco(), THEIRS: theirs}
 
 
 def of_ultralytics(logits: Tensor, size: Size) -> Ways:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,14 +17,14 @@ IGNORE_INDEX = 255
 class Network(NamedTuple):
     """A network, its batch, and how its users train it.
 
-    dim: of the features before the classifier. blocks: the classes whose outputs are computed again
+    make, small: of the number of classes, the network and a small relative for a dry run. dim: of
+    the features before the classifier. blocks: the classes whose outputs are computed again
     with activation checkpointing. channels: of the images. upsamples: forward upsamples the logits.
     weights: of the loss of each of its outputs. channels_last: the layout when it is measured.
-    small: builds a small relative, for a dry run.
     """
 
     name: str
-    build: Callable[[], nn.Module]
+    make: Callable[[int], nn.Module]
     size: tuple[int, ...]
     batch: int
     num_classes: int
@@ -33,13 +34,15 @@ class Network(NamedTuple):
     upsamples: bool = False
     weights: tuple[float, ...] = (1.0,)
     channels_last: bool = True
-    small: Callable[[], nn.Module] | None = None
+    small: Callable[[int], nn.Module] | None = None
+
+    def build(self) -> nn.Module:
+        return self.make(self.num_classes)
 
     def tiny(self) -> "Network":
         """For a dry run, which only tests the code."""
         side = 16 if self.volumes else 64
-        build = self.small or self.build
-        return self._replace(build=build, size=(side,) * len(self.size), batch=2)
+        return self._replace(make=self.small or self.make, size=(side,) * len(self.size), batch=2)
 
     @property
     def volumes(self) -> bool:
@@ -157,85 +160,66 @@ def of_training_program(name: str, num_classes: int) -> nn.Module:
     return build_model(name, num_classes)
 
 
-def small_hrnet() -> nn.Module:
-    return of_training_program("hrnet-w18-small", 19)
-
-
+segformer_b0 = partial(segformer, 0)
+small_hrnet = partial(of_training_program, "hrnet-w18-small")
 BASIC, BOTTLENECK = "BasicBlock", "Bottleneck"
 DEEPLAB = {"dim": 256, "blocks": (BOTTLENECK,), "upsamples": True, "weights": (1.0, 0.5)}
-SEGFORMER_B0 = Network("SegFormer-B0", lambda: segformer(0, 150), (512, 512), 16, 150)
+SEGFORMER_B0 = Network("SegFormer-B0", segformer_b0, (512, 512), 16, 150)
 SEGFORMER_B5 = Network(
-    *("SegFormer-B5", lambda: segformer(5, 150), (512, 512), 16, 150, 768),
+    *("SegFormer-B5", partial(segformer, 5), (512, 512), 16, 150, 768),
     blocks=("SegformerLayer",),
-    small=lambda: segformer(0, 150),
+    small=segformer_b0,
 )
 HRNET_W48 = Network(
-    *("HRNet-W48", lambda: of_training_program("hrnet-w48", 19), (512, 1024), 8, 19, 720),
+    *("HRNet-W48", partial(of_training_program, "hrnet-w48"), (512, 1024), 8, 19, 720),
     blocks=(BASIC, BOTTLENECK),
     small=small_hrnet,
 )
 VOLUMES = Network(
-    *("3-D U-Net", lambda: unet_of_volumes(14), (128, 128, 128), 2, 14, 32),
+    *("3-D U-Net", unet_of_volumes, (128, 128, 128), 2, 14, 32),
     blocks=("UnetBasicBlock",),
     channels=1,
     weights=(1.0, 0.5, 0.25),
     channels_last=False,
-    small=lambda: unet_of_volumes(14, levels=4),
+    small=partial(unet_of_volumes, levels=4),
 )
 COUNTED = (
     SEGFORMER_B5,
     Network(
-        *("UperNet-Swin-T", lambda: upernet(150), (512, 512), 16, 150, 512),
+        *("UperNet-Swin-T", upernet, (512, 512), 16, 150, 512),
         blocks=("SwinLayer",),
         upsamples=True,
     ),
     HRNET_W48,
     Network(
-        *("PSPNet-R101", lambda: of_smp("PSPNet", "resnet101", 150), (512, 512), 16, 150, 512),
+        *("PSPNet-R101", partial(of_smp, "PSPNet", "resnet101"), (512, 512), 16, 150, 512),
         blocks=(BOTTLENECK,),
         upsamples=True,
     ),
-    Network("DeepLabV3-R101", lambda: deeplab(19), (769, 769), 8, 19, **DEEPLAB),
-    Network("DeepLabV3-R101", lambda: deeplab(21), (513, 513), 16, 21, **DEEPLAB),
+    Network("DeepLabV3-R101", deeplab, (769, 769), 8, 19, **DEEPLAB),
+    Network("DeepLabV3-R101", deeplab, (513, 513), 16, 21, **DEEPLAB),
     VOLUMES,
 )
-UNET = Network("U-Net-R34", lambda: of_smp("Unet", "resnet34", 20), (512, 512), 16, 20)
+UNET = Network("U-Net-R34", partial(of_smp, "Unet", "resnet34"), (512, 512), 16, 20)
 HRNET_W18 = Network(
-    *("HRNet-W18", lambda: of_training_program("hrnet-w18", 19), (512, 1024), 8, 19),
+    *("HRNet-W18", partial(of_training_program, "hrnet-w18"), (512, 1024), 8, 19),
     small=small_hrnet,
 )
+deeplab_plus = partial(of_smp, "DeepLabV3Plus", "resnet50")
 ON_GPU = (
     SEGFORMER_B0,
     UNET,
     SEGFORMER_B5,
     HRNET_W18,
     VOLUMES,
-    Network(
-        *("DeepLabV3+-R50", lambda: of_smp("DeepLabV3Plus", "resnet50", 21)),
-        *((512, 512), 16, 21),
-        upsamples=True,
-    ),
-    Network(
-        *("SegFormer-B2", lambda: segformer(2, 150), (512, 512), 16, 150),
-        small=lambda: segformer(0, 150),
-    ),
+    Network("DeepLabV3+-R50", deeplab_plus, (512, 512), 16, 21, upsamples=True),
+    Network("SegFormer-B2", partial(segformer, 2), (512, 512), 16, 150, small=segformer_b0),
     HRNET_W48,
 )
 BATCHES = (SEGFORMER_B0, SEGFORMER_B5, UNET)
 COMPILED = [network.name for network in (SEGFORMER_B0, HRNET_W18, UNET)]
+small_segformer = partial(of_training_program, "segformer-b0")
 ON_CPU = (
-    Network(
-        *("hrnet-w18-small", small_hrnet, (512, 1024), 2, 19, 240),
-    ),
-    Network(
-        *(
-            "segformer-b0",
-            lambda: of_training_program("segformer-b0", 150),
-            (512, 512),
-            2,
-            150,
-            256,
-        ),
-        channels_last=False,
-    ),
+    Network("hrnet-w18-small", small_hrnet, (512, 1024), 2, 19, 240),
+    Network("segformer-b0", small_segformer, (512, 512), 2, 150, 256, channels_last=False),
 )

@@ -524,9 +524,7 @@ OPERATIONS = {
         {"gather + mse": gather_mse},
     ),
     "centroid InfoNCE": Operation(
-        "centroid_info_nce",
-        ao.ops.centroid_info_nce,
-        {"cross_entropy": usual.centroid_info_nce},
+        "centroid_info_nce", ao.ops.centroid_info_nce, {"cross_entropy": usual.centroid_info_nce}
     ),
     "SAR": of_method(ao.SAR),
     "OCCL": of_method(ao.OCCL),

@@ -16,13 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from cases import BACKWARD, FORWARD, Case, cases_on
-from operations import (
-    OPERATIONS,
-    Library,
-    alternatives_of,
-    counted_bytes,
-    counted_exponentials,
-)
+from operations import OPERATIONS, Library, alternatives_of, counted_bytes, counted_exponentials
 from record import by_case, head_of, ours_and_other, parser_of, save
 from torch import Tensor, nn
 

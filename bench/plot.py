@@ -18,17 +18,7 @@ from cases import IMAGES, VOLUMES
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from record import (
-    BASELINE,
-    BOTH,
-    OWN,
-    by_case,
-    compared,
-    gain,
-    load,
-    machine,
-    variant_of,
-)
+from record import BASELINE, BOTH, OWN, by_case, compared, gain, load, machine, variant_of
 
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 OURS, PALE, OTHER, GREY = "#1f6f54", "#9ecae1", "#b9c2bd", "#555555"
