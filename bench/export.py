@@ -91,7 +91,7 @@ def cell(way: str, volume: str, dtype: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, devices=("cpu",))
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.cell:

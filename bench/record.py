@@ -44,11 +44,12 @@ STEP_NAMES = {  # whose cross-entropy, and whether with late upsampling
 }
 
 
-def parser_of(doc: str | None) -> argparse.ArgumentParser:
+def parser_of(doc: str | None, devices: Sequence[str] = ("cpu", "cuda")) -> argparse.ArgumentParser:
     """The options of every program that measures."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=formatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=DEVICE)
+    usual = DEVICE if DEVICE in devices else devices[0]
+    parser.add_argument("--device", choices=devices, default=usual)
     parser.add_argument("--rows", type=Path, help="write the rows to this JSON file")
     parser.add_argument("--dry-run", action="store_true", help="tiny, only to test the code")
     return parser
