@@ -24,6 +24,7 @@ import io
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,8 +78,8 @@ def masks(device: torch.device, tiny: bool) -> Rows:
         ours, theirs = (codes(logits, size) for codes in (our_codes, torch_codes))
         differ = float(np.mean([a != b for a, b in zip(ours, theirs, strict=True)]))
         ways: Ways = {
-            OURS: lambda z=logits, size=size: our_codes(z, size),
-            BY_TORCH: lambda z=logits, size=size: torch_codes(z, size),
+            OURS: partial(our_codes, logits, size),
+            BY_TORCH: partial(torch_codes, logits, size),
         }
         for threads in (1, 2):
             torch.set_num_threads(threads)

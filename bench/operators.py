@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import fnmatch
 import gc
+import itertools
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -231,13 +232,6 @@ class Timer:
         return {name: row._asdict() | fields for name, row in zip(runs, rows, strict=True)}
 
 
-def groups_of(every: Sequence[Implementation]) -> list[list[Implementation]]:
-    kinds: dict[tuple[bool, bool], list[Implementation]] = {}
-    for one in every:
-        kinds.setdefault((one.compiled, one.kept), []).append(one)
-    return [*kinds.values()]
-
-
 def lines_of(rows: list[dict[str, Any]]) -> Iterator[str]:
     """A table of the rows of a case, the fastest first."""
     yield f"\n{rows[0]['case']} ({rows[0]['sizes']})"
@@ -273,8 +267,9 @@ def main() -> None:
         rows: list[dict[str, Any]] = []
         try:
             timer = Timer(case, device, tiny)
-            for group in groups_of(implementations(of, case, usable(device))):
-                rows += timer.rows(group)
+            every = implementations(of, case, usable(device))
+            for _, group in itertools.groupby(every, lambda one: (one.compiled, one.kept)):
+                rows += timer.rows([*group])
                 if options.rows:
                     save(options.rows, "operators", head_of(device), rows)
             print(*lines_of(rows), sep="\n", flush=True)
