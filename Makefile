@@ -143,4 +143,4 @@ build/abi/%:
 
 clean:
 	rm -rf build dist site *.egg-info anchorops/*.so .venv/installed
-	rm -rf .hypothesis .pytest_cache .ruff_cache
+	rm -rf .benchmarks .hypothesis .pytest_cache .ruff_cache

@@ -31,7 +31,7 @@ MB      peak memory of both passes without inputs and gradient, and of torch's f
 error   of loss and gradient, relative to torch's formula in float32"""
 
 
-def _inputs(case: Case, n: float, device: torch.device) -> Inputs:
+def inputs_of(case: Case, n: float, device: torch.device) -> Inputs:
     """On a GPU images are bfloat16; on a CPU all is float32."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return {
@@ -40,7 +40,7 @@ def _inputs(case: Case, n: float, device: torch.device) -> Inputs:
     }
 
 
-def _step(loss: Callable[..., Tensor], inputs: Inputs) -> Run:
+def step_of(loss: Callable[..., Tensor], inputs: Inputs) -> Run:
     first, x = next(iter(inputs.items()))
 
     def run() -> tuple[Tensor, Tensor]:
@@ -111,13 +111,13 @@ def benchmark(size: float | None = None, seconds: float = 0.2) -> bool:
     tolerance = 1e-2 if cuda else 1e-4  # a gradient in bfloat16 is rounded
     for case in cases("bench"):
         n = size or (2 if cuda else 1)
-        inputs, tiny = (_inputs(case, x, device) for x in (n, TINY * n))
+        inputs, tiny = (inputs_of(case, x, device) for x in (n, TINY * n))
         wide = {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
-        exact = _step(case.formula, wide)()
-        theirs = _cost(_step(case.formula, inputs), _step(case.formula, tiny), device, seconds)
+        exact = step_of(case.formula, wide)()
+        theirs = _cost(step_of(case.formula, inputs), step_of(case.formula, tiny), device, seconds)
         call, _, kind = str(case).rpartition(", ")
         for backend in [x for x in usable if x in case.entry.backends] or ["reference"]:
-            run, tiny_run = (_step(case.ours, x) for x in (inputs, tiny))
+            run, tiny_run = (step_of(case.ours, x) for x in (inputs, tiny))
             with use_backend(backend):
                 error = _error(run(), exact)
                 ours = _cost(run, tiny_run, device, seconds)

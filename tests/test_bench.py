@@ -395,6 +395,18 @@ def test_doctor_benchmark(capsys, monkeypatch):
     assert "WRONG" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_the_catalogue_by_pytest_benchmark():
+    """Tiny, each call once."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench"]
+    run = subprocess.run(
+        [*command, "--benchmark-disable"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed and int(passed[1]) >= len(catalogue.cases("bench"))
+
+
 SHARP = [case for case in catalogue.cases("bench") if str(case).endswith(", sharp")]
 
 
