@@ -27,13 +27,13 @@ _SMALLEST = Constant(2.0**-24)  # c is rounded to multiples of about this
 class LossOptions(NamedTuple):
     """None for what is not wanted."""
 
-    true_weights: Any  # a, float32 [K], or [B, K] by stride_b
-    all_weights: Any  # v, the same
-    stride_b: int
-    sums_of_all_weights: Any  # V, float32 [], or [B] by stride_sum_b
-    stride_sum_b: int
-    min_loss: float | None
-    focal_gamma: float | None
+    true_weights: Any = None  # a, float32 [K], or [B, K] by stride_b
+    all_weights: Any = None  # v, the same
+    stride_b: int = 0
+    sums_of_all_weights: Any = None  # V, float32 [], or [B] by stride_sum_b
+    stride_sum_b: int = 0
+    min_loss: float | None = None
+    focal_gamma: float | None = None
 
     @property
     def change_losses(self) -> bool:
@@ -46,7 +46,7 @@ def loss_options_of(options: Any) -> LossOptions:
     min_loss = options.min_loss if options.min_loss > -math.inf else None
     gamma = options.focal_gamma if options.focal_gamma > 0 else None
     if true_weights is None:
-        return LossOptions(None, None, 0, None, 0, min_loss, gamma)
+        return LossOptions(min_loss=min_loss, focal_gamma=gamma)
     true_weights, all_weights = true_weights.contiguous(), options.all_weights.contiguous()
     strides = (true_weights.stride(0), 1) if true_weights.dim() == 2 else (0, 0)
     total = all_weights.sum(-1)

@@ -33,8 +33,7 @@ from .upsampling import (
 @triton.jit
 def softmax_of_errors(logits, lanes, labels, CELLS: tl.constexpr):
     """Softmax of the pixels (softmax.py)."""
-    plain = LossOptions(None, None, 0, None, 0, None, None)
-    return softmax_of(logits, lanes, labels, plain, 0, False, CELLS)
+    return softmax_of(logits, lanes, labels, LossOptions(), 0, False, CELLS)
 
 
 @triton.jit
