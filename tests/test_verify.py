@@ -174,9 +174,14 @@ def test_the_operators_of_the_checks(monkeypatch):
     for case in cases("all"):
         looked_up.clear()
         evaluate(case.ours, case.sample.inputs())
-        assert looked_up == {*case.entry.operators}, str(case)
-        own |= {*case.entry.operators} if len(case.entry.operators) == 1 else set()
-    assert own == {*_backend.OPERATORS}
+        named = {*case.entry.operators}
+        difference = f"the entry names {named}, the call selects a backend for {looked_up}"
+        assert looked_up == named, f"{case}: {difference}"
+        own |= named if len(named) == 1 else set()
+    without = {*_backend.OPERATORS} - own
+    assert not without, (
+        f'an entry of this operator alone needs a sample with the tag "all": {without}'
+    )
 
 
 def test_the_driver(monkeypatch):
