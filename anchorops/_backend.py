@@ -30,15 +30,16 @@ FUSED = ("cpu", "triton")  # the backends of most operators, besides `reference`
 CUDA_BACKENDS = (*FUSED, "cuda")  # of class keys, random groups and class moments
 # The functions that torch.onnx.export writes as standard operators: those of predictions.
 ONNX_OPERATORS = ("pixel_argmax", "confusion", "pixel_confusion")
-# Those for which a backend is selected, and the backends that have them. `class_moments` includes
-# class_keys, which precede it.
+# Those for which a backend is selected, and the backends that have them, besides `reference`. Not
+# all have kernels of their own: `cpu` computes centroid InfoNCE by torch's functions, and `triton`
+# the k-th largest number by class keys. `class_moments` includes class_keys, which precede it.
 OPERATORS = {
     "class_moments": CUDA_BACKENDS,
     "split_groups": CUDA_BACKENDS,
     "upsampled_sums": FUSED,
-    "centroid_info_nce": ("triton",),
+    "centroid_info_nce": FUSED,
     "softmax_moments": FUSED,
-    "kth_largest": ("cpu",),
+    "kth_largest": FUSED,
     "pixel_kl_divergence": FUSED,
     "pixel_argmax": FUSED,
     "confusion": FUSED,
@@ -384,7 +385,8 @@ def _why_not(
 ) -> str | None:
     """Why the backend does not support a call with this input, or None."""
     if name not in ("reference", *backends):
-        return f'it does not have this operator: choose "{backends[-1]}" or "auto"'
+        choices = " or ".join(f'"{x}"' for x in (*backends, "auto"))
+        return f"it does not have this operator: choose {choices}"
     device = "cpu" if name == "cpu" or _ON_HOST.get(name) else "cuda"
     if name != "reference" and tensor.device.type != device:
         return f"it supports {device} tensors, the input is on {tensor.device}"
@@ -434,20 +436,20 @@ def select(
     *,
     called: Sequence[str] = (),
     refusal: Callable[[str], str | None] | None = None,
-    backends: Sequence[str] = FUSED,
     faster: str | None = None,
 ) -> str:
     """The backend of a call with this input (features, logits or predictions). Raises ValueError if
     the chosen backend does not support it.
 
     Args:
-        called: the operators that the function calls, if not the one of its name.
+        called: the operators that the function calls, if not the one of its name. The first one
+            says which backends have them (OPERATORS).
         refusal: of a backend that has the operator and the device, why it leaves this call to the
             next one, or None.
-        backends: those that have these operators, besides `reference`.
         faster: a backend that "auto" tries first.
     """
-    chosen = _choice.backend
+    chosen, called = _choice.backend, called or (function,)
+    backends = OPERATORS[called[0]]
     # torch.onnx.export always traces; is_in_onnx_export takes longer than the rest of this function
     if not is_traced():
         # what follows finds the same, but takes as long as a small operator of torch; is_cpu is
@@ -464,7 +466,7 @@ def select(
         if reason:
             raise ValueError(f"{function}: backend {chosen} does not support this call: {reason}")
         return chosen
-    called, device = called or (function,), tensor.device.type
+    device = tensor.device.type
     for name in (*([faster] if faster else []), *_OF_DEVICE.get(device, ())):
         # Kernels without a GPU are for tests: they are never selected automatically.
         if _MISSING[name] or _ON_HOST.get(name):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import anchorops as ao
 from anchorops import reference
-from anchorops._backend import CUDA_BACKENDS, select
+from anchorops._backend import select
 from anchorops._moments import ClassMoments
 from anchorops._ops.class_keys import class_keys as operator_of_keys
 from anchorops._shared.pixels import feature_rows
@@ -303,7 +303,7 @@ Keys = tuple[Tensor, Tensor]  # −1 if ignored, and their counts
 
 def our_keys(features: Tensor, labels: Tensor, anchors: Tensor) -> Keys:
     num_classes = len(anchors)
-    backend = select("class_moments", features, num_classes, backends=CUDA_BACKENDS)
+    backend = select("class_moments", features, num_classes)
     if backend == "reference":
         return reference.class_keys(features, labels, num_classes, False, -1)
     return operator_of_keys(features, labels, num_classes, ignore_index=-1, backend=backend)

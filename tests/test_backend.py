@@ -16,8 +16,10 @@ from torch.torch_version import TorchVersion
 import anchorops as ao
 from anchorops import _backend, doctor
 from anchorops._ops import class_moments
+from anchorops.catalogue import cases
 
 FEATURES, LABELS = torch.zeros(2, 3, 4, 5), torch.zeros(2, 8, 10, dtype=torch.int64)
+select = partial(_backend.select, "f", called=("class_moments",))
 
 
 def test_backends_tells_why_not():
@@ -28,21 +30,21 @@ def test_backends_tells_why_not():
 
 
 def test_auto_takes_the_cpu_kernels():
-    assert _backend.select("f", FEATURES, 6) == "cpu"
-    assert _backend.select("f", FEATURES.double(), 65_536) == "cpu"
-    assert _backend.select("f", FEATURES.to("meta"), 6) == "reference"
+    assert select(FEATURES, 6) == "cpu"
+    assert select(FEATURES.double(), 65_536) == "cpu"
+    assert select(FEATURES.to("meta"), 6) == "reference"
 
 
 def test_use_backend_as_a_context():
     with ao.use_backend("reference"):
-        assert _backend.select("f", FEATURES, 6) == "reference"
+        assert select(FEATURES, 6) == "reference"
         with ao.use_backend("cpu"):
-            assert _backend.select("f", FEATURES, 6) == "cpu"
-        assert _backend.select("f", FEATURES, 6) == "reference"
+            assert select(FEATURES, 6) == "cpu"
+        assert select(FEATURES, 6) == "reference"
         with pytest.raises(KeyError), ao.use_backend("auto"):
             raise KeyError
-        assert _backend.select("f", FEATURES, 6) == "reference"
-    assert _backend.select("f", FEATURES, 6) == "cpu"
+        assert select(FEATURES, 6) == "reference"
+    assert select(FEATURES, 6) == "cpu"
 
 
 def test_one_context_in_itself():
@@ -60,10 +62,10 @@ def test_one_context_in_itself():
 def test_use_backend_for_good():
     try:
         ao.use_backend("reference")
-        assert _backend.select("f", FEATURES, 6) == "reference"
+        assert select(FEATURES, 6) == "reference"
     finally:
         ao.use_backend("auto")
-    assert _backend.select("f", FEATURES, 6) == "cpu"
+    assert select(FEATURES, 6) == "cpu"
 
 
 def test_each_thread_chooses_for_itself():
@@ -72,24 +74,24 @@ def test_each_thread_chooses_for_itself():
     seen = []
 
     def other():
-        seen.append(_backend.select("f", FEATURES, 6))  # not the choice of the starting thread
+        seen.append(select(FEATURES, 6))  # not the choice of the starting thread
         with ao.use_backend("cpu"):
             theirs.set()
             ours.wait()
-            seen.append(_backend.select("f", FEATURES.double(), 6))
+            seen.append(select(FEATURES.double(), 6))
             with pytest.raises(ValueError, match=r"^f: backend cpu does not support"):
-                _backend.select("f", FEATURES.to("meta"), 6)
-        seen.append(_backend.select("f", FEATURES.to("meta"), 6))
+                select(FEATURES.to("meta"), 6)
+        seen.append(select(FEATURES.to("meta"), 6))
 
     with ao.use_backend("reference"):
         thread = threading.Thread(target=other)
         thread.start()
         theirs.wait()
-        assert _backend.select("f", FEATURES, 6) == "reference"
+        assert select(FEATURES, 6) == "reference"
     ours.set()
     thread.join()
     assert seen == ["cpu", "cpu", "reference"]
-    assert _backend.select("f", FEATURES, 6) == "cpu"
+    assert select(FEATURES, 6) == "cpu"
 
 
 def test_a_compiled_function_follows_the_choice_of_its_thread():
@@ -122,7 +124,7 @@ def test_a_compiled_function_follows_the_choice_of_its_thread():
             return ao.class_centroids(features, LABELS, 6)[0]
 
     torch.testing.assert_close(chosen_inside(FEATURES), centroids(FEATURES))
-    assert _backend.select("f", FEATURES, 6) == "cpu"
+    assert select(FEATURES, 6) == "cpu"
 
 
 def test_unknown_and_unusable_backends():
@@ -133,15 +135,29 @@ def test_unknown_and_unusable_backends():
         if reason:
             with pytest.raises(RuntimeError, match=f"^use_backend: {name} is not usable here: "):
                 ao.use_backend(name)
-    assert _backend.select("f", FEATURES, 6) == "cpu"
+    assert select(FEATURES, 6) == "cpu"
 
 
-def test_a_chosen_backend_never_gives_way():
-    with (
-        ao.use_backend("cpu"),
-        pytest.raises(ValueError, match=r"^class_moments: backend cpu does not support .* on meta"),
-    ):
-        ao.ops.class_moments(FEATURES.to("meta"), LABELS.to("meta"), 6)
+CASES = {case.entry.name: case for tag in ("all", "small") for case in cases(tag)}
+IN_PYTORCH = ["Lovasz of sigmoids"]  # on every backend
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_chosen_backend_never_gives_way(name: str, monkeypatch):
+    """It serves each operator, or says why not."""
+    case, every = CASES[name], '"cpu" or "triton" or "auto"'
+    monkeypatch.setattr(_backend, "_ON_HOST", {})
+    for backend in ("cuda", "triton", "cpu"):
+        monkeypatch.setattr(_backend._choice, "backend", backend)
+        if backend == "cpu" or name in IN_PYTORCH:
+            case.ours(**case.sample.inputs())
+            continue
+        reason = "it supports cuda tensors, the input is on cpu"
+        if backend not in case.entry.backends:
+            reason = f"it does not have this operator: choose {every}"
+        message = rf"^\w+: backend {backend} does not support this call: {reason}$"
+        with pytest.raises(ValueError, match=message):
+            case.ours(**case.sample.inputs())
 
 
 def test_without_the_compiled_library():
@@ -221,9 +237,8 @@ def test_it_is_said_once_that_triton_is_missing(monkeypatch, caplog):
     gpus = Gpus(monkeypatch, "9.0", "9.0", "7.5")
     monkeypatch.setitem(_backend._MISSING, "triton", "triton is not installed")
     monkeypatch.setattr(_backend, "_told", set())
-    pixels = {"backends": _backend.FUSED}
+    pixels = {"called": ("softmax_moments",)}
     assert gpus.select(1, **pixels) == "reference"  # the GPU is too old
-    assert gpus.select(0, backends=("cpu",)) == "reference"
     assert gpus.select(0, refusal=lambda backend: backend, **pixels) == "reference"
     with ao.use_backend("reference"):
         assert gpus.select(0, **pixels) == "reference"
@@ -297,7 +312,7 @@ class Gpus:
             dtype=torch.bfloat16,
             shape=(2, 3, 4, 5),
         )
-        options = {"backends": _backend.CUDA_BACKENDS} | options
+        options = {"called": ("class_moments",)} | options
         return _backend.select(function, features, 6, **options)
 
 
@@ -326,7 +341,12 @@ FEW, MANY = (partial(class_moments.refusal, keys) for keys in (1024, 1025))
         ({"refusal": FEW}, "cuda", "cuda", "cuda"),
         ({"refusal": MANY}, "triton", "at most 1024 keys .*", "reference"),
         ({"faster": "triton"}, "triton", "cuda", "cuda"),
-        ({"backends": _backend.FUSED}, "triton", "it does not have this operator", "reference"),
+        (
+            {"called": ("softmax_moments",)},
+            "triton",
+            'it does not have this operator: choose "cpu" or',
+            "reference",
+        ),
     ],
 )
 def test_choice_on_a_gpu(monkeypatch, options, auto: str, cuda: str, without_triton: str):
@@ -337,7 +357,7 @@ def test_choice_on_a_gpu(monkeypatch, options, auto: str, cuda: str, without_tri
         if cuda == "cuda":
             assert gpus.select(0, **options) == cuda
         else:
-            message = f'^f: backend cuda .* {cuda}: choose "triton" or "auto"$'
+            message = f'^f: backend cuda .* {cuda}.* "triton" or "auto"$'
             with pytest.raises(ValueError, match=message):
                 gpus.select(0, **options)
     monkeypatch.setitem(_backend._MISSING, "triton", "not installed")
@@ -355,7 +375,7 @@ def test_where_triton_was_faster_than_cuda():
 def test_keys_are_images_times_classes_times_groups(monkeypatch):
     num_keys = []
 
-    def select(function, tensor, num_classes, *, called, refusal, backends, faster=None):
+    def select(function, tensor, num_classes, *, called, refusal, faster=None):
         num_keys.append(refusal.args[0])
         return "reference"
 
@@ -425,7 +445,7 @@ def test_the_choice_among_gpus_is_traced(monkeypatch):
     assert [y.item() for y in compiled(torch.zeros(()))] == [1, 0]
 
 
-SELECT = partial(_backend.select, "f", FEATURES, 6, called=("class_moments", "split_groups"))
+SELECT = partial(select, FEATURES, 6, called=("class_moments", "split_groups"))
 
 
 @pytest.fixture
@@ -455,8 +475,8 @@ def test_auto_takes_the_next_backend_of_a_gpu(monkeypatch):
     gpus = Gpus(monkeypatch, "9.0", "9.0")
     for backend, following in (("cuda", "triton"), ("triton", "reference")):
         ao.exclude_from_auto(backend, "class_moments")
-        assert gpus.select(0, "class_moments") == following
-        assert gpus.select(0, "split_groups") == "cuda"
+        assert gpus.select(0) == following
+        assert gpus.select(0, called=("split_groups",)) == "cuda"
 
 
 @pytest.mark.usefixtures("nothing_excluded")

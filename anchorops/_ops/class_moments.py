@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._backend import CUDA_BACKENDS, CUDA_MAX_KEYS, select
+from .._backend import CUDA_MAX_KEYS, select
 from .._checks import (
     check_anchors,
     check_choice,
@@ -133,7 +133,6 @@ define(
     "class_moments",
     _SCHEMA,
     _forward_fake,
-    backends=CUDA_BACKENDS,
     gradient=Gradient(_BACKWARD_SCHEMA, _backward_fake, _setup_context, _backward),
     any_strides=True,
 )
@@ -311,7 +310,6 @@ def unchecked_moments(
         num_classes,
         called=called,
         refusal=partial(refusal, num_keys),
-        backends=CUDA_BACKENDS,
         faster=faster_backend(
             features, num_keys, with_sums and anchors is not None and options["groups"] == 1
         ),
@@ -399,7 +397,6 @@ def pixel_to_anchor_mse(
         num_classes,
         called=("class_moments",),
         refusal=partial(refusal, num_classes),
-        backends=CUDA_BACKENDS,
     )
     if backend == "reference":
         return reference.pixel_to_anchor_mse(

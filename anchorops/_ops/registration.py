@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .._backend import FUSED, triton_launcher
+from .._backend import FUSED, OPERATORS, triton_launcher
 from .._checks import in_transform, is_traced, savable
 
 library = torch.library.Library("anchorops", "FRAGMENT")
@@ -109,7 +109,7 @@ def define(
     schema: str,
     fake: Callable[..., Any],
     *,
-    backends: Sequence[str] = FUSED,
+    backends: Sequence[str] | None = None,
     gradient: Gradient | None = None,
     launch: Callable[..., Any] = call,
     complete: Callable[..., Any] | None = None,
@@ -122,8 +122,9 @@ def define(
     implemented here by the function NAME of anchorops.kernels.NAME.
 
     Args:
-        backends: the reference is one only where it has a gradient of its own, because a trace
-            without gradients does not record an autograd.Function.
+        backends: by default those of OPERATORS, or FUSED for what only other operators call. The
+            reference is one only where it has a gradient of its own, because a trace without
+            gradients does not record an autograd.Function.
         schema: "(Tensor features, …) -> (Tensor sums, …)". Floating-point results come first
             (opcheck accumulates into the first one). A result that was not requested is an empty
             tensor (0,).
@@ -139,7 +140,7 @@ def define(
             time. Then torch.compile, which makes convolutions channels last, does not copy their
             outputs back to the layout that they have in eager mode.
     """
-    for backend in backends:
+    for backend in backends or OPERATORS.get(name, FUSED):
         _define(f"{name}.{backend}", schema, fake, any_strides)
         defined[_overload(name, backend)] = name
         launcher = _implement(name, backend, launch, complete, in_python)

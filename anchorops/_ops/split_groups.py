@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._backend import CUDA_BACKENDS, select
+from .._backend import select
 from .registration import define, run
 
 
@@ -24,7 +24,6 @@ define(
     "split_groups",
     "(Tensor keys, Tensor counts, Tensor seed, SymInt groups) -> (Tensor keys, Tensor counts)",
     _split_groups_fake,
-    backends=CUDA_BACKENDS,
 )
 
 
@@ -49,5 +48,5 @@ def random_halves(items: int, seed: Tensor, like: Tensor) -> Tensor:
     operator on `like`."""
     keys = torch.zeros(1, items, dtype=torch.int32, device=seed.device)
     counts = torch.full((1,), items, dtype=torch.int64, device=seed.device)
-    backend = select("split_groups", like, 1, backends=CUDA_BACKENDS)
+    backend = select("split_groups", like, 1)
     return split_groups(keys, counts, 2, seed, backend=backend)[0].view(items)

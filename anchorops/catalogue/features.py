@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 import anchorops as ao
 from anchorops.losses import Regularizer
 
-from .._backend import CUDA_BACKENDS, select
+from .._backend import select
 from .._ops import split_groups as groups_of_keys
 from .._ops.upsampled_sums import upsampled_sums
 from . import formulas
@@ -170,7 +170,7 @@ def finite_sums(
 
 
 def split_groups(keys: Tensor, counts: Tensor, *, groups: int, seed: int) -> tuple[Tensor, ...]:
-    backend = select("split_groups", keys, len(counts), backends=CUDA_BACKENDS)
+    backend = select("split_groups", keys, len(counts))
     return groups_of_keys.split_groups(keys, counts, groups, seed, backend=backend)
 
 
