@@ -199,12 +199,15 @@ def check_labels(function: str, labels: Tensor, features: Tensor) -> None:
         fail(function, "labels", "at least one label per image", f"shape {tuple(labels.shape)}")
 
 
-def check_logits(function: str, logits: Tensor, *, sigmoid: bool = False) -> None:
-    """logits: floating, (N, K), (B, K, N), (B, K, h, w) or (B, K, d, h, w), K at least 2, for
-    sigmoids at least 1."""
+def check_logits(
+    function: str, logits: Tensor, *, sigmoid: bool = False, points: bool = True
+) -> None:
+    """logits: floating, (B, K, h, w) or (B, K, d, h, w), with `points` also (N, K) or (B, K, N); K
+    at least 2, for sigmoids at least 1."""
     check_strided(function, "logits", logits)
-    if not isinstance(logits, Tensor) or logits.dim() not in (2, 3, 4, 5):
-        expected = "a tensor (N, K), (B, K, N), (B, K, h, w) or (B, K, d, h, w)"
+    if not isinstance(logits, Tensor) or not (2 if points else 4) <= logits.dim() <= 5:
+        of_points = "(N, K), (B, K, N), " if points else ""
+        expected = f"a tensor {of_points}(B, K, h, w) or (B, K, d, h, w)"
         fail(function, "logits", expected, describe(logits))
     if logits.dtype not in FLOATING:
         fail(function, "logits", "float32, bfloat16, float16 or float64", logits.dtype)
@@ -383,11 +386,12 @@ def check_pixels(
     check_labels: bool,
     *,
     sigmoid: bool = False,
+    points: bool = True,
     **flags: bool,
 ) -> tuple[Tensor, int]:
     """What all pixel losses take: the labels of `labels_of_logits`, with sigmoids those of
     `labels_of_channels`, and the label to ignore."""
-    check_logits(function, logits, sigmoid=sigmoid)
+    check_logits(function, logits, sigmoid=sigmoid, points=points)
     labels = (labels_of_channels if sigmoid else labels_of_logits)(function, labels, logits)
     num_classes = 2 if sigmoid else logits.shape[1]
     ignore_index = check_ignore_index(function, ignore_index, num_classes)

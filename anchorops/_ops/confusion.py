@@ -161,7 +161,7 @@ def pixel_confusion_for(
 ) -> Tensor:
     """`pixel_confusion`, with messages that name `function`."""
     check_flags(function, sigmoid=sigmoid)
-    flags = {"sigmoid": sigmoid, "align_corners": align_corners}
+    flags = {"sigmoid": sigmoid, "points": sigmoid, "align_corners": align_corners}
     labels, ignore_index = check_pixels(
         function, logits, labels, ignore_index, check_labels, **flags
     )
@@ -174,8 +174,6 @@ def pixel_confusion_for(
         negative = torch.stack([correct[:, 0], misses[:, 0]], -1)
         positive = torch.stack([misses[:, 1], correct[:, 1]], -1)
         return torch.stack([negative, positive], -2)
-    if logits.dim() not in (4, 5):
-        fail(function, "logits", "a tensor (B, K, h, w) or (B, K, d, h, w)", describe(logits))
     num_classes = shape_of(logits)[1]
     check_matrix_classes(function, "logits", num_classes)
     predictions = pixel_argmax(logits, shape_of(labels)[1:], align_corners=align_corners)

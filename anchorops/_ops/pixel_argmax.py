@@ -105,9 +105,7 @@ def pixel_argmax(
     """
     function = "pixel_argmax"
     check_flags(function, align_corners=align_corners, confidence=confidence, sigmoid=sigmoid)
-    check_logits(function, logits, sigmoid=sigmoid)
-    if logits.dim() not in (4, 5):
-        fail(function, "logits", "a tensor (B, K, h, w) or (B, K, d, h, w)", describe(logits))
+    check_logits(function, logits, sigmoid=sigmoid, points=False)
     size = check_size(function, size, logits.dim() - 2)
     _check_dtype(dtype, 2 if sigmoid else logits.shape[1])
     threshold = _check_threshold(threshold, sigmoid)

@@ -105,9 +105,7 @@ def _check_inputs(
     function: str, logits: Tensor, teacher_logits: Tensor, size: Sequence[int], valid: object
 ) -> tuple[int, ...]:
     """Returns the size."""
-    check_logits(function, logits)
-    if logits.dim() not in (4, 5):
-        fail(function, "logits", "a tensor (B, K, h, w) or (B, K, d, h, w)", describe(logits))
+    check_logits(function, logits, points=False)
     check_strided(function, "teacher_logits", teacher_logits)
     batch, num_classes = logits.shape[:2]
     same = isinstance(teacher_logits, Tensor) and teacher_logits.dim() == logits.dim()
