@@ -211,8 +211,8 @@ def check_logits(
         fail(function, "logits", expected, describe(logits))
     if logits.dtype not in FLOATING:
         fail(function, "logits", "float32, bfloat16, float16 or float64", logits.dtype)
-    min_classes = 1 if sigmoid else 2
-    if logits.shape[1] == 1 and not sigmoid:
+    num_classes, min_classes = logits.shape[1], 1 if sigmoid else 2
+    if num_classes == 1 and not sigmoid:
         # its softmax is 1: the loss would be 0, and each prediction right
         expected = (
             "at least 2 classes in dimension 1 (for one sigmoid: pixel_binary_cross_entropy, "
@@ -221,7 +221,7 @@ def check_logits(
             "torch.cat([torch.zeros_like(x), x], 1))"
         )
         fail(function, "logits", expected, f"shape {tuple(logits.shape)}")
-    if not min_classes <= logits.shape[1] <= MAX_CLASSES:
+    if not min_classes <= num_classes <= MAX_CLASSES:
         expected = f"{min_classes} to {MAX_CLASSES} classes in dimension 1"
         fail(function, "logits", expected, f"shape {tuple(logits.shape)}")
 
@@ -237,17 +237,18 @@ def labels_of_logits(function: str, labels: Tensor, logits: Tensor) -> Tensor:
     """The labels: integer, on the logits' device, (N,) or (B, N) as logits, or (B, H, W) or
     (B, D, H, W) of any size. Those of images and volumes may have a channel, which is removed."""
     check_strided(function, "labels", labels)
-    images, axes = logits.dim() >= 4, logits.dim() - 1
+    axes = logits.dim() - 1
+    images = axes > 2
     if not isinstance(labels, Tensor) or labels.dim() != axes:
         labels = without_channel(labels, axes)
-    if not isinstance(labels, Tensor) or labels.dim() != axes:
-        _fail_labels(function, labels, logits)
+        if not isinstance(labels, Tensor) or labels.dim() != axes:
+            _fail_labels(function, labels, logits)
     _check_integers(function, "labels", labels)
     if labels.device != logits.device:
         fail(function, "labels", f"device {logits.device}, as logits", labels.device)
     if labels.shape[0] != logits.shape[0] or not (images or labels.shape[1:] == logits.shape[2:]):
         _fail_labels(function, labels, logits)
-    if images and labels.numel() > 0 and logits.numel() == 0:
+    if images and logits.numel() == 0 and labels.numel() > 0:
         fail(function, "logits", "at least one pixel per image", f"shape {tuple(logits.shape)}")
     return labels
 
