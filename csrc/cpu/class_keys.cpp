@@ -1,7 +1,5 @@
 // The operator anchorops::class_keys.cpu: labels of any size and integer type -> one key per pixel.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cmath>
@@ -12,12 +10,10 @@
 #include <vector>
 
 #include "../labels.h"
+#include "operators.h"
 
 namespace anchorops::cpu {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // The label's row (or column) for each row of the features, as in F.interpolate's "nearest":
 // floor(i * scale), with the scale and the product in float32.
@@ -77,10 +73,9 @@ std::tuple<Tensor, Tensor> class_keys(Tensor labels, int64_t height, int64_t wid
   const int64_t batch = labels.size(0);
   const std::vector<int64_t> shape =
       per_image ? std::vector<int64_t>{batch, num_classes} : std::vector<int64_t>{num_classes};
-  Tensor keys = torch::stable::new_empty(labels, std::vector<int64_t>{batch, height * width},
-                                         class_dtype.value_or(ScalarType::Int));
+  Tensor keys = new_empty({batch, height * width}, class_dtype.value_or(ScalarType::Int));
   const int64_t image_keys = per_image && !class_dtype ? num_classes : 0;
-  Tensor counts = torch::stable::new_zeros(labels, shape, ScalarType::Long);
+  Tensor counts = new_zeros(shape, ScalarType::Long);
   if (keys.numel() == 0) return {keys, counts};
   for_label_dtype("class_keys.cpu", labels.scalar_type(), [&](auto label) {
     for_key_dtype("class_keys.cpu", keys.scalar_type(), [&](auto key) {

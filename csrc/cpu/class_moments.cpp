@@ -192,8 +192,8 @@ std::tuple<Tensor, Tensor> class_moments(Tensor features, Tensor keys,
   const ScalarType dtype = features.scalar_type();
   const ScalarType stat = dtype == ScalarType::Double ? dtype : ScalarType::Float;
   const std::vector<int64_t> matrix = {num_keys, features.size(1)};
-  Tensor sums = with_sums ? new_empty(features, matrix, stat) : absent(stat);
-  Tensor sqdists = anchors ? new_empty(features, {num_keys}, stat) : absent(stat);
+  Tensor sums = with_sums ? new_empty(matrix, stat) : absent(stat);
+  Tensor sqdists = anchors ? new_empty({num_keys}, stat) : absent(stat);
   if (anchors) anchors = torch::stable::contiguous(*anchors);
   for_dtype("class_moments.cpu", dtype, [&](auto element) {
     moments<decltype(element)>(features, keys, anchors, num_keys, groups,
@@ -207,16 +207,9 @@ Tensor class_moments_backward(std::optional<Tensor> features, Tensor keys,
                               std::optional<Tensor> dsqdists, int64_t groups,
                               std::vector<int64_t> size, std::vector<int64_t> stride,
                               ScalarType dtype) {
-  const auto empty_strided = [&] {
-    AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        size.size(), size.data(), stride.data(), static_cast<int32_t>(dtype),
-        aoti_torch_device_type_cpu(), 0, &handle));
-    return Tensor(handle);
-  };
   STD_TORCH_CHECK(features || !stride.empty(),
                   "class_moments_backward.cpu: stride: expected one without features");
-  Tensor dfeatures = stride.empty() ? torch::stable::empty_like(*features) : empty_strided();
+  Tensor dfeatures = stride.empty() ? dense_like(*features) : new_empty(size, stride, dtype);
   if (dfeatures.numel() == 0) return dfeatures;
   check_keys("class_moments_backward.cpu", keys, dfeatures.numel() / dfeatures.size(1));
   if (anchors) anchors = torch::stable::contiguous(*anchors);
@@ -224,7 +217,6 @@ Tensor class_moments_backward(std::optional<Tensor> features, Tensor keys,
   if (dsqdists) dsqdists = torch::stable::contiguous(*dsqdists);
   const int64_t num_keys = dsums ? dsums->size(0) : dsqdists ? dsqdists->size(0) : 0;
   for_dtype("class_moments.cpu", dtype, [&](auto element) {
-    advise_huge_pages(dfeatures);
     moments_backward<decltype(element)>(features, keys, anchors, dsums, dsqdists, num_keys, groups,
                                         dfeatures);
   });

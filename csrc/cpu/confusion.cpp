@@ -57,7 +57,7 @@ void count(const Tensor& predictions, const Tensor& labels, int64_t num_classes,
 
 Tensor confusion(Tensor predictions, Tensor labels, int64_t num_classes, int64_t ignore_index) {
   const std::vector<int64_t> shape = {num_classes, num_classes};
-  Tensor matrix = torch::stable::new_zeros(predictions, shape, ScalarType::Long);
+  Tensor matrix = new_zeros(shape, ScalarType::Long);
   if (labels.numel() == 0) return matrix;
   for_label_dtype("confusion.cpu", labels.scalar_type(), [&](auto label) {
     count<decltype(label)>(predictions, labels, num_classes, ignore_index,

@@ -43,7 +43,7 @@ Histogram count_digits(const uint32_t* numbers, int64_t size, int shift, int wid
 Tensor kth_largest(Tensor values, int64_t k) {
   values = torch::stable::contiguous(values);
   const auto* numbers = reinterpret_cast<const uint32_t*>(values.const_data_ptr<float>());
-  Tensor result = torch::stable::new_zeros(values, std::vector<int64_t>{});
+  Tensor result = new_zeros({}, values.scalar_type());
   if (k > values.numel()) return result;
   uint32_t prefix = 0;
   for (const auto& [shift, width] : {std::pair{20, 11}, {10, 10}, {0, 10}}) {

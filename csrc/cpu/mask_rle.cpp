@@ -341,15 +341,14 @@ void check_boxes(const Tensor& boxes, int64_t count, int64_t height, int64_t wid
 }
 
 // All characters, and where the code of each mask begins, [count + 1].
-std::tuple<Tensor, Tensor> joined(const std::vector<std::vector<uint8_t>>& codes,
-                                  const Tensor& device) {
+std::tuple<Tensor, Tensor> joined(const std::vector<std::vector<uint8_t>>& codes) {
   const auto count = static_cast<int64_t>(codes.size());
-  Tensor offsets = new_empty(device, {count + 1}, ScalarType::Long);
+  Tensor offsets = new_empty({count + 1}, ScalarType::Long);
   int64_t* const offset = offsets.mutable_data_ptr<int64_t>();
   offset[0] = 0;
   for (int64_t i = 0; i < count; ++i)
     offset[i + 1] = offset[i] + static_cast<int64_t>(codes[i].size());
-  Tensor characters = new_empty(device, {offset[count]}, ScalarType::Byte);
+  Tensor characters = new_empty({offset[count]}, ScalarType::Byte);
   for (int64_t i = 0; i < count; ++i)
     std::copy(codes[i].begin(), codes[i].end(), characters.mutable_data_ptr<uint8_t>() + offset[i]);
   return {characters, offsets};
@@ -376,7 +375,7 @@ std::tuple<Tensor, Tensor> mask_codes(Tensor changes, Tensor offsets, int64_t pi
       codes[i] = code.characters();
     }
   });
-  return joined(codes, changes);
+  return joined(codes);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> mask_rle(Tensor logits, int64_t height, int64_t width,
@@ -389,8 +388,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mask_rle(Tensor logits, int64_t heigh
   }
   const int64_t* limits = boxes ? boxes->const_data_ptr<int64_t>() : nullptr;
   std::vector<std::vector<uint8_t>> codes(count);
-  Tensor areas = new_empty(logits, {count}, ScalarType::Long);
-  Tensor own_boxes = new_empty(logits, {count, 4}, ScalarType::Long);
+  Tensor areas = new_empty({count}, ScalarType::Long);
+  Tensor own_boxes = new_empty({count, 4}, ScalarType::Long);
   int64_t* const area = areas.mutable_data_ptr<int64_t>();
   int64_t* const own_box = own_boxes.mutable_data_ptr<int64_t>();
   for_dtype("mask_rle.cpu", logits.scalar_type(), [&](auto element) {
@@ -410,7 +409,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mask_rle(Tensor logits, int64_t heigh
       }
     });
   });
-  const auto [characters, offsets] = joined(codes, logits);
+  const auto [characters, offsets] = joined(codes);
   return {characters, offsets, areas, own_boxes};
 }
 

@@ -8,7 +8,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <string_view>
 #include <vector>
 
@@ -71,20 +73,44 @@ inline void advise_huge_pages([[maybe_unused]] const Tensor& output) {
 #endif
 }
 
-inline Tensor new_empty(const Tensor& like, std::vector<int64_t> size, ScalarType dtype) {
-  Tensor output = torch::stable::new_empty(like, size, dtype);
+// Outputs are made without torch's dispatcher, which takes longer than all else for small images.
+inline Tensor new_empty(const std::vector<int64_t>& size, const std::vector<int64_t>& stride,
+                        ScalarType dtype) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(size.size()), size.data(), stride.data(), static_cast<int32_t>(dtype),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor output(handle);
   advise_huge_pages(output);
   return output;
 }
 
-// A result that was not requested: (0,). It is made without torch's dispatcher, which takes longer
-// than all else for small images.
-inline Tensor absent(ScalarType dtype) {
-  const int64_t size = 0, stride = 1;
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      1, &size, &stride, static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+inline Tensor new_empty(const std::vector<int64_t>& size, ScalarType dtype) {
+  std::vector<int64_t> stride(size.size());
+  int64_t next = 1;
+  for (size_t axis = size.size(); axis-- > 0; next *= std::max<int64_t>(size[axis], 1))
+    stride[axis] = next;
+  return new_empty(size, stride, dtype);
 }
+
+// In the layout of `like`, without gaps.
+inline Tensor dense_like(const Tensor& like) {
+  if (like.is_contiguous() && like.numel() > 0)
+    return new_empty({like.sizes().begin(), like.sizes().end()},
+                     {like.strides().begin(), like.strides().end()}, like.scalar_type());
+  Tensor output = torch::stable::empty_like(like);
+  advise_huge_pages(output);
+  return output;
+}
+
+inline Tensor new_zeros(const std::vector<int64_t>& size, ScalarType dtype) {
+  Tensor output = new_empty(size, dtype);
+  if (const size_t bytes = output.numel() * output.element_size())
+    std::memset(output.mutable_data_ptr(), 0, bytes);
+  return output;
+}
+
+// A result that was not requested.
+inline Tensor absent(ScalarType dtype) { return new_empty({0}, dtype); }
 
 }  // namespace anchorops::cpu

@@ -10,7 +10,7 @@ namespace {
 
 Tensor pixel_argmax(Tensor logits, int64_t height, int64_t width, bool align_corners,
                     ScalarType dtype) {
-  Tensor predictions = new_empty(logits, {logits.size(0), height, width}, dtype);
+  Tensor predictions = new_empty({logits.size(0), height, width}, dtype);
   if (predictions.numel() == 0) return predictions;
   const int64_t element_size = predictions.element_size();
   for_dtype("pixel_argmax.cpu", logits.scalar_type(), [&](auto element) {

@@ -105,9 +105,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pixel_kl_divergence(
   const auto by_pixel = [&](bool requested) {
     std::vector<int64_t> size = {0};
     if (requested) size = {logits.size(0), height, width};
-    return new_empty(logits, size, stat);
+    return new_empty(size, stat);
   };
-  const Tensor total = torch::stable::new_zeros(logits, {}, stat);
+  const Tensor total = new_zeros({}, stat);
   const Tensor divergences = by_pixel(with_divergences);
   const Tensor lse = by_pixel(with_lse), teacher_lse = by_pixel(with_lse);
   const auto run = [&](auto of) {
@@ -139,13 +139,12 @@ Tensor pixel_kl_divergence_backward(Tensor logits, Tensor teacher_logits,
                                     std::optional<Tensor> dtotal,
                                     std::optional<Tensor> ddivergences, double temperature,
                                     bool align_corners) {
-  Tensor dlogits = torch::stable::empty_like(logits);
+  Tensor dlogits = dense_like(logits);
   if (dlogits.numel() == 0) return dlogits;
   if (lse.numel() == 0) return torch::stable::zero_(dlogits);
   for_dtype(NAME, logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using Stat = StatOf<T>;
-    advise_huge_pages(dlogits);
     const DivergenceGradients<Stat> gradients = {
         dtotal ? *dtotal->template const_data_ptr<Stat>() : Stat(0), map_of<Stat>(ddivergences),
         lse.const_data_ptr<Stat>(), teacher_lse.const_data_ptr<Stat>()};

@@ -21,7 +21,7 @@ void add_counts(std::vector<int32_t>& counts, std::mutex& mutex, int64_t* totals
 Tensor probability_histograms(Tensor logits, Tensor labels, int64_t bins, int64_t ignore_index,
                               bool align_corners) {
   const int64_t num_classes = logits.size(1);
-  Tensor histograms = torch::stable::new_zeros(logits, {num_classes, 2, bins}, ScalarType::Long);
+  Tensor histograms = new_zeros({num_classes, 2, bins}, ScalarType::Long);
   if (labels.numel() == 0) return histograms;
   int64_t* const totals = histograms.mutable_data_ptr<int64_t>();
   for_dtype("probability_histograms.cpu", logits.scalar_type(), [&](auto element) {
@@ -60,7 +60,7 @@ Tensor probability_histograms(Tensor logits, Tensor labels, int64_t bins, int64_
 
 Tensor error_loss_backward(Tensor logits, Tensor labels, Tensor slopes, int64_t ignore_index,
                            bool align_corners) {
-  Tensor dlogits = torch::stable::empty_like(logits);
+  Tensor dlogits = dense_like(logits);
   if (dlogits.numel() == 0) return dlogits;
   if (labels.numel() == 0) return torch::stable::zero_(dlogits);
   slopes = torch::stable::contiguous(slopes);

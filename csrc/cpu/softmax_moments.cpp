@@ -195,11 +195,11 @@ Results softmax_moments(const Tensor& logits, const Tensor& labels, const Option
     if (!requested) return absent(type);
     std::vector<int64_t> size = {num_classes};
     if (options.per_image) size = {batch, num_classes};
-    return empty ? torch::stable::new_zeros(logits, size, type) : new_empty(logits, size, type);
+    return empty ? new_zeros(size, type) : new_empty(size, type);
   };
   const auto by_pixel = [&](bool requested) {
     if (!requested) return absent(stat);
-    return new_empty(logits, {batch, labels.size(1), labels.size(2)}, stat);
+    return new_empty({batch, labels.size(1), labels.size(2)}, stat);
   };
   const bool weighted = options.pixel_weights.has_value();
   const Results results = {
@@ -212,10 +212,9 @@ Results softmax_moments(const Tensor& logits, const Tensor& labels, const Option
       .counts = by_class(true, ScalarType::Long),
       .correct = by_class(options.correct, ScalarType::Long),
       .used = by_class(weighted || options.has_min_loss(), weighted ? stat : ScalarType::Long),
-      .divisor = new_empty(logits, {}, ScalarType::Long),
-      .labels_out_of_range = options.labels_out_of_range
-                                 ? torch::stable::new_zeros(logits, {}, ScalarType::Long)
-                                 : absent(ScalarType::Long)};
+      .divisor = new_empty({}, ScalarType::Long),
+      .labels_out_of_range =
+          options.labels_out_of_range ? new_zeros({}, ScalarType::Long) : absent(ScalarType::Long)};
   if (empty)
     *results.divisor.mutable_data_ptr<int64_t>() = 1;
   else
@@ -271,10 +270,9 @@ void backward(const Tensor& logits, const Tensor& labels, const Options& options
 
 Tensor softmax_moments_backward(const Tensor& logits, const Tensor& labels,
                                 const ResultGradients& d, const Options& options) {
-  Tensor dlogits = torch::stable::empty_like(logits);
+  Tensor dlogits = dense_like(logits);
   if (dlogits.numel() == 0) return dlogits;
   if (labels.numel() == 0) return torch::stable::zero_(dlogits);
-  advise_huge_pages(dlogits);
   for_dtype("softmax_moments.cpu", logits.scalar_type(), [&](auto element) {
     backward<decltype(element)>(logits, labels, options, d, dlogits);
   });

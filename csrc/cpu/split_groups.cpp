@@ -43,8 +43,8 @@ std::tuple<Tensor, Tensor> split_groups(Tensor keys, Tensor counts, Tensor seed,
   STD_TORCH_CHECK(pixels < int64_t{1} << 32, "split_groups.cpu: keys: more than 2^32 pixels");
   std::vector<int64_t> shape(counts.sizes().begin(), counts.sizes().end());
   shape.push_back(groups);
-  Tensor split = new_empty(keys, {keys.sizes().begin(), keys.sizes().end()}, ScalarType::Int);
-  Tensor group_counts = new_empty(counts, shape, ScalarType::Long);
+  Tensor split = new_empty({keys.sizes().begin(), keys.sizes().end()}, ScalarType::Int);
+  Tensor group_counts = new_empty(shape, ScalarType::Long);
 
   const auto* key_counts = counts.const_data_ptr<int64_t>();
   auto* out = group_counts.mutable_data_ptr<int64_t>();
