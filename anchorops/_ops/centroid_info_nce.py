@@ -69,7 +69,7 @@ define(
     _SCHEMA,
     _forward_fake,
     backends=("triton",),
-    gradient=Gradient(_BACKWARD_SCHEMA, _backward_fake, _setup_context, _backward),
+    gradient=Gradient(_BACKWARD_SCHEMA, _setup_context, _backward, _backward_fake),
 )
 
 

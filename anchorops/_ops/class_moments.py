@@ -4,8 +4,7 @@
     dfeatures[p] = 2·dsqdists[k]·(f_p − anchors[k]) + dsums[k],  k = key_p;  0 where ignored
     danchors[k]  = −2·dsqdists[k]·(sums[k] − counts[k]·anchors[k])
 
-The forward pass reads the features once, and so does the backward pass. The operator exists once
-per backend, as the overloads `anchorops::class_moments.cpu`, `.triton` and `.cuda` of one schema.
+The forward pass reads the features once, and so does the backward pass.
 """
 
 from __future__ import annotations
@@ -133,7 +132,7 @@ define(
     "class_moments",
     _SCHEMA,
     _forward_fake,
-    gradient=Gradient(_BACKWARD_SCHEMA, _backward_fake, _setup_context, _backward),
+    gradient=Gradient(_BACKWARD_SCHEMA, _setup_context, _backward, _backward_fake),
     any_strides=True,
 )
 
@@ -404,7 +403,7 @@ def pixel_to_anchor_mse(
         )
     keys, counts = class_keys(features, labels, num_classes, ignore_index=ignored, backend=backend)
     _, sqdists = _moments(features, keys, num_classes, anchors, with_sums=False, backend=backend)
-    if reduction == "sum":
-        return fixed_order_sum(sqdists)
     total = fixed_order_sum(sqdists)
+    if reduction == "sum":
+        return total
     return total / (features.shape[1] * counts.sum()).clamp(min=1)

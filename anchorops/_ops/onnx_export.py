@@ -15,23 +15,19 @@ from .._backend import onnx_refusal
 from .._checks import formulas_for_onnx
 from .._moments import RESULTS, is_requested, split_options
 from .registration import defined
-
-
-def _two_classes(logits: Tensor) -> Tensor:
-    """Logits of one channel are those of class 1 of two, where those of class 0 are 0."""
-    return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
+from .sigmoid import two_classes
 
 
 def _argmax(logits: Tensor, *arguments: Any) -> Tensor:
     *size, align_corners, dtype = arguments
-    logits = _two_classes(logits)
+    logits = two_classes(logits)
     return reference.pixel_argmax(logits, size, align_corners=align_corners).to(dtype)
 
 
 def _moments(logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     options, wanted = split_options(arguments)
     wanted = wanted._replace(with_lse=False)  # which only a backward pass reads
-    moments = reference.softmax_moments(_two_classes(logits), labels, options, wanted)
+    moments = reference.softmax_moments(two_classes(logits), labels, options, wanted)
     absent = logits.new_empty(0)
     return tuple(
         getattr(moments, x) if is_requested(x, options, wanted) else absent for x in RESULTS

@@ -12,6 +12,7 @@ from .._backend import select
 from .._checks import check_flags, check_logits, check_size, check_threshold, describe, fail
 from .._moments import Options, Wanted, statistics_dtype
 from .registration import define, run
+from .sigmoid import two_classes
 from .softmax_moments import moments_of
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64)
@@ -150,8 +151,8 @@ def _classes(
 ) -> Tensor:
     """(B, *size). Logits may have one channel."""
     backend = select("pixel_argmax", logits, logits.shape[1])
-    if logits.shape[1] == 1 and backend != "cpu":
-        logits = torch.cat([torch.zeros_like(logits), logits], 1)
+    if backend != "cpu":
+        logits = two_classes(logits)
     if backend == "reference":
         return reference.pixel_argmax(logits, size, align_corners=align_corners).to(dtype)
     name = "pixel_argmax" if logits.dim() == 4 else "volume_argmax"

@@ -46,7 +46,6 @@ SCHEMA = (
     "-> (Tensor total, Tensor divergences, Tensor lse, Tensor teacher_lse)"
 )
 
-# dlogits is dense and has the logits' dtype and layout.
 BACKWARD_SCHEMA = (
     "(Tensor logits, Tensor teacher_logits, Tensor? valid, Tensor lse, Tensor teacher_lse, "
     "Tensor? dtotal, Tensor? ddivergences, float temperature, bool align_corners) -> Tensor"
@@ -68,10 +67,6 @@ def forward_fake(
 
     requested = with_divergences, with_lse, with_lse
     return logits.new_empty((), dtype=dtype), *map(pixel_map, requested)
-
-
-def backward_fake(logits: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(logits)
 
 
 def setup_context(ctx: Any, inputs: Any, results: Any) -> None:
@@ -97,7 +92,7 @@ def backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
     return {"logits": dlogits}
 
 
-GRADIENT = Gradient(BACKWARD_SCHEMA, backward_fake, setup_context, backward)
+GRADIENT = Gradient(BACKWARD_SCHEMA, setup_context, backward)
 define("pixel_kl_divergence", SCHEMA, forward_fake, gradient=GRADIENT, any_strides=True)
 
 

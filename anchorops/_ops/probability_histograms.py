@@ -14,7 +14,7 @@ from .. import reference
 from .._backend import FUSED, select
 from .._moments import statistics_dtype
 from .hinges import hinge_gradients
-from .registration import Gradient, define, library, run
+from .registration import Gradient, define, library, like_the_first, run
 
 
 def _histograms_fake(
@@ -22,14 +22,6 @@ def _histograms_fake(
 ) -> Tensor:
     """Logits (B, K, h, w) of any strides, labels (B, H, W) of any integer dtype and strides."""
     return logits.new_empty((logits.shape[1], 2, bins), dtype=torch.int64)
-
-
-def _loss_fake(loss: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(loss)
-
-
-def _gradients_fake(logits: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(logits)
 
 
 def _setup_context(ctx: Any, inputs: Any, results: Any) -> None:
@@ -66,12 +58,11 @@ for name, backends, gradients in (
         name,
         "(Tensor loss, Tensor logits, Tensor labels, Tensor slopes, int ignore_index, "
         "bool align_corners) -> Tensor value",
-        _loss_fake,
+        like_the_first,
         backends=backends,
         gradient=Gradient(
             "(Tensor logits, Tensor labels, Tensor slopes, int ignore_index, bool align_corners) "
             "-> Tensor",
-            _gradients_fake,
             _setup_context,
             _backward,
             function="Lovasz",

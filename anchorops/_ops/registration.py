@@ -66,10 +66,15 @@ def call(launcher: Callable[..., Any], *arguments: Any) -> Any:
     return launcher(*arguments)
 
 
+def like_the_first(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
 class Gradient(NamedTuple):
     """The operator NAME_backward, and the functions that call it.
 
-    schema, fake: as in `define`.
+    schema, fake: as in `define`; by default the result is dense and has the dtype and layout of the
+        first argument.
     setup_context: (ctx, inputs, results) saves what the backward pass needs. Inputs and results
         have the names of NAME's schema; ctx.needs says by name which inputs need a gradient.
     backward: (operator, ctx, grads) → the gradients of arguments of NAME, by name; `operator` is
@@ -83,9 +88,9 @@ class Gradient(NamedTuple):
     """
 
     schema: str
-    fake: Callable[..., Any]
     setup_context: Callable[[Any, Any, Any], None]
     backward: Callable[[Any, Any, Any], dict[str, Tensor | None]]
+    fake: Callable[..., Any] = like_the_first
     launch: Callable[..., Any] = call
     in_python: Callable[..., Any] | None = None
     function: str | None = None

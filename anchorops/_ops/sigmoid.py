@@ -1,4 +1,5 @@
-"""Channels as images: C sigmoids over (B, C, h, w) are B·C images of one channel each."""
+"""Channels as images: C sigmoids over (B, C, h, w) are B·C images of one channel each, whose logits
+are those of class 1 of two."""
 
 from typing import Any
 
@@ -40,6 +41,11 @@ def one_batch(logits: Tensor) -> Tensor:
     batch, channels = logits.shape[:2]
     copied = batch > 1 and channels > 1 and logits.stride(0) != channels * logits.stride(1)
     return (contiguous(logits) if copied else logits).flatten(0, 1)
+
+
+def two_classes(logits: Tensor) -> Tensor:
+    """Logits of one channel with those of class 0, which are 0; others as they are."""
+    return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits
 
 
 def contiguous(logits: Tensor) -> Tensor:

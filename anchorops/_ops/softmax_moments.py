@@ -1,14 +1,7 @@
 """Softmax moments: the statistics that pixel losses need, at full resolution, that of the labels,
 computed from low-resolution logits.
 
-Let z be the logits upsampled bilinearly to full resolution, p = softmax_k z, y the labels, V the
-valid pixels q. The results are defined in reference/softmax_moments.py: among others
-
-    losses[k] = Σ_{q ∈ V, y = k} ω_q·L_q      intersections[k] = Σ_{q ∈ V, y = k} p_k(q)
-    squares[k] = Σ_{q ∈ V} p_k(q)²            probability_sums[k] = Σ_{q ∈ V} p_k(q)
-    L_q = m·(a_y·c + Σ_k v_k·(−log p_k))         c = −log p_y
-
-Their gradients are
+reference/softmax_moments.py defines the results and their symbols. Their gradients are
 
     dz_k = (α + β·Σ_j v_j)·p_k − α·[y = k] − β·v_k + p_k·(u_k − Σ_j p_j u_j)
     α    = d·(m·a_y + dm/dc·(a_y·c + Σ_k v_k·(−log p_k))),  β = d·m
@@ -56,7 +49,7 @@ from .._moments import (
     statistics_dtype,
 )
 from .registration import Gradient, below, define, is_eager, run, run_backward
-from .sigmoid import one_batch
+from .sigmoid import one_batch, two_classes
 
 
 def forward_fake(logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -81,12 +74,6 @@ def _dtype(name: str, options: Options, logits: Tensor) -> torch.dtype:
     return statistics_dtype(logits.dtype) if is_float else torch.int64
 
 
-def backward_fake(logits: Tensor, *_: Any) -> Tensor:
-    """dlogits is dense and has the logits' dtype and layout. The gradients of results have their
-    shapes and dtype; those of classes are all [K] or all [B, K]."""
-    return torch.empty_like(logits)
-
-
 def setup_context(ctx: Any, inputs: Any, results: Any) -> None:
     logits, labels, *arguments = inputs
     constants = [getattr(results, name) for name in RESULTS if name not in (*GRADIENTS, "used")]
@@ -109,6 +96,8 @@ def reads_lse(backend: str, logits: Tensor) -> bool:
 
 
 def backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
+    """The gradients of results have their shapes and dtype; those of classes are all [K] or all
+    [B, K]."""
     logits, labels, lse, *tensors = ctx.saved_tensors
     options, wanted = split_options((*tensors, *ctx.numbers))
     # The gradient of an absent (empty) output is an empty tensor, not None.
@@ -188,7 +177,7 @@ def _launch_backward(launcher: Any, *arguments: Any) -> Tensor:
     return launcher(*arguments[:count], split_options(arguments[count:])[0])
 
 
-GRADIENT = Gradient(BACKWARD_SCHEMA, backward_fake, setup_context, backward, _launch_backward)
+GRADIENT = Gradient(BACKWARD_SCHEMA, setup_context, backward, launch=_launch_backward)
 define(
     "softmax_moments",
     SCHEMA,
@@ -323,8 +312,8 @@ def _call_of(
         logits, by_image = as_images(logits, labels, sigmoid)
         labels, options = by_image(labels), options.convert(by_image)
     backend = select(function, logits, logits.shape[1], called=("softmax_moments",))
-    if logits.shape[1] == 1 and backend != "cpu":
-        logits = torch.cat([torch.zeros_like(logits), logits], 1)
+    if backend != "cpu":
+        logits = two_classes(logits)
     if logits.requires_grad and torch.is_grad_enabled() and reads_lse(backend, logits):
         wanted = wanted._replace(with_lse=True)
     if sigmoid:

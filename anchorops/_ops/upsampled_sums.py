@@ -142,10 +142,6 @@ def _forward_fake(
     return sums, mean, variance
 
 
-def _backward_fake(features: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(features)
-
-
 def _setup_context(ctx: Any, inputs: Any, results: Any) -> None:
     features, keys, ctx.num_keys, ctx.num_classes = inputs
     ctx.save_for_backward(features, keys, results.mean)
@@ -175,7 +171,6 @@ define(
     gradient=Gradient(
         "(Tensor features, Tensor keys, Tensor dsums, Tensor mean, Tensor? dmean, "
         "Tensor? dvariance, SymInt num_classes) -> Tensor",
-        _backward_fake,
         _setup_context,
         _gradient,
     ),
