@@ -53,6 +53,17 @@ def test_a_profiler_names_the_operators(backend: str) -> None:
     assert {"anchorops::softmax_moments", "anchorops::softmax_moments_backward"} <= names
 
 
+@pytest.mark.on("cpu")
+@pytest.mark.parametrize("name", MOST)
+def test_kernels_make_their_outputs_without_the_dispatcher(name: str, backend: str) -> None:
+    with torch.autograd.profiler.profile() as profile:
+        CALLS[name].step()
+    events = profile.function_events or ()
+    operators = [event for event in events if event.name.startswith("anchorops::")]
+    inside = {part.name for event in operators for part in event.cpu_children}
+    assert operators and not any("empty" in x or "zeros" in x for x in inside), inside
+
+
 @pytest.mark.on("simulated_triton")
 @pytest.mark.parametrize("name", MOST)
 def test_launches(name: str, backend: str) -> None:
