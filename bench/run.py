@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import cost_tables
-import operators
+import operator_times
 import plot
 import torch
 import training_step
@@ -85,9 +85,9 @@ class Plan(NamedTuple):
         rows = [
             {**case._replace(shape=case.shape.on(device)).fields, "name": one.name}
             for case in cases
-            for one in operators.implementations(self.device, case, kinds)
+            for one in operator_times.implementations(self.device, case, kinds)
         ]
-        script = partial(self.script, "operators.py", "operators", "--cases-of", self.device)
+        script = partial(self.script, "operator_times.py", "operators", "--cases-of", self.device)
         if self.dry:
             return Item("operators", "operators", script(), limit, rows)
         names = [name for case in cases for name in ("--case", str(case))]

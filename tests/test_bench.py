@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import cases
 import cost_tables
 import operations
-import operators
+import operator_times
 import plot
 import pytest
 import run as bench
@@ -354,15 +354,17 @@ def test_wrong_results_are_not_timed(monkeypatch):
     """Those of ours and of torch's formulas. A library that is not there has a row that says so."""
     case = cases.Case("cross-entropy", cases.SEGFORMER, dtype="fp32")
     case = case._replace(shape=case.shape.on(CPU, tiny=True))
-    timer = operators.Timer(case, CPU, True)
-    ours = operators.Implementation("anchorops (reference)", ao.CrossEntropy(), "reference")
+    timer = operator_times.Timer(case, CPU, True)
+    ours = operator_times.Implementation("anchorops (reference)", ao.CrossEntropy(), "reference")
     absent = operations.smp("DiceLoss")._replace(package="no_such_package")
-    library = operators.Implementation("smp", absent)
+    library = operator_times.Implementation("smp", absent)
     first, second = timer.rows([ours, library])
     assert first["error"] < 1e-3 and first["exponentials"] == 2 * 32 * 32 * 20 * 25 / 16
     assert second["absent"] == "ModuleNotFoundError: No module named 'no_such_package'"
     wrong = ours._replace(formula=ao.CrossEntropy(label_smoothing=0.5))
-    with pytest.raises(operators.WrongResults, match=r"anchorops \(reference\): error 0\.[45]"):
+    with pytest.raises(
+        operator_times.WrongResults, match=r"anchorops \(reference\): error 0\.[45]"
+    ):
         timer.rows([wrong])
 
 

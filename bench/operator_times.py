@@ -1,6 +1,6 @@
 """Time and memory of every case of cases.py: our backends and the alternatives take turns.
 
-    python bench/operators.py --case 'cross-entropy, *SegFormer*' [--rows ROWS.json]
+    python bench/operator_times.py --case 'cross-entropy, *SegFormer*' [--rows ROWS.json]
 
 Rows are written after each group of implementations, so an interrupted run keeps them.
 """
