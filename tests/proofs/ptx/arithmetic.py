@@ -186,6 +186,8 @@ def packed(low, high):
 def shuffled(x, by, clamp, mode: str):
     """shfl: the value of another lane of the warp, and whether there is one."""
     lane = np.arange(32)
+    if (by == by[0]).all() and (clamp == clamp[0]).all():  # the same in all warps
+        by, clamp = by[:32], clamp[:32]
     by, clamp = (v.reshape(-1, 32).astype(I8) for v in (by, clamp))
     segment, limit = (clamp >> 8) & 31, clamp & 31
     last, by = (lane & segment) | (limit & ~segment), by & 31
@@ -195,8 +197,10 @@ def shuffled(x, by, clamp, mode: str):
     else:
         source = lane ^ by if mode == "bfly" else (lane & segment) | (by & ~segment)
         inside = source <= last
-    source = np.where(inside, source, lane)
-    return np.take_along_axis(x.reshape(-1, 32), source, 1).reshape(-1), inside.reshape(-1)
+    source, warps = np.where(inside, source, lane), x.reshape(-1, 32)
+    if len(source) == 1:
+        return warps[:, source[0]].reshape(-1), np.tile(inside[0], len(warps))
+    return np.take_along_axis(warps, source, 1).reshape(-1), inside.reshape(-1)
 
 
 def reduced(x, kind: str):

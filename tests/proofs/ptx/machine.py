@@ -106,12 +106,9 @@ class Batch:
         self.number = number.astype(np.uint32)
         self.time = np.full(self.n, 1 << EPOCH, np.uint32)
         self.alive = np.ones(self.n, bool)
-        self.registers = [
-            np.zeros(self.n, bool)
-            if r.bits == 1
-            else np.full(self.n, CANARY).astype(f"u{r.bits // 8}")
-            for r in self.program.slots
-        ]
+        unset = {bits: np.full(self.n, CANARY).astype(f"u{bits // 8}") for bits in (8, 16, 32, 64)}
+        unset[1] = np.zeros(self.n, bool)
+        self.registers = [unset[r.bits] for r in self.program.slots]  # `keep` never writes into one
         self.bases = [region.begin for region in launch.regions]
         for region in launch.regions:
             region.new_batch(self.n)
@@ -147,9 +144,9 @@ class Batch:
         program = self.program
         while waiting:
             at, lanes = self._next(waiting)
-            rest = np.setdiff1d(waiting.pop(at), lanes, assume_unique=True)
-            if len(rest):
-                waiting[at] = rest
+            there = waiting.pop(at)
+            if len(lanes) < len(there):
+                waiting[at] = np.setdiff1d(there, lanes, assume_unique=True)
             block, everyone = program.kernel.blocks[at], len(lanes) == self.n
             program.hits[at] += 1
             condition = program.blocks[at](self, self.registers, lanes, everyone)
@@ -224,27 +221,29 @@ class Batch:
 
     def special(self, name: str, lanes: np.ndarray) -> np.ndarray:
         grid, block = self.launch.grid, self.launch.block
-        lane, mask = self.thread % WARP, np.uint64(1) << (self.thread % WARP).astype(np.uint64)
         x, _, axis = name.partition(".")
-        if axis:
-            k = "xyz".index(axis)
-            of_thread, of_block = int(np.prod(block[:k])), int(np.prod(grid[:k]))
-            values = {
-                "%tid": self.thread // of_thread % block[k],
-                "%ctaid": self.block // of_block % grid[k],
-                "%ntid": np.full(self.n, block[k]),
-                "%nctaid": np.full(self.n, grid[k]),
-            }
-        else:
-            values = {
-                "%laneid": lane,
-                "%warpid": self.thread // WARP,
-                "%lanemask_lt": mask - np.uint64(1),
-                "%lanemask_le": 2 * mask - np.uint64(1),
-            }
-        if x not in values:
-            raise Unsupported(f"the PTX machine does not know the register {name}")
-        return values[x][lanes]
+        k = "xyz".index(axis or "x")
+        of_thread, of_block = int(np.prod(block[:k])), int(np.prod(grid[:k]))
+        thread, number = self.thread[lanes], self.block[lanes]
+        mask = np.uint64(1) << (thread % WARP).astype(np.uint64)
+        match x:
+            case "%tid":
+                return thread // of_thread % block[k]
+            case "%ctaid":
+                return number // of_block % grid[k]
+            case "%ntid":
+                return np.full(len(lanes), block[k])
+            case "%nctaid":
+                return np.full(len(lanes), grid[k])
+            case "%laneid":
+                return thread % WARP
+            case "%warpid":
+                return thread // WARP
+            case "%lanemask_lt":
+                return mask - np.uint64(1)
+            case "%lanemask_le":
+                return 2 * mask - np.uint64(1)
+        raise Unsupported(f"the PTX machine does not know the register {name}")
 
     # Accesses
 
@@ -264,7 +263,7 @@ class Batch:
     def _parts(self, space: str, address, size: int, lanes: Lanes, at: int):
         """(region, positions in it, which of the lanes) of an access; all lanes have a region."""
         self._require(
-            address % size == 0,
+            address & (size - 1) == 0,
             "a misaligned access",
             at,
             lanes,
@@ -285,6 +284,12 @@ class Batch:
                 slice(None),
             )
             return
+        first = bisect.bisect_right(self.bases, int(address[0])) - 1
+        if first >= 0:  # most often all lanes access one tensor
+            region = self.launch.regions[first]
+            if region.begin <= address.min() and address.max() + size <= region.end:
+                yield region, address - region.start, slice(None)
+                return
         number = np.searchsorted(self.bases, address, "right") - 1
         ends = np.array([region.end for region in self.launch.regions] or [0])
         inside = (number >= 0) & (address + size <= ends[number])
@@ -295,10 +300,6 @@ class Batch:
             lanes,
             lambda k: self._near(int(address[k]), size),
         )
-        if (number == number[0]).all():
-            region = self.launch.regions[number[0]]
-            yield region, address - region.start, slice(None)
-            return
         for i in np.unique(number):
             some, region = np.flatnonzero(number == i), self.launch.regions[i]
             yield region, address[some] - region.start, some
@@ -353,6 +354,10 @@ class Batch:
 
     def load_param(self, lanes, at, guard, dtype, count, address):
         size = np.dtype(dtype).itemsize
+        if (address == address[0]).all():  # most often
+            begin = int(address[0])
+            values = np.frombuffer(self.launch.params, dtype, count, begin)
+            return _one_or_all([np.full(len(lanes), value) for value in values])
         bytes_ = [address[:, None] + size * k + np.arange(size) for k in range(count)]
         values = [self.launch.params[b].view(dtype)[:, 0] for b in bytes_]
         return _one_or_all(values)

@@ -30,14 +30,20 @@ class Lanes(NamedTuple):
 class _Accesses:
     """For each word the range of threads that accessed it since a barrier, and when."""
 
-    def __init__(self, words: int, threads: int):
+    def __init__(self, words: int, threads: int, of_one_block: bool):
         self.first, self.last, self.time = (np.zeros(words, np.uint32) for _ in range(3))
         self.threads = np.uint32(threads)  # of a thread block
+        self.of_one_block = of_one_block  # each word is accessed by the threads of one
+        self.used = False
 
     def unordered(self, words, lanes: Lanes):
         """Where another thread's access is not before this one by a barrier; None if nowhere."""
+        if not self.used:
+            return None
         then = self.time[words]
         if not then.any():
+            return None
+        if self.of_one_block and not (then >> EPOCH == lanes.time >> EPOCH).any():
             return None
         first, last, thread = self.first[words], self.last[words], lanes.thread
         other = (then != 0) & ((first != thread) | (last != thread))
@@ -55,6 +61,7 @@ class _Accesses:
         return (first == block) & (last == block)
 
     def set(self, words, lanes: Lanes) -> None:
+        self.used = True
         self.first[words], self.last[words], self.time[words] = (
             lanes.thread,
             lanes.thread,
@@ -95,12 +102,15 @@ class Region:
         self.last_read: dict[int, np.ndarray] = {}
 
     def track(self, threads: int, replicas: bool) -> None:
-        """Look for races. With `replicas`, threads may hold copies of what one of them updates."""
+        """Look for races. With `replicas`, as in global memory, threads may hold copies of what one
+        of them updates. Without them it is shared memory."""
         words = len(self.bytes) >> self.shift
         if words > MOST_TRACKED:
             return
         self.tracked = True
-        self.written, self.read, self.added = (_Accesses(words, threads) for _ in range(3))
+        self.written, self.read, self.added = (
+            _Accesses(words, threads, not replicas) for _ in range(3)
+        )
         self.read_at = (
             np.full(words, -1, np.int32) if replicas else None
         )  # −2: several instructions
@@ -182,8 +192,8 @@ class Region:
         per = len(words) // len(position)
         if self.tracked:
             # threads may store equal copies of a number: no race where it is there already
-            changes = np.any([view[i] != v for i, v in zip(indices, values, strict=True)], axis=0)
-            changes = np.repeat(changes, per)
+            changes = [view[i] != v for i, v in zip(indices, values, strict=True)]
+            changes = np.repeat(np.any(changes, axis=0), per)
             bad = self.read.unordered(words, of_words)
             if bad is not None and self.read_at is not None:
                 bad &= ~self._replicated(words, of_words)

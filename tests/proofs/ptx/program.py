@@ -2,6 +2,7 @@
 lanes that run the block."""
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,20 +21,31 @@ from .text import (
 )
 
 Live = set[Register]
+NAMES = ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8")
+DTYPES = {name: np.dtype(name) for name in NAMES}
 NAN32 = np.uint32(0x7FFFFFFF).view(np.float32)
 
 
-def held(x, dtype: str, bits: int):
-    """As a register holds it: unsigned, extended by zeros or by the sign. All NaN of float32 are
-    one, as on GPUs."""
-    x = x.astype(dtype, copy=False)
+@cache
+def holder(name: str, bits: int) -> Callable[..., Any]:
+    """A function of a result of this dtype: as a register holds it, unsigned, extended by zeros or
+    by the sign. All NaN of float32 are one, as on GPUs."""
+    dtype = np.dtype(name)
     if bits == 1:
-        return x
-    if dtype == "f4" and (nan := np.isnan(x)).any():
-        x = np.where(nan, NAN32, x)
-    if 8 * x.dtype.itemsize < bits:
-        x = x.astype(f"{x.dtype.kind}{bits // 8}")
-    return x.view(f"u{bits // 8}")
+        return lambda x: x.astype(dtype, copy=False)
+    register, wide = np.dtype(f"u{bits // 8}"), np.dtype(f"{dtype.kind}{bits // 8}")
+    assert dtype.itemsize <= wide.itemsize
+
+    def held(x):
+        return x.astype(dtype, copy=False).astype(wide, copy=False).view(register)
+
+    def held_float(x):
+        x = x.astype(dtype, copy=False)
+        if np.isnan(x @ x):  # a sum of squares is NaN only if one of them is
+            x = np.where(np.isnan(x), NAN32, x)
+        return held(x)
+
+    return held_float if name == "f4" else held
 
 
 def registers_of(operands: Iterable[Operand]) -> Live:
@@ -82,7 +94,8 @@ class Program:
         self._live()
         kept = sorted(set().union(*self.live_in, *self.live_out))
         self.slots = {register: slot for slot, register in enumerate(kept)}
-        self.constants: dict[str, Any] = {"np": np, "held": held}
+        self.constants: dict[str, Any] = {"np": np, **DTYPES}
+        self.holders: dict[Callable[..., Any], str] = {}
         number, lines = 0, []
         for b, steps in enumerate(self.steps):
             lines += self._block(b, number)
@@ -128,14 +141,20 @@ class Program:
         self.constants[name] = value
         return name
 
+    def _holder(self, dtype: str, bits: int) -> str:
+        function = holder(dtype, bits)
+        if function not in self.holders:
+            self.holders[function] = self._constant(function)
+        return self.holders[function]
+
     def _value(self, x: Operand, dtype: str) -> str:
         """An expression: of an array with one number for each lane, or a constant (with `c`)."""
         if dtype == "address":
             assert isinstance(x, Address)
             if isinstance(x.base, Register):
                 if x.base.bits == 32:  # the sum has 32 bits, too
-                    return f"({x.base.name} + np.uint32({x.offset % 2**32})).astype('i8')"
-                base = f"{x.base.name}.view('i8')"
+                    return f"({x.base.name} + np.uint32({x.offset % 2**32})).astype(i8)"
+                base = f"{x.base.name}.view(i8)"
                 return f"({base} + {x.offset})" if x.offset else base
             base = x.base.value if isinstance(x.base, Literal) else self.kernel.offset(x.base)
             return self._constant(np.int64(base + x.offset))
@@ -145,10 +164,10 @@ class Program:
             size = 8 * np.dtype(dtype).itemsize
             if size > x.bits:
                 raise Unsupported(f"{self.kernel.name}: {size} bits of a register of {x.bits}")
-            text = x.name if size == x.bits else f"{x.name}.astype('u{size // 8}')"
-            return text if dtype[0] == "u" else f"{text}.view('{dtype}')"
+            text = x.name if size == x.bits else f"{x.name}.astype(u{size // 8})"
+            return text if dtype[0] == "u" else f"{text}.view({dtype})"
         if isinstance(x, Symbol) and x.name.startswith("%"):
-            return f"batch.special({x.name!r}, lanes).astype('{dtype}')"
+            return f"batch.special({x.name!r}, lanes).astype({dtype})"
         if isinstance(x, Symbol):
             return self._constant(np.dtype(dtype).type(self.kernel.offset(x)))
         assert isinstance(x, Literal)
@@ -185,25 +204,29 @@ class Program:
             slot = f"registers[{self.slots[r]}]"
             lines.append(f" {r.name} = {slot} if everyone else {slot}[lanes]")
         last = {r: k for k, step in enumerate(steps) for r in step.reads | step.writes}
+        dead: list[list[str]] = [[] for _ in steps]
+        for r, k in last.items():
+            if r not in live_out and r != block.condition:
+                dead[k].append(r.name)
         for k, step in enumerate(steps):
             guard, i = "None", step.instruction
             if i.guard is not None:
                 guard = f"~{i.guard.name}" if i.inverted else i.guard.name
             results = step.operation.results
-            lines.append(f" t = {self._call(step, number + k, guard)}")
-            for j, (to, dtype) in enumerate(results):
+            call = self._call(step, number + k, guard)
+            values = [call]
+            if len(results) != 1 or not isinstance(results[0][0], Register):
+                lines.append(f" t = {call}")
+                values = [f"t[{j}]" for j in range(len(results))]
+            for value, (to, dtype) in zip(values, results, strict=True):
                 if not isinstance(to, Register):
                     continue
-                new = f"held({'t' if len(results) == 1 else f't[{j}]'}, {dtype!r}, {to.bits})"
+                new = f"{self._holder(dtype, to.bits)}({value})"
                 if i.guard is not None:
                     new = f"np.where({guard}, {new}, {to.name})"
                 lines.append(f" {to.name} = {new}")
-            dead = [
-                r.name
-                for r, at in last.items()
-                if at == k and r not in live_out and r != block.condition
-            ]
-            lines.append(f" del t{''.join(', ' + name for name in sorted(dead))}")
+            if dead[k]:
+                lines.append(f" del {', '.join(dead[k])}")
         written = set().union(*(s.writes for s in steps))
         for r in sorted(written & live_out):
             lines.append(f" batch.keep({self.slots[r]}, lanes, everyone, {r.name})")

@@ -13,6 +13,11 @@ VARIABLE = re.compile(
 )
 IGNORED = re.compile(r"\.(pragma|section|file|loc|branchtargets)\b")
 LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)(?:.*inlined_at\s+(\d+)\s+(\d+))?")
+COMMA = re.compile(r",(?![^{\[(]*[}\])])")  # outside of brackets
+STATEMENT = re.compile(r"(?:@(!?)([%\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
+FLOAT = re.compile(r"0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}")
+INTEGER = re.compile(r"-?(0[xX][0-9a-fA-F]+|0|[1-9]\d*)U?")
+DECIMAL = re.compile(r"-?\d+\.\d*")
 END = ("bra", "ret", "exit")
 
 
@@ -112,8 +117,7 @@ def bits_of(dtype: str) -> int:
 
 
 def _split(text: str) -> list[str]:
-    """By commas outside of brackets."""
-    return [part.strip() for part in re.split(r",(?![^{\[(]*[}\])])", text) if part.strip()]
+    return [part.strip() for part in COMMA.split(text) if part.strip()]
 
 
 class _Reader:
@@ -156,11 +160,13 @@ class _Reader:
             return Address(inner, int(offset or "0", 0))
         if "|" in text:
             return tuple(self.operand(part.strip()) for part in text.split("|"))
-        if re.fullmatch(r"0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}", text):
+        if text[0] == "%":
+            return self.named(text)
+        if FLOAT.fullmatch(text):
             return Literal(int(text[2:], 16), 4 * len(text[2:]))
-        if re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|0|[1-9]\d*)U?", text):
+        if INTEGER.fullmatch(text):
             return Literal(int(text.rstrip("U"), 0))
-        if re.fullmatch(r"-?\d+\.\d*", text):
+        if DECIMAL.fullmatch(text):
             return Literal(int.from_bytes(struct.pack("<f", float(text)), "little"), 32)
         return self.named(text)
 
@@ -172,7 +178,7 @@ class _Reader:
             space = self.kernel.shared if variable["space"] == "shared" else self.kernel.local
             space.place(variable)
             return
-        match = re.match(r"(?:@(!?)([%\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)", text, re.S)
+        match = STATEMENT.match(text)
         if match is None:
             raise Unsupported(f"the PTX machine does not know `{text}`")
         inverted, guard, name, operands = match.groups()

@@ -53,9 +53,11 @@ def install(arch: int) -> None:
 
     del os.environ["ANCHOROPS_TRITON_ON_HOST"]
     import torch
+    from triton import knobs
     from triton.runtime import driver, jit
 
     driver._active = _Driver(arch)  # type: ignore[assignment]
+    knobs.runtime.add_stages_inspection_hook = _without_machine_code  # type: ignore[assignment]
     jit.JITFunction.__getitem__ = _launcher  # type: ignore[method-assign]
     plain = torch.Tensor.new_empty
 
@@ -67,6 +69,14 @@ def install(arch: int) -> None:
 
     torch.Tensor.new_empty = new_empty  # type: ignore[method-assign]
     _note_calls()
+
+
+def _without_machine_code(backend: Any = None, stages: Any = None, *_: Any) -> tuple[str, str]:
+    """A hook of Triton's compiler, which need not call ptxas. Without arguments it is asked for the
+    name of the change, for keys of caches."""
+    if stages is not None:
+        stages["cubin"] = lambda ptx, metadata: b""
+    return "PTX alone", "PTX alone"
 
 
 def _note_calls() -> None:
