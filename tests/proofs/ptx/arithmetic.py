@@ -2,6 +2,7 @@
 defines them. bfloat16 is held as its bits."""
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -183,13 +184,10 @@ def packed(low, high):
     return low.astype(U4) | (high.astype(U4) << U4(16))
 
 
-def shuffled(x, by, clamp, mode: str):
-    """shfl: the value of another lane of the warp, and whether there is one."""
-    lane = np.arange(32)
-    if (by == by[0]).all() and (clamp == clamp[0]).all():  # the same in all warps
-        by, clamp = by[:32], clamp[:32]
-    by, clamp = (v.reshape(-1, 32).astype(I8) for v in (by, clamp))
-    segment, limit = (clamp >> 8) & 31, clamp & 31
+def _sources(by, clamp, mode: str):
+    """For each lane of a warp, or of all warps, the lane whose value shfl takes, and whether it is
+    one of its segment; otherwise it takes its own."""
+    lane, segment, limit = np.arange(32), (clamp >> 8) & 31, clamp & 31
     last, by = (lane & segment) | (limit & ~segment), by & 31
     if mode == "up":
         source = lane - by
@@ -197,9 +195,19 @@ def shuffled(x, by, clamp, mode: str):
     else:
         source = lane ^ by if mode == "bfly" else (lane & segment) | (by & ~segment)
         inside = source <= last
-    source, warps = np.where(inside, source, lane), x.reshape(-1, 32)
-    if len(source) == 1:
-        return warps[:, source[0]].reshape(-1), np.tile(inside[0], len(warps))
+    return np.where(inside, source, lane), inside
+
+
+_same_sources = cache(_sources)  # of numbers
+
+
+def shuffled(x, by, clamp, mode: str):
+    """shfl: the value of another lane of the warp, and whether there is one."""
+    warps = x.reshape(-1, 32)
+    if (by == by[0]).all() and (clamp == clamp[0]).all():
+        source, inside = _same_sources(int(by[0]), int(clamp[0]), mode)
+        return warps[:, source].reshape(-1), np.broadcast_to(inside, warps.shape).reshape(-1)
+    source, inside = _sources(*(v.reshape(-1, 32).astype(I8) for v in (by, clamp)), mode)
     return np.take_along_axis(warps, source, 1).reshape(-1), inside.reshape(-1)
 
 

@@ -117,7 +117,7 @@ class Batch:
         self.shared_base = (self.block - first) * self.stride
         self.shared_memory = np.full(blocks * self.stride // 4, CANARY, np.uint32)
         begin = self.shared_memory.ctypes.data
-        self.shared = Region(begin, begin + self.shared_memory.nbytes, self._grain())
+        self.shared = Region(begin, begin + self.shared_memory.nbytes, self.program.grain)
         self.shared_begin = begin - self.shared.start
         self.shared.track(self.threads, replicas=False)
         self.shared.unwritten = np.ones(len(self.shared.bytes) >> self.shared.shift, bool)
@@ -126,16 +126,6 @@ class Batch:
         self.copy_group = np.zeros(self.n, np.int64)
         # lanes that stored to shared memory, without a fence before wgmma reads it
         self.not_fenced = np.zeros(self.n, bool)
-
-    def _grain(self) -> int:
-        """The smallest access of shared memory."""
-        sizes = [4]
-        for step in (step for steps in self.program.steps for step in steps):
-            if step.is_method("load_shared", "store_shared"):
-                sizes.append(np.dtype(str(step.operation.function).split(":")[1]).itemsize)
-            elif step.is_method("wgmma"):
-                sizes.append(2)
-        return min(sizes)
 
     # Schedule
 
@@ -331,7 +321,7 @@ class Batch:
                 space, "loads", at, chosen, address, size
             ):
                 try:
-                    if space == "shared":
+                    if space == "shared" and self.copies:
                         self._check_copied(position, size)
                     for value, part in zip(
                         values, region.load(position, dtype, count, of, at), strict=True

@@ -2,7 +2,7 @@
 lanes that run the block."""
 
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -104,6 +104,17 @@ class Program:
         self.blocks: list[Callable[..., Any]] = [
             self.constants[f"block{b}"] for b in range(len(kernel.blocks))
         ]
+
+    @cached_property
+    def grain(self) -> int:
+        """Bytes of the smallest access of shared memory."""
+        sizes = [4]
+        for step in (step for steps in self.steps for step in steps):
+            if step.is_method("load_shared", "store_shared"):
+                sizes.append(np.dtype(str(step.operation.function).split(":")[1]).itemsize)
+            elif step.is_method("wgmma"):
+                sizes.append(2)
+        return min(sizes)
 
     @staticmethod
     def successors(block: Block) -> list[int]:
