@@ -207,7 +207,8 @@ def shuffled(x, by, clamp, mode: str):
     if (by == by[0]).all() and (clamp == clamp[0]).all():
         source, inside = _same_sources(int(by[0]), int(clamp[0]), mode)
         return warps[:, source].reshape(-1), np.broadcast_to(inside, warps.shape).reshape(-1)
-    source, inside = _sources(*(v.reshape(-1, 32).astype(I8) for v in (by, clamp)), mode)
+    by, clamp = (v.reshape(-1, 32).astype(I8) for v in (by, clamp))
+    source, inside = _sources(by, clamp, mode)
     return np.take_along_axis(warps, source, 1).reshape(-1), inside.reshape(-1)
 
 

@@ -95,7 +95,6 @@ class Program:
         kept = sorted(set().union(*self.live_in, *self.live_out))
         self.slots = {register: slot for slot, register in enumerate(kept)}
         self.constants: dict[str, Any] = {"np": np, **DTYPES}
-        self.holders: dict[Callable[..., Any], str] = {}
         number, lines = 0, []
         for b, steps in enumerate(self.steps):
             lines += self._block(b, number)
@@ -153,10 +152,9 @@ class Program:
         return name
 
     def _holder(self, dtype: str, bits: int) -> str:
-        function = holder(dtype, bits)
-        if function not in self.holders:
-            self.holders[function] = self._constant(function)
-        return self.holders[function]
+        name = f"held_{dtype.replace('?', 'p')}_{bits}"
+        self.constants[name] = holder(dtype, bits)
+        return name
 
     def _value(self, x: Operand, dtype: str) -> str:
         """An expression: of an array with one number for each lane, or a constant (with `c`)."""

@@ -30,9 +30,9 @@ TESTS = (
     "tests/test_every_kernel.py::test_every_kernel_is_launched",
     "tests/test_class_moments.py::test_values_and_gradients",
     "tests/test_class_moments.py::test_not_finite_pixels_spoil_their_class_alone",
-    "tests/test_verify.py::test_check",
+    "tests/test_verify.py::test_case",
     # of test_values_and_gradients and the next those of tiles, with many or few pixels of a class
-    "-k=launched or test_check or tiles and (long or few or spoil)",
+    "-k=launched or test_case or tiles and (long or few or spoil)",
 )
 SEEDS = (1, 2)
 ROOT = Path(__file__).parents[3]
