@@ -80,7 +80,7 @@ DATA_SETS = [
 INTRODUCTION = """# The methods by training schedule
 
 {machines}; {count} runs of `{command}`, at {commits}
-([rows](evidence.json)). `--report docs` writes this page.
+([rows](evidence.json)).
 
 {about}
 
