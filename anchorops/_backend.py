@@ -376,6 +376,10 @@ class use_backend:
         _choice.backend = self._previous.pop()
 
 
+def _device_of(name: str) -> str:
+    return "cpu" if name == "cpu" or _ON_HOST.get(name) else "cuda"
+
+
 def _why_not(
     name: str,
     tensor: Tensor,
@@ -385,9 +389,10 @@ def _why_not(
 ) -> str | None:
     """Why the backend does not support a call with this input, or None."""
     if name not in ("reference", *backends):
-        choices = " or ".join(f'"{x}"' for x in (*backends, "auto"))
+        others = [x for x in backends if _device_of(x) == tensor.device.type]
+        choices = " or ".join(f'"{x}"' for x in (*others, "auto"))
         return f"it does not have this operator: choose {choices}"
-    device = "cpu" if name == "cpu" or _ON_HOST.get(name) else "cuda"
+    device = _device_of(name)
     if name != "reference" and tensor.device.type != device:
         return f"it supports {device} tensors, the input is on {tensor.device}"
     if name in ("cuda", "triton") and tensor.dtype == torch.float64:
