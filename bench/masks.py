@@ -238,16 +238,21 @@ def coco_steps(device: torch.device, tiny: bool) -> Rows:
         yield {"images": images, "step": step, "seconds": s, "mean average precision": precision}
 
 
+SECTIONS = {x.__name__: x for x in (masks, masks_in_frameworks, coco_steps)}
+
+
 def main() -> None:
-    arguments = parser_of(__doc__).parse_args()
+    parser = parser_of(__doc__)
+    parser.add_argument("--section", choices=SECTIONS, help="only these rows")
+    arguments = parser.parse_args()
     device = torch.device(arguments.device)
     torch.manual_seed(0)
-    for section in (masks, masks_in_frameworks, coco_steps):
+    for section in [arguments.section] if arguments.section else SECTIONS:
         with torch.no_grad():
-            rows = list(section(device, arguments.dry_run))
+            rows = list(SECTIONS[section](device, arguments.dry_run))
         print(*rows, sep="\n", flush=True)
         if arguments.rows:
-            save(arguments.rows, section.__name__, head_of(device), rows)
+            save(arguments.rows, section, head_of(device), rows)
 
 
 if __name__ == "__main__":

@@ -255,13 +255,15 @@ def lines_of(rows: list[dict[str, Any]]) -> Iterator[str]:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--case", action="append", help="of such a name, as 'Dice, *' (default: *)")
-    parser.add_argument("--cases-of", help="a type of device (default: that of --device)")
+    of_device = "those of a type of device (default: of --device)"
+    parser.add_argument("--cases-of", choices=("cpu", "cuda"), help=of_device)
     options = parser.parse_args()
     device, tiny = torch.device(options.device), options.dry_run
-    of, failed = options.cases_of or device.type, []
-    for case in cases_on(of, tiny):
-        if not any(fnmatch.fnmatchcase(str(case), name) for name in options.case or ["*"]):
-            continue
+    of, failed, names = options.cases_of or device.type, [], options.case or ["*"]
+    chosen = [x for x in cases_on(of, tiny) if any(fnmatch.fnmatchcase(str(x), y) for y in names)]
+    if not chosen:
+        parser.error(f"--case: no case has the name {' or '.join(map(repr, names))}")
+    for case in chosen:
         torch.compiler.reset()  # otherwise a formula compiled for many shapes would run uncompiled
         case = case._replace(shape=case.shape.on(device, tiny))
         rows: list[dict[str, Any]] = []

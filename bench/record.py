@@ -48,8 +48,9 @@ def parser_of(doc: str | None, devices: Sequence[str] = ("cpu", "cuda")) -> argp
     """The options of every program that measures."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=formatter)
-    usual = DEVICE if DEVICE in devices else devices[0]
-    parser.add_argument("--device", choices=devices, default=usual)
+    here = [x for x in devices if x == "cpu" or torch.cuda.is_available()]
+    usual = DEVICE if DEVICE in here else here[0]
+    parser.add_argument("--device", choices=here, default=usual)
     parser.add_argument("--rows", type=Path, help="write the rows to this JSON file")
     parser.add_argument("--dry-run", action="store_true", help="tiny, only to test the code")
     return parser

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import cost_tables
+import masks
 import operator_times
 import plot
 import torch
@@ -122,7 +123,8 @@ class Plan(NamedTuple):
             *self.steps("training_steps", 3600),
             *self.steps("training_steps", 3600, compiled=True),
             *self.steps("inference", 3600),
-            *(Item(x, x, self.script(f"{x}.py", x), 3600) for x in ("export", "masks")),
+            Item("export", "export", self.script("export.py", "export"), 3600),
+            *(Item(x, x, self.script("masks.py", x, "--section", x), 3600) for x in masks.SECTIONS),
         ]
 
     def of_gpu(self) -> list[Item]:

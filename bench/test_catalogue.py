@@ -2,7 +2,7 @@
 pytest-benchmark. For comparing two versions of a kernel:
 
     pytest bench --benchmark-autosave
-    pytest bench --benchmark-compare -k CrossEntropy
+    pytest bench --benchmark-compare -k cross-entropy
 """
 
 from typing import Any
