@@ -3,11 +3,12 @@
     python bench/cost_tables.py
 
 A table stands between `<!-- rows: NAME -->` and `<!-- end of rows -->`. Of a table of words the
-figures alone are of the rows: they are compared, and the words stand in the page alone.
+figures are of the rows: they are compared, and the words stand in the page alone.
 """
 
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 
 from cases import FORWARD, IMAGES, TRAINING, VOLUMES
 from record import (
@@ -34,7 +35,7 @@ PAGES = [
         *("docs/gpu.md", "docs/how-it-works.md", "docs/losses.md"),
     )
 ]
-MARKED = re.compile(r"(<!-- rows: (\w+) -->\n).*?(?=<!-- end of rows -->)", re.S)
+MARKED = re.compile(r"(?P<mark><!-- rows: (?P<name>\w+) -->\n).*?(?=<!-- end of rows -->)", re.S)
 RESULTS = ROOT / "bench/results"
 RUN = RESULTS / "amd-epyc-avx512-2-threads.json"  # of `make bench BENCH=bench/results`
 GPU_RUN = RESULTS / "nvidia-h100-80gb-hbm3-132-multiprocessors.json"
@@ -45,31 +46,36 @@ EXPONENTIALS = "exponentials"
 
 
 def main() -> None:
+    wrong = []
     for page in PAGES:
-        page.write_text(with_tables(page.read_text()))
+        text = page.read_text()
+        page.write_text(with_tables(text))
+        wrong += [f"{page.relative_to(ROOT)}: {figure}" for figure in missing_figures(text)]
+    if wrong:
+        sys.exit("\n".join(["not there, or not in their place:", *wrong]))
 
 
 def with_tables(page: str) -> str:
-    """The text of a page, with its tables made anew from the rows.
+    """The text of a page, with its tables made anew from the rows."""
 
-    Raises:
-        ValueError: a figure in a table of words is not that of the rows.
-    """
+    def made_anew(marked: re.Match[str]) -> str:
+        table = TABLES[marked["name"]]()
+        return f"{marked['mark']}\n{table}\n\n" if isinstance(table, str) else marked[0]
+
     return MARKED.sub(made_anew, page)
 
 
-def made_anew(marked: re.Match[str]) -> str:
-    """What stands after a mark, up to its end."""
-    head, name = marked.groups()
-    table, start = TABLES[name](), 0
-    if isinstance(table, str):
-        return f"{head}\n{table}\n\n"
-    for figure in table:
-        found = re.compile(rf"(?<![\d.,]){re.escape(figure)}").search(marked[0], start)
-        if not found:
-            raise ValueError(f"table {name}: {figure} is not there, or not in its place")
-        start = found.end()
-    return marked[0]
+def missing_figures(page: str) -> Iterator[str]:
+    """Of the tables of words, the figures that stand in the rows and not, in this order, in the
+    page."""
+    for marked in MARKED.finditer(page):
+        table, start = TABLES[marked["name"]](), 0
+        for figure in table if isinstance(table, list) else []:
+            whole = re.compile(rf"(?<![\d.,]){re.escape(figure)}(?![.,]?\d)")
+            if found := whole.search(marked[0], start):
+                start = found.end()
+            else:
+                yield f"table {marked['name']}: {figure}"
 
 
 def cases_of(run: dict, **fields: object) -> list[list[dict]]:
@@ -88,7 +94,7 @@ def gains() -> list[str]:
         rows = step_of(network, run)
         ours = rows.get(BOTH) or rows[OWN]
         memory = ours["peak_bytes"] / rows[BASELINE]["peak_bytes"]
-        return f"{ours['ratio']['median']:.0%}, {memory:.0%}"
+        return f"{ours['ratio']['median']:.0%}, {memory:.0%}: {network}"
 
     fields = {"operation": "cross-entropy", "direction": TRAINING, "dtype": "bf16"}
     on_gpu = [
@@ -96,12 +102,12 @@ def gains() -> list[str]:
         for shape in ("HRNet, Cityscapes", "SegFormer, ADE20K")
     ]
     return [
-        *(f"{gain(case):.0f}×" for case in on_gpu),
-        *(step(network, load(GPU_RUN)) for network in ("hrnet", "segformer")),
+        *(f"{gain(case):.0f}×: {case[0]['num_classes']} classes" for case in on_gpu),
+        *(step(network, load(GPU_RUN)) for network in ("HRNet", "SegFormer")),
         *(largest_batches(network) for network in ("SegFormer-B5", "PSPNet-R101")),
-        gain_of("cross-entropy", 19, 4, labels="trained"),
-        gain_of("cross-entropy", 150, 8),
-        *(step(network, load(RUN)) for network in ("hrnet", "segformer")),
+        f"{gain_of('cross-entropy', 19, 4, labels='trained')}: 19 classes, stride 4",
+        f"{gain_of('cross-entropy', 150, 8)}: 150 classes, stride 8",
+        *(step(network, load(RUN)) for network in ("HRNet", "SegFormer")),
     ]
 
 
@@ -114,7 +120,8 @@ def gain_of(operation: str, num_classes: int, stride: int, **fields: object) -> 
 
 def step_of(network: str, run: dict) -> dict[str, dict]:
     """The rows of a training step by name."""
-    return {row["name"]: row for row in run["training_steps"] if network in row["network"].lower()}
+    steps = run["training_steps"]
+    return {row["name"]: row for row in steps if network.lower() in row["network"].lower()}
 
 
 def largest_batches(network: str) -> str:
@@ -126,7 +133,7 @@ def largest_batches(network: str) -> str:
     )
     after = rows.get(BOTH) or rows[OWN]
     sizes = (row["largest_batches"]["24 GB"] for row in (rows[BASELINE], after))
-    return " → ".join(map(str, sizes))
+    return f"{' → '.join(map(str, sizes))}: {network}"
 
 
 def counted_steps() -> dict[tuple, dict[str, dict]]:
@@ -444,7 +451,7 @@ def precision() -> str:
     (results,) = {row["results"] for row in rows}
     lines = []
     for (loss,), group in grouped(rows, "loss").items():
-        worst = (f" ({row['worst']:.1f})" if row["larger"] else "" for row in group)
+        worst = (f" ({number(row['worst'])})" if row["larger"] else "" for row in group)
         counts = (str(row["larger"]) for row in group)
         lines.append([loss, *map("".join, zip(counts, worst, strict=True))])
     scales = dict.fromkeys(f"{row['scale']:,.0f}" for row in rows)

@@ -245,6 +245,7 @@ def test_tables_of_the_cost_are_those_of_the_rows():
     assert "".join(pages).count("<!-- end of rows -->") == len(names)
     for page in pages:
         assert page == cost_tables.with_tables(page), "python bench/cost_tables.py writes them"
+        assert not list(cost_tables.missing_figures(page))
 
 
 def test_versions_that_were_tested():
