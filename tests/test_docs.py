@@ -69,7 +69,9 @@ def test_snippet_runs(snippet: str, monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 @pytest.mark.parametrize("words", commands())
-def test_command_parses(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys):
+def test_command_parses(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys, pytestconfig: pytest.Config
+):
     exported = words[0] == "export"
     words = words[exported:]
     while words and "=" in words[0]:
@@ -98,7 +100,7 @@ def test_command_parses(words: list[str], monkeypatch: pytest.MonkeyPatch, capsy
 
         check_options(rest, lambda: doctor.main(["--help"]), capsys)
     elif program == "pytest":
-        check_pytest(rest)
+        check_pytest(rest, pytestconfig)
     elif program == "python":
         script = ROOT / rest[0]
         monkeypatch.setattr(sys, "argv", [str(script), "--help"])
@@ -152,8 +154,10 @@ def check_train(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             build_regularizer(options.methods, chosen, 19, 64)
 
 
-def check_pytest(words: list[str]) -> None:
-    assert (ROOT / words[0]).exists() and not any(word.startswith("--") for word in words)
+def check_pytest(words: list[str], config: pytest.Config) -> None:
+    assert (ROOT / words[0]).exists()
+    for option in (word for word in words if word.startswith("--")):
+        config.getoption(option)
 
 
 def anchors(page: Path) -> set[str]:
