@@ -229,7 +229,14 @@ def measure(
 def summary(
     times: Sequence[float], counted_bytes: int, copied_bytes: int, beside: Sequence[Sequence[float]]
 ) -> Measurement:
-    """Of the seconds of each round. beside: those of a copy and of a sum of so many bytes."""
+    """The Measurement of a call, except `others`.
+
+    Args:
+        times: seconds of each round.
+        counted_bytes: that the call moves at least.
+        copied_bytes: of a tensor that was copied and summed in turns with the call.
+        beside: seconds of each round of the copy and of the sum; or nothing, for no shares.
+    """
     q20, *_, q80 = quantiles(times, n=5, method="inclusive")
     shares = []
     for moved, others in zip((2 * copied_bytes, copied_bytes), beside, strict=False):
