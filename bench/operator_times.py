@@ -275,7 +275,7 @@ def main() -> None:
                 if options.rows:
                     save(options.rows, "operators", head_of(device), rows)
             print(*lines_of(rows), sep="\n", flush=True)
-        except Exception:
+        except Exception:  # the other cases are measured; the exit status tells of this one
             traceback.print_exc()
             failed.append(str(case))
     if failed:

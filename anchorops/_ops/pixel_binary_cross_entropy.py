@@ -43,7 +43,9 @@ def pixel_binary_cross_entropy(
             too.
         align_corners: of the upsampling, as in F.interpolate.
         reduction: "mean" as above; "sum"; or "none", one value for each label, 0 if ignored.
-        check_labels: as in `softmax_moments`, of the two classes 0 and 1.
+        check_labels: raise an error if a label is not 0, 1 or ignore_index, or if there are labels
+            0 and 255 alone and 255 is ignored, as in masks of 0 and 255 that need `mask > 0`; this
+            synchronises with the device.
 
     Returns:
         A scalar, or the labels' shape; float32 (float64 for float64 logits). If no label is valid,
