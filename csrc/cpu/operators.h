@@ -14,6 +14,7 @@
 #include <string_view>
 #include <vector>
 
+#include "../errors.h"
 #include "types.h"
 
 namespace anchorops::cpu {
