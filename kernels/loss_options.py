@@ -54,13 +54,21 @@ def loss_options_of(options: Any) -> LossOptions:
 
 
 @triton.jit
-def add_weighted(weighted, four, k, options, image):
-    """Σ v_k x_k of a cell's four logits x: the sum so far, and the term of class k, which is left
-    out if v_k = 0, because x may be −inf."""
+def weight_of_all(k, options, image):
+    """v_k. Loops load it early, so that nothing waits for it."""
+    if options.all_weights is None:
+        return 0.0
+    else:
+        return tl.load(options.all_weights + image * options.stride_b + k)
+
+
+@triton.jit
+def add_weighted(weighted, four, v, options):
+    """Σ v_k x_k of a cell's four logits x: the sum so far, and the term of a class, which is left
+    out if v = 0, because x may be −inf."""
     if options.all_weights is None:
         return weighted
     else:
-        v = tl.load(options.all_weights + image * options.stride_b + k)
         return [
             tl.where(v == 0, weighted[i], tl.fma(v, four[i], weighted[i])) for i in (0, 1, 2, 3)
         ]
@@ -86,7 +94,8 @@ def _read_losses_of_all_classes(logits, lse, lanes, options, image, CELLS: tl.co
     if options.all_weights is not None:
         ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
         for k in range(logits.num_classes):
-            weighted = add_weighted(weighted, corners(ptrs, CELLS), k, options, image)
+            v = weight_of_all(k, options, image)
+            weighted = add_weighted(weighted, corners(ptrs, CELLS), v, options)
             ptrs = next_class(ptrs, logits.stride_k, CELLS)
     return losses_of_all_classes(weighted, lse, lanes, options, image, CELLS)
 
@@ -208,10 +217,9 @@ def add_sum_of_weights(x, betas, options, image, CELLS: tl.constexpr):
 
 
 @triton.jit
-def subtract_weighted(gradient, beta, k, options, image):
-    """gradient − β·v_k"""
+def subtract_weighted(gradient, beta, v, options):
+    """gradient − β·v"""
     if options.all_weights is None:
         return gradient
     else:
-        v = tl.load(options.all_weights + image * options.stride_b + k)
         return tl.where(v == 0, gradient, tl.fma(-v, beta, gradient))

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .lanes import INF, LN_2, LOG2_E, sum_of
 from .launch import Constant
-from .loss_options import add_weighted
+from .loss_options import add_weighted, weight_of_all
 from .pixel_argmax import largest_logits
 from .upsampling import (
     corner_ptrs,
@@ -101,11 +101,12 @@ def _sums_by_cell(logits, lanes, options, image, PREDICT: tl.constexpr, CELLS: t
     predicted = [zeros.to(tl.int32) for _ in () + CELLS.columns]
     weighted, spread = (zero, zero, zero, zero), zero
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
-    stored = loaded(ptrs)
+    stored, next_v = loaded(ptrs), weight_of_all(0, options, image)
     for k in range(logits.num_classes):
-        four = corners_of(stored, CELLS)
+        four, v = corners_of(stored, CELLS), next_v
         ptrs = following(ptrs, k, logits, CELLS)
         stored = loaded(ptrs)
+        next_v = weight_of_all(tl.minimum(k + 1, logits.num_classes - 1), options, image)
         # tl.maximum of NaN and a number returns the number; the sum is still NaN
         highest = tl.maximum(tl.maximum(four[0], four[1]), tl.maximum(four[2], four[3]))
         maximum = tl.maximum(maximum, highest)
@@ -118,7 +119,7 @@ def _sums_by_cell(logits, lanes, options, image, PREDICT: tl.constexpr, CELLS: t
             z = upsampled(four, lanes, CELLS)
             predicted = [tl.where(z[i] > best[i], k, predicted[i]) for i in () + CELLS.columns]
             best = [tl.where(z[i] > best[i], z[i], best[i]) for i in () + CELLS.columns]
-        weighted = add_weighted(weighted, four, k, options, image)
+        weighted = add_weighted(weighted, four, v, options)
     return sums, shift, predicted, weighted, spread
 
 

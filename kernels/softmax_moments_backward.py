@@ -41,6 +41,7 @@ from .loss_options import (
     loss_options_of,
     slopes_of_losses,
     subtract_weighted,
+    weight_of_all,
 )
 from .softmax import LOWEST, any_of, exponentials_of_rows
 from .upsampling import (
@@ -106,6 +107,15 @@ class Pixels(NamedTuple):
     lse: Any
 
 
+class ClassValues(NamedTuple):
+    """What the gradient of a class needs, for each of its pixels. It is loaded before the
+    probabilities of the class are computed, so that nothing waits for it."""
+
+    dprobability_sum: Any
+    dsquare: Any
+    all_weight: Any  # v_k of loss_options.py
+
+
 class Terms(NamedTuple):
     """What is the same for all classes."""
 
@@ -123,6 +133,15 @@ def _class_value(gradient, image, k):
     else:
         ptr = gradient.ptr + image * gradient.stride_b
         return tl.load(ptr + tl.cast(k, tl.int64) * gradient.stride_k)
+
+
+@triton.jit
+def _class_values(k, gradients, loss_options, image):
+    return ClassValues(
+        _class_value(gradients.dprobability_sums, image, k),
+        _class_value(gradients.dsquares, image, k),
+        weight_of_all(k, loss_options, image),
+    )
 
 
 @triton.jit
@@ -234,19 +253,20 @@ def _probabilities(four, lse, lanes, CELLS: tl.constexpr):
 
 
 @triton.jit
-def _pixel_gradients(k, p, terms, gradients, pixels, BY_PIXEL: tl.constexpr, CELLS: tl.constexpr):
+def _pixel_gradients(
+    k, p, values, terms, gradients, pixels, BY_PIXEL: tl.constexpr, CELLS: tl.constexpr
+):
     """dz_k of each pixel, except for β·v_k."""
     factors, alphas, _, classes = terms
     image, _, _, labels, _ = pixels
-    dprobability_sum = _class_value(gradients.dprobability_sums, image, k)
-    dsquare = 2 * _class_value(gradients.dsquares, image, k)
+    twice_dsquare = 2 * values.dsquare
     dz = ()
     for i in tl.static_range(len(p)):
         factor = factors[i]
         if gradients.dprobability_sums.ptr is not None:
-            factor += dprobability_sum
+            factor += values.dprobability_sum
         if gradients.dsquares.ptr is not None:
-            factor = tl.fma(p[i], dsquare, factor)
+            factor = tl.fma(p[i], twice_dsquare, factor)
         gradient = p[i] * factor
         if CELLS.x.select:  # p of an ignored pixel may be NaN
             gradient = tl.where(labels[i] >= 0, gradient, 0.0)
@@ -266,13 +286,13 @@ def _pixel_gradients(k, p, terms, gradients, pixels, BY_PIXEL: tl.constexpr, CEL
 
 @triton.jit
 def _class_gradient(
-    k, p, terms, gradients, pixels, cells, axes, loss_options,
+    k, p, values, terms, gradients, pixels, cells, axes, loss_options,
     BY_PIXEL: tl.constexpr, CELLS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the logits of class k."""
-    dz = _pixel_gradients(k, p, terms, gradients, pixels, BY_PIXEL, CELLS)
+    dz = _pixel_gradients(k, p, values, terms, gradients, pixels, BY_PIXEL, CELLS)
     gradient = transposed(dz, pixels.lanes, cells, axes, CELLS, TILE)
-    return subtract_weighted(gradient, terms.beta, k, loss_options, pixels.image)
+    return subtract_weighted(gradient, terms.beta, values.all_weight, loss_options)
 
 
 @triton.jit(
@@ -374,10 +394,11 @@ def _softmax_moments_bwd_kernel(
             four = corners_of(stored, CELLS)
             ptrs = following(ptrs, k, logits, CELLS)
             stored = loaded(ptrs)
+            values = _class_values(k, gradients, loss_options, image)
             p, spread = _exponentials(four, shift, scales, spread, lanes, BY_CLASS, CELLS)
             gradient = _class_gradient(
-                k, p, terms_of_rows, gradients, pixels, cells, axes, loss_options, BY_PIXEL, CELLS,
-                TILE,
+                k, p, values, terms_of_rows, gradients, pixels, cells, axes, loss_options,
+                BY_PIXEL, CELLS, TILE,
             )  # fmt: skip
             tl.store(dptrs, gradient.to(dlogits_ptr.dtype.element_ty), mask=written)
             dptrs = at_pixels(dptrs, dlogits_k, CELLS)
@@ -397,10 +418,12 @@ def _softmax_moments_bwd_kernel(
             four = _valid_cells(corners_of(stored, CELLS), labels, CELLS)
             ptrs = following(ptrs, k, logits, CELLS)
             stored = loaded(ptrs)
+            values = _class_values(k, gradients, loss_options, image)
             p = _probabilities(four, lse, lanes, CELLS)
             gradient = _class_gradient(
-                k, p, terms, gradients, pixels, cells, axes, loss_options, BY_PIXEL, CELLS, TILE
-            )
+                k, p, values, terms, gradients, pixels, cells, axes, loss_options, BY_PIXEL, CELLS,
+                TILE,
+            )  # fmt: skip
             tl.store(dptrs, gradient.to(dlogits_ptr.dtype.element_ty), mask=written)
             dptrs = at_pixels(dptrs, dlogits_k, CELLS)
 
