@@ -85,12 +85,12 @@ INTRODUCTION = """# The methods by training schedule
 {about}
 
 A schedule is a separate training of so many steps, whose learning rate decays to 0 at its end.
-The baseline is the network without a [method](methods.md). Its mIoU is given in %; that of a
-method as the difference to the baseline of the same seeds, in points. "Tail" is the mean IoU of
-its classes in %. Figures are mean ± standard deviation (in pictures a band) over {seeds} seeds,
-or over n; those without ± are of one seed, which does not show whether a method helps. "From
-scratch" is `--model.setting from-scratch`; the others have the published weights. A network has
-converged at a schedule if the next one adds less than {converged:g} point to the baseline's mIoU.
+The baseline is the network without a [method](methods.md). Its mIoU, of all classes and of the
+tail, is given in %; that of a method as the difference to the baseline of the same seeds, in
+points. Figures are mean ± standard deviation (in pictures a band) over {seeds} seeds, or over n;
+those without ± are of one seed, which does not show whether a method helps. "From scratch" is
+`--model.setting from-scratch`; the others have the published weights. A network has converged at a
+schedule if the next one adds less than {converged:g} point to the baseline's mIoU.
 
 {missing}
 """
@@ -167,14 +167,15 @@ def table(rows: Sequence[Row], seeds: int) -> str:
     for choice in grouped(rows, "methods", "setting"):
         cells = []
         for _, runs in schedules:
-            baseline = {row["seed"]: row["miou"] for row in runs if row["methods"] == "plain"}
+            baseline = {row["seed"]: row for row in runs if row["methods"] == "plain"}
             chosen = grouped(runs, "methods", "setting").get(choice, [])
-            if choice[0] == "plain":
-                cells.append(_spread([run["miou"] for run in chosen], seeds=seeds))
-            else:
-                added = [r["miou"] - baseline[r["seed"]] for r in chosen if r["seed"] in baseline]
-                cells.append(_spread(added, "+", seeds))
-            cells.append(_spread([run["tail"] for run in chosen], seeds=seeds))
+            for name in ("miou", "tail"):
+                if choice[0] == "plain":
+                    cells.append(_spread([run[name] for run in chosen], seeds=seeds))
+                else:
+                    pairs = [(run, baseline.get(run["seed"])) for run in chosen]
+                    added = [run[name] - same[name] for run, same in pairs if same]
+                    cells.append(_spread(added, "+", seeds))
             means = (fmean(run["classes"][name] for run in chosen) for name in classes)
             cells += [f"{100 * mean:.1f}" for mean in means] if chosen else [""] * len(classes)
         lines.append([label(dict(zip(("methods", "setting"), choice, strict=True))), *cells])
