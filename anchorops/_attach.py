@@ -136,8 +136,10 @@ class Attachment:
             vars(self.regularizer).setdefault("attachment", self)
 
     def __repr__(self) -> str:
-        names = " + ".join(method.__name__ for method in _methods(self.regularizer))
-        return f"{names} attached to {self.classifier_name}: {self.classifier!r}"
+        return f"{self._names()} attached to {self.classifier_name}: {self.classifier!r}"
+
+    def _names(self) -> str:
+        return " + ".join(method.__name__ for method in _methods(self.regularizer))
 
     def _see_dropout(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if self._watches(module):
@@ -166,9 +168,8 @@ class Attachment:
         self, _: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any
     ) -> None:
         if f"{prefix}bias" in state_dict:  # with strict=False its weight would be loaded
-            method = type(self.regularizer).__name__
-            expected = f"a checkpoint of a model with {method} (load others before attach)"
-            fail(method, "state_dict", expected, f"one with {prefix}bias")
+            expected = f"a checkpoint of a model with {self._names()} (load others before attach)"
+            fail(type(self.regularizer).__name__, "state_dict", expected, f"one with {prefix}bias")
         if isinstance(weight := state_dict.get(f"{prefix}weight"), Tensor):
             self.regularizer.check_checkpoint(weight)
 

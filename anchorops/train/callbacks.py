@@ -59,10 +59,11 @@ class Stopped(Exception):
 
 
 class Saving(Checkpoint):
-    """Saves the state of the run in `last.ckpt`: every few steps, before each validation, at the
-    end, and when the run is asked to stop by SIGTERM or Ctrl-C, after the current step. Lightning
-    itself would answer Ctrl-C in the middle of a step. A validation ends at its next batch, and is
-    repeated when the run goes on.
+    """Saves the state of the run in `last.ckpt`.
+
+    This is done every few steps, before each validation, at the end, and when the run is asked to
+    stop by SIGTERM or Ctrl-C, after the current step. Lightning itself would answer Ctrl-C in the
+    middle of a step. A validation ends at its next batch, and is repeated when the run goes on.
 
     Args:
         every: Steps between two checkpoints.
@@ -229,9 +230,11 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 class NeuralCollapse(Callback):
-    """Logs CeCo's measures at each validation: how equal and how wide the angles are between class
-    centroids and between the classifier's rows, and the correlation of the classes' accuracies with
-    their numbers of training pixels and images.
+    """Logs CeCo's measures at each validation.
+
+    They are: how equal and how wide the angles are between class centroids and between the
+    classifier's rows, and the correlation of the classes' accuracies with their numbers of training
+    pixels and images.
 
     Args:
         images: Number of validation images, rounded up to whole batches of all ranks; 0: none.

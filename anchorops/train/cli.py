@@ -333,7 +333,7 @@ def with_presets(arguments: Sequence[str]) -> tuple[list[str], str]:
     """The arguments with files instead of the names of presets, and the last of these names. For a
     run that exists, its configuration is added. Raises ValueError for an unknown preset."""
     words = [part for word in arguments for part in _separated(word)]
-    preset = "digits"
+    preset = "no-preset"
     configs = [i + 1 for i, word in enumerate(words[:-1]) if word in ("--config", "-c")]
     for i in configs:
         preset = Path(words[i]).stem

@@ -150,6 +150,7 @@ def test_names_of_presets(tmp_path, monkeypatch: pytest.MonkeyPatch):
     """A file of that name wins; an unknown one lists the presets with their published results."""
     packaged = str(PRESETS / "folder.yaml")
     assert with_presets(["fit", "--config", "folder"]) == (["fit", "--config", packaged], "folder")
+    assert with_presets(["fit", "--seed_everything", "1"])[1] == "no-preset"
     assert with_presets(["fit", "--config=folder"])[0] == ["fit", "--config", packaged]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").touch()
