@@ -185,6 +185,13 @@ def test_names_of_classes_that_cannot_be(content: bytes, message: str, folder: P
         open_folder(folder, "train")
 
 
+def test_links_to_folders_are_followed(folder: Path, tmp_path: Path):
+    for kind, content in (("images", image()), ("masks", mask(0))):
+        write(tmp_path / f"elsewhere/{kind}/c.png", content)
+        (folder / kind / "train/more").symlink_to(tmp_path / "elsewhere" / kind)
+    assert len(open_folder(folder, "train")) == 3
+
+
 def test_files_of_a_folder_that_do_not_pair(folder: Path):
     write(folder / "images/train/.hidden/b.jpg", image())
     (folder / "images/train/a/._1.jpg").write_bytes(b"of macOS")

@@ -1,5 +1,6 @@
 """Data sets on disk: a plain folder of images and masks, and published ones in their layouts."""
 
+import glob
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -194,15 +195,15 @@ def _matched(
 
 
 def _by_stem(folder: Path, endings: Sequence[str]) -> dict[str, Path]:
-    """Files under a folder by relative name without suffix, in order. Hidden files (such as the
-    `._a.jpg` of macOS) are skipped."""
+    """Files under a folder by relative name without suffix, in order. Links to folders are
+    followed; hidden files (such as the `._a.jpg` of macOS) are skipped."""
     files: dict[str, Path] = {}
-    for path in sorted(_existing(folder).rglob("*")):
-        relative = path.relative_to(folder)
+    names = glob.glob("**/*", root_dir=_existing(folder), recursive=True)  # rglob skips links
+    for path in sorted(folder / name for name in names):
         end = next((end for end in endings if path.name.lower().endswith(end.lower())), None)
-        if end is None or any(part.startswith(".") for part in relative.parts):
+        if end is None:
             continue
-        stem = str(relative)[: -len(end)]
+        stem = str(path.relative_to(folder))[: -len(end)]
         if stem in files:
             raise ValueError(
                 f"{path} is next to {files[stem]}: expected one file of that name, whatever its "
