@@ -49,8 +49,8 @@ class SegmentationModule(LightningModule):
         auxiliary_weight: Weight of the loss of an auxiliary head (3×3 convolution, classifier) on
             the second last map of the backbone; 0: no such head. The usual weight is 0.4.
         dropout: Share of the channels that are dropped before the classifier in training; the
-            methods use all channels. mmsegmentation uses 0.1, except for HRNet. It replaces
-            DeepLab's own dropout.
+            methods use all channels. mmsegmentation uses 0.1, except for HRNet. It replaces the
+            own dropout of DeepLab, FPN and PSPNet, of channels that the methods use too.
         classifier_std: Standard deviation of the classifiers' initial weights, drawn from a normal
             distribution (mmsegmentation: 0.01); their biases are then 0. None: torch's default.
         channels_last: Use the channels-last memory layout for images, features and weights.
@@ -65,7 +65,7 @@ class SegmentationModule(LightningModule):
             cbp.init accept "@FILE.npy", an array [K, D] of numpy.save.
         loss: The loss of the logits at full resolution: cross-entropy, cross-entropy with the focal
             factor, Dice, or the sum of cross-entropy and Dice.
-        focal_gamma: Exponent of the focal factor.
+        focal_gamma: Exponent of the focal factor, with the loss focal.
         ohem_threshold: Online hard example mining: the cross-entropy uses only pixels whose true
             class has at most this probability.
         ohem_min_kept: At least this number of pixels is used in each batch: the hardest. Without
@@ -131,6 +131,10 @@ class SegmentationModule(LightningModule):
                 "--model.loss: expected ce, focal or ce+dice with --model.ohem_threshold or "
                 "--model.ohem_min_kept, got dice"
             )
+        if loss != "focal" and focal_gamma != 2.0:
+            raise ValueError(
+                f"--model.focal_gamma: expected --model.loss focal, got {loss} with {focal_gamma:g}"
+            )
         self.learner: Learner | None = None
         """Built where the data or a checkpoint tell the number of classes."""
         self.channels: int
@@ -191,8 +195,9 @@ class SegmentationModule(LightningModule):
         options, data = self.options, self.data
         assert data.training_set is not None
         num_classes, self.channels = len(data.classes), data.training_set.channels
+        weights = None if from_checkpoint else options.weights
         backbone_weights = None if from_checkpoint else options.backbone_weights
-        initial = options.pretrained or options.weights or backbone_weights
+        initial = options.pretrained or weights or backbone_weights
         random = not (initial or from_checkpoint)
         if random and data.options.dataset != "digits" and self.trainer.is_global_zero:
             print(RANDOM_WEIGHTS, file=sys.stderr)
@@ -201,8 +206,8 @@ class SegmentationModule(LightningModule):
             options.network,
             num_classes,
             channels=self.channels,
-            pretrained=options.pretrained and not (from_checkpoint or backbone_weights),
-            weights=None if from_checkpoint else options.weights,
+            pretrained=options.pretrained and not (from_checkpoint or weights or backbone_weights),
+            weights=weights,
             backbone_weights=backbone_weights,
             auxiliary=options.auxiliary_weight > 0,
             dropout=options.dropout,
@@ -279,7 +284,9 @@ class SegmentationModule(LightningModule):
             options.weight_decay,
             options.head_lr_factor,
         )
-        optimizer = build_optimizer(options.optimizer, groups)
+        # with a scaler (16-mixed) a fused optimizer would not let Lightning clip gradients
+        fused = self.trainer.scaler is None
+        optimizer = build_optimizer(options.optimizer, groups, fused=fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

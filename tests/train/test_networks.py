@@ -59,6 +59,16 @@ def test_networks(name: str, dim: int, stride: int):
     assert model.classifier.weight.shape == (7, dim, 1, 1)
 
 
+@pytest.mark.parametrize("architecture", ["fpn", "pspnet", "deeplabv3", "deeplabv3plus"])
+def test_dropout_replaces_that_of_the_architecture(architecture: str):
+    def rates(dropout: float) -> list[float]:
+        model = build_model(f"{architecture}:resnet18", 7, dropout=dropout)
+        kinds = (torch.nn.Dropout, torch.nn.Dropout2d)
+        return [x.p for x in model.modules() if isinstance(x, kinds) and x.p > 0]
+
+    assert rates(0.1) == [0.1] and 0.1 not in rates(0.0) and rates(0.0)
+
+
 def test_size_of_the_paper():
     """Parameters and multiply-adds (which papers print as FLOPs) of SAR's Table 20, except those of
     norms."""

@@ -8,6 +8,7 @@ import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from safetensors.torch import save_file
 from torchvision import tv_tensors
 
@@ -21,6 +22,8 @@ from anchorops.train.networks.learner import (
     SETTINGS,
     Learner,
     arguments_of,
+    build_loss,
+    build_optimizer,
     build_regularizer,
 )
 from anchorops.train.networks.models import build_model
@@ -109,15 +112,28 @@ def test_class_predicted_but_never_true_counts_as_zero():
 
 @pytest.mark.parametrize("auxiliary", [False, True])
 def test_weights_start_a_model_with_other_classes(auxiliary: bool, tmp_path: Path):
-    """An auxiliary head comes and goes; the vectors of a method stay behind."""
+    """Those of a run. An auxiliary head comes and goes; the vectors of a method and the class
+    weights stay behind."""
     name, path = "hrnet-w18-small", tmp_path / "weights.pt"
     source = build_model(name, 5, auxiliary=auxiliary)
-    Learner(source, build_regularizer(["sar"], {}, 5, 240))
-    torch.save(source.state_dict(), path)
+    loss = build_loss("ce", torch.ones(5))
+    run = Learner(source, build_regularizer(["sar"], {}, 5, 240), loss)
+    state = {f"learner.{key}": value for key, value in run.state_dict().items()}
+    assert "learner.pixel_loss.weight" in state
+    torch.save({"state_dict": state}, path)
     model = build_model(name, 9, auxiliary=not auxiliary, weights=path)
     assert torch.equal(next(model.parameters()), next(source.parameters()))
     with pytest.raises(ValueError, match=r"weights .*weights.pt are of another model: \d+ missing"):
         build_model("segformer-b0", 5, weights=path)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_lightning_clips_gradients_with_a_scaler(name: str):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = build_optimizer(name, [{"params": [weight], "lr": 0.1}], fused=False)
+    weight.grad = torch.full((3,), 2.0)
+    MixedPrecision("16-mixed", "cpu").clip_gradients(optimizer, 1.0)
+    torch.testing.assert_close(weight.grad.norm(), torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"model": [1]}])
@@ -212,6 +228,8 @@ def test_photometric_distortion_keeps_the_order_of_channels():
     distort = PhotometricDistort()
     seen = torch.stack([distort(red).flatten() for _ in range(100)])
     assert (seen[:, 0] == seen.amax(1)).all() and len(seen.unique(dim=0)) > 50
+    with pytest.raises(ValueError, match=r"--data.photometric: expected .* 0 to 1, got 0 to 5"):
+        distort(tv_tensors.Image(torch.tensor([0.0, 5.0, 1.0]).view(3, 1, 1)))
 
 
 @pytest.mark.parametrize("methods", [("cr",), ("cbp", "occl"), ("ceco",), ("sar", "mvsc")])

@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import TINY, assert_same_run, figures, state
 
 import anchorops as ao
-from anchorops.train import IGNORED, callbacks, cli
+from anchorops.train import IGNORED, callbacks, cli, module
 from anchorops.train.callbacks import Saving
 from anchorops.train.cli import Program, main, train, with_presets
 from anchorops.train.data.module import SegmentationData
@@ -404,6 +405,15 @@ def test_run_from_weights_of_a_backbone(folder: Path, capsys: pytest.CaptureFixt
         (folder / kind / "val").rename(folder / kind / "test")
     program = Program(*with_presets(["validate", "--run", str(run), "--data.split", "test"]))
     assert {"test/miou", "test/iou/thing"} < program.trainer.callback_metrics.keys()
+
+
+def test_weights_of_a_whole_network_need_no_download(folder: Path):
+    weights = folder / "weights.pt"
+    torch.save(build_model("segformer-b0", 2).state_dict(), weights)
+    initial = ["--model.pretrained", "true", "--model.weights", str(weights)]
+    with mock.patch.object(module, "build_model", wraps=build_model) as built:
+        fit_folder(folder, *initial)
+    assert built.call_args.kwargs["pretrained"] is False
 
 
 def test_pictures_may_fail(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys):

@@ -89,7 +89,7 @@ def with_channels(image: Tensor, channels: int, path: Path) -> Tensor:
 def read_values(path: Path) -> tuple[np.ndarray, int]:
     """The integers (H, W) that a mask stores, or its palette indices, never scaled or inverted, and
     its EXIF orientation. Raises ValueError that names the file, also for lossy compression, several
-    channels and transparent pixels."""
+    channels and an alpha channel that is not opaque."""
     array, orientation = _decoded(path, stored=True, formats=LABEL_FORMATS)
     if array.ndim == 3 and array.shape[2] == 2 and array.dtype.kind == "u":
         array = _without_alpha(array, path)[..., 0]

@@ -103,12 +103,20 @@ class Pad(v2.Transform):
 
 
 class PhotometricDistort(v2.RandomPhotometricDistort):
-    """As in mmsegmentation: hues of ±0.1 turns, and no random order of channels."""
+    """As in mmsegmentation: hues of ±0.1 turns, and no random order of channels. Raises ValueError
+    for floating-point images beyond 0..1, which torchvision would clip."""
 
     def __init__(self) -> None:
         super().__init__(hue=(-0.1, 0.1))
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        for x in flat_inputs:
+            # scaling rounds
+            if x.is_floating_point() and not -1e-3 <= x.min() <= x.max() <= 1.001:
+                raise ValueError(
+                    "--data.photometric: expected integer images, or floating-point ones of 0 to 1,"
+                    f" got {x.min():g} to {x.max():g}"
+                )
         return super().make_params(flat_inputs) | {"channel_permutation": None}
 
 

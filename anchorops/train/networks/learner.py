@@ -212,7 +212,9 @@ def parameter_groups(
     ]
 
 
-def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def build_optimizer(
+    name: str, groups: list[dict[str, Any]], *, fused: bool
+) -> torch.optim.Optimizer:
     if name == "sgd":
-        return torch.optim.SGD(groups, momentum=0.9, fused=True)
-    return torch.optim.AdamW(groups, fused=True)
+        return torch.optim.SGD(groups, momentum=0.9, fused=fused)
+    return torch.optim.AdamW(groups, fused=fused)

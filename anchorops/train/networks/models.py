@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation
 
 import anchorops as ao
 
@@ -26,13 +27,12 @@ CHECKPOINT_PREFIX = (
     "learner.model."  # of the names of a network's weights in a checkpoint of Lightning
 )
 AUXILIARY_DIM = 256
+OWN_DROPOUT = {
+    **dict.fromkeys(("deeplabv3", "deeplabv3plus"), "decoder_aspp_dropout"),
+    "fpn": "decoder_dropout",
+    "pspnet": "psp_dropout",
+}
 SEGFORMERS = {f"segformer-b{size}": f"mit_b{size}" for size in range(6)}
-
-
-def conv_norm_relu(inputs: int, outputs: int) -> nn.Sequential:
-    """A 1×1 convolution without bias, then batch norm and ReLU."""
-    convolution = nn.Conv2d(inputs, outputs, 1, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 def at_first_size(maps: Sequence[Tensor]) -> Tensor:
@@ -126,7 +126,7 @@ class HRNetBody(nn.Module):
         )
         self.out_channels = self.backbone.feature_info.channels()
         self.dim = sum(self.out_channels)
-        self.mix = conv_norm_relu(self.dim, self.dim)
+        self.mix = Conv2dNormActivation(self.dim, self.dim, 1, inplace=False)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.mix(at_first_size(self.backbone(images)))
@@ -210,12 +210,12 @@ def upsample_late(model: Segmenter, images: Tensor) -> None:
 
 
 def _options(architecture: str, encoder: str, dropout: float) -> dict[str, Any]:
-    """Arguments of smp's networks. Those made for one image size accept other sizes too. DeepLab's
-    own dropout is switched off if there is dropout before the classifier."""
+    """Arguments of smp's networks. Those made for one image size accept other sizes too. Their own
+    dropout is switched off if there is dropout before the classifier."""
     if architecture == "dpt":
         return {"dynamic_img_size": True}
-    if dropout and architecture.startswith("deeplab"):
-        return {"decoder_aspp_dropout": 0.0}
+    if dropout and architecture in OWN_DROPOUT:
+        return {OWN_DROPOUT[architecture]: 0.0}
     return {"strict_img_size": False} if encoder.startswith("tu-swin_") else {}
 
 
@@ -225,7 +225,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
         state = torch.load(path, map_location="cpu", weights_only=True)
         for key in ("model", "state_dict"):
             state = state.get(key, state)
-        state = {key.removeprefix(CHECKPOINT_PREFIX): value for key, value in state.items()}
+        of_run = {  # whose losses have weights too
+            key.removeprefix(CHECKPOINT_PREFIX): value
+            for key, value in state.items()
+            if key.startswith(CHECKPOINT_PREFIX)
+        }
+        state = of_run or state
     except Exception as error:
         raise ValueError(f"weights {path} cannot be read: {error!r:.200}") from error
     model_state = model.state_dict()
