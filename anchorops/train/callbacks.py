@@ -154,7 +154,8 @@ class Saving(Checkpoint):
 
 def saving_of(trainer: Trainer) -> Saving:
     callbacks: Any = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-    return next(x for x in callbacks if isinstance(x, Saving))
+    (saving,) = (x for x in callbacks if isinstance(x, Saving))
+    return saving
 
 
 def trains(trainer: Trainer) -> bool:
@@ -310,14 +311,16 @@ class MaskWriter(BasePredictionWriter):
         paths = [Path(os.path.abspath(image)) for image in images]
         common = os.path.commonpath([path.parent for path in paths]) if paths else ""
         self.masks = [out / path.relative_to(common).with_suffix(".png") for path in paths]
-        for i, mask in enumerate(self.masks):
+        seen: set[Path] = set()
+        for mask in self.masks:
             if mask.exists():
                 raise ValueError(f"predict: --out: {mask} exists: give another directory")
-            if mask in self.masks[:i]:
+            if mask in seen:
                 raise ValueError(
                     f"predict: --data.images: {mask} would be written twice: expected images of "
                     "different names"
                 )
+            seen.add(mask)
         out.mkdir(parents=True, exist_ok=True)
 
     def write_on_batch_end(

@@ -18,7 +18,9 @@ try:
     import yaml
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.callbacks import (
+        BatchSizeFinder,
         GradientAccumulationScheduler,
+        LearningRateFinder,
         StochasticWeightAveraging,
     )
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -77,6 +79,8 @@ UNFIT_CALLBACKS = {
     "WeightAveraging or EMAWeightAveraging, which count steps",
     GradientAccumulationScheduler: "changes the batches of a step, but a run has as many as its "
     "steps need from the beginning: expected --trainer.accumulate_grad_batches",
+    BatchSizeFinder: "tries sizes by training: expected --data.batch_size",
+    LearningRateFinder: "tries rates by training: expected --model.lr",
 }
 MAX_SEED = 2**32 - 1
 DEMO_SHOWS = """
@@ -330,8 +334,9 @@ SEPARATED = ("--config", "-c", "--run", "--data.images")
 
 
 def with_presets(arguments: Sequence[str]) -> tuple[list[str], str]:
-    """The arguments with files instead of the names of presets, and the last of these names. For a
-    run that exists, its configuration is added. Raises ValueError for an unknown preset."""
+    """The arguments with files instead of the names of presets, and the last of these names. The
+    configuration of a run that exists stands before these files; for `fit` with such files it is
+    not added. Raises ValueError for an unknown preset."""
     words = [part for word in arguments for part in _separated(word)]
     preset = "no-preset"
     configs = [i + 1 for i, word in enumerate(words[:-1]) if word in ("--config", "-c")]
@@ -345,7 +350,7 @@ def with_presets(arguments: Sequence[str]) -> tuple[list[str], str]:
                     f"{presets()}"
                 )
             words[i] = str(packaged)
-    if not configs and "--run" in words[:-1]:
+    if "--run" in words[:-1] and (not configs or words[0] != "fit"):
         run = Path(words[words.index("--run") + 1])
         if (run / CONFIG).exists():
             flat_config(run)  # an error names the file

@@ -104,6 +104,7 @@ TRAINER: Mapping[str, Allowed] = {
     "accumulate_grad_batches": COUNT,
     "gradient_clip_val": optional(NOT_NEGATIVE),
     "use_distributed_sampler": Allowed("false", lambda x: not x, "the ranks share the images"),
+    "sync_batchnorm": Allowed("false", lambda x: not x, "on GPUs batch norm is synchronised"),
     "barebones": Allowed("false", lambda x: not x, "a run logs and saves"),
     "default_root_dir": Allowed("null", lambda x: x is None, "--run is the directory of a run"),
 }

@@ -253,6 +253,8 @@ def test_early_stopping_after_a_least_length(
             "{class_path: GradientAccumulationScheduler, init_args: {scheduling: {0: 2}}}",
             "expected --trainer.accumulate_grad_batches",
         ),
+        ("callbacks", "[{class_path: BatchSizeFinder}]", "expected --data.batch_size"),
+        ("callbacks", "[{class_path: LearningRateFinder}]", "expected --model.lr"),
         (
             "callbacks",
             "[{class_path: EarlyStopping, init_args: {monitor: nope}}]",

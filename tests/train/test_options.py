@@ -72,6 +72,7 @@ TRAINER_VALUES = {
     "gradient_clip_val": [-1.0],
     "use_distributed_sampler": [True],
     "barebones": [True],
+    "sync_batchnorm": [True],
     "default_root_dir": ["elsewhere"],
 }
 
@@ -112,6 +113,8 @@ def test_other_options_that_are_refused():
         NeuralCollapse(images=-1)
     with pytest.raises(ValueError, match=r"^--model.loss: expected ce, .* --model.ohem_min_kept"):
         SegmentationModule(loss="dice", ohem_min_kept=9)
+    with pytest.raises(ValueError, match=r"^--model.focal_gamma: expected .* focal, got ce with 5"):
+        SegmentationModule(focal_gamma=5.0)
 
 
 @pytest.mark.parametrize(

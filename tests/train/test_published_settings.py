@@ -160,6 +160,9 @@ def test_names_of_presets(tmp_path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "run/config.yaml").write_text(json.dumps(config | {"seed_everything": 0}))
     words, _ = with_presets(["validate", "--run", "run"])
     assert words == ["validate", "--config", "run/config.yaml", "--run", "run"]
+    own = ["--config", "folder", "--run", "run"]  # a file overrides the run's, except in `fit`
+    assert with_presets(["validate", *own])[0] == ["validate", "--config", "run/config.yaml", *own]
+    assert with_presets(["fit", *own])[0] == ["fit", *own]
     with pytest.raises(ValueError, match=r"(?s)got foldr\. The presets:.*81.4 with sar"):
         with_presets(["fit", "--config", "foldr"])
     assert len(presets().splitlines()) == len(NAMES)
