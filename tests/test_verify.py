@@ -11,7 +11,9 @@ from torch import Tensor
 import anchorops as ao
 from anchorops import _backend, doctor
 from anchorops.catalogue import Case, batches, cases, features, pixels
+from anchorops.catalogue.budget import error_and_limit
 from anchorops.catalogue.entry import evaluate
+from anchorops.catalogue.formulas import dice
 from anchorops.verify import run as verify
 
 CPU = torch.device("cpu")
@@ -90,6 +92,17 @@ def test_wrong_functions_are_noticed(change: Callable[[Tensor], Tensor]):
     wrong = changed(ours=lambda **inputs: change(PLAIN.ours(**inputs)))
     row = verify.run(wrong, BACKEND, CPU)
     assert row.right is False and str(row).endswith("WRONG")
+
+
+def test_a_formula_that_is_not_finite_is_no_excuse():
+    ones = torch.ones(3)
+    assert error_and_limit(ones, ones, ones * torch.nan, 1e-6)[0] == torch.inf
+
+
+def test_the_formula_of_an_absent_class_has_a_gradient():
+    logits = torch.tensor([[0.0, 0.0, -200.0]]).view(1, 3, 1, 1).requires_grad_()  # p = 0
+    dice(logits, torch.zeros(1, 2, 2).long(), squared=True).backward()
+    assert logits.grad is not None and logits.grad.isfinite().all()
 
 
 def test_reads_beside_an_input_are_noticed():

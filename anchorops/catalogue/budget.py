@@ -29,7 +29,7 @@ def error_and_limit(
     if exact.numel() == 0:
         return 0.0, floor
     largest = max(float(exact.abs().max()), torch.finfo(torch.float32).tiny)
-    if not difference.isfinite().all():
+    if not (difference.isfinite().all() and plain.isfinite().all()):
         return torch.inf, floor
     limit = 2 * float((plain.double() - exact).abs().max()) / largest + floor
     return float(difference.max()) / largest, limit

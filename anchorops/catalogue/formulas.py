@@ -186,8 +186,11 @@ def dice(
     if sigmoid:
         c, o, m = (x[:, 1].view(logits.shape[:2]) for x in (c, o, m))
         c, o, m = (x if per_image else x.sum(0) for x in (c, o, m))
-    scores = (o + smooth) / (o + alpha * (m - o) + beta * (c - o) + smooth)
-    scores = scores if absent == "keep" else torch.where(c > 0, scores, 1)  # without a loss
+    divisor = o + alpha * (m - o) + beta * (c - o) + smooth
+    if absent == "keep":
+        scores = (o + smooth) / divisor
+    else:  # an absent class has no loss, and no gradient of 0 / 0
+        scores = torch.where(c > 0, (o + smooth) / torch.where(c > 0, divisor, 1), 1)
     losses = -scores.log() if log else 1 - scores
     w = torch.ones_like(losses) if weight is None else torch.as_tensor(weight).to(losses)
     w = w * (c > 0) if absent == "skip" else w.expand_as(losses)
