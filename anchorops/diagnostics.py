@@ -13,6 +13,7 @@ from ._checks import (
     check_choice,
     check_count,
     check_ignore_index,
+    check_integers,
     check_num_classes,
     describe,
     fail,
@@ -62,13 +63,14 @@ def equiangularity(vectors: Tensor, mean: Tensor | None = None) -> Tensor:
 
 
 def maximal_angle(vectors: Tensor, mean: Tensor | None = None) -> Tensor:
-    """Mean over pairs of |cos(c_k − m, c_k' − m) + 1/(K−1)|: 0 for a simplex (largest angles).
+    """Mean over pairs of |cos(c_k − m, c_k' − m) + 1/(K−1)|: 0 for a simplex (largest angles), NaN
+    of one vector.
 
     Arguments as `equiangularity`.
     """
     rows = _rows("maximal_angle", vectors)
     cosines = _pairwise_cosines(rows - (rows.mean(0) if mean is None else mean))
-    return (cosines + 1 / (len(rows) - 1)).abs().mean()
+    return (cosines + 1 / max(len(rows) - 1, 1)).abs().mean()  # NaN of one vector
 
 
 def imbalance_factor(counts: Tensor) -> Tensor:
@@ -179,6 +181,9 @@ class CentroidGeometry(Metric):
         self.num_classes, self.mean = num_classes, mean
         self.ignore_index = check_ignore_index("CentroidGeometry", ignore_index, num_classes)
         zeros = torch.zeros(num_classes, dim, dtype=torch.float32)
+        if anchors is not None and anchors.shape != zeros.shape:
+            expected = f"[{num_classes}, {dim}], as num_classes and dim"
+            fail("CentroidGeometry", "anchors", expected, describe(anchors))
         self.register_buffer("anchors", zeros if anchors is None else anchors.detach().clone())
         self.add_state("counts", torch.zeros(num_classes, dtype=torch.int64), "sum")
         self.add_state("sums", zeros.double(), "sum")
@@ -246,7 +251,11 @@ class LabelImbalance(Metric):
 
     @torch.no_grad()
     def update(self, labels: Tensor) -> None:
-        """Count the pixels and images of each class in labels, integer (B, …)."""
+        """Count the pixels and images of each class in labels, integer (B, …). Raises ValueError
+        for others."""
+        if not isinstance(labels, Tensor) or labels.dim() < 2:
+            fail("LabelImbalance", "labels", "a tensor (B, …)", describe(labels))
+        check_integers("LabelImbalance", "labels", labels)
         labels = labels.long().flatten(1)
         valid = (labels >= 0) & (labels < self.num_classes) & (labels != self.ignore_index)
         keys = torch.where(valid, labels, self.num_classes)
@@ -296,9 +305,13 @@ class FrequencyCorrelation(Metric):
             labels: integer (B, …).
 
         Raises:
-            ValueError: predictions of another shape.
+            ValueError: wrong shape or dtype.
         """
-        if predictions.dim() == labels.dim() + 1:
+        check_integers("FrequencyCorrelation", "labels", labels)
+        if predictions.is_floating_point():
+            if predictions.dim() != labels.dim() + 1 or predictions.shape[1] != self.num_classes:
+                expected = f"classes, or logits of {self.num_classes} classes"
+                fail("FrequencyCorrelation", "predictions", expected, describe(predictions))
             predictions = predictions.argmax(1)
         if predictions.shape != labels.shape:
             expected = f"{tuple(labels.shape)}, as labels, or logits"

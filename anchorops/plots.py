@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import check_count, check_ignore_index, describe, fail, missing_extra
+from ._checks import (
+    check_count,
+    check_ignore_index,
+    check_integers,
+    describe,
+    fail,
+    missing_extra,
+)
 
 try:
     from matplotlib.axes import Axes
@@ -41,6 +48,11 @@ def _matrix(function: str, argument: str, value: Tensor) -> Tensor:
     return value.detach().float().cpu().flatten(1)
 
 
+def _check_names(function: str, names: Sequence[str] | None, classes: int) -> None:
+    if names is not None and len(names) != classes:
+        fail(function, "names", f"one for each of {classes} classes", len(names))
+
+
 def cosine_map(
     vectors: Tensor,
     names: Sequence[str] | None = None,
@@ -51,6 +63,7 @@ def cosine_map(
     """Cosines between the rows of a classifier's weight, or between centroids, [K, D]. If centered,
     the mean of the rows is subtracted first."""
     rows = _matrix("cosine_map", "vectors", vectors)
+    _check_names("cosine_map", names, len(rows))
     unit = F.normalize(rows - rows.mean(0) if centered else rows, dim=1)
     shown = [plain(name) for name in names or []]
     size = max(3.5, min(10.0, 0.25 * len(unit)))
@@ -71,6 +84,7 @@ def iou_against_frequency(
 ) -> Figure:
     """Each class's IoU over its share of the training pixels; iou and pixels: [K]. If names would
     overlap, only that of the rarer class is written."""
+    _check_names("iou_against_frequency", names, len(iou))
     share = pixels.detach().double().cpu() / pixels.sum().clamp(min=1).cpu()
     values = iou.detach().double().cpu()
     shown = (share > 0) & values.isfinite()
@@ -141,6 +155,8 @@ def features_with_anchors(
     from ._shared.pixels import feature_rows, resize_labels
 
     stars = _matrix("features_with_anchors", "anchors", anchors)
+    _check_names("features_with_anchors", names, len(stars))
+    check_integers("features_with_anchors", "labels", labels)
     ignored = check_ignore_index("features_with_anchors", ignore_index, len(stars))
     keys = resize_labels(labels, features).flatten().cpu()
     valid = ((keys >= 0) & (keys < len(stars)) & (keys != ignored)).nonzero().flatten()

@@ -49,6 +49,7 @@ def test_measures_of_vectors() -> None:
     pairs = cosine_pairs(rows - rows.mean(0))
     close(diagnostics.equiangularity(vectors), statistics.pstdev(pairs))
     close(diagnostics.maximal_angle(vectors), statistics.mean(abs(c + 1 / (K - 1)) for c in pairs))
+    assert diagnostics.maximal_angle(vectors[:1]).isnan()
     counts = torch.tensor([10, 0, 3, 7, 5])
     close(diagnostics.imbalance_factor(counts), 10 / 3)
     norms = np.linalg.norm(rows, axis=1)
@@ -63,6 +64,7 @@ def test_arguments_of_functions() -> None:
         (lambda: diagnostics.pearson(counts, numbers), r"pearson: y: expected a tensor \[K\]"),
         (lambda: diagnostics.pearson(counts, counts[:2]), r"y: expected a tensor \[3\], as x, got"),
         (lambda: diagnostics.norm_correlation(torch.eye(3), None), "norm_correlation: counts: exp"),
+        (lambda: diagnostics.CentroidGeometry(3, 2, anchors=torch.eye(3)), r"anchors: .* \[3, 2\]"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -138,6 +140,9 @@ def test_label_imbalance() -> None:
     torch.testing.assert_close(
         metric.prior(), torch.tensor([c / sum(containing) for c in containing])
     )
+    for labels in (torch.zeros(2, 3), torch.zeros(3).long()):
+        with pytest.raises(ValueError, match="LabelImbalance: labels: expected"):
+            metric.update(labels)
 
 
 @pytest.mark.parametrize("as_logits", [False, True])
@@ -157,10 +162,19 @@ def test_frequency_correlation(as_logits: bool) -> None:
     assert float(metric.compute()) == pytest.approx(np.corrcoef(accuracy, pixels)[0, 1])
     narrow = diagnostics.FrequencyCorrelation(K)
     for metric_labels in (torch.uint16, torch.uint8):
-        narrow.update(torch.zeros(2, 3), torch.zeros(2, 3).to(metric_labels))
+        narrow.update(torch.zeros(2, 3).int(), torch.zeros(2, 3).to(metric_labels))
     assert narrow.correct.tolist() == [12] + [0] * (K - 1)
-    with pytest.raises(ValueError, match="FrequencyCorrelation: predictions"):
-        metric.update(torch.zeros(2, 3), torch.zeros(2, 4))
+    classes, logits = torch.zeros(2, 3).long(), torch.zeros(2, K + 1, 3)
+    for predictions, labels in (
+        (classes, torch.zeros(2, 4).long()),
+        (classes[:, None], classes),  # with a channel
+        (classes.float(), classes),
+        (logits, classes),
+    ):
+        with pytest.raises(ValueError, match="FrequencyCorrelation: predictions"):
+            metric.update(predictions, labels)
+    with pytest.raises(ValueError, match="FrequencyCorrelation: labels: expected an integer"):
+        metric.update(classes, classes.float())
 
 
 def draws(figure: Any) -> np.ndarray:
