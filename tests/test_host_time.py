@@ -190,3 +190,40 @@ def test_a_subclass_with_other_parts(base: Any, backend: str) -> None:
     torch.testing.assert_close(loss, expected)
     gradients = [torch.autograd.grad(value, x)[0] for value in (loss, expected)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.on("cpu")
+def test_parts_of_a_mixin(backend: str) -> None:
+    """Also of a subclass of the class that has it."""
+
+    class Extra:
+        def parts(self, moments: ao.ops.SoftmaxMoments, logits: torch.Tensor) -> Any:
+            more = {"sum": moments.losses.sum()}
+            return super().parts(moments, logits) | more  # pyright: ignore
+
+    class Mixed(Extra, ao.Dice):
+        pass
+
+    class Further(Mixed):
+        pass
+
+    x, labels = torch.randn(2, 4, 3, 5, requires_grad=True), torch.randint(0, 4, (2, 6, 10))
+    added = ao.pixel_cross_entropy(x, labels, reduction="sum")
+    for kind in (Mixed, Further):
+        torch.testing.assert_close(kind()(x, labels), ao.Dice()(x, labels) + added)
+    whole = ao.CrossEntropyDice(dice=Further())
+    torch.testing.assert_close(whole(x, labels), ao.CrossEntropyDice()(x, labels) + added)
+    assert {"ce", "dice", "sum"} < whole.terms.keys()
+
+
+@pytest.mark.on("cpu")
+def test_statistics_that_a_part_of_a_sum_needs(backend: str) -> None:
+    class Focus(ao.CrossEntropy):
+        def wanted(self) -> Any:
+            return super().wanted()._replace(correct=True)
+
+        def parts(self, moments: ao.ops.SoftmaxMoments, logits: torch.Tensor) -> Any:
+            assert moments.correct is None  # the sum decides on the accuracy
+            return super().parts(moments, logits)
+
+    ao.CrossEntropyDice(Focus())(torch.randn(2, 4, 3, 5), torch.randint(0, 4, (2, 6, 10)))

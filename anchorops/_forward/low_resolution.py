@@ -8,7 +8,7 @@ import operator
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -192,8 +192,7 @@ class _Plan:
             _fail(module, f"{got} calls of F.interpolate, where the dry run had {self.calls}")
         outputs = [tensor for _, tensor in tensors(output)]
         for number in self.returned:
-            call = calls[number]
-            results = [] if call is None else call.results
+            results = calls[number] or []
             if not any(tensor is low.tensor for tensor in outputs for low in results):
                 _fail(module, "the output is not the input of the last upsampling")
             if any(version(low.tensor) != low.version for low in results):
@@ -224,11 +223,9 @@ class _Low(NamedTuple):
         return _Low(low, version(low), [*result.shape])
 
 
-class _Skipped(NamedTuple):
-    """What a skipped call returned, a view of its input, and what was made of it by functions that
-    commute with upsampling."""
-
-    results: list[_Low]
+# What a skipped call returned, a view of its input, and what was made of it by functions that
+# commute with upsampling.
+_Skipped: TypeAlias = list[_Low]
 
 
 class _Skip(ForwardMode):
@@ -254,18 +251,18 @@ class _Skip(ForwardMode):
             result = source.view_as(source) if skipped else func(*args, **kwargs)
             if skipped:
                 low = _Low(result, version(source), _full_shape(args, kwargs, source))
-            self.calls.append(_Skipped([low]) if skipped else None)
+            self.calls.append([low] if skipped else None)
             return result
         skipped_calls = [call for call in self.calls if call is not None]
         if func in _VIEWS:
             first = args[0] if args else kwargs.get("input")
             for call in skipped_calls:
-                for low in call.results:
+                for low in call:
                     if low.tensor is first:
                         return self._add(call, low.view(func, args, kwargs), func).tensor
         result = func(*args, **kwargs)
         for call in skipped_calls:
-            for low in call.results:
+            for low in call:
                 if _reads(func, args, kwargs, result, [low.tensor]):
                     commutes = _commutes(func, args, kwargs, low.tensor, result)
                     made = _Low(result, version(result), low.full_shape) if commutes else None
@@ -276,7 +273,7 @@ class _Skip(ForwardMode):
     def _add(self, call: _Skipped, made: _Low | None, func: Any) -> _Low:
         if made is None:
             _fail(self.module, f"{_name(func)} reads the upsampled tensor")
-        call.results.append(made)
+        call.append(made)
         return made
 
 

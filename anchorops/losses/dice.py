@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -283,7 +284,8 @@ class CrossEntropyDice(MomentsLoss):
         return self.cross_entropy.options(logits, labels, pixel_weights)
 
     def wanted(self) -> Wanted:
-        return self.dice.wanted()._replace(correct=self.accuracy)
+        both = Wanted(*map(operator.or_, self.cross_entropy.wanted(), self.dice.wanted()))
+        return both._replace(correct=self.accuracy)
 
     @property
     def has_slopes(self) -> bool:
@@ -294,8 +296,8 @@ class CrossEntropyDice(MomentsLoss):
     ) -> dict[str, tuple[Tensor, Slopes | None]]:
         parts = {}
         for loss, factor in ((self.cross_entropy, self.ce_weight), (self.dice, self.dice_weight)):
-            ((name, part),) = loss.parts_and_slopes(moments, logits).items()
-            parts[name] = part if factor == 1 else _times(factor, *part)
+            for name, part in loss.parts_and_slopes(moments, logits).items():
+                parts[name] = part if factor == 1 else _times(factor, *part)
         return parts
 
 

@@ -18,6 +18,7 @@ from .._checks import (
     describe,
     fail,
     flat_pos_weight,
+    in_transform,
     savable,
 )
 from .._moments import Options, SoftmaxMoments, Wanted, statistics_dtype
@@ -78,7 +79,7 @@ class PixelLoss(InitializedModule):
 
     @property
     def terms(self) -> dict[str, Tensor]:
-        """The terms of the last loss: copies."""
+        """The terms of the last loss: copies. None of a loss inside a transform of torch.func."""
         if self._last is None:
             return {}
         parts, labels, counts, labels_out_of_range, correct = self._last
@@ -121,7 +122,9 @@ class PixelLoss(InitializedModule):
             self._check_pixel_weights(pixel_weights, original_labels, labels)
             pixel_weights = savable(pixel_weights.to(statistics_dtype(logits.dtype)))
             pixel_weights = pixel_weights.view(labels.shape)
-        loss, self._last = self.loss(logits, labels, pixel_weights)
+        loss, last = self.loss(logits, labels, pixel_weights)
+        # after a transform its tensors are dead
+        self._last = None if in_transform(logits) or in_transform(labels) else last
         return loss
 
     def _no_pixel_weights(self) -> NoReturn:
@@ -156,8 +159,10 @@ class MomentsLoss(PixelLoss):
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
-        defined = {"parts", "parts_and_slopes"} & vars(cls).keys()
+        names = {"parts", "parts_and_slopes"}
+        defined = next(found for kind in cls.__mro__ if (found := names & vars(kind).keys()))
         if defined == {"parts"}:  # the inherited slopes are of other parts
+            cls.parts = cls.parts  # those of a mixin are found in this class too
             for name in ("parts_and_slopes", "has_slopes"):
                 setattr(cls, name, getattr(MomentsLoss, name))
         elif defined == {"parts_and_slopes"}:
