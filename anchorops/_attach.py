@@ -40,8 +40,8 @@ class Attachment:
 
     If the classifier has run several times since the last call, which of these the labels are for
     is not known, and the call raises an error. Runs without gradients, in eval mode, or repeated by
-    torch.utils.checkpoint do not count, nor do runs through which a backward pass has gone (in a
-    compiled model these count).
+    torch.utils.checkpoint do not count, nor do runs through which a backward pass has gone
+    (these count in a compiled model, and where the features need no gradient).
     """
 
     def __init__(
@@ -61,11 +61,13 @@ class Attachment:
         self._taken = False  # by a call since the last run; only for the message
         # input and output of the last dropout that may have run immediately before the classifier
         self._dropped: tuple[Tensor, Tensor] | None = None
-        self._hooks = [classifier.register_forward_pre_hook(self._see_classifier)]
+        see = self._see_classifier
+        self._hooks = [classifier.register_forward_pre_hook(see, with_kwargs=True)]
         if regularizer.replaces_classifier:
             self._hooks.append(classifier.register_load_state_dict_pre_hook(self._see_checkpoint))
         for dropout in _dropouts_before(model, classifier_name):
-            self._hooks.append(dropout.register_forward_hook(self._see_dropout))
+            hook = dropout.register_forward_hook(self._see_dropout, with_kwargs=True)
+            self._hooks.append(hook)
         # the regulariser is parent.child; an nn.Sequential would call it
         self._parent = classifier if isinstance(model, nn.Sequential) else model
         self._child = "regularizer"
@@ -141,17 +143,21 @@ class Attachment:
     def _names(self) -> str:
         return " + ".join(method.__name__ for method in _methods(self.regularizer))
 
-    def _see_dropout(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def _see_dropout(
+        self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
+    ) -> None:
         if self._watches(module):
-            self._dropped = (args[0], output)
+            self._dropped = (*args, *kwargs.values())[0], output
 
-    def _see_classifier(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def _see_classifier(
+        self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+    ) -> None:
         if not self._watches(module):
             if not (recomputing() or torch.compiler.is_compiling()):
                 self._taken = False  # the classifier ran again, and no features were kept
             return
         self.regularizer.before_classifier(module)
-        features = args[0]
+        features = given = (*args, *kwargs.values())[0]
         if self._dropped is not None and self._dropped[1] is features:
             features = self._dropped[0]
         if isinstance(module, nn.Linear):
@@ -161,8 +167,8 @@ class Attachment:
         self._run = _Run(several=waits and not self._use_last)
         self._features, self._taken = features, False
         # Hooks of tensors inside a compiled forward need compiled autograd.
-        if args[0].requires_grad and not torch.compiler.is_compiling():
-            args[0].register_hook(self._run.end)
+        if given.requires_grad and not torch.compiler.is_compiling():
+            given.register_hook(self._run.end)
 
     def _see_checkpoint(
         self, _: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any

@@ -164,6 +164,9 @@ def savable(x: T) -> T:
         return x
     if torch.is_inference_mode_enabled():
         return x
+    if x.is_neg():  # of which set_ would lose the sign
+        negated: Any = x.resolve_neg()
+        return negated
     alias: Any = torch.empty(0, dtype=x.dtype, device=x.device)
     return alias.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
 
@@ -295,7 +298,9 @@ def flat_pos_weight(function: str, pos_weight: object) -> Tensor:
     expected = "a number, or one for each channel"
     dtype = None if hasattr(pos_weight, "dtype") else torch.float32
     try:
-        numbers = torch.as_tensor(pos_weight, dtype=dtype)
+        # as_tensor would move a tensor to torch's default device
+        is_tensor = isinstance(pos_weight, Tensor)
+        numbers = pos_weight if is_tensor else torch.as_tensor(pos_weight, dtype=dtype)
     except (TypeError, ValueError, RuntimeError):
         fail(function, "pos_weight", expected, describe(pos_weight))
     shape = numbers.shape[1:] if numbers.dim() > 3 and numbers.shape[0] == 1 else numbers.shape
@@ -441,7 +446,7 @@ def as_number(value: object) -> Any:
         return None
     if isinstance(value, int):
         return value
-    return float(value) if isinstance(value, (float, numbers.Real)) else None
+    return float(value) if isinstance(value, numbers.Real) else None
 
 
 def check_number(function: str, argument: str, value: object, *, above: bool = False) -> float:

@@ -211,7 +211,7 @@ def measure(
         beside: a tensor whose copy and sum take turns with the run. The shares of their bandwidths
             are medians over the rounds.
         seconds: for about how long the run is repeated.
-        rounds: but at least so often.
+        rounds: but at least so often, and twice.
 
     Returns:
         The measurement, and the seconds of every round.
@@ -221,6 +221,7 @@ def measure(
         tensor = beside.detach()
         target = torch.empty_like(tensor)
         runs += [lambda: target.copy_(tensor), lambda: tensor.sum()]
+    rounds = max(rounds, 2)  # for quantiles
     (times, *others), cores = in_turns(runs, device, seconds=seconds, rounds=rounds)
     moved = 0 if beside is None else beside.nbytes
     return summary(times, counted_bytes, moved, others)._replace(others=cores), times

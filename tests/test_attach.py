@@ -405,3 +405,16 @@ def test_memory_that_to_empty_has_not_filled(name: str) -> None:
     attached.forget()
     torch.manual_seed(0)
     torch.testing.assert_close(backward(model, attached), expected)
+
+
+def test_a_classifier_that_is_called_by_keyword() -> None:
+    class Keyword(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.classifier(input=self.dropout(input=self.body(x).relu()))
+
+    model = Keyword(dropout=0.5)
+    cr = ao.attach(model, ao.SAR(K, D, embed=False))
+    x, labels = batch()
+    model(x)
+    torch.testing.assert_close(cr.features, model.body(x).relu())
+    cr(labels).backward()

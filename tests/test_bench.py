@@ -69,6 +69,7 @@ def test_measure():
     assert (measured.copy_share or 0) > 0
     assert (measured.read_share or 0) > 0
     assert measured.others is None  # too short to measure it
+    assert len(measure(lambda: None, 1, CPU, seconds=0, rounds=1)[1]) == 2  # quantiles need two
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """torch.func and export beside what test_guarantees_of_torch.py has: models, methods, messages."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -138,3 +140,14 @@ def test_state_does_not_move_in_a_transform(name: str) -> None:
         if not isinstance(method, ao.CBP):  # a constant 0
             assert grad(loss)(features[0]).isfinite().all()
     assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
+
+
+def test_nothing_of_a_transform_is_kept() -> None:
+    """Its tensors are dead afterwards."""
+    labels = torch.randint(0, K, (3, 2, 8, 9))
+    loss, method = ao.CrossEntropy(), ao.SAR(K, D, embed=False, anchors=ANCHORS).eval()
+    vmap(loss)(torch.randn(3, 2, K, 4, 5), labels)
+    vmap(method)(torch.randn(3, 2, D, 8, 9), labels)
+    for module in (loss, method):
+        assert module.terms == {}
+        copy.deepcopy(module)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import anchorops as ao
+from anchorops.losses.batch_norm import batch_norm
 from tests.helpers.memory import peak_allocated_bytes
 
 
@@ -140,6 +141,20 @@ def test_synchronized_batch_norm_of_one_process() -> None:
     assert isinstance(synchronized.norm, nn.SyncBatchNorm)
     torch.testing.assert_close(synchronized(features, labels), ceco(features, labels))
     torch.testing.assert_close(synchronized.state_dict(), ceco.state_dict())
+
+
+@pytest.mark.parametrize("pixels", [0, 1, 2])
+def test_ranks_with_few_pixels(pixels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without two pixels on all ranks there is no variance: the running statistics stay."""
+    monkeypatch.setattr("anchorops.losses.batch_norm.all_reduce", lambda x, group: x)
+    norm = nn.BatchNorm2d(3)
+    mean, variance = torch.full((3,), 2.0 * (pixels > 0)), torch.full((3,), float(pixels == 2))
+    now = batch_norm("CeCo", norm, mean, variance, pixels, "the world")
+    expected = (0.2, 1.1) if pixels == 2 else (0.0, 1.0)
+    assert norm.running_mean is not None and norm.running_var is not None
+    torch.testing.assert_close(norm.running_mean, torch.full((3,), expected[0]))
+    torch.testing.assert_close(norm.running_var, torch.full((3,), expected[1]))
+    assert now.of(torch.ones(3)).isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -208,3 +208,13 @@ def test_one_class_has_no_batch_statistics() -> None:
     with pytest.raises(ValueError, match="SAR: num_classes"):
         ao.SAR(1, D)
     ao.SAR(1, D, embed=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_anchors_of_another_dtype(dtype: torch.dtype) -> None:
+    anchors, features = torch.randn(K, D).to(dtype), torch.randn(9, D)
+    sar, classifier = ao.SAR(K, D, anchors=anchors), nn.Linear(D, K)
+    same = ao.SAR(K, D, anchors=anchors.float())
+    same.embedding.load_state_dict(sar.embedding.state_dict())
+    losses = [x(features, torch.arange(9) % K, classifier) for x in (sar, same)]
+    torch.testing.assert_close(*losses)

@@ -241,3 +241,16 @@ def test_loss_of_one_channel_equals_segformers():
     outputs = model(torch.randn(2, 3, 64, 64), labels=labels)
     loss = (labels != 255).float().mean() * ao.pixel_binary_cross_entropy(outputs.logits, labels)
     torch.testing.assert_close(loss, outputs.loss)
+
+
+def test_the_default_device_moves_no_weight() -> None:
+    logits, labels = torch.randn(2, 3, 4, 5), torch.randint(0, 2, (2, 3, 8, 9))
+    weight, loss = torch.rand(3), ao.BinaryCrossEntropy(2.0)
+
+    def losses() -> list[torch.Tensor]:
+        of_tensor = ao.pixel_binary_cross_entropy(logits, labels, pos_weight=weight)
+        return [of_tensor, loss(logits, labels)]
+
+    with torch.device("meta"):
+        there = losses()
+    torch.testing.assert_close(there, losses())

@@ -264,9 +264,7 @@ def softmax_moments(
         per_image: compute the statistics of each image separately.
         correct, probability_sums, squares, pixel_losses: what to compute in addition to counts and
             losses; `probability_sums` includes the intersections. Each of them needs time.
-        check_labels: raise an error if a label is neither a class nor ignore_index, or if labels of
-            two classes are 0 and 255 alone and 255 is ignored, as in masks of 0 and 255 that need
-            `mask > 0`; this synchronises with the device.
+        check_labels: as in `CrossEntropy`.
 
     Returns:
         SoftmaxMoments(counts, correct, losses, intersections, probability_sums, squares,

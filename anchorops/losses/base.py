@@ -108,9 +108,7 @@ class Regularizer(InitializedModule):
             ProcessGroup for those of all its R ranks. The gradient of a rank is then that of the
             sum of the ranks' (equal) losses, R times that of one rank. DDP's mean over the ranks
             gives exactly the gradients of one process on the concatenated batch.
-        check_labels: raise an error if a label is neither a class nor ignore_index, or if labels of
-            two classes are 0 and 255 alone and 255 is ignored, as in masks of 0 and 255 that need
-            `mask > 0`; this synchronises with the device.
+        check_labels: as in `CrossEntropy`.
 
     Shapes:
         features: (B, D, H, W), (B, D, N) or (N, D), any strides, float32, bfloat16, float16 or
@@ -163,7 +161,7 @@ class Regularizer(InitializedModule):
 
     @property
     def terms(self) -> dict[str, Tensor]:
-        """The terms of the last loss: copies."""
+        """The terms of the last loss: copies. None of a loss inside a transform of torch.func."""
         return {key: value.clone() for key, value in self._terms.items()}
 
     def train(self, mode: bool = True) -> Regularizer:
@@ -218,6 +216,9 @@ class Regularizer(InitializedModule):
             # in new memory: if the caller changes the loss in place, the terms keep their values
             loss = torch.stack(list(losses.terms.values())).sum()
             loss = loss.to(torch.promote_types(features.dtype, torch.float32))
+        if in_transform(features) or in_transform(labels):  # its tensors are dead afterwards
+            self._terms = {}
+            return loss
         self._terms = {key: value.detach() for key, value in losses.terms.items()}
         # counts too are floating-point, because loggers average over steps and ranks
         self._terms |= {key: value.detach().to(loss.dtype) for key, value in losses.logs.items()}

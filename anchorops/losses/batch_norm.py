@@ -53,15 +53,19 @@ def batch_norm(
     if group is not None:
         total = torch.cat([mean * pixels, mean.new_full((1,), pixels)])
         total = all_reduce(total, group)
-        shift, size = mean - total[:-1] / total[-1], total[-1]
-        mean = total[:-1] / size
-        variance = all_reduce(pixels * (variance + shift.square()), group) / size
+        size = total[-1]
+        some = size.clamp(min=1)
+        shift = mean - total[:-1] / some
+        mean = total[:-1] / some
+        variance = all_reduce(pixels * (variance + shift.square()), group) / some
     elif pixels == 1:
         fail(function, "features", "more than one pixel in training, for batch norm", pixels)
     with torch.no_grad():
-        unbiased = variance * (size / (size - 1))
         running = [norm.running_mean, norm.running_var]
+        unbiased = variance * (size / (size - 1))
         here = [x.to(running[0].dtype) for x in (mean, unbiased)]
+        if isinstance(size, Tensor):  # of all ranks there may be no pixel, or one, and no variance
+            here = [torch.where(size > 1, *x) for x in zip(here, running, strict=True)]
         torch._foreach_lerp_(running, here, norm.momentum)  # pyright: ignore
         norm.num_batches_tracked.add_(1)
     return BatchNorm(norm.weight, norm.bias, mean, variance, norm.eps)

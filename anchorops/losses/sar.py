@@ -143,7 +143,8 @@ class SAR(Regularizer):
         if not self.embed:
             return self._plan(self.anchors, None, {}, {})
         weight, bias = linear_weight("SAR", classifier, self.num_classes, self.dim)
-        embedded = self.embedding(self.anchors)  # h(A)
+        dtype = next(self.embedding.parameters()).dtype
+        embedded = self.embedding(self.anchors.to(dtype))  # h(A)
         logits = F.linear(embedded.to(weight.dtype), weight, bias)
         log_p = logits.log_softmax(1).diagonal()  # of the anchor of class k to be class k
         p = log_p.detach().exp()
