@@ -46,15 +46,11 @@ class Bilinear {
     const double exact = align_corners ? double(source - 1) / double(std::max<int64_t>(size - 1, 1))
                                        : double(source) / double(std::max<int64_t>(size, 1));
     const Stat ratio = static_cast<Stat>(exact);
+    const Stat half = align_corners ? Stat(0) : Stat(0.5);
     for (int64_t i = 0; i < size; ++i) {
-      Stat at = static_cast<Stat>(i);
-      if (align_corners) {
-        at *= ratio;
-      } else {
-        const volatile Stat product = (at + Stat(0.5)) * ratio;  // rounded, never fused
-        if (product < Stat(0.5)) before_ = i + 1;
-        at = std::max(product - Stat(0.5), Stat(0));
-      }
+      const volatile Stat product = (static_cast<Stat>(i) + half) * ratio;  // rounded, never fused
+      if (product < half) before_ = i + 1;
+      const Stat at = std::max(product - half, Stat(0));
       const Stat lower = std::min(std::floor(at), static_cast<Stat>(source - 1));
       lower_[i] = static_cast<int32_t>(lower);
       weight_[i] = std::min(at - lower, Stat(1));

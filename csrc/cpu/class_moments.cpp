@@ -8,7 +8,6 @@
 #include <tuple>
 #include <vector>
 
-#include "../errors.h"
 #include "../labels.h"
 #include "operators.h"
 
@@ -17,12 +16,7 @@ namespace {
 
 template <class T>
 Kernels<T> best_kernels() {
-#ifdef __x86_64__
-  const InstructionSet best = best_instruction_set();
-  if (best == InstructionSet::AVX512) return avx512::kernels<T>();
-  if (best == InstructionSet::AVX2) return avx2::kernels<T>();
-#endif
-  return baseline::kernels<T>();
+  return BEST_OF(kernels<T>());
 }
 
 template <class Sizes, class Strides>
@@ -190,7 +184,7 @@ std::tuple<Tensor, Tensor> class_moments(Tensor features, Tensor keys,
                                          int64_t groups, bool with_sums) {
   check_keys("class_moments.cpu", keys, features.numel() / std::max<int64_t>(features.size(1), 1));
   const ScalarType dtype = features.scalar_type();
-  const ScalarType stat = dtype == ScalarType::Double ? dtype : ScalarType::Float;
+  const ScalarType stat = statistics_dtype(dtype);
   const std::vector<int64_t> matrix = {num_keys, features.size(1)};
   Tensor sums = with_sums ? new_empty(matrix, stat) : absent(stat);
   Tensor sqdists = anchors ? new_empty({num_keys}, stat) : absent(stat);

@@ -1,7 +1,6 @@
 // The operator anchorops::confusion.cpu: the number of pixels for each true and predicted class.
 #include <torch/csrc/stable/library.h>
 
-#include <atomic>
 #include <mutex>
 #include <vector>
 
@@ -46,7 +45,7 @@ void count(const Tensor& predictions, const Tensor& labels, int64_t num_classes,
         if (local)
           ++counts[i * num_classes + j];
         else
-          std::atomic_ref(matrix[i * num_classes + j]).fetch_add(1, std::memory_order_relaxed);
+          __atomic_fetch_add(&matrix[i * num_classes + j], 1, __ATOMIC_RELAXED);
       }
     }
     if (!local) return;

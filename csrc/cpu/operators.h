@@ -24,8 +24,8 @@ using torch::stable::Tensor;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Items of work, enough to keep the threads of any machine busy. They depend only on shapes, never
-// on the number of threads; the same holds for the order in which partials are added.
+// Items of work, usually: at most so many threads are busy. Items depend only on shapes, never on
+// the number of threads; the same holds for the order in which partials are added.
 constexpr int64_t ITEMS = 64;
 
 enum class InstructionSet { BASELINE, AVX2, AVX512 };
@@ -44,6 +44,34 @@ inline InstructionSet best_instruction_set() {
   if (avx2) return InstructionSet::AVX2;
 #endif
   return InstructionSet::BASELINE;
+}
+
+// Calls the function in the namespace of the best instruction set. ARM has no other than
+// `baseline`.
+#ifdef __x86_64__
+#define BEST_OF(...)                  \
+  [&] {                               \
+    switch (best_instruction_set()) { \
+      case InstructionSet::AVX512:    \
+        return avx512::__VA_ARGS__;   \
+      case InstructionSet::AVX2:      \
+        return avx2::__VA_ARGS__;     \
+      default:                        \
+        return baseline::__VA_ARGS__; \
+    }                                 \
+  }()
+#else
+#define BEST_OF(...) baseline::__VA_ARGS__
+#endif
+
+// The dtype of sums and of arithmetic.
+inline ScalarType statistics_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? dtype : ScalarType::Float;
+}
+
+template <class Value>
+Value* data_or_null(const Tensor& output) {
+  return output.numel() ? output.mutable_data_ptr<Value>() : nullptr;
 }
 
 // Calls function with a value of the dtype.

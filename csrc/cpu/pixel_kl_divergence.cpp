@@ -16,18 +16,7 @@ constexpr const char* NAME = "pixel_kl_divergence.cpu";
 
 template <class Stat>
 DivergenceKernels<Stat> best_divergence_kernels() {
-#ifdef __x86_64__
-  const InstructionSet best = best_instruction_set();
-  if (best == InstructionSet::AVX512) return avx512::divergence_kernels<Stat>();
-  if (best == InstructionSet::AVX2) return avx2::divergence_kernels<Stat>();
-#endif
-  return baseline::divergence_kernels<Stat>();
-}
-
-template <class T, class Given>
-Map<T> map_of(const std::optional<Given>& map) {
-  if (!map) return {};
-  return {map->template const_data_ptr<T>(), map->stride(0), map->stride(1), map->stride(2)};
+  return BEST_OF(divergence_kernels<Stat>());
 }
 
 // The arguments of both operators.
@@ -101,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pixel_kl_divergence(
     Tensor logits, Tensor teacher_logits, std::optional<Tensor> valid, int64_t height,
     int64_t width, double temperature, bool align_corners, bool with_divergences, bool with_lse) {
   const ScalarType dtype = logits.scalar_type();
-  const ScalarType stat = dtype == ScalarType::Double ? dtype : ScalarType::Float;
+  const ScalarType stat = statistics_dtype(dtype);
   const auto by_pixel = [&](bool requested) {
     std::vector<int64_t> size = {0};
     if (requested) size = {logits.size(0), height, width};
@@ -112,10 +101,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pixel_kl_divergence(
   const Tensor lse = by_pixel(with_lse), teacher_lse = by_pixel(with_lse);
   const auto run = [&](auto of) {
     using Stat = decltype(of);
-    const auto data = [](const Tensor& map) {
-      return map.numel() ? map.mutable_data_ptr<Stat>() : nullptr;
-    };
-    const DivergenceMaps<Stat> maps = {data(divergences), data(lse), data(teacher_lse)};
+    const DivergenceMaps<Stat> maps = {data_or_null<Stat>(divergences), data_or_null<Stat>(lse),
+                                       data_or_null<Stat>(teacher_lse)};
     const auto kernels = best_divergence_kernels<Stat>();
     std::vector<double> totals;
     const Arguments arguments = {logits, teacher_logits, valid,        height,
@@ -148,8 +135,7 @@ Tensor pixel_kl_divergence_backward(Tensor logits, Tensor teacher_logits,
     const DivergenceGradients<Stat> gradients = {
         dtotal ? *dtotal->template const_data_ptr<Stat>() : Stat(0), map_of<Stat>(ddivergences),
         lse.const_data_ptr<Stat>(), teacher_lse.const_data_ptr<Stat>()};
-    const Output<Stat> output = {layout_of(dlogits), dlogits.mutable_data_ptr<T>(),
-                                 best_rows<T>().finish_row};
+    const Output<Stat> output = output_of<T>(dlogits);
     const auto kernels = best_divergence_kernels<Stat>();
     const Arguments arguments = {logits,      teacher_logits, valid,        lse.size(1),
                                  lse.size(2), temperature,    align_corners};

@@ -238,14 +238,6 @@ VecOf<Stat> largest_of(const Between<Stat>& rows, int64_t t, int row, int64_t nu
   return largest - largest == 0 ? largest : VecOf<Stat>{};
 }
 
-// log x for x of at least 0, also if it is not finite.
-template <class Stat>
-ALWAYS_INLINE VecOf<Stat> log_of_any(VecOf<Stat> x) {
-  if constexpr (std::is_same_v<Stat, float>)
-    if (!any(~((x >= 1e-37f) & (x <= 3e38f)))) return log(x);
-  return log_of_sum(x);
-}
-
 // The divergences of one vector of pixels, and their lse.
 template <class Stat>
 struct PixelDivergences {
@@ -253,8 +245,8 @@ struct PixelDivergences {
 
   ALWAYS_INLINE PixelDivergences(const DivergenceSums<Stat>& sums, VecOf<Stat> shift,
                                  VecOf<Stat> teacher_shift, Stat temperature) {
-    const auto log_student = log_of_any<Stat>(sums.student);
-    const auto log_ratio = log_of_any<Stat>(sums.student / sums.teacher);
+    const auto log_student = log_of_sum(sums.student);
+    const auto log_ratio = log_of_sum(sums.student / sums.teacher);
     const Stat ln_2 = 0.6931471805599453;
     value = not_below_0(ln_2 * (sums.difference / sums.teacher) + log_ratio);
     value = temperature * (temperature * value);

@@ -71,8 +71,7 @@ Tensor error_loss_backward(Tensor logits, Tensor labels, Tensor slopes, int64_t 
     const Tiles<Stat> tiles(layout_of(logits), labels.size(1), labels.size(2), align_corners);
     const Problem<Stat> problem = tiles.template problem<T>(
         logits, labels_of("probability_histograms.cpu", labels, num_classes, ignore_index));
-    const Output<Stat> output = {layout_of(dlogits), dlogits.mutable_data_ptr<T>(),
-                                 best_rows<T>().finish_row, best_rows<T>().write_columns};
+    const Output<Stat> output = output_of<T>(dlogits);
     const auto kernels = best_kernels<Stat>();
     for_items(tiles, tiles.count(), num_classes, tiles.upsampled(), false,
               [&](int64_t first, int64_t last, const Workspace<Stat>& workspace) {

@@ -52,17 +52,6 @@ struct Results {
       divisor, labels_out_of_range;
 };
 
-template <class Value>
-Value* data_or_null(const Tensor& output) {
-  return output.numel() ? output.mutable_data_ptr<Value>() : nullptr;
-}
-
-template <class Stat>
-Map<Stat> map_of(const std::optional<Tensor>& map) {
-  if (!map) return {};
-  return {map->template const_data_ptr<Stat>(), map->stride(0), map->stride(1), map->stride(2)};
-}
-
 // Options of anchorops/_moments.py, in its order.
 struct Options {
   std::optional<Tensor> true_weights, all_weights, pixel_weights;
@@ -129,7 +118,7 @@ void forward(const Tensor& logits, const Tensor& labels, const Options& options,
   problem.loss_options = loss_options(options, weights);
   const auto kernels = best_kernels<Stat>();
 
-  // The partials stay below a tenth of the logits.
+  // The partials stay below a quarter of the logits.
   const int64_t groups = options.per_image ? layout.batch : 1;
   const int64_t tiles_of_group = tiles.count() / groups;
   const int64_t pixels_of_group = layout.batch / groups * layout.height * layout.width;
@@ -189,7 +178,7 @@ Results softmax_moments(const Tensor& logits, const Tensor& labels, const Option
   STD_TORCH_CHECK(!options.with_lse || num_classes > 2,
                   "softmax_moments.cpu: two classes need no lse");
   const ScalarType dtype = logits.scalar_type();
-  const ScalarType stat = dtype == ScalarType::Double ? dtype : ScalarType::Float;
+  const ScalarType stat = statistics_dtype(dtype);
   const bool empty = labels.numel() == 0;
   const auto by_class = [&](bool requested, ScalarType type) {
     if (!requested) return absent(type);
@@ -258,8 +247,7 @@ void backward(const Tensor& logits, const Tensor& labels, const Options& options
   const Tiles<Stat> tiles(layout, labels.size(1), labels.size(2), options.align_corners);
   Problem<Stat> problem = tiles.template problem<T>(logits, class_labels(labels, logits, options));
   problem.loss_options = loss_options(options, weights);
-  const Output<Stat> output = {layout_of(dlogits), dlogits.mutable_data_ptr<T>(),
-                               best_rows<T>().finish_row, best_rows<T>().write_columns};
+  const Output<Stat> output = output_of<T>(dlogits);
   const auto kernels = best_kernels<Stat>();
   for_items(tiles, tiles.count(), problem.logits.num_classes, tiles.upsampled(), true,
             [&](int64_t first, int64_t last, const Workspace<Stat>& workspace) {

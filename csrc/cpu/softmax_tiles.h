@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -17,22 +18,12 @@ namespace anchorops::cpu::softmax {
 
 template <class Stat>
 Kernels<Stat> best_kernels() {
-#ifdef __x86_64__
-  const InstructionSet best = best_instruction_set();
-  if (best == InstructionSet::AVX512) return avx512::kernels<Stat>();
-  if (best == InstructionSet::AVX2) return avx2::kernels<Stat>();
-#endif
-  return baseline::kernels<Stat>();
+  return BEST_OF(kernels<Stat>());
 }
 
 template <class T>
 Rows<T> best_rows() {
-#ifdef __x86_64__
-  const InstructionSet best = best_instruction_set();
-  if (best == InstructionSet::AVX512) return avx512::rows<T>();
-  if (best == InstructionSet::AVX2) return avx2::rows<T>();
-#endif
-  return baseline::rows<T>();
+  return BEST_OF(rows<T>());
 }
 
 inline Layout layout_of(const Tensor& x) {
@@ -40,14 +31,21 @@ inline Layout layout_of(const Tensor& x) {
           x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
 
+template <class T>
+Map<T> map_of(const std::optional<Tensor>& map) {
+  if (!map) return {};
+  return {map->template const_data_ptr<T>(), map->stride(0), map->stride(1), map->stride(2)};
+}
+
+template <class T>
+Output<StatOf<T>> output_of(const Tensor& dlogits) {
+  const Rows<T> rows = best_rows<T>();
+  return {layout_of(dlogits), dlogits.mutable_data_ptr<T>(), rows.finish_row, rows.write_columns};
+}
+
 template <class Label>
 decltype(Labels::read) best_label_reader() {
-#ifdef __x86_64__
-  const InstructionSet best = best_instruction_set();
-  if (best == InstructionSet::AVX512) return avx512::label_reader<Label>();
-  if (best == InstructionSet::AVX2) return avx2::label_reader<Label>();
-#endif
-  return baseline::label_reader<Label>();
+  return BEST_OF(label_reader<Label>());
 }
 
 inline Labels labels_of(const char* operation, const Tensor& labels, int64_t num_classes,
@@ -98,15 +96,15 @@ class Tiles {
             {}};
   }
 
-  // Numbers in ColumnMemory::slots: for each column of logits, the most labels at its right.
-  int64_t slots() const {
+  // Numbers in ColumnMemory::slots: for each of a tile's columns, the most labels at its right.
+  int64_t slots(int64_t columns) const {
     const Axis<Stat> axis = columns_.axis();
     int64_t most = 1;
     for (int64_t i = 1, same = 1; axis.lower && i < axis.size; ++i) {
       same = axis.lower[i] == axis.lower[i - 1] ? same + 1 : 1;
       most = std::max(most, same);
     }
-    return most * (ceil_div(layout_.width, 16) * 16 + 16);
+    return most * (ceil_div(columns, 16) * 16);
   }
 
   int64_t per_image() const { return strips_ * chunks_; }
@@ -148,7 +146,7 @@ void for_items(const Tiles<Stat>& tiles, int64_t items, int64_t num_classes, boo
     columns = std::max(columns, tile.columns.end - tile.columns.begin);
     labels = std::max(labels, tile.label_columns.end - tile.label_columns.begin);
   }
-  const int64_t slots = tiles.slots();
+  const int64_t slots = tiles.slots(columns + 2);  // of packed rows
   torch::stable::parallel_for(0, items, 1, [&](int64_t first, int64_t last) {
     Workspace<Stat> workspace;
     auto& [packed, gradients, label_stride, classes, group, cells, differences] = workspace;

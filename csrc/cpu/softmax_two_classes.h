@@ -282,7 +282,7 @@ class DerivativeByDifference {
         c = two.loss(k == 1 ? d : -d, log_total);
         u = two.losses(losses_, log_total);
       }
-      const auto p = [&]() INLINE_LAMBDA {
+      const auto p = [&, p_1 = p_1, p_0 = p_0]() INLINE_LAMBDA {  // Clang 14 captures no others
         return Probabilities<float>{k == 1 ? p_1 : p_0, k == 1 ? p_0 : p_1};
       };
       losses_.derivatives(k, c, u, p, alpha, beta);
