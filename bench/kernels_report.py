@@ -170,12 +170,13 @@ def launch(case: Case) -> None:
         evaluate(partial(case.ours, **constant), inputs)
 
 
-def launch_cross_entropy(size: tuple[int, ...], labels: tuple[int, int]) -> None:
-    """Both directions of plain cross-entropy, without memory."""
+def launch_loss(size: tuple[int, ...], labels: tuple[int, int], sums: bool) -> None:
+    """Both directions of plain cross-entropy, without memory; with the sums of probabilities that
+    Dice needs."""
     logits = torch.empty(size, dtype=BF16, device="meta")
     classes = torch.empty((size[0], *labels), dtype=UINT8, device="meta")
     options = Options()
-    wanted = Wanted(with_lse=True)
+    wanted = Wanted(with_lse=True, probability_sums=sums)
     moments = Results(*softmax_moments.softmax_moments(logits, classes, options, wanted))
     gradients = {f"d{name}": getattr(moments, name) for name in GRADIENTS}
     softmax_moments_backward.softmax_moments_backward(
@@ -183,14 +184,14 @@ def launch_cross_entropy(size: tuple[int, ...], labels: tuple[int, int]) -> None
     )
 
 
-def native_sizes(stride: int) -> Iterator[Callable[[], None]]:
-    """Both directions of cross-entropy, of a batch of each of 40 sizes, with a network that gives a
-    logit for stride² pixels."""
+def native_sizes(stride: int, sums: bool = False) -> Iterator[Callable[[], None]]:
+    """Both directions of a loss, of an image of each of 40 sizes, with a network that gives a logit
+    for stride² pixels."""
     sizes = random.Random(0)
     for _ in range(40):
         labels = sizes.randint(200, 1000), sizes.randint(200, 1000)
         low = (math.ceil(n / stride) for n in labels)
-        yield partial(launch_cross_entropy, (2, 21, *low), labels)
+        yield partial(launch_loss, (1, 21, *low), labels, sums)
 
 
 def jobs(quick: bool) -> list[Case]:

@@ -2,15 +2,14 @@
 
     sums[k] = Σ f_p    sqdists[k] = Σ ‖f_p − a_k‖²
 
-If there are few enough keys for partials (launch.chunks_of), there are four kernels. Otherwise the
+If there are few enough keys for partials (launch.chunks_of), there are three kernels. Otherwise the
 pixels are sorted by key (class_moments_sorted.py).
 
 The first kernel lists the keys of each tile of pixels; it reads only the labels. The next two
 kernels read the features, each tile once. Tiles of one key are summed in registers as long as the
 key repeats. Tiles of several keys are multiplied by a one-hot matrix of the tile's own keys; its
 size does not depend on the number of classes. A program processes a block of channels and a chunk
-of the tiles, and adds to its own partials. The last kernel adds the partials of the chunks in a
-fixed order.
+of the tiles, and adds to its own partials. torch.sum adds the partials of the chunks.
 """
 
 from typing import Any, NamedTuple
@@ -240,41 +239,6 @@ def _several_keys_kernel(
             tl.debug_barrier()  # the next tile may add to these rows from other threads
 
 
-@triton.jit
-def _add_chunks_kernel(
-    partials_ptr,  # float32 [chunks, size]
-    out_ptr,  # float32 [size]
-    chunks,
-    size,
-    BLOCK_CHUNKS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-):
-    """Reads each partial and writes each result once."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-    total = tl.zeros((BLOCK_SIZE,), tl.float32)
-    for first in range(0, chunks, BLOCK_CHUNKS):
-        chunk = (first + tl.arange(0, BLOCK_CHUNKS)).to(tl.int64)[:, None]
-        inside = (chunk < chunks) & (index < size)[None, :]
-        total += tl.sum(tl.load(partials_ptr + chunk * size + index[None, :], inside, 0.0), 0)
-    tl.store(out_ptr + index, total, mask=index < size)
-
-
-def _add_chunks(partials: Tensor, out: Tensor) -> None:
-    """partials [chunks, …] -> out […]."""
-    block_chunks = 32 if partials.shape[0] <= 32 else 128
-    block_size = 4096 // block_chunks
-    _add_chunks_kernel[(triton.cdiv(out.numel(), block_size),)](
-        partials,
-        out,
-        partials.shape[0],
-        out.numel(),
-        BLOCK_CHUNKS=block_chunks,
-        BLOCK_SIZE=block_size,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
-
-
 def class_moments(
     features: Tensor,
     keys: Tensor,
@@ -334,7 +298,7 @@ def class_moments(
         **without_spills(),
     )
     if partial_sums is not None:
-        _add_chunks(partial_sums, sums)
+        torch.sum(partial_sums, 0, out=sums)
     if partial_sqdists is not None:
-        _add_chunks(partial_sqdists, sqdists)
+        torch.sum(partial_sqdists, 0, out=sqdists)
     return sums, sqdists

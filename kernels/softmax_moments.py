@@ -277,7 +277,9 @@ def softmax_moments(
         budget = max(PARTIALS_IN_CACHE, logits.numel() * logits.element_size() // 8)
         tiles = ceil_div(upsampling.lanes, block)
         tiles_per_chunk = ceil_div(tiles, min(tiles, max(budget // row_bytes, 1)))
-        chunks = ceil_div(tiles, tiles_per_chunk)
+        # of four, so that the partials of each statistic begin at 16 bytes: otherwise Triton would
+        # compile again for some sizes
+        chunks = ceil_div(ceil_div(tiles, tiles_per_chunk), 4) * 4
         size = *several, batch, chunks, num_classes
         partials = logits.new_zeros(size, dtype=torch.float32)
         *floats, partial_used = _in_turn(partials, summed)

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_K = 1024
 BLOCK_P = 256
 
 
@@ -26,27 +25,6 @@ def hash_of(seed, pixel):
     """seed: int64, pixel: int32 -> uint32."""
     low, high = _mix32(seed.to(tl.uint32)), _mix32((seed >> 32).to(tl.uint32))
     return _mix32(_mix32(pixel.to(tl.uint32) ^ low) ^ high)
-
-
-@triton.jit(do_not_specialize=["num_keys", "groups"])
-def _group_counts_kernel(
-    counts_ptr,  # int64 [num_keys]
-    starts_ptr,  # int64 [num_keys]: number of pixels with smaller keys
-    group_counts_ptr,  # int64 [num_keys, groups]
-    num_keys,
-    groups,
-    BLOCK_K: tl.constexpr,
-):
-    """One program."""
-    before = tl.zeros((), tl.int64)
-    for first in range(0, num_keys, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        count = tl.load(counts_ptr + k, mask=k < num_keys, other=0)
-        tl.store(starts_ptr + k, before + tl.cumsum(count, 0) - count, mask=k < num_keys)
-        before += tl.sum(count, 0)
-        for g in range(0, groups):
-            group_count = (count - g + groups - 1) // groups
-            tl.store(group_counts_ptr + k.to(tl.int64) * groups + g, group_count, mask=k < num_keys)
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -126,11 +104,10 @@ def split_groups(keys: Tensor, counts: Tensor, seed: Tensor, groups: int) -> tup
             f"got shape {tuple(keys.shape)} and strides {keys.stride()}"
         )
     split = torch.empty_like(keys)
-    group_counts, starts = counts.new_empty((*counts.shape, groups)), torch.empty_like(counts)
+    starts = counts.flatten().cumsum(0).view_as(counts) - counts  # pixels with smaller keys
+    later = torch.arange(groups - 1, -1, -1, device=counts.device)  # groups after each
+    group_counts = (counts[..., None] + later) // groups
     options = {"num_warps": 4, "enable_fp_fusion": True}
-    _group_counts_kernel[(1,)](
-        counts, starts, group_counts, counts.numel(), groups, BLOCK_K=BLOCK_K, **options
-    )
     if pixels == 0:
         return split, group_counts
     programs = triton.cdiv(pixels, BLOCK_P)

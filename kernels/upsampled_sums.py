@@ -2,7 +2,7 @@
 
 The features are read once. A program sums a chunk, some tiles of one image; a tile is a part of a
 row. For each key of the labels around a tile, it computes the features' weights from the labels,
-and adds the weighted sum to its own partial. A second kernel adds the partials in a fixed order.
+and adds the weighted sum to its own partial. torch.sum adds the partials.
 """
 
 from typing import Any, NamedTuple
@@ -15,10 +15,9 @@ from torch import Tensor
 from .features import Features, channel_ptrs, features_of
 from .launch import as_pixels, programs, without_spills
 from .splat import NO_KEY, columns_around, first_key, most_labels, splat_key, tile_at
-from .upsampling import YX, upsampling_of
+from .upsampling import SIZES, YX, Axis, Ratios, upsampling_of
 
 _MOST_CHUNKS, _MOST_BYTES = 512, 10 * 2**20  # of partials
-_ROWS, _BLOCK_E = tl.constexpr(64), 64  # partials, and elements of each, that are added at once
 
 
 class Moments(NamedTuple):
@@ -65,14 +64,27 @@ def _add_keys(partials_ptrs, x, some, keys_ptr, tile, axes, label_rows, dim, BLO
         key = following
 
 
-@triton.jit(do_not_specialize=["chunks", "chunk_tiles", "label_rows"])
+@triton.jit
+def axes_between(height, width, label_height, label_width, ratios):
+    """Those of `splat`, which needs no lanes."""
+    return YX(
+        Axis(height, label_height, ratios.y, ratios.inverse_y, 0),
+        Axis(width, label_width, ratios.x, ratios.inverse_x, 0),
+    )
+
+
+@triton.jit(do_not_specialize=[*SIZES, "chunks", "chunk_tiles", "label_rows"])
 def _upsampled_sums_kernel(
     features,  # Features
     keys_ptr,  # [B, rows, columns] of labels, −1, or 255 in uint8, where ignored
     partials_ptr,  # float32 [B·chunks, K, C]
     moments_ptr,  # float32 [B·chunks, 3, C]: Moments
     num_classes,
-    axes,  # YX of Axis
+    height,
+    width,
+    label_height,
+    label_width,
+    ratios,  # Ratios
     label_rows,
     chunks,
     chunk_tiles,
@@ -84,7 +96,7 @@ def _upsampled_sums_kernel(
     chunk's partial. They are atomic, because a load could otherwise happen before an earlier
     store."""
     chunk, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    dim, width = features.dim, axes.x.source
+    dim, axes = features.dim, axes_between(height, width, label_height, label_width, ratios)
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     some = d < dim
     features_ptrs = channel_ptrs(features, d) + image * features.stride_b
@@ -97,7 +109,7 @@ def _upsampled_sums_kernel(
     for i in range(chunk * chunk_tiles, tl.minimum((chunk + 1) * chunk_tiles, tiles)):
         tile = tile_at(i, axes, BLOCK_P)
         mask = some[:, None] & tile.inside[None, :]
-        offset = (tile.y * width + tile.x)[None, :] * features.stride_p
+        offset = (tile.y * width + tile.x).to(tl.int64)[None, :] * features.stride_p
         x = tl.load(features_ptrs[:, None] + offset, mask=mask, other=0.0).to(tl.float32)
         moments = _add_moments(
             moments, x, mask, tl.minimum(width - tile.first, BLOCK_P).to(tl.float32)
@@ -109,85 +121,35 @@ def _upsampled_sums_kernel(
     tl.store(moments_ptrs + 2 * dim, moments.squares, mask=some)
 
 
-@triton.jit
-def _rows(ptr, stride, start, parts, e, inside):
-    """Elements e of the next 64 partials, 0 after the last one: [64, BLOCK_E]."""
-    part = start + tl.arange(0, _ROWS)
-    offset = part.to(tl.int64)[:, None] * stride + e[None, :]
-    return tl.load(ptr + offset, mask=(part < parts)[:, None] & inside[None, :], other=0.0)
-
-
-@triton.jit(do_not_specialize=["parts", "all_parts"])
-def _add_upsampled_partials_kernel(
-    partials_ptr,  # float32 [tables, parts, K·C]
-    moments_ptr,  # float32 [tables·parts, 3, C]
-    sums_ptr,  # float32 [tables, K·C]
-    mean_ptr,  # float32 [C]
-    variance_ptr,  # float32 [C]
-    entries,  # K·C
-    channels,
-    parts,
-    all_parts,
-    tables,
-    BLOCK_E: tl.constexpr,
-):
-    """A table has the sums of all classes: one for each image, or one for all images. The programs
-    of the last row of the grid add the moments."""
-    e, table = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E), tl.program_id(1).to(tl.int64)
-    if table < tables:
-        inside = e < entries
-        total = tl.zeros((BLOCK_E,), tl.float32)
-        for start in range(0, parts, _ROWS):
-            ptr = partials_ptr + table * parts * entries
-            total += tl.sum(_rows(ptr, entries, start, parts, e, inside), 0)
-        tl.store(sums_ptr + table * entries + e, total, mask=inside)
-    else:
-        inside = e < channels
-        stride, squares_ptr = 3 * channels, moments_ptr + 2 * channels
-        pixels, total = tl.zeros((BLOCK_E,), tl.float32), tl.zeros((BLOCK_E,), tl.float32)
-        for start in range(0, all_parts, _ROWS):
-            here = _rows(moments_ptr, stride, start, all_parts, e, inside)
-            means = _rows(moments_ptr + channels, stride, start, all_parts, e, inside)
-            pixels += tl.sum(here, 0)
-            total += tl.sum(here * means, 0)
-        pixels = tl.maximum(pixels, 1.0)
-        mean, squares = total / pixels, tl.zeros((BLOCK_E,), tl.float32)
-        for start in range(0, all_parts, _ROWS):
-            here = _rows(moments_ptr, stride, start, all_parts, e, inside)
-            means = _rows(moments_ptr + channels, stride, start, all_parts, e, inside)
-            shift = means - mean[None, :]
-            part_squares = _rows(squares_ptr, stride, start, all_parts, e, inside)
-            squares += tl.sum(part_squares + here * shift * shift, 0)
-        tl.store(mean_ptr + e, mean, mask=inside)
-        tl.store(variance_ptr + e, squares / pixels, mask=inside)
-
-
 class Launch(NamedTuple):
-    """What both kernels need: arguments, and sizes of a tile."""
+    """What the kernels of both directions need: arguments, and sizes of a tile."""
 
     features: Features
-    axes: YX
+    sizes: tuple[int, int, int, int]  # the arguments SIZES
+    ratios: Ratios
     label_rows: int
     blocks: dict[str, int]
 
     @property
     def tiles(self) -> int:
         """The number of tiles of an image."""
-        return self.axes.y.source * triton.cdiv(self.axes.x.source, self.blocks["BLOCK_P"])
+        height, width, *_ = self.sizes
+        return height * triton.cdiv(width, self.blocks["BLOCK_P"])
 
 
 def launch_of(features: Tensor, keys: Tensor) -> Launch:
     _, channels, _, width = features.shape
     upsampling = upsampling_of(features, keys.shape[1], keys.shape[2], align_corners=True)
-    axes = YX(upsampling.y, upsampling.x)
     (view,) = as_pixels(features.shape, features.stride())
     assert view.lines_per_image == 1  # the features are the output of a layer
     blocks = {
         "BLOCK_D": min(max(triton.next_power_of_2(channels), 16), 128),
         "BLOCK_P": min(max(triton.next_power_of_2(width), 16), 64),
-        "BLOCK_L": max(triton.next_power_of_2(most_labels(axes.x)), 2),
+        "BLOCK_L": max(triton.next_power_of_2(most_labels(upsampling.x)), 2),
     }
-    return Launch(features_of(features, view), axes, most_labels(axes.y), blocks)
+    label_rows = most_labels(upsampling.y)
+    features_there = features_of(features, view)
+    return Launch(features_there, upsampling.sizes, upsampling.ratios, label_rows, blocks)
 
 
 def upsampled_sums(
@@ -196,12 +158,9 @@ def upsampled_sums(
     """features (B, C, H, W), keys [B, H', W'] -> sums float32 [num_keys, C], mean [C],
     variance [C]."""
     channels, images, keys = features.shape[1], len(features), keys.contiguous()
-    sums, mean, variance = (
-        features.new_empty(size, dtype=torch.float32)
-        for size in ((num_keys, channels), (channels,), (channels,))
-    )
+    sums = features.new_empty((num_keys, channels), dtype=torch.float32)
     if features.numel() == 0:
-        return sums.zero_(), mean.zero_(), variance.zero_()
+        return sums.zero_(), sums.new_zeros(channels), sums.new_zeros(channels)
     launch, entries = launch_of(features, keys), num_classes * channels
     most = min(_MOST_CHUNKS, programs(), _MOST_BYTES // (4 * entries))
     chunk_tiles = triton.cdiv(launch.tiles, max(most // images, 1))
@@ -212,18 +171,15 @@ def upsampled_sums(
     blocks = triton.cdiv(channels, launch.blocks["BLOCK_D"])
     _upsampled_sums_kernel[(chunks, images, blocks)](
         *(launch.features, keys, partials, moments, num_classes),
-        *(launch.axes, launch.label_rows, chunks, chunk_tiles),
+        *(*launch.sizes, launch.ratios, launch.label_rows, chunks, chunk_tiles),
         **launch.blocks,
         num_warps=8,
         enable_fp_fusion=False,  # positions as in the reference
         **without_spills(),
     )
-    parts = images * chunks // tables
-    _add_upsampled_partials_kernel[(triton.cdiv(max(entries, channels), _BLOCK_E), tables + 1)](
-        *(partials, moments, sums, mean, variance, entries, channels, parts, images * chunks),
-        tables,
-        BLOCK_E=_BLOCK_E,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+    torch.sum(partials.view(tables, -1, entries), 1, out=sums.view(tables, entries))
+    counts, means, squares = moments.unbind(1)
+    pixels = features.numel() // channels
+    mean = (counts * means).sum(0) / pixels
+    variance = (squares + counts * (means - mean).square()).sum(0) / pixels
     return sums, mean, variance

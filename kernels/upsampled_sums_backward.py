@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .launch import without_spills
 from .splat import NO_KEY, columns_around, first_key, splat_key, tile_at
-from .upsampled_sums import launch_of
+from .upsampled_sums import axes_between, launch_of
+from .upsampling import SIZES
 
 
 class Gradients(NamedTuple):
@@ -31,7 +32,7 @@ def _gradient_of_moments(gradients, x, d, some, pixels):
     return gradient / pixels
 
 
-@triton.jit(do_not_specialize=["label_rows"])
+@triton.jit(do_not_specialize=[*SIZES, "pixels", "label_rows"])
 def _upsampled_sums_bwd_kernel(
     features,  # Features
     keys_ptr,  # [B, rows, columns] of labels, −1, or 255 in uint8, where ignored
@@ -39,7 +40,11 @@ def _upsampled_sums_bwd_kernel(
     dfeatures_ptr,  # with the strides of the features
     image_keys,  # the sums of image i begin at row i·image_keys
     pixels,  # of all images
-    axes,  # YX of Axis
+    height,
+    width,
+    label_height,
+    label_width,
+    ratios,  # Ratios
     label_rows,
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -49,10 +54,11 @@ def _upsampled_sums_bwd_kernel(
     image, dim = tl.program_id(1).to(tl.int64), features.dim
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     some = d < dim
+    axes = axes_between(height, width, label_height, label_width, ratios)
     keys_ptr += image * axes.y.pixels * axes.x.pixels
     dsums_ptrs = gradients.dsums + image * image_keys * dim + d
     tile = tile_at(tl.program_id(0), axes, BLOCK_P)
-    offset = (tile.y * axes.x.source + tile.x)[None, :] * features.stride_p
+    offset = (tile.y * width + tile.x).to(tl.int64)[None, :] * features.stride_p
     offset += d.to(tl.int64)[:, None] * features.stride_d + image * features.stride_b
     mask = some[:, None] & tile.inside[None, :]
     if gradients.dmean is not None:
@@ -90,7 +96,8 @@ def upsampled_sums_backward(
     image_keys = num_classes if len(dsums) > num_classes else 0
     _upsampled_sums_bwd_kernel[(launch.tiles, len(features), blocks)](
         *(launch.features, keys, Gradients(dsums, mean, dmean, dvariance), dfeatures),
-        *(image_keys, features.numel() // channels, launch.axes, launch.label_rows),
+        *(image_keys, features.numel() // channels),
+        *(*launch.sizes, launch.ratios, launch.label_rows),
         **launch.blocks,
         num_warps=8,
         enable_fp_fusion=False,  # positions as in the reference
