@@ -2,8 +2,8 @@
 
     python bench/counted_precision.py [--out bench/results/counted-precision.json]
 
-Three sections: values and gradients of pixel losses, the gradient of the divergence from a teacher,
-and the gradient of `ao.Lovasz`, which rounds errors to bins. On a CPU; a minute.
+Two sections: values and gradients of pixel losses, and the gradient of `ao.Lovasz`, which rounds
+errors to bins. On a CPU; a minute.
 """
 
 import argparse
@@ -38,7 +38,6 @@ SHAPES = (  # logits (B, K, h, w), and the size of the labels
 )
 ROUNDING = 2.0**-24  # of float32
 SCALES, SEEDS = (1.0, 10.0, 100.0, 1e3, 1e4), 20  # of normal logits
-SPREADS = (100.0, 1e3, 1e4)  # largest − smallest logit/T
 CLASS_PIXELS, EXAMPLES, BINS = (1, 2, 7, 20, 50), 150, (1024, 8192)
 NUM_CLASSES, PIXELS = 5, 4096  # of Lovász
 
@@ -101,25 +100,6 @@ def rows_of_losses() -> Iterator[dict[str, Any]]:
         yield row | {"worst": max(larger, default=0.0)}
 
 
-def rows_of_divergence() -> Iterator[dict[str, Any]]:
-    """The largest error of the gradient, times the number of labels, for a student and an
-    independent teacher, or one whose logits are the student's plus noise of 1."""
-    for spread, near in product(SPREADS, (False, True)):
-        errors = []
-        for shape, size in examples():
-            logits, other = torch.rand(shape) * spread, torch.rand(shape) * spread
-            teacher = logits + torch.randn(shape) if near else other
-            formula = partial(usual.kl_divergence, labels=torch.empty(shape[0], *size))
-            exact = with_gradient(partial(formula, teacher=teacher.double()), logits.double())[1]
-            ours = partial(ao.pixel_kl_divergence, teacher_logits=teacher, size=size)
-            both = (ours, partial(formula, teacher=teacher))
-            gradients = (with_gradient(loss, logits)[1] for loss in both)
-            pixels = shape[0] * size[0] * size[1]
-            errors.append([float((x - exact).abs().max()) * pixels for x in gradients])
-        ours, torchs = map(max, zip(*errors, strict=True))
-        yield {"spread": spread, "near": near, "ours": ours, "torch": torchs}
-
-
 def of_last_class(logits: Tensor, is_class: Tensor) -> Tensor:
     return sorted_loss((is_class.to(logits) - logits.softmax(1)[:, -1]).abs(), is_class)
 
@@ -148,7 +128,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/counted-precision.json")
     args = parser.parse_args()
     rows = [{"section": "losses", **row} for row in rows_of_losses()]
-    rows += [{"section": "divergence", **row} for row in rows_of_divergence()]
     rows += [{"section": "lovasz", **row} for row in rows_of_lovasz()]
     save_counts(args.out, rows)
 

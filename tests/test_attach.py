@@ -276,17 +276,6 @@ def test_errors() -> None:
         attached(labels)
 
 
-def test_two_regularizers_on_one_model() -> None:
-    model = Net()
-    occl, mvsc = ao.attach(model, ao.OCCL(K, D)), ao.attach(model, ao.MVSC(K, D))
-    x, labels = batch()
-    model(x)
-    (occl(labels) + mvsc(labels)).backward()
-    occl.detach()
-    mvsc.detach()
-    assert model.state_dict().keys() == Net().state_dict().keys()
-
-
 @pytest.mark.parametrize("name", ["SAR", "OCCL", "MVSC", "CeCo", "CBP"])
 @pytest.mark.parametrize("sequential", [False, True])
 def test_a_method_twice_is_refused(name: str, sequential: bool) -> None:

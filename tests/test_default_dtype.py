@@ -143,7 +143,7 @@ def test_methods_that_are_made(build: Callable[[], Any], default_dtype: Callable
     exact = copy.deepcopy(method).double()
     expected = exact(features.detach().double(), labels, copy.deepcopy(classifier).double())
     loss = method(features, labels, classifier)
-    torch.testing.assert_close(loss.double(), expected, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_small_shares_of_images() -> None:

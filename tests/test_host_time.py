@@ -1,6 +1,7 @@
 """The host's work of a call: operators that torch dispatches, launches, and the gradient of a loss
 in one node of autograd."""
 
+import copy
 from typing import Any
 
 import host_time
@@ -107,7 +108,8 @@ def test_batched_gradients(backend: str) -> None:
     torch.testing.assert_close(both, torch.stack([one, -2 * one]))
 
 
-def test_a_loss_that_is_changed_in_place_does_not_change_its_terms() -> None:
+def test_what_a_caller_changes_in_place_does_not_change_the_terms() -> None:
+    """The loss, and the terms that were returned."""
     x, labels = torch.randn(2, 4, 3, 5, requires_grad=True), torch.randint(0, 4, (2, 6, 10))
     for make in (ao.CrossEntropy, ao.Dice, ao.CrossEntropyDice, ao.Lovasz):
         module = make()
@@ -116,6 +118,11 @@ def test_a_loss_that_is_changed_in_place_does_not_change_its_terms() -> None:
         loss.mul_(3)
         parts = [x for name, x in module.terms.items() if not name.startswith("labels")]
         torch.testing.assert_close(torch.stack(parts).sum(), before)
+        terms = copy.deepcopy(module.terms)
+        for term in module.terms.values():
+            term += 1
+        module.terms.clear()
+        assert module.terms == terms
 
 
 @pytest.mark.on("cpu")

@@ -76,7 +76,7 @@ def test_any_dtype_of_module_and_features(
     assert loss.dtype == (torch.float64 if features_dtype == torch.float64 else torch.float32)
     # SAR's embedding and CeCo's projection compute in their own dtype.
     coarse = torch.bfloat16 in (module_dtype, features_dtype)
-    torch.testing.assert_close(loss.double(), expected, rtol=0.05 if coarse else 1e-5, atol=1e-5)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-3 if coarse else 1e-5, atol=1e-5)
     if loss.requires_grad:
         loss.backward()
     if low.grad is not None:

@@ -178,14 +178,3 @@ def test_moving_average_cbp_follows_centroids_at_the_next_forward() -> None:
     net.eval()
     net(x)
     torch.testing.assert_close(rows(net), expected)
-
-
-def test_cbp_with_occl_trains_on_one_pass() -> None:
-    net = Net()
-    both = ao.attach(net, ao.Combined(ao.CBP(K, D, length=1.0), ao.OCCL(K, D)))
-    x, labels = torch.randn(2, 3, 4, 4), torch.randint(0, K, (2, 4, 4))
-    loss = F.cross_entropy(net(x), labels) + both(labels)
-    loss.backward()
-    assert net.classifier.weight.grad is None
-    assert net.body.weight.grad is not None
-    assert set(both.terms) == {"cbp.basis", "occl.centroid", "occl.category", "occl.present"}

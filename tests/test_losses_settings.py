@@ -104,24 +104,12 @@ def test_wrong_settings(loss: type[nn.Module]) -> None:
     ("make", "message"),
     [
         (
-            lambda: ao.OCCL(K, D, process_group=-100),  # type: ignore[arg-type]
-            'OCCL: process_group: expected None, "world" or a ProcessGroup that this rank',
-        ),
-        (
             lambda: ao.SAR(K, D, momentum="0.9"),  # type: ignore[arg-type]
             "SAR: momentum: expected a float or an int in [0, 1], got '0.9' of type str",
         ),
         (
-            lambda: ao.CeCo(K, D, dropout=1.0),
-            "CeCo: dropout: expected a float or an int in [0, 1), got 1.0 of type float",
-        ),
-        (
             lambda: ao.CeCo(10, D, center_dim=8),
             "CeCo: center_dim: expected at least num_classes - 1 = 9, the rank of a simplex, got 8",
-        ),
-        (
-            lambda: ao.OCCL(K, D, temperature="0.5"),  # type: ignore[arg-type]
-            "OCCL: temperature: expected a finite float or int, above 0, got '0.5' of type str",
         ),
         (
             lambda: ao.MVSC(K, D, cos_weight=torch.tensor(0.5)),  # type: ignore[arg-type]
@@ -135,10 +123,6 @@ def test_wrong_settings(loss: type[nn.Module]) -> None:
         (
             lambda: ao.SAR(K, D, loss_weight=2**70),
             "SAR: loss_weight: expected a float or an int of 64 bits, got an int of 71 bits",
-        ),
-        (
-            lambda: ao.OCCL(K, D, normalize=1),  # type: ignore[arg-type]
-            "OCCL: normalize: expected True or False, got 1 of type int",
         ),
     ],
 )

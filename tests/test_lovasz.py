@@ -326,16 +326,6 @@ def test_no_labels():
     assert value == 0 and not gradient.any()
 
 
-def test_terms():
-    logits, labels = example(5, 6, 7)
-    loss = ao.Lovasz()
-    labels[0, 0, :3] = 77
-    loss(logits, labels)
-    assert loss.terms["labels_out_of_range"] == 3
-    assert loss.terms["labels_ignored"] == (labels == IGNORED).sum()
-    assert set(loss.terms) == {"lovasz", "labels_out_of_range", "labels_ignored"}
-
-
 def test_messages_of_inputs():
     logits, labels = example(5, 6, 7)
     with pytest.raises(ValueError, match=r"^Lovasz: logits: expected at least 8 classes"):

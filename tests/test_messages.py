@@ -264,8 +264,9 @@ def test_wrong_tensors(case: Case, change: str):
     inputs, (convert, expected) = case.sample.inputs(), CHANGES[change]
     read = [name for name in inputs if name not in ONLY_SIZE.get(case.entry.name, ())]
     unlike_others = change in ("device", "images")
-    if unlike_others and (len(read) < 2 or (change == "images" and case.entry.tables)):
-        return
+    few = len(read) < 2 or (change == "images" and case.entry.tables)
+    if not read or (unlike_others and few):
+        pytest.skip("it reads no such tensors")
     for name in read:
         named = r"\w+" if unlike_others else f"{name}(_logits)?"
         with pytest.raises(ValueError, match=rf"^\w+: {named}: expected {expected}.*, got "):

@@ -138,9 +138,6 @@ def test_doctor_without_the_extension():
     assert re.search(pattern, answer.stdout, re.M)
 
 
-needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs a checkout")
-
-
 def copy_sources(destination: Path) -> Path:
     ignored = shutil.ignore_patterns(".*", "build", "dist", "data", "runs", "*.egg-info", "*.so")
     return shutil.copytree(ROOT, destination, symlinks=True, ignore=ignored)
@@ -190,7 +187,6 @@ def built(tmp_path_factory) -> Built:
     return Built(checkout, source, wheel, python)
 
 
-@needs_sources
 def test_sdist_and_wheel_hold_everything(built):
     checkout, source, wheel, _ = built
 
@@ -206,13 +202,11 @@ def test_sdist_and_wheel_hold_everything(built):
     assert {f"anchorops/{name}" for name in files("csrc") | files("kernels")} <= wheeled
 
 
-@needs_sources
 def test_one_version(built):
     assert built.wheel.name.startswith(f"anchorops-{anchorops.__version__}-")
     assert f"\nversion: {anchorops.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
-@needs_sources
 def test_installed_wheel(built, tmp_path):
     """A training step in an environment that has no compiler and no extras."""
     code = """
@@ -264,7 +258,6 @@ sar(labels, features)
 """
 
 
-@needs_sources
 def test_types_of_the_installed_wheel(built, tmp_path):
     """pyright finds the types of the installed wheel, which contains py.typed."""
     pytest.importorskip("pyright", reason="pyright is not installed")
@@ -327,7 +320,6 @@ class cuda:
 """
 
 
-@needs_sources
 @pytest.mark.parametrize(
     ("torch", "cuda", "environment", "message"),
     [
@@ -368,7 +360,6 @@ include_paths = library_paths = lambda device: []
 """
 
 
-@needs_sources
 @pytest.mark.parametrize(
     ("environment", "modules", "obstacle"),
     [
@@ -396,7 +387,6 @@ def test_a_compiler_that_nvcc_refuses_leaves_the_cpu_library(
     assert ("installing without the CUDA library" in answer.stderr) == (obstacle != '""')
 
 
-@needs_sources
 def test_an_old_setuptools_is_refused(checkout, tmp_path):
     stand_in = "__version__ = '70.2.0'\nExtension = find_packages = setup = None\n"
     (tmp_path / "setuptools.py").write_text(stand_in)
@@ -405,7 +395,6 @@ def test_an_old_setuptools_is_refused(checkout, tmp_path):
     assert (answer.returncode, answer.stderr) == (1, message)
 
 
-@needs_sources
 @pytest.mark.parametrize(
     ("gpus", "requested", "expected"),
     [

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import anchorops as ao
 from anchorops import _backend, doctor
-from anchorops.catalogue import Case, batches, cases, features, pixels
+from anchorops.catalogue import MODULES, Case, cases
 from anchorops.catalogue.budget import error_and_limit
 from anchorops.catalogue.entry import evaluate
 from anchorops.catalogue.formulas import dice
@@ -28,7 +28,7 @@ def changed(**fields: Callable[..., Tensor]) -> Case:
 
 def test_names_are_unique():
     """Of entries, and of samples: by them results are reported, and random numbers drawn."""
-    entries = [entry for module in (batches, features, pixels) for entry in module.ENTRIES]
+    entries = [entry for module in MODULES for entry in module.ENTRIES]
     for names in (
         [entry.name for entry in entries],
         [sample.name for entry in entries for sample in entry.samples],

@@ -14,13 +14,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from small_networks import NO_TORCHVISION
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.models.feature_extraction import create_feature_extractor
 
 import anchorops as ao
 
+extraction = pytest.importorskip("torchvision.models.feature_extraction", reason=NO_TORCHVISION)
 K = 5
 IMAGES = torch.randn(1, 3, 64, 64)
 FUNCTIONS = [ao.low_resolution, ao.late_upsampling]
@@ -180,13 +181,13 @@ def test_symbolic_traces_are_refused(function: Callable[..., Any]) -> None:
     for trace in (
         torch.fx.symbolic_trace,
         lambda whole: torch.fx.symbolic_trace(nn.Sequential(whole.eval())),
-        lambda whole: create_feature_extractor(whole.train(), ["small"]),
+        lambda whole: extraction.create_feature_extractor(whole.train(), ["small"]),
     ):
         with pytest.raises(RuntimeError, match=message):
             trace(model)
     handle.remove()
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(IMAGES), expected)
-    features = create_feature_extractor(model, ["small"])(IMAGES)
+    features = extraction.create_feature_extractor(model, ["small"])(IMAGES)
     assert features["small"].shape == (1, 32, 8, 8)
 
 

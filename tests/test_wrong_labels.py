@@ -26,6 +26,7 @@ LOSSES: dict[str, Callable[..., PixelLoss]] = {
     "Dice": ao.Dice,
     "Dice per image": lambda **options: ao.Dice(per_image=True, **options),
     "CrossEntropyDice": ao.CrossEntropyDice,
+    "Lovasz": ao.Lovasz,
 }
 SIGMOIDS: dict[str, Callable[..., PixelLoss]] = {
     "BinaryCrossEntropy": ao.BinaryCrossEntropy,

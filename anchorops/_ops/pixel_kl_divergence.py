@@ -171,7 +171,7 @@ def pixel_kl_divergence(
         A class to which the teacher gives probability 0 (a logit of −inf) adds 0. The result is
         inf where the student's logit is −inf and the teacher's is not.
         The gradient is a difference of two softmaxes in float32. So its error grows with the spread
-        of logits/T, as that of torch's formula (bench/counted_precision.py).
+        of logits/T, as that of torch's formula.
 
     Raises:
         ValueError: wrong shape, dtype, device or value; a chosen backend that does not support the

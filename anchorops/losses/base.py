@@ -161,7 +161,7 @@ class Regularizer(InitializedModule):
 
     @property
     def terms(self) -> dict[str, Tensor]:
-        """The terms of the last loss: copies. None of a loss inside a transform of torch.func."""
+        """The terms of the last loss: copies."""
         return {key: value.clone() for key, value in self._terms.items()}
 
     def train(self, mode: bool = True) -> Regularizer:
@@ -172,7 +172,10 @@ class Regularizer(InitializedModule):
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the method alone is not attached, and does not copy the model. That of a model
         # has an attachment, which tells its method.
-        return {name: x for name, x in super().__getstate__().items() if name != "attachment"}
+        state = {name: x for name, x in super().__getstate__().items() if name != "attachment"}
+        if any(map(in_transform, self._terms.values())):
+            state["_terms"] = {}  # tensors of torch.func's transforms cannot be copied
+        return state
 
     def install(self, classifier: nn.Module) -> None:
         """Change the classifier; called by `attach`. CBP replaces the weight."""
@@ -216,9 +219,6 @@ class Regularizer(InitializedModule):
             # in new memory: if the caller changes the loss in place, the terms keep their values
             loss = torch.stack(list(losses.terms.values())).sum()
             loss = loss.to(torch.promote_types(features.dtype, torch.float32))
-        if in_transform(features) or in_transform(labels):  # its tensors are dead afterwards
-            self._terms = {}
-            return loss
         self._terms = {key: value.detach() for key, value in losses.terms.items()}
         # counts too are floating-point, because loggers average over steps and ranks
         self._terms |= {key: value.detach().to(loss.dtype) for key, value in losses.logs.items()}

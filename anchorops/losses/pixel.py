@@ -79,7 +79,7 @@ class PixelLoss(InitializedModule):
 
     @property
     def terms(self) -> dict[str, Tensor]:
-        """The terms of the last loss: copies. None of a loss inside a transform of torch.func."""
+        """The terms of the last loss: copies."""
         if self._last is None:
             return {}
         parts, labels, counts, labels_out_of_range, correct = self._last
@@ -92,6 +92,12 @@ class PixelLoss(InitializedModule):
         terms["labels_out_of_range"] = labels_out_of_range.to(dtype, copy=True)
         ignored = labels - valid - labels_out_of_range
         return terms | {"labels_ignored": ignored.to(dtype)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**super().__getstate__()}
+        if self._last is not None and in_transform(self._last.counts):
+            state["_last"] = None  # tensors of torch.func's transforms cannot be copied
+        return state
 
     def ignored(self, logits: Tensor) -> int:
         """The label to ignore, for the number of classes of these logits."""
@@ -122,9 +128,7 @@ class PixelLoss(InitializedModule):
             self._check_pixel_weights(pixel_weights, original_labels, labels)
             pixel_weights = savable(pixel_weights.to(statistics_dtype(logits.dtype)))
             pixel_weights = pixel_weights.view(labels.shape)
-        loss, last = self.loss(logits, labels, pixel_weights)
-        # after a transform its tensors are dead
-        self._last = None if in_transform(logits) or in_transform(labels) else last
+        loss, self._last = self.loss(logits, labels, pixel_weights)
         return loss
 
     def _no_pixel_weights(self) -> NoReturn:

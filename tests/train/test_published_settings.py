@@ -41,17 +41,6 @@ def test_methods_see_the_features_before_dropout():
     assert torch.equal(seen["classifier"], seen["body"])
 
 
-def test_deeplab_has_one_dropout():
-    shares = [
-        sorted(m.p for m in model.modules() if isinstance(m, nn.Dropout | nn.Dropout2d))
-        for model in (
-            build_model("deeplabv3plus:resnet18", 5),
-            build_model("deeplabv3plus:resnet18", 5, dropout=0.1),
-        )
-    ]
-    assert shares == [[0.5], [0.0, 0.1]]
-
-
 def test_learning_rates_of_backbone_head_and_methods():
     model = build_model("hrnet-w18-small", 5)
     Learner(model, build_regularizer(["sar", "mvsc"], {}, 5, 240))
