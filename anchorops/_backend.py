@@ -31,13 +31,12 @@ CUDA_BACKENDS = (*FUSED, "cuda")  # of class keys, random groups and class momen
 # The functions that torch.onnx.export writes as standard operators: those of predictions.
 ONNX_OPERATORS = ("pixel_argmax", "confusion", "pixel_confusion")
 # Those for which a backend is selected, and the backends that have them, besides `reference`. Not
-# all have kernels of their own: `cpu` computes centroid InfoNCE by torch's functions, and `triton`
-# the k-th largest number by class keys. `class_moments` includes class_keys, which precede it.
+# all have kernels of their own: `triton` computes the k-th largest number by class keys.
+# `class_moments` includes class_keys, which precede it.
 OPERATORS = {
     "class_moments": CUDA_BACKENDS,
     "split_groups": CUDA_BACKENDS,
     "upsampled_sums": FUSED,
-    "centroid_info_nce": FUSED,
     "softmax_moments": FUSED,
     "kth_largest": FUSED,
     "pixel_kl_divergence": FUSED,
@@ -287,9 +286,8 @@ def exclude_from_auto(backend: str, *operators: str) -> None:
     Args:
         backend: "cuda", "triton" or "cpu".
         operators: at least one of "class_moments" (with their keys), "split_groups" (random groups
-            of pixels), "upsampled_sums", "centroid_info_nce", "softmax_moments", "kth_largest",
-            "pixel_kl_divergence", "pixel_argmax", "confusion", "probability_histograms" and
-            "mask_rle".
+            of pixels), "upsampled_sums", "softmax_moments", "kth_largest", "pixel_kl_divergence",
+            "pixel_argmax", "confusion", "probability_histograms" and "mask_rle".
 
     Raises ValueError for an unknown name, and for an operator that the backend does not have.
     """

@@ -43,7 +43,7 @@ import anchorops as ao
 from anchorops._moments import GRADIENTS, Options, Results, Wanted
 from anchorops.catalogue import ENTRIES, Case, Sample
 from anchorops.catalogue.entry import evaluate
-from anchorops.catalogue.features import Features, centroids, keys_of_classes
+from anchorops.catalogue.features import Features, keys_of_classes
 from anchorops.catalogue.masks import Masks
 from anchorops.catalogue.pixels import Pixels
 from anchorops.kernels import softmax_moments, softmax_moments_backward
@@ -141,10 +141,6 @@ def variants_of_images() -> Iterator[Case]:
 
 def variants_to_compile() -> Iterator[Case]:
     yield from moments_variants()
-    info_nce = partial(variant, "centroid_info_nce", quick=True)
-    yield info_nce("the positives are the keys", partial(centroids, (150, 768), False))
-    name = "two queries of a class, with positives"
-    yield info_nce(name, partial(centroids, (100, 2, 768), True))
     yield from variants_of_images()
     for dtype, layout in product((BF16, FP16, FP32), ("planes", "channels last")):
         make = UPSAMPLED._replace(dtype=dtype, layout=layout)

@@ -369,7 +369,7 @@ class Operation(NamedTuple):
 
     Attributes:
         operator: the first of ours that it calls (_backend.OPERATORS), which says what backends
-            there are.
+            there are. None: ours is a function of torch.
         ours, alternatives: formulas, or what builds one of the inputs.
         softmaxes: how many it computes of each pixel, for the count of exponentials.
         compares: whether results are compared. Not if equal losses are chosen otherwise, or errors
@@ -377,7 +377,7 @@ class Operation(NamedTuple):
         rounds: of timing, at least.
     """
 
-    operator: str
+    operator: str | None
     ours: Any
     alternatives: dict[str, Any]
     softmaxes: int = 0
@@ -524,7 +524,7 @@ OPERATIONS = {
         {"gather + mse": gather_mse},
     ),
     "centroid InfoNCE": Operation(
-        "centroid_info_nce", ao.ops.centroid_info_nce, {"cross_entropy": usual.centroid_info_nce}
+        None, ao.ops.centroid_info_nce, {"cross_entropy": usual.centroid_info_nce}
     ),
     "SAR": of_method(ao.SAR),
     "OCCL": of_method(ao.OCCL),

@@ -46,11 +46,9 @@ def backends(case: Case, kinds: Sequence[str]) -> dict[str, str]:
     """Those of these kinds that have the operation, by their names in tables."""
     groups = 4 if "4 groups" in case.operation else 1
     few = case.shape.num_classes * groups <= CUDA_MAX_KEYS
-    names = [
-        kind
-        for kind in kinds
-        if kind in OPERATORS[OPERATIONS[case.operation].operator] and (few or kind != "cuda")
-    ]
+    operator = OPERATIONS[case.operation].operator
+    of_operator = OPERATORS[operator] if operator else ()
+    names = [kind for kind in kinds if kind in of_operator and (few or kind != "cuda")]
     return {f"anchorops ({name})": name for name in names or ["reference"]}
 
 

@@ -1,7 +1,4 @@
-"""Centroid InfoNCE on every backend: against a plain formula, within the error budget.
-
-A CPU has no kernel of its own: there it is the reference.
-"""
+"""Centroid InfoNCE against a plain formula, within the error budget. It is a function of torch."""
 
 import math
 import sys
@@ -11,15 +8,16 @@ import pytest
 import torch
 from operators import check, results
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchorops as ao
+from anchorops import catalogue
 from anchorops.catalogue import Case, Entry, Inputs, Sample, formulas
+from tests import test_guarantees_of_torch as of_torch
 from tests.helpers.memory import peak_allocated_bytes
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 REDUCTIONS = ("mean", "sum", "none")
-on_reference = pytest.mark.on("reference")
-pytestmark = pytest.mark.on("reference", "simulated_triton")
 
 
 def formula(queries: Tensor, keys: Tensor, **others: Any) -> Tensor:
@@ -30,18 +28,21 @@ def formula(queries: Tensor, keys: Tensor, **others: Any) -> Tensor:
     return formulas.centroid_info_nce(*finite, **others)
 
 
-INFO_NCE = Entry("InfoNCE", ("centroid_info_nce",), ao.ops.centroid_info_nce, formula)
+INFO_NCE = Entry("InfoNCE", (), ao.ops.centroid_info_nce, formula)
+
+
+(OF_GUARANTEES,) = (x for x in catalogue.cases("small") if str(x) == "centroid_info_nce")
 
 
 def check_info_nce(
-    backend: str, queries: Tensor, keys: Tensor, positives: Tensor | None = None, **others: Any
+    queries: Tensor, keys: Tensor, positives: Tensor | None = None, **others: Any
 ) -> Inputs:
     """The loss and all gradients are within the error budget. Returns the inputs."""
     others |= {"queries": queries, "keys": keys, "positives": positives}
     inputs = {name: x for name, x in others.items() if isinstance(x, Tensor)}
     inputs = {name: inputs[name] for name in ("queries", *inputs)}  # the first one is checked more
     options = {name: x for name, x in others.items() if isinstance(x, float | str)}
-    check(Case(INFO_NCE, Sample("centroids", lambda n, random: inputs, options)), backend)
+    check(Case(INFO_NCE, Sample("centroids", lambda n, random: inputs, options)), "reference")
     return inputs
 
 
@@ -52,10 +53,9 @@ def inputs(groups: int | None, with_positives: bool):
     return queries, torch.randn(6, 5, dtype=F64), positives
 
 
-@on_reference
-def test_in_parts(backend: str, monkeypatch):
+def test_in_parts(monkeypatch):
     """The logits of a few rows at a time: the same losses, first and second derivatives."""
-    reference = sys.modules["anchorops.reference.centroid_info_nce"]
+    module = sys.modules["anchorops._ops.centroid_info_nce"]
     queries, keys, positives = (t.requires_grad_() for t in inputs(3, True) if t is not None)
     options = {"present": torch.rand(6, 3) < 0.7, "temperature": 0.5, "reduction": "none"}
 
@@ -67,9 +67,9 @@ def test_in_parts(backend: str, monkeypatch):
 
     leaves = queries, keys, positives
     results = []
-    for logits in (reference.LOGITS_AT_ONCE, 1):
-        monkeypatch.setattr(reference, "LOGITS_AT_ONCE", logits)
-        monkeypatch.setattr(reference, "LOGITS_OF_PART", 5 * 6)  # five rows of 18
+    for logits in (module.LOGITS_AT_ONCE, 1):
+        monkeypatch.setattr(module, "LOGITS_AT_ONCE", logits)
+        monkeypatch.setattr(module, "LOGITS_OF_PART", 5 * 6)  # five rows of 18
         values = losses(*leaves)
         results.append((values, *torch.autograd.grad(values.square().sum(), leaves)))
     torch.testing.assert_close(*results)
@@ -77,9 +77,8 @@ def test_in_parts(backend: str, monkeypatch):
     assert torch.autograd.gradgradcheck(losses, leaves, fast_mode=True)
 
 
-@on_reference
-def test_in_parts_under_a_transform(backend: str, monkeypatch):
-    module = sys.modules["anchorops.reference.centroid_info_nce"]
+def test_in_parts_under_a_transform(monkeypatch):
+    module = sys.modules["anchorops._ops.centroid_info_nce"]
     queries, keys, _ = inputs(None, False)
 
     def loss(keys: Tensor) -> Tensor:
@@ -90,8 +89,7 @@ def test_in_parts_under_a_transform(backend: str, monkeypatch):
     torch.testing.assert_close(torch.func.grad(loss)(keys.detach()), expected)
 
 
-@on_reference
-def test_memory(backend: str):
+def test_memory():
     """4096 × 4096 logits are 64 MiB in float32; the formula for all of them needs 4.5 tensors of
     this size. In parts it needs 18.4 MiB."""
     queries, keys = torch.randn(2, 4096, 8).requires_grad_().unbind()
@@ -110,14 +108,13 @@ def test_memory(backend: str):
         ((19, 40), F32, "sum"),
         ((37, 130), BF16, "mean"),
         ((33, 64), F16, "none"),
-        ((300, 12), F32, "mean"),  # keys of more than a tile
     ],
 )
 @pytest.mark.parametrize("with_positives", [False, True])
-def test_values_and_gradients(backend: str, shape, dtype, reduction: str, with_positives: bool):
+def test_values_and_gradients(shape, dtype, reduction: str, with_positives: bool):
     queries, keys, positives = torch.randn(3, *shape).to(dtype) / 4
     given = queries, keys, positives if with_positives else None
-    check_info_nce(backend, *given, reduction=reduction)
+    check_info_nce(*given, reduction=reduction)
 
 
 @pytest.mark.on("gpu")
@@ -130,35 +127,43 @@ def test_values_and_gradients_on_a_gpu(backend: str, shape, dtype, with_positive
     queries, positives = torch.randn(2, *shape).div(shape[-1] ** 0.25).to(dtype)
     keys, present = torch.randn(shape[0], shape[-1]).to(dtype), torch.rand(shape[:-1]) < 0.8
     given = queries, keys, positives if with_positives else None
-    check_info_nce(backend, *given, present=present)
+    inputs = check_info_nce(*given, present=present)
+    first, again = (results(ao.ops.centroid_info_nce, inputs) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-@pytest.mark.on("simulated_triton", "gpu")
-def test_many_logits_are_computed_in_parts(monkeypatch, backend: str):
-    """By the formula of the reference."""
-    arguments = torch.randn(2, 20, 4)
-    expected = ao.ops.centroid_info_nce(*arguments)
-    called = []
+def test_no_operator_that_adds_in_any_order(monkeypatch):
+    """The gradients of indexed tensors do, on a GPU: they are index_put, index_add, scatter_add."""
+    monkeypatch.setattr(sys.modules["anchorops._ops.centroid_info_nce"], "LOGITS_AT_ONCE", 1)
+    names: set[str] = set()
 
-    def formula(*args, **options):
-        called.append(1)
-        return reference.centroid_info_nce(*args, **options)
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
 
-    reference = sys.modules["anchorops.reference.centroid_info_nce"]
-    operator = sys.modules["anchorops._ops.centroid_info_nce"]
-    monkeypatch.setattr(operator.reference, "centroid_info_nce", formula)
-    for most, calls in (400, 0), (399, 1):
-        monkeypatch.setattr(operator, "LOGITS_AT_ONCE", most)
-        torch.testing.assert_close(ao.ops.centroid_info_nce(*arguments), expected)
-        assert len(called) == calls
+    with Names():
+        results(OF_GUARANTEES.ours, OF_GUARANTEES.sample.inputs(1))
+    assert "mm" in names
+    assert not [x for x in names if "index" in x or "scatter" in x or "put" in x]
+
+
+@pytest.mark.filterwarnings("ignore")  # as there
+@pytest.mark.parametrize("trace", of_torch.TRACES)
+def test_traces(trace: str):
+    of_torch.test_gradients_that_the_call_does_not_see(trace, OF_GUARANTEES, "auto")
+
+
+def test_compiles_as_one_graph():
+    of_torch.test_compiles_as_one_graph(OF_GUARANTEES, "auto")
 
 
 @pytest.mark.parametrize("dtype", [F16, F64])
-def test_keys_and_positives_of_another_dtype(backend, dtype):
+def test_keys_and_positives_of_another_dtype(dtype):
     queries, keys, positives = torch.randn(3, 20, 9)
-    check_info_nce(backend, queries, keys.to(dtype))
-    check_info_nce(backend, queries, keys.to(dtype), positives.to(dtype))
-    check_info_nce(backend, queries.to(BF16), keys, positives.to(dtype))
+    check_info_nce(queries, keys.to(dtype))
+    check_info_nce(queries, keys.to(dtype), positives.to(dtype))
+    check_info_nce(queries.to(BF16), keys, positives.to(dtype))
     loss = ao.ops.centroid_info_nce(queries.to(BF16), keys.to(dtype), reduction="none")
     assert loss.dtype == F32
 
@@ -166,25 +171,23 @@ def test_keys_and_positives_of_another_dtype(backend, dtype):
 @pytest.mark.parametrize(
     ("shape", "reduction"),
     [
-        ((270, 9), "mean"),  # several tiles
+        ((27, 9), "mean"),
         ((21, 3, 20), "mean"),
         ((21, 3, 20), "none"),
     ],
 )
 @pytest.mark.parametrize("with_positives", [False, True])
-def test_some_are_present(backend: str, shape, reduction: str, with_positives: bool):
+def test_some_are_present(shape, reduction: str, with_positives: bool):
     queries, positives = torch.randn(2, *shape) / 2
     keys, present = torch.randn(shape[0], shape[-1]), torch.rand(shape[:-1]) < 0.7
     given = queries, keys, positives if with_positives else None
-    check_info_nce(backend, *given, present=present, reduction=reduction)
+    check_info_nce(*given, present=present, reduction=reduction)
 
 
 @pytest.mark.parametrize("groups", [None, 2])
 @pytest.mark.parametrize("with_positives", [False, True])
 @pytest.mark.parametrize("with_keys", [False, True])
-def test_absent_classes_may_hold_anything(
-    backend: str, groups, with_positives: bool, with_keys: bool
-):
+def test_absent_classes_may_hold_anything(groups, with_positives: bool, with_keys: bool):
     shape = (40, 24) if groups is None else (40, groups, 24)
     queries, positives = torch.randn(2, *shape) / 2
     keys, present = torch.randn(40, 24) / 2, torch.rand(shape[:-1]) < 0.5
@@ -198,7 +201,7 @@ def test_absent_classes_may_hold_anything(
     for value in (0.0, torch.nan, torch.inf):
         queries[~present] = positives[~present] = keys[~used] = value
         given = queries, keys, positives if with_positives else None
-        found.append(results(INFO_NCE.ours, check_info_nce(backend, *given, **options)))
+        found.append(results(INFO_NCE.ours, check_info_nce(*given, **options)))
     for _, dqueries, dkeys, *dpositives in found:
         assert not dqueries[~present].any() and not dkeys[~used].any()
         assert all(not gradient[~present].any() for gradient in dpositives)
@@ -207,45 +210,45 @@ def test_absent_classes_may_hold_anything(
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_a_classifier(backend, dtype):
+def test_a_classifier(dtype):
     """Logits of all keys, whether their class is present or not; and of some."""
     queries, keys = torch.randn(70, 2, 24).to(dtype), torch.randn(70, 24).to(dtype)
     present = torch.rand(70, 2) < 0.3
     for present_keys in torch.ones(70) > 0, torch.arange(70) % 2 == 0:
         options = {"present_keys": present_keys, "temperature": 1.0}
-        check_info_nce(backend, queries, keys, **options)
-        check_info_nce(backend, queries, keys, present=present, **options)
-        check_info_nce(backend, queries, keys, queries.flip(0), present=present, **options)
+        check_info_nce(queries, keys, **options)
+        check_info_nce(queries, keys, present=present, **options)
+        check_info_nce(queries, keys, queries.flip(0), present=present, **options)
 
 
-def test_no_channels(backend):
+def test_no_channels():
     empty = {"queries": torch.randn(40, 2, 0), "keys": torch.randn(40, 0)}
-    ours = results(ao.ops.centroid_info_nce, empty)
-    with ao.use_backend("reference"):
-        torch.testing.assert_close(ours, results(ao.ops.centroid_info_nce, empty))
+    loss, dqueries, dkeys = results(ao.ops.centroid_info_nce, empty)
+    torch.testing.assert_close(loss, torch.tensor(40.0).log())
+    assert dqueries.shape == (40, 2, 0) and dkeys.shape == (40, 0)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_nothing_present(backend: str, reduction: str):
+def test_nothing_present(reduction: str):
     nan = {name: torch.full((6, 5), torch.nan) for name in ("queries", "keys")}
     options = {"present": torch.zeros(6) > 0, "reduction": reduction}
     found = results(lambda **x: ao.ops.centroid_info_nce(**x, **options), nan)
     assert not any(x.any() for x in found)
 
 
-def test_one_class_has_nothing_to_be_told_from(backend: str):
+def test_one_class_has_nothing_to_be_told_from():
     one = {name: torch.randn(1, 5) for name in ("queries", "keys")}
     loss, dqueries, _ = results(ao.ops.centroid_info_nce, one)
     assert loss == 0 and not dqueries.any()
 
 
-def test_large_logits_stay_finite(backend: str):
+def test_large_logits_stay_finite():
     queries = torch.tensor([[3e3, 0.0], [0.0, 3e3]])
     inputs = {"queries": queries, "keys": queries.flip(0)}
     loss, *gradients = results(ao.ops.centroid_info_nce, inputs)
     torch.testing.assert_close(loss, torch.tensor(9e6 / 0.07))
     assert all(gradient.isfinite().all() for gradient in gradients)
-    check_info_nce(backend, *30 * torch.randn(2, 20, 16), reduction="sum")
+    check_info_nce(*30 * torch.randn(2, 20, 16), reduction="sum")
 
 
 Q, K = torch.zeros(4, 3), torch.zeros(4, 3)

@@ -1,17 +1,12 @@
-"""InfoNCE between the centroids of K classes: K×K×D products, and a cross-entropy of their rows.
+"""InfoNCE between the centroids of K classes, in PyTorch on every device: K×K×D products, and a
+cross-entropy of their rows."""
 
-On GPUs torch computes the products, and the operator `anchorops::centroid_info_nce` the losses of
-the rows and their gradient. On CPU the formula of the reference is used, also by the backend `cpu`.
-With its masks of classes it takes longer than a plain cross-entropy (docs/cost.md).
-"""
-
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from .. import reference
-from .._backend import select
 from .._checks import (
     FLOATING,
     check_choice,
@@ -19,90 +14,12 @@ from .._checks import (
     check_temperature,
     describe,
     fail,
+    in_transform,
     savable,
 )
-from ..reference.centroid_info_nce import LOGITS_AT_ONCE
-from .registration import Gradient, define, run
 
-# float32 products [R, K], contiguous: R = K·G, row r is a query of class r // G. float32 positives
-# [R] replace the products with the own keys. bool present [R], present_keys [K]; without them, all
-# are. losses, lse: [R]. Without positives, dpositives are (0,).
-_SCHEMA = (
-    "(Tensor products, Tensor? positives, Tensor? present, Tensor? present_keys, "
-    "float temperature) -> (Tensor losses, Tensor lse)"
-)
-_BACKWARD_SCHEMA = (
-    "(Tensor dlosses, Tensor products, Tensor? positives, Tensor? present, Tensor? present_keys, "
-    "Tensor lse, float temperature) -> (Tensor dproducts, Tensor dpositives)"
-)
-
-
-def _forward_fake(products: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return products.new_empty(products.shape[0]), products.new_empty(products.shape[0])
-
-
-def _backward_fake(
-    dlosses: Tensor, products: Tensor, positives: Tensor | None, *saved: Any
-) -> tuple[Tensor, Tensor]:
-    dpositives = products.new_empty(0 if positives is None else positives.shape)
-    return products.new_empty(products.shape), dpositives
-
-
-def _setup_context(ctx: Any, inputs: Any, results: Any) -> None:
-    *tensors, ctx.temperature = inputs
-    ctx.mark_non_differentiable(results.lse)
-    ctx.save_for_backward(*tensors, results.lse)
-
-
-def _backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
-    if grads.losses is None:
-        return {}
-    saved = ctx.saved_tensors
-    dproducts, dpositives = operator(grads.losses.contiguous(), *saved, ctx.temperature)
-    gradients = {"products": dproducts}
-    return gradients if saved[1] is None else gradients | {"positives": dpositives}
-
-
-define(
-    "centroid_info_nce",
-    _SCHEMA,
-    _forward_fake,
-    backends=("triton",),
-    gradient=Gradient(_BACKWARD_SCHEMA, _setup_context, _backward, _backward_fake),
-)
-
-
-def _selected(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """float32 [N, D], 0 where the mask [N] is false: absent rows may be NaN."""
-    return rows.float() if mask is None else torch.where(mask[:, None], rows.float(), 0)
-
-
-def _losses(
-    queries: Tensor,
-    keys: Tensor,
-    positives: Tensor | None,
-    present: Tensor | None,
-    present_keys: Tensor | None,
-    temperature: float,
-) -> Tensor:
-    """By the kernel: losses of the shape [K] or [K, G] of the queries."""
-    has_query = present if present is None or present.dim() == 1 else present.any(1)
-    if present_keys is None:
-        present_keys = has_query
-    used = present_keys
-    if positives is None and used is not None:  # the own key is the positive
-        used = None if has_query is None else used | has_query
-    rows = None if present is None else present.flatten().contiguous()
-    with torch.autocast(queries.device.type, enabled=False):
-        flat = _selected(queries.flatten(0, -2), rows)
-        products = flat @ _selected(keys, used).T
-        own_products = None
-        if positives is not None:
-            own_products = (flat * _selected(positives.flatten(0, -2), rows)).sum(-1)
-        mask = None if present_keys is None else present_keys.contiguous()
-        arguments = products, own_products, rows, mask, temperature
-        losses, _ = run("centroid_info_nce", "triton", *arguments)
-    return losses.view(queries.shape[:-1])
+LOGITS_AT_ONCE = 2**23  # 32 MiB in float32; more are computed in parts, and again for the gradient
+LOGITS_OF_PART = 2**20  # the formula needs a few copies of them
 
 
 def _check(argument: str, tensor: object, shape: tuple[int, ...], queries: Tensor) -> None:
@@ -168,23 +85,69 @@ def centroid_info_nce(
                 fail(function, argument, "a bool tensor", mask.dtype)
     temperature = check_temperature(function, temperature)
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
-    backend = select(function, queries, queries.shape[0])
     queries, keys = savable(queries), savable(keys)
     positives, present, present_keys = map(savable, (positives, present, present_keys))
-    if backend != "triton" or queries.shape[:-1].numel() * keys.shape[0] > LOGITS_AT_ONCE:
-        return reference.centroid_info_nce(
-            queries,
-            keys,
-            positives=positives,
-            present=present,
-            present_keys=present_keys,
-            temperature=temperature,
-            reduction=reduction,
-        )
+    if present is None:
+        present = torch.ones(queries.shape[:-1], dtype=torch.bool, device=queries.device)
     losses = _losses(queries, keys, positives, present, present_keys, temperature)
     if reduction == "none":
         return losses
-    if reduction == "sum":
-        return losses.sum()
-    count = max(losses.numel(), 1) if present is None else present.sum().clamp(min=1)
-    return losses.sum() / count
+    return losses.sum() if reduction == "sum" else losses.sum() / present.sum().clamp(min=1)
+
+
+def _losses(
+    queries: Tensor,
+    keys: Tensor,
+    positives: Tensor | None,
+    present: Tensor,
+    present_keys: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    """Of the shape [K] or [K, G] of `present`."""
+    num_classes, num_queries = keys.shape[0], present.numel()
+    has_query = present if present.dim() == 1 else present.any(1)
+    if present_keys is None:
+        present_keys = has_query
+    # There is no autocast for the device "meta".
+    with torch.autocast("cpu" if queries.is_meta else queries.device.type, enabled=False):
+        # Absent classes are removed by selection, because their centroids may be NaN.
+        used = present_keys if positives is not None else present_keys | has_query
+        dtype = torch.promote_types(queries.dtype, torch.float32)
+        keys = torch.where(used[:, None], keys.to(dtype), 0)
+        own_class = torch.arange(num_classes, device=keys.device).repeat_interleave(
+            present.shape[1:].numel()
+        )
+        flat = None if positives is None else positives.flatten(0, -2)
+        rows = queries.flatten(0, -2), flat, present.flatten(), own_class
+        arguments = keys, present_keys, temperature
+        # torch.func's transforms do not support torch.utils.checkpoint.
+        transformed = any(x is not None and in_transform(x) for x in (queries, keys, flat))
+        if transformed or num_queries * num_classes <= LOGITS_AT_ONCE:
+            return _losses_of_rows(rows, *arguments).view(present.shape)
+        most = max(LOGITS_OF_PART // num_classes, 1)
+        count = -(-num_queries // most)
+        parts = ([None] * count if x is None else x.split(most) for x in rows)
+        again = partial(checkpoint, _losses_of_rows, use_reentrant=False, preserve_rng_state=False)
+        losses = [again(part, *arguments) for part in zip(*parts, strict=True)]
+        return torch.cat(losses).view(present.shape)
+
+
+def _losses_of_rows(
+    rows: tuple[Tensor, Tensor | None, Tensor, Tensor],
+    keys: Tensor,
+    present_keys: Tensor,
+    temperature: float,
+) -> Tensor:
+    """Losses [R] of rows: queries, positives [R, D]; present bool [R]; their own class [R]."""
+    queries, positives, present, own_class = rows
+    queries = torch.where(present[:, None], queries.to(keys.dtype), 0)
+    # A mask, not an index: on a GPU, the gradient of what is indexed is added in any order.
+    is_own_key = own_class[:, None] == torch.arange(keys.shape[0], device=keys.device)
+    logits = queries @ keys.T / temperature
+    if positives is not None:
+        positives = torch.where(present[:, None], positives.to(keys.dtype), 0)
+        product = (queries * positives).sum(-1, keepdim=True)
+        logits = torch.where(is_own_key, product / temperature, logits)
+    positive = torch.where(is_own_key, logits, 0).sum(-1)
+    lse = torch.where(present_keys | is_own_key, logits, -torch.inf).logsumexp(-1)
+    return torch.where(present, lse - positive, 0)

@@ -57,7 +57,8 @@ class Entry(NamedTuple):
 
     Attributes:
         operators: those of _backend.OPERATORS that the call selects a backend for. More than one:
-            it is a composition, and the first of them says which backends have it.
+            it is a composition, and the first of them says which backends have it. None: it is a
+            function of torch.
         ours, formula: called with the inputs by name and the options, they return a tensor or
             several. Floating inputs have gradients. The formula computes in their dtype.
         differentiable: the result has a gradient in the first input.
@@ -83,7 +84,7 @@ class Entry(NamedTuple):
     @property
     def backends(self) -> tuple[str, ...]:
         """Those that have it, besides `reference`."""
-        return OPERATORS[self.operators[0]]
+        return OPERATORS[self.operators[0]] if self.operators else ()
 
 
 class Case(NamedTuple):

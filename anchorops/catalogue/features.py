@@ -220,8 +220,7 @@ METHODS: dict[str, Callable[..., Regularizer]] = {  # of the numbers of classes 
     "CeCo, images": partial(ceco, per_image=True),
     "combined": combined,
 }
-OF_CENTROIDS = (*GROUPED, "centroid_info_nce")
-STEPS = {"SAR": MOMENTS, "OCCL": OF_CENTROIDS, "MVSC": OF_CENTROIDS, "CeCo": ("upsampled_sums",)}
+STEPS = {"SAR": MOMENTS, "OCCL": GROUPED, "MVSC": GROUPED, "CeCo": ("upsampled_sums",)}
 PLAIN = {name: features for name, features in FEATURES.items() if not features.options}
 IMAGES = {"each image": FEATURES["each image"]}
 GROUPS = {"3 groups": FEATURES["3 groups"]}
@@ -315,7 +314,7 @@ ENTRIES = [
     ),
     Entry(
         "centroid_info_nce",
-        ("centroid_info_nce",),
+        (),
         ao.ops.centroid_info_nce,
         formulas.centroid_info_nce,
         (

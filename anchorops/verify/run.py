@@ -41,7 +41,7 @@ from ..catalogue.entry import evaluate, random_of
 from ..catalogue.pixels import BASE
 from ..measure import cuda_graph, environment
 
-COMPOSITION = "composition"  # of several operators
+COMPOSITION = "composition"  # of several operators, or of torch's functions
 MOST_WORKERS = 8  # processes that compile Triton's kernels
 
 
@@ -139,7 +139,7 @@ def run(case: Case, backend: str, device: torch.device) -> Row:
 
 
 def _operator(case: Case) -> str:
-    return COMPOSITION if _parts(case) else case.entry.operators[0]
+    return case.entry.operators[0] if len(case.entry.operators) == 1 else COMPOSITION
 
 
 def _parts(case: Case) -> tuple[str, ...]:

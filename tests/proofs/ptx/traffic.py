@@ -9,7 +9,6 @@ cannot be compiled, their rows are left out."""
 import argparse
 import json
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from record import ROOT, markdown_table, save_counts  # noqa: E402
 import anchorops as ao  # noqa: E402
 from anchorops.catalogue import ENTRIES, Case, Sample  # noqa: E402
 from anchorops.catalogue.entry import evaluate  # noqa: E402
-from anchorops.catalogue.features import Features, centroids  # noqa: E402
+from anchorops.catalogue.features import Features  # noqa: E402
 from anchorops.catalogue.masks import objects  # noqa: E402
 from anchorops.catalogue.pixels import Pixels  # noqa: E402
 
@@ -56,7 +55,6 @@ CASES = [
     case("bfloat16, channels last", "class_moments", ROWS, num_classes=K),
     case("2 groups", "class_moments of groups", FEATURES, num_classes=K, groups=2, seed=1),
     MANY_CLASSES,
-    case("InfoNCE", "centroid_info_nce", partial(centroids, (K, 64), False)),
     case("CeCo's sums", "upsampled_sums", FEATURES._replace(anchors=False), num_classes=K),
     case("cross-entropy", "pixel_cross_entropy", LOGITS),
     case("cross-entropy + Dice", "CrossEntropyDice", LOGITS),
