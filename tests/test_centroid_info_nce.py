@@ -133,7 +133,7 @@ def test_values_and_gradients_on_a_gpu(backend: str, shape, dtype, with_positive
 
 
 def test_no_operator_that_adds_in_any_order(monkeypatch):
-    """The gradients of indexed tensors do, on a GPU: they are index_put, index_add, scatter_add."""
+    """The gradients of gather and index_select do, on a GPU: scatter_add, index_add."""
     monkeypatch.setattr(sys.modules["anchorops._ops.centroid_info_nce"], "LOGITS_AT_ONCE", 1)
     names: set[str] = set()
 

@@ -222,6 +222,12 @@ def test_parts_of_a_mixin(backend: str) -> None:
     torch.testing.assert_close(whole(x, labels), ao.CrossEntropyDice()(x, labels) + added)
     assert {"ce", "dice", "sum"} < whole.terms.keys()
 
+    class Other(Extra, ao.CrossEntropy):
+        pass
+
+    with pytest.raises(ValueError, match="parts of other names than the cross-entropy's, got sum"):
+        ao.CrossEntropyDice(Other(), Further())(x, labels)
+
 
 @pytest.mark.on("cpu")
 def test_statistics_that_a_part_of_a_sum_needs(backend: str) -> None:

@@ -148,7 +148,8 @@ def test_ranks_with_few_pixels(pixels: int, monkeypatch: pytest.MonkeyPatch) -> 
     """Without two pixels on all ranks there is no variance: the running statistics stay."""
     monkeypatch.setattr("anchorops.losses.batch_norm.all_reduce", lambda x, group: x)
     norm = nn.BatchNorm2d(3)
-    mean, variance = torch.full((3,), 2.0 * (pixels > 0)), torch.full((3,), float(pixels == 2))
+    mean = torch.full((3,), 2.0 if pixels else torch.nan)
+    variance = torch.full((3,), float(pixels == 2) if pixels else torch.nan)
     now = batch_norm("CeCo", norm, mean, variance, pixels, "the world")
     expected = (0.2, 1.1) if pixels == 2 else (0.0, 1.0)
     assert norm.running_mean is not None and norm.running_var is not None

@@ -141,7 +141,7 @@ def _losses_of_rows(
     """Losses [R] of rows: queries, positives [R, D]; present bool [R]; their own class [R]."""
     queries, positives, present, own_class = rows
     queries = torch.where(present[:, None], queries.to(keys.dtype), 0)
-    # A mask, not an index: on a GPU, the gradient of what is indexed is added in any order.
+    # A mask, not gather or index_select: on a GPU, their gradients are added in any order.
     is_own_key = own_class[:, None] == torch.arange(keys.shape[0], device=keys.device)
     logits = queries @ keys.T / temperature
     if positives is not None:

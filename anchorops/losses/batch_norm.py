@@ -51,6 +51,8 @@ def batch_norm(
         return BatchNorm(norm.weight, norm.bias, *here, norm.eps)
     size: Tensor | int = pixels
     if group is not None:
+        if pixels == 0:  # NaN of the reference
+            mean, variance = mean.nan_to_num(0.0), variance.nan_to_num(0.0)
         total = torch.cat([mean * pixels, mean.new_full((1,), pixels)])
         total = all_reduce(total, group)
         size = total[-1]

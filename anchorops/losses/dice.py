@@ -297,6 +297,9 @@ class CrossEntropyDice(MomentsLoss):
         parts = {}
         for loss, factor in ((self.cross_entropy, self.ce_weight), (self.dice, self.dice_weight)):
             for name, part in loss.parts_and_slopes(moments, logits).items():
+                if name in parts:
+                    expected = "parts of other names than the cross-entropy's"
+                    fail("CrossEntropyDice", "dice", expected, name)
                 parts[name] = part if factor == 1 else _times(factor, *part)
         return parts
 

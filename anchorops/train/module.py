@@ -50,7 +50,8 @@ class SegmentationModule(LightningModule):
             the second last map of the backbone; 0: no such head. The usual weight is 0.4.
         dropout: Share of the channels that are dropped before the classifier in training; the
             methods use all channels. mmsegmentation uses 0.1, except for HRNet. It replaces the
-            own dropout of DeepLab, FPN and PSPNet, of channels that the methods use too.
+            own dropout of DeepLab, FPN and PSPNet, of channels that the methods use too, as DPT's
+            always is.
         classifier_std: Standard deviation of the classifiers' initial weights, drawn from a normal
             distribution (mmsegmentation: 0.01); their biases are then 0. None: torch's default.
         channels_last: Use the channels-last memory layout for images, features and weights.
@@ -284,8 +285,8 @@ class SegmentationModule(LightningModule):
             options.weight_decay,
             options.head_lr_factor,
         )
-        # with a scaler (16-mixed) a fused optimizer would not let Lightning clip gradients
-        fused = self.trainer.scaler is None
+        # under autocast Lightning does not clip gradients for a fused optimizer
+        fused = not self.trainer.gradient_clip_val
         optimizer = build_optimizer(options.optimizer, groups, fused=fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

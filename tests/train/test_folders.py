@@ -190,6 +190,9 @@ def test_links_to_folders_are_followed(folder: Path, tmp_path: Path):
         write(tmp_path / f"elsewhere/{kind}/c.png", content)
         (folder / kind / "train/more").symlink_to(tmp_path / "elsewhere" / kind)
     assert len(open_folder(folder, "train")) == 3
+    (folder / "images/train/itself").symlink_to(folder / "images")
+    with pytest.raises(ValueError, match=r"train/itself is a link to a folder that contains it"):
+        open_folder(folder, "train")
 
 
 def test_files_of_a_folder_that_do_not_pair(folder: Path):

@@ -50,6 +50,7 @@ def test_late_upsampling(name: str, moved: int):
         ("unet:resnet18", 16, 1),
         ("dpt:tu-vit_tiny_patch16_224", 256, 2),
         ("upernet:tu-swin_tiny_patch4_window7_224", 256, 4),
+        ("fpn:tu-swin_tiny_patch4_window7_224", 128, 4),
     ],
 )
 def test_networks(name: str, dim: int, stride: int):

@@ -251,6 +251,14 @@ def test_predictions_in_the_precision_of_the_weights(dtype: torch.dtype):
     assert (classes == expected).float().mean() > (0.97 if dtype == torch.bfloat16 else 0.9999)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_gradients_are_clipped_under_autocast(optimizer: str, tmp_path: Path):
+    options = ["--trainer.precision", "bf16-mixed", "--trainer.gradient_clip_val", "1.0"]
+    options += ["--model.optimizer", optimizer, "--data.steps", "1", "--data.val_images", "2"]
+    run = train(*TINY, *options, "--run", str(tmp_path / "run"))
+    assert (run / "last.ckpt").exists()
+
+
 def test_run_in_bfloat16(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Also with a validation after each half of the run."""
     run = str(tmp_path / "run")

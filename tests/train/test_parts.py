@@ -8,7 +8,6 @@ import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
-from lightning.pytorch.plugins.precision import MixedPrecision
 from safetensors.torch import save_file
 from torchvision import tv_tensors
 
@@ -23,7 +22,6 @@ from anchorops.train.networks.learner import (
     Learner,
     arguments_of,
     build_loss,
-    build_optimizer,
     build_regularizer,
 )
 from anchorops.train.networks.models import build_model
@@ -125,15 +123,6 @@ def test_weights_start_a_model_with_other_classes(auxiliary: bool, tmp_path: Pat
     assert torch.equal(next(model.parameters()), next(source.parameters()))
     with pytest.raises(ValueError, match=r"weights .*weights.pt are of another model: \d+ missing"):
         build_model("segformer-b0", 5, weights=path)
-
-
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_lightning_clips_gradients_with_a_scaler(name: str):
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = build_optimizer(name, [{"params": [weight], "lr": 0.1}], fused=False)
-    weight.grad = torch.full((3,), 2.0)
-    MixedPrecision("16-mixed", "cpu").clip_gradients(optimizer, 1.0)
-    torch.testing.assert_close(weight.grad.norm(), torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"model": [1]}])

@@ -1,8 +1,8 @@
 """Data sets on disk: a plain folder of images and masks, and published ones in their layouts."""
 
-import glob
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -194,12 +194,22 @@ def _matched(
     return [(image, masks_by_stem[stem]) for stem, image in images_by_stem.items()]
 
 
+def _files(folder: Path) -> Iterator[Path]:
+    """Those in a folder and its subfolders, also in linked ones; hidden ones are skipped. Raises
+    ValueError for a link to a folder that contains it."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            if Path(place).resolve().is_relative_to((link := Path(place, name)).resolve()):
+                raise ValueError(f"{link} is a link to a folder that contains it: remove the link")
+        yield from (Path(place, name) for name in names if not name.startswith("."))
+
+
 def _by_stem(folder: Path, endings: Sequence[str]) -> dict[str, Path]:
     """Files under a folder by relative name without suffix, in order. Links to folders are
     followed; hidden files (such as the `._a.jpg` of macOS) are skipped."""
     files: dict[str, Path] = {}
-    names = glob.glob("**/*", root_dir=_existing(folder), recursive=True)  # rglob skips links
-    for path in sorted(folder / name for name in names):
+    for path in sorted(_files(_existing(folder))):
         end = next((end for end in endings if path.name.lower().endswith(end.lower())), None)
         if end is None:
             continue

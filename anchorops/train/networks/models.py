@@ -214,9 +214,10 @@ def _options(architecture: str, encoder: str, dropout: float) -> dict[str, Any]:
     dropout is switched off if there is dropout before the classifier."""
     if architecture == "dpt":
         return {"dynamic_img_size": True}
+    options: dict[str, Any] = {"strict_img_size": False} if encoder.startswith("tu-swin_") else {}
     if dropout and architecture in OWN_DROPOUT:
-        return {OWN_DROPOUT[architecture]: 0.0}
-    return {"strict_img_size": False} if encoder.startswith("tu-swin_") else {}
+        options[OWN_DROPOUT[architecture]] = 0.0
+    return options
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
