@@ -73,7 +73,12 @@ def axes_between(height, width, label_height, label_width, ratios):
     )
 
 
-@triton.jit(do_not_specialize=[*SIZES, "chunks", "chunk_tiles", "label_rows"])
+# Triton compiles again if the features' width becomes a multiple of 16: then their rows are
+# aligned, and a thread needs half of the registers.
+SIZES_BUT_WIDTH = [name for name in SIZES if name != "width"]
+
+
+@triton.jit(do_not_specialize=[*SIZES_BUT_WIDTH, "chunks", "chunk_tiles", "label_rows"])
 def _upsampled_sums_kernel(
     features,  # Features
     keys_ptr,  # [B, rows, columns] of labels, −1, or 255 in uint8, where ignored

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from .launch import without_spills
 from .splat import NO_KEY, columns_around, first_key, splat_key, tile_at
-from .upsampled_sums import axes_between, launch_of
-from .upsampling import SIZES
+from .upsampled_sums import SIZES_BUT_WIDTH, axes_between, launch_of
 
 
 class Gradients(NamedTuple):
@@ -32,7 +31,7 @@ def _gradient_of_moments(gradients, x, d, some, pixels):
     return gradient / pixels
 
 
-@triton.jit(do_not_specialize=[*SIZES, "pixels", "label_rows"])
+@triton.jit(do_not_specialize=[*SIZES_BUT_WIDTH, "pixels", "label_rows"])
 def _upsampled_sums_bwd_kernel(
     features,  # Features
     keys_ptr,  # [B, rows, columns] of labels, −1, or 255 in uint8, where ignored
