@@ -53,7 +53,7 @@ PRESETS = {**dict(zip((HRNET, SEGFORMER), DEMO, strict=True)), EFFICIENTNET: CAM
 BACKBONE_WEIGHTS = "data/tf_efficientnet_lite0-imagenet-fp16.pth"
 SCRATCH = "from-scratch"
 # schedule: steps between them
-EVALUATIONS = {500: 100, 1_000: 250, 1_500: 250, 4_000: 500, 8_000: 1_000}
+EVALUATIONS = {500: 100, 1_000: 250, 1_500: 250, 3_000: 500, 4_000: 500, 8_000: 1_000}
 SCHEDULES = (500, 1_500, 4_000)
 # head_tail: chosen so that there are four head, four body and three tail classes
 SCENES: dict[str, dict[str, Any]] = {
@@ -152,6 +152,7 @@ def plan() -> list[Run]:
         ),
         *runs("digits", SEGFORMER, REST, schedules=[1_500, 4_000]),
         *runs(CAMVID, EFFICIENTNET, PHOTOGRAPHS, schedules=[1_000]),
+        *runs(CAMVID, EFFICIENTNET, choices("plain mvsc"), schedules=[3_000], seeds=[0]),
     ]
 
 
