@@ -1,5 +1,5 @@
-"""What a run does beside its steps: stopping and saving, timing, the methods' gradients, neural
-collapse, and the files at its end."""
+"""What a run does beside its steps: stopping and saving, timing, the methods' gradients, and the
+files at its end."""
 
 import os
 import resource
@@ -24,9 +24,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .module import SegmentationModule
-from .options import COUNT, NUMBER, check
+from .options import COUNT, check
 from .report.cost import measure_complexity
-from .report.features import collapse_measures
 from .report.pictures import draw_predictions
 from .run import BEST, LAST, NEW
 from .saving import save_atomically
@@ -177,14 +176,6 @@ class Best(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.miou = state_dict["miou"]
 
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Earlier runs had Lightning's ModelCheckpoint."""
-        for state in checkpoint["callbacks"].values():
-            if state.get("monitor") == "val/miou" and state["best_model_score"] is not None:
-                self.miou = float(state["best_model_score"])
-
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, SegmentationModule)
         miou = pl_module.results()["miou"]
@@ -228,29 +219,6 @@ def peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-class NeuralCollapse(Callback):
-    """Logs CeCo's measures at each validation.
-
-    They are: how equal and how wide the angles are between class centroids and between the
-    classifier's rows, and the correlation of the classes' accuracies with their numbers of training
-    pixels and images.
-
-    Args:
-        images: Number of validation images, rounded up to whole batches of all ranks; 0: none.
-    """
-
-    def __init__(self, images: int = 0) -> None:
-        check("collapse", {"images": images}, {"images": NUMBER})
-        self.images = images
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, SegmentationModule)
-        if self.images and trains(trainer):
-            values = collapse_measures(pl_module, self.images)
-            for logger in trainer.loggers:
-                logger.log_metrics(values, trainer.global_step)
 
 
 class Reports(Callback):

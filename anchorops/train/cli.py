@@ -30,7 +30,6 @@ try:
     from .callbacks import (
         Best,
         MaskWriter,
-        NeuralCollapse,
         Reports,
         Saving,
         Stopped,
@@ -153,7 +152,6 @@ class Program(LightningCLI):
             help="Directory of the run; runs/PRESET-METHODS-seedN if not given.",
         )
         parser.add_lightning_class_args(Saving, "saving")
-        parser.add_lightning_class_args(NeuralCollapse, "collapse")
         for target in ("model.seed", "data.seed"):
             parser.link_arguments("seed_everything", target)
 
@@ -217,8 +215,7 @@ class Program(LightningCLI):
             if (saving := state["callbacks"].get("Saving")) is None:
                 raise ValueError(f"checkpoint {last} is of another kind: it has no state of Saving")
             self.continued = state["global_step"]
-            done = self.continued == options.data.steps and not saving["validating"]
-            self.ended = saving.get("ended", done)
+            self.ended = saving["ended"]
             if leads:
                 now = yaml.safe_load(self._parser("fit").dump(options, skip_none=False))
                 check_same(self.run, now)
@@ -269,7 +266,7 @@ class Program(LightningCLI):
                     f"--trainer.callbacks: {callback.__name__} {UNFIT_CALLBACKS[callback]}"
                 )
         # these see the network as it was validated: see Best
-        trainer.callbacks.sort(key=lambda x: not isinstance(x, Best | NeuralCollapse | Reports))
+        trainer.callbacks.sort(key=lambda x: not isinstance(x, Best | Reports))
         trainer.fit_loop.epoch_loop = StepLoop(trainer)
         if given["min_epochs"] is None:  # else 1 with min_steps, and no run would stop early
             trainer.fit_loop.min_epochs = 0

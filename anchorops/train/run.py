@@ -17,7 +17,7 @@ WEIGHTS = frozenset(("state_dict", "global_step", "channels"))  # in a checkpoin
 WHOLE = WEIGHTS | {"callbacks", "loops", "optimizer_states"}  # in one from which a run goes on
 # options on which no number of a run depends; they may differ where it goes on
 FREE = (
-    *("run", "ckpt_path", "weights_only", "saving.every", "collapse.images"),
+    *("run", "ckpt_path", "weights_only", "saving.every"),
     *("data.root", "data.workers", "data.eval_batch_size", "data.images", "data.allow_changes"),
     *("trainer.logger", "trainer.log_every_n_steps", "trainer.profiler", "trainer.max_steps"),
     *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.max_time"),

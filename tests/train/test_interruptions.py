@@ -40,7 +40,7 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 STEPS = 7
-RUN = (*TINY, "--data.steps", str(STEPS), "--data.workers", "1", "--collapse.images", "10")
+RUN = (*TINY, "--data.steps", str(STEPS), "--data.workers", "1")
 
 
 class Programs:

@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_runs import TINY, figures
 from torch import nn
 
-from anchorops.train.callbacks import NeuralCollapse, Saving
+from anchorops.train.callbacks import Saving
 from anchorops.train.cli import main, train, with_presets
 from anchorops.train.data.module import SegmentationData
 from anchorops.train.evaluation import predict
@@ -109,8 +109,6 @@ def test_options_of_the_trainer(name: str, value: Any):
 def test_other_options_that_are_refused():
     with pytest.raises(ValueError, match=r"^--saving.every: expected an int of at least 1, got 0"):
         Saving(every=0)
-    with pytest.raises(ValueError, match=r"^--collapse.images: expected an int of at least 0, got"):
-        NeuralCollapse(images=-1)
     with pytest.raises(ValueError, match=r"^--model.loss: expected ce, .* --model.ohem_min_kept"):
         SegmentationModule(loss="dice", ohem_min_kept=9)
     with pytest.raises(ValueError, match=r"^--model.focal_gamma: expected .* focal, got ce with 5"):
@@ -263,7 +261,7 @@ def test_run_in_bfloat16(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Also with a validation after each half of the run."""
     run = str(tmp_path / "run")
     options = ["--trainer.precision", "bf16-true", "--trainer.val_check_interval", "0.5"]
-    options += ["--data.steps", "2", "--data.val_images", "2", "--collapse.images", "2"]
+    options += ["--data.steps", "2", "--data.val_images", "2"]
     train(*TINY, *options, "--model.eval_scales", "[1.0, 0.5]", "--run", run)
     assert "could not be made" not in capsys.readouterr().err
     lines = figures(Path(run))

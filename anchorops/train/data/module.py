@@ -216,8 +216,6 @@ class SegmentationData(LightningDataModule):
     def _check_fingerprint(self, stage: str) -> None:
         before, now = self.of_run, self.fingerprint
         if not before:
-            if before is not None and stage == "fit":
-                self._say("the run is older than the check of its data, which may have changed")
             return
         if stage != "fit":  # other images may be validated
             before = {**now, "classes": before["classes"]}

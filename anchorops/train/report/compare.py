@@ -27,7 +27,6 @@ def load_results(run: Path) -> dict[str, Any]:
     step, steps = max(lines, default=0), options["data.steps"]
     validated = [step for step, line in lines.items() if "val/miou" in line]
     ended = "cost/parameters" in lines.get(step, {})  # perhaps by EarlyStopping
-    ended &= step != options["trainer.max_steps"]  # after which earlier versions wrote it, too
     if not (ended or steps in validated):
         raise NotEnded(f"{run} has not ended: {step} of {steps} steps are in its {METRICS}")
     if not validated:
