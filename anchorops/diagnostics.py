@@ -1,6 +1,6 @@
 """Neural-collapse and separability measures, as functions of vectors and as torchmetrics Metrics.
 
-Sources: CBP (doi 10.1016/j.patcog.2024.110431, Eq. 8), CeCo (CVPR 2023, Figs. 2, 5-7, Table 12).
+Sources: CBP (doi 10.1016/j.patcog.2024.110431, Eq. 8), CeCo (CVPR 2023, Figs. 2, 5, 6, Table 12).
 """
 
 from typing import Any
@@ -274,57 +274,3 @@ class LabelImbalance(Metric):
             "pixel_imbalance": imbalance_factor(self.pixels),
             "center_imbalance": imbalance_factor(self.images),
         }
-
-
-class FrequencyCorrelation(Metric):
-    """Pearson's correlation of the classes' accuracy and their pixel frequency (CeCo, Fig. 7).
-
-    update(predictions, labels): classes (B, …) or logits (B, K, …) at full resolution. compute()
-    returns a float64 scalar over the classes that occur in the labels. It is near 0 if accuracy
-    does not depend on frequency.
-    """
-
-    correct: Tensor
-    pixels: Tensor
-
-    def __init__(
-        self, num_classes: int, *, ignore_index: int | None = None, **metric_arguments: Any
-    ) -> None:
-        super().__init__(**metric_arguments)
-        self.num_classes = num_classes = check_num_classes("FrequencyCorrelation", num_classes)
-        self.ignore_index = check_ignore_index("FrequencyCorrelation", ignore_index, num_classes)
-        for name in ("correct", "pixels"):
-            self.add_state(name, torch.zeros(num_classes, dtype=torch.int64), "sum")
-
-    @torch.no_grad()
-    def update(self, predictions: Tensor, labels: Tensor) -> None:
-        """Count the correct pixels of a batch.
-
-        Args:
-            predictions: classes (B, …), or logits (B, K, …) at full resolution.
-            labels: integer (B, …).
-
-        Raises:
-            ValueError: wrong shape or dtype.
-        """
-        check_integers("FrequencyCorrelation", "labels", labels)
-        if predictions.is_floating_point():
-            if predictions.dim() != labels.dim() + 1 or predictions.shape[1] != self.num_classes:
-                expected = f"classes, or logits of {self.num_classes} classes"
-                fail("FrequencyCorrelation", "predictions", expected, describe(predictions))
-            predictions = predictions.argmax(1)
-        if predictions.shape != labels.shape:
-            expected = f"{tuple(labels.shape)}, as labels, or logits"
-            fail("FrequencyCorrelation", "predictions", expected, tuple(predictions.shape))
-        labels = labels.long()  # torch has no comparisons for uint16 to uint64
-        valid = (labels >= 0) & (labels < self.num_classes) & (labels != self.ignore_index)
-        labels, predictions = labels[valid], predictions[valid]
-        correct_labels = labels[predictions == labels]
-        self.pixels = self.pixels + labels.bincount(minlength=self.num_classes)
-        self.correct = self.correct + correct_labels.bincount(minlength=self.num_classes)
-
-    def compute(self) -> Tensor:
-        """The correlation, a float64 scalar; NaN if all classes are equally frequent."""
-        present = self.pixels > 0
-        correct, pixels = self.correct[present], self.pixels[present]
-        return pearson(correct.double() / pixels, pixels)

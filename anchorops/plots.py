@@ -25,7 +25,6 @@ try:
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import NullFormatter
     from matplotlib.transforms import Bbox
 except ModuleNotFoundError as error:
     raise missing_extra("plots", error) from error
@@ -76,28 +75,6 @@ def cosine_map(
         axes.set_xticks(range(len(shown)), shown, rotation=90)
         axes.set_yticks(range(len(shown)), shown)
     axes.set_title(title)
-    return figure
-
-
-def iou_against_frequency(
-    iou: Tensor, pixels: Tensor, names: Sequence[str] | None = None
-) -> Figure:
-    """Each class's IoU over its share of the training pixels; iou and pixels: [K]. If names would
-    overlap, only that of the rarer class is written."""
-    _check_names("iou_against_frequency", names, len(iou))
-    share = pixels.detach().double().cpu() / pixels.sum().clamp(min=1).cpu()
-    values = iou.detach().double().cpu()
-    shown = (share > 0) & values.isfinite()
-    figure = Figure(figsize=(5.5, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.scatter(share[shown].numpy(), values[shown].numpy(), s=20, color=BLUE)
-    axes.set(xscale="log", xlabel="share of training pixels", ylabel="IoU")
-    axes.margins(x=0.15, y=0.1)  # space for the names at the edges
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.grid(alpha=0.3)
-    if names is not None:
-        order: list[int] = [k for k in share.argsort().tolist() if shown[k]]
-        _annotate(axes, [((float(share[k]), float(values[k])), names[k]) for k in order])
     return figure
 
 

@@ -174,10 +174,6 @@ METRICS: dict[str, tuple[Callable[[], Any], tuple[Tensor, ...]]] = {
         (FEATURES, LABELS[:, :9, :9].expand(2, -1, -1)),
     ),
     "LabelImbalance": (lambda: diagnostics.LabelImbalance(K), (LABELS**2 % K,)),
-    "FrequencyCorrelation": (
-        lambda: diagnostics.FrequencyCorrelation(K),
-        (PREDICTIONS, LABELS**2 % K),
-    ),
 }
 
 

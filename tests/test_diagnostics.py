@@ -145,38 +145,6 @@ def test_label_imbalance() -> None:
             metric.update(labels)
 
 
-@pytest.mark.parametrize("as_logits", [False, True])
-def test_frequency_correlation(as_logits: bool) -> None:
-    metric = diagnostics.FrequencyCorrelation(K)
-    truth, predicted = [], []
-    generator = torch.Generator().manual_seed(1)
-    for _, labels in batches():
-        predictions = torch.randint(0, K, labels.shape, generator=generator)
-        logits = F.one_hot(predictions, K).movedim(-1, 1).float()
-        metric.update(logits if as_logits else predictions, labels)
-        truth.append(labels.flatten().numpy())
-        predicted.append(predictions.flatten().numpy())
-    y, p = np.concatenate(truth), np.concatenate(predicted)
-    accuracy = [(p[y == k] == k).mean() for k in range(K - 1)]
-    pixels = [(y == k).sum() for k in range(K - 1)]
-    assert float(metric.compute()) == pytest.approx(np.corrcoef(accuracy, pixels)[0, 1])
-    narrow = diagnostics.FrequencyCorrelation(K)
-    for metric_labels in (torch.uint16, torch.uint8):
-        narrow.update(torch.zeros(2, 3).int(), torch.zeros(2, 3).to(metric_labels))
-    assert narrow.correct.tolist() == [12] + [0] * (K - 1)
-    classes, logits = torch.zeros(2, 3).long(), torch.zeros(2, K + 1, 3)
-    for predictions, labels in (
-        (classes, torch.zeros(2, 4).long()),
-        (classes[:, None], classes),  # with a channel
-        (classes.float(), classes),
-        (logits, classes),
-    ):
-        with pytest.raises(ValueError, match="FrequencyCorrelation: predictions"):
-            metric.update(predictions, labels)
-    with pytest.raises(ValueError, match="FrequencyCorrelation: labels: expected an integer"):
-        metric.update(classes, classes.float())
-
-
 def draws(figure: Any) -> np.ndarray:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -198,10 +166,6 @@ def test_figures_draw_their_data() -> None:
     np.testing.assert_allclose(drawn[1, 0], cosine_pairs(centroids[:2].numpy())[0], rtol=1e-5)
     assert draws(figure).std() > 0
 
-    figure = plots.iou_against_frequency(torch.rand(K), torch.arange(K), names)
-    assert offsets(figure.axes[0].collections[0]) == K - 1  # one class never occurs
-    assert draws(figure).std() > 0
-
     figure = plots.features_with_anchors(features, labels, centroids, names=names, max_points=20)
     points, stars = figure.axes[0].collections
     assert 10 <= offsets(points) <= 20
@@ -220,11 +184,9 @@ def test_figures_draw_their_data() -> None:
 def test_names_are_no_markup_and_do_not_overlap() -> None:
     markup = ["$", "a$b$", r"$\frac$", r"\$", "_under", "<b>&amp;"]
     names = [*markup, *(f"a class whose name is very long, number {k}" for k in range(K))]
-    count = len(names)
-    shares, vectors = torch.full((count,), 1.0), torch.randn(count, D)
+    vectors = torch.randn(len(names), D)
     for figure in (
         plots.cosine_map(vectors, names),
-        plots.iou_against_frequency(torch.linspace(0.5, 0.51, count), shares, names),
         plots.features_with_anchors(torch.randn(50, D), torch.arange(50), vectors, names=names),
     ):
         draws(figure)

@@ -152,7 +152,6 @@ def test_metrics() -> None:
     for make, batch in (
         (lambda: diagnostics.CentroidGeometry(5, 12), (features, labels)),
         (lambda: diagnostics.LabelImbalance(5), (labels**2 % 5,)),
-        (lambda: diagnostics.FrequencyCorrelation(5), (labels.flip(0), labels**2 % 5)),
         (lambda: ao.MeanIoU(5), (features[:, :5], labels)),
     ):
         ours, right = make(), make()

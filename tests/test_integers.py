@@ -81,9 +81,6 @@ CALLS: dict[str, Callable[[Number], Any]] = {
         diagnostics.CentroidGeometry(i(K), i(D), ignore_index=i(1)), FEATURES, LABELS
     ),
     "LabelImbalance": lambda i: metric(diagnostics.LabelImbalance(i(K), ignore_index=i(1)), LABELS),
-    "FrequencyCorrelation": lambda i: metric(
-        diagnostics.FrequencyCorrelation(i(K), ignore_index=i(1)), LABELS.flip(0), LABELS
-    ),
     "random_anchors": lambda i: ao.anchors.random_anchors(i(K), i(D)),
     "orthogonal_anchors": lambda i: ao.anchors.orthogonal_anchors(i(K), i(D)),
     "simplex_etf": lambda i: ao.anchors.simplex_etf(i(K), i(D)),

@@ -193,7 +193,6 @@ ANY_IGNORE_INDEX: dict[str, Callable[..., Any]] = {
     "MVSC": lambda k, **i: ao.MVSC(k, 3, **i),
     "CentroidGeometry": lambda k, **i: diagnostics.CentroidGeometry(k, 3, **i),
     "LabelImbalance": lambda k, **i: diagnostics.LabelImbalance(k, **i),
-    "FrequencyCorrelation": lambda k, **i: diagnostics.FrequencyCorrelation(k, **i),
     "features_with_anchors": lambda k, **i: plots.features_with_anchors(
         FEATURES, LABELS, torch.zeros(k, 3), **i
     ),
