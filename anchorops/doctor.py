@@ -1,4 +1,4 @@
-"""anchorops-doctor shows which backends are usable here, why others are not, and what they need.
+"""anchorops-doctor shows which backends are usable here, and why others are not.
 
 `anchorops-doctor --verify` also checks values and gradients of the operators on each usable
 backend, within two minutes on a CPU. `anchorops-doctor --benchmark` also times losses on each
@@ -6,7 +6,6 @@ backend, beside torch's own formulas; it takes a minute on a CPU.
 """
 
 import argparse
-import importlib.util
 import os
 import platform
 import shlex
@@ -22,10 +21,8 @@ from . import __version__
 from ._backend import (
     CPU_LIBRARY,
     NAMES,
-    OLDEST_GPU,
     backends,
     build_info,
-    triton_obstacle,
     unusable,
 )
 from ._doctor_benchmark import benchmark
@@ -55,29 +52,6 @@ def _gpus() -> str:
 def _nvcc() -> str:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     return f"{home}/bin/nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-
-
-def _remedy(backend: str) -> str:
-    """What an unusable backend needs on this machine."""
-    if backend == "cpu":
-        return "a C++20 compiler (Debian, Ubuntu: apt install g++); then reinstall"
-    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    new = any(torch.cuda.get_device_properties(i).major >= OLDEST_GPU for i in gpus)
-    needs = [] if new else [f"a GPU of compute capability {OLDEST_GPU}.0 or later"]
-    if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
-            needs.append("triton, which the GPU builds of torch for Linux include")
-        elif triton_obstacle():
-            packages = "Debian, Ubuntu: apt install gcc python3-dev"
-            needs.append(f"a C compiler and the headers of Python ({packages})")
-        return ", ".join(needs)
-    if torch.version.cuda is None:
-        needs.append("a CUDA build of torch")
-    if not build_info().get("cuda"):
-        if shutil.which(_nvcc()) is None:
-            needs.append("nvcc of the CUDA major version of torch")
-        needs.append("a reinstallation with ANCHOROPS_CUDA=1")
-    return ", ".join(needs) or "a reinstallation on this machine"
 
 
 def _extension() -> list[str]:
@@ -125,8 +99,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reasons, shown = unusable(), backends()
     for name, reason in reasons.items():
         print(f"{name:<11}{f'no: {reason}' if reason else shown[name] or 'yes'}")
-        if reason:
-            print(f"{'':<11}needs {_remedy(name)}")
     right = True
     if options.verify:
         right = report(options.backend, options.all, options.json)

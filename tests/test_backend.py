@@ -216,7 +216,6 @@ def test_triton_that_could_launch_nothing(monkeypatch, tmp_path):
     gcc.touch(0o755)
     reason = f"triton needs the headers of Python, and found no {header}: install them"
     assert _backend._find_triton() == reason
-    assert "a C compiler and the headers of Python" in doctor._remedy("triton")
     gpus = Gpus(monkeypatch, "", "9.0")
     monkeypatch.setitem(_backend._MISSING, "triton", reason)
     expected = f"{reason}; until then, pixel losses on a GPU take the reference"
@@ -413,7 +412,6 @@ def test_gpus_before_8_0_are_for_the_reference(monkeypatch, targets):
     assert gpus.select(0) == "reference"
     assert ao.backends() == {"cuda": reason, "triton": reason, "cpu": None, "reference": None}
     for name in ("cuda", "triton"):
-        assert "a GPU of compute capability 8.0 or later" in doctor._remedy(name)
         with pytest.raises(
             RuntimeError, match=f"^use_backend: {name} is not usable here: {reason}$"
         ):

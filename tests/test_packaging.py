@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 
 import anchorops
 from anchorops import doctor
@@ -111,31 +110,12 @@ def test_doctor(capsys):
     assert re.search(r"^reference +yes$", table, re.M)
 
 
-def test_doctor_names_what_backends_lack(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(doctor, "build_info", lambda: {"cuda": "", "cuda_choice": "0"})
-    again = "a reinstallation with ANCHOROPS_CUDA=1"
-    nvcc = "nvcc of the CUDA major version of torch"
-    gpu = "a GPU of compute capability 8.0 or later"
-    assert doctor._remedy("cuda") == f"{gpu}, {nvcc}, {again}"
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/nvcc").write_text("")
-    (tmp_path / "bin/nvcc").chmod(0o755)
-    assert doctor._remedy("cuda") == f"{gpu}, {again}"
-    monkeypatch.setattr(doctor, "build_info", lambda: {"cuda": "13.0"})
-    assert doctor._remedy("cuda") == doctor._remedy("triton") == gpu
-
-
 def test_doctor_without_the_extension():
     code = WITHOUT_LIBRARIES + "from anchorops import doctor; sys.exit(doctor.main())"
     answer = run(sys.executable, "-c", code, CUDA_VISIBLE_DEVICES="")
     assert answer.returncode == 1, answer.stderr
     assert re.search(r"^extension +not loaded", answer.stdout, re.M)
-    pattern = r"^cpu +no: .*_cpu.so does not load: .*\n +needs a C\+\+20 compiler"
-    assert re.search(pattern, answer.stdout, re.M)
+    assert re.search(r"^cpu +no: .*_cpu.so does not load: ", answer.stdout, re.M)
 
 
 def copy_sources(destination: Path) -> Path:
