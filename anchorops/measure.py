@@ -75,35 +75,6 @@ def example_labels(size: tuple[int, ...], num_classes: int, kind: str) -> Tensor
     return torch.where(labels == num_classes, -1, labels)
 
 
-def moments_bytes(
-    features: Tensor, num_keys: int, direction: str, *, sums: bool = True, sqdists: bool = False
-) -> int:
-    """Bytes that class moments must move if each input is read and each output written once.
-
-    forward:  features, a 4-byte key per pixel, anchors if sqdists are requested; the statistics.
-    backward: keys, the statistics' gradients, anchors and features for sqdists; dfeatures.
-    The bytes of class keys are not included (see `keys_bytes`): they are 1/D of this.
-
-    Args:
-        features: (N, D), (B, D, N) or (B, D, H, W); only its shape and dtype are used.
-        num_keys: rows of the statistics: classes × images × groups.
-        direction: "forward", "backward" or "forward + backward".
-        sums, sqdists: which statistics are requested.
-    """
-    keys = 4 * features.numel() // features.shape[1]
-    statistics = 4 * num_keys * (sums * features.shape[1] + sqdists)
-    anchors = 4 * num_keys * features.shape[1] * sqdists
-    forward = features.nbytes + keys + anchors + statistics
-    backward = (1 + sqdists) * features.nbytes + keys + anchors + statistics
-    counted = {"forward": forward, "backward": backward, "forward + backward": forward + backward}
-    return counted[direction]
-
-
-def keys_bytes(pixels: int, num_keys: int, itemsize: int = 8) -> int:
-    """Bytes of class keys: a label read and a 4-byte key written per pixel; the counts."""
-    return pixels * (itemsize + 4) + 8 * num_keys
-
-
 def _sample(runs: Sequence[Run], device: torch.device, rounds: int) -> list[list[float]]:
     """Seconds of each run in each round."""
     if device.type == "cuda":
@@ -196,7 +167,6 @@ def measure(
     counted_bytes: int,
     device: torch.device,
     *,
-    beside: Tensor | None = None,
     seconds: float = 0.5,
     rounds: int = 3,
 ) -> tuple[Measurement, list[float]]:
@@ -208,23 +178,15 @@ def measure(
         run: the call; its result is not kept.
         counted_bytes: bytes that it must move if each input is read and each output written once.
         device: where it runs.
-        beside: a tensor whose copy and sum take turns with the run. The shares of their bandwidths
-            are medians over the rounds.
         seconds: for about how long the run is repeated.
         rounds: but at least so often, and twice.
 
     Returns:
         The measurement, and the seconds of every round.
     """
-    runs = [run]
-    if beside is not None:
-        tensor = beside.detach()
-        target = torch.empty_like(tensor)
-        runs += [lambda: target.copy_(tensor), lambda: tensor.sum()]
     rounds = max(rounds, 2)  # for quantiles
-    (times, *others), cores = in_turns(runs, device, seconds=seconds, rounds=rounds)
-    moved = 0 if beside is None else beside.nbytes
-    return summary(times, counted_bytes, moved, others)._replace(others=cores), times
+    (times,), cores = in_turns([run], device, seconds=seconds, rounds=rounds)
+    return summary(times, counted_bytes, 0, [])._replace(others=cores), times
 
 
 def summary(

@@ -24,7 +24,6 @@ from anchorops._ops.class_keys import class_keys as operator_of_keys
 from anchorops._shared.pixels import feature_rows
 from anchorops.catalogue import Inputs, usual
 from anchorops.catalogue.formulas import upsampled
-from anchorops.measure import keys_bytes, moments_bytes
 
 Formula = Callable[..., Any]
 BOUND, GAMMA, SMOOTHING, TEMPERATURE = 0.7, 2.0, 0.1, 0.07
@@ -536,6 +535,35 @@ OPERATIONS = {
 }
 
 
+def _moments_bytes(
+    features: Tensor, num_keys: int, direction: str, *, sums: bool = True, sqdists: bool = False
+) -> int:
+    """Bytes that class moments must move if each input is read and each output written once.
+
+    forward:  features, a 4-byte key per pixel, anchors if sqdists are requested; the statistics.
+    backward: keys, the statistics' gradients, anchors and features for sqdists; dfeatures.
+    The bytes of class keys are not included (see `_keys_bytes`): they are 1/D of this.
+
+    Args:
+        features: (N, D), (B, D, N) or (B, D, H, W); only its shape and dtype are used.
+        num_keys: rows of the statistics: classes × images × groups.
+        direction: "forward", "backward" or "forward + backward".
+        sums, sqdists: which statistics are requested.
+    """
+    keys = 4 * features.numel() // features.shape[1]
+    statistics = 4 * num_keys * (sums * features.shape[1] + sqdists)
+    anchors = 4 * num_keys * features.shape[1] * sqdists
+    forward = features.nbytes + keys + anchors + statistics
+    backward = (1 + sqdists) * features.nbytes + keys + anchors + statistics
+    counted = {"forward": forward, "backward": backward, "forward + backward": forward + backward}
+    return counted[direction]
+
+
+def _keys_bytes(pixels: int, num_keys: int, itemsize: int = 8) -> int:
+    """Bytes of class keys: a label read and a 4-byte key written per pixel; the counts."""
+    return pixels * (itemsize + 4) + 8 * num_keys
+
+
 def counted_bytes(operation: str, direction: str, inputs: Inputs) -> int:
     """What must be moved if each input is read and each output written once.
 
@@ -546,7 +574,7 @@ def counted_bytes(operation: str, direction: str, inputs: Inputs) -> int:
     """
     first, labels = next(iter(inputs.values())), inputs.get("labels", torch.empty(0))
     if operation == "class keys":
-        return keys_bytes(first[:, 0].numel(), len(inputs["anchors"]))
+        return _keys_bytes(first[:, 0].numel(), len(inputs["anchors"]))
     if operation == "centroid InfoNCE":
         return 2 * first.nbytes * (1 if direction == FORWARD else 3)
     if "features" in inputs and operation != "cross-entropy of cosines":
@@ -559,7 +587,7 @@ def counted_bytes(operation: str, direction: str, inputs: Inputs) -> int:
         )
         direction = FORWARD if operation.startswith("CBP") else direction
         sums = operation not in ("pixel-to-anchor MSE", "SAR")
-        return moments_bytes(first, num_keys, direction, sums=sums, sqdists=sqdists)
+        return _moments_bytes(first, num_keys, direction, sums=sums, sqdists=sqdists)
     maps = 2 if operation == "divergence from a teacher" else 1
     forward = maps * (first.nbytes + 4 * labels.numel()) + labels.nbytes
     return forward if direction == FORWARD else 2 * forward + first.nbytes

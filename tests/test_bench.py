@@ -25,7 +25,7 @@ from record import compared, head_of, load, save
 import anchorops as ao
 from anchorops import _doctor_benchmark, catalogue, doctor
 from anchorops.catalogue import batches
-from anchorops.measure import example_labels, keys_bytes, measure, moments_bytes, peak_extra_bytes
+from anchorops.measure import example_labels, measure, peak_extra_bytes, summary
 
 ROOT = Path(__file__).parents[1]
 CPU, TRAINING = torch.device("cpu"), "forward + backward"
@@ -33,6 +33,7 @@ CPU, TRAINING = torch.device("cpu"), "forward + backward"
 
 def test_counted_bytes():
     features = torch.empty(2, 3, 4, 5, dtype=torch.bfloat16)  # 240 bytes, 40 pixels
+    moments_bytes = operations._moments_bytes
     keys, sums, sqdists, anchors = 160, 7 * 3 * 4, 7 * 4, 7 * 3 * 4
     assert moments_bytes(features, 7, "forward") == 240 + keys + sums
     assert moments_bytes(features, 7, "backward") == 240 + keys + sums
@@ -42,7 +43,7 @@ def test_counted_bytes():
     backward = moments_bytes(features, 7, "backward", **both)
     assert backward == 2 * 240 + keys + anchors + sums + sqdists
     assert moments_bytes(features, 7, "forward + backward", **both) == forward + backward
-    assert keys_bytes(40, 7) == 40 * (8 + 4) + 7 * 8
+    assert operations._keys_bytes(40, 7) == 40 * (8 + 4) + 7 * 8
 
 
 @pytest.mark.parametrize("size", [(500,), (3, 200), (2, 60, 90)], ids=str)
@@ -60,16 +61,18 @@ def test_example_labels(size):
 def test_measure():
     features = torch.randn(2, 8, 32, 32)
     calls = []
-    measured, times = measure(
-        lambda: calls.append(features.sum()), 1000, CPU, beside=features, seconds=0
-    )
+    measured, times = measure(lambda: calls.append(features.sum()), 1000, CPU, seconds=0)
     assert len(calls) == len(times) == measured.rounds == 3
     assert min(times) <= measured.q20 <= measured.median <= measured.q80 <= max(times)
     assert measured.gbps == pytest.approx(1000 / measured.median / 1e9)
-    assert (measured.copy_share or 0) > 0
-    assert (measured.read_share or 0) > 0
     assert measured.others is None  # too short to measure it
     assert len(measure(lambda: None, 1, CPU, seconds=0, rounds=1)[1]) == 2  # quantiles need two
+
+
+def test_shares_of_bandwidths():
+    """Medians over the rounds of 8 bytes, beside a copy and a sum of 2."""
+    measured = summary([1.0, 2.0], 8, 2, [[1.0, 1.0], [2.0, 4.0]])
+    assert (measured.copy_share, measured.read_share) == (1.5, 8)
 
 
 @pytest.fixture
