@@ -10,7 +10,7 @@ does not affect the float32 result.
 """
 
 from .class_keys import class_keys
-from .class_moments import class_centroids, class_moments, pixel_to_anchor_mse
+from .class_moments import class_moments, pixel_to_anchor_mse
 from .confusion import confusion
 from .mask_rle import mask_codes, mask_rle
 from .pixel_argmax import pixel_argmax
@@ -21,7 +21,6 @@ from .split_groups import group_counts, split_groups
 from .upsampled_sums import upsampled_sums
 
 __all__ = [
-    "class_centroids",
     "class_keys",
     "class_moments",
     "confusion",

@@ -1,4 +1,4 @@
-"""Class moments, and the two functions that are computed from them directly."""
+"""Class moments, and the mean squared distance to the anchors."""
 
 import torch
 from torch import Tensor
@@ -39,21 +39,6 @@ def class_moments(
     residuals = torch.where(keys[:, None] >= 0, rows - nearest, 0)
     sqdists = sum_by_key(keys, residuals.square().sum(1), num_keys).to(dtype)
     return ClassMoments(counts, sums, sqdists.view(counts.shape))
-
-
-def class_centroids(
-    features: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    *,
-    per_image: bool = False,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    """c_k = s_k / n_k (zero for an absent class), and n_k."""
-    counts, sums, _ = class_moments(
-        features, labels, num_classes, per_image=per_image, ignore_index=ignore_index
-    )
-    return sums / counts.clamp(min=1)[..., None], counts
 
 
 def pixel_to_anchor_mse(
