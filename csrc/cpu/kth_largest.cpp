@@ -12,7 +12,6 @@
 #include <limits>
 #include <mutex>
 #include <utility>
-#include <vector>
 
 #include "operators.h"
 

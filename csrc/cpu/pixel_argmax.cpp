@@ -1,8 +1,6 @@
 // The operator anchorops::pixel_argmax.cpu.
 #include <torch/csrc/stable/library.h>
 
-#include <vector>
-
 #include "softmax_tiles.h"
 
 namespace anchorops::cpu::softmax {

@@ -385,11 +385,8 @@ void divergence_backward(const Divergence<Stat>& divergence, const Tile& tile,
         const Vec to_log2 = Vec{} + Stat(1.4426950408889634);
         lse[j] = is_valid ? to_log2 * V::load(gradients.lse + at, count) : Vec{};
         teacher_lse[j] = is_valid ? to_log2 * V::load(gradients.teacher_lse + at, count) : Vec{};
-        Vec dpixels = Vec{} + gradients.dtotal;
-        const Map<Stat>& map = gradients.ddivergences;
-        const int64_t first = tile.image * map.stride_b + (y + j) * map.stride_h;
-        for (int64_t i = 0; map.data && i < count; ++i)
-          dpixels[i] += map.data[first + (x + i) * map.stride_w];
+        const Vec dpixels =
+            gradients.dtotal + load_map(gradients.ddivergences, tile.image, y + j, x, count);
         gradient[j] = is_valid ? divergence.temperature * dpixels : Vec{};
         steep |= ~((lse[j] >= -40) & (teacher_lse[j] >= -40));
       }

@@ -117,7 +117,7 @@ struct Simd {
     if constexpr (COUNT > 1) {
       Vec even[COUNT / 2], odd[COUNT / 2];
 #pragma GCC unroll 8
-      for (int i = 0; i < COUNT; ++i) (i % 2 ? odd : even)[i / 2] = v[i];
+      for (int i = 0; i < COUNT / 2; ++i) even[i] = v[2 * i], odd[i] = v[2 * i + 1];
       interleave<COUNT / 2>(even);
       interleave<COUNT / 2>(odd);
 #pragma GCC unroll 8

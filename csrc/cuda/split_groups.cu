@@ -125,7 +125,9 @@ std::tuple<Tensor, Tensor> split_groups(Tensor keys, Tensor counts, Tensor seed,
   const char* name = "split_groups.cuda";
   const int64_t pixels = keys.numel(), num_keys = counts.numel();
   check_keys(name, keys, pixels);
-  check_table(name, "counts", counts, to_vector(counts.sizes()));
+  STD_TORCH_CHECK(counts.is_contiguous(), name,
+                  ": counts: expected a contiguous tensor, got strides ",
+                  text_of(counts.strides()));
   STD_TORCH_CHECK(seed.numel() == 1, name, ": seed: expected one number, got ", seed.numel());
   STD_TORCH_CHECK(groups > 0, name, ": groups: expected at least 1, got ", groups);
   STD_TORCH_CHECK(pixels < int64_t{1} << 31, name, ": keys: more than 2^31 pixels");

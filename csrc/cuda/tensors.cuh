@@ -45,14 +45,6 @@ inline void check_shape(const char* operation, const char* argument,
                   ": expected shape ", text_of(shape), ", got ", text_of(tensor->sizes()));
 }
 
-// Also raises unless it is contiguous: for a tensor that kernels read without strides.
-inline void check_table(const char* operation, const char* argument,
-                        const std::optional<Tensor>& tensor, Numbers shape) {
-  check_shape(operation, argument, tensor, shape);
-  STD_TORCH_CHECK(!tensor || tensor->is_contiguous(), operation, ": ", argument,
-                  ": expected a contiguous tensor, got strides ", text_of(tensor->strides()));
-}
-
 // Features as lines × channels × pixels: element (line, d, p) lies at (line / lines_per_image) ·
 // stride_b + (line % lines_per_image) · stride_h + d · stride_d + p · stride_p. A line is an image,
 // or a row of an image if its rows are not adjacent (in a cropped view).
