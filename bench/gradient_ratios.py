@@ -71,6 +71,7 @@ def gradient_ratios(learner: Learner, images: Tensor, labels: Tensor) -> list[fl
     loss = learner.pixel_loss(learner.model(images), labels)
     features = attachment.features
     assert features is not None
+    attachment.forget()  # or the cycles of the copy keep the graph until Python collects them
     return [
         ao.diagnostics.gradient_ratio(
             features, method(features, labels, attachment.classifier), loss
