@@ -116,8 +116,7 @@ def category_basis(
     if orthogonalize:
         q, r = torch.linalg.qr(weight.T)
         weight = (q * r.diagonal()).T  # Gram-Schmidt: residuals of the rows, not yet normalised
-        norms = r.diagonal().abs()
-        if not (norms > 1e-6 * norms.max()).all():
+        if not (r.diagonal().abs() > 1e-6 * r.norm(dim=0)).all():  # of the rows' own lengths
             fail(function, "init", "linearly independent rows", "dependent ones")
     if length is not None:
         weight = length * torch.nn.functional.normalize(weight, dim=1)

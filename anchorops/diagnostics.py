@@ -12,6 +12,7 @@ from torch import Tensor
 from ._checks import (
     check_choice,
     check_count,
+    check_features,
     check_ignore_index,
     check_integers,
     check_num_classes,
@@ -27,10 +28,10 @@ except ModuleNotFoundError as error:
     raise missing_extra("diagnostics", error) from error
 
 
-def _rows(function: str, vectors: Tensor) -> Tensor:
+def _rows(function: str, argument: str, vectors: Tensor) -> Tensor:
     """[K, D] in float64, from a weight [K, D] or [K, D, 1, 1]."""
     if not isinstance(vectors, Tensor) or vectors.dim() not in (2, 4):
-        fail(function, "vectors", "a tensor [K, D] or [K, D, 1, 1]", describe(vectors))
+        fail(function, argument, "a tensor [K, D] or [K, D, 1, 1]", describe(vectors))
     return vectors.detach().flatten(1).double()
 
 
@@ -50,7 +51,7 @@ def _pairwise_cosines(rows: Tensor) -> Tensor:
 
 def class_separability(weight: Tensor) -> Tensor:
     """½ Σ_i Σ_{j≠i} cos(w_i, w_j) of a classifier's rows (CBP, Eq. 8): 0 where orthogonal."""
-    return _pairwise_cosines(_rows("class_separability", weight)).sum()
+    return _pairwise_cosines(_rows("class_separability", "weight", weight)).sum()
 
 
 def equiangularity(vectors: Tensor, mean: Tensor | None = None) -> Tensor:
@@ -58,7 +59,7 @@ def equiangularity(vectors: Tensor, mean: Tensor | None = None) -> Tensor:
 
     vectors: classifier rows or centroids, [K, D]; mean: m [D], by default the vectors' own mean.
     """
-    rows = _rows("equiangularity", vectors)
+    rows = _rows("equiangularity", "vectors", vectors)
     return _pairwise_cosines(rows - (rows.mean(0) if mean is None else mean)).std(correction=0)
 
 
@@ -68,7 +69,7 @@ def maximal_angle(vectors: Tensor, mean: Tensor | None = None) -> Tensor:
 
     Arguments as `equiangularity`.
     """
-    rows = _rows("maximal_angle", vectors)
+    rows = _rows("maximal_angle", "vectors", vectors)
     cosines = _pairwise_cosines(rows - (rows.mean(0) if mean is None else mean))
     return (cosines + 1 / max(len(rows) - 1, 1)).abs().mean()  # NaN of one vector
 
@@ -80,18 +81,26 @@ def imbalance_factor(counts: Tensor) -> Tensor:
     return present.max() / present.min() if len(present) else present.new_tensor(torch.nan)
 
 
+def _centred(values: Tensor) -> Tensor:
+    """Minus the mean; 0 where all are equal."""
+    mean = values.mean()
+    centred = values - mean
+    return torch.where((centred.abs() <= 1e-6 * mean.abs()).all(), 0, centred)
+
+
 def pearson(x: Tensor, y: Tensor) -> Tensor:
-    """Pearson's correlation of two tensors [K]; NaN where either is constant."""
+    """Pearson's correlation of two tensors [K]; NaN where either is constant, up to the rounding of
+    float32."""
     x, y = _of_classes("pearson", "x", x), _of_classes("pearson", "y", y)
     if len(x) != len(y):
         fail("pearson", "y", f"a tensor [{len(x)}], as x", describe(y))
-    x, y = x - x.mean(), y - y.mean()
+    x, y = _centred(x), _centred(y)
     return (x * y).sum() / (x.square().sum() * y.square().sum()).sqrt()
 
 
 def norm_correlation(weight: Tensor, counts: Tensor) -> Tensor:
     """Pearson's correlation of ‖w_k‖ and the classes' pixel counts ("prior ambiguity" in CBP)."""
-    norms = _rows("norm_correlation", weight).norm(dim=1)
+    norms = _rows("norm_correlation", "weight", weight).norm(dim=1)
     return pearson(norms, _of_classes("norm_correlation", "counts", counts))
 
 
@@ -137,6 +146,12 @@ def gradient_ratio(features: Tensor, loss: Tensor, other: Tensor) -> Tensor:
     return norms[0] / norms[1]
 
 
+def _add_arguments(metric: Metric, *arguments: int) -> None:
+    """MetricCollection gives metrics of equal states one state for all later batches: those of
+    other arguments must differ."""
+    metric.add_state("arguments", torch.tensor(arguments), "max")
+
+
 class CentroidGeometry(Metric):
     """Measures how closely the features have collapsed to well-separated class centroids.
 
@@ -148,7 +163,7 @@ class CentroidGeometry(Metric):
         compactness      Σ ‖f − c‖² / Σ n
         min_distance, mean_distance    over pairs of centroids
 
-    over the classes that occurred; NaN with fewer than two of them.
+    over the classes that occurred. With fewer than two of them, all but compactness are NaN.
 
     Args:
         num_classes, dim: K and D.
@@ -188,10 +203,15 @@ class CentroidGeometry(Metric):
         self.add_state("counts", torch.zeros(num_classes, dtype=torch.int64), "sum")
         self.add_state("sums", zeros.double(), "sum")
         self.add_state("sqdists", torch.zeros(num_classes, dtype=torch.float64), "sum")
+        _add_arguments(self, self.ignore_index)
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add the statistics of a batch; shapes and dtypes as in `class_moments`."""
+        check_features("CentroidGeometry", features)
+        if features.shape[1] != self.anchors.shape[1]:
+            expected = f"{self.anchors.shape[1]} channels, as dim"
+            fail("CentroidGeometry", "features", expected, describe(features))
         counts, sums, sqdists = class_moments(
             features,
             labels,
@@ -200,10 +220,10 @@ class CentroidGeometry(Metric):
             ignore_index=self.ignore_index,
         )
         assert sqdists is not None
-        # new tensors, because a state may be one of inference mode
+        # new tensors, because a state may be one of inference mode; model.to(dtype) converts them
         self.counts = self.counts + counts
-        self.sums = self.sums + sums
-        self.sqdists = self.sqdists + sqdists
+        self.sums = self.sums.double() + sums
+        self.sqdists = self.sqdists.double() + sqdists
 
     def centroids(self) -> tuple[Tensor, Tensor]:
         """The values of this rank so far: centroids [K, D], float64, zero if absent; counts [K]."""
@@ -248,6 +268,7 @@ class LabelImbalance(Metric):
         self.ignore_index = check_ignore_index("LabelImbalance", ignore_index, num_classes)
         for name in ("pixels", "images"):
             self.add_state(name, torch.zeros(num_classes, dtype=torch.int64), "sum")
+        _add_arguments(self, self.ignore_index)
 
     @torch.no_grad()
     def update(self, labels: Tensor) -> None:

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ._checks import check_choice
+
 Run = Callable[[], object]
 MOST_WAIT = 0.02  # seconds that a GPU is kept busy before a timed call
 
@@ -63,6 +65,7 @@ def example_labels(size: tuple[int, ...], num_classes: int, kind: str) -> Tensor
     Returns:
         int64 labels of that size on the CPU.
     """
+    check_choice("example_labels", "kind", kind, ("coherent", "random"))
     generator = torch.Generator().manual_seed(1)
     if kind == "random":
         labels = torch.randint(num_classes + 1, size, generator=generator)

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import (
+    check_anchors,
     check_count,
+    check_features,
     check_ignore_index,
-    check_integers,
+    check_labels,
     describe,
     fail,
     missing_extra,
@@ -133,7 +135,9 @@ def features_with_anchors(
 
     stars = _matrix("features_with_anchors", "anchors", anchors)
     _check_names("features_with_anchors", names, len(stars))
-    check_integers("features_with_anchors", "labels", labels)
+    check_features("features_with_anchors", features)
+    check_labels("features_with_anchors", labels, features)
+    check_anchors("features_with_anchors", stars.to(features.device), features)
     ignored = check_ignore_index("features_with_anchors", ignore_index, len(stars))
     keys = resize_labels(labels, features).flatten().cpu()
     valid = ((keys >= 0) & (keys < len(stars)) & (keys != ignored)).nonzero().flatten()

@@ -39,6 +39,12 @@ def test_category_basis_is_gram_schmidt() -> None:
     torch.testing.assert_close(equal, torch.stack([2 * r / r.norm() for r in rows]).float())
 
 
+def test_category_basis_of_rows_of_very_different_lengths() -> None:
+    lengths = torch.tensor([1.0, 2e6, 1e-3])
+    basis = ao.anchors.category_basis(3, 3, 1.0, init=torch.diag(lengths))
+    torch.testing.assert_close(basis.abs(), torch.eye(3))
+
+
 def test_category_basis_equalised_only() -> None:
     vectors = torch.randn(9, 7)
     basis = ao.anchors.category_basis(9, 7, length=2.0, init=vectors, orthogonalize=False)

@@ -14,6 +14,8 @@ from torch import Tensor
 import anchorops as ao
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
+from torchmetrics import MetricCollection
+
 from anchorops import diagnostics, plots
 
 K, D = 5, 7
@@ -57,6 +59,36 @@ def test_measures_of_vectors() -> None:
     close(diagnostics.norm_correlation(vectors, counts), expected)
 
 
+def test_no_correlation_with_equal_lengths() -> None:
+    """Up to rounding, as those of CBP's rows."""
+    rows = ao.anchors.category_basis(19, 64, 2.0)
+    assert diagnostics.norm_correlation(rows, torch.arange(19)).isnan()
+    assert diagnostics.pearson(torch.full((7,), 0.1), torch.rand(7)).isnan()
+
+
+def test_a_collection_of_metrics_of_other_arguments() -> None:
+    features, labels = batches()[0]
+    for make, *batch in (
+        (lambda **options: diagnostics.CentroidGeometry(K, D, **options), features, labels),
+        (lambda **options: diagnostics.LabelImbalance(K, **options), labels),
+    ):
+        metrics = MetricCollection({"all": make(), "ignoring": make(ignore_index=2)})
+        metrics.update(*batch[:-1], torch.where(labels == 2, 1, labels))  # equal states
+        metrics.update(*batch)
+        counts = [getattr(metrics[name], "counts", None) for name in ("all", "ignoring")]
+        pixels = [getattr(metrics[name], "pixels", None) for name in ("all", "ignoring")]
+        first, second = counts if counts[0] is not None else pixels
+        assert first[2] > 0 and second[2] == 0
+
+
+def test_geometry_in_a_module_of_bfloat16() -> None:
+    features, labels = batches()[0]
+    metric = diagnostics.CentroidGeometry(K, D)
+    torch.nn.ModuleList([metric]).to(torch.bfloat16)
+    metric.update(features, labels)
+    assert {x.dtype for x in metric.compute().values()} == {torch.float64}
+
+
 def test_arguments_of_functions() -> None:
     numbers, counts = np.arange(3), torch.arange(3)
     for call, message in (
@@ -65,6 +97,15 @@ def test_arguments_of_functions() -> None:
         (lambda: diagnostics.pearson(counts, counts[:2]), r"y: expected a tensor \[3\], as x, got"),
         (lambda: diagnostics.norm_correlation(torch.eye(3), None), "norm_correlation: counts: exp"),
         (lambda: diagnostics.CentroidGeometry(3, 2, anchors=torch.eye(3)), r"anchors: .* \[3, 2\]"),
+        (
+            lambda: diagnostics.CentroidGeometry(3, 2).update(torch.zeros(4, 3), counts),
+            "CentroidGeometry: features: expected 2 channels, as dim",
+        ),
+        (lambda: diagnostics.class_separability(counts), "class_separability: weight: expected"),
+        (
+            lambda: plots.features_with_anchors(torch.randn(2, 7, 3), counts[None], torch.eye(7)),
+            "features_with_anchors: labels: expected batch size 2",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()
