@@ -16,6 +16,10 @@ T = TypeVar("T")
 # The positive normal numbers of float32.
 SMALLEST_NORMAL, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (
+    *(torch.uint8, torch.int8, torch.uint16, torch.int16),
+    *(torch.uint32, torch.int32, torch.uint64, torch.int64),
+)
 MAX_CLASSES = 65_536  # of the backends cpu and reference
 _is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
 
@@ -340,7 +344,7 @@ def check_integers(function: str, argument: str, values: Tensor) -> None:
 
 
 def _check_integers(function: str, argument: str, values: Tensor) -> None:
-    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+    if values.dtype not in INTEGERS:
         fail(function, argument, "an integer dtype", values.dtype)
 
 

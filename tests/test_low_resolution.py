@@ -353,7 +353,7 @@ def test_attach_beside() -> None:
             r"\[0\]: low-resolution logits that are changed in place",
         ),
         (lambda z, x: {"out": z}, r"\['out'\] of shape \(2, 5, 16, 16\) from .*conv2d"),
-        (lambda z, x: None, "got no tensor"),
+        (lambda z, x: None, "got a NoneType, in which no tensor"),
         (lambda z, x: F.interpolate(z, x.shape[2:]), "got the output: mode='nearest'"),
         (lambda z, x: upsampled(z, x.shape[2:], antialias=True), "antialias=True"),
         (lambda z, x: upsampled(z, scale_factor=3.9), "scale_factor=3.9, whose grid"),

@@ -245,6 +245,20 @@ def test_hard_examples_are_not_those_of_weight_0():
     torch.testing.assert_close(loss(logits, torch.tensor([[[0, 0, 1, 2]]])).item(), math.log(3))
 
 
+@both_backends
+@pytest.mark.parametrize("num_classes", [5, 10, 19, 40])
+def test_a_pixel_at_the_bound_is_used_in_both_passes_or_in_none(backend, num_classes):
+    """All classes are equally probable, up to rounding."""
+    for value in (0.0, 0.1, 3.3, 15.3):
+        logits = torch.full((1, num_classes, 32, 32), value, requires_grad=True)
+        labels = torch.randint(0, num_classes, (1, 128, 128))
+        loss = ao.CrossEntropy(ohem_threshold=1 / num_classes)(logits, labels)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        share = loss.item() / math.log(num_classes)
+        assert share == 0 or share == pytest.approx(1, 1e-5)
+        assert gradient.any() == (share > 0)
+
+
 def test_class_weights_are_in_the_state_dict_as_in_torch():
     weight = torch.rand(K)
     theirs, ours = torch.nn.CrossEntropyLoss(weight), ao.CrossEntropy(torch.ones(K))

@@ -327,6 +327,11 @@ def _find(
     if not all(any(tensor is x for x in before_hooks) for tensor in outputs.values()):
         got = "a forward hook of the model that changes its output: remove the hook"
         fail("low_resolution", "model", expected, f"{mode}{got}")
+    if not outputs:
+        got = f"a {type(output).__name__}, in which no tensor was found"
+        fail(
+            "low_resolution", "model", expected, f"{mode}{got} (dicts, lists, tuples are searched)"
+        )
     if not returned:
         got = ", ".join(
             f"{place} of shape {tuple(tensor.shape)} from {watch.maker(tensor)}"
@@ -339,7 +344,7 @@ def _find(
             if made
             else "an output that was not upsampled can be passed to the loss directly"
         )
-        fail("low_resolution", "model", expected, f"{mode}{got or 'no tensor'}; {advice}")
+        fail("low_resolution", "model", expected, f"{mode}{got}; {advice}")
     for number, place in returned.items():
         objection = watch.upsamplings[number].objection()
         if objection is not None:

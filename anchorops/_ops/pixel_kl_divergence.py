@@ -169,7 +169,8 @@ def pixel_kl_divergence(
     Returns:
         A scalar, or (B, *size) for "none", 0 where not valid; float32 (float64 for float64 logits).
         A class to which the teacher gives probability 0 (a logit of −inf) adds 0. The result is
-        inf where the student's logit is −inf and the teacher's is not.
+        inf where the student's logit is −inf and the teacher's is not, and NaN where all upsampled
+        logits of the teacher are −inf, as between two pixels that have no class in common.
         The gradient is a difference of two softmaxes in float32. So its error grows with the spread
         of logits/T, as that of torch's formula.
 

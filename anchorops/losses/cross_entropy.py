@@ -129,8 +129,8 @@ class CrossEntropy(BaseCrossEntropy):
         focal_gamma: γ at least 0 (Lin et al., Focal Loss, arXiv 1708.02002, Eq. 4, of the softmax).
             smp's FocalLoss("multiclass") uses K sigmoids; MONAI additionally divides by K. In
             float32 1 − p_y is at least 2⁻²⁴.
-        ohem_threshold: only pixels whose true class has at most this probability are used
-            (Shrivastava et al., arXiv 1604.03540).
+        ohem_threshold: only pixels whose true class has at most this probability, and not weight 0,
+            are used (Shrivastava et al., arXiv 1604.03540).
         ohem_min_kept: at least this number of pixels of the batch are used: those with the largest
             losses, including ties. Pixels of weight 0 are removed first. Without
             `ohem_threshold` only these pixels are used. mmsegmentation's OHEMPixelSampler has the
