@@ -292,5 +292,5 @@ def test_class_weights_on_the_meta_device():
 
 def test_labels_of_bits() -> None:
     labels = torch.zeros(2, 8, 8, dtype=torch.uint8).view(torch.bits8)
-    with pytest.raises(ValueError, match="labels: expected an integer dtype, got torch.bits8"):
+    with pytest.raises(ValueError, match="labels: expected an integer dtype, got"):
         ao.pixel_cross_entropy(torch.randn(2, 3, 4, 4), labels)

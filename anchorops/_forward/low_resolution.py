@@ -329,9 +329,8 @@ def _find(
         fail("low_resolution", "model", expected, f"{mode}{got}")
     if not outputs:
         got = f"a {type(output).__name__}, in which no tensor was found"
-        fail(
-            "low_resolution", "model", expected, f"{mode}{got} (dicts, lists, tuples are searched)"
-        )
+        got = f"{mode}{got} (dicts, lists and tuples are searched)"
+        fail("low_resolution", "model", expected, got)
     if not returned:
         got = ", ".join(
             f"{place} of shape {tuple(tensor.shape)} from {watch.maker(tensor)}"
