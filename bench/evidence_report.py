@@ -154,33 +154,55 @@ def page(evidence: dict[str, Any]) -> str:
 
 
 def table(rows: Sequence[Row], seeds: int) -> str:
-    """Markdown: a row for each choice of methods; for each schedule columns of mIoU, the tail, and
-    the classes if the rows have them. rows: of one network. seeds: how many a figure usually has.
-    """
-    classes: dict[str, float] = rows[0].get("classes", {})
+    """Markdown: a row for each choice of methods; for each schedule columns of mIoU and the tail.
+    If the rows have classes: a row for each choice and schedule, and their columns too. rows: of
+    one network. seeds: how many a figure usually has."""
     schedules = [
         (steps, runs)
         for (steps,), runs in sorted(grouped(rows, "steps").items())
         if {row["methods"] for row in runs} != {"plain"}
     ]
-    lines = []
-    for choice in grouped(rows, "methods", "setting"):
-        cells = []
-        for _, runs in schedules:
-            baseline = {row["seed"]: row for row in runs if row["methods"] == "plain"}
-            chosen = grouped(runs, "methods", "setting").get(choice, [])
-            for name in ("miou", "tail"):
-                if choice[0] == "plain":
-                    cells.append(_spread([run[name] for run in chosen], seeds=seeds))
-                else:
-                    pairs = [(run, baseline.get(run["seed"])) for run in chosen]
-                    added = [run[name] - same[name] for run, same in pairs if same]
-                    cells.append(_spread(added, "+", seeds))
-            means = (fmean(run["classes"][name] for run in chosen) for name in classes)
-            cells += [f"{100 * mean:.1f}" for mean in means] if chosen else [""] * len(classes)
-        lines.append([label(dict(zip(("methods", "setting"), choice, strict=True))), *cells])
-    header = [x for steps, _ in schedules for x in (f"{steps:,} steps: mIoU", "tail", *classes)]
-    return markdown_table(["", *header], lines) + "\n"
+    if classes := rows[0].get("classes"):
+        header = ["", "steps", "mIoU", "tail", *classes]
+        lines = [
+            [_label_of(choice), f"{steps:,}", *_spreads(choice, runs, seeds), *_means(chosen)]
+            for steps, runs in schedules
+            for choice, chosen in grouped(runs, "methods", "setting").items()
+        ]
+    else:
+        header = ["", *(x for steps, _ in schedules for x in (f"{steps:,} steps: mIoU", "tail"))]
+        lines = [
+            [
+                _label_of(choice),
+                *(x for _, runs in schedules for x in _spreads(choice, runs, seeds)),
+            ]
+            for choice in grouped(rows, "methods", "setting")
+        ]
+    return markdown_table(header, lines) + "\n"
+
+
+def _spreads(choice: tuple[str, ...], runs: Sequence[Row], seeds: int) -> list[str]:
+    """mIoU and tail of the runs of a choice of methods, among those of a schedule."""
+    baseline = {row["seed"]: row for row in runs if row["methods"] == "plain"}
+    chosen = grouped(runs, "methods", "setting").get(choice, [])
+    if choice[0] == "plain":
+        return [_spread([run[name] for run in chosen], seeds=seeds) for name in ("miou", "tail")]
+    pairs = [(run, same) for run in chosen if (same := baseline.get(run["seed"]))]
+    return [
+        _spread([run[name] - same[name] for run, same in pairs], "+", seeds)
+        for name in ("miou", "tail")
+    ]
+
+
+def _means(runs: Sequence[Row]) -> list[str]:
+    """Of the IoU of each class."""
+    return [
+        f"{100 * fmean(run['classes'][name] for run in runs):.1f}" for name in runs[0]["classes"]
+    ]
+
+
+def _label_of(choice: tuple[str, ...]) -> str:
+    return label(dict(zip(("methods", "setting"), choice, strict=True)))
 
 
 def _seeds(rows: Sequence[Row]) -> int:
