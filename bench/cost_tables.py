@@ -426,10 +426,6 @@ def counted_memory() -> str:
     )
 
 
-def rows_of_precision(section: str) -> list[dict]:
-    return [row for row in load(COUNTED_PRECISION)["rows"] if row["section"] == section]
-
-
 def coco_steps() -> str:
     rows = load(RUN)["coco_steps"]
     steps = ", ".join(f"{row['step']} {row['seconds']:.1f} s" for row in rows)
@@ -445,26 +441,12 @@ def host_time() -> str:
     return markdown_table(["call", "CPU", "Triton", "operators"], lines)
 
 
-def precision() -> str:
-    """How many results have larger errors; the worst, divided by torch's."""
-    rows = rows_of_precision("losses")
-    (results,) = {row["results"] for row in rows}
-    lines = []
-    for (loss,), group in grouped(rows, "loss").items():
-        worst = (f" ({number(row['worst'])})" if row["larger"] else "" for row in group)
-        counts = (str(row["larger"]) for row in group)
-        lines.append([loss, *map("".join, zip(counts, worst, strict=True))])
-    scales = dict.fromkeys(f"{row['scale']:,.0f}" for row in rows)
-    head = f"of {results} results (largest multiple of torch's error)"
-    return markdown_table([head, *scales], lines)
-
-
 def lovasz_precision() -> str:
     def percent(share: float) -> str:
         return f"{share:.2%}" if share < 0.001 else f"{share:.1%}"
 
     lines = []
-    for (pixels,), group in grouped(rows_of_precision("lovasz"), "pixels").items():
+    for (pixels,), group in grouped(load(COUNTED_PRECISION)["rows"], "pixels").items():
         group.sort(key=lambda row: row["trained"])
         cells = [f"{percent(row['median'])} ({percent(row['worst'])})" for row in group]
         lines.append([pixels, *cells])
@@ -500,7 +482,6 @@ TABLES: dict[str, Callable[[], str | list[str]]] = {
     "export": lambda: beside("export", {"volume": "volume", "dtype": "logits"}, "{:.2f} s".format),
     "lovasz": lovasz,
     "counted_memory": counted_memory,
-    "precision": precision,
     "lovasz_precision": lovasz_precision,
 }
 

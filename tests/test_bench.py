@@ -484,10 +484,5 @@ def test_trained_logits():
 
 def test_counted_precision(monkeypatch):
     precision = importlib.import_module("counted_precision")
-    for name, value in {"SEEDS": 1, "EXAMPLES": 1, "SHAPES": precision.SHAPES[2:3]}.items():
-        monkeypatch.setattr(precision, name, value)
-    losses = list(precision.rows_of_losses())
-    assert len(losses) == len(precision.LOSSES) * len(precision.SCALES)
-    assert all(row["results"] == 2 for row in losses)
-    assert max(row["worst"] for row in losses) < 100
-    assert max(row["worst"] for row in precision.rows_of_lovasz()) < 1
+    monkeypatch.setattr(precision, "EXAMPLES", 1)
+    assert max(row["worst"] for row in precision.rows()) < 1
