@@ -257,6 +257,12 @@ def test_a_pixel_at_the_bound_is_used_in_both_passes_or_in_none(backend, num_cla
         share = loss.item() / math.log(num_classes)
         assert share == 0 or share == pytest.approx(1, 1e-5)
         assert gradient.any() == (share > 0)
+        constant = 5 * torch.randn(1, num_classes, 1, 1)
+        logits = constant.repeat(1, 1, 32, 32).requires_grad_()
+        for threshold in constant.softmax(1)[0, 0].item() * torch.tensor([1 - 6e-8, 1, 1 + 6e-8]):
+            loss = ao.CrossEntropy(ohem_threshold=float(threshold))(logits, 0 * labels)
+            (gradient,) = torch.autograd.grad(loss, logits)
+            assert gradient.any() == (loss > 0)
 
 
 def test_class_weights_are_in_the_state_dict_as_in_torch():

@@ -196,8 +196,7 @@ void subtract_label_terms(const Block& block, const BlockClasses& classes, const
 
 // Writes the factors of a block's pixels and the additional terms of their true classes. Returns
 // false if the block must be processed pixel by pixel. If logits are large, the rounding of lse
-// would be an error of all p; with a smallest loss, a pixel at this bound must be used as in the
-// forward pass. Then the sums are computed again.
+// would be an error of all p. Then the sums are computed again.
 bool factors_of_block(const Block& block, const BlockClasses& classes,
                       const LossesOfImage<float>& losses, const Gradients<float>& gradients,
                       const float* dprobability_sums, const float* dsquares, float* label_terms) {
@@ -210,7 +209,7 @@ bool factors_of_block(const Block& block, const BlockClasses& classes,
   };
   const bool any_valid = any(classes.cell_classes >= 0);
   const Corners shifts = block.shifts();
-  const bool large = shifts.any_beyond(LARGE) || losses.options.min_loss > -__builtin_inff();
+  const bool large = shifts.any_beyond(LARGE);
   const bool plain = losses.options.plain;
   const bool needs_loss = gradients.dintersections || losses.needs_c();
   if (needs_loss) block.label_logits(classes, label_terms);

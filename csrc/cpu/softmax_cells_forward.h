@@ -74,6 +74,10 @@ void add_block(const Block& block, const BlockClasses& classes,
   const CellRow& row = block.row;
   const Corners shifts = block.shifts();
   const int64_t count = row.rows * WIDTH;
+  // A pixel at the smallest loss must be used in both passes, or in none: then c is computed from
+  // the rounded lse, as in the backward pass.
+  const bool by_lse =
+      image_losses.options.min_loss > -__builtin_inff() && !shifts.any_beyond(LARGE);
   float c[SIZE], shaped[SIZE], values[SIZE];
   Ints counts = {};
   block.label_logits(classes, c);
@@ -83,9 +87,11 @@ void add_block(const Block& block, const BlockClasses& classes,
     for (int i = 0; i < WIDTH; ++i) {
       const int64_t n = j * WIDTH + i;
       const Ints k = classes.pixel_classes(n);
-      const Floats log_total = log(totals[n]), loss = not_below_0(log_total - V::load(c + n * L));
-      V::store(c + n * L, k >= 0 ? loss : Floats{});
-      lse[i] = k >= 0 ? log_total + shifts.at_finite(row.down[j], block.right(i)) : Floats{};
+      const Floats log_total = log(totals[n]);
+      const Floats shift = shifts.at_finite(row.down[j], block.right(i)), sum = log_total + shift;
+      const Floats c_of_k = (by_lse ? sum - shift : log_total) - V::load(c + n * L);
+      V::store(c + n * L, k >= 0 ? not_below_0(c_of_k) : Floats{});
+      lse[i] = k >= 0 ? sum : Floats{};
       counts -= (k >= 0) & (k == classes.cell_classes);
     }
     block.store_map(j, maps.lse, lse);
