@@ -17,8 +17,8 @@ T = TypeVar("T")
 SMALLEST_NORMAL, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (
-    *(torch.uint8, torch.int8, torch.uint16, torch.int16),
-    *(torch.uint32, torch.int32, torch.uint64, torch.int64),
+    *(torch.int64, torch.uint8, torch.int32, torch.int16),
+    *(torch.int8, torch.uint16, torch.uint32, torch.uint64),
 )
 MAX_CLASSES = 65_536  # of the backends cpu and reference
 _is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing

@@ -146,10 +146,9 @@ def gradient_ratio(features: Tensor, loss: Tensor, other: Tensor) -> Tensor:
     return norms[0] / norms[1]
 
 
-def _add_arguments(metric: Metric, *arguments: int) -> None:
-    """MetricCollection gives metrics of equal states one state for all later batches: those of
-    other arguments must differ."""
-    metric.add_state("arguments", torch.tensor(arguments), "max")
+def _add_ignore_index(metric: Metric, ignore_index: int) -> None:
+    """MetricCollection gives metrics of equal states one state for all later batches."""
+    metric.add_state("arguments", torch.tensor(ignore_index), "max")
 
 
 class CentroidGeometry(Metric):
@@ -203,7 +202,7 @@ class CentroidGeometry(Metric):
         self.add_state("counts", torch.zeros(num_classes, dtype=torch.int64), "sum")
         self.add_state("sums", zeros.double(), "sum")
         self.add_state("sqdists", torch.zeros(num_classes, dtype=torch.float64), "sum")
-        _add_arguments(self, self.ignore_index)
+        _add_ignore_index(self, self.ignore_index)
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
@@ -268,7 +267,7 @@ class LabelImbalance(Metric):
         self.ignore_index = check_ignore_index("LabelImbalance", ignore_index, num_classes)
         for name in ("pixels", "images"):
             self.add_state(name, torch.zeros(num_classes, dtype=torch.int64), "sum")
-        _add_arguments(self, self.ignore_index)
+        _add_ignore_index(self, self.ignore_index)
 
     @torch.no_grad()
     def update(self, labels: Tensor) -> None:

@@ -35,8 +35,8 @@ class Measurement(NamedTuple):
         median: seconds, as are q20 and q80, the quantiles at 20 and 80 %, and the minimum.
         rounds: how often the call was timed.
         gbps: counted bytes per second, in GB/s.
-        copy_share: that rate as a share of the rate of a copy in the same rounds; None if no tensor
-            was given.
+        copy_share: that rate as a share of the rate of a copy in the same rounds; None if none was
+            made.
         read_share: the same for a sum, which only reads.
         others: cores that other processes kept busy during the measurement; None on CUDA, where the
             system does not report this, and below 0.1 s.

@@ -68,17 +68,15 @@ def test_no_correlation_with_equal_lengths() -> None:
 
 def test_a_collection_of_metrics_of_other_arguments() -> None:
     features, labels = batches()[0]
-    for make, *batch in (
-        (lambda **options: diagnostics.CentroidGeometry(K, D, **options), features, labels),
-        (lambda **options: diagnostics.LabelImbalance(K, **options), labels),
+    for make, counts, inputs in (
+        (lambda **options: diagnostics.CentroidGeometry(K, D, **options), "counts", (features,)),
+        (lambda **options: diagnostics.LabelImbalance(K, **options), "pixels", ()),
     ):
         metrics = MetricCollection({"all": make(), "ignoring": make(ignore_index=2)})
-        metrics.update(*batch[:-1], torch.where(labels == 2, 1, labels))  # equal states
-        metrics.update(*batch)
-        counts = [getattr(metrics[name], "counts", None) for name in ("all", "ignoring")]
-        pixels = [getattr(metrics[name], "pixels", None) for name in ("all", "ignoring")]
-        first, second = counts if counts[0] is not None else pixels
-        assert first[2] > 0 and second[2] == 0
+        metrics.update(*inputs, torch.where(labels == 2, 1, labels))  # equal states
+        metrics.update(*inputs, labels)
+        assert getattr(metrics["all"], counts)[2] > 0
+        assert getattr(metrics["ignoring"], counts)[2] == 0
 
 
 def test_geometry_in_a_module_of_bfloat16() -> None:

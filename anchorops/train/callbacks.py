@@ -1,5 +1,4 @@
-"""What a run does beside its steps: stopping and saving, timing, the methods' gradients, and the
-files at its end."""
+"""What a run does beside its steps: stopping and saving, timing, and the files at its end."""
 
 import os
 import resource

@@ -287,7 +287,7 @@ class Program(LightningCLI):
         path = options.ckpt_path
         if path and Path(path).is_file():
             state = read_checkpoint(Path(path), options.weights_only)
-            self.datamodule.of_run = state.get("SegmentationData", {})
+            self.datamodule.of_run = state.get("SegmentationData")
 
     before_validate = before_predict = _check_checkpoint
 
