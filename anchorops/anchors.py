@@ -119,5 +119,5 @@ def category_basis(
         if not (r.diagonal().abs() > 1e-6 * r.norm(dim=0)).all():  # of the rows' own lengths
             fail(function, "init", "linearly independent rows", "dependent ones")
     if length is not None:
-        weight = length * torch.nn.functional.normalize(weight, dim=1)
+        weight = length * torch.nn.functional.normalize(weight, dim=1, eps=1e-300)
     return weight.to(torch.get_default_dtype())

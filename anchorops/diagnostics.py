@@ -82,15 +82,14 @@ def imbalance_factor(counts: Tensor) -> Tensor:
 
 
 def _centred(values: Tensor) -> Tensor:
-    """Minus the mean; 0 where all are equal."""
+    """Minus the mean; 0 where all are equal, of which the mean may differ by its rounding."""
     mean = values.mean()
     centred = values - mean
-    return torch.where((centred.abs() <= 1e-6 * mean.abs()).all(), 0, centred)
+    return torch.where((centred.abs() <= 1e-14 * mean.abs()).all(), 0, centred)
 
 
 def pearson(x: Tensor, y: Tensor) -> Tensor:
-    """Pearson's correlation of two tensors [K]; NaN where either is constant, up to the rounding of
-    float32."""
+    """Pearson's correlation of two tensors [K]; NaN where either is constant."""
     x, y = _of_classes("pearson", "x", x), _of_classes("pearson", "y", y)
     if len(x) != len(y):
         fail("pearson", "y", f"a tensor [{len(x)}], as x", describe(y))
@@ -99,8 +98,11 @@ def pearson(x: Tensor, y: Tensor) -> Tensor:
 
 
 def norm_correlation(weight: Tensor, counts: Tensor) -> Tensor:
-    """Pearson's correlation of ‖w_k‖ and the classes' pixel counts ("prior ambiguity" in CBP)."""
+    """Pearson's correlation of ‖w_k‖ and the classes' pixel counts ("prior ambiguity" in CBP); NaN
+    where all ‖w_k‖ are equal, up to the rounding of float32."""
     norms = _rows("norm_correlation", "weight", weight).norm(dim=1)
+    mean = norms.mean()
+    norms = torch.where(((norms - mean).abs() <= 1e-6 * mean).all(), mean, norms)
     return pearson(norms, _of_classes("norm_correlation", "counts", counts))
 
 
@@ -144,11 +146,6 @@ def gradient_ratio(features: Tensor, loss: Tensor, other: Tensor) -> Tensor:
             gradient = torch.zeros_like(features)
         norms.append(torch.linalg.vector_norm(gradient, dtype=dtype))
     return norms[0] / norms[1]
-
-
-def _add_ignore_index(metric: Metric, ignore_index: int) -> None:
-    """MetricCollection gives metrics of equal states one state for all later batches."""
-    metric.add_state("arguments", torch.tensor(ignore_index), "max")
 
 
 class CentroidGeometry(Metric):
@@ -202,7 +199,8 @@ class CentroidGeometry(Metric):
         self.add_state("counts", torch.zeros(num_classes, dtype=torch.int64), "sum")
         self.add_state("sums", zeros.double(), "sum")
         self.add_state("sqdists", torch.zeros(num_classes, dtype=torch.float64), "sum")
-        _add_ignore_index(self, self.ignore_index)
+        arguments = F.pad(self.anchors.double().flatten(), (0, 1), value=self.ignore_index)
+        self.add_state("arguments", arguments, "max")  # see MeanIoU
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
@@ -267,7 +265,7 @@ class LabelImbalance(Metric):
         self.ignore_index = check_ignore_index("LabelImbalance", ignore_index, num_classes)
         for name in ("pixels", "images"):
             self.add_state(name, torch.zeros(num_classes, dtype=torch.int64), "sum")
-        _add_ignore_index(self, self.ignore_index)
+        self.add_state("arguments", torch.tensor(self.ignore_index), "max")  # see MeanIoU
 
     @torch.no_grad()
     def update(self, labels: Tensor) -> None:

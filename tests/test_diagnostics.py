@@ -64,6 +64,7 @@ def test_no_correlation_with_equal_lengths() -> None:
     rows = ao.anchors.category_basis(19, 64, 2.0)
     assert diagnostics.norm_correlation(rows, torch.arange(19)).isnan()
     assert diagnostics.pearson(torch.full((7,), 0.1), torch.rand(7)).isnan()
+    assert diagnostics.pearson(10**9 + torch.arange(5), torch.arange(5)) == pytest.approx(1)
 
 
 def test_a_collection_of_metrics_of_other_arguments() -> None:
@@ -77,6 +78,12 @@ def test_a_collection_of_metrics_of_other_arguments() -> None:
         metrics.update(*inputs, labels)
         assert getattr(metrics["all"], counts)[2] > 0
         assert getattr(metrics["ignoring"], counts)[2] == 0
+    near = diagnostics.CentroidGeometry(K, D, anchors=torch.full((K, D), 2.0))
+    metrics = MetricCollection({"zero": diagnostics.CentroidGeometry(K, D), "near": near})
+    metrics.update(features, torch.full_like(labels, 255))
+    metrics.update(features, labels)
+    got = metrics.compute()
+    torch.testing.assert_close(got["near_compactness"], got["zero_compactness"], rtol=1e-5, atol=0)
 
 
 def test_geometry_in_a_module_of_bfloat16() -> None:
