@@ -278,8 +278,9 @@ def finished(out: Path, known: dict[str, Any]) -> dict[Run, dict[str, Any]]:
 
 
 def draw_predictions(done: Sequence[Run], out: Path, directory: Path) -> bool:
-    """The picture of the photographs' predictions, if the weights of seed 0 are in `out`."""
-    runs = [run for run in done if run.scenes == CAMVID and run.seed == 0]
+    """The picture of the photographs' predictions after 1,000 steps, if the weights of seed 0 are
+    in `out`."""
+    runs = [run for run in done if (run.scenes, run.steps, run.seed) == (CAMVID, 1_000, 0)]
     if not runs or not all((out / run.name / BEST).exists() for run in runs):
         return False
     root = Path(SCENES[CAMVID]["root"])

@@ -145,7 +145,8 @@ def page(evidence: dict[str, Any]) -> str:
             parts.append(f"The same on the test split:\n\n{table(tested, seeds)}")
         if scenes in evidence.get("predictions", ()):
             parts.append(
-                f"Every 60th image of the test split, by the best weights of seed 0:\n\n"
+                "Every 60th image of the test split, by the best weights of seed 0 in 1,000 steps:"
+                "\n\n"
                 f"![Labels and predictions]({PREDICTIONS})\n"
             )
     if ratios := _gradient_ratios(rows, data_sets):
