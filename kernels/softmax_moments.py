@@ -231,6 +231,7 @@ def _softmax_moments_kernel(
             store_map(pixel_losses_map, pixel_losses, image, lanes, CELLS)
         if results.probability_sums is not None or results.squares is not None:
             _add_all_classes(results, row, logits, lanes, labels, softmax, CELLS)
+        tl.debug_barrier()  # other threads may add the next tile to these numbers
 
 
 def softmax_moments(

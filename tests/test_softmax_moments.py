@@ -223,6 +223,24 @@ def test_lanes_of_one_pixel(case: Case, backend: str, monkeypatch: pytest.Monkey
     check(case, backend)
 
 
+@pytest.mark.on("simulated_triton")
+@pytest.mark.parametrize(
+    "case",
+    [
+        moments((2, 2, 3, 37), (12, 148), statistics=("probability_sums",), per_image=True),
+        moments((1, 5, 9, 9), (33, 33), F32, True),
+        moments((2, 5, 13, 10), (31, 29), pixel_weights=True),
+        moments((2, 5, 4, 12), (4, 12), layout="cropped", min_loss=0.5),
+    ],
+    ids=str,
+)
+def test_several_tiles_of_a_program(case: Case, backend: str, monkeypatch: pytest.MonkeyPatch):
+    """As with many classes and pixels, for which the partials of each tile would need too much
+    memory."""
+    monkeypatch.setattr("anchorops.kernels.softmax_moments.PARTIALS_IN_CACHE", 0)
+    check(case, backend)
+
+
 @pytest.mark.parametrize(
     "through", [("losses",), ("probability_sums",), ("intersections", "pixel_losses"), ("squares",)]
 )
