@@ -1,24 +1,11 @@
 """Class keys: labels at any size -> one integer key per pixel, and the number of pixels per key."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .lanes import pixel_map_of
-
-BLOCK_P = 256
-
-
-class Nearest(NamedTuple):
-    """The label of a pixel as F.interpolate selects it: floor(i · source/size) in float32."""
-
-    height: int  # of the labels
-    width: int
-    scale_y: float
-    scale_x: float
+from .launch import BLOCK_P
 
 
 @triton.jit
@@ -34,41 +21,51 @@ def add_counts(counts_ptr, key):
     tl.atomic_add(counts_ptrs, i.to(tl.int64) + 1, mask=ends & (run >= 0), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["tiles_per_image"])
+@triton.jit(
+    do_not_specialize=[
+        *("labels_b", "labels_h", "label_height", "label_width"),
+        *("pixels", "width", "tiles_per_image"),
+    ]
+)
 def _class_keys_kernel(
-    labels,  # PixelMap of integers
+    labels_ptr,  # integers [B, H', W']
+    labels_b,
+    labels_h,
+    labels_w,
+    label_height,
+    label_width,
     keys_ptr,  # int32, or a smaller dtype for classes alone [B, P]
     counts_ptr,  # int64 [K] or [B, K], zero on entry
     pixels,
     width,
     tiles_per_image,
-    nearest,  # Nearest
+    scales,  # of rows and columns: the labels' size / the keys' size
     num_classes,
     ignore_index,
     PER_IMAGE: tl.constexpr,
     IMAGE_IN_KEY: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     RESIZE: tl.constexpr,
-    BLOCK_P: tl.constexpr,
 ):
-    """Reads each used label once, writes one key per pixel. The counts use integer atomics, two for
-    each key of a tile; their order does not matter."""
+    """Reads each used label once, writes one key per pixel. The label of pixel i along an axis is
+    floor(i · scale) in float32, as F.interpolate selects it. The counts use integer atomics, two
+    for each key of a tile; their order does not matter."""
     tile = tl.program_id(0)
     image = tile // tiles_per_image
     pixel = (tile % tiles_per_image).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = pixel < pixels
 
     x = pixel
-    offset = image.to(tl.int64) * labels.stride_b
+    offset = image.to(tl.int64) * labels_b
     if HAS_ROWS:  # an image: fewer than 2^31 pixels
         y = pixel.to(tl.int32) // width
         x = pixel.to(tl.int32) % width
         if RESIZE:
-            y = tl.minimum((y.to(tl.float32) * nearest.scale_y).to(tl.int32), nearest.height - 1)
-            x = tl.minimum((x.to(tl.float32) * nearest.scale_x).to(tl.int32), nearest.width - 1)
-        offset += y.to(tl.int64) * labels.stride_h
-    offset += x.to(tl.int64) * labels.stride_w
-    label = tl.load(labels.ptr + offset, mask=inside, other=0)
+            y = tl.minimum((y.to(tl.float32) * scales[0]).to(tl.int32), label_height - 1)
+            x = tl.minimum((x.to(tl.float32) * scales[1]).to(tl.int32), label_width - 1)
+        offset += y.to(tl.int64) * labels_h
+    offset += x.to(tl.int64) * labels_w
+    label = tl.load(labels_ptr + offset, mask=inside, other=0)
     label = label.to(tl.int64)
     valid = inside & (label >= 0) & (label < num_classes) & (label != ignore_index)
     key = label.to(tl.int32)
@@ -90,31 +87,33 @@ def class_keys(
 ) -> tuple[Tensor, Tensor]:
     """labels [B, H', W'] -> keys int32 [B, height·width], counts int64 [K] or [B, K]. With
     class_dtype, keys are the classes alone, in this dtype."""
-    batch, source_height, source_width = labels.shape
+    batch, label_height, label_width = labels.shape
     pixels = height * width
     keys = labels.new_empty((batch, pixels), dtype=class_dtype or torch.int32)
     shape = (batch, num_classes) if per_image else (num_classes,)
     counts = labels.new_zeros(shape, dtype=torch.int64)
     if keys.numel() == 0:
         return keys, counts
-    resize = (height, width) != (source_height, source_width)
+    resize = (height, width) != (label_height, label_width)
     _, stride_y, stride_x = labels.stride()
-    tiles_per_image = triton.cdiv(pixels, BLOCK_P)
+    tiles_per_image = triton.cdiv(pixels, BLOCK_P.value)
     _class_keys_kernel[(batch * tiles_per_image,)](
-        pixel_map_of(labels),
+        labels,
+        *labels.stride(),
+        label_height,
+        label_width,
         keys,
         counts,
         pixels,
         width,
         tiles_per_image,
-        Nearest(source_height, source_width, source_height / height, source_width / width),
+        (label_height / height, label_width / width),
         num_classes,
         ignore_index,
         PER_IMAGE=per_image,
         IMAGE_IN_KEY=per_image and class_dtype is None,
         HAS_ROWS=resize or not (height == 1 or stride_y == width * stride_x),
         RESIZE=resize,
-        BLOCK_P=BLOCK_P,
         num_warps=4,
         enable_fp_fusion=True,
     )

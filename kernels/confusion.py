@@ -5,8 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .class_keys import add_counts
-
-BLOCK_P = 256
+from .launch import BLOCK_P
 
 
 @triton.jit(do_not_specialize=["pixels", "height", "width"])
@@ -25,7 +24,6 @@ def _confusion_kernel(
     stride_labels_b,
     stride_labels_h,
     stride_labels_w,
-    BLOCK_P: tl.constexpr,
 ):
     """Reads each prediction and label once. The counts use integer atomics, two for each pair of
     classes of a tile; their order does not matter."""
@@ -49,7 +47,7 @@ def confusion(predictions: Tensor, labels: Tensor, num_classes: int, ignore_inde
         return counts
     while labels.dim() < 3:
         predictions, labels = predictions[None], labels[None]
-    _confusion_kernel[(triton.cdiv(labels.numel(), BLOCK_P),)](
+    _confusion_kernel[(triton.cdiv(labels.numel(), BLOCK_P.value),)](
         predictions,
         labels,
         counts,
@@ -59,7 +57,6 @@ def confusion(predictions: Tensor, labels: Tensor, num_classes: int, ignore_inde
         ignore_index,
         *predictions.stride(),
         *labels.stride(),
-        BLOCK_P=BLOCK_P,
         num_warps=4,
         enable_fp_fusion=True,
     )

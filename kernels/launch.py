@@ -17,6 +17,9 @@ class Constant(tl.constexpr):
         return not isinstance(other, tl.constexpr) or self.value != other.value
 
 
+BLOCK_P = Constant(256)  # pixels of a program that needs their keys alone
+
+
 class Pixels(NamedTuple):
     """Features as lines × channels × pixels: element (line, d, p) lies at (line // lines_per_image)
     ·stride_b + (line % lines_per_image)·stride_h + d·stride_d + p·stride_p.

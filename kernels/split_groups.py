@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_P = 256
+from .launch import BLOCK_P
 
 
 @triton.jit
@@ -38,7 +38,6 @@ def _link_pixels_kernel(
     next_ptr,  # int32 [pixels], for each pixel: the next pixel in its bucket + 1, or 0
     split_ptr,  # int32 [pixels], written where keys are ignored
     pixels,
-    BLOCK_P: tl.constexpr,
 ):
     """Reads 4 bytes per pixel, writes 8."""
     pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -65,7 +64,6 @@ def _rank_pixels_kernel(
     split_ptr,
     pixels,
     groups,
-    BLOCK_P: tl.constexpr,
 ):
     """Processes BLOCK_P buckets. Reads a list m + 2 times if there are m pixels in it."""
     program, seed = tl.program_id(0), tl.load(seed_ptr)
@@ -110,13 +108,13 @@ def split_groups(keys: Tensor, counts: Tensor, seed: Tensor, groups: int) -> tup
     options = {"num_warps": 4, "enable_fp_fusion": True}
     if pixels == 0:
         return split, group_counts
-    programs = triton.cdiv(pixels, BLOCK_P)
+    programs = triton.cdiv(pixels, BLOCK_P.value)
     first, totals = keys.new_zeros(pixels + programs).split([pixels, programs])
     lists = first, totals, keys.new_empty(pixels)
     _link_pixels_kernel[(programs,)](
-        *(keys, counts, starts, seed, *lists, split, pixels), BLOCK_P=BLOCK_P, **options
+        *(keys, counts, starts, seed, *lists, split, pixels), **options
     )
     _rank_pixels_kernel[(programs,)](
-        *(keys, starts, seed, *lists, split, pixels, groups), BLOCK_P=BLOCK_P, **options
+        *(keys, starts, seed, *lists, split, pixels, groups), **options
     )
     return split, group_counts

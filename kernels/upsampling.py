@@ -101,6 +101,11 @@ class Ratios(NamedTuple):
     inverse_x: float
 
 
+def _check_lanes(lanes: int) -> None:
+    if lanes >= 2**31:
+        raise ValueError(f"upsampling: expected images of fewer than 2^31 positions, got {lanes}")
+
+
 @lru_cache(maxsize=1024)
 def axis_of(
     source: int, pixels: int, align_corners: bool, most_pixels: int, rows: bool
@@ -109,6 +114,7 @@ def axis_of(
     ratio = (source - 1) / max(pixels - 1, 1) if align_corners else source / max(pixels, 1)
     inverse = 1 / ratio if ratio else 0.0
     if source == pixels:
+        _check_lanes(source)
         cells = Cells(0, 1, 1, True, False, align_corners, True)
         return Axis(source, pixels, ratio, inverse, source), cells
     if max(source, pixels) > 2**23:  # pixel + 1/2 must be exact
@@ -209,6 +215,7 @@ def _of_sizes(
         "same": cells_y.same and cells_x.same,
     }
     cells_y, cells_x = cells_y._replace(**joined), cells_x._replace(**joined)
+    _check_lanes(y.lanes * x.lanes)
     return Upsampling(y, x, Grid(cells_y, cells_x, tuple(range(cells_x.pixels))))
 
 

@@ -238,6 +238,7 @@ def some_keys(num_keys: int, *shape: int) -> torch.Tensor:
             (lambda: some_keys(6, 2, 300), (8,), groups) for groups in (2, 4, 7, 1000)
         ),  # two are absent
         (lambda: some_keys(3, 1, 1500), (3,), 2),
+        (lambda: some_keys(7, 1, 66_000), (7,), 3),  # ranks of more than 256 programs
         (lambda: torch.zeros(2, 700, dtype=torch.int32), (1,), 2),
         (lambda: some_keys(1024, 1, 400), (1024,), 4),  # keys without a pixel, most with one
         pytest.param(lambda: some_keys(2500, 1, 700), (2500,), 4, marks=not_cuda),  # too many there

@@ -8,16 +8,17 @@ from torch import Tensor
 pytest.importorskip("triton", reason="CPU builds of torch do not include Triton")
 
 
-@pytest.mark.parametrize("sums", [False, True])
 @pytest.mark.parametrize("stride", [4, 8])
-def test_sizes_share_variants(stride: int, sums: bool):
+def test_sizes_share_variants(stride: int):
     """Images are evaluated, and some are trained, in their own sizes. Each variant takes seconds to
     compile."""
-    from kernels_report import native_sizes, variants
+    from kernels_report import launch_keys, launch_loss, native_sizes, variants
 
-    found = variants("sm_90", native_sizes(stride, sums))
-    assert found["_softmax_moments_kernel"] <= 3
-    assert found["_softmax_moments_bwd_kernel"] <= 4
+    for sums in (False, True):
+        found = variants("sm_90", native_sizes(stride, launch_loss, sums))
+        assert found["_softmax_moments_kernel"] <= 3
+        assert found["_softmax_moments_bwd_kernel"] <= 4
+    assert variants("sm_90", native_sizes(stride, launch_keys)) == {"_class_keys_kernel": 1}
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,18 @@ def test_pixels_of_a_lane_at_full_resolution(logits: Tensor, labels: Tensor, pix
     assert found.cells.x.pixels == pixels and found.cells.columns == (0,)
     assert found.lanes == logits[0, 0].numel() // pixels
     assert upsampling_of(logits, height, width, False).cells.x.pixels == 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(46_349, 46_351), (2**15, 2**16)])
+def test_images_of_many_pixels_are_refused(height: int, width: int):
+    """Programs number the pixels of an image in 32 bits."""
+    from anchorops.kernels.upsampling import upsampling_of
+
+    logits = torch.empty(1, 2, height, width, dtype=torch.bfloat16, device="meta")
+    labels = torch.empty(1, height, width, dtype=torch.uint8, device="meta")
+    for maps in (None, (labels,)):
+        with pytest.raises(ValueError, match=r"fewer than 2\^31 positions"):
+            upsampling_of(logits, height, width, False, maps=maps)
 
 
 MACHINE_CODE = """
