@@ -100,9 +100,9 @@ def _upsampled_sums_kernel(
     """Reads the features of a chunk once. One thread makes all additions to an element of the
     chunk's partial. They are atomic, because a load could otherwise happen before an earlier
     store."""
-    chunk, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    image, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     dim, axes = features.dim, axes_between(height, width, label_height, label_width, ratios)
-    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     some = d < dim
     features_ptrs = channel_ptrs(features, d) + image * features.stride_b
     keys_ptr += image * axes.y.pixels * axes.x.pixels
@@ -174,7 +174,7 @@ def upsampled_sums(
     moments = sums.new_empty(images * chunks, 3, channels)
     tables = images if num_keys > num_classes else 1
     blocks = triton.cdiv(channels, launch.blocks["BLOCK_D"])
-    _upsampled_sums_kernel[(chunks, images, blocks)](
+    _upsampled_sums_kernel[(images * chunks, blocks)](
         *(launch.features, keys, partials, moments, num_classes),
         *(*launch.sizes, launch.ratios, launch.label_rows, chunks, chunk_tiles),
         **launch.blocks,

@@ -50,13 +50,14 @@ def _upsampled_sums_bwd_kernel(
     BLOCK_L: tl.constexpr,
 ):
     """Reads the features once, if the mean and variance have gradients; writes dfeatures once."""
-    image, dim = tl.program_id(1).to(tl.int64), features.dim
-    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    dim, axes = features.dim, axes_between(height, width, label_height, label_width, ratios)
+    tiles = axes.y.source * tl.cdiv(width, BLOCK_P)
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     some = d < dim
-    axes = axes_between(height, width, label_height, label_width, ratios)
     keys_ptr += image * axes.y.pixels * axes.x.pixels
     dsums_ptrs = gradients.dsums + image * image_keys * dim + d
-    tile = tile_at(tl.program_id(0), axes, BLOCK_P)
+    tile = tile_at(tl.program_id(0) % tiles, axes, BLOCK_P)
     offset = (tile.y * width + tile.x).to(tl.int64)[None, :] * features.stride_p
     offset += d.to(tl.int64)[:, None] * features.stride_d + image * features.stride_b
     mask = some[:, None] & tile.inside[None, :]
@@ -93,7 +94,7 @@ def upsampled_sums_backward(
     launch, keys = launch_of(features, keys), keys.contiguous()
     blocks = triton.cdiv(channels, launch.blocks["BLOCK_D"])
     image_keys = num_classes if len(dsums) > num_classes else 0
-    _upsampled_sums_bwd_kernel[(launch.tiles, len(features), blocks)](
+    _upsampled_sums_bwd_kernel[(len(features) * launch.tiles, blocks)](
         *(launch.features, keys, Gradients(dsums, mean, dmean, dvariance), dfeatures),
         *(image_keys, features.numel() // channels),
         *(*launch.sizes, launch.ratios, launch.label_rows),

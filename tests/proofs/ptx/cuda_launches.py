@@ -126,8 +126,6 @@ class Machine:
         most = self.most_shared.get(kernel, MOST_WITHOUT_REQUEST)
         if shared_bytes > most:
             raise ValueError(f"{name}: {shared_bytes} bytes of shared memory, more than {most}")
-        if grid[0] > 0x7FFFFFFF or max(grid[1:]) > 65535 or np.prod(block) > 1024:
-            raise ValueError(f"{name}: more blocks or threads than a GPU takes: {grid}, {block}")
         if name not in shared.programs:
             mangled = self.mangled[kernel]
             (found,) = kernels(self.texts[mangled], mangled)

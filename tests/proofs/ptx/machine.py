@@ -70,7 +70,11 @@ class _Copy(NamedTuple):
 
 def run(launch: Launch, seed: int | None = None, traffic: dict[str, Traffic] | None = None) -> None:
     """With a seed, warps run in a random order between barriers."""
-    blocks = launch.grid[0] * launch.grid[1] * launch.grid[2]
+    grid, block = launch.grid, launch.block
+    if grid[0] > 0x7FFFFFFF or max(grid[1:]) > 65535 or launch.threads > 1024:
+        name = launch.program.kernel.name
+        raise ValueError(f"{name}: more blocks or threads than a GPU takes: {grid}, {block}")
+    blocks = grid[0] * grid[1] * grid[2]
     if launch.threads % WARP:
         raise Unsupported("the PTX machine does not know warps that are not full")
     size = min(MOST_LANES // launch.threads, MOST_SHARED // max(launch.shared_bytes, 1), blocks)
