@@ -281,6 +281,7 @@ ENTRIES = [
         samples=(
             *of_images("a loss for each pixel"),
             small("pixel_cross_entropy", Pixels(2, (6, 7), (6, 7), half=True)),
+            Sample("1×, bfloat16", Pixels(3, (4, 4), (4, 4), dtype=BF16), tags=("kernels",)),
             *of_options(
                 "pixel_cross_entropy",
                 ANY_SIZE,

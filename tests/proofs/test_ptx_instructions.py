@@ -234,14 +234,16 @@ COMPARISONS = {
 }
 
 
+@pytest.mark.parametrize("ty", ["f32", "bf16"])
 @pytest.mark.parametrize("name", COMPARISONS)
-def test_comparisons(name: str):
+def test_comparisons(name: str, ty: str):
     x, y = (
         np.repeat(np.array([0.0, 1.0, np.nan, -np.inf], "f4"), 4),
         np.tile(np.array([0.0, 2.0, np.nan, 1.0], "f4"), 4),
     )
-    text = f"setp.{name}.f32 %p1, {{0}}, {{1}}; selp.b32 {{to}}, 1, 0, %p1;"
-    result = compute(text, x, y, dtype="u4")[:16]
+    text = f"setp.{name}.{ty} %p1, {{0}}, {{1}}; selp.b32 {{to}}, 1, 0, %p1;"
+    stored = [n if ty == "f32" else (n.view("u4") >> 16).astype("u2") for n in (x, y)]
+    result = compute(text, *stored, dtype="u4")[:16]
     pairs = zip(x.tolist(), y.tolist(), strict=True)
     assert result.tolist() == [COMPARISONS[name](a, b) for a, b in pairs]
 

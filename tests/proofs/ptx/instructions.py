@@ -259,10 +259,15 @@ def _convert(i: Instruction, m: _Modifiers) -> Operation:
 def _compare(i: Instruction, m: _Modifiers) -> Operation:
     """setp: p = a ? b."""
     ty, (to, x, y) = i.types[-1], i.operands
-    if ty.endswith("x2") or ty == "bf16":
+    if ty.endswith("x2"):
         raise ValueError(f"type {ty}")
-    name, one = m.must(*arithmetic.COMPARE), dtype_of(ty)
-    compare = np.not_equal if name == "ne" and ty[0] != "f" else arithmetic.COMPARE[name]
+    name = m.must(*arithmetic.COMPARE)
+    compare = arithmetic.COMPARE[name]
+    if ty == "bf16":
+        one, wide = "u2", arithmetic.from_bfloat16
+        return Operation(lambda a, b: compare(wide(a), wide(b)), [(to, "?")], [(x, one), (y, one)])
+    one = dtype_of(ty)
+    compare = np.not_equal if name == "ne" and ty[0] != "f" else compare
     return Operation(compare, [(to, "?")], [(x, one), (y, one)])
 
 
