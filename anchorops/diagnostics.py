@@ -15,6 +15,7 @@ from ._checks import (
     check_features,
     check_ignore_index,
     check_integers,
+    check_labels,
     check_num_classes,
     describe,
     fail,
@@ -30,16 +31,25 @@ except ModuleNotFoundError as error:
 
 def _rows(function: str, argument: str, vectors: Tensor) -> Tensor:
     """[K, D] in float64, from a weight [K, D] or [K, D, 1, 1]."""
-    if not isinstance(vectors, Tensor) or vectors.dim() not in (2, 4):
-        fail(function, argument, "a tensor [K, D] or [K, D, 1, 1]", describe(vectors))
+    if not isinstance(vectors, Tensor) or vectors.dim() not in (2, 4) or vectors.is_complex():
+        fail(function, argument, "a real tensor [K, D] or [K, D, 1, 1]", describe(vectors))
     return vectors.detach().flatten(1).double()
 
 
 def _of_classes(function: str, argument: str, values: Tensor) -> Tensor:
     """[K] in float64."""
-    if not isinstance(values, Tensor) or values.dim() != 1:
-        fail(function, argument, "a tensor [K]", describe(values))
+    if not isinstance(values, Tensor) or values.dim() != 1 or values.is_complex():
+        fail(function, argument, "a real tensor [K]", describe(values))
     return values.double()
+
+
+def _centred_rows(function: str, vectors: Tensor, mean: Tensor | None) -> Tensor:
+    rows = _rows(function, "vectors", vectors)
+    if mean is None:
+        return rows - rows.mean(0)
+    if not isinstance(mean, Tensor) or mean.shape != rows.shape[1:] or mean.device != rows.device:
+        fail(function, "mean", f"a tensor [{rows.shape[1]}] on {rows.device}", describe(mean))
+    return rows - mean
 
 
 def _pairwise_cosines(rows: Tensor) -> Tensor:
@@ -59,8 +69,7 @@ def equiangularity(vectors: Tensor, mean: Tensor | None = None) -> Tensor:
 
     vectors: classifier rows or centroids, [K, D]; mean: m [D], by default the vectors' own mean.
     """
-    rows = _rows("equiangularity", "vectors", vectors)
-    return _pairwise_cosines(rows - (rows.mean(0) if mean is None else mean)).std(correction=0)
+    return _pairwise_cosines(_centred_rows("equiangularity", vectors, mean)).std(correction=0)
 
 
 def maximal_angle(vectors: Tensor, mean: Tensor | None = None) -> Tensor:
@@ -69,8 +78,8 @@ def maximal_angle(vectors: Tensor, mean: Tensor | None = None) -> Tensor:
 
     Arguments as `equiangularity`.
     """
-    rows = _rows("maximal_angle", "vectors", vectors)
-    cosines = _pairwise_cosines(rows - (rows.mean(0) if mean is None else mean))
+    rows = _centred_rows("maximal_angle", vectors, mean)
+    cosines = _pairwise_cosines(rows)
     return (cosines + 1 / max(len(rows) - 1, 1)).abs().mean()  # NaN of one vector
 
 
@@ -101,9 +110,12 @@ def norm_correlation(weight: Tensor, counts: Tensor) -> Tensor:
     """Pearson's correlation of ‖w_k‖ and the classes' pixel counts ("prior ambiguity" in CBP); NaN
     where all ‖w_k‖ are equal, up to the rounding of float32."""
     norms = _rows("norm_correlation", "weight", weight).norm(dim=1)
+    counts = _of_classes("norm_correlation", "counts", counts)
+    if len(counts) != len(norms):
+        fail("norm_correlation", "counts", f"a tensor [{len(norms)}], as weight", describe(counts))
     mean = norms.mean()
     norms = torch.where(((norms - mean).abs() <= 1e-6 * mean).all(), mean, norms)
-    return pearson(norms, _of_classes("norm_correlation", "counts", counts))
+    return pearson(norms, counts)
 
 
 def gradient_ratio(features: Tensor, loss: Tensor, other: Tensor) -> Tensor:
@@ -192,9 +204,11 @@ class CentroidGeometry(Metric):
         self.num_classes, self.mean = num_classes, mean
         self.ignore_index = check_ignore_index("CentroidGeometry", ignore_index, num_classes)
         zeros = torch.zeros(num_classes, dim, dtype=torch.float32)
-        if anchors is not None and anchors.shape != zeros.shape:
-            expected = f"[{num_classes}, {dim}], as num_classes and dim"
-            fail("CentroidGeometry", "anchors", expected, describe(anchors))
+        if anchors is not None:
+            floating = isinstance(anchors, Tensor) and anchors.is_floating_point()
+            if not floating or anchors.shape != zeros.shape:
+                expected = f"a floating tensor [{num_classes}, {dim}], as num_classes and dim"
+                fail("CentroidGeometry", "anchors", expected, describe(anchors))
         self.register_buffer("anchors", zeros if anchors is None else anchors.detach().clone())
         self.add_state("counts", torch.zeros(num_classes, dtype=torch.int64), "sum")
         self.add_state("sums", zeros.double(), "sum")
@@ -209,6 +223,7 @@ class CentroidGeometry(Metric):
         if features.shape[1] != self.anchors.shape[1]:
             expected = f"{self.anchors.shape[1]} channels, as dim"
             fail("CentroidGeometry", "features", expected, describe(features))
+        check_labels("CentroidGeometry", labels, features)
         counts, sums, sqdists = class_moments(
             features,
             labels,

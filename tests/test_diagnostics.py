@@ -95,10 +95,10 @@ def test_geometry_in_a_module_of_bfloat16() -> None:
 
 
 def test_arguments_of_functions() -> None:
-    numbers, counts = np.arange(3), torch.arange(3)
+    numbers, counts, rows = np.arange(3), torch.arange(3), torch.randn(3, 2)
     for call, message in (
-        (lambda: diagnostics.imbalance_factor(numbers), "imbalance_factor: counts: expected a te"),
-        (lambda: diagnostics.pearson(counts, numbers), r"pearson: y: expected a tensor \[K\]"),
+        (lambda: diagnostics.imbalance_factor(numbers), "imbalance_factor: counts: expected a re"),
+        (lambda: diagnostics.pearson(counts, numbers), r"pearson: y: expected a real tensor \[K\]"),
         (lambda: diagnostics.pearson(counts, counts[:2]), r"y: expected a tensor \[3\], as x, got"),
         (lambda: diagnostics.norm_correlation(torch.eye(3), None), "norm_correlation: counts: exp"),
         (lambda: diagnostics.CentroidGeometry(3, 2, anchors=torch.eye(3)), r"anchors: .* \[3, 2\]"),
@@ -107,6 +107,21 @@ def test_arguments_of_functions() -> None:
             "CentroidGeometry: features: expected 2 channels, as dim",
         ),
         (lambda: diagnostics.class_separability(counts), "class_separability: weight: expected"),
+        (lambda: diagnostics.class_separability(rows * 1j), "class_separability: weight: expected"),
+        (lambda: diagnostics.pearson(counts * 1j, counts), "pearson: x: expected a real tensor"),
+        (
+            lambda: diagnostics.norm_correlation(rows, counts[:2]),
+            r"counts: expected a tensor \[3\]",
+        ),
+        (lambda: diagnostics.equiangularity(rows, counts), r"mean: expected a tensor \[2\] on cpu"),
+        (lambda: diagnostics.maximal_angle(rows, [0.0, 0.0]), "maximal_angle: mean: expected"),
+        (lambda: diagnostics.CentroidGeometry(3, 2, anchors=rows.long()), "a floating tensor"),
+        (
+            lambda: diagnostics.CentroidGeometry(3, 2).update(
+                rows[..., None, None], counts[:, None]
+            ),
+            "CentroidGeometry: labels: expected",
+        ),
         (
             lambda: plots.features_with_anchors(torch.randn(2, 7, 3), counts[None], torch.eye(7)),
             "features_with_anchors: labels: expected batch size 2",
