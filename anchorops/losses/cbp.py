@@ -126,8 +126,8 @@ class CBP(Regularizer):
         num_classes, dim = self.num_classes, self.dim
         basis = category_basis(num_classes, dim, length, init=init, orthogonalize=orthogonalize)
         self._replaced: _Replaced | None = None
-        # Whether something moves the classifier's rows, or a warning said that nothing does.
-        self._moves_rows = update not in ("ema", "penalty")
+        # Whether something changes the classifier's rows, or a warning said that nothing does.
+        self._moves_rows = False
         self.basis = basis  # the classifier has it as its state
         if update == "ema":
             dtype = torch.promote_types(basis.dtype, torch.float32)
@@ -146,6 +146,7 @@ class CBP(Regularizer):
             fail("CBP", "classifier", "the first one: call uninstall() on it before", classifier)
         weight, bias = _replaced_parameters(classifier, self.basis)
         self._replaced = _Replaced(weight, weight.detach().clone(), weight.requires_grad, bias)
+        self._moves_rows = self.update in ("frozen", "gradient")
         basis = self.basis.to(weight).view_as(weight)
         classifier.register_parameter("bias", None)
         if self._as_buffer:
@@ -166,7 +167,7 @@ class CBP(Regularizer):
         if hasattr(weight, "placements"):
             expected = "a weight that is not sharded: call detach() on a model before fully_shard"
             fail("CBP", "classifier", expected, "a DTensor")
-        self._moves_rows = self.update not in ("ema", "penalty")
+        self._moves_rows = False
         if self._as_buffer:
             del classifier.weight
             del classifier.bias  # the order of the parameters is that of an optimizer's state
