@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -279,7 +280,9 @@ class MaskWriter(BasePredictionWriter):
         common = os.path.commonpath([path.parent for path in paths]) if paths else ""
         self.masks = [out / path.relative_to(common).with_suffix(".png") for path in paths]
         seen: set[Path] = set()
-        for mask in self.masks:
+        for path, mask in zip(paths, self.masks, strict=True):
+            if not path.is_file():
+                raise ValueError(f"predict: --data.images: {path} is not a file")
             if mask.exists():
                 raise ValueError(f"predict: --out: {mask} exists: give another directory")
             if mask in seen:
@@ -304,5 +307,7 @@ class MaskWriter(BasePredictionWriter):
         kind = np.uint8 if pl_module.network.classifier.out_channels <= 256 else np.uint16
         mask = self.masks[int(batch[0])]
         mask.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(prediction[0].cpu().numpy().astype(kind)).save(mask)
+        encoded = BytesIO()
+        Image.fromarray(prediction[0].cpu().numpy().astype(kind)).save(encoded, "PNG")
+        save_atomically(encoded.getvalue(), mask)
         print(mask)

@@ -72,6 +72,8 @@ IGNORED_WARNINGS = (
     "The number of training batches",
     "`isinstance.treespec, LeafSpec",
     "The '.*_dataloader' does not have many workers",
+    "Be aware that when using `ckpt_path`",
+    "You're using the WeightAveraging callback",
 )
 UNFIT_CALLBACKS = {
     StochasticWeightAveraging: "averages over epochs, but a run is one epoch: expected "
@@ -340,7 +342,7 @@ def with_presets(arguments: Sequence[str]) -> tuple[list[str], str]:
     for i in configs:
         preset = Path(words[i]).stem
         packaged = PRESETS / f"{words[i]}.yaml"
-        if not Path(words[i]).exists():
+        if not Path(words[i]).exists() or Path(words[i]).is_dir():
             if not packaged.exists():
                 raise ValueError(
                     f"--config: expected a file or a preset, got {words[i]}. The presets:\n"

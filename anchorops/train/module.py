@@ -2,7 +2,7 @@
 LightningModule."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -182,6 +182,13 @@ class SegmentationModule(LightningModule):
         """Find a stride that leaves gaps before the training, not at its first validation."""
         if self.prediction["stride"] is not None:
             check_stride(self.prediction["window"], self.prediction["stride"])
+        warmup, steps = self.options.warmup, self.data.options.steps
+        if stage == "fit" and warmup >= steps and self.trainer.is_global_zero:
+            print(
+                f"--model.warmup {warmup} is not shorter than --data.steps {steps}: the learning "
+                "rate does not reach --model.lr",
+                file=sys.stderr,
+            )
 
     def configure_model(self) -> None:
         """Build the network, its methods and its loss for a training. For a validation and for
@@ -270,6 +277,15 @@ class SegmentationModule(LightningModule):
         )
         self.learner = Learner(model, None, auxiliary_weight=options.auxiliary_weight)
         self.learner.to(memory_format=self.layout)  # pyright: ignore
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        except RuntimeError as error:
+            raise ValueError(
+                f"--ckpt_path: its weights are not those of --model.network "
+                f"{self.options.network}: give --run, or the --config of the run"
+            ) from error
 
     def configure_optimizers(self) -> Any:
         options, steps = self.options, self.data.options.steps

@@ -27,4 +27,5 @@ def save_atomically(state: Any, path: Path) -> None:
     except (OSError, RuntimeError) as error:  # torch's writer turns the first into the second
         with suppress(OSError):
             part.unlink()
-        raise OSError(f"{path} could not be written: {error}; earlier files are intact") from error
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"{path} could not be written: {reason}; earlier files are intact") from error

@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_runs import TINY, figures
 from torch import nn
 
-from anchorops.train.callbacks import Saving
+from anchorops.train.callbacks import MaskWriter, Saving
 from anchorops.train.cli import main, train, with_presets
 from anchorops.train.data.module import SegmentationData
 from anchorops.train.evaluation import predict
@@ -230,6 +230,22 @@ def test_files_to_predict(
     if files:
         joined = f"--data.images={files[0]}"
         assert with_presets(["predict", joined, *files[1:], "--out", "o"])[0] == expected
+
+
+def test_images_to_predict_exist(tmp_path: Path):
+    (tmp_path / "a.png").touch()
+    with pytest.raises(ValueError, match=r"^predict: --data.images: .*/b.png is not a file$"):
+        MaskWriter(tmp_path / "out", [str(tmp_path / "a.png"), str(tmp_path / "b.png")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_warm_up_that_is_longer_than_the_run(capsys: pytest.CaptureFixture[str]):
+    module = SegmentationModule(warmup=1500)
+    module._trainer = trained_by(1)
+    for steps, told in ((1501, ""), (1500, "--model.warmup 1500 is not shorter than --data.steps")):
+        module._trainer.datamodule = SegmentationData(steps=steps)  # pyright: ignore
+        module.setup("fit")
+        assert capsys.readouterr().err.startswith(told) and bool(told) == (steps == 1500)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -142,6 +142,9 @@ def test_names_of_presets(tmp_path, monkeypatch: pytest.MonkeyPatch):
     assert with_presets(["fit", "--seed_everything", "1"])[1] == "no-preset"
     assert with_presets(["fit", "--config=folder"])[0] == ["fit", "--config", packaged]
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()  # of data
+    assert with_presets(["fit", "--config", "folder"])[0] == ["fit", "--config", packaged]
+    (tmp_path / "folder").rmdir()
     (tmp_path / "folder").touch()
     assert with_presets(["fit", "-c", "folder"]) == (["fit", "-c", "folder"], "folder")
     (tmp_path / "run").mkdir()

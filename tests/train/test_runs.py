@@ -245,6 +245,10 @@ def test_file_that_cannot_be_written(tmp_path: Path):
     with pytest.raises(OSError, match=r"state.pt could not be written: .* are intact"):
         path.with_name("state.pt.part").mkdir()
         save_atomically("text", path)
+    path.with_name("state.pt.part").rmdir()
+    path.with_name("state.pt.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"state.pt could not be written: .*No space left on device;"):
+        save_atomically({"a": torch.ones(100_000)}, path)
     assert torch.equal(torch.load(path)["a"], torch.ones(2))
 
 
@@ -369,10 +373,14 @@ def test_run_from_weights_of_a_backbone(folder: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr().err
     assert f"backbone: 176 tensors of {weights} taken, 0 not used" in said
     assert "random weights" not in said
-    for kind in ("images", "masks"):
+    for kind in ("images", "masks"):  # and the training images are not needed
         (folder / kind / "val").rename(folder / kind / "test")
-    program = Program(*with_presets(["validate", "--run", str(run), "--data.split", "test"]))
+        shutil.rmtree(folder / kind / "train")
+    validate = ["validate", "--run", str(run), "--data.split", "test"]
+    program = Program(*with_presets(validate))
     assert {"test/miou", "test/iou/thing"} < program.trainer.callback_metrics.keys()
+    with pytest.raises(ValueError, match=r"^--ckpt_path: its weights .* segformer-b1: give --run"):
+        Program(*with_presets([*validate, "--model.network", "segformer-b1"]))
 
 
 def test_weights_of_a_whole_network_need_no_download(folder: Path):

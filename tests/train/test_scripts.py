@@ -93,7 +93,7 @@ def test_report_of_evidence(tmp_path: Path):
     assert "| baseline | 1,000 | 50.0 ± 10.0 | 11.0 ± 1.0 | 80.0 |" in on_test
     assert "| SAR | 1,000 | +4.0 ± 2.8 (n = 2) | +0.4 ± 0.3 (n = 2) |" in on_test
     assert "3 of the 3 runs planned on digit scenes are missing" in page
-    assert "Nothing planned on photographs is missing: all 1 runs are here." in page
+    assert "All 1 runs planned on photographs are here." in page
     assert evidence_report.PREDICTIONS not in page
     page = evidence_report.page(evidence | {"predictions": ["camvid"]})
     assert evidence_report.PREDICTIONS in page.split("## Photographs, ")[1]

@@ -6,6 +6,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -132,37 +133,38 @@ class SegmentationData(LightningDataModule):
         self.transform: v2.Transform
         """What is applied to an image before its evaluation."""
 
-    def splits(self) -> tuple[Segmentation, Segmentation]:
-        """Training and validation split."""
+    def splits(self, *names: str) -> list[Segmentation]:
+        """Those of these names; without names, training and validation split."""
         options = self.options
+        names = names or ("train", options.split)
         check_used(options, SegmentationData)
         if options.dataset == "digits":
             if options.split != "val":
                 raise ValueError(f"--data.split: digits has train, val, got {options.split}")
             seed = options.seed if options.data_seed is None else options.data_seed
-            return (
-                DigitScenes(
+            scenes = {
+                "train": DigitScenes(
                     "train", options.train_images, options.crop, seed=seed, exponent=options.zipf
                 ),
-                DigitScenes("val", options.val_images, options.crop, seed=0),
-            )
+                "val": DigitScenes("val", options.val_images, options.crop, seed=0),
+            }
+            return [scenes[name] for name in names]
         if options.root is None:
             raise ValueError(
                 f"--data.root: expected the directory of the data set {options.dataset}, got "
                 "nothing"
             )
-        root, names = Path(options.root), ("train", options.split)
+        root = Path(options.root)
         if options.dataset != "folder":
-            train, val = (open_published(options.dataset, root, x) for x in names)
-            return train, val
+            return [open_published(options.dataset, root, name) for name in names]
         chosen = {
             name: options[name] for name in ("image_suffix", "mask_suffix", "label_map", "channels")
         }
-        train, val = (open_folder(root, split, **chosen) for split in names)
-        return train, val
+        return [open_folder(root, split, **chosen) for split in names]
 
     def setup(self, stage: str) -> None:
-        """Every mask is read, on one rank: so errors in masks are found before the training."""
+        """Every mask is read, on one rank: so errors in masks are found before the training. The
+        validation of a run takes its class frequencies, and needs no training images."""
         options, trainer = self.options, self.trainer
         self.transform = evaluation_transform(
             options.channels, options.short_side, options.long_side
@@ -172,26 +174,33 @@ class SegmentationData(LightningDataModule):
         assert trainer is not None
         if stage == "fit" and options.split != "val":
             raise ValueError(f"--data.split: fit expects val, got {options.split}")
-        self.training_set, self.validation_set = self.splits()
+        of_run = None if stage == "fit" else self.of_run
+        names = (options.split,) if of_run else ("train", options.split)
+        *training, self.validation_set = self.splits(*names)
         self._check_shared("validation", len(self.validation_set))
-        self.classes = self.training_set.classes
+        self.classes = self.validation_set.classes
         counted: Any = None
         if trainer.is_global_zero:
             one_size = options.eval_batch_size > 1
-            training = class_counts(self.training_set)
-            counted = training, class_counts(self.validation_set, one_size=one_size)
-        training, validation = trainer.strategy.broadcast(counted)
-        absent = check_classes(self.classes, training.pixels, validation.pixels)
+            counted = [class_counts(images) for images in training]
+            counted.append(class_counts(self.validation_set, one_size=one_size))
+        *counts, validation = trainer.strategy.broadcast(counted)
         root = Path(options.root or "")
         self.fingerprint = {
             "classes": list(self.classes),
-            "training": fingerprint(self.training_set, training, root),
+            "training": of_run["training"] if of_run else fingerprint(training[0], counts[0], root),
             "validation": fingerprint(self.validation_set, validation, root),
         }
         self._check_fingerprint(stage)
-        self.frequencies = training.pixels / training.pixels.sum()
-        self.prior = training.images / training.images.sum().clamp(min=1)
-        if stage != "fit" or not trainer.is_global_zero:
+        pixels = torch.tensor(self.fingerprint["training"]["pixels"])
+        absent = check_classes(self.classes, pixels, validation.pixels)
+        self.frequencies = pixels / pixels.sum()
+        if stage != "fit":
+            return
+        self.training_set = training[0]
+        images = counts[0].images
+        self.prior = images / images.sum().clamp(min=1)
+        if not trainer.is_global_zero:
             return
         print(
             f"data set {options.dataset}: {len(self.training_set)} training and "
