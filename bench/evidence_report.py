@@ -358,5 +358,5 @@ def _not_run(evidence: dict[str, Any], data: DataSet) -> str:
     done = {tuple(row[name] for name in names) for row in evidence["rows"]}
     planned = {tuple(run) for run in evidence["planned"] if run[0] in data.scenes}
     if planned <= done:
-        return f"Nothing planned on {data.name} is missing: all {len(planned)} runs are here."
+        return f"All {len(planned)} runs planned on {data.name} are here."
     return f"{len(planned - done)} of the {len(planned)} runs planned on {data.name} are missing."
