@@ -182,9 +182,9 @@ def launch_loss(size: tuple[int, ...], labels: tuple[int, int], sums: bool) -> N
 
 def launch_keys(size: tuple[int, ...], labels: tuple[int, int]) -> None:
     """Class keys of features of this size, without memory."""
-    class_keys.class_keys(
-        torch.empty((size[0], *labels), dtype=UINT8, device="meta"), *size[2:], size[1], False, 255
-    )
+    batch, num_classes, height, width = size
+    classes = torch.empty((batch, *labels), dtype=UINT8, device="meta")
+    class_keys.class_keys(classes, height, width, num_classes, False, 255)
 
 
 def native_sizes(
