@@ -96,6 +96,9 @@ def class_keys(
         return keys, counts
     resize = (height, width) != (label_height, label_width)
     _, stride_y, stride_x = labels.stride()
+    has_rows = resize or not (height == 1 or stride_y == width * stride_x)
+    if has_rows and pixels >= 2**31:
+        raise ValueError(f"class_keys: expected images of fewer than 2^31 pixels, got {pixels}")
     tiles_per_image = triton.cdiv(pixels, BLOCK_P.value)
     _class_keys_kernel[(batch * tiles_per_image,)](
         labels,
@@ -112,7 +115,7 @@ def class_keys(
         ignore_index,
         PER_IMAGE=per_image,
         IMAGE_IN_KEY=per_image and class_dtype is None,
-        HAS_ROWS=resize or not (height == 1 or stride_y == width * stride_x),
+        HAS_ROWS=has_rows,
         RESIZE=resize,
         num_warps=4,
         enable_fp_fusion=True,

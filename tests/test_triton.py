@@ -47,6 +47,7 @@ def test_pixels_of_a_lane_at_full_resolution(logits: Tensor, labels: Tensor, pix
 @pytest.mark.parametrize(("height", "width"), [(46_349, 46_351), (2**15, 2**16)])
 def test_images_of_many_pixels_are_refused(height: int, width: int):
     """Programs number the pixels of an image in 32 bits."""
+    from anchorops.kernels.class_keys import class_keys
     from anchorops.kernels.upsampling import upsampling_of
 
     logits = torch.empty(1, 2, height, width, dtype=torch.bfloat16, device="meta")
@@ -54,6 +55,8 @@ def test_images_of_many_pixels_are_refused(height: int, width: int):
     for maps in (None, (labels,)):
         with pytest.raises(ValueError, match=r"fewer than 2\^31 positions"):
             upsampling_of(logits, height, width, False, maps=maps)
+    with pytest.raises(ValueError, match=r"class_keys: expected .* fewer than 2\^31 pixels"):
+        class_keys(labels.mT, width, height, 2, False, 255)
 
 
 MACHINE_CODE = """
