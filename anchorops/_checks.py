@@ -192,7 +192,7 @@ def check_labels(function: str, labels: Tensor, features: Tensor) -> None:
     dim = features.dim()
     expected = {2: "(N,)", 3: "(B, N)", 4: "(B, H', W')"}[dim]
     if not isinstance(labels, Tensor) or labels.dim() != dim - 1:
-        if dim == 4 and isinstance(labels, Tensor) and labels.shape[1:2] == (1,):
+        if dim == 4 and isinstance(labels, Tensor) and labels.dim() == 4 and labels.shape[1] == 1:
             expected += " (labels.squeeze(1) removes the channel)"
         shape = tuple(features.shape)
         fail(function, "labels", f"{expected} for features of shape {shape}", describe(labels))

@@ -47,9 +47,10 @@ def _centred_rows(function: str, vectors: Tensor, mean: Tensor | None) -> Tensor
     rows = _rows(function, "vectors", vectors)
     if mean is None:
         return rows - rows.mean(0)
-    if not isinstance(mean, Tensor) or mean.shape != rows.shape[1:] or mean.device != rows.device:
-        fail(function, "mean", f"a tensor [{rows.shape[1]}] on {rows.device}", describe(mean))
-    return rows - mean
+    real = isinstance(mean, Tensor) and not mean.is_complex()
+    if not real or mean.shape != rows.shape[1:] or mean.device != rows.device:
+        fail(function, "mean", f"a real tensor [{rows.shape[1]}] on {rows.device}", describe(mean))
+    return rows - mean.double()
 
 
 def _pairwise_cosines(rows: Tensor) -> Tensor:

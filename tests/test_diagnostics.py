@@ -113,8 +113,12 @@ def test_arguments_of_functions() -> None:
             lambda: diagnostics.norm_correlation(rows, counts[:2]),
             r"counts: expected a tensor \[3\]",
         ),
-        (lambda: diagnostics.equiangularity(rows, counts), r"mean: expected a tensor \[2\] on cpu"),
+        (
+            lambda: diagnostics.equiangularity(rows, counts),
+            r"mean: expected a real tensor \[2\] on",
+        ),
         (lambda: diagnostics.maximal_angle(rows, [0.0, 0.0]), "maximal_angle: mean: expected"),
+        (lambda: diagnostics.maximal_angle(rows, rows[0] * 1j), "maximal_angle: mean: expected"),
         (lambda: diagnostics.CentroidGeometry(3, 2, anchors=rows.long()), "a floating tensor"),
         (
             lambda: diagnostics.CentroidGeometry(3, 2).update(
