@@ -228,7 +228,9 @@ class CBP(Regularizer):
             warnings.warn(
                 f'CBP: update="{self.update}" changes no classifier here, because it was not '
                 "attached: call anchorops.attach(model, method), and its result with the labels "
-                "after each forward of the model",
+                "after each forward of the model"
+                + " (or install(classifier) once)"
+                * (self.update in ("frozen", "gradient")),
                 stacklevel=2,
             )
         if self.update == "ema":
