@@ -271,7 +271,8 @@ class MaskWriter(BasePredictionWriter):
     """Writes the classes of each image to out/NAME.png, or out/SUBFOLDER/NAME.png if the images are
     in several folders: a mask of the image's size, 8 bits, or 16 with more than 256 classes.
 
-    Raises ValueError for a file that exists, or would be written twice.
+    Raises ValueError for an image that is not there, and a mask that exists or would be written
+    twice.
     """
 
     def __init__(self, out: Path, images: list[str]) -> None:

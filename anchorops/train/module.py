@@ -3,6 +3,7 @@ LightningModule."""
 
 import sys
 from collections.abc import Mapping, Sequence
+from textwrap import shorten
 from typing import Any, Literal
 
 import torch
@@ -185,8 +186,8 @@ class SegmentationModule(LightningModule):
         warmup, steps = self.options.warmup, self.data.options.steps
         if stage == "fit" and warmup >= steps and self.trainer.is_global_zero:
             print(
-                f"--model.warmup {warmup} is not shorter than --data.steps {steps}: the learning "
-                "rate does not reach --model.lr",
+                f"--model.warmup {warmup} is not shorter than --data.steps {steps}: the whole run "
+                "is warm-up",
                 file=sys.stderr,
             )
 
@@ -282,9 +283,12 @@ class SegmentationModule(LightningModule):
         try:
             return super().load_state_dict(state_dict, *args, **kwargs)
         except RuntimeError as error:
+            first = " ".join("".join(str(error).splitlines()[1:2]).split())
             raise ValueError(
-                f"--ckpt_path: its weights are not those of --model.network "
-                f"{self.options.network}: give --run, or the --config of the run"
+                f"the weights of the checkpoint are not those of --model.network "
+                f"{self.options.network} with --model.auxiliary_weight "
+                f"{self.options.auxiliary_weight:g}: expected the options of its run (--run). "
+                f"{shorten(first, 200)}"
             ) from error
 
     def configure_optimizers(self) -> Any:

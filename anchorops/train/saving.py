@@ -27,5 +27,6 @@ def save_atomically(state: Any, path: Path) -> None:
     except (OSError, RuntimeError) as error:  # torch's writer turns the first into the second
         with suppress(OSError):
             part.unlink()
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        hidden = isinstance(error, RuntimeError) and isinstance(error.__context__, OSError)
+        reason = error.__context__ if hidden else error
         raise OSError(f"{path} could not be written: {reason}; earlier files are intact") from error

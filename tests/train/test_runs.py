@@ -379,7 +379,7 @@ def test_run_from_weights_of_a_backbone(folder: Path, capsys: pytest.CaptureFixt
     validate = ["validate", "--run", str(run), "--data.split", "test"]
     program = Program(*with_presets(validate))
     assert {"test/miou", "test/iou/thing"} < program.trainer.callback_metrics.keys()
-    with pytest.raises(ValueError, match=r"^--ckpt_path: its weights .* segformer-b1: give --run"):
+    with pytest.raises(ValueError, match=r"^the weights of .* segformer-b1 .* \(--run\)\. \w+"):
         Program(*with_presets([*validate, "--model.network", "segformer-b1"]))
 
 
