@@ -121,7 +121,7 @@ class Logits(NamedTuple):
         if device.type == "cpu":
             batch = min(self.cpu_batch, batch)
         if tiny:
-            batch, num_classes = min(batch, 2), min(num_classes, 20)
+            batch, num_classes = min(batch, 2), min(num_classes, 20 if num_classes <= 255 else 256)
             space = [max(4, 32 // self.stride) if len(space) == 2 else 5] * len(space)
         label_size = tuple(n * self.stride for n in space) if tiny else self.label_size
         dim = min(self.dim, 24) if tiny else self.dim
@@ -195,11 +195,6 @@ class Case(NamedTuple):
         if shape in (IMAGES, VOLUMES, "centroids"):
             shape += f" {self.shape.sizes}"
         return ", ".join((self.operation, self.direction, shape, self.dtype, self.labels))
-
-    @property
-    def keeps_pages(self) -> bool:
-        """Whether its formula is also measured with kept pages."""
-        return isinstance(self.shape, Logits) and self.shape.name not in (IMAGES, VOLUMES)
 
     @property
     def fields(self) -> dict[str, Any]:

@@ -240,13 +240,12 @@ def cases(run: dict) -> str:
         seen.add(operation)
         lowest, highest = other["q20"] / ours["q80"], other["q80"] / ours["q20"]
         digits = 1 if ratio >= 0.1 else 2
-        name = other["name"].replace(", kept pages", "\\*")
         lines.append(
             [
                 operation + ("" if training else f", {ours['direction']}"),
                 sizes(ours, seen, "bf16" if run["device_type"] == "cuda" else "fp32"),
                 measured(ours),
-                f"{name}: {measured(other)}",
+                f"{other['name']}: {measured(other)}",
                 f"{ratio:.{digits}f} ({lowest:.{digits}f}–{highest:.{digits}f})",
                 *([share_of_roof(ours, roofs)] if EXPONENTIALS in roofs else []),
             ]

@@ -413,7 +413,8 @@ dice = ao.Dice(absent="keep")  # as the formula; smp and MONAI differ for absent
 bce = usual.binary_cross_entropy
 multiclass, multilabel = "multiclass", "multilabel"
 OPERATIONS = {
-    "cross-entropy": pixel_loss(ao.CrossEntropy(), usual.cross_entropy),
+    # the default, 255, is a class where there are more
+    "cross-entropy": pixel_loss(ao.CrossEntropy(ignore_index=-1), usual.cross_entropy),
     "cross-entropy, aligned corners": pixel_loss(ao.CrossEntropy(align_corners=True), aligned),
     "class weights": pixel_loss(
         lambda logits, labels: ao.pixel_cross_entropy(logits, labels, weight=class_weights(logits)),

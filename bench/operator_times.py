@@ -2,17 +2,20 @@
 
     python bench/operator_times.py --case 'cross-entropy, *SegFormer*' [--rows ROWS.json]
 
-Rows are written after each group of implementations, so an interrupted run keeps them.
+Rows are written after each group of implementations, so an interrupted run keeps them. On the CPU
+each group has a process of its own, since the time of torch's formulas depends on the state in
+which earlier calls have left malloc.
 """
 
 import contextlib
 import ctypes
 import fnmatch
 import gc
-import itertools
+import multiprocessing
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +36,6 @@ TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2, "fp16": 1e-2}  # also of expanded squar
 # slow. The steadiest measurement is kept.
 MOST_TRIES, MOST_SPREAD = 3, 2.0
 SECONDS = 0.6  # of timing: at least
-KEPT = ", kept pages"
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's <malloc.h>
 
 
@@ -53,43 +55,30 @@ def backends(case: Case, kinds: Sequence[str]) -> dict[str, str]:
 
 
 class Implementation(NamedTuple):
-    """What a row is about. backend: of ours. kept: with a malloc that keeps pages."""
+    """What a row is about. backend: of ours."""
 
     name: str
     formula: Any
     backend: str | None = None
     compiled: bool = False
-    kept: bool = False
 
 
 def implementations(device: str, case: Case, kinds: Sequence[str]) -> list[Implementation]:
-    """Ours first, the fastest backend first. On the CPU the usual formulas of pixel losses allocate
-    new memory in each call, and their page faults take about half of the time. "Kept pages" are
-    these formulas with a malloc that does not return memory to the operating system."""
+    """Ours first, the fastest backend first."""
     ours = OPERATIONS[case.operation].ours
     found = [Implementation(name, ours, kind) for name, kind in backends(case, kinds).items()]
-    cuda = device == "cuda"
-    alternatives = alternatives_of(case, libraries=cuda)
-    for name, formula in alternatives.items():
+    for name, formula in alternatives_of(case, libraries=device == "cuda").items():
         found.append(Implementation(name, formula, compiled=name.startswith("compiled ")))
-    if alternatives and not cuda and case.keeps_pages:
-        name, formula = next(iter(alternatives.items()))
-        found.append(Implementation(name + KEPT, formula, kept=True))
     return found
 
 
-@contextlib.contextmanager
-def kept_pages() -> Iterator[None]:
-    """malloc neither maps large blocks separately nor returns memory to the operating system."""
+def keep_pages() -> None:
+    """From now on malloc returns no memory to the operating system. Otherwise page faults take
+    about half of the time of the usual formulas of pixel losses, which allocate new memory in each
+    call."""
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    try:
-        yield
-    finally:
-        libc.mallopt(M_MMAP_MAX, 65_536)
-        libc.mallopt(M_TRIM_THRESHOLD, 128 * 1024)
-        libc.malloc_trim(0)
+    libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def tensors_of(results: Any) -> list[Tensor]:
@@ -156,8 +145,7 @@ class WrongResults(Exception):
 
 
 class Timer:
-    """Measures the implementations of a case in groups that take turns: eager ones, compiled ones,
-    and with kept pages."""
+    """Measures the implementations of a case in groups that take turns: eager and compiled ones."""
 
     def __init__(self, case: Case, device: torch.device, tiny: bool):
         self.case, self.device, self.tiny = case, device, tiny
@@ -179,14 +167,16 @@ class Timer:
                     raise
                 first = next(iter(str(error).splitlines()), "")
                 row["absent"] = f"{type(error).__name__}: {first[:200]}"
-        with kept_pages() if any(one.kept for one in group) else contextlib.nullcontext():
-            measured = self.measured(runs) if runs else {}
+        if self.device.type == "cpu" and sys.platform == "linux":
+            keep_pages()  # after the peaks of memory, to which unused pages would add
+        measured = self.measured(runs) if runs else {}
         return [row | measured.get(row["name"], {}) for row in rows]
 
     def checked(self, one: Implementation, row: dict[str, Any]) -> Run:
         """Calls it: the first call compiles."""
         formula = built(one.formula, self.inputs)
         if one.compiled:
+            run_of(formula, self.inputs, self.case.direction)()  # what it imports is not traced
             backend = "eager" if self.tiny else "inductor"
             formula = torch.compile(formula, dynamic=False, backend=backend)
         with ao.use_backend(one.backend or "auto"):
@@ -250,6 +240,23 @@ def lines_of(rows: list[dict[str, Any]]) -> Iterator[str]:
             yield f"  {row['name']}: {row['absent']}"
 
 
+def rows_of(case: Case, compiled: bool, of: str, device: torch.device, tiny: bool) -> list[dict]:
+    """Of the eager or of the compiled implementations. of: the type of the device of the cases."""
+    every = implementations(of, case, usable(device))
+    group = [one for one in every if one.compiled == compiled]
+    if not group:
+        return []
+    torch.compiler.reset()  # otherwise a formula compiled for many shapes would run uncompiled
+    return Timer(case, device, tiny).rows(group)
+
+
+def in_own_process(function: Callable[..., Any], *inputs: Any) -> Any:
+    """The result of a call. This process must not have run an operation of torch: its threads
+    would be missing in the new one."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(function, *inputs).result()
+
+
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--case", action="append", help="of such a name, as 'Dice, *' (default: *)")
@@ -257,20 +264,20 @@ def main() -> None:
     parser.add_argument("--cases-of", choices=("cpu", "cuda"), help=of_device)
     options = parser.parse_args()
     device, tiny = torch.device(options.device), options.dry_run
+    on_gpu = device.type == "cuda"
     of, failed, names = options.cases_of or device.type, [], options.case or ["*"]
     chosen = [x for x in cases_on(of, tiny) if any(fnmatch.fnmatchcase(str(x), y) for y in names)]
     if not chosen:
         parser.error(f"--case: no case has the name {' or '.join(map(repr, names))}")
     for case in chosen:
-        torch.compiler.reset()  # otherwise a formula compiled for many shapes would run uncompiled
         case = case._replace(shape=case.shape.on(device, tiny))
         rows: list[dict[str, Any]] = []
         try:
-            timer = Timer(case, device, tiny)
-            every = implementations(of, case, usable(device))
-            for _, group in itertools.groupby(every, lambda one: (one.compiled, one.kept)):
-                rows += timer.rows([*group])
-                if options.rows:
+            for compiled in (False, True):
+                inputs = case, compiled, of, device, tiny
+                found = rows_of(*inputs) if on_gpu else in_own_process(rows_of, *inputs)
+                rows += found
+                if options.rows and found:
                     save(options.rows, "operators", head_of(device), rows)
             print(*lines_of(rows), sep="\n", flush=True)
         except Exception:  # the other cases are measured; the exit status tells of this one
