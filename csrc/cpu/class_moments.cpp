@@ -210,7 +210,7 @@ Tensor class_moments_backward(std::optional<Tensor> features, Tensor keys,
   if (dsums) dsums = torch::stable::contiguous(*dsums);
   if (dsqdists) dsqdists = torch::stable::contiguous(*dsqdists);
   const int64_t num_keys = dsums ? dsums->size(0) : dsqdists ? dsqdists->size(0) : 0;
-  for_dtype("class_moments.cpu", dtype, [&](auto element) {
+  for_dtype("class_moments_backward.cpu", dtype, [&](auto element) {
     moments_backward<decltype(element)>(features, keys, anchors, dsums, dsqdists, num_keys, groups,
                                         dfeatures);
   });

@@ -28,10 +28,10 @@ void count(const Tensor& predictions, const Tensor& labels, int64_t num_classes,
   const int64_t width = labels.size(labels.dim() - 1);
   const int64_t height = labels.dim() > 1 ? labels.size(labels.dim() - 2) : 1;
   const int64_t cells = num_classes * num_classes, pixels = labels.numel();
-  // Each thread has its own matrix if this is smaller than the pixels that it counts.
-  const bool local = cells <= 1 << 16;
   std::mutex mutex;
   torch::stable::parallel_for(0, pixels, 1 << 16, [&](int64_t begin, int64_t end) {
+    // A thread has its own matrix if this is smaller than the pixels that it counts.
+    const bool local = cells <= end - begin;
     std::vector<int64_t> counts(local ? cells : 0);
     for (int64_t p = begin; p < end;) {
       const int64_t b = p / (width * height), y = p / width % height;

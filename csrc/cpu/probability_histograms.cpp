@@ -64,13 +64,13 @@ Tensor error_loss_backward(Tensor logits, Tensor labels, Tensor slopes, int64_t 
   if (dlogits.numel() == 0) return dlogits;
   if (labels.numel() == 0) return torch::stable::zero_(dlogits);
   slopes = torch::stable::contiguous(slopes);
-  for_dtype("probability_histograms.cpu", logits.scalar_type(), [&](auto element) {
+  for_dtype("error_loss_backward.cpu", logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using Stat = StatOf<T>;
     const int64_t num_classes = logits.size(1);
     const Tiles<Stat> tiles(layout_of(logits), labels.size(1), labels.size(2), align_corners);
     const Problem<Stat> problem = tiles.template problem<T>(
-        logits, labels_of("probability_histograms.cpu", labels, num_classes, ignore_index));
+        logits, labels_of("error_loss_backward.cpu", labels, num_classes, ignore_index));
     const Output<Stat> output = output_of<T>(dlogits);
     const auto kernels = best_kernels<Stat>();
     for_items(tiles, tiles.count(), num_classes, tiles.upsampled(), false,

@@ -166,7 +166,7 @@ void forward_cells(const Problem<float>& problem, const Tile& tile,
       Ints steep = {};
       for (int64_t n = 0; n < row.rows * WIDTH; ++n)
         steep |= (classes.pixel_classes(n) >= 0) & ~((totals[n] >= STEEP) & (totals[n] <= 1e38f));
-      const bool by_cells = any_valid && !any(steep);
+      const bool by_cells = !any(steep);
       if (with_probabilities)
         for (int64_t n = 0; n < row.rows * WIDTH; ++n) {
           const Ints counts = (classes.pixel_classes(n) >= 0) & (Ints{} - by_cells);

@@ -261,7 +261,7 @@ Tensor softmax_moments_backward(const Tensor& logits, const Tensor& labels,
   Tensor dlogits = dense_like(logits);
   if (dlogits.numel() == 0) return dlogits;
   if (labels.numel() == 0) return torch::stable::zero_(dlogits);
-  for_dtype("softmax_moments.cpu", logits.scalar_type(), [&](auto element) {
+  for_dtype("softmax_moments_backward.cpu", logits.scalar_type(), [&](auto element) {
     backward<decltype(element)>(logits, labels, options, d, dlogits);
   });
   return dlogits;

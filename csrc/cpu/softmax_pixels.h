@@ -84,7 +84,7 @@ ALWAYS_INLINE void upsample(const Group<Stat>& group, const Stat* low, const Sta
   group.columns.upsample(low, out);
 }
 
-// The logits of the group's pixels: workspace.upsampled.
+// The logits of the group's pixels: workspace.group.upsampled.
 template <class Stat>
 ALWAYS_INLINE void logits_of_group(const Problem<Stat>& problem, const Tile& tile,
                                    const Workspace<Stat>& workspace, const Group<Stat>& group) {

@@ -47,7 +47,7 @@ class DifferenceRows {
     const Range columns = {std::max<int64_t>(begin, 0), std::min(tile_.columns.end + 1, width)};
     finite_[row] = read(row, columns, columns.begin - begin);
     float* packed = memory_.planes + memory_.stride;
-    packed[columns.end - begin] = packed[columns.end - begin - 1];  // has weight 0
+    packed[columns.end - begin] = packed[columns.end - begin - 1];  // its own neighbour
     columns_.upsample(packed, line);
     return line;
   }

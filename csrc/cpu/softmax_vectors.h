@@ -15,7 +15,7 @@ using Indices = Vector<int32_t, LANES<Stat>>;
 
 constexpr float LOG2_E = 1.44269504f;
 
-// e^x, correct for every x, also if it is not finite.
+// e^x, for every x, also if it is not finite; infinite from 88.37 on.
 template <class Stat>
 ALWAYS_INLINE VecOf<Stat> exp(VecOf<Stat> x) {
   using Vec = VecOf<Stat>;
@@ -37,7 +37,7 @@ ALWAYS_INLINE VecOf<Stat> exp(VecOf<Stat> x) {
     p = p * f + 1.0f;
     p *= Vec((Bits(shifted) + 127) << 23);
     p = x < -87.3f ? Vec{} : p;
-    return x > 88.7f ? Vec{} + __builtin_inff() : p;
+    return x > 88.37f ? Vec{} + __builtin_inff() : p;
   }
 }
 
