@@ -262,6 +262,11 @@ def labels_of_logits(function: str, labels: Tensor, logits: Tensor) -> Tensor:
     return labels
 
 
+def clean_bools(x: Tensor) -> Tensor:
+    """Of bytes 0 and 1: NumPy's bools of a bilevel Pillow image have 255, and torch keeps it."""
+    return x.view(torch.uint8) != 0
+
+
 def labels_of_channels(function: str, labels: Tensor, logits: Tensor) -> Tensor:
     """The labels as (B, C, H, W), or the logits' shape if these are not images; integers. With one
     channel, its axis may be absent."""
@@ -279,7 +284,7 @@ def labels_of_channels(function: str, labels: Tensor, logits: Tensor) -> Tensor:
         expected = f"a tensor ({shape[0]}, {shape[1]}, {axes})".replace(", )", ")")
         fail(function, "labels", f"{expected}, one for each channel of logits", describe(labels))
     if labels.dtype == torch.bool:
-        labels = labels.view(torch.uint8)
+        labels = clean_bools(labels).view(torch.uint8)
     _check_integers(function, "labels", labels)
     if labels.device != logits.device:
         fail(function, "labels", f"device {logits.device}, as logits", labels.device)

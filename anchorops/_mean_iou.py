@@ -13,6 +13,7 @@ from ._checks import (
     check_integers,
     check_label_values,
     check_strided,
+    clean_bools,
     describe,
     fail,
     missing_extra,
@@ -119,8 +120,12 @@ class MeanIoU(Metric):
             if not isinstance(labels, Tensor) or predictions.shape != labels.shape:
                 expected = "the labels' shape, or floating-point logits"
                 fail("MeanIoU", "predictions", expected, describe(predictions))
-            if labels.dtype != torch.bool:
+            if labels.dtype == torch.bool:
+                labels = clean_bools(labels)
+            else:
                 check_integers("MeanIoU", "labels", labels)
+            if predictions.dtype == torch.bool:
+                predictions = clean_bools(predictions)
             if self.check_labels:  # of the given labels, before some are ignored
                 check_label_values("MeanIoU", labels, 2, self.ignore_index)
                 label_options["check_labels"] = False

@@ -1,5 +1,4 @@
-"""Losses of sigmoid logits, one channel or several, compared with torch, torchvision and
-torchmetrics."""
+"""Losses of sigmoid logits, one channel or several, compared with torch."""
 
 import io
 
@@ -8,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from operators import check_loss
 from torch import Tensor
-from torchmetrics.functional.classification import multilabel_confusion_matrix
 
 import anchorops as ao
 
@@ -37,23 +35,28 @@ def test_accuracy():
     torch.testing.assert_close(module.terms["accuracy"].double(), right, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("gamma", [0.5, 2.0])
-def test_focal_is_torchvisions(gamma):
-    ops = pytest.importorskip("torchvision.ops", reason="torchvision is not installed")
-    logits, z, labels = inputs(1)
-    loss = ao.BinaryCrossEntropy(0.25 / 0.75, focal_gamma=gamma)(logits, labels[:, 0])
-    theirs = ops.sigmoid_focal_loss(z, labels.double(), alpha=0.25, gamma=gamma, reduction="mean")
-    check_loss(0.75 * loss, theirs, logits)
-
-
-def test_cross_entropy_and_dice_share_the_pass():
+@both_backends
+def test_bools_with_bytes_of_255(backend):
+    """NumPy's of a bilevel image of Pillow."""
     logits, _, labels = inputs()
-    labels[:, 1] = 0
-    pair = ao.CrossEntropyDice(ao.BinaryCrossEntropy(POS), ao.Dice(sigmoid=True), dice_weight=2.0)
-    dice = ao.Dice(sigmoid=True)
-    expected = ao.BinaryCrossEntropy(POS)(logits, labels) + 2 * dice(logits, labels)
-    check_loss(pair(logits, labels), expected, logits)
-    assert isinstance(ao.CrossEntropyDice(dice=dice).cross_entropy, ao.BinaryCrossEntropy)
+    clean, raw = labels.bool(), labels.byte().mul(255).view(torch.bool)
+    for call in (
+        ao.BinaryCrossEntropy(),
+        ao.Dice(sigmoid=True),
+        ao.Lovasz(sigmoid=True),
+        lambda *x: ao.pixel_confusion(*x, sigmoid=True),
+        lambda z, y: ao.pixel_kl_divergence(z, z.flip(1), (20, 21), valid=y[:, 0]),
+    ):
+        assert torch.equal(call(logits, raw), call(logits, clean))
+    for predictions, truth in ((raw, clean), (clean, raw)):
+        metric = ao.MeanIoU(3, sigmoid=True)
+        metric.update(predictions, truth)
+        assert metric.compute() == 1 and metric.confusion.sum() == labels.numel()
+
+
+def test_parts_are_of_sigmoids():
+    pair = ao.CrossEntropyDice(dice=ao.Dice(sigmoid=True))
+    assert isinstance(pair.cross_entropy, ao.BinaryCrossEntropy)
     assert ao.CrossEntropyDice(ao.BinaryCrossEntropy()).dice.sigmoid
 
 
@@ -65,18 +68,6 @@ def test_parts_take_the_ignored_label_of_the_whole():
     torch.testing.assert_close(
         whole(logits, labels), expected + ao.Dice(sigmoid=True, ignore_index=0)(logits, labels)
     )
-
-
-@pytest.mark.parametrize("channels", [1, 4])
-def test_confusion_is_that_of_torchmetrics(channels):
-    logits, z, labels = inputs(channels, torch.float32)
-    labels, _ = ignoring(labels)
-    matrices = ao.pixel_confusion(logits, labels, sigmoid=True)
-    p, labels = z.detach().sigmoid(), torch.where(labels == 255, -1, labels)
-    if channels == 1:
-        p, labels = torch.cat([p, p], 1), torch.cat([labels, labels], 1)
-    expected = multilabel_confusion_matrix(p, labels, p.shape[1], ignore_index=-1)
-    assert torch.equal(matrices, expected[:channels])
 
 
 @pytest.mark.parametrize("shape", [(6, 1), (6, 4), (2, 3, 10), (2, 1, 8, 9), (2, 3, 2, 4, 5)])

@@ -28,6 +28,7 @@ from .._checks import (
     check_size,
     check_strided,
     check_temperature,
+    clean_bools,
     describe,
     fail,
     savable,
@@ -184,6 +185,7 @@ def pixel_kl_divergence(
     if isinstance(valid, Tensor) and isinstance(logits, Tensor):
         valid = without_channel(valid, logits.dim() - 1)
     size = _check_inputs(function, logits, teacher_logits, size, valid)
+    valid = None if valid is None else clean_bools(valid)
     temperature = check_temperature(function, temperature)
     check_flags(function, align_corners=align_corners)
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
