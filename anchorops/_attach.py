@@ -86,7 +86,10 @@ class Attachment:
                 were several.
             ValueError: the labels do not match the features.
         """
-        return self._submodule(self._take_features(), labels, self.classifier)
+        features = self._take_features()
+        if isinstance(self.classifier, nn.Linear):
+            features = features.movedim(-1, 1)
+        return self._submodule(features, labels, self.classifier)
 
     @property
     def terms(self) -> dict[str, Tensor]:
@@ -95,8 +98,9 @@ class Attachment:
 
     @property
     def features(self) -> Tensor | None:
-        """The features of the last training forward, with their graph; None after the attachment
-        was called. `anchorops.diagnostics.gradient_ratio` needs them."""
+        """The features of the last training forward, with their graph, as the classifier takes
+        them: (…, D) for an `nn.Linear`. None after the attachment was called.
+        `anchorops.diagnostics.gradient_ratio` needs them."""
         return self._features
 
     @property
@@ -160,8 +164,6 @@ class Attachment:
         features = given = (*args, *kwargs.values())[0]
         if self._dropped is not None and self._dropped[1] is features:
             features = self._dropped[0]
-        if isinstance(module, nn.Linear):
-            features = features.movedim(-1, 1)  # channels last; a view
         self._dropped = None
         waits = self._run is not None and self._run.waits
         self._run = _Run(several=waits and not self._use_last)
@@ -207,7 +209,10 @@ class Attachment:
         if not self._is_attached:
             return "it was detached from the model: call what the latest attach returned"
         if self._taken:
-            return "it was already called after this forward (join several methods by Combined)"
+            return (
+                "it was already called after this forward: run the model again (to use several "
+                "methods, join them by Combined)"
+            )
         if not self.regularizer.training:
             return "in eval mode no features are kept: omit the term, or call model.train()"
         return (
@@ -263,7 +268,7 @@ def _find_classifier(model: nn.Module, num_classes: int, dim: int) -> tuple[str,
         if module not in skipped and (shape := _outputs(module)) is not None
     }
     fits = [(name, m) for name, (m, shape) in layers.items() if shape == (num_classes, dim)]
-    main = [(name, m) for name, m in fits if "aux" not in name] or fits
+    main = [(name, m) for name, m in fits if "aux" not in name]
     pointwise = [
         (name, m)
         for name, m in main

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from small_networks import D, K, Net, backward, batch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import anchorops as ao
 from anchorops import Attachment
@@ -176,27 +175,6 @@ def test_a_copy_gets_its_own_classifier_back() -> None:
     )
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_gradient_checkpointing(whole: bool) -> None:
-    class Checkpointed(Net):
-        def forward(self, x: Tensor) -> Tensor:
-            if whole:
-                return checkpoint(super().forward, x, use_reentrant=False)  # type: ignore
-            features = checkpoint(self.body, x, use_reentrant=False)
-            return self.classifier(self.dropout(features.relu()))  # type: ignore
-
-    torch.manual_seed(0)
-    model, plain = Checkpointed(), Net()
-    plain.load_state_dict(model.state_dict())
-    losses = []
-    for net in (model, plain):
-        occl = ao.attach(net, ao.OCCL(K, D))
-        losses.append(backward(net, occl))
-        assert occl._features is None
-    torch.testing.assert_close(*losses)
-    torch.testing.assert_close(model.body.weight.grad, plain.body.weight.grad)
-
-
 @pytest.mark.parametrize("build", [lambda: ao.SAR(K, D), lambda: ao.OCCL(K, D)])
 def test_compiled_after_attach(build: Callable[[], Regularizer]) -> None:
     """The model, and the whole step, as one graph."""
@@ -246,6 +224,9 @@ def test_errors() -> None:
     model, occl = Net(), ao.OCCL(K, D)
     others = r"none like it; layers with 5 outputs: classifier \(16 → 5\), aux_head"
     with pytest.raises(ValueError, match=others):
+        ao.attach(model, ao.OCCL(K, D + 1))
+    model.aux_head = nn.Conv2d(D + 1, K, 1)  # an auxiliary head is not taken
+    with pytest.raises(ValueError, match=r"classifier \(16 → 5\), aux_head \(17 → 5\)$"):
         ao.attach(model, ao.OCCL(K, D + 1))
     with pytest.raises(ValueError, match=r"got none like it$"):
         ao.attach(model, ao.OCCL(K + 1, D))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from host_time import Operators
 from torch.torch_version import TorchVersion
 
 import anchorops as ao
@@ -158,25 +159,6 @@ def test_a_chosen_backend_never_gives_way(name: str, monkeypatch):
         message = rf"^\w+: backend {backend} does not support this call: {reason}$"
         with pytest.raises(ValueError, match=message):
             case.ours(**case.sample.inputs())
-
-
-def test_without_the_compiled_library():
-    """If the library does not load, `auto` selects the reference, and `backends` says why."""
-    program = """
-import torch
-def load_library(path):
-    raise OSError(f"{path} is for another machine")
-torch.ops.load_library = load_library
-import anchorops as ao
-print(ao.ops.class_moments(torch.ones(3, 2), torch.tensor([0, 0, 1]), 2).sums.tolist())
-try:
-    ao.use_backend("cpu")
-except RuntimeError as error:
-    print(error)
-"""
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("[[2.0, 2.0], [1.0, 1.0]]\nuse_backend: cpu is not usable here: ")
 
 
 def test_a_cuda_library_of_no_use_says_why(monkeypatch):
@@ -475,6 +457,15 @@ def test_auto_takes_the_next_backend_of_a_gpu(monkeypatch):
         ao.exclude_from_auto(backend, "class_moments")
         assert gpus.select(0) == following
         assert gpus.select(0, called=("split_groups",)) == "cuda"
+
+
+@pytest.mark.usefixtures("nothing_excluded")
+def test_excluded_class_moments_are_not_used_by_ceco():
+    ao.exclude_from_auto("cpu", "class_moments")
+    ceco, features = ao.CeCo(4, 8, resolution="feature"), torch.randn(2, 8, 6, 6)
+    with Operators() as operators:
+        ceco(features, torch.randint(0, 4, (2, 6, 6)))
+    assert not [name for name in operators.names if name.startswith("anchorops.")]
 
 
 @pytest.mark.usefixtures("nothing_excluded")

@@ -92,8 +92,10 @@ def test_loss_and_gradients(split: str, normalize: bool, reduction: str) -> None
 
 def test_splitting_images_needs_two() -> None:
     features, labels, weight = batch()
+    occl = ao.OCCL(K, D, split="images")
     with pytest.raises(ValueError, match="at least 2 images"):
-        ao.OCCL(K, D, split="images")(features[:1], labels[:1], weight)
+        occl(features[:1], labels[:1], weight)
+    assert occl.step == 0
 
 
 class Net(nn.Module):

@@ -199,7 +199,8 @@ def upsampled_sums(
     The arguments must already be checked.
     """
     function = "upsampled_sums"
-    backend = select(function, features, num_classes)
+    called = "upsampled_sums", "class_moments"
+    backend = select(function, features, num_classes, called=called)
     if backend == "reference" or in_transform(features):
         return reference.upsampled_sums(
             features,

@@ -38,7 +38,7 @@ class BinaryCrossEntropy(BaseCrossEntropy):
     Shapes: logits (B, C, h, w), labels (B, C, H, W) of any size, or (B, H, W) if C = 1, of 0, 1 and
     ignore_index; integer or bool. (N, C), (B, C, N) and (B, C, d, h, w) are possible, too.
 
-    Call it with (logits, labels, pixel_weights=None); pixel_weights is v, of the labels' shape.
+    Call it with (logits, labels, pixel_weights=None); pixel_weights is ω, of the labels' shape.
     `terms`: ce, labels_out_of_range, labels_ignored, and accuracy if requested.
     """
 

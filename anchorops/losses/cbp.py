@@ -85,8 +85,8 @@ class CBP(Regularizer):
             does not shard. With "penalty" it must not be sharded: the first forward raises
             ValueError.
         momentum: for "ema", w ← momentum·w + (1 − momentum)·centroid on present classes.
-        ignore_index, process_group, check_labels: as in `Regularizer`; "ema" always uses all
-            ranks, because the ranks' classifiers must stay equal.
+        ignore_index, process_group, check_labels: as in `Regularizer`; without a
+            process_group "ema" uses all ranks, because their classifiers must stay equal.
 
     State of "ema": `centroids` [K, D], a buffer with the centroids of the last batch. The next
     training forward moves the classifier's rows towards them. A row is zero if the class was

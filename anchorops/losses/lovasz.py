@@ -31,7 +31,8 @@ class Lovasz(PixelLoss):
 
     That is the loss that the released code computes from the sorted errors (their equation 9). J
     falls with t, so a histogram of n bins gives L within 1/(2n). The slope of L in an error is the
-    mean over the orders of the pixels of its bin: a subgradient at errors that are rounded to bins.
+    mean of two orders of the pixels of its bin, those of the class first or last: a subgradient at
+    errors that are rounded to bins.
 
     With sigmoid=True, the hinge max(0, 1 − z) of pixels that are 1, and max(0, 1 + z) of others
     (their section 3.2), of each channel. Hinges are not bounded: a bin is 1/512 of its error, up
@@ -56,7 +57,8 @@ class Lovasz(PixelLoss):
     Call it with (logits, labels). `terms`: lovasz, labels_out_of_range, labels_ignored. Derivatives
     of second order are not implemented, and raise an error. Where a logit is NaN or +∞, the error
     of the pixel's class is 1, and the gradient is NaN. Of sigmoids, NaN or an infinite error makes
-    the loss and the logit's gradient NaN.
+    the loss and the logit's gradient NaN; so does a NaN or infinite logit that a valid pixel reads
+    with weight 0.
     """
 
     def __init__(

@@ -78,10 +78,10 @@ class OCCL(Regularizer):
 
     def plan(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Plan:
         weight, _ = linear_weight("OCCL", classifier, self.num_classes, self.dim)
-        seed = self._next_seed()
         if self.split == "images" and (features.dim() == 2 or features.shape[0] < 2):
             expected = 'a batch of at least 2 images for split="images"'
             fail("OCCL", "features", expected, f"shape {tuple(features.shape)}")
+        seed = self._next_seed()
 
         def losses(moments: ClassMoments | None) -> Losses:
             assert moments is not None
