@@ -48,14 +48,16 @@ class Network(NamedTuple):
     def volumes(self) -> bool:
         return len(self.size) == 3
 
-    def images(self) -> Tensor:
-        """A batch of two images, for a dry run of a model on "meta"."""
-        return torch.empty(2, self.channels, *self.size, device="meta")
+    def images(self, device: torch.device | str = "meta") -> Tensor:
+        """A batch of two images."""
+        return torch.zeros(2, self.channels, *self.size, device=device)
 
     def runs_later(self, model: nn.Module) -> bool:
-        """Whether late_upsampling finds something to move. The model is on "meta"."""
+        """Whether late_upsampling finds something to move. This depends on the model's device;
+        "meta" is as a GPU."""
+        device = next(model.parameters()).device
         try:
-            ao.late_upsampling(copy.deepcopy(model), self.images())
+            ao.late_upsampling(copy.deepcopy(model), self.images(device))
         except ValueError:
             return False
         return True

@@ -157,7 +157,8 @@ class Bench(NamedTuple):
         return self.step(candidate, model)
 
     def runs_later(self) -> bool:
-        return self.network.runs_later(self.network.build().train().to("meta"))
+        device = "cpu" if self.device.type == "cpu" else "meta"
+        return self.network.runs_later(self.network.build().train().to(device))
 
     def measured(self, steps: dict[str, Step], rounds: int) -> Iterator[dict[str, Any]]:
         """Time and memory of calls that take turns. The first is the baseline."""

@@ -226,10 +226,8 @@ def test_dry_run_of_training_steps_on_a_cpu(tmp_path):
     subprocess.run([*command, "--rows", str(path)], cwd=ROOT, check=True)
     rows = load(path)["training_steps"]
     methods = {row["name"].partition(",")[0] for row in rows}
-    assert (
-        len({row["network"] for row in rows}) == 2
-        and {"SAR", "CBP + OCCL", "CeCo", "MVSC"} < methods
-    )
+    assert len({row["network"] for row in rows if row["late"]}) == 2  # as on a CPU
+    assert {"SAR", "CBP + OCCL", "CeCo", "MVSC"} < methods
 
 
 def test_plan_of_a_day():
