@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import anchorops as ao
 from anchorops._backend import CUDA_MAX_KEYS, OPERATORS, TRITON_ON_HOST
 from anchorops.catalogue import Inputs
+from anchorops.catalogue.entry import tensors_of
 from anchorops.measure import DISTURBED, Run, in_turns, peak_extra_bytes, summary
 
 LESS_EXACT = 10  # alternatives, as those that upsample in bfloat16
@@ -79,10 +80,6 @@ def keep_pages() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
-
-
-def tensors_of(results: Any) -> list[Tensor]:
-    return [results] if isinstance(results, Tensor) else [x for x in results if x is not None]
 
 
 def run_of(formula: Callable[..., Any], inputs: Inputs, direction: str) -> Run:

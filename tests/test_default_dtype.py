@@ -15,6 +15,7 @@ from torch import Tensor
 import anchorops as ao
 from anchorops import diagnostics
 from anchorops.catalogue import Case, cases
+from anchorops.catalogue.entry import tensors_of
 from anchorops.catalogue.pixels import Loss
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
@@ -83,16 +84,12 @@ CALLS: dict[str, Callable[[], Any]] = {
 OPTIONS_OF_LOSSES = [case for case in cases("options") if isinstance(case.entry.ours, Loss)]
 
 
-def tensors(x: Any) -> list[Tensor]:
-    return [x] if isinstance(x, Tensor) else [value for value in x if value is not None]
-
-
 @on_cpu
 @pytest.mark.parametrize("name", CALLS)
 def test_functions(name: str, backend: str, default_dtype: Callable[[], None]) -> None:
-    expected = tensors(CALLS[name]())
+    expected = tensors_of(CALLS[name]())
     default_dtype()
-    same(tensors(CALLS[name]()), expected, 1e-6)
+    same(tensors_of(CALLS[name]()), expected, 1e-6)
 
 
 def loss_gradient_and_terms(loss: Any, *inputs: Tensor) -> list[Tensor]:

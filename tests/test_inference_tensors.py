@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import anchorops as ao
 from anchorops import diagnostics
 from anchorops.catalogue import Case, Inputs
+from anchorops.catalogue.entry import tensors_of
 
 
 def inference(x: Any) -> Any:
@@ -22,14 +23,10 @@ def inference(x: Any) -> Any:
         return x.clone() if isinstance(x, Tensor) else x
 
 
-def outputs(value: Any) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else [x for x in value if x is not None]
-
-
 def gradient(run: Callable[..., Any], inputs: Inputs, of: str) -> list[Tensor]:
     """The results, and the gradient of this input."""
     leaf = inputs[of].clone().requires_grad_()
-    values = outputs(run(**inputs | {of: leaf}))
+    values = tensors_of(run(**inputs | {of: leaf}))
     total = torch.stack([x.double().sum() for x in values if x.requires_grad]).sum()
     (dleaf,) = torch.autograd.grad(total, leaf)
     return [*(x.detach() for x in values), dleaf]
@@ -43,17 +40,17 @@ def check(run: Callable[..., Any], inputs: Inputs) -> int:
         if not x.is_floating_point():
             continue
         leaf = x.clone().requires_grad_()
-        if not any(y.requires_grad for y in outputs(run(**inputs | {name: leaf}))):
+        if not any(y.requires_grad for y in tensors_of(run(**inputs | {name: leaf}))):
             continue  # the gradient of a teacher or of keys is not defined
         expected = gradient(run, inputs, name)
         actual = gradient(run, made | {name: x}, name)
         torch.testing.assert_close(actual, expected)
         differentiable += 1
-    expected = [x.detach() for x in outputs(run(**inputs))]
-    torch.testing.assert_close(outputs(run(**made)), expected)  # outside
+    expected = [x.detach() for x in tensors_of(run(**inputs))]
+    torch.testing.assert_close(tensors_of(run(**made)), expected)  # outside
     with torch.inference_mode():
-        torch.testing.assert_close(outputs(run(**made)), expected)
-        torch.testing.assert_close(outputs(run(**inputs)), expected)
+        torch.testing.assert_close(tensors_of(run(**made)), expected)
+        torch.testing.assert_close(tensors_of(run(**inputs)), expected)
     return differentiable
 
 

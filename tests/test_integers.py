@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import anchorops as ao
 from anchorops import diagnostics
+from anchorops.catalogue.entry import tensors_of
 
 K, D = 5, 12
 Number = Callable[[Any], Any]
@@ -41,10 +42,6 @@ def method(value: Any) -> list[Tensor]:
 def loss(value: Any) -> list[Tensor]:
     assert type(value.ignore_index) is int
     return [value(LOGITS, LABELS), *value.terms.values()]
-
-
-def tensors(x: Any) -> list[Tensor]:
-    return [x] if isinstance(x, Tensor) else [value for value in x if value is not None]
 
 
 # Each is called with a function that makes the integer.
@@ -92,9 +89,9 @@ CALLS: dict[str, Callable[[Number], Any]] = {
 @pytest.mark.parametrize("name", CALLS)
 def test_every_integer(name: str, kind: str) -> None:
     torch.manual_seed(0)
-    expected = tensors(CALLS[name](int))
+    expected = tensors_of(CALLS[name](int))
     torch.manual_seed(0)
-    actual = tensors(CALLS[name](INTS[kind]))
+    actual = tensors_of(CALLS[name](INTS[kind]))
     assert len(actual) == len(expected) > 0
     for ours, right in zip(actual, expected, strict=True):
         assert torch.equal(ours.nan_to_num(), right.nan_to_num())
@@ -210,7 +207,7 @@ def test_sizes_in_a_trace(name: str, chosen: str) -> None:
     with ao.use_backend(chosen):
         with pytest.warns(Warning, match="Converting a tensor to a Python integer"):
             traced: Any = torch.jit.trace(module, inputs, check_trace=False)
-        expected, actual = tensors(module(*inputs)), tensors(traced(*inputs))
+        expected, actual = tensors_of(module(*inputs)), tensors_of(traced(*inputs))
     for ours, right in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, right)
 
@@ -230,7 +227,9 @@ def test_sizes_of_an_export(name: str, strict: bool) -> None:
     for logits, image in (((4, 6), (8, 12)), ((5, 7), (21, 13))):
         x, t = torch.randn(2, 2, K, *logits)
         batch = x, t, torch.zeros(2, 3, *image)
-        for ours, right in zip(tensors(program(*batch)), tensors(module(*batch)), strict=True):
+        for ours, right in zip(
+            tensors_of(program(*batch)), tensors_of(module(*batch)), strict=True
+        ):
             torch.testing.assert_close(ours, right)
 
 
@@ -275,9 +274,9 @@ OF_NUMBERS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", OF_NUMBERS)
 def test_every_number(name: str, kind: str) -> None:
     torch.manual_seed(0)
-    expected = tensors(OF_NUMBERS[name](0.5))
+    expected = tensors_of(OF_NUMBERS[name](0.5))
     torch.manual_seed(0)
-    actual = tensors(OF_NUMBERS[name](NUMBERS[kind](0.5)))
+    actual = tensors_of(OF_NUMBERS[name](NUMBERS[kind](0.5)))
     for ours, right in zip(actual, expected, strict=True):
         assert torch.equal(ours, right)
 

@@ -3,14 +3,13 @@
 import copy
 import io
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
+from host_time import Operators
 from methods import METHODS, D, K, batch, each_method, each_on_pixels, open_gate
 from slow import slow_but
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchorops as ao
 from anchorops.losses import Regularizer
@@ -83,28 +82,17 @@ def test_any_dtype_of_module_and_features(
         assert low.grad.dtype == features_dtype and low.grad.isfinite().all()
 
 
-class Operators(TorchDispatchMode):
-    """Names of the operators called inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
 @each_method
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_nothing_waits_for_the_device(build: Callable[[], Regularizer], backend: str) -> None:
     """On a GPU each of these operators would synchronise with the host, or forbid a CUDA graph."""
     features, labels, classifier = batch()
     method = open_gate(build())
-    with ao.use_backend(backend), Operators() as called:
+    with ao.use_backend(backend), Operators() as operators:
         method(features, labels, classifier).backward()
     waits = {"lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"}
-    assert called.names and not called.names & waits
+    called = {name.split(".")[1] for name in operators.names}
+    assert called and not called & waits
 
 
 @each_on_pixels
@@ -288,8 +276,6 @@ def test_wrong_inputs(build: Callable[[], Regularizer]) -> None:
             method(features, labels)
         with pytest.raises(ValueError, match="classifier: expected a module or weight"):
             method(features, labels, nn.Conv2d(D, K + 1, 1))
-    with pytest.raises(TypeError, match="missing 1 required positional argument: 'labels'"):
-        method(labels)  # only the object that attach returns is called like this
 
 
 def test_gradient_of_ceco_in_evaluation() -> None:

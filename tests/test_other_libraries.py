@@ -124,14 +124,6 @@ def test_row(section: str, kind: str, theirs: str, ours: str, ratio: int):
     torch.testing.assert_close(*gradients, **bounds)
 
 
-def few_lines() -> dict[str, Any]:
-    return runpy.run_path(str(ROOT / "examples/other_losses.py"))
-
-
-def losses_of_monai() -> set[str]:
-    return {kind.__name__ for kind in vars(monai).values() if isinstance(kind, type)}
-
-
 def documented_arguments(section: str) -> set[str]:
     cells = re.findall(r"^\| ([^|]+) \|", SECTIONS_OF_ARGUMENTS[section], re.M)
     return {name for cell in cells for name in re.findall(r"`(\w+)[`=]", cell)}
@@ -174,7 +166,7 @@ NNUNET = (
     ("section", "classes"),
     [
         ("segmentation_models.pytorch", [x for x in smp.__all__ if x.endswith("Loss")]),
-        ("MONAI", losses_of_monai()),
+        ("MONAI", [kind.__name__ for kind in vars(monai).values() if isinstance(kind, type)]),
         ("mmsegmentation", MMSEGMENTATION.split()),
         ("nnU-Net", NNUNET.split()),
     ],
@@ -362,7 +354,7 @@ def nnunet_dice_and(cross_entropy: Callable[..., Callable], nonlin: Callable) ->
     return build
 
 
-FEW_LINES = few_lines()
+FEW_LINES = runpy.run_path(str(ROOT / "examples/other_losses.py"))
 LIBRARIES: dict[str, Mapping[str, Any]] = {
     "PyTorch": {"F": F, "nn": nn},
     "segmentation_models.pytorch": vars(smp),

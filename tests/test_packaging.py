@@ -111,7 +111,11 @@ def test_doctor(capsys):
 
 
 def test_doctor_without_the_extension():
-    code = WITHOUT_LIBRARIES + "from anchorops import doctor; sys.exit(doctor.main())"
+    code = f"""{WITHOUT_LIBRARIES}
+import anchorops as ao
+from anchorops import doctor
+assert ao.ops.class_moments(torch.ones(3, 2), torch.tensor([0, 0, 1]), 2).counts.tolist() == [2, 1]
+sys.exit(doctor.main())"""
     answer = run(sys.executable, "-c", code, CUDA_VISIBLE_DEVICES="")
     assert answer.returncode == 1, answer.stderr
     assert re.search(r"^extension +not loaded", answer.stdout, re.M)

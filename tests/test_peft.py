@@ -7,21 +7,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from small_networks import D, K, Net
 from torch import Tensor, nn
 
 import anchorops as ao
-
-K, D = 5, 16
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.classifier = nn.Conv2d(3, D, 3, 4, 1), nn.Conv2d(D, K, 1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.body(images).relu())
-
 
 METHODS = {"SAR": ao.SAR, "MVSC": ao.MVSC, "CeCo": ao.CeCo}
 

@@ -103,6 +103,10 @@ class Case(NamedTuple):
         return self.entry.formula(**inputs, **self.sample.options)
 
 
+def tensors_of(results: Any) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else [x for x in results if x is not None]
+
+
 def evaluate(
     call: Callable[..., Any],
     inputs: Inputs,
@@ -112,8 +116,7 @@ def evaluate(
     where there is no gradient. weights_in: puts the weights in another layout."""
     leaves = {name: x.detach() for name, x in inputs.items()}
     floating = [x.requires_grad_() for x in leaves.values() if x.is_floating_point()]
-    results = call(**leaves)
-    results = [results] if isinstance(results, Tensor) else [x for x in results if x is not None]
+    results = tensors_of(call(**leaves))
     differentiable = [x for x in results if x.requires_grad]
     gradients: Sequence[Tensor | None] = [None for _ in floating]
     if differentiable:

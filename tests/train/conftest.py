@@ -14,8 +14,9 @@ from tiny_runs import TINY
 from anchorops.train.cli import train
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
+    """Of the session, because the runs that tests share are trained in it too."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -157,10 +157,6 @@ def test_messages_name_the_file(folder: Path):
     write(root / "masks/train/b.png", image(4, 5))
     with pytest.raises(ValueError, match=r"b.png: expected one channel of integer labels"):
         open_folder(root, "train")[1]
-    path = root / "images/train/a/1.jpg"
-    path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(ValueError, match=r"a/1.jpg cannot be read: .*[Tt]runcated"):
-        open_folder(root, "train")[0]
     (root / "masks/train/a/1.png").unlink()
     with pytest.raises(ValueError, match=r"masks/train/a/1.png does not exist: the mask of .*jpg"):
         open_folder(root, "train")

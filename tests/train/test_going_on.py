@@ -23,7 +23,7 @@ from anchorops.train import module
 from anchorops.train.cli import Program, main, train, with_presets
 from anchorops.train.data.counts import class_counts, fingerprint
 from anchorops.train.data.folders import open_folder
-from anchorops.train.metrics import Metrics
+from anchorops.train.metrics import Metrics, read_metrics
 from anchorops.train.module import SegmentationModule
 from anchorops.train.networks.models import Segmenter
 from anchorops.train.run import only_process
@@ -237,6 +237,7 @@ def test_early_stopping_after_a_least_length(
     options += ["--data.steps", "7", f"--trainer.min_{name}", length]
     run = train(*RUN, *options, "--run", str(tmp_path / "run"))
     assert [step for step, line in figures(run).items() if "val/miou" in line] == validated
+    assert "cost/flops" in read_metrics(run / "metrics.csv")[validated[-1]]
     assert state(run)["callbacks"]["Saving"]["ended"]
 
 

@@ -191,6 +191,7 @@ def test_stride_that_leaves_gaps_is_found_before_the_training():
             "expected one of the commands fit, validate, predict, demo, compare, presets",
         ),
         ([], 1, "expected one of the commands fit, "),
+        (["fit", "--data.crop", "[3, 4]"], 1, "--data.crop: expected two multiples of 32"),
         (["fit", "--model.lr", "a"], 2, 'Parser key "model.lr": Expected a'),
         (["fit", "--model.lrr", "1"], 2, "nrecognized arguments: --model.lrr"),
         (["fit", "--seed_everything", "-1"], 1, "--seed_everything: expected 0 to 4294967295, got"),
