@@ -286,8 +286,9 @@ def exclude_from_auto(backend: str, *operators: str) -> None:
     Args:
         backend: "cuda", "triton" or "cpu".
         operators: at least one of "class_moments" (with their keys), "split_groups" (random groups
-            of pixels), "upsampled_sums", "softmax_moments", "kth_largest", "pixel_kl_divergence",
-            "pixel_argmax", "confusion", "probability_histograms" and "mask_rle".
+            of pixels), "upsampled_sums" and "kth_largest" (each with its keys), "softmax_moments",
+            "pixel_kl_divergence", "pixel_argmax", "confusion", "probability_histograms" and
+            "mask_rle".
 
     Raises ValueError for an unknown name, and for an operator that the backend does not have.
     """

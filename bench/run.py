@@ -244,8 +244,9 @@ def contradictions(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict, dict]
         for place in (0, 1):
             for part in PARTS.get(key[place], ()):
                 row = found.get((*key[:place], part, *key[place + 1 :]))
-                same = row and not row["name"].startswith("compiled ")
-                if same and row["minimum"] > whole["q80"]:
+                if row is None or row["name"].startswith("compiled "):
+                    continue
+                if row["minimum"] > whole["q80"]:
                     yield row, whole
 
 

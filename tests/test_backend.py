@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from host_time import Operators
 from torch.torch_version import TorchVersion
 
 import anchorops as ao
@@ -457,15 +456,6 @@ def test_auto_takes_the_next_backend_of_a_gpu(monkeypatch):
         ao.exclude_from_auto(backend, "class_moments")
         assert gpus.select(0) == following
         assert gpus.select(0, called=("split_groups",)) == "cuda"
-
-
-@pytest.mark.usefixtures("nothing_excluded")
-def test_excluded_class_moments_are_not_used_by_ceco():
-    ao.exclude_from_auto("cpu", "class_moments")
-    ceco, features = ao.CeCo(4, 8, resolution="feature"), torch.randn(2, 8, 6, 6)
-    with Operators() as operators:
-        ceco(features, torch.randint(0, 4, (2, 6, 6)))
-    assert not [name for name in operators.names if name.startswith("anchorops.")]
 
 
 @pytest.mark.usefixtures("nothing_excluded")

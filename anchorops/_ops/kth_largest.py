@@ -24,8 +24,7 @@ def kth_largest(values: Tensor, k: int) -> Tensor:
     next digit of the numbers whose higher digits are those already found. NaN is treated as ∞.
     """
     values = values.flatten()
-    called = "kth_largest", "class_moments"  # its keys
-    backend = select("kth_largest", values[:, None], 1, called=called)
+    backend = select("kth_largest", values[:, None], 1)
     if backend == "cpu":
         return run("kth_largest", "cpu", values, k)
     bits = values.view(torch.int32) & 0x7FFFFFFF  # without the sign of −0 and of −NaN

@@ -199,8 +199,7 @@ def upsampled_sums(
     The arguments must already be checked.
     """
     function = "upsampled_sums"
-    called = "upsampled_sums", "class_moments"
-    backend = select(function, features, num_classes, called=called)
+    backend = select(function, features, num_classes)
     if backend == "reference" or in_transform(features):
         return reference.upsampled_sums(
             features,
