@@ -284,6 +284,8 @@ def _find_classifier(model: nn.Module, num_classes: int, dim: int) -> tuple[str,
     expected = (
         f"a model with a linear layer or convolution {dim} → {num_classes} (dim → num_classes)"
     )
+    if fits:
+        expected += ' whose name has no "aux", or module, the layer'
     others = f"; layers with {num_classes} outputs: {', '.join(near)}" if near else ""
     fail("attach", "model", expected, f"none like it{others}")
 

@@ -121,6 +121,20 @@ def test_classes_of_confusion(backend, num_classes):
     assert torch.equal(ao.confusion(predictions, labels, num_classes, ignore_index=0), expected)
 
 
+@pytest.mark.on("cpu")
+def test_threads_with_and_without_a_matrix(backend):
+    """Of two threads, the second counts one pixel less than the matrix has cells."""
+    threads, num_classes = torch.get_num_threads(), 257
+    labels = torch.randint(0, num_classes, (2 * num_classes**2 - 1,))
+    torch.set_num_threads(2)
+    try:
+        for _ in range(50):
+            matrix = ao.confusion(labels, labels, num_classes, ignore_index=-1)
+            assert torch.equal(matrix.diagonal(), labels.bincount(minlength=num_classes))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_values_outside_are_left_out(backend):
     labels = torch.tensor([0, 1, 2**40, -(2**40), 2**32 + 1, 255, 2, 2, 2])
     predictions = torch.tensor([1, 1, 1, 1, 1, 1, -1, 2**32 + 2, 3])

@@ -99,3 +99,21 @@ def test_wrong_settings(loss: type[nn.Module]) -> None:
             with pytest.raises(ValueError, match=f"^{name}: {argument}: expected .*, got "):
                 loss(**right | {argument: value})
                 pytest.fail(f"accepted {argument} = {value!r}")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: ao.CeCo(10, D, center_dim=8),
+            "center_dim: expected at least num_classes - 1 = 9, the rank of a simplex, got 8",
+        ),
+        (
+            lambda: ao.SAR(K, D, loss_weight=2**70),
+            "loss_weight: expected a float or an int of 64 bits, got an int of 71 bits",
+        ),
+    ],
+)
+def test_messages(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,7 +1,7 @@
 // The operator anchorops::confusion.cpu: the number of pixels for each true and predicted class.
 #include <torch/csrc/stable/library.h>
 
-#include <mutex>
+#include <algorithm>
 #include <vector>
 
 #include "../labels.h"
@@ -28,10 +28,9 @@ void count(const Tensor& predictions, const Tensor& labels, int64_t num_classes,
   const int64_t width = labels.size(labels.dim() - 1);
   const int64_t height = labels.dim() > 1 ? labels.size(labels.dim() - 2) : 1;
   const int64_t cells = num_classes * num_classes, pixels = labels.numel();
-  std::mutex mutex;
   torch::stable::parallel_for(0, pixels, 1 << 16, [&](int64_t begin, int64_t end) {
-    // A thread has its own matrix if this is smaller than the pixels that it counts.
-    const bool local = cells <= end - begin;
+    // A thread has its own matrix if this is small, or smaller than the pixels that it counts.
+    const bool local = cells <= std::max<int64_t>(1 << 16, end - begin);
     std::vector<int64_t> counts(local ? cells : 0);
     for (int64_t p = begin; p < end;) {
       const int64_t b = p / (width * height), y = p / width % height;
@@ -49,8 +48,8 @@ void count(const Tensor& predictions, const Tensor& labels, int64_t num_classes,
       }
     }
     if (!local) return;
-    const std::lock_guard lock(mutex);
-    for (int64_t i = 0; i < cells; ++i) matrix[i] += counts[i];
+    for (int64_t i = 0; i < cells; ++i)
+      if (counts[i] > 0) __atomic_fetch_add(&matrix[i], counts[i], __ATOMIC_RELAXED);
   });
 }
 

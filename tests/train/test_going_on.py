@@ -226,15 +226,15 @@ STOPPING = """
 
 
 @pytest.mark.parametrize(
-    ("least", "validated"), [(("steps", "5"), [2, 4, 5]), (("epochs", "1"), [2, 4, 6, 7])]
+    ("least", "validated"),
+    [(None, [2]), (("steps", "5"), [2, 4, 5]), (("epochs", "1"), [2, 4, 6, 7])],
 )
 def test_early_stopping_after_a_least_length(
-    least: tuple[str, str], validated: list[int], tmp_path: Path
+    least: tuple[str, str] | None, validated: list[int], tmp_path: Path
 ):
     """The first validation asks for the stop."""
-    name, length = least
     options = ["--trainer.callbacks", STOPPING, "--trainer.val_check_interval", "2"]
-    options += ["--data.steps", "7", f"--trainer.min_{name}", length]
+    options += ["--data.steps", "7", *([f"--trainer.min_{least[0]}", least[1]] if least else [])]
     run = train(*RUN, *options, "--run", str(tmp_path / "run"))
     assert [step for step, line in figures(run).items() if "val/miou" in line] == validated
     assert "cost/flops" in read_metrics(run / "metrics.csv")[validated[-1]]

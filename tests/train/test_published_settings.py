@@ -9,7 +9,7 @@ import yaml
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
-from anchorops.train.cli import PRESETS, presets, with_presets
+from anchorops.train.cli import PRESETS, main, presets, with_presets
 from anchorops.train.data.loading import RandomScale, augmentation, evaluation_transform
 from anchorops.train.data.module import SegmentationData
 from anchorops.train.module import SegmentationModule
@@ -135,12 +135,13 @@ def test_options_of_the_papers():
         assert options == {**expected, "occl.category_weight": category_weight}
 
 
-def test_names_of_presets(tmp_path, monkeypatch: pytest.MonkeyPatch):
+def test_names_of_presets(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys):
     """A file of that name wins; an unknown one lists the presets with their published results."""
     packaged = str(PRESETS / "folder.yaml")
     assert with_presets(["fit", "--config", "folder"]) == (["fit", "--config", packaged], "folder")
     assert with_presets(["fit", "--seed_everything", "1"])[1] == "no-preset"
     assert with_presets(["fit", "--config=folder"])[0] == ["fit", "--config", packaged]
+    assert main(["presets"]) == 0 and "81.4 with sar" in capsys.readouterr().out
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()  # of data
     assert with_presets(["fit", "--config", "folder"])[0] == ["fit", "--config", packaged]
