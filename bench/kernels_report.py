@@ -148,6 +148,8 @@ def variants_to_compile() -> Iterator[Case]:
         yield case
         alone = case.entry._replace(ours=lambda call=case.entry.ours, **x: call(**x).sums)
         yield Case(alone, case.sample._replace(name=f"{case}, without mean and variance"))
+    make = UPSAMPLED._replace(shape=(2, 128, 32, 65), ratio=16)
+    yield variant("upsampled_sums", "upsampled sums, 65 columns", make, True, num_classes=19)
     for dtype, align, boxes in ((FP32, False, True), (BF16, True, False), (FP16, False, False)):
         name = f"{dtype}, {'aligned' if align else 'not aligned'}, {'boxes' if boxes else 'no box'}"
         make = Masks((100, 192, 192), dtype=dtype, boxes=boxes)
