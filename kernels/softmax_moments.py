@@ -6,7 +6,7 @@ statistics of the true class, for one label of the tile after the other; probabi
 squares need another loop over the classes.
 
 A program adds to its own partials; one torch.sum adds those of all statistics, in a fixed order.
-counts, correct, used and labels_out_of_range need integer atomics.
+counts, correct, used and labels_out_of_range are sums of all programs, by integer atomics.
 """
 
 from collections.abc import Sequence
@@ -74,8 +74,9 @@ class Results(NamedTuple):
 
 @triton.jit
 def _add(ptr, values):
-    """To a number of this program."""
-    tl.store(ptr, tl.load(ptr) + sum_of(values))
+    """To a number of this program. One thread makes all additions to it, so their order is fixed.
+    They are atomic, so that nothing waits for the number."""
+    tl.atomic_add(ptr, sum_of(values), sem="relaxed")
 
 
 @triton.jit
@@ -231,7 +232,6 @@ def _softmax_moments_kernel(
             store_map(pixel_losses_map, pixel_losses, image, lanes, CELLS)
         if results.probability_sums is not None or results.squares is not None:
             _add_all_classes(results, row, logits, lanes, labels, softmax, CELLS)
-        tl.debug_barrier()  # other threads may add the next tile to these numbers
 
 
 def softmax_moments(
