@@ -146,6 +146,16 @@ def build_info() -> dict[str, str]:
     return json.loads(record())
 
 
+def _tell_if_older(library: Path, csrc: Path, *sources: str) -> None:
+    """After `git pull` in an editable installation: the arguments of operators may have changed,
+    which a library does not check. An installed wheel has no csrc/ beside it."""
+    if library.exists() and (csrc / "library.cpp").exists():
+        files = [file for pattern in sources for file in csrc.glob(pattern)]
+        if max(file.stat().st_mtime for file in files) > library.stat().st_mtime:
+            message = "%s is older than its sources in %s: install anchorops again"
+            _logger.warning(message, library, csrc)
+
+
 def _load_cpu() -> str | None:
     if not CPU_LIBRARY.exists():
         return "anchorops/_cpu.so was not compiled: install a C++20 compiler, then anchorops again"
@@ -217,6 +227,9 @@ def triton_obstacle() -> str | None:
 # Why the code of a backend is missing, fastest backend first. This is known at import, so choosing
 # a backend only reads this table, which torch.compile can trace. It does not say whether there is a
 # GPU.
+_csrc = Path(__file__).parents[1] / "csrc"
+_tell_if_older(CPU_LIBRARY, _csrc, "*.h", "*.cpp", "cpu/*")
+_tell_if_older(CUDA_LIBRARY, _csrc, "*.h", "*.cuh", "cuda/**/*.cu*")
 _cpu = _load_cpu()
 _MISSING = {"cuda": _load_cuda(), "triton": _find_triton(), "cpu": _cpu, "reference": None}
 _CUDA_TARGETS = build_info().get("cuda_arch_list", "")

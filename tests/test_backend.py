@@ -1,5 +1,6 @@
 """The choice of a backend."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -180,6 +181,19 @@ def test_a_cuda_library_of_no_use_says_why(monkeypatch):
     assert _backend._load_cuda() == "anchorops was built without CUDA: nvcc was not found"
     built = {"cuda": "", "cuda_choice": "0"}
     assert _backend._load_cuda() == "anchorops was built with ANCHOROPS_CUDA=0"
+
+
+def test_a_library_older_than_its_sources(tmp_path, caplog):
+    library, source = tmp_path / "_cpu.so", tmp_path / "csrc" / "library.cpp"
+    source.parent.mkdir()
+    library.touch()
+    _backend._tell_if_older(library, source.parent, "*.cpp")  # an installed wheel
+    source.touch()
+    for age, told in ((-1, 0), (1, 1)):
+        os.utime(source, (library.stat().st_mtime + age,) * 2)
+        _backend._tell_if_older(library, source.parent, "*.cpp")
+        assert len(caplog.messages) == told
+    assert "_cpu.so is older than its sources in" in caplog.text
 
 
 def test_triton_that_could_launch_nothing(monkeypatch, tmp_path):
