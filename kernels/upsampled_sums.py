@@ -147,12 +147,14 @@ def launch_of(features: Tensor, keys: Tensor) -> Launch:
     upsampling = upsampling_of(features, keys.shape[1], keys.shape[2], align_corners=True)
     (view,) = as_pixels(features.shape, features.stride())
     assert view.lines_per_image == 1  # the features are the output of a layer
-    # loads of rows that are not aligned need more registers
+    block_l = max(triton.next_power_of_2(most_labels(upsampling.x)), 2)
+    # loads of rows that are not aligned need more registers, and so do many labels
     most_pixels = 64 if view.channels_contiguous or width % 16 == 0 else 32
+    most_pixels = most_pixels if block_l <= 64 else most_pixels // 2
     blocks = {
         "BLOCK_D": min(max(triton.next_power_of_2(channels), 16), 128),
         "BLOCK_P": min(max(triton.next_power_of_2(width), 16), most_pixels),
-        "BLOCK_L": max(triton.next_power_of_2(most_labels(upsampling.x)), 2),
+        "BLOCK_L": block_l,
     }
     label_rows = most_labels(upsampling.y)
     features_there = features_of(features, view)
