@@ -198,6 +198,8 @@ class Program(LightningCLI):
 
     def _checkpoint(self, name: str) -> str:
         path = self.run / {"last": LAST, "best": BEST}[name]
+        if not self.run.is_dir():
+            raise ValueError(f"--run: {self.run} does not exist")
         if not path.exists():
             raise ValueError(f"--ckpt_path {name}: {self.run} has no {path.name}")
         return str(path)
@@ -428,16 +430,18 @@ def _demo(arguments: Sequence[str]) -> None:
 
 
 def _train_anew(run: Path, options: Sequence[str]) -> None:
-    """Train in RUN.new, which replaces the run when it has ended."""
+    """Train in RUN.new, or go on there after a stop; it replaces the run when it has ended."""
     new, old = (run.with_name(run.name + x) for x in (NEW, ".old"))
     if old.exists() and not run.exists():  # a demo was killed between its two renames
         old.rename(run)
     if run.exists() and not (run / CONFIG).exists():
         raise ValueError(f"--out: expected runs of a demo, {run} has no {CONFIG}")
-    for left in (new, old):  # by a demo that was stopped
-        if left.exists():
-            shutil.rmtree(left)
-    train(*options, "--run", str(new))
+    if old.exists():  # a demo was killed after them
+        shutil.rmtree(old)
+    again = ("--ckpt_path", "last") if (new / LAST).exists() else ()
+    if new.exists() and not again:
+        shutil.rmtree(new)
+    train(*options, "--run", str(new), *again)
     config = yaml.safe_load((new / CONFIG).read_text()) | {"run": str(run.absolute())}
     save_atomically(yaml.safe_dump(config, sort_keys=False), new / CONFIG)
     if run.exists():
