@@ -249,7 +249,8 @@ class Validation(Dataset):
 @atexit.register
 def _end_workers() -> None:
     """Those of an iterator that still exists when Python ends: before multiprocessing sends them
-    SIGTERM, which they never see, and waits."""
+    SIGTERM, which they never see, and waits. Without torch's handler, which would report each."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in multiprocessing.active_children():
         if worker.daemon:
             worker.kill()
