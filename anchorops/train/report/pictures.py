@@ -34,6 +34,7 @@ def palette(num_classes: int) -> np.ndarray:
 @torch.inference_mode()
 def draw_predictions(module: "SegmentationModule", count: int, *, title: str) -> Figure:
     """The first validation images; under each its labels, and under these its prediction."""
+    parts = "image", "labels", "prediction"
     dataset = module.data.validation_set
     colors = palette(len(dataset.classes))
     columns, seen = [], set[int]()
@@ -45,17 +46,19 @@ def draw_predictions(module: "SegmentationModule", count: int, *, title: str) ->
         images = module.as_weights(network_input[None])
         (classes,) = predict(module.network, images, labels.shape, **module.prediction)
         seen |= {*labels.unique().tolist(), *classes.unique().tolist()}
-        parts = (_rgb(image), colors[labels.numpy()], colors[classes.cpu().numpy()])
-        columns.append(np.concatenate(parts))
+        columns.append((_rgb(image), colors[labels.numpy()], colors[classes.cpu().numpy()]))
     module.train(training)
 
-    height, width = columns[0].shape[:2]
-    figure = Figure(figsize=(1.6 * len(columns), 1.6 * height / width + 1), layout="constrained")
+    height, width = columns[0][0].shape[:2]
+    size = 1.6 * len(columns), 1.6 * len(parts) * height / width + 1
+    figure = Figure(figsize=size, layout="constrained")
     no_ticks = {"xticks": [], "yticks": []}
-    axes = figure.subplots(1, len(columns), squeeze=False, subplot_kw=no_ticks)
-    for axis, column in zip(axes[0], columns, strict=True):
-        axis.imshow(column, interpolation="nearest")
-    axes[0, 0].set_ylabel("prediction, truth, image")
+    axes = figure.subplots(len(parts), len(columns), squeeze=False, subplot_kw=no_ticks)
+    for x, column in enumerate(columns):
+        for axis, picture in zip(axes[:, x], column, strict=True):
+            axis.imshow(picture, interpolation="nearest")
+    for axis, part in zip(axes[:, 0], parts, strict=True):
+        axis.set_ylabel(part, fontsize=8)
     figure.suptitle(plain(title, longest=int(14 * figure.get_figwidth())), fontsize=10)
     names = {k: plain(dataset.classes[k]) for k in sorted(seen - {IGNORED})[:LEGEND_NAMES]}
     handles = [
