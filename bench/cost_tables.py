@@ -43,6 +43,7 @@ COUNTED_MEMORY = RESULTS / "counted-memory.json"
 COUNTED_PRECISION = RESULTS / "counted-precision.json"
 HOST_TIME = RESULTS / "host-time.json"  # of bench/host_time.py
 EXPONENTIALS = "exponentials"
+OF_README = ("HRNet, Cityscapes", "SegFormer, ADE20K")  # cross-entropy on a GPU
 
 
 def main() -> None:
@@ -97,10 +98,7 @@ def gains() -> list[str]:
         return f"{ours['ratio']['median']:.0%}, {memory:.0%}: {network}"
 
     fields = {"operation": "cross-entropy", "direction": TRAINING, "dtype": "bf16"}
-    on_gpu = [
-        cases_of(load(GPU_RUN), **fields, shape=shape)[0]
-        for shape in ("HRNet, Cityscapes", "SegFormer, ADE20K")
-    ]
+    on_gpu = [cases_of(load(GPU_RUN), **fields, shape=shape)[0] for shape in OF_README]
     return [
         *(f"{gain(case):.0f}×: {case[0]['num_classes']} classes" for case in on_gpu),
         *(step(network, load(GPU_RUN)) for network in ("HRNet", "SegFormer")),
@@ -219,9 +217,9 @@ def bandwidth() -> str:
 
 
 def cases(run: dict) -> str:
-    """The first case of each operation, and those less than twice as fast as the fastest other
-    implementation: forward and backward, or forward if there is nothing else. Where the rate of
-    exponentials was measured, also what share of the nearer roof ours reaches."""
+    """The first case of each operation, those of the README, and those less than twice as fast as
+    the fastest other implementation: forward and backward, or forward if there is nothing else.
+    Where the rate of exponentials was measured, also what share of the nearer roof ours reaches."""
     fields = ("operation", "shape", "sizes", "dtype", "labels")
     rows = [row for row in run["operators"] if row["shape"] not in (IMAGES, VOLUMES)]
     trained = {tuple(row[x] for x in fields) for row in rows if row["direction"] == TRAINING}
@@ -235,7 +233,8 @@ def cases(run: dict) -> str:
         if not training and tuple(ours[x] for x in fields) in trained:
             continue
         ratio = other["median"] / ours["median"]
-        if operation in seen and ratio >= 2:
+        of_readme = operation == "cross-entropy" and ours["shape"] in OF_README
+        if operation in seen and ratio >= 2 and not of_readme:
             continue
         seen.add(operation)
         lowest, highest = other["q20"] / ours["q80"], other["q80"] / ours["q20"]
