@@ -24,7 +24,8 @@ TINY = 1 / 32  # of the height and the width of a batch
 LEGEND = """\
 input   logits flat (randn) or sharp (in regions, one class is 20 above the others, as of a trained
         network; labels in one twentieth are others); labels of features in rectangles or random
-ms      median time of forward and backward pass, and of torch's formula in eager mode
+ms      median time of forward and backward pass, and of torch's formula in eager mode; on a CPU
+        including its page faults, which the figures of the documentation do not include
 faster  the second time divided by the first
 MB      peak memory of both passes without inputs and gradient, and of torch's formula
 µs      host time of both passes, and of torch's formula: {host}
