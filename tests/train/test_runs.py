@@ -96,6 +96,9 @@ def test_what_would_change_a_run_is_refused(straight: Path, options: list[str], 
 def test_no_checkpoint_to_go_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     words = ["fit", *TINY, "--ckpt_path", "last"]
+    with pytest.raises(ValueError, match=r"^--run: .*/runs/digits-sar-seed0 does not exist"):
+        Program(*with_presets(words))
+    Path("runs/digits-sar-seed0").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"last: .*/runs/digits-sar-seed0 has no last.ckpt"):
         Program(*with_presets(words))
 
