@@ -98,6 +98,10 @@ def moments_variants() -> Iterator[Case]:
                 quick = anchors and (dtype, layout) in few
                 make = make._replace(anchors=anchors)
                 yield variant("class_moments", name, make, quick, num_classes=classes)
+    for classes in (19, MANY):  # HRNet-W18: rows that are not aligned
+        make = Features(classes, (2, 270, 32, 64), "channels last", BF16, label_dtype=UINT8)
+        name = f"sums + anchors, {classes} classes, 270 channels"
+        yield variant("class_moments", name, make, True, num_classes=classes)
 
 
 def variants_of_images() -> Iterator[Case]:
@@ -120,6 +124,7 @@ def variants_of_images() -> Iterator[Case]:
             quick,
             **options,
         )
+    yield variant("CrossEntropyDice", "cross-entropy + Dice", ADE20K)
     for make in (ADE20K, ALIGNED):
         options = EVERYTHING | {"squared": True}
         yield variant("CrossEntropyDice", "cross-entropy + Dice with all options", make, **options)
@@ -228,13 +233,14 @@ def _processor_seconds() -> float:
 
 
 def compiled(name: str, case: Case) -> dict[str, tuple[Any, float]]:
-    """The kernels by name, as Triton would launch them on that GPU, and the seconds for each."""
+    """The kernels by their hash, as Triton would launch them on that GPU, and the seconds for
+    each."""
     kernels = {}
 
     def compile_only(self: Any, *args: Any, **kwargs: Any) -> None:
         start = _processor_seconds()
         kernel = self.run(*args, grid=None, warmup=True, **kwargs)
-        kernels[kernel.metadata.name] = kernel, _processor_seconds() - start
+        kernels[kernel.hash] = kernel, _processor_seconds() - start
 
     with instead_of_launches(name, compile_only), knobs.compilation.scope():
         knobs.compilation.always_compile = True
@@ -337,9 +343,9 @@ def rows_of(name: str, quick: bool) -> list[tuple[str, str, Row]]:
     """Kernel, variant and what was measured, for that GPU; each machine code once."""
     rows = {}
     for case in jobs(quick):
-        for kernel_name, (kernel, seconds) in compiled(name, case).items():
-            if kernel.hash not in rows:
-                rows[kernel.hash] = kernel_name, str(case), measure(kernel, seconds)
+        for key, (kernel, seconds) in compiled(name, case).items():
+            if key not in rows:
+                rows[key] = kernel.metadata.name, str(case), measure(kernel, seconds)
     return list(rows.values())
 
 

@@ -168,6 +168,8 @@ def chunks_of(view: Pixels, itemsize: int, tile: Tile, chunk_bytes: int) -> int:
 def sorted_tile_of(view: Pixels, itemsize: int) -> tuple[int, int, int]:
     """BLOCK_D, BLOCK_P and LANES of a program of one warp."""
     block_d, block_p, lanes = _SORTED_TILES[view.channels_contiguous, itemsize]
+    if view.channels_contiguous and not view.rows_aligned:
+        block_d = 64  # elements that are loaded one by one need more registers
     return min(block_d, max(triton.next_power_of_2(view.dim), 16)), block_p, lanes
 
 

@@ -74,9 +74,8 @@ class Results(NamedTuple):
 
 @triton.jit
 def _add(ptr, values):
-    """To a number of this program. One thread makes all additions to it, so their order is fixed.
-    They are atomic, so that nothing waits for the number."""
-    tl.atomic_add(ptr, sum_of(values), sem="relaxed")
+    """To a number of this program."""
+    tl.store(ptr, tl.load(ptr) + sum_of(values))
 
 
 @triton.jit
@@ -142,23 +141,27 @@ def _add_true_classes(
 
 @triton.jit
 def _add_all_classes(results, row, logits, lanes, labels, softmax, CELLS: tl.constexpr):
-    """Adds Σ p and Σ p² of each class."""
+    """Adds Σ p and Σ p² of each class. To numbers that are loaded before the exponentials, so that
+    nothing waits for them."""
+    sums, squares = results.probability_sums, results.squares
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
     stored = loaded(ptrs)
     for k in range(logits.num_classes):
         exponents = exponents_of(corners_of(stored, CELLS), softmax, lanes, CELLS)
         ptrs = following(ptrs, k, logits, CELLS)
         stored = loaded(ptrs)
+        sum_before = tl.load(sums + row + k) if sums is not None else 0.0
+        square_before = tl.load(squares + row + k) if squares is not None else 0.0
         probability_sum = tl.zeros(labels[0].shape, tl.float32)
         square = tl.zeros(labels[0].shape, tl.float32)
         for i in tl.static_range(len(labels)):
             p = tl.where(labels[i] >= 0, tl.exp2(exponents[i] - softmax.log_sums[i]), 0.0)
             probability_sum += p
             square = tl.fma(p, p, square)
-        if results.probability_sums is not None:
-            _add(results.probability_sums + row + k, probability_sum)
-        if results.squares is not None:
-            _add(results.squares + row + k, square)
+        if sums is not None:
+            tl.store(sums + row + k, sum_before + sum_of(probability_sum))
+        if squares is not None:
+            tl.store(squares + row + k, square_before + sum_of(square))
 
 
 @triton.jit(
@@ -232,6 +235,7 @@ def _softmax_moments_kernel(
             store_map(pixel_losses_map, pixel_losses, image, lanes, CELLS)
         if results.probability_sums is not None or results.squares is not None:
             _add_all_classes(results, row, logits, lanes, labels, softmax, CELLS)
+        tl.debug_barrier()  # other threads may add the next tile to these numbers
 
 
 def softmax_moments(

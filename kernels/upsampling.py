@@ -12,8 +12,8 @@ column of a lane's pixels a tensor [rows, lanes]. So Triton compiles one access 
 pixels; its time grows with the number of accesses, and with the code around them.
 
 If labels have the logits' size (`same`), a pixel is a cell and reads one logit. If the pixels of an
-image then follow each other in memory, they are one row, of which a lane has ADJACENT cells, so
-that it loads and stores at least 8 bytes at once. What lanes have in common is then [cells, lanes].
+image then follow each other in memory, they are one row, of which a lane has ADJACENT cells, which
+it loads and stores at once. What lanes have in common is then [cells, lanes].
 """
 
 from collections.abc import Sequence

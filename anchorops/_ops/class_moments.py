@@ -278,7 +278,7 @@ def refusal(num_keys: int, backend: str) -> str | None:
 #     1,000,000    96         200       1.72   1.05
 #     1,024        2,048      1,000     0.33   0.24
 #
-# Fewer classes, other dtypes and groups of points were not measured; with images CUDA was faster.
+# Rows have no fewer classes, other dtypes or groups of points; with images CUDA was faster.
 KEYS_FOR_TRITON = 200
 
 
