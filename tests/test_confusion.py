@@ -122,10 +122,11 @@ def test_classes_of_confusion(backend, num_classes):
 
 
 @pytest.mark.on("cpu")
-def test_threads_with_and_without_a_matrix(backend):
-    """Of two threads, the second counts one pixel less than the matrix has cells."""
-    threads, num_classes = torch.get_num_threads(), 257
-    labels = torch.randint(0, num_classes, (2 * num_classes**2 - 1,))
+@pytest.mark.parametrize("num_classes", [19, 257])
+def test_threads_with_and_without_a_matrix(backend, num_classes: int):
+    """Of two threads, the second counts one pixel less than the matrix of 257 classes has cells."""
+    threads = torch.get_num_threads()
+    labels = torch.randint(0, num_classes, (2 * 257**2 - 1,))
     torch.set_num_threads(2)
     try:
         for _ in range(50):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_kernels import in_layout, same_for_all_threads
+from cpu_kernels import in_layout
 from operators import check, results
 from torch import Generator, Tensor
 
@@ -238,22 +238,6 @@ def test_nothing_to_compare(backend: str, reduction: str) -> None:
         assert not actual.any() and actual.shape == (valid.shape if reduction == "none" else ())
         (gradient,) = torch.autograd.grad(actual.sum(), x)
         assert gradient.shape == x.shape and not gradient.any()
-
-
-@cpu
-@pytest.mark.parametrize("reduction", ["none", "sum"])
-@pytest.mark.parametrize(
-    "case",
-    [
-        divergences((3, 19, 33, 40), (132, 160), (17, 40)),
-        divergences((1, 150, 40, 90), (160, 360), dtype=BF16),
-        divergences((2, 4, 1, 2000), (1, 4001), masked=False),
-    ],
-    ids=str,
-)
-def test_the_same_bits_for_any_number_of_threads(backend: str, case: Case, reduction: str) -> None:
-    call, inputs = partial(case.ours, reduction=reduction), case.sample.inputs()
-    same_for_all_threads(lambda: results(call, inputs))
 
 
 LOGITS, VALID = torch.zeros(2, 5, 4, 6), torch.ones(2, 16, 24, dtype=torch.bool)
