@@ -13,6 +13,7 @@ import shutil
 import sysconfig
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -150,8 +151,8 @@ def _tell_if_older(library: Path, csrc: Path, *sources: str) -> None:
     """After `git pull` in an editable installation: the arguments of operators may have changed,
     which a library does not check. An installed wheel has no csrc/ beside it."""
     if library.exists() and (csrc / "library.cpp").exists():
-        files = [file for pattern in sources for file in csrc.glob(pattern)]
-        if max(file.stat().st_mtime for file in files) > library.stat().st_mtime:
+        files, built = chain(*map(csrc.glob, sources)), library.stat().st_mtime
+        if any(file.stat().st_mtime > built for file in files):
             message = "%s is older than its sources in %s: install anchorops again"
             _logger.warning(message, library, csrc)
 
@@ -224,12 +225,13 @@ def triton_obstacle() -> str | None:
     return None
 
 
-# Why the code of a backend is missing, fastest backend first. This is known at import, so choosing
-# a backend only reads this table, which torch.compile can trace. It does not say whether there is a
-# GPU.
 _csrc = Path(__file__).parents[1] / "csrc"
 _tell_if_older(CPU_LIBRARY, _csrc, "*.h", "*.cpp", "cpu/*")
 _tell_if_older(CUDA_LIBRARY, _csrc, "*.h", "*.cuh", "cuda/**/*.cu*")
+
+# Why the code of a backend is missing, fastest backend first. This is known at import, so choosing
+# a backend only reads this table, which torch.compile can trace. It does not say whether there is a
+# GPU.
 _cpu = _load_cpu()
 _MISSING = {"cuda": _load_cuda(), "triton": _find_triton(), "cpu": _cpu, "reference": None}
 _CUDA_TARGETS = build_info().get("cuda_arch_list", "")
