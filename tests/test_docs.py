@@ -143,7 +143,7 @@ def check_train(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "MaskWriter", lambda *_: Callback())
     monkeypatch.setattr(cli, "load_results", programs.append)
     monkeypatch.setattr(cli, "comparison", lambda results: "")
-    monkeypatch.setattr(cli, "_train_anew", lambda run, options: programs.append(options))
+    monkeypatch.setattr(cli, "train", lambda *options: programs.append(options))
     assert cli.main(words) == 0
     assert programs or words in (["presets"], ["fit", "--help"])
     for program in programs:

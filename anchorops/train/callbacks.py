@@ -27,7 +27,7 @@ from .module import SegmentationModule
 from .options import COUNT, check
 from .report.cost import measure_complexity
 from .report.pictures import draw_predictions
-from .run import BEST, LAST, NEW
+from .run import BEST, LAST
 from .saving import save_atomically
 from .signals import end_at_once, handle
 
@@ -235,9 +235,7 @@ class Reports(Callback):
     @staticmethod
     def _draw(trainer: Trainer, module: SegmentationModule) -> None:
         run, step = Path(trainer.default_root_dir), trainer.global_step
-        title = (
-            f"{run.name.removesuffix(NEW)}, step {step}: mIoU {100 * module.figures['miou']:.1f} %"
-        )
+        title = f"{run.name}, step {step}: mIoU {100 * module.figures['miou']:.1f} %"
         figure = draw_predictions(module, PICTURES, title=title)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

@@ -4,7 +4,6 @@ import argparse
 import json
 import logging
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -49,7 +48,6 @@ try:
         BEST,
         CONFIG,
         LAST,
-        NEW,
         WHOLE,
         check_same,
         flat_config,
@@ -407,7 +405,7 @@ def _demo(arguments: Sequence[str]) -> None:
         description="HRNet-W18-small and SegFormer-B0 on digit scenes, plain and with SAR.",
     )
     parser.add_argument("--steps", type=int, default=500, help="of each of the four runs")
-    help = "directory of the runs; a run replaces an earlier one when it has ended"
+    help = "directory of the runs; those that it has go on, or stay if they have ended"
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help=help)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
@@ -422,33 +420,12 @@ def _demo(arguments: Sequence[str]) -> None:
                 words = ["--config", preset, "--model.methods", f"[{methods}]"]
                 words += ["--data.steps", str(options.steps)]
                 words += ["--seed_everything", str(options.seed)]
-                _train_anew(run, words)
+                again = ("--ckpt_path", "last") if (run / LAST).exists() else ()
+                train(*words, "--run", str(run), *again)
                 runs.append(run)
     print(comparison([load_results(run) for run in runs]))
     print(*(run / "predictions.png" for run in runs), sep="\n")
     print(DEMO_SHOWS)
-
-
-def _train_anew(run: Path, options: Sequence[str]) -> None:
-    """Train in RUN.new, or go on there after a stop; it replaces the run when it has ended."""
-    new, old = (run.with_name(run.name + x) for x in (NEW, ".old"))
-    if old.exists() and not run.exists():  # a demo was killed between its two renames
-        old.rename(run)
-    if run.exists() and not (run / CONFIG).exists():
-        raise ValueError(f"--out: expected runs of a demo, {run} has no {CONFIG}")
-    if old.exists():  # a demo was killed after them
-        shutil.rmtree(old)
-    again = ("--ckpt_path", "last") if (new / LAST).exists() else ()
-    if new.exists() and not again:
-        shutil.rmtree(new)
-    train(*options, "--run", str(new), *again)
-    config = yaml.safe_load((new / CONFIG).read_text()) | {"run": str(run.absolute())}
-    save_atomically(yaml.safe_dump(config, sort_keys=False), new / CONFIG)
-    if run.exists():
-        run.rename(old)
-    new.rename(run)
-    if old.exists():
-        shutil.rmtree(old)
 
 
 COMMANDS = {"demo": _demo, "compare": _compare, "presets": lambda _: print(presets())}

@@ -12,7 +12,6 @@ import torch
 import yaml
 
 CONFIG, LOCK, LAST, BEST = "config.yaml", "run.lock", "last.ckpt", "best.ckpt"
-NEW = ".new"  # ends the name of a run that will replace another one
 WEIGHTS = frozenset(("state_dict", "global_step", "channels"))  # in a checkpoint
 WHOLE = WEIGHTS | {"callbacks", "loops", "optimizer_states"}  # in one from which a run goes on
 # options on which no number of a run depends; they may differ where it goes on
@@ -114,6 +113,6 @@ def check_same(run: Path, options: Mapping[str, Any]) -> None:
         if name in saved and saved[name] != now[name]:
             raise ValueError(
                 f"--{name} is {now[name]}, {run / CONFIG} has {saved[name]}: the numbers would not "
-                "be those of the run without a stop. Leave the option as it was, or start a new "
-                "run with --model.weights"
+                "be those of the run without a stop. Leave the option as it was, or start a run "
+                "in another directory (with --model.weights from this one's weights)"
             )
