@@ -93,7 +93,7 @@ demo: setup
 bench: setup build/nnunet
 	$(BIN)/python bench/run.py --out $(BENCH)
 
-# needs no quiet machine and no GPU; a quarter of an hour
+# needs no quiet machine and no GPU; some minutes
 counted-memory: setup
 	$(BIN)/python bench/counted_memory.py --out $(BENCH)/counted-memory.json
 	$(BIN)/python bench/plot.py $(BENCH)/counted-memory.json

@@ -126,8 +126,8 @@ def largest_batches(network: str) -> str:
     """With late upsampling, if something can be moved on a GPU."""
     rows = next(
         rows
-        for (name, _, *setting), rows in counted_steps().items()
-        if name == network and setting == ["bf16", False]
+        for (name, _, checkpointing), rows in counted_steps().items()
+        if name == network and not checkpointing
     )
     after = rows.get(BOTH) or rows[OWN]
     sizes = (row["largest_batches"]["24 GB"] for row in (rows[BASELINE], after))
@@ -135,8 +135,7 @@ def largest_batches(network: str) -> str:
 
 
 def counted_steps() -> dict[tuple, dict[str, dict]]:
-    names = ("network", "sizes", "precision", "checkpointing")
-    return compared(load(COUNTED_MEMORY)["rows"], *names)
+    return compared(load(COUNTED_MEMORY)["rows"], "network", "sizes", "checkpointing")
 
 
 def uses() -> list[str]:
@@ -392,15 +391,13 @@ def slower() -> str:
 
 
 def counted_memory() -> str:
-    """For each network and checkpointing, with bf16: memory in GB and the largest batches. "→":
+    """For each network and checkpointing: memory in GB and the largest batches. "→":
     baseline, with our cross-entropy, and with late upsampling too. What a method adds to the last
     of these."""
     capacities = ("24 GB", "80 GB")
     lines, added = [], {}
     seen = ""
-    for (network, size, precision, checkpointing), rows in counted_steps().items():
-        if precision != "bf16":
-            continue
+    for (network, size, checkpointing), rows in counted_steps().items():
         name = f"{network}, {size}"
         shown = [rows[x] for x in (BASELINE, OWN, BOTH) if x in rows]
         batches = ([str(row["largest_batches"][gb]) for row in shown] for gb in capacities)

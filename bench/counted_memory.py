@@ -2,7 +2,7 @@
 
     python bench/counted_memory.py [--networks …] [--out bench/results/counted-memory.json]
 
-A step (forward, loss, backward) runs on fake tensors, which have shapes but no values. Each storage
+A step (forward, loss, backward) with bf16 autocast runs on fake tensors, which have shapes but no values. Each storage
 is logged when it is made and when it is freed; the peak is the largest sum of bytes at one time.
 Parameters, Adam's state, gradients, images and labels are in it. The network as it is, with
 F.cross_entropy, is compared with the same network with pixel_cross_entropy of low-resolution
@@ -44,10 +44,9 @@ LARGEST = 3  # storages that a row lists
 
 
 class Setting(NamedTuple):
-    """precision: "bf16" (autocast) or "float32". loss: "torch", as the network's users write it, or
-    "anchorops". late: with late_upsampling. method: of METHODS, or "" for none."""
+    """loss: "torch", as the network's users write it, or "anchorops". late: with late_upsampling.
+    method: of METHODS, or "" for none."""
 
-    precision: str
     checkpointing: bool
     loss: str
     late: bool
@@ -64,8 +63,7 @@ def settings_of(late: bool) -> list[Setting]:
     losses += [("torch", True), ("anchorops", True)] if late else []
     candidates = [(*loss, "") for loss in losses] + [("anchorops", late, m) for m in METHODS]
     return [
-        Setting(precision, checkpointing, *candidate)
-        for precision in ("bf16", "float32")
+        Setting(checkpointing, *candidate)
         for checkpointing in (False, True)
         for candidate in candidates
     ]
@@ -119,7 +117,7 @@ def step(
     images = torch.empty(batch, network.channels, *network.size)
     labels = torch.empty(batch, *network.size, dtype=torch.int64)
     ours = setting.loss == "anchorops"
-    with torch.autocast("cpu", torch.bfloat16, enabled=setting.precision == "bf16"):
+    with torch.autocast("cpu", torch.bfloat16):
         storages.phase = "network, forward"
         outputs = network.outputs(model, images, low=ours)
         storages.phase = "loss, forward"
@@ -205,7 +203,7 @@ def line(row: dict[str, Any]) -> str:
     batches = ", ".join(f"{batch} in {gb}" for gb, batch in row["largest_batches"].items())
     first = row["largest"][0]
     return (
-        f"  {row['precision']:<8}{checkpointing:<14}{row['name']:<31}"
+        f"  {checkpointing:<14}{row['name']:<31}"
         f"{row['peak_bytes'] / 1e9:7.2f} GB; {batches}; "
         f"{first['operator']} {first['shape']} {first['dtype']}"
     )

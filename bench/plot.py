@@ -87,13 +87,13 @@ def options(run: dict) -> Figure | None:
 
 
 def counted_memory(run: dict) -> Figure:
-    """With bf16 autocast. The methods are in the tables."""
-    groups = compared(run["rows"], "network", "sizes", "precision", "checkpointing")
+    """The methods are in the tables."""
+    groups = compared(run["rows"], "network", "sizes", "checkpointing")
     networks = list(dict.fromkeys(key[:2] for key in groups))
     figure, axes = plt.subplots(1, 2, figsize=(10, 0.75 * len(networks) + 1), layout="constrained")
     for axis, checkpointing in zip(axes, (False, True), strict=True):
         for y, network in enumerate(networks):
-            rows = groups[(*network, "bf16", checkpointing)]
+            rows = groups[(*network, checkpointing)]
             drawn = [name for name in COUNTED if name in rows]
             for i, name in enumerate(drawn):
                 size, baseline = (rows[x]["peak_bytes"] for x in (name, BASELINE))
