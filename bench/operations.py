@@ -595,15 +595,16 @@ def counted_bytes(operation: str, direction: str, inputs: Inputs) -> int:
 
 
 def counted_exponentials(operation: str, direction: str, inputs: Inputs) -> float | None:
-    """What the loops over the classes compute, for each 16 pixels and class: forward 17, but 9 at
-    output stride 4 (kernels/softmax.py); backward 16. None where they were not counted."""
+    """What the loops over the classes compute, for each 16 pixels and class: forward 17 and
+    backward 16, at output stride 4 9 and 8 (kernels/softmax.py). None where they were not counted."""
     softmaxes = OPERATIONS[operation].softmaxes
     if not softmaxes or "logits" not in inputs:
         return None
     logits, labels = inputs["logits"], inputs["labels"]
     pixels = labels.numel() if labels.dim() < logits.dim() else labels[:, 0].numel()
     few = labels.shape[-1] == 4 * logits.shape[-1] and operation != "divergence from a teacher"
-    of_16 = (9 if few else 17) + 16 * (direction == TRAINING)
+    forward, backward = (9, 8) if few else (17, 16)
+    of_16 = forward + backward * (direction == TRAINING)
     return softmaxes * pixels * logits.shape[1] * of_16 / 16
 
 
