@@ -2,8 +2,9 @@
 
     python bench/counted_memory.py [--networks …] [--out bench/results/counted-memory.json]
 
-A step (forward, loss, backward) with bf16 autocast runs on fake tensors, which have shapes but no values. Each storage
-is logged when it is made and when it is freed; the peak is the largest sum of bytes at one time.
+A step (forward, loss, backward) with bf16 autocast runs on fake tensors, which have shapes but no
+values. Each storage is logged when it is made and when it is freed; the peak is the largest sum of
+bytes at one time.
 Parameters, Adam's state, gradients, images and labels are in it. The network as it is, with
 F.cross_entropy, is compared with the same network with pixel_cross_entropy of low-resolution
 logits, with late_upsampling where it can be applied, with both, and with both and each method.

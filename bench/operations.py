@@ -596,7 +596,7 @@ def counted_bytes(operation: str, direction: str, inputs: Inputs) -> int:
 
 def counted_exponentials(operation: str, direction: str, inputs: Inputs) -> float | None:
     """What the loops over the classes compute, for each 16 pixels and class: forward 17 and
-    backward 16, at output stride 4 9 and 8 (kernels/softmax.py). None where they were not counted."""
+    backward 16, at output stride 4 9 and 8 (kernels/softmax.py). None where nobody counted."""
     softmaxes = OPERATIONS[operation].softmaxes
     if not softmaxes or "logits" not in inputs:
         return None

@@ -12,9 +12,10 @@ from .upsampling import (
     ROW_AXIS,
     at_pixels,
     both,
-    logits_of_class,
+    corners_of_class,
     rows_of_lane,
     strides_of,
+    upsampled,
 )
 
 LABELS = strides_of("labels", "bhw")
@@ -158,7 +159,7 @@ def true_logits(logits, lanes, labels, CELLS: tl.constexpr):
     true = [tl.zeros(label.shape, tl.float32) for label in labels]
     label = next_label(labels, -1)
     while label < NO_CLASS:
-        z = logits_of_class(logits, label, lanes, CELLS)
+        z = upsampled(corners_of_class(logits, label, lanes, CELLS), lanes, CELLS)
         true = [tl.where(labels[i] == label, z[i], true[i]) for i in () + CELLS.columns]
         label = next_label(labels, label)
     return true

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .lanes import LOG2_E, true_logits, values_of_labels
 from .launch import Constant
-from .upsampling import corner_ptrs, corners, next_class, upsampled
+from .upsampling import corner_ptrs, corners_of, loaded, next_class, upsampled
 
 _SMALLEST = Constant(2.0**-24)  # c is rounded to multiples of about this
 
@@ -94,9 +94,9 @@ def _read_losses_of_all_classes(logits, lse, lanes, options, image, CELLS: tl.co
     if options.all_weights is not None:
         ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
         for k in range(logits.num_classes):
-            v = weight_of_all(k, options, image)
-            weighted = add_weighted(weighted, corners(ptrs, CELLS), v, options)
+            four, v = corners_of(loaded(ptrs), CELLS), weight_of_all(k, options, image)
             ptrs = next_class(ptrs, logits.stride_k, CELLS)
+            weighted = add_weighted(weighted, four, v, options)
     return losses_of_all_classes(weighted, lse, lanes, options, image, CELLS)
 
 

@@ -41,13 +41,12 @@ from .upsampling import (
     class_planes,
     coordinate,
     corner_ptrs,
-    corners,
     corners_of,
+    following,
     lanes_of_tile,
     loaded,
     logits_of_image,
     neighbours_of_lane,
-    next_class,
     rows_of_lane,
     strides_of,
     upsampled,
@@ -198,10 +197,12 @@ def _largest_of_cells(logits, teacher, lanes, teacher_lanes, slope, CELLS: tl.co
     teacher_largest = largest
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
     teacher_ptrs = corner_ptrs(teacher.ptr, teacher_lanes[0], CELLS)
-    for _ in range(logits.num_classes):
-        four, teacher_four = corners(ptrs, CELLS), corners(teacher_ptrs, CELLS)
-        ptrs = next_class(ptrs, logits.stride_k, CELLS)
-        teacher_ptrs = next_class(teacher_ptrs, teacher.stride_k, CELLS)
+    stored, teacher_stored = loaded(ptrs), loaded(teacher_ptrs)
+    for k in range(logits.num_classes):
+        four, teacher_four = corners_of(stored, CELLS), corners_of(teacher_stored, CELLS)
+        ptrs = following(ptrs, k, logits, CELLS)
+        teacher_ptrs = following(teacher_ptrs, k, teacher, CELLS)
+        stored, teacher_stored = loaded(ptrs), loaded(teacher_ptrs)
         # tl.maximum of NaN and a number returns the number; the sum is still NaN
         for i in tl.static_range(4):
             largest = tl.maximum(largest, four[i])

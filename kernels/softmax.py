@@ -20,8 +20,6 @@ from .upsampling import (
     corners_of,
     following,
     loaded,
-    logits_of_pixels,
-    next_class,
     upsampled,
     zeros_of_pixels,
 )
@@ -145,10 +143,12 @@ def _sums_by_pixel(logits, lanes, largest, CELLS: tl.constexpr):
     shifts = [finite_or_zero(x) for x in largest]
     sums = [tl.zeros(x.shape, tl.float32) for x in largest]
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
-    for _ in range(logits.num_classes):
-        z = logits_of_pixels(ptrs, lanes, CELLS)
+    stored = loaded(ptrs)
+    for k in range(logits.num_classes):
+        z = upsampled(corners_of(stored, CELLS), lanes, CELLS)
+        ptrs = following(ptrs, k, logits, CELLS)
+        stored = loaded(ptrs)
         sums = [sums[i] + tl.exp2((z[i] - shifts[i]) * LOG2_E) for i in () + CELLS.columns]
-        ptrs = next_class(ptrs, logits.stride_k, CELLS)
     return sums, shifts
 
 

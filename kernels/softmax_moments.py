@@ -47,8 +47,8 @@ from .upsampling import (
     axes_of,
     class_planes,
     corner_ptrs,
-    corners,
     corners_of,
+    corners_of_class,
     following,
     lanes_of_tile,
     loaded,
@@ -104,8 +104,7 @@ def _add_true_classes(
     pixel_losses = [tl.zeros(label.shape, tl.float32) for label in labels]
     label = next_label(labels, -1)
     while label < NO_CLASS:
-        ptr = logits.ptr + label.to(tl.int64) * logits.stride_k
-        four = corners(corner_ptrs(ptr, lanes, CELLS), CELLS)
+        four = corners_of_class(logits, label, lanes, CELLS)
         z = upsampled(four, lanes, CELLS)
         exponents = exponents_of(four, softmax, lanes, CELLS)
         mine = [labels[i] == label for i in () + CELLS.columns]

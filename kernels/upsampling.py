@@ -467,19 +467,21 @@ def loaded(ptrs):
 
 
 @triton.jit
-def corners(ptrs, CELLS: tl.constexpr):
-    """The four logits of a cell, float32; four times the same logit if the sizes are the same."""
-    return corners_of(loaded(ptrs), CELLS)
-
-
-@triton.jit
 def corners_of(stored, CELLS: tl.constexpr):
-    """The same, from what was loaded."""
+    """The four logits of a cell, float32, from what was loaded; four times the same logit if the
+    sizes are the same."""
     four = [x.to(tl.float32) for x in stored]
     if CELLS.y.same:
         return four[0], four[0], four[0], four[0]
     else:
         return four
+
+
+@triton.jit
+def corners_of_class(logits, k, lanes, CELLS: tl.constexpr):
+    """The four logits of a cell, of class k."""
+    ptr = logits.ptr + k.to(tl.int64) * logits.stride_k
+    return corners_of(loaded(corner_ptrs(ptr, lanes, CELLS)), CELLS)
 
 
 @triton.jit
@@ -500,16 +502,3 @@ def upsampled(four, lanes, CELLS: tl.constexpr):
         left = between(x00, x10, lanes.y.weights, CELLS.y.select)
         right = between(x01, x11, lanes.y.weights, CELLS.y.select)
         return [between(left, right, weight, CELLS.x.select) for weight in lanes.x.weights]
-
-
-@triton.jit
-def logits_of_pixels(ptrs, lanes, CELLS: tl.constexpr):
-    """z of a lane's pixels, from pointers to the four logits of its cell."""
-    return upsampled(corners(ptrs, CELLS), lanes, CELLS)
-
-
-@triton.jit
-def logits_of_class(logits, k, lanes, CELLS: tl.constexpr):
-    """z_k of a lane's pixels."""
-    ptr = logits.ptr + k.to(tl.int64) * logits.stride_k
-    return logits_of_pixels(corner_ptrs(ptr, lanes, CELLS), lanes, CELLS)

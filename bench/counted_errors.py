@@ -1,0 +1,65 @@
+"""The errors of Triton's kernels against float64, as the machine for PTX executes them for sm_80:
+each check of `anchorops-doctor --verify --all`.
+
+    python bench/counted_errors.py [--out bench/results/counted-errors.json]
+
+Two minutes on two cores, without a GPU.
+"""
+
+import argparse
+import ast
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from record import ROOT, save_counts
+
+HALF = ("bfloat16", "float16")
+
+
+def checks() -> Iterator[tuple[str, str, str, float, float]]:
+    """Name, operator, dtype, error and limit of each check, from tests/test_verify.py."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-m", "", "tests/test_verify.py"]
+    environment = os.environ | {"PTX_ARCH": "80", "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "checks.xml"
+        subprocess.run(
+            [*command, "--junitxml", str(path)], cwd=ROOT, env=environment, check=True
+        )
+        for found in ElementTree.parse(path).iter("property"):
+            if found.get("name") == "check":
+                yield ast.literal_eval(found.get("value", ""))
+
+
+def rows() -> list[dict[str, Any]]:
+    """For each operator and kind of inputs the largest error, and the largest share of a limit."""
+    grouped: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for _, operator, dtype, error, limit in checks():
+        kind = "half precision" if dtype in HALF else dtype
+        grouped.setdefault((operator, kind), []).append((error, error / limit if error else 0.0))
+    return [
+        {
+            "operator": operator,
+            "inputs": kind,
+            "checks": len(found),
+            "error": max(error for error, _ in found),
+            "share": max(share for _, share in found),
+        }
+        for (operator, kind), found in sorted(grouped.items())
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/counted-errors.json")
+    arguments = parser.parse_args()
+    save_counts(arguments.out, rows())
+
+
+if __name__ == "__main__":
+    main()
