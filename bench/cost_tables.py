@@ -40,6 +40,7 @@ RESULTS = ROOT / "bench/results"
 RUN = RESULTS / "amd-epyc-avx512-2-threads.json"  # of `make bench BENCH=bench/results`
 GPU_RUN = RESULTS / "nvidia-h100-80gb-hbm3-132-multiprocessors.json"
 COUNTED_MEMORY = RESULTS / "counted-memory.json"
+COUNTED_ERRORS = RESULTS / "counted-errors.json"
 COUNTED_PRECISION = RESULTS / "counted-precision.json"
 HOST_TIME = RESULTS / "host-time.json"  # of bench/host_time.py
 EXPONENTIALS = "exponentials"
@@ -436,6 +437,14 @@ def host_time() -> str:
     return markdown_table(["call", "CPU", "Triton", "operators"], lines)
 
 
+def errors() -> str:
+    """Of Triton's operators that round, the largest error and its part of the error budget."""
+    rows = [row for row in load(COUNTED_ERRORS)["rows"] if row["error"]]
+    rows.sort(key=lambda row: -row["share"])
+    lines = [(row["operator"], f"{row['error']:.1e} ({row['share']:.0%})") for row in rows]
+    return markdown_table(["operator", "error"], lines)
+
+
 def lovasz_precision() -> str:
     def percent(share: float) -> str:
         return f"{share:.2%}" if share < 0.001 else f"{share:.1%}"
@@ -477,6 +486,7 @@ TABLES: dict[str, Callable[[], str | list[str]]] = {
     "export": lambda: beside("export", {"volume": "volume", "dtype": "logits"}, "{:.2f} s".format),
     "lovasz": lovasz,
     "counted_memory": counted_memory,
+    "errors": errors,
     "lovasz_precision": lovasz_precision,
 }
 

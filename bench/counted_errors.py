@@ -19,8 +19,6 @@ from xml.etree import ElementTree
 
 from record import ROOT, save_counts
 
-HALF = ("bfloat16", "float16")
-
 
 def checks() -> Iterator[tuple[str, str, str, float, float]]:
     """Name, operator, dtype, error and limit of each check, from tests/test_verify.py."""
@@ -28,29 +26,26 @@ def checks() -> Iterator[tuple[str, str, str, float, float]]:
     environment = os.environ | {"PTX_ARCH": "80", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checks.xml"
-        subprocess.run(
-            [*command, "--junitxml", str(path)], cwd=ROOT, env=environment, check=True
-        )
+        subprocess.run([*command, "--junitxml", str(path)], cwd=ROOT, env=environment, check=True)
         for found in ElementTree.parse(path).iter("property"):
             if found.get("name") == "check":
                 yield ast.literal_eval(found.get("value", ""))
 
 
 def rows() -> list[dict[str, Any]]:
-    """For each operator and kind of inputs the largest error, and the largest share of a limit."""
-    grouped: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for _, operator, dtype, error, limit in checks():
-        kind = "half precision" if dtype in HALF else dtype
-        grouped.setdefault((operator, kind), []).append((error, error / limit if error else 0.0))
+    """Of each operator the largest error, relative to the largest number of the result, and the
+    largest part of a limit."""
+    grouped: dict[str, list[tuple[float, float]]] = {}
+    for _, operator, _, error, limit in checks():
+        grouped.setdefault(operator, []).append((error, error / limit if error else 0.0))
     return [
         {
             "operator": operator,
-            "inputs": kind,
             "checks": len(found),
             "error": max(error for error, _ in found),
             "share": max(share for _, share in found),
         }
-        for (operator, kind), found in sorted(grouped.items())
+        for operator, found in sorted(grouped.items())
     ]
 
 
