@@ -19,6 +19,7 @@ from statistics import quantiles
 from typing import Any
 
 import torch
+from cases import GRID, OF_USERS
 
 from anchorops.measure import environment, in_turns, peak_extra_bytes
 
@@ -158,10 +159,13 @@ def compared(rows: Iterable[dict], *case: str) -> dict[tuple, dict[str, dict]]:
 
 
 def by_case(rows: Iterable[dict]) -> list[list[dict]]:
-    """The rows of operators that are compared, the fastest first."""
+    """The rows of operators that are compared, the fastest first; operations in the order of the
+    cases, whatever was measured again."""
     measured = [row for row in rows if "absent" not in row]
     groups = grouped(measured, *CASES["operators"]).values()
-    return [sorted(case, key=lambda row: row["median"]) for case in groups]
+    operations = [*dict.fromkeys(case.operation for case in (*OF_USERS, *GRID))]
+    in_order = sorted(groups, key=lambda case: operations.index(case[0]["operation"]))
+    return [sorted(case, key=lambda row: row["median"]) for case in in_order]
 
 
 def ours_and_other(case: list[dict]) -> tuple[dict | None, dict | None]:
