@@ -596,7 +596,8 @@ def counted_bytes(operation: str, direction: str, inputs: Inputs) -> int:
 
 def counted_exponentials(operation: str, direction: str, inputs: Inputs) -> float | None:
     """What the loops over the classes compute, for each 16 pixels and class: forward 17 and
-    backward 16, at output stride 4 9 and 8 (kernels/softmax.py). None where nobody counted."""
+    backward 16, at output stride 4 9 and 8 (kernels/softmax.py); 16 more in each direction for sums
+    of probabilities. None where nobody counted."""
     softmaxes = OPERATIONS[operation].softmaxes
     if not softmaxes or "logits" not in inputs:
         return None
@@ -604,7 +605,8 @@ def counted_exponentials(operation: str, direction: str, inputs: Inputs) -> floa
     pixels = labels.numel() if labels.dim() < logits.dim() else labels[:, 0].numel()
     few = labels.shape[-1] == 4 * logits.shape[-1] and operation != "divergence from a teacher"
     forward, backward = (9, 8) if few else (17, 16)
-    of_16 = forward + backward * (direction == TRAINING)
+    sums = 16 if "Dice" in operation else 0
+    of_16 = forward + sums + (backward + sums) * (direction == TRAINING)
     return softmaxes * pixels * logits.shape[1] * of_16 / 16
 
 

@@ -420,6 +420,8 @@ def _demo(arguments: Sequence[str]) -> None:
                 words = ["--config", preset, "--model.methods", f"[{methods}]"]
                 words += ["--data.steps", str(options.steps)]
                 words += ["--seed_everything", str(options.seed)]
+                if (run / BEST).exists() and not (run / CONFIG).exists():
+                    raise ValueError(f"--out: expected runs of a demo, {run} has no {CONFIG}")
                 again = ("--ckpt_path", "last") if (run / LAST).exists() else ()
                 train(*words, "--run", str(run), *again)
                 runs.append(run)

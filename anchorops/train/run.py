@@ -114,5 +114,6 @@ def check_same(run: Path, options: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"--{name} is {now[name]}, {run / CONFIG} has {saved[name]}: the numbers would not "
                 "be those of the run without a stop. Leave the option as it was, or start a run "
-                "in another directory (with --model.weights from this one's weights)"
+                "in another directory (--run, of a demo --out; with --model.weights from this "
+                "one's weights)"
             )

@@ -126,6 +126,8 @@ def test_a_demo_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mon
     assert main(["demo", "--out", str(tmp_path)]) == 0
     assert trained[:2] == [(first, False), (second, False)]
     assert trained[2:] == [(first, True), (second, True), *((run, False) for run in others)]
+    (tmp_path / first / "best.ckpt").touch()  # of something else: it has no config.yaml
+    assert main(["demo", "--out", str(tmp_path)]) == 1 and len(trained) == 6
 
 
 def test_diverged_network_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
