@@ -210,11 +210,9 @@ def bandwidth() -> str:
     fields = {"operation": "class moments with anchors", "direction": FORWARD, "labels": "coherent"}
     ours, _ = ours_and_other(cases_of(run, **fields)[0])
     assert ours
-    roofs = {row["name"]: row["per_second"] for row in run["roofs"]}
-    share = ours["bytes"] / ours["median"] / roofs["read"]
     return (
         f"{machine(run)}.\nThe forward pass of class moments reads the features at "
-        f"{share:.0%} of the bandwidth at which torch sums an array."
+        f"{ours['read_share']:.0%} of the bandwidth at which torch sums them, by turns."
     )
 
 
