@@ -176,14 +176,15 @@ def test_measure_on_cuda(monkeypatch, clock, host: float, reads: int):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_peak_extra_bytes():
-    tensor = torch.ones(2**22)  # 16 MiB
+    tensor = torch.ones(2**24)  # 64 MiB
     runs = [lambda: tensor.sum(), lambda: tensor + 1, lambda: (tensor + 1).sum()]
     for run in runs:
         run()  # the first call of an operator also loads its code
     nothing, output, temporary = (peak_extra_bytes(run, CPU) for run in runs)
-    assert nothing == pytest.approx(0, abs=2**20)
-    assert output == pytest.approx(0, abs=2**20)
-    assert temporary == pytest.approx(2**24, rel=0.1)
+    # the system may join pages to huge ones of 2 MiB meanwhile
+    assert nothing == pytest.approx(0, abs=2**22)
+    assert output == pytest.approx(0, abs=2**22)
+    assert temporary == pytest.approx(2**26, rel=0.1)
 
 
 @pytest.mark.slow
