@@ -429,7 +429,7 @@ def test_memory():
     peak = peak_extra_bytes(lambda: ao.mask_rle(z, size), torch.device("cpu"))
     if peak is None:
         pytest.skip("the memory of a process needs Linux's /proc")
-    assert peak < 4 * characters + 2**20
+    assert peak < 4 * characters + 2**22  # huge pages have 2 MiB
 
 
 Z = torch.zeros(2, 4, 5)
