@@ -1,9 +1,9 @@
 """The errors of Triton's kernels against float64, as the machine for PTX executes them for sm_80:
-each check of `anchorops-doctor --verify --all`.
+the checks of single operators by `anchorops-doctor --verify --all`.
 
     python bench/counted_errors.py [--out bench/results/counted-errors.json]
 
-Two minutes on two cores, without a GPU.
+Three minutes on two cores, without a GPU.
 """
 
 import argparse
