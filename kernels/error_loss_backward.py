@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .lanes import LABELS, PixelMap, load_labels
-from .launch import registers
+from .launch import without_spills
 from .probability_histograms import (
     places_of_errors,
     probabilities,
@@ -159,6 +159,6 @@ def error_loss_backward(
         TILE=tiles.tile,
         num_warps=tiles.lanes // 32,
         enable_fp_fusion=False,  # coordinates as in F.interpolate
-        **registers(255),
+        **without_spills(),
     )
     return sum_of_blocks(gradients, dlogits)

@@ -16,7 +16,7 @@ from .lanes import (
     load_map,
     pixel_map_of,
 )
-from .launch import registers
+from .launch import without_spills
 from .pixel_kl_divergence import (
     TEACHER,
     VALID,
@@ -194,6 +194,6 @@ def pixel_kl_divergence_backward(
         TILE=tiles.tile,
         num_warps=tiles.lanes // 32,
         enable_fp_fusion=False,  # coordinates as in F.interpolate
-        **registers(255),
+        **without_spills(),
     )
     return sum_of_blocks(gradients, dlogits)

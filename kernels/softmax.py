@@ -102,6 +102,8 @@ def _sums_by_cell(logits, lanes, options, image, PREDICT: tl.constexpr, CELLS: t
     stored, next_v = loaded(ptrs), weight_of_all(0, options, image)
     for k in range(logits.num_classes):
         four, v = corners_of(stored, CELLS), next_v
+        # before the exponentials, so that v's register is free for the next one
+        weighted = add_weighted(weighted, four, v, options)
         ptrs = following(ptrs, k, logits, CELLS)
         stored = loaded(ptrs)
         next_v = weight_of_all(tl.minimum(k + 1, logits.num_classes - 1), options, image)
@@ -117,7 +119,6 @@ def _sums_by_cell(logits, lanes, options, image, PREDICT: tl.constexpr, CELLS: t
             z = upsampled(four, lanes, CELLS)
             predicted = [tl.where(z[i] > best[i], k, predicted[i]) for i in () + CELLS.columns]
             best = [tl.where(z[i] > best[i], z[i], best[i]) for i in () + CELLS.columns]
-        weighted = add_weighted(weighted, four, v, options)
     return sums, shift, predicted, weighted, spread
 
 
