@@ -101,12 +101,10 @@ counted-memory: setup
 kernels-report: setup
 	$(BIN)/python bench/kernels_report.py
 
-# the same with an older Triton, which GPUs at hand may have, in a directory of its own of 600 MB.
-# Without sm_100: there 3.6.0 gives the gradient of class moments 40 warps, and spills 8 bytes for it
-# (of all kernels the only one)
+# the same with an older Triton, which GPUs at hand may have, in a directory of its own of 600 MB
 TRITON ?= 3.6.0
 kernels-report-older: setup build/triton/$(TRITON)
-	PYTHONPATH=build/triton/$(TRITON) $(BIN)/python bench/kernels_report.py --targets sm_80 sm_90 sm_120
+	PYTHONPATH=build/triton/$(TRITON) $(BIN)/python bench/kernels_report.py --targets sm_80 sm_90 sm_100 sm_120
 
 build/triton/%:
 	$(BIN)/pip install --no-deps --target $@ triton==$* || { rm -r $@; false; }

@@ -360,7 +360,8 @@ class use_backend:
     Float64, and more classes than they support, use `reference`. For CPU tensors it is `cpu`, for
     all others `reference`. Instead of `reference`, `mask_rle` takes `cpu`. An operator that
     `exclude_from_auto` names is not selected. A backend chosen by name raises an error if it does
-    not support a call; it is never silently replaced by another one.
+    not support a call; it is never silently replaced by another one. What has no kernel (centroid
+    InfoNCE, `Lovasz(sigmoid=True)`) is a function of torch under each backend.
 
     Raises ValueError for an unknown name, RuntimeError for a backend that is not usable here.
     """

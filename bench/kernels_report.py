@@ -62,11 +62,14 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),  # MI300
 }
 SECONDS, OF_CROSS_ENTROPY = 12, 4
+# Of an older Triton, whose default is 48 registers there.
+KNOWN_SPILLS = {("3.6.0", "sm_100", "_class_moments_bwd_kernel"): 8}
 MANY = 16_381  # classes, sorted by key; like 19 not a multiple of 16, for Triton's constants
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Channels last are copied, and other numbers of classes give the same code.
 UINT8 = torch.uint8
 ADE20K = Pixels(150, (128, 128), (512, 512), dtype=BF16, label_dtype=UINT8)
+EIGHT_TIMES = ADE20K._replace(logits=(64, 64))
 DEEPLAB = Pixels(21, (65, 65), (513, 513), dtype=FP16, label_dtype=UINT8)
 ALIGNED = DEEPLAB._replace(dtype=FP32, align=True)
 FEW = DEEPLAB._replace(logits=(8, 8), labels=(512, 512), dtype=BF16)  # 64 pixels for each logit
@@ -109,6 +112,8 @@ def variants_of_images() -> Iterator[Case]:
     for name, make, quick, options in (
         ("cross-entropy", ADE20K, True, {}),
         ("cross-entropy with all options", ADE20K._replace(weights=True), True, EVERYTHING),
+        ("cross-entropy", EIGHT_TIMES, False, {}),
+        ("cross-entropy", ADE20K._replace(logits=(16, 16)), False, {}),
         ("cross-entropy", DEEPLAB, False, {}),
         ("cross-entropy", ADE20K._replace(align=True), False, {}),  # cells of 4 or 5 pixels
         ("cross-entropy with smoothing", ADE20K, False, SMOOTHING),
@@ -124,7 +129,8 @@ def variants_of_images() -> Iterator[Case]:
             quick,
             **options,
         )
-    yield variant("CrossEntropyDice", "cross-entropy + Dice", ADE20K)
+    for make in (ADE20K, EIGHT_TIMES):
+        yield variant("CrossEntropyDice", "cross-entropy + Dice", make)
     for make in (ADE20K, ALIGNED):
         options = EVERYTHING | {"squared": True}
         yield variant("CrossEntropyDice", "cross-entropy + Dice with all options", make, **options)
@@ -342,7 +348,7 @@ COLUMNS = ("GPU", "kernel", "variant", *Row._fields)
 def rows_of(name: str, quick: bool) -> list[tuple[str, str, Row]]:
     """Kernel, variant and what was measured, for that GPU; each machine code once."""
     rows = {}
-    for case in jobs(quick):
+    for case in jobs(quick and name != "sm_90"):
         for key, (kernel, seconds) in compiled(name, case).items():
             if key not in rows:
                 rows[key] = kernel.metadata.name, str(case), measure(kernel, seconds)
@@ -358,7 +364,9 @@ def seconds_of(name: str, variant: str) -> float:
 def faults_of(name: str, rows: list[tuple[str, str, Row]], pool: ProcessPoolExecutor) -> list[str]:
     """pool: of processes that have nothing else to do."""
     faults = [
-        f"{name} {kernel}: {row.stack} B of spills" for kernel, _, row in rows if row.stack > 0
+        f"{name} {kernel}: {row.stack} B of spills"
+        for kernel, _, row in rows
+        if row.stack > KNOWN_SPILLS.get((triton.__version__, name, kernel), 0)
     ]
     waits: dict[str, float] = {}
     for _, variant, row in rows:
@@ -373,7 +381,9 @@ def faults_of(name: str, rows: list[tuple[str, str, Row]], pool: ProcessPoolExec
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--targets", nargs="*", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--quick", action="store_true", help="a choice of the variants")
+    parser.add_argument(
+        "--quick", action="store_true", help="a choice of the variants, except for sm_90"
+    )
     args = parser.parse_args()
     print(f"Triton {triton.__version__}")
     faults: list[str] = []

@@ -103,7 +103,7 @@ def _span_of_pixel(pixel, axis, stride, CELLS: tl.constexpr):
     cell = tl.floor(coordinate(pixel, axis, CELLS.align_corners)).to(tl.int32)
     cell = tl.minimum(cell, axis.source - 1)
     lower, upper = neighbours_of_lane(cell, axis, stride, CELLS)
-    weight = weight_of(0, cell, pixel, axis, CELLS)
+    weight = weight_of(0, cell, 0, pixel, axis, CELLS)
     return Span(cell, pixel, pixel + 1, weight, lower, upper)
 
 

@@ -62,11 +62,11 @@ def exponentials_of_rows(ends, lanes, CELLS: tl.constexpr):
     """2^z of a lane's pixels in an even cell, whose four logits are `ends`; and by how much z
     changes across the cell along its upper and lower edge, and along its first column. The pixels
     of a row are equally spaced, so two exponentials serve all of them."""
-    STEP: tl.constexpr = 1 / CELLS.x.pixels
+    STEP: tl.constexpr = 1 / (CELLS.x.pixels * CELLS.x.parts)
     top, bottom = ends[1] - ends[0], ends[3] - ends[2]
     first_top = tl.fma(top, lanes.x.weights[0], ends[0])
     down = tl.fma(bottom, lanes.x.weights[0], ends[2]) - first_top
-    factor = tl.exp2(tl.fma(bottom - top, lanes.y.weights * STEP, top * STEP))
+    factor = tl.exp2(tl.fma((bottom - top) * STEP, lanes.y.weights, top * STEP))
     exponentials = (tl.exp2(tl.fma(down, lanes.y.weights, first_top)),)
     for i in tl.static_range(1, len(CELLS.columns)):
         exponentials = exponentials + (exponentials[i - 1] * factor,)

@@ -70,10 +70,10 @@ class Axis(NamedTuple):
 class Cells(NamedTuple):
     """The cells along an axis, for which kernels are compiled. The first cell is `first`, −1 or 0.
     A cell has `parts` (a power of two) of at most `pixels` pixels. `select`: a pixel may have
-    weight 0 for a neighbour that it must not read. `even`: each cell has `pixels` pixels, with
-    weights (t + ½)/pixels. `same`: labels have the logits' size; then `pixels` are those of a lane,
-    each of them a cell. These three are the same along both axes, because each combination would be
-    compiled."""
+    weight 0 for a neighbour that it must not read. `even`: each part has `pixels` pixels, 2 or 4,
+    and the pixels of a cell have the weights (t + ½)/(parts·pixels). `same`: labels have the
+    logits' size; then `pixels` are those of a lane, each of them a cell. These three are the same
+    along both axes, because each combination would be compiled."""
 
     first: int
     parts: int
@@ -132,7 +132,7 @@ def axis_of(
     part = triton.cdiv(most, parts)
     part = triton.next_power_of_2(part) if rows else part
     select = bool(((at == cell) & (cell < source - 1)).any())
-    even = part in (2, 4) and pixels == part * source and not align_corners
+    even = part in (2, 4) and pixels == parts * part * source and not align_corners
     axis = Axis(source, pixels, ratio, inverse, (source - first) * parts)
     return axis, Cells(first, parts, part, select, even, align_corners, False)
 
@@ -318,11 +318,11 @@ def zeros_of_pixels(lanes, CELLS: tl.constexpr):
 
 
 @triton.jit
-def weight_of(t, cell, start, axis, CELLS: tl.constexpr):
+def weight_of(t, cell, part, start, axis, CELLS: tl.constexpr):
     """The weight of the upper neighbour, for pixel t of a part; any number if both neighbours are
     the same logit."""
     if CELLS.even:
-        return (t + 0.5) / CELLS.pixels
+        return (part * CELLS.pixels + (t + 0.5)) / (CELLS.pixels * CELLS.parts)
     else:
         one = (cell < 0) | (cell >= axis.source - 1)
         weight = coordinate(start + t, axis, CELLS.align_corners) - cell.to(tl.float32)
@@ -401,8 +401,8 @@ def lanes_at(cell, part, axes, logits, CELLS: tl.constexpr):
     X: tl.constexpr = CELLS.x
     top, bottom = pixels_of_part(cell.y, part.y, axes.y, Y)
     left, right = pixels_of_part(cell.x, part.x, axes.x, X)
-    weights_y = weight_of(rows_of_lane(CELLS), cell.y, top, axes.y, Y)
-    weights_x = [weight_of(i, cell.x, left, axes.x, X) for i in () + CELLS.columns]
+    weights_y = weight_of(rows_of_lane(CELLS), cell.y, part.y, top, axes.y, Y)
+    weights_x = [weight_of(i, cell.x, part.x, left, axes.x, X) for i in () + CELLS.columns]
     lower_y, upper_y = neighbours_of_lane(cell.y, axes.y, logits.stride_h, Y)
     lower_x, upper_x = neighbours_of_lane(cell.x, axes.x, logits.stride_w, X)
     return YX(

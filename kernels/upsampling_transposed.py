@@ -145,23 +145,29 @@ def gradient_ptrs(dlogits, program, cells, axes, stride_block, CELLS: tl.constex
 
 
 @triton.jit
-def _add_column(lower, upper, gradient, weight, SELECT: tl.constexpr):
-    """Add a gradient to those of the lower and the upper neighbour."""
+def _weighted(gradient, weight, SELECT: tl.constexpr):
+    product = weight * gradient
     if SELECT:  # 0 · NaN would be NaN
-        upper = tl.where(weight == 0, upper, tl.fma(weight, gradient, upper))
-    else:
-        upper = tl.fma(weight, gradient, upper)
-    return tl.fma(1 - weight, gradient, lower), upper
+        product = tl.where(weight == 0, 0.0, product)
+    return product
+
+
+@triton.jit
+def _over_columns(gradients, weights, SELECT: tl.constexpr):
+    """The gradients of both neighbours together, and of the upper one."""
+    total, upper = gradients[0], _weighted(gradients[0], weights[0], SELECT)
+    for x in tl.static_range(1, len(gradients)):
+        total += gradients[x]
+        added = tl.fma(weights[x], gradients[x], upper)
+        upper = tl.where(weights[x] == 0, upper, added) if SELECT else added
+    return total, upper
 
 
 @triton.jit
 def _over_rows(gradient, weight, SELECT: tl.constexpr):
     """The gradients of the lower and the upper neighbour: [rows, lanes] to [1, lanes]."""
-    upper = weight * gradient
-    if SELECT:  # 0 · NaN would be NaN
-        upper = tl.where(weight == 0, 0.0, upper)
-    lower = (1 - weight) * gradient
-    return tl.sum(lower, ROW_AXIS, keep_dims=True), tl.sum(upper, ROW_AXIS, keep_dims=True)
+    upper = tl.sum(_weighted(gradient, weight, SELECT), ROW_AXIS, keep_dims=True)
+    return tl.sum(gradient, ROW_AXIS, keep_dims=True) - upper, upper
 
 
 @triton.jit
@@ -175,15 +181,14 @@ def _at_edges(lower, upper, cell, source):
 @triton.jit
 def _corner_gradients(gradients, lanes, axes, CELLS: tl.constexpr):
     """The gradients of a lane's pixels, summed for each of the cell's four logits."""
-    PIXELS_X: tl.constexpr = CELLS.x.pixels
-    zero = tl.zeros(gradients[0].shape, tl.float32)
-    left, right = zero, zero
-    for x in tl.static_range(PIXELS_X):
-        left, right = _add_column(left, right, gradients[x], lanes.x.weights[x], CELLS.x.select)
-    top_left, bottom_left = _over_rows(left, lanes.y.weights, CELLS.y.select)
-    top_right, bottom_right = _over_rows(right, lanes.y.weights, CELLS.y.select)
-    top_left, top_right = _at_edges(top_left, top_right, lanes.x.cell, axes.x.source)
-    bottom_left, bottom_right = _at_edges(bottom_left, bottom_right, lanes.x.cell, axes.x.source)
+    x, y = lanes.x, lanes.y
+    total, right = _over_columns(gradients, x.weights, CELLS.x.select)
+    top, bottom = _over_rows(total, y.weights, CELLS.y.select)
+    top_right, bottom_right = _over_rows(right, y.weights, CELLS.y.select)
+    top_left, top_right = _at_edges(top - top_right, top_right, x.cell, axes.x.source)
+    bottom_left, bottom_right = _at_edges(
+        bottom - bottom_right, bottom_right, x.cell, axes.x.source
+    )
     return top_left, top_right, bottom_left, bottom_right
 
 

@@ -76,7 +76,7 @@ IMAGES = {
     "4×, bfloat16, channels last": Pixels(19, (20, 24), (80, 96), False, "channels last", BF16),
     "4×, cropped, 150 classes": Pixels(150, (12, 17), (48, 68), False, "cropped", F16, quick=True),
     "4×, 150 columns": Pixels(19, (3, 150), (12, 600)),
-    "4×, 150 rows": Pixels(19, (150, 3), (600, 12)),
+    "4× and 8×, 150 rows": Pixels(19, (150, 3), (600, 24)),
     "8×, 300 classes": Pixels(300, (5, 6), (40, 48)),
     "33 to 129 aligned": Pixels(19, (33, 17), (129, 65), True, quick=True),
     "64×": Pixels(5, (2, 3), (128, 192)),
@@ -86,7 +86,7 @@ IMAGES = {
     "1×, cropped": Pixels(19, (33, 40), (33, 40), False, "cropped"),
     "half the size": Pixels(7, (40, 48), (20, 24)),
     "4×, 2 classes": Pixels(2, (20, 24), (80, 96), quick=True),
-    "4×, neighbours 40 apart": Pixels(19, (20, 24), (80, 96), steep=40.0),
+    "8×, neighbours 40 apart": Pixels(19, (10, 12), (80, 96), steep=40.0),
     "4×, neighbours 300 apart": Pixels(19, (20, 24), (80, 96), steep=300.0, quick=True),
 }
 BASE = IMAGES["4×"]._replace(distinct=True)
