@@ -133,6 +133,15 @@ def load_map(pixel_map, image, lanes, labels, CELLS: tl.constexpr):
 
 
 @triton.jit
+def load_again(ptr, image, axes, lanes, labels, CELLS: tl.constexpr):
+    """The numbers of a contiguous map, ∞ where ignored. Their addresses are computed in another way
+    than in load_map: otherwise these would be kept in registers, and the numbers too."""
+    row = (image * axes.y.pixels + lanes.y.start + rows_of_lane(CELLS)) * axes.x.pixels
+    ptr += row + lanes.x.start
+    return [tl.load(ptr + i, mask=labels[i] >= 0, other=INF) for i in () + CELLS.columns]
+
+
+@triton.jit
 def store_map(pixel_map, values, image, lanes, CELLS: tl.constexpr):
     inside, ptrs = inside_of(lanes, CELLS), pointers(pixel_map, image, lanes, CELLS)
     for i in tl.static_range(len(values)):

@@ -3,8 +3,9 @@
 A lane (upsampling.py) is a part of a cell of the student's logits. If the teacher's logits have the
 same size, a lane reads four of them for all its pixels; otherwise four for each pixel. A first loop
 over the classes finds the largest logits of each cell, a second one the sums. They may underflow,
-if the neighbours of a cell differ by about 70·T. Then, and if the teacher has another size, the
-largest logits of each pixel are found, and the sums again.
+if the neighbours of a cell differ by about 70·T (by 21·T where a lane's rows have four equally
+spaced pixels, whose exponentials are a geometric sequence). Then, and if the teacher has another
+size, the largest logits of each pixel are found, and the sums again.
 """
 
 from typing import Any, NamedTuple
@@ -26,8 +27,16 @@ from .lanes import (
     store_map,
     sum_of,
 )
-from .launch import FORWARD_LANES, without_spills
-from .softmax import any_of, finite_or_zero, underflow
+from .launch import FORWARD_LANES, Constant, without_spills
+from .softmax import (
+    LARGEST_SPREAD,
+    LOWEST,
+    SMALLEST_SUM,
+    any_of,
+    exponentials_of_rows,
+    finite_or_zero,
+    underflow,
+)
 from .upsampling import (
     LOGITS,
     SIZES,
@@ -57,6 +66,8 @@ from .upsampling import (
 
 TEACHER = ("teacher_height", "teacher_width", *strides_of("teacher", "bkhw"))
 VALID = strides_of("valid", "bhw")
+# In even cells terms below 2^-66 may be lost (softmax.py). They are then below 2^-36 of p.
+_SMALLEST_SUM_OF_ROWS = Constant(2.0**-30)
 
 
 class Upsamplings(NamedTuple):
@@ -254,18 +265,48 @@ def _no_sums(lanes, CELLS: tl.constexpr):
 
 
 @triton.jit
+def _add_class_of_rows(sums, spread, stored, lanes, slope, shifts, CELLS: tl.constexpr):
+    """_add_class in an even cell, whose rows are geometric sequences. And the larger of `spread`
+    and that of this class, which is also large if s is −∞ where t is not."""
+    # The limit is for −∞, so that two of them have a difference.
+    four, teacher_four = corners_of(stored[0], CELLS), corners_of(stored[1], CELLS)
+    ends = [tl.maximum(tl.fma(x, slope, -shifts[0]), LOWEST, tl.PropagateNan.ALL) for x in four]
+    teacher_ends = [
+        tl.maximum(tl.fma(x, slope, -shifts[1]), LOWEST, tl.PropagateNan.ALL) for x in teacher_four
+    ]
+    students, across, _ = exponentials_of_rows(ends, lanes, CELLS)
+    teachers, teacher_across, _ = exponentials_of_rows(teacher_ends, lanes, CELLS)
+    four = [teacher_ends[i] - ends[i] for i in (0, 1, 2, 3)]
+    differences = upsampled(four, lanes, CELLS)
+    spread = tl.maximum(spread, tl.maximum(across, teacher_across))
+    spread = tl.maximum(spread, tl.maximum(four[0], four[2]) * 1e-30)
+    sums = (
+        [sums[0][i] + students[i] for i in () + CELLS.columns],
+        [sums[1][i] + teachers[i] for i in () + CELLS.columns],
+        [tl.fma(teachers[i], differences[i], sums[2][i]) for i in () + CELLS.columns],
+    )
+    return sums, spread
+
+
+@triton.jit
 def _sums_by_cell(logits, teacher, lanes, teacher_lanes, slope, CELLS: tl.constexpr):
-    """The sums, less the shifts; and the shifts of each lane, which are the largest exponents."""
+    """The sums, less the shifts; the shifts of each lane, which are the largest exponents; and the
+    largest spread. Rows of two pixels would need as many exponentials as now."""
     shifts = _largest_of_cells(logits, teacher, lanes, teacher_lanes, slope, CELLS)
-    sums = _no_sums(lanes, CELLS)
+    sums, spread = _no_sums(lanes, CELLS), tl.zeros(lanes.x.cell.shape, tl.float32)
     ptr, teacher_ptr = logits.ptr, teacher.ptr
     stored = loaded_of_both(ptr, teacher_ptr, lanes, teacher_lanes, CELLS, None)
     for k in range(logits.num_classes):
-        s, t = exponents_of_both(stored, lanes, teacher_lanes, slope, shifts, CELLS, None)
+        now = stored
         ptr, teacher_ptr = class_after(ptr, k, logits), class_after(teacher_ptr, k, teacher)
-        stored = loaded_of_both(ptr, teacher_ptr, lanes, teacher_lanes, CELLS, None)
-        sums = _add_class(sums, s, t, CELLS)
-    return sums, shifts
+        if CELLS.x.even and CELLS.x.pixels == 4:
+            stored = loaded_of_both(ptr, teacher_ptr, lanes, teacher_lanes, CELLS, None)
+            sums, spread = _add_class_of_rows(sums, spread, now, lanes, slope, shifts, CELLS)
+        else:
+            s, t = exponents_of_both(now, lanes, teacher_lanes, slope, shifts, CELLS, None)
+            stored = loaded_of_both(ptr, teacher_ptr, lanes, teacher_lanes, CELLS, None)
+            sums = _add_class(sums, s, t, CELLS)
+    return sums, shifts, spread
 
 
 @triton.jit
@@ -312,10 +353,15 @@ def _divergences(
 ):  # fmt: skip
     """_results: they need fewer registers than the sums and shifts."""
     if TEACHER_GRID is None:
-        sums, cell_shifts = _sums_by_cell(logits, teacher, lanes, teacher_lanes, slope, CELLS)
+        sums, cell_shifts, spread = _sums_by_cell(
+            logits, teacher, lanes, teacher_lanes, slope, CELLS
+        )
         shifts = [[shift for _ in () + CELLS.columns] for shift in cell_shifts]
         results = _results(sums, shifts, CELLS)
-        by_pixel = any_of(underflow(sums[0], valid) | underflow(sums[1], valid))
+        ROWS: tl.constexpr = CELLS.x.even and CELLS.x.pixels == 4
+        SMALLEST: tl.constexpr = _SMALLEST_SUM_OF_ROWS if ROWS else SMALLEST_SUM
+        unsafe = underflow(sums[0], valid, SMALLEST) | underflow(sums[1], valid, SMALLEST)
+        by_pixel = any_of((spread > LARGEST_SPREAD) | unsafe)
         if not CELLS.y.same and by_pixel:
             results = _results_by_pixel(logits, teacher, lanes, teacher_lanes, slope, CELLS, None)
         return results

@@ -2,6 +2,8 @@
 (upsampling_transposed.py), of
 
     ds_k = T·(e^(s_k − lse s) − e^(t_k − lse t))·(dtotal + dD),  0 where not valid
+
+with the exponentials of softmax_moments_backward.py.
 """
 
 import torch
@@ -13,6 +15,7 @@ from .lanes import (
     LOG2_E,
     PixelMap,
     contiguous_map,
+    load_again,
     load_map,
     pixel_map_of,
 )
@@ -27,6 +30,14 @@ from .pixel_kl_divergence import (
     upsamplings_of,
     valid_map_of,
 )
+from .softmax import (
+    LARGEST_SPREAD_OF_GRADIENT,
+    any_of,
+    exponentials_of_lane,
+    products,
+    scales_of,
+    shift_of_lane,
+)
 from .upsampling import (
     LOGITS,
     SIZES,
@@ -35,6 +46,7 @@ from .upsampling import (
     axes_of,
     class_after,
     class_planes,
+    corners_of,
     logits_of_image,
     strides_of,
 )
@@ -49,6 +61,12 @@ from .upsampling_transposed import (
     tiles_of,
     transposed,
 )
+
+
+@triton.jit
+def _differences(q, scales, p, teacher_scales, CELLS: tl.constexpr):
+    """q·scale − p·scale"""
+    return [tl.fma(q[i], scales[i], -(p[i] * teacher_scales[i])) for i in () + CELLS.columns]
 
 
 @triton.jit(
@@ -131,23 +149,54 @@ def _pixel_kl_divergence_bwd_kernel(
     factors = [x * temperature for x in factors]
 
     slope = LOG2_E / temperature
-    log_sums, teacher_log_sums = [x * LOG2_E for x in lse], [x * LOG2_E for x in teacher_lse]
     dlogits = Logits(dlogits_ptr, num_classes, dlogits_b, dlogits_k, dlogits_h, dlogits_w)
     dptrs, written = gradient_ptrs(dlogits, program, cells, axes, dlogits_block, CELLS)
-    ptr, teacher_ptr = logits.ptr, teacher.ptr
-    stored = loaded_of_both(ptr, teacher_ptr, lanes, lanes_of_teacher, CELLS, TEACHER_GRID)
-    for k in range(num_classes):
-        s, t = exponents_of_both(
-            stored, lanes, lanes_of_teacher, slope, (0.0, 0.0), CELLS, TEACHER_GRID
-        )
-        ptr, teacher_ptr = class_after(ptr, k, logits), class_after(teacher_ptr, k, teacher)
+    ROWS: tl.constexpr = CELLS.x.even and CELLS.x.pixels == 4 and TEACHER_GRID is None
+    by_pixel = True
+    if ROWS:
+        shift, spread = shift_of_lane(lse, valid)
+        teacher_shift, teacher_spread = shift_of_lane(teacher_lse, valid)
+        spread = tl.maximum(spread, teacher_spread)
+        scales = products(scales_of(lse, valid, shift, CELLS), factors, CELLS)
+        teacher_scales = scales_of(teacher_lse, valid, teacher_shift, CELLS)
+        teacher_scales = products(teacher_scales, factors, CELLS)
+        ptr, teacher_ptr = logits.ptr, teacher.ptr
+        stored = loaded_of_both(ptr, teacher_ptr, lanes, lanes_of_teacher, CELLS, None)
+        for k in range(num_classes):
+            four, teacher_four = corners_of(stored[0], CELLS), corners_of(stored[1], CELLS)
+            ptr, teacher_ptr = class_after(ptr, k, logits), class_after(teacher_ptr, k, teacher)
+            stored = loaded_of_both(ptr, teacher_ptr, lanes, lanes_of_teacher, CELLS, None)
+            q, spread = exponentials_of_lane(four, slope, shift, spread, lanes, CELLS)
+            p, spread = exponentials_of_lane(
+                teacher_four, slope, teacher_shift, spread, lanes, CELLS
+            )
+            ds = _differences(q, scales, p, teacher_scales, CELLS)
+            gradient = transposed(ds, lanes, cells, axes, CELLS, TILE)
+            tl.store(dptrs, gradient.to(dlogits_ptr.dtype.element_ty), mask=written)
+            dptrs = at_pixels(dptrs, dlogits_k, CELLS)
+        by_pixel = any_of(~(spread <= LARGEST_SPREAD_OF_GRADIENT))
+        dptrs = at_pixels(dptrs, -num_classes.to(tl.int64) * dlogits_k, CELLS)
+    if by_pixel:
+        if ROWS:
+            lse = load_again(lse_ptr, image, axes, lanes, valid, CELLS)
+            teacher_lse = load_again(teacher_lse_ptr, image, axes, lanes, valid, CELLS)
+        log_sums, teacher_log_sums = [x * LOG2_E for x in lse], [x * LOG2_E for x in teacher_lse]
+        ptr, teacher_ptr = logits.ptr, teacher.ptr
         stored = loaded_of_both(ptr, teacher_ptr, lanes, lanes_of_teacher, CELLS, TEACHER_GRID)
-        q = [tl.exp2(s[i] - log_sums[i]) for i in () + CELLS.columns]
-        p = [tl.exp2(t[i] - teacher_log_sums[i]) for i in () + CELLS.columns]
-        ds = [tl.where(valid[i] >= 0, (q[i] - p[i]) * factors[i], 0.0) for i in () + CELLS.columns]
-        gradient = transposed(ds, lanes, cells, axes, CELLS, TILE)
-        tl.store(dptrs, gradient.to(dlogits_ptr.dtype.element_ty), mask=written)
-        dptrs = at_pixels(dptrs, dlogits_k, CELLS)
+        for k in range(num_classes):
+            s, t = exponents_of_both(
+                stored, lanes, lanes_of_teacher, slope, (0.0, 0.0), CELLS, TEACHER_GRID
+            )
+            ptr, teacher_ptr = class_after(ptr, k, logits), class_after(teacher_ptr, k, teacher)
+            stored = loaded_of_both(ptr, teacher_ptr, lanes, lanes_of_teacher, CELLS, TEACHER_GRID)
+            q = [tl.exp2(s[i] - log_sums[i]) for i in () + CELLS.columns]
+            p = [tl.exp2(t[i] - teacher_log_sums[i]) for i in () + CELLS.columns]
+            ds = [
+                tl.where(valid[i] >= 0, (q[i] - p[i]) * factors[i], 0.0) for i in () + CELLS.columns
+            ]
+            gradient = transposed(ds, lanes, cells, axes, CELLS, TILE)
+            tl.store(dptrs, gradient.to(dlogits_ptr.dtype.element_ty), mask=written)
+            dptrs = at_pixels(dptrs, dlogits_k, CELLS)
 
 
 def pixel_kl_divergence_backward(

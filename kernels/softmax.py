@@ -16,6 +16,7 @@ from .launch import Constant
 from .loss_options import add_weighted, weight_of_all
 from .pixel_argmax import largest_logits
 from .upsampling import (
+    ROW_AXIS,
     corner_ptrs,
     corners_of,
     following,
@@ -25,10 +26,14 @@ from .upsampling import (
 )
 
 # Below this sum, terms that matter may have underflowed.
-_SMALLEST_SUM = Constant(2.0**-100)
+SMALLEST_SUM = Constant(2.0**-100)
 # If the first exponential of a row underflows, below 2^-126, so do the others. With this spread
 # they are below 2^(-126 + 3/4 · 80) = 2^-66, and this sum does not feel them.
-_LARGEST_SPREAD, _SMALLEST_SUM_OF_ROWS = Constant(80.0), Constant(2.0**-40)
+LARGEST_SPREAD, _SMALLEST_SUM_OF_ROWS = Constant(80.0), Constant(2.0**-40)
+# The same for gradients, where a lane has one shift, and also along a column. Pixels of a lane
+# differ by at most 3/2 of it, so that e^(z − m) and e^(m − lse) are at most 2^60, also where
+# ignored. If the first exponential of a row underflows, p is below 2^(-126 + 3/4 · 40 + 60).
+LARGEST_SPREAD_OF_GRADIENT = Constant(40.0)
 # Below every logit and exponent. Finite, so that differences are numbers.
 LOWEST = Constant(-1e36)
 
@@ -71,6 +76,43 @@ def exponentials_of_rows(ends, lanes, CELLS: tl.constexpr):
     for i in tl.static_range(1, len(CELLS.columns)):
         exponentials = exponentials + (exponentials[i - 1] * factor,)
     return exponentials, tl.maximum(tl.abs(top), tl.abs(bottom)), tl.abs(down)
+
+
+@triton.jit
+def shift_of_lane(lse, labels):
+    """−m·log2(e) of each lane, where m is the largest lse of valid pixels; −∞ if it has none, so
+    that all e^(z − m) are 0. And a spread: ∞ if m·log2(e) has a rounding error that might let them
+    overflow, otherwise 0."""
+    largest = tl.full(lse[0].shape, -INF, tl.float32)
+    for i in tl.static_range(len(lse)):
+        largest = tl.maximum(largest, tl.where(labels[i] >= 0, lse[i], -INF))
+    largest = tl.max(largest, ROW_AXIS, keep_dims=True)
+    shift = tl.where(largest == -INF, -INF, largest * -LOG2_E)
+    inexact = (largest != -INF) & (tl.abs(shift) > 2.0**20)
+    return shift, tl.where(inexact, INF, 0.0)
+
+
+@triton.jit
+def exponentials_of_lane(four, slope, shift, spread, lanes, CELLS: tl.constexpr):
+    """2^(slope·z + shift) of a lane's pixels in an even cell; and the larger of `spread` and that
+    of this class, NaN if two ends overflow. A logit that is NaN gives 0: where it matters, lse is
+    NaN too."""
+    ends = [tl.maximum(tl.fma(x, slope, shift), LOWEST) for x in four]
+    exponentials, across, down = exponentials_of_rows(ends, lanes, CELLS)
+    of_class = tl.maximum(across, down, tl.PropagateNan.ALL)
+    return exponentials, tl.maximum(spread, of_class, tl.PropagateNan.ALL)
+
+
+@triton.jit
+def scales_of(lse, labels, shift, CELLS: tl.constexpr):
+    """e^(m − lse) of each pixel, 0 where ignored."""
+    scales = [tl.exp2(tl.fma(x, -LOG2_E, -shift)) for x in lse]
+    return [tl.where(labels[i] >= 0, scales[i], 0.0) for i in () + CELLS.columns]
+
+
+@triton.jit
+def products(x, y, CELLS: tl.constexpr):
+    return [x[i] * y[i] for i in () + CELLS.columns]
 
 
 @triton.jit
@@ -123,7 +165,7 @@ def _sums_by_cell(logits, lanes, options, image, PREDICT: tl.constexpr, CELLS: t
 
 
 @triton.jit
-def underflow(sums, labels, SMALLEST: tl.constexpr = _SMALLEST_SUM):
+def underflow(sums, labels, SMALLEST: tl.constexpr = SMALLEST_SUM):
     """For each row of pixels, whether a term that matters may have underflowed; or overflowed, by
     the rounding error of a shift beyond 2^30."""
     unsafe = (labels[0] >= 0) & ~((sums[0] >= SMALLEST) & (sums[0] < INF))
@@ -160,8 +202,8 @@ def softmax_of(logits, lanes, labels, options, image, PREDICT: tl.constexpr, CEL
         logits, lanes, options, image, PREDICT, CELLS
     )
     shifts = [tl.broadcast_to(cell_shift * -LN_2, x.shape) for x in sums]
-    SMALLEST: tl.constexpr = _SMALLEST_SUM_OF_ROWS if CELLS.x.even else _SMALLEST_SUM
-    by_pixel = any_of((spread > _LARGEST_SPREAD) | underflow(sums, labels, SMALLEST))
+    SMALLEST: tl.constexpr = _SMALLEST_SUM_OF_ROWS if CELLS.x.even else SMALLEST_SUM
+    by_pixel = any_of((spread > LARGEST_SPREAD) | underflow(sums, labels, SMALLEST))
     if by_pixel:
         largest, classes = largest_logits(logits, lanes, CELLS)
         sums, shifts = _sums_by_pixel(logits, lanes, largest, CELLS)

@@ -28,6 +28,7 @@ from .lanes import (
     PixelMap,
     classes_of,
     contiguous_map,
+    load_again,
     load_labels,
     load_map,
     pixel_map_of,
@@ -43,7 +44,14 @@ from .loss_options import (
     subtract_weighted,
     weight_of_all,
 )
-from .softmax import LOWEST, any_of, exponentials_of_rows
+from .softmax import (
+    LARGEST_SPREAD_OF_GRADIENT,
+    any_of,
+    exponentials_of_lane,
+    products,
+    scales_of,
+    shift_of_lane,
+)
 from .upsampling import (
     LOGITS,
     ROW_AXIS,
@@ -58,7 +66,6 @@ from .upsampling import (
     loaded,
     logits_of_image,
     next_class,
-    rows_of_lane,
     strides_of,
     upsampled,
     upsampling_of,
@@ -75,11 +82,8 @@ from .upsampling_transposed import (
     transposed,
 )
 
-# How much z·log2(e) changes in an even cell, along a row or a column. Then pixels of a lane differ
-# by at most 3/2 of it, so that e^(z − m) and e^(m − lse) are at most 2^60, also where ignored. If
-# the first exponential of a row underflows, below 2^-126, p is below 2^(-126 + 3/4 · 40 + 60) =
-# 2^-36; with the slopes of a class's sums, which may be as large as 1/p, below 2^-81.
-_LARGEST_SPREAD, _LARGEST_SPREAD_BY_CLASS = Constant(40.0), Constant(20.0)
+# With the slopes of a class's sums, which may be as large as 1/p: p that is lost is below 2^-81.
+_LARGEST_SPREAD_BY_CLASS = Constant(20.0)
 
 
 class ClassGradient(NamedTuple):
@@ -219,33 +223,6 @@ def _valid_cells(four, labels, CELLS: tl.constexpr):
 
 
 @triton.jit
-def _shift_of(lse, labels):
-    """−m·log2(e) of each lane, where m is the largest lse of valid pixels; −∞ if it has none, so
-    that all e^(z − m) are 0. And a spread: ∞ if m·log2(e) has a rounding error that might let them
-    overflow, otherwise 0."""
-    largest = tl.full(lse[0].shape, -INF, tl.float32)
-    for i in tl.static_range(len(lse)):
-        largest = tl.maximum(largest, tl.where(labels[i] >= 0, lse[i], -INF))
-    largest = tl.max(largest, ROW_AXIS, keep_dims=True)
-    shift = tl.where(largest == -INF, -INF, largest * -LOG2_E)
-    inexact = (largest != -INF) & (tl.abs(shift) > 2.0**20)
-    return shift, tl.where(inexact, INF, 0.0)
-
-
-@triton.jit
-def _exponentials(four, shift, scales, spread, lanes, BY_CLASS: tl.constexpr, CELLS: tl.constexpr):
-    """e^(z − m) of a lane's pixels in an even cell, with BY_CLASS multiplied by the scales; and the
-    larger of `spread` and that of this class, NaN if two ends overflow. A logit that is NaN gives
-    0: where it matters, lse is NaN too."""
-    ends = [tl.maximum(tl.fma(x, LOG2_E, shift), LOWEST) for x in four]
-    exponentials, across, down = exponentials_of_rows(ends, lanes, CELLS)
-    if BY_CLASS:
-        exponentials = [exponentials[i] * scales[i] for i in () + CELLS.columns]
-    of_class = tl.maximum(across, down, tl.PropagateNan.ALL)
-    return exponentials, tl.maximum(spread, of_class, tl.PropagateNan.ALL)
-
-
-@triton.jit
 def _probabilities(four, lse, lanes, CELLS: tl.constexpr):
     """p of a lane's pixels, from the four logits of its cell."""
     z = upsampled(four, lanes, CELLS)
@@ -382,37 +359,34 @@ def _softmax_moments_bwd_kernel(
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
     by_pixel = True
     if CELLS.x.even:
-        shift, spread = _shift_of(lse, labels)
-        scales = [tl.exp2(tl.fma(x, -LOG2_E, -shift)) for x in lse]
-        scales = [tl.where(labels[i] >= 0, scales[i], 0.0) for i in () + CELLS.columns]
+        shift, spread = shift_of_lane(lse, labels)
+        scales = scales_of(lse, labels, shift, CELLS)
         terms_of_rows = terms
         if not BY_CLASS:  # p·factor as e^(z − m)·(e^(m − lse)·factor)
-            factors_of_rows = [scales[i] * factors[i] for i in () + CELLS.columns]
-            terms_of_rows = Terms(factors_of_rows, alphas, beta, terms.classes)
+            terms_of_rows = Terms(products(scales, factors, CELLS), alphas, beta, terms.classes)
         stored = loaded(ptrs)
         for k in range(num_classes):
             four = corners_of(stored, CELLS)
             ptrs = following(ptrs, k, logits, CELLS)
             stored = loaded(ptrs)
             values = _class_values(k, gradients, loss_options, image)
-            p, spread = _exponentials(four, shift, scales, spread, lanes, BY_CLASS, CELLS)
+            p, spread = exponentials_of_lane(four, LOG2_E, shift, spread, lanes, CELLS)
+            if BY_CLASS:
+                p = products(p, scales, CELLS)
             gradient = _class_gradient(
                 k, p, values, terms_of_rows, gradients, pixels, cells, axes, loss_options,
                 BY_PIXEL, CELLS, TILE,
             )  # fmt: skip
             tl.store(dptrs, gradient.to(dlogits_ptr.dtype.element_ty), mask=written)
             dptrs = at_pixels(dptrs, dlogits_k, CELLS)
-        LIMIT: tl.constexpr = _LARGEST_SPREAD_BY_CLASS if BY_CLASS else _LARGEST_SPREAD
+        LIMIT: tl.constexpr = _LARGEST_SPREAD_BY_CLASS if BY_CLASS else LARGEST_SPREAD_OF_GRADIENT
         by_pixel = any_of(~(spread <= LIMIT))
         # back to class 0: pointers that are kept need registers
         last = (num_classes - 1).to(tl.int64)
         ptrs = next_class(ptrs, -last * logits.stride_k, CELLS)
         dptrs = at_pixels(dptrs, -(last + 1) * dlogits_k, CELLS)
     if by_pixel:
-        # read again: lse and its addresses, if these were computed as above, would be kept
-        row = (image * axes.y.pixels + lanes.y.start + rows_of_lane(CELLS)) * axes.x.pixels
-        ptr = lse_ptr + (row + lanes.x.start)
-        lse = [tl.load(ptr + i, mask=labels[i] >= 0, other=INF) for i in () + CELLS.columns]
+        lse = load_again(lse_ptr, image, axes, lanes, labels, CELLS)
         stored = loaded(ptrs)
         for k in range(num_classes):
             four = _valid_cells(corners_of(stored, CELLS), labels, CELLS)
