@@ -66,7 +66,8 @@ from .upsampling import (
 
 TEACHER = ("teacher_height", "teacher_width", *strides_of("teacher", "bkhw"))
 VALID = strides_of("valid", "bhw")
-# In even cells terms below 2^-66 may be lost (softmax.py). They are then below 2^-36 of p.
+# In even cells exponentials below 2^-66 may be lost (softmax.py): with this sum, p below 2^-36. And
+# t − s is at most 2^13 (_add_class_of_rows), so a term of the divergence is below 2^-23.
 _SMALLEST_SUM_OF_ROWS = Constant(2.0**-30)
 
 
@@ -267,7 +268,7 @@ def _no_sums(lanes, CELLS: tl.constexpr):
 @triton.jit
 def _add_class_of_rows(sums, spread, stored, lanes, slope, shifts, CELLS: tl.constexpr):
     """_add_class in an even cell, whose rows are geometric sequences. And the larger of `spread`
-    and that of this class, which is also large if s is −∞ where t is not."""
+    and that of this class, which also exceeds LARGEST_SPREAD if t − s exceeds 2^13."""
     # The limit is for −∞, so that two of them have a difference.
     four, teacher_four = corners_of(stored[0], CELLS), corners_of(stored[1], CELLS)
     ends = [tl.maximum(tl.fma(x, slope, -shifts[0]), LOWEST, tl.PropagateNan.ALL) for x in four]
@@ -279,7 +280,7 @@ def _add_class_of_rows(sums, spread, stored, lanes, slope, shifts, CELLS: tl.con
     four = [teacher_ends[i] - ends[i] for i in (0, 1, 2, 3)]
     differences = upsampled(four, lanes, CELLS)
     spread = tl.maximum(spread, tl.maximum(across, teacher_across))
-    spread = tl.maximum(spread, tl.maximum(four[0], four[2]) * 1e-30)
+    spread = tl.maximum(spread, tl.maximum(four[0], four[2]) * 0.01)
     sums = (
         [sums[0][i] + students[i] for i in () + CELLS.columns],
         [sums[1][i] + teachers[i] for i in () + CELLS.columns],

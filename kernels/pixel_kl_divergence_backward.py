@@ -3,7 +3,8 @@
 
     ds_k = T·(e^(s_k − lse s) − e^(t_k − lse t))·(dtotal + dD),  0 where not valid
 
-with the exponentials of softmax_moments_backward.py.
+If lanes have rows of four equally spaced pixels, and the teacher's logits the student's size, the
+exponentials are those of softmax.py for such rows, as in softmax_moments_backward.py.
 """
 
 import torch
@@ -64,9 +65,15 @@ from .upsampling_transposed import (
 
 
 @triton.jit
+def _of_valid(x, valid, CELLS: tl.constexpr):
+    """0 where not valid."""
+    return [tl.where(valid[i] >= 0, x[i], 0.0) for i in () + CELLS.columns]
+
+
+@triton.jit
 def _differences(q, scales, p, teacher_scales, CELLS: tl.constexpr):
-    """q·scale − p·scale"""
-    return [tl.fma(q[i], scales[i], -(p[i] * teacher_scales[i])) for i in () + CELLS.columns]
+    """q·scale − p·scale, both products rounded: 0 where student and teacher are equal."""
+    return [q[i] * scales[i] - p[i] * teacher_scales[i] for i in () + CELLS.columns]
 
 
 @triton.jit(
@@ -146,7 +153,7 @@ def _pixel_kl_divergence_bwd_kernel(
     if dtotal_ptr is not None:
         dtotal = tl.load(dtotal_ptr)
         factors = [x + dtotal for x in factors]
-    factors = [x * temperature for x in factors]
+    factors = _of_valid([x * temperature for x in factors], valid, CELLS)
 
     slope = LOG2_E / temperature
     dlogits = Logits(dlogits_ptr, num_classes, dlogits_b, dlogits_k, dlogits_h, dlogits_w)
@@ -191,9 +198,8 @@ def _pixel_kl_divergence_bwd_kernel(
             stored = loaded_of_both(ptr, teacher_ptr, lanes, lanes_of_teacher, CELLS, TEACHER_GRID)
             q = [tl.exp2(s[i] - log_sums[i]) for i in () + CELLS.columns]
             p = [tl.exp2(t[i] - teacher_log_sums[i]) for i in () + CELLS.columns]
-            ds = [
-                tl.where(valid[i] >= 0, (q[i] - p[i]) * factors[i], 0.0) for i in () + CELLS.columns
-            ]
+            ds = [(q[i] - p[i]) * factors[i] for i in () + CELLS.columns]
+            ds = _of_valid(ds, valid, CELLS)  # q and p may be NaN elsewhere
             gradient = transposed(ds, lanes, cells, axes, CELLS, TILE)
             tl.store(dptrs, gradient.to(dlogits_ptr.dtype.element_ty), mask=written)
             dptrs = at_pixels(dptrs, dlogits_k, CELLS)

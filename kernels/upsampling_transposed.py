@@ -145,28 +145,36 @@ def gradient_ptrs(dlogits, program, cells, axes, stride_block, CELLS: tl.constex
 
 
 @triton.jit
-def _weighted(gradient, weight, SELECT: tl.constexpr):
-    product = weight * gradient
-    if SELECT:  # 0 · NaN would be NaN
-        product = tl.where(weight == 0, 0.0, product)
-    return product
-
-
-@triton.jit
-def _over_columns(gradients, weights, SELECT: tl.constexpr):
-    """The gradients of both neighbours together, and of the upper one."""
-    total, upper = gradients[0], _weighted(gradients[0], weights[0], SELECT)
-    for x in tl.static_range(1, len(gradients)):
-        total += gradients[x]
-        added = tl.fma(weights[x], gradients[x], upper)
-        upper = tl.where(weights[x] == 0, upper, added) if SELECT else added
-    return total, upper
+def _over_columns(gradients, weights, CELLS: tl.constexpr):
+    """The gradients of the lower and the upper neighbour. In even cells weights are w, w + step, …:
+    the first one suffices, so that the others need no registers."""
+    if CELLS.x.even:
+        STEP: tl.constexpr = 1 / (CELLS.x.pixels * CELLS.x.parts)
+        total, steps = gradients[0], tl.zeros(gradients[0].shape, tl.float32)
+        for x in tl.static_range(1, len(gradients)):
+            total += gradients[x]
+            steps = tl.fma(gradients[x], x * STEP, steps)
+        return tl.fma(1 - weights[0], total, -steps), tl.fma(weights[0], total, steps)
+    else:
+        lower, upper = 0.0, 0.0
+        for x in tl.static_range(len(gradients)):
+            added = tl.fma(weights[x], gradients[x], upper)
+            if CELLS.x.select:  # 0 · NaN would be NaN
+                added = tl.where(weights[x] == 0, upper, added)
+            upper = added
+            lower = tl.fma(1 - weights[x], gradients[x], lower)
+        return lower, upper
 
 
 @triton.jit
 def _over_rows(gradient, weight, SELECT: tl.constexpr):
-    """The gradients of the lower and the upper neighbour: [rows, lanes] to [1, lanes]."""
-    upper = tl.sum(_weighted(gradient, weight, SELECT), ROW_AXIS, keep_dims=True)
+    """The gradients of the lower and the upper neighbour: [rows, lanes] to [1, lanes]. The lower
+    one by subtraction, which needs no register for 1 − weight; its error is a rounding of the sum,
+    which may be as large as the output stride times what it gets."""
+    upper = weight * gradient
+    if SELECT:  # 0 · NaN would be NaN
+        upper = tl.where(weight == 0, 0.0, upper)
+    upper = tl.sum(upper, ROW_AXIS, keep_dims=True)
     return tl.sum(gradient, ROW_AXIS, keep_dims=True) - upper, upper
 
 
@@ -181,14 +189,11 @@ def _at_edges(lower, upper, cell, source):
 @triton.jit
 def _corner_gradients(gradients, lanes, axes, CELLS: tl.constexpr):
     """The gradients of a lane's pixels, summed for each of the cell's four logits."""
-    x, y = lanes.x, lanes.y
-    total, right = _over_columns(gradients, x.weights, CELLS.x.select)
-    top, bottom = _over_rows(total, y.weights, CELLS.y.select)
-    top_right, bottom_right = _over_rows(right, y.weights, CELLS.y.select)
-    top_left, top_right = _at_edges(top - top_right, top_right, x.cell, axes.x.source)
-    bottom_left, bottom_right = _at_edges(
-        bottom - bottom_right, bottom_right, x.cell, axes.x.source
-    )
+    left, right = _over_columns(gradients, lanes.x.weights, CELLS)
+    top_left, bottom_left = _over_rows(left, lanes.y.weights, CELLS.y.select)
+    top_right, bottom_right = _over_rows(right, lanes.y.weights, CELLS.y.select)
+    top_left, top_right = _at_edges(top_left, top_right, lanes.x.cell, axes.x.source)
+    bottom_left, bottom_right = _at_edges(bottom_left, bottom_right, lanes.x.cell, axes.x.source)
     return top_left, top_right, bottom_left, bottom_right
 
 

@@ -1,6 +1,7 @@
 """pixel_kl_divergence of each backend, compared with torch's functions in float64. `make proofs`
 runs the cases that take `backend` again, with Triton's kernels."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -238,6 +239,43 @@ def test_nothing_to_compare(backend: str, reduction: str) -> None:
         assert not actual.any() and actual.shape == (valid.shape if reduction == "none" else ())
         (gradient,) = torch.autograd.grad(actual.sum(), x)
         assert gradient.shape == x.shape and not gradient.any()
+
+
+@pytest.mark.on("simulated_triton", "triton")
+@pytest.mark.parametrize("pixels", [(8, 12), (16, 24), (9, 13), (4, 6)])
+def test_equal_logits_have_no_gradient(pixels: tuple[int, int], backend: str):
+    """Not even a rounding error, which Adam would scale up."""
+    logits = 3 * torch.randn(2, 5, 4, 6)
+    student = logits.clone().requires_grad_()
+    ao.pixel_kl_divergence(student, logits, pixels).backward()
+    assert student.grad is not None and not student.grad.any()
+
+
+@pytest.mark.parametrize("gradient", [math.inf, math.nan])
+def test_gradients_that_are_not_finite(gradient: float, backend: str):
+    """They stay in the image that has valid pixels."""
+    student, teacher = torch.randn(2, 5, 4, 6, requires_grad=True), torch.randn(2, 5, 4, 6)
+    valid = torch.tensor([True, False])[:, None, None].expand(2, 16, 24)
+    loss = ao.pixel_kl_divergence(student, teacher, (16, 24), valid=valid)
+    loss.backward(torch.tensor(gradient))
+    assert student.grad is not None and not student.grad[1].any()
+
+
+@pytest.mark.parametrize("of_student", [None, -1e6, -1e9])
+def test_terms_of_a_row_that_may_be_lost(of_student: float | None, backend: str):
+    """The largest logits are those of class 0 in the upper row, and e^t of class 1 rises along the
+    rows: computed from its first pixel, it would be lost in the lower row."""
+    teacher = torch.zeros(1, 2, 2, 2)
+    teacher[0, 0, 1], teacher[0, 1] = -62, torch.tensor([-95.0, -40])
+    student = teacher.flip(1)
+    if of_student is not None:
+        teacher[0, 0, 1], teacher[0, 1] = -22, torch.tensor([-94.0, -38.7])
+        student = teacher.clone()
+        student[0, 1] = of_student
+    values = ao.pixel_kl_divergence(student, teacher, (8, 8), reduction="none").double()
+    valid = torch.ones(1, 8, 8, dtype=torch.bool)
+    exact = formulas.kl_divergence(student.double(), teacher.double(), valid, reduction="none")
+    torch.testing.assert_close(values, exact, rtol=1e-5, atol=5e-5)
 
 
 LOGITS, VALID = torch.zeros(2, 5, 4, 6), torch.ones(2, 16, 24, dtype=torch.bool)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operators import check, results
@@ -469,6 +470,18 @@ def test_far_from_zero(backend: str):
     ours, exact = run(case, logits=logits + 4096), run_reference(case, logits=logits)
     for name in ("intersections", "probability_sums", "squares", "pixel_losses", "dlogits"):
         torch.testing.assert_close(ours[name], exact[name], rtol=1e-3, atol=1e-3)
+
+
+def test_terms_of_a_row_that_may_be_lost(backend: str):
+    """The largest logits are those of class 0 in the upper row, and e^z of class 1 rises along the
+    rows: computed from its first pixel, it would be lost in the lower row."""
+    logits = torch.zeros(1, 2, 2, 2)
+    logits[0, 0, 1], logits[0, 1] = -62, torch.tensor([-95.0, -40])
+    labels = torch.ones(1, 8, 8, dtype=torch.long)
+    upsampled = F.interpolate(logits.double(), (8, 8), mode="bilinear")
+    exact = F.cross_entropy(upsampled, labels, reduction="none")
+    losses = ao.pixel_cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(losses.double(), exact, rtol=1e-6, atol=2e-5)
 
 
 @on_cpu  # Triton would compile each one
