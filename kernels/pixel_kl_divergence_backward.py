@@ -158,7 +158,8 @@ def _pixel_kl_divergence_bwd_kernel(
     slope = LOG2_E / temperature
     dlogits = Logits(dlogits_ptr, num_classes, dlogits_b, dlogits_k, dlogits_h, dlogits_w)
     dptrs, written = gradient_ptrs(dlogits, program, cells, axes, dlogits_block, CELLS)
-    ROWS: tl.constexpr = CELLS.x.even and CELLS.x.pixels == 4 and TEACHER_GRID is None
+    ROWS_OF_FOUR: tl.constexpr = CELLS.x.even and CELLS.x.pixels == 4
+    ROWS: tl.constexpr = ROWS_OF_FOUR if TEACHER_GRID is None else tl.constexpr(False)
     by_pixel = True
     if ROWS:
         shift, spread = shift_of_lane(lse, valid)
