@@ -1,4 +1,5 @@
-"""Σ_k e^(z_k) of the pixels of a tile, in the forward direction of softmax moments.
+"""Σ_k e^(z_k) of the pixels of a tile, in the forward direction of softmax moments; and the
+exponentials of even cells, which the divergence and gradients take over.
 
 The logits are read class by class. Σ_k e^(z_k − m) of each pixel stays in registers, where m is the
 largest logit of the pixel's cell so far. If the neighbours of a cell differ by about 70 (by 28 in
