@@ -104,16 +104,12 @@ def compiling(operator: str, patience: float = 1.0) -> Iterator[None]:
         timer.cancel()
 
 
-def triton_launcher(
-    library: torch.library.Library,
-    operator: str,
-    call: Callable[..., Any],
-    complete: Callable[..., Any] | None = None,
-) -> Callable[..., Any]:
+def implement_by_triton(
+    library: torch.library.Library, operator: str, call: Callable[..., Any]
+) -> None:
     """Implement `operator`.triton by `call`, of the function `operator` of
     anchorops.kernels.`operator` and the arguments. The first call imports this module, and Triton
-    with it. `complete`, of the results and the arguments, gives torch's dispatcher what the
-    operator's schema says; the function that is returned leaves it out."""
+    with it."""
     kernel: Callable[..., Any] | None = None
 
     def launch(*args: Any) -> Any:
@@ -127,14 +123,10 @@ def triton_launcher(
             with compiling(operator):
                 return call(kernel, *args)
 
-    def completed(*args: Any) -> Any:
-        return launch(*args) if complete is None else complete(launch(*args), *args)
-
-    library.impl(f"{operator}.triton", completed, "CUDA")
+    library.impl(f"{operator}.triton", launch, "CUDA")
     if TRITON_ON_HOST:
         _launched.add(operator)  # tests compile all the time
-        library.impl(f"{operator}.triton", completed, "CPU")
-    return launch
+        library.impl(f"{operator}.triton", launch, "CPU")
 
 
 def build_info() -> dict[str, str]:

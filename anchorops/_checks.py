@@ -21,7 +21,6 @@ INTEGERS = (
     *(torch.int8, torch.uint16, torch.uint32, torch.uint64),
 )
 MAX_CLASSES = 65_536  # of the backends cpu and reference
-_is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
 
 
 def fail(function: str, argument: str, expected: str, got: object) -> NoReturn:
@@ -107,7 +106,7 @@ def is_jit_traced() -> bool:
 
 def is_traced() -> bool:
     """Whether torch.compile or torch.jit.trace records this call."""
-    return _is_compiling() or _is_tracing()
+    return torch.compiler.is_compiling() or is_jit_traced()
 
 
 class _Formulas(threading.local):
@@ -162,17 +161,12 @@ def check_strided(function: str, argument: str, tensor: object) -> None:
 
 
 def savable(x: T) -> T:
-    """A tensor that was made under torch.inference_mode as one that autograd can save for the
-    backward pass: it has the same memory. Anything else as it is."""
+    """A copy of a tensor that was made under torch.inference_mode, which autograd cannot save for
+    the backward pass. It has no version counter, so nothing would notice if it were changed before.
+    Anything else, and everything under inference mode, as it is."""
     if not isinstance(x, Tensor) or torch.compiler.is_compiling() or not x.is_inference():
         return x
-    if torch.is_inference_mode_enabled():
-        return x
-    if x.is_neg():  # of which set_ would lose the sign
-        negated: Any = x.resolve_neg()
-        return negated
-    alias: Any = torch.empty(0, dtype=x.dtype, device=x.device)
-    return alias.set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
+    return x if torch.is_inference_mode_enabled() else x.clone()
 
 
 def check_features(function: str, features: Tensor, argument: str = "features") -> None:

@@ -9,7 +9,6 @@ A program adds to its own partials; one torch.sum adds those of all statistics, 
 counts, correct, used and labels_out_of_range are sums of all programs, by integer atomics.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -255,7 +254,6 @@ def softmax_moments(
     counts_used = weights is None and loss_options.min_loss is not None
     summed = (True, wanted.probability_sums, wanted.probability_sums, wanted.squares)
     summed = *summed, weights is not None
-    several = (sum(summed),) if by_class or weights is not None else ()
 
     def zeros(requested: bool, shape: tuple[int, ...] = shape) -> Tensor | None:
         return logits.new_zeros(shape, dtype=torch.int64) if requested else None
@@ -268,7 +266,7 @@ def softmax_moments(
     outside = zeros(wanted.labels_out_of_range, ())
     pixel_losses, lse = pixel_map(wanted.pixel_losses), pixel_map(wanted.with_lse)
     if labels.numel() == 0:
-        sums = logits.new_zeros((*several, *shape), dtype=torch.float32)
+        sums = [logits.new_zeros(shape, dtype=torch.float32) if x else None for x in summed]
     else:
         logits = class_planes(logits)
         rows = most_rows(loss_options.change_losses, by_class)
@@ -284,9 +282,10 @@ def softmax_moments(
         # of four, so that the partials of each statistic begin at 16 bytes: otherwise Triton would
         # compile again for some sizes
         chunks = ceil_div(ceil_div(tiles, tiles_per_chunk), 4) * 4
-        size = *several, batch, chunks, num_classes
-        partials = logits.new_zeros(size, dtype=torch.float32)
-        *floats, partial_used = _in_turn(partials, summed)
+        size = sum(summed), batch, chunks, num_classes
+        parts = iter(logits.new_zeros(size, dtype=torch.float32).unbind())
+        partials = [next(parts) if x else None for x in summed]
+        *floats, partial_used = partials
         _softmax_moments_kernel[(batch * chunks,)](
             logits,
             *logits.stride(),
@@ -310,14 +309,9 @@ def softmax_moments(
             enable_fp_fusion=False,  # coordinates as in F.interpolate
             **without_spills(),
         )
-        sums = partials.sum(-2 if wanted.per_image else (-3, -2))
-    *floats, weights_used = _in_turn(sums, summed)
+        axes = -2 if wanted.per_image else (-3, -2)
+        sums = [None if x is None else x.sum(axes) for x in partials]
+    *floats, weights_used = sums
     used = weights_used if used is None else used
     divisor = counts.sum().clamp_(min=1)
     return *floats, pixel_losses, lse, counts, correct, used, divisor, outside
-
-
-def _in_turn(stacked: Tensor, places: Sequence[bool]) -> list[Tensor | None]:
-    """The parts of a tensor, if there are several, at the places that are true, None at others."""
-    parts = iter(stacked.unbind() if sum(places) > 1 else (stacked,))
-    return [next(parts) if place else None for place in places]

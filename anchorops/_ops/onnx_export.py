@@ -7,7 +7,6 @@ reference there.
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import reference
@@ -47,7 +46,7 @@ _FORMULAS = {
 }
 
 
-def onnx_decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
+def onnx_decompositions() -> dict[Callable[..., Any], Callable[..., Any]]:
     """The table by which an ExportedProgram replaces anchorops' operators by standard ones:
     `torch.onnx.export(program.run_decompositions(anchorops.onnx_decompositions()), …)`.
 

@@ -74,7 +74,7 @@ def pixel_binary_cross_entropy(
             losses = weighted(losses, label_weights(labels, weight, valid))
         return losses.view(original_labels.shape)
     divisor = number_of_pixels(moments) if reduction == "mean" else None
-    return weighted_loss(moments, weight, divisor)[0]
+    return weighted_loss(moments, weight, divisor)
 
 
 def class_weights(pos_weight: Tensor | float, logits: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from .._checks import (
 )
 from .._moments import Options, SoftmaxMoments, Wanted, statistics_dtype
 from .._shared.sums import fixed_order_sum
-from .softmax_moments import Slopes, loss_of_moments, moments_of, valid_pixels, weighted
+from .softmax_moments import moments_of, valid_pixels, weighted
 
 
 def pixel_cross_entropy(
@@ -84,13 +84,9 @@ def pixel_cross_entropy(
             valid = valid_pixels(labels, logits.shape[1], ignore_index)
             losses = weighted(losses, label_weights(labels, weight, valid))
         return losses.view(shape_of(original_labels))
-
-    def loss(moments: SoftmaxMoments) -> tuple[Tensor, Slopes]:
-        divisor = number_of_pixels(moments, weight) if reduction == "mean" else None
-        return weighted_loss(moments, weight if label_smoothing == 0 else None, divisor)
-
-    slopes = weight is None or not weight.requires_grad
-    return loss_of_moments(function, logits, labels, options, Wanted(), loss, slopes=slopes)
+    moments = moments_of(function, logits, labels, options, Wanted())
+    divisor = number_of_pixels(moments, weight) if reduction == "mean" else None
+    return weighted_loss(moments, weight if label_smoothing == 0 else None, divisor)
 
 
 def check_weight(function: str, weight: Tensor, logits: Tensor) -> None:
@@ -104,18 +100,12 @@ def check_weight(function: str, weight: Tensor, logits: Tensor) -> None:
 
 def weighted_loss(
     moments: SoftmaxMoments, weight: Tensor | None, divisor: Divisor | None
-) -> tuple[Tensor, Slopes]:
-    """Σ weight·losses / divisor, and its slopes."""
+) -> Tensor:
+    """Σ weight·losses / divisor."""
     losses = moments.losses
     if weight is not None:
-        weight = weight.expand_as(losses)
-        losses = weighted(losses, weight)
-
-    def slopes(dloss: Tensor) -> dict[str, Tensor]:
-        dlosses = divide(dloss, divisor)
-        return {"losses": dlosses if weight is None else dlosses * weight}
-
-    return divide(fixed_order_sum(losses), divisor), slopes
+        losses = weighted(losses, weight.expand_as(losses))
+    return divide(fixed_order_sum(losses), divisor)
 
 
 Divisor = tuple[Tensor, Tensor | None]

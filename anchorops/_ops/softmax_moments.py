@@ -21,14 +21,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from .._backend import select
-from .._checks import check_flags, check_pixels, savable, shape_of
+from .._checks import check_flags, check_pixels, shape_of
 from .._moments import (
     BACKWARD_SCHEMA,
     GRADIENTS,
@@ -40,7 +40,6 @@ from .._moments import (
     SoftmaxMoments,
     Wanted,
     changes_losses,
-    counts_used,
     is_requested,
     is_unused,
     plain,
@@ -48,7 +47,7 @@ from .._moments import (
     split_options,
     statistics_dtype,
 )
-from .registration import Gradient, below, define, is_eager, run, run_backward
+from .registration import Gradient, define, run
 from .sigmoid import one_batch, two_classes
 
 
@@ -79,14 +78,8 @@ def setup_context(ctx: Any, inputs: Any, results: Any) -> None:
     constants = [getattr(results, name) for name in RESULTS if name not in (*GRADIENTS, "used")]
     if inputs.pixel_weights is None:
         constants.append(results.used)
-    ctx.mark_non_differentiable(*(x for x in constants if x is not None))
-    _save(ctx, logits, labels, results.lse, arguments)
-
-
-def _save(
-    ctx: Any, logits: Tensor, labels: Tensor, lse: Tensor | None, arguments: Sequence[Any]
-) -> None:
-    ctx.save_for_backward(logits, labels, lse, *arguments[: len(TENSORS)])
+    ctx.mark_non_differentiable(*constants)
+    ctx.save_for_backward(logits, labels, results.lse, *arguments[: len(TENSORS)])
     ctx.numbers = arguments[len(TENSORS) :]
 
 
@@ -156,20 +149,13 @@ def valid_pixels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     return valid & (labels != ignore_index) if 0 <= ignore_index < num_classes else valid
 
 
-def _launch(launcher: Any, logits: Tensor, labels: Tensor, *arguments: Any) -> Any:
-    return launcher(logits, labels, *split_options(arguments))
-
-
-def _complete(results: Any, logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """The statistics of Triton share memory, which the results of an operator must not."""
-    options, _ = split_options(arguments)
-
-    def result(name: str, x: Tensor | None) -> Tensor:
-        if x is None:
-            return logits.new_empty(0, dtype=_dtype(name, options, logits))
-        return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
-
-    return tuple(result(name, x) for name, x in zip(RESULTS, results, strict=True))
+def _launch(launcher: Any, logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    options, wanted = split_options(arguments)
+    results = Results(*launcher(logits, labels, options, wanted))
+    return tuple(
+        logits.new_empty(0, dtype=_dtype(name, options, logits)) if result is None else result
+        for name, result in results._asdict().items()
+    )
 
 
 def _launch_backward(launcher: Any, *arguments: Any) -> Tensor:
@@ -184,7 +170,6 @@ define(
     forward_fake,
     gradient=GRADIENT,
     launch=_launch,
-    complete=_complete,
     any_strides=True,
 )
 
@@ -292,52 +277,6 @@ def softmax_moments(
     return in_shape(moments, shape_of(original_labels))
 
 
-class _Call(NamedTuple):
-    """An operator and its arguments."""
-
-    operator: str
-    backend: str
-    logits: Tensor
-    labels: Tensor
-    options: Options
-    wanted: Wanted
-
-
-def _call_of(
-    function: str, logits: Tensor, labels: Tensor, options: Options, wanted: Wanted, sigmoid: bool
-) -> _Call:
-    if sigmoid or logits.dim() != 4:
-        logits, by_image = as_images(logits, labels, sigmoid)
-        labels, options = by_image(labels), options.convert(by_image)
-    backend = select(function, logits, logits.shape[1], called=("softmax_moments",))
-    if backend != "cpu":
-        logits = two_classes(logits)
-    if logits.requires_grad and torch.is_grad_enabled() and reads_lse(backend, logits):
-        wanted = wanted._replace(with_lse=True)
-    if sigmoid:
-        wanted = wanted._replace(per_image=True)
-    operator = "softmax_moments" if logits.dim() == 4 else "volume_moments"
-    return _Call(operator, backend, logits, labels, options, wanted)
-
-
-def _moments(results: Sequence[Any], options: Options, wanted: Wanted) -> SoftmaxMoments:
-    """The statistics that were requested, from the operator's results."""
-    losses, intersections, probability_sums, squares, pixel_losses, _, *integers = results
-    counts, correct, used, divisor, labels_out_of_range = integers
-    return SoftmaxMoments(
-        counts,
-        correct if wanted.correct else None,
-        losses,
-        intersections if wanted.probability_sums else None,
-        probability_sums if wanted.probability_sums else None,
-        squares if wanted.squares else None,
-        pixel_losses if wanted.pixel_losses else None,
-        used if counts_used(options) else None,
-        divisor,
-        labels_out_of_range if wanted.labels_out_of_range else None,
-    )
-
-
 def moments_of(
     function: str,
     logits: Tensor,
@@ -354,13 +293,22 @@ def moments_of(
     Statistics of classes are then [C, 2], with per_image [B, C, 2]; maps have the labels' shape,
     and `divisor` and `labels_out_of_range` are of all channels.
     """
-    call = _call_of(function, logits, labels, options, wanted, sigmoid)
-    images = call.logits, call.labels
-    if call.backend == "reference":
-        moments = reference.softmax_moments(*images, call.options, call.wanted)
+    images, pixels = logits, labels
+    if sigmoid or logits.dim() != 4:
+        images, by_image = as_images(logits, labels, sigmoid)
+        pixels, options = by_image(labels), options.convert(by_image)
+    backend = select(function, images, images.shape[1], called=("softmax_moments",))
+    if backend != "cpu":
+        images = two_classes(images)
+    if images.requires_grad and torch.is_grad_enabled() and reads_lse(backend, images):
+        wanted = wanted._replace(with_lse=True)
+    of_images = wanted._replace(per_image=True) if sigmoid else wanted
+    if backend == "reference":
+        moments = reference.softmax_moments(images, pixels, options, of_images)
     else:
-        results = run(call.operator, call.backend, *images, *call.options, *call.wanted)
-        moments = _moments(results, call.options, call.wanted)
+        operator = "softmax_moments" if images.dim() == 4 else "volume_moments"
+        results = run(operator, backend, images, pixels, *options, *of_images)
+        moments = _requested(results, options, of_images)
     if not sigmoid:
         return in_shape(moments, labels.shape)
     points = logits.dim() == 2
@@ -383,54 +331,16 @@ def moments_of(
     )
 
 
-Slopes = Callable[[Tensor], dict[str, Tensor]]
-"""From the gradient of a loss to those of the statistics, by name. `losses` may have one number for
-all classes."""
-
-
-def loss_of_moments(
-    function: str,
-    logits: Tensor,
-    labels: Tensor,
-    options: Options,
-    wanted: Wanted,
-    arithmetic: Callable[[SoftmaxMoments], tuple[Tensor, Slopes | None]],
-    *,
-    slopes: bool,
-    sigmoid: bool = False,
-) -> Tensor:
-    """A loss that is arithmetic on the statistics of classes. With its slopes, it is one node of
-    autograd in eager mode, not with sigmoid. Otherwise autograd differentiates the arithmetic."""
-    differentiates = logits.requires_grad and torch.is_grad_enabled() and not sigmoid
-    if slopes and differentiates and is_eager(logits, labels, *options):
-        call = _call_of(function, logits, labels, options, wanted, sigmoid)
-        if call.backend != "reference":
-            return _Loss.apply(call.logits, call, arithmetic)  # pyright: ignore[reportReturnType]
-    moments = moments_of(function, logits, labels, options, wanted, sigmoid=sigmoid)
-    return arithmetic(moments)[0]
-
-
-class _Loss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, call: _Call, arithmetic: Any) -> Tensor:
-        ctx.operator, ctx.backend, _, labels, options, wanted = call
-        arguments = *options, *wanted
-        results = below[ctx.operator, ctx.backend](logits, labels, *arguments)
-        loss, ctx.slopes = arithmetic(_moments(results, options, wanted))
-        if logits.is_inference() or labels.is_inference():
-            logits, labels = savable(logits), savable(labels)
-        _save(ctx, logits, labels, results[_LSE], arguments)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved, slopes = ctx.saved_tensors, ctx.slopes(*grads)
-        arguments = *saved[:3], *map(slopes.get, GRADIENTS), *saved[3:], *ctx.numbers
-        operator = f"{ctx.operator}_backward"
-        return run_backward(grads, operator, ctx.backend, *arguments), None, None
-
-
-_LSE = Results._fields.index("lse")
+def _requested(results: Sequence[Any], options: Options, wanted: Wanted) -> SoftmaxMoments:
+    """The statistics that were requested, from the operator's results."""
+    by_name = Results(*results)._asdict()
+    del by_name["lse"]
+    return SoftmaxMoments(
+        **{
+            name: result if is_requested(name, options, wanted) else None
+            for name, result in by_name.items()
+        }
+    )
 
 
 def in_shape(moments: SoftmaxMoments, shape: Sequence[int]) -> SoftmaxMoments:

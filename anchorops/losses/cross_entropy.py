@@ -17,7 +17,7 @@ from .._ops.pixel_cross_entropy import (
     smoothed,
     weighted_loss,
 )
-from .._ops.softmax_moments import Slopes, moments_of
+from .._ops.softmax_moments import moments_of
 from .pixel import MomentsLoss, class_weight
 
 
@@ -74,9 +74,7 @@ class BaseCrossEntropy(MomentsLoss):
             focal_gamma=self.focal_gamma,
         )
 
-    def parts_and_slopes(
-        self, moments: SoftmaxMoments, logits: Tensor
-    ) -> dict[str, tuple[Tensor, Slopes | None]]:
+    def parts(self, moments: SoftmaxMoments, logits: Tensor) -> dict[str, Tensor]:
         weight = self.class_weight(logits)
         used = None
         if weight is not None and (
@@ -170,10 +168,6 @@ class CrossEntropy(BaseCrossEntropy):
         common = accuracy, ignore_index, align_corners, check_labels
         super().__init__(label_smoothing, focal_gamma, ohem_threshold, ohem_min_kept, *common)
         self._register_weight(weight)
-
-    @property
-    def has_slopes(self) -> bool:
-        return self.weight is None or not self.weight.requires_grad
 
     def class_weight(self, logits: Tensor) -> Tensor | None:
         return class_weight(self, logits)

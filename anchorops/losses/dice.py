@@ -12,7 +12,6 @@ from torch.distributed import ProcessGroup
 from .._checks import check_choice, check_flags, check_number, describe, fail
 from .._moments import Options, SoftmaxMoments, Wanted
 from .._ops.pixel_cross_entropy import divide, divisor_or_0
-from .._ops.softmax_moments import Slopes
 from .._shared.sums import fixed_order_sum
 from ..distributed import all_reduce, group_name
 from .binary_cross_entropy import BinaryCrossEntropy
@@ -133,26 +132,18 @@ class Dice(MomentsLoss):
         )
 
     @property
-    def has_slopes(self) -> bool:
-        special = self.log or self.gamma != 1 or self.classes or self.process_group
-        learnable = self.weight is not None and self.weight.requires_grad
-        return self._least_denominator > 0 and not special and not learnable
-
-    @property
-    def _least_denominator(self) -> float:
-        """The denominator of a class with pixels is larger. 0 if it need not be above 0, or where
-        the statistics of a class without pixels may be NaN alone."""
+    def _is_defined(self) -> bool:
+        """Whether every denominator is above 0, also of a class without pixels, whose numerator
+        is 0."""
         is_below_0_possible = self.squared and self.alpha > self.beta  # as explained for gamma
         if self.sigmoid or self.absent == "keep" or is_below_0_possible:
-            return 0
-        return min(self.beta + self.smooth_denominator, 1) / 2
+            return False
+        return self.beta + self.smooth_denominator > 0
 
-    def parts_and_slopes(
-        self, moments: SoftmaxMoments, logits: Tensor
-    ) -> dict[str, tuple[Tensor, Slopes | None]]:
+    def parts(self, moments: SoftmaxMoments, logits: Tensor) -> dict[str, Tensor]:
         return {"dice": self._dice(moments, class_weight(self, logits))}
 
-    def _dice(self, moments: SoftmaxMoments, weight: Tensor | None) -> tuple[Tensor, Slopes]:
+    def _dice(self, moments: SoftmaxMoments, weight: Tensor | None) -> Tensor:
         sums = moments.squares if self.squared else moments.probability_sums
         intersections, counts = moments.intersections, moments.counts
         assert sums is not None and intersections is not None
@@ -170,18 +161,19 @@ class Dice(MomentsLoss):
             )
             if weight is not None:
                 weight = torch.stack([weight[k] for k in self.classes])
+        # o + α·(m − o) + β·(c − o), with c at least 1, which changes classes without pixels alone
+        sizes = counts.clamp(min=1) if self._is_defined else counts
+        denominator = torch.add(self.alpha * sums, sizes, alpha=self.beta)
+        if (share := 1 - self.alpha - self.beta) != 0:
+            denominator = torch.add(denominator, intersections, alpha=share)
+        if self.smooth_denominator > 0:
+            denominator = denominator + self.smooth_denominator
         present = 1 if self.absent == "keep" else counts.clamp(max=1)
-        denominator = torch.add(intersections, sums - intersections, alpha=self.alpha)
-        denominator = torch.add(denominator, counts - intersections, alpha=self.beta)
         numerator = intersections
         if self.smooth > 0:
             numerator = torch.add(numerator, present, alpha=self.smooth)
-        if self.smooth_denominator > 0:
-            denominator = denominator + self.smooth_denominator
         # Before the division, because the derivative of a skipped score may be 0 · ∞.
-        if self._least_denominator > 0:
-            denominator = denominator.clamp(min=self._least_denominator)
-        else:
+        if not self._is_defined:
             undefined = denominator <= 0  # false for NaN, which must not become a score of 0
             if self.absent != "keep":
                 undefined = undefined | (counts == 0)
@@ -199,23 +191,10 @@ class Dice(MomentsLoss):
             total = divisor_or_0(fixed_order_sum(counted))
         mean = divide(fixed_order_sum(losses), total)
 
-        # The module may be changed before the backward pass.
-        alpha, share = self.alpha, 1 - self.alpha - self.beta
-        name = "squares" if self.squared else "probability_sums"
-
-        def slopes(dloss: Tensor) -> dict[str, Tensor]:
-            dlosses = divide(dloss, total)
-            dnumerator = (dlosses if weight is None else dlosses * weight) / denominator
-            ddenominator = dnumerator * scores  # with the other sign, as dnumerator
-            dintersections = -dnumerator
-            if share != 0:
-                dintersections = torch.add(dintersections, ddenominator, alpha=share)
-            return {"intersections": dintersections, name: alpha * ddenominator}
-
         if self.gamma != 1:
             # Below 0 by rounding alone. Kept above 0, where the derivative of a power below 1 is ∞.
             mean = torch.where(mean <= 0, 0, mean.clamp(min=tiny) ** self.gamma)
-        return mean, slopes
+        return mean
 
 
 class CrossEntropyDice(MomentsLoss):
@@ -287,22 +266,12 @@ class CrossEntropyDice(MomentsLoss):
         both = Wanted(*map(operator.or_, self.cross_entropy.wanted(), self.dice.wanted()))
         return both._replace(correct=self.accuracy)
 
-    @property
-    def has_slopes(self) -> bool:
-        return self.cross_entropy.has_slopes and self.dice.has_slopes
-
-    def parts_and_slopes(
-        self, moments: SoftmaxMoments, logits: Tensor
-    ) -> dict[str, tuple[Tensor, Slopes | None]]:
+    def parts(self, moments: SoftmaxMoments, logits: Tensor) -> dict[str, Tensor]:
         parts = {}
         for loss, factor in ((self.cross_entropy, self.ce_weight), (self.dice, self.dice_weight)):
-            for name, part in loss.parts_and_slopes(moments, logits).items():
+            for name, part in loss.parts(moments, logits).items():
                 if name in parts:
                     expected = "parts of other names than the cross-entropy's"
                     fail("CrossEntropyDice", "dice", expected, name)
-                parts[name] = part if factor == 1 else _times(factor, *part)
+                parts[name] = part if factor == 1 else factor * part
         return parts
-
-
-def _times(factor: float, loss: Tensor, slopes: Slopes | None) -> tuple[Tensor, Slopes | None]:
-    return factor * loss, slopes and (lambda dloss: slopes(factor * dloss))

@@ -22,7 +22,7 @@ from .._checks import (
     savable,
 )
 from .._moments import Options, SoftmaxMoments, Wanted, statistics_dtype
-from .._ops.softmax_moments import Slopes, loss_of_moments, valid_pixels
+from .._ops.softmax_moments import moments_of, valid_pixels
 from .initialized_module import InitializedModule
 
 
@@ -161,22 +161,6 @@ class MomentsLoss(PixelLoss):
         ignore_index, align_corners, check_labels: as in `CrossEntropy`.
     """
 
-    def __init_subclass__(cls, **arguments: Any) -> None:
-        super().__init_subclass__(**arguments)
-        names = {"parts", "parts_and_slopes"}
-        defined = next(found for kind in cls.__mro__ if (found := names & vars(kind).keys()))
-        if defined == {"parts"}:  # the inherited slopes are of other parts
-            cls.parts = cls.parts  # those of a mixin are found in this class too
-            for name in ("parts_and_slopes", "has_slopes"):
-                setattr(cls, name, getattr(MomentsLoss, name))
-        elif defined == {"parts_and_slopes"}:
-
-            def parts(self: Any, moments: SoftmaxMoments, logits: Tensor) -> dict[str, Tensor]:
-                both = cls.parts_and_slopes(self, moments, logits)
-                return {name: part for name, (part, _) in both.items()}
-
-            cls.parts = parts
-
     def __init__(
         self,
         accuracy: bool = False,
@@ -197,20 +181,9 @@ class MomentsLoss(PixelLoss):
         """The statistics that the loss needs."""
         return Wanted(correct=self.accuracy, labels_out_of_range=True)
 
-    @property
-    def has_slopes(self) -> bool:
-        """Whether `parts_and_slopes` gives slopes: then the loss is one node of autograd."""
-        return False
-
     def parts(self, moments: SoftmaxMoments, logits: Tensor) -> dict[str, Tensor]:
         """The weighted parts of the loss, from the requested statistics."""
         raise NotImplementedError
-
-    def parts_and_slopes(
-        self, moments: SoftmaxMoments, logits: Tensor
-    ) -> dict[str, tuple[Tensor, Slopes | None]]:
-        """`parts`, each with its slopes in the statistics; None: autograd differentiates it."""
-        return {name: (part, None) for name, part in self.parts(moments, logits).items()}
 
     def loss(
         self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None
@@ -221,26 +194,15 @@ class MomentsLoss(PixelLoss):
         options = options._replace(
             ignore_index=self.ignored(logits), align_corners=self.align_corners
         )
-        last: list[Terms] = []
-
-        def arithmetic(moments: SoftmaxMoments) -> tuple[Tensor, Slopes | None]:
-            parts = self.parts_and_slopes(moments, logits)
-            values = {k: x.detach() if x.requires_grad else x for k, (x, _) in parts.items()}
-            counts, outside = moments.counts, moments.labels_out_of_range
-            assert outside is not None
-            last.append(Terms(values, labels.numel(), counts, outside, moments.correct))
-            (first, slopes), *others = parts.values()
-            if not others:
-                return first.clone(), slopes
-
-            def all_slopes(dloss: Tensor) -> dict[str, Tensor]:
-                return {k: x for _, part in parts.values() if part for k, x in part(dloss).items()}
-
-            return reduce(torch.add, (x for x, _ in others), first), all_slopes
-
-        slopes = self.has_slopes and not (pixel_weights is not None and pixel_weights.requires_grad)
-        arguments = type(self).__name__, logits, labels, options, self.wanted(), arithmetic
-        return loss_of_moments(*arguments, slopes=slopes, sigmoid=self.sigmoid), last[0]
+        arguments = type(self).__name__, logits, labels, options, self.wanted()
+        moments = moments_of(*arguments, sigmoid=self.sigmoid)
+        parts = self.parts(moments, logits)
+        values = {name: part.detach() for name, part in parts.items()}
+        assert moments.labels_out_of_range is not None
+        counts = moments.counts, moments.labels_out_of_range, moments.correct
+        first, *others = parts.values()
+        loss = reduce(torch.add, others, first) if others else first.clone()
+        return loss, Terms(values, labels.numel(), *counts)
 
     def _register_weight(self, weight: object, name: str = "weight") -> None:
         """Register the buffer `name`: None or a copy [K], float32 (float64 if it was that). The
