@@ -306,6 +306,27 @@ def test_checkpoint_of_the_head(reentrant: bool) -> None:
     check(plain, model, images().double(), rtol=1e-9, atol=1e-9)
 
 
+def test_checkpoint_of_the_loss() -> None:
+    """It is computed again after the mode of the forward has ended."""
+
+    class WithLoss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.classifier = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, K, 1)
+
+        def forward(self, x: Tensor, labels: Tensor) -> Any:
+            logits = self.classifier(up(self.body(x), scale_factor=2))
+            return checkpoint(ao.CrossEntropyDice(), logits, labels, use_reentrant=False)
+
+    model, x = WithLoss(), images()
+    labels = torch.randint(0, K, (2, 64, 96))
+    plain, _ = moved(model, x, labels)
+    for network in (plain, model):
+        network(x, labels).backward()
+    for expected, actual in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-4, atol=1e-6)
+
+
 class Between(Head):
     """A checkpoint, or torch.no_grad, around a part of the forward."""
 

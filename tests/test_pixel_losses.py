@@ -1,6 +1,8 @@
 """Pixel losses of a softmax: values, gradients and options, compared with torch."""
 
+import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -333,3 +335,90 @@ def test_the_other_loss_has_the_same_corners():
     ):
         pair = ao.CrossEntropyDice(**arguments)
         assert pair.cross_entropy.align_corners and pair.dice.align_corners
+
+
+def test_what_a_caller_changes_in_place_does_not_change_the_terms() -> None:
+    """The loss, and the terms that were returned."""
+    x, labels = torch.randn(2, 4, 3, 5, requires_grad=True), torch.randint(0, 4, (2, 6, 10))
+    for make in (ao.CrossEntropy, ao.Dice, ao.CrossEntropyDice, ao.Lovasz):
+        module = make()
+        before = module(x, labels).detach().clone()
+        loss = module(x, labels)
+        loss.mul_(3)
+        parts = [x for name, x in module.terms.items() if not name.startswith("labels")]
+        torch.testing.assert_close(torch.stack(parts).sum(), before)
+        terms = copy.deepcopy(module.terms)
+        for term in module.terms.values():
+            term += 1
+        module.terms.clear()
+        assert module.terms == terms
+
+
+@pytest.mark.on("cpu")
+def test_squares_above_probabilities(backend: str) -> None:
+    """With squared and alpha above beta a denominator may be below beta."""
+    p = torch.tensor([0.4375, 0.28125, 0.28125])
+    x = p.log().view(1, 3, 1, 1).requires_grad_()
+    for alpha, beta in ((2.0, 0.5), (1.0, 0.25), (1.0, 1.0)):
+        dice = ao.Dice(alpha=alpha, beta=beta, squared=True)
+        denominator = p[0] + alpha * (p[0] ** 2 - p[0]) + beta * (1 - p[0])
+        loss = dice(x, torch.zeros(1, 1, 1, dtype=torch.long))
+        torch.testing.assert_close(loss.detach(), 1 - p[0] / denominator)
+
+
+@pytest.mark.on("cpu")
+@pytest.mark.parametrize("base", [ao.CrossEntropy, ao.Dice, ao.CrossEntropyDice])
+def test_a_subclass_with_other_parts(base: Any, backend: str) -> None:
+    class Sum(base):
+        def parts(self, moments: ao.ops.SoftmaxMoments, logits: Tensor) -> Any:
+            return super().parts(moments, logits) | {"sum": moments.losses.sum()}
+
+    x, labels = torch.randn(2, 4, 3, 5, requires_grad=True), torch.randint(0, 4, (2, 6, 10))
+    loss = Sum()(x, labels)
+    expected = base()(x, labels) + ao.pixel_cross_entropy(x, labels, reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(value, x)[0] for value in (loss, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.on("cpu")
+def test_parts_of_a_mixin(backend: str) -> None:
+    """Also of a subclass of the class that has it."""
+
+    class Extra:
+        def parts(self, moments: ao.ops.SoftmaxMoments, logits: Tensor) -> Any:
+            more = {"sum": moments.losses.sum()}
+            return super().parts(moments, logits) | more  # pyright: ignore
+
+    class Mixed(Extra, ao.Dice):
+        pass
+
+    class Further(Mixed):
+        pass
+
+    x, labels = torch.randn(2, 4, 3, 5, requires_grad=True), torch.randint(0, 4, (2, 6, 10))
+    added = ao.pixel_cross_entropy(x, labels, reduction="sum")
+    for kind in (Mixed, Further):
+        torch.testing.assert_close(kind()(x, labels), ao.Dice()(x, labels) + added)
+    whole = ao.CrossEntropyDice(dice=Further())
+    torch.testing.assert_close(whole(x, labels), ao.CrossEntropyDice()(x, labels) + added)
+    assert {"ce", "dice", "sum"} < whole.terms.keys()
+
+    class Other(Extra, ao.CrossEntropy):
+        pass
+
+    with pytest.raises(ValueError, match="parts of other names than the cross-entropy's, got sum"):
+        ao.CrossEntropyDice(Other(), Further())(x, labels)
+
+
+@pytest.mark.on("cpu")
+def test_statistics_that_a_part_of_a_sum_needs(backend: str) -> None:
+    class Focus(ao.CrossEntropy):
+        def wanted(self) -> Any:
+            return super().wanted()._replace(correct=True)
+
+        def parts(self, moments: ao.ops.SoftmaxMoments, logits: Tensor) -> Any:
+            assert moments.correct is None  # the sum decides on the accuracy
+            return super().parts(moments, logits)
+
+    ao.CrossEntropyDice(Focus())(torch.randn(2, 4, 3, 5), torch.randint(0, 4, (2, 6, 10)))

@@ -333,14 +333,12 @@ def moments_of(
 
 def _requested(results: Sequence[Any], options: Options, wanted: Wanted) -> SoftmaxMoments:
     """The statistics that were requested, from the operator's results."""
-    by_name = Results(*results)._asdict()
-    del by_name["lse"]
-    return SoftmaxMoments(
-        **{
-            name: result if is_requested(name, options, wanted) else None
-            for name, result in by_name.items()
-        }
-    )
+    moments: dict[str, Any] = Results(*results)._asdict()
+    del moments["lse"]
+    for name in moments:
+        if not is_requested(name, options, wanted):
+            moments[name] = None
+    return SoftmaxMoments(**moments)
 
 
 def in_shape(moments: SoftmaxMoments, shape: Sequence[int]) -> SoftmaxMoments:

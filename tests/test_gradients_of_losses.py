@@ -1,0 +1,156 @@
+"""How a loss goes through autograd: what it saves, when that changes, checkpoints, modes of torch
+functions, compiled autograd."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo import compiled_autograd
+from torch.utils.checkpoint import checkpoint
+
+import anchorops as ao
+
+WEIGHT = torch.tensor([0.5, 0, 2, 1])
+LOSSES: dict[str, Any] = {
+    "mean": ao.pixel_cross_entropy,
+    "sum": lambda x, y: ao.pixel_cross_entropy(x, y, reduction="sum"),
+    "weights": ao.CrossEntropy(WEIGHT, accuracy=True),
+    "smoothing of hard pixels": ao.CrossEntropy(WEIGHT, label_smoothing=0.1, ohem_threshold=0.3),
+    "hardest pixels": ao.CrossEntropy(ohem_min_kept=9, focal_gamma=2.0),
+    "Dice": ao.Dice(),
+    "Dice of images": ao.Dice(weight=WEIGHT, per_image=True, absent="zero"),
+    "Tversky": ao.Dice(alpha=0.3, beta=0.6, smooth=0.5, smooth_denominator=1.0),
+    "squares": ao.Dice(squared=True),
+    "keep": ao.Dice(absent="keep", smooth=1.0),
+    "logarithms": ao.Dice(log=True),
+    "no false negatives": ao.Dice(alpha=1.0, beta=0.0),
+    "both": ao.CrossEntropyDice(
+        ao.CrossEntropy(WEIGHT), ao.Dice(per_image=True), ce_weight=0.7, dice_weight=0.2
+    ),
+}
+
+
+def inputs(*shape: int) -> tuple[Tensor, Tensor]:
+    """Logits, and labels of twice their size. Class 3 is absent."""
+    size = (shape[0], *(2 * n for n in shape[2:])) if len(shape) > 3 else shape[:1]
+    return torch.randn(shape, requires_grad=True), torch.randint(0, 3, size)
+
+
+@pytest.mark.on("cpu", "reference")
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("shape", [(2, 4, 3, 5), (1, 4, 2, 3, 2), (20, 4)], ids=str)
+def test_checkpoint_under_a_mode(name: str, shape: tuple, backend: str) -> None:
+    """torch.device, as a context manager, is a mode of torch functions. It has ended before the
+    backward pass."""
+    x, labels = inputs(*shape)
+    (expected,) = torch.autograd.grad(LOSSES[name](x, labels), x)
+    with torch.device("cpu"):
+        loss: Any = checkpoint(LOSSES[name], x, labels, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(loss, x)[0], expected)
+    assert expected.any()
+
+
+@pytest.mark.on("cpu", "simulated_triton")
+def test_compiled_autograd(backend: str) -> None:
+    """Of a loss whose forward pass was not compiled: one graph."""
+    x, labels = inputs(2, 4, 3, 5)
+    (expected,) = torch.autograd.grad(ao.CrossEntropyDice()(x, labels), x)
+    loss = ao.CrossEntropyDice()(x, labels)
+    torch._dynamo.reset()
+    compiler = torch.compile(backend="aot_eager", fullgraph=True)
+    with compiled_autograd._enable(compiler):
+        loss.backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
+BUFFERS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "labels": lambda x, labels: ao.CrossEntropy()(x, labels),
+    "pixel weights": lambda x, weights: ao.CrossEntropy()(x, LABELS, weights),
+    "teacher": lambda x, teacher: ao.pixel_kl_divergence(x, teacher, (6, 10)),
+}
+LABELS = torch.arange(120).view(2, 6, 10) % 5  # some are ignored
+VALUES = {
+    "labels": LABELS,
+    "pixel weights": LABELS / 4.0,
+    "teacher": torch.ones(2, 4, 3, 5).cumsum(1),
+}
+
+
+@pytest.mark.on("cpu", "simulated_triton")
+@pytest.mark.parametrize("name", BUFFERS)
+def test_a_buffer_that_is_filled_again_before_the_backward_pass(name: str, backend: str) -> None:
+    """autograd notices it. Of a buffer that was made under inference mode, where it could not, a
+    copy was saved."""
+    x, _ = inputs(2, 4, 3, 5)
+    (expected,) = torch.autograd.grad(BUFFERS[name](x, VALUES[name]), x)
+    buffer = VALUES[name].clone()
+    loss = BUFFERS[name](x, buffer)
+    buffer.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        buffer = VALUES[name].clone()
+    loss = BUFFERS[name](x, buffer)
+    with torch.inference_mode():
+        buffer.zero_()
+    assert torch.equal(torch.autograd.grad(loss, x)[0], expected)
+
+
+@pytest.mark.on("cpu")
+def test_batched_gradients(backend: str) -> None:
+    """torch.vmap runs the backward pass of a loss that it did not see."""
+    x, labels = inputs(2, 4, 3, 5)
+    loss = ao.CrossEntropyDice()(x, labels)
+    (one,) = torch.autograd.grad(loss, x, retain_graph=True)
+    factors = torch.tensor([1.0, -2.0])
+    (both,) = torch.autograd.grad(loss, x, factors, is_grads_batched=True)
+    torch.testing.assert_close(both, torch.stack([one, -2 * one]))
+
+
+@pytest.mark.on("cpu")
+@pytest.mark.parametrize("name", ["CrossEntropy", "Dice", "pixel_cross_entropy"])
+def test_weights_that_change_before_the_backward_pass(name: str, backend: str) -> None:
+    x, labels = inputs(2, 4, 3, 5)
+    weight, module = WEIGHT.clone(), None
+    if name != "pixel_cross_entropy":
+        module = getattr(ao, name)(WEIGHT) if name == "CrossEntropy" else ao.Dice(weight=WEIGHT)
+        weight = module.weight
+
+    def loss() -> Tensor:
+        return module(x, labels) if module else ao.pixel_cross_entropy(x, labels, weight=weight)
+
+    (expected,) = torch.autograd.grad(loss(), x)
+    last = loss()
+    weight.mul_(torch.tensor([3.0, 1, 1, 0.5]))
+    if name == "Dice":
+        module.alpha, module.beta, module.squared = 0.9, 0.2, True
+    assert torch.equal(torch.autograd.grad(last, x)[0], expected)
+
+
+@pytest.mark.on("cpu")
+@pytest.mark.parametrize("make", [ao.CrossEntropy, lambda w: ao.Dice(weight=w)], ids=["ce", "dice"])
+def test_weights_that_require_a_gradient(make: Any, backend: str) -> None:
+    x, labels = torch.randn(2, 4, 3, 5), torch.randint(0, 4, (2, 6, 10))
+    gradients = []
+    for name in ("cpu", "reference"):
+        module, leaf = make(WEIGHT), x.clone().requires_grad_()
+        module.weight.requires_grad_()
+        with ao.use_backend(name):
+            module(leaf, labels).backward()
+        gradients += [module.weight.grad, leaf.grad]
+    torch.testing.assert_close(gradients[:2], gradients[2:])
+
+
+@pytest.mark.on("cpu", "simulated_triton")
+def test_tensors_whose_values_are_not_in_memory(backend: str) -> None:
+    x, labels = inputs(2, 4, 3, 5)
+    negated = torch.complex(x, -x).conj().imag
+    assert negated.is_neg()
+    loss, expected = (ao.CrossEntropyDice()(logits, labels) for logits in (negated, x))
+    assert torch.equal(loss, expected)
+    (gradient,) = torch.autograd.grad(loss, x, retain_graph=True)
+    assert torch.equal(gradient, torch.autograd.grad(expected, x)[0])
+    # the gradient of sgn has no memory
+    assert not torch.autograd.grad(loss.sgn(), x)[0].any()
