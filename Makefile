@@ -11,7 +11,7 @@ BENCH ?= build/bench
 # versions of torch that must be able to load what `make setup` compiled. For other versions of
 # Python: make check-abi PYTHON=python3.13
 ABI_TORCHES ?= 2.10 2.11 2.13
-# of make check-torch: those of docs/stability.md
+# of make check-torch: those of docs/install.md
 TORCH ?= 2.10.0 2.12.1 2.14.1 2.15.0
 
 .PHONY: setup test check-torch check-nnunet check-ultralytics proofs faults barriers demo bench counted-memory kernels-report kernels-report-older lint format docs package check-abi clean

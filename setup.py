@@ -1,7 +1,7 @@
 """Compiles anchorops/_cpu.so (C++) and anchorops/_cuda.so (CUDA), if this machine has compilers.
 
 Both use LibTorch's stable ABI of torch 2.10 and do not link to Python, so one build is for several
-versions of both (docs/stability.md): the wheel's tag is py3-none-PLATFORM.
+versions of both (docs/install.md): the wheel's tag is py3-none-PLATFORM.
 Without a C++ compiler the package installs as pure Python. ANCHOROPS_CUDA=0 skips the CUDA library,
 ANCHOROPS_CUDA=1 requires it; TORCH_CUDA_ARCH_LIST selects its architectures.
 """

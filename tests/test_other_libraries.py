@@ -1,5 +1,5 @@
-"""docs/loss-map.md and docs/migration.md: the rows with code on both sides are evaluated as they
-are written there, and values and gradients are compared."""
+"""docs/loss-map.md: the rows with code on both sides are evaluated as they are written there, and
+values and gradients are compared."""
 
 import inspect
 import re
@@ -20,11 +20,8 @@ import anchorops as ao
 
 smp = pytest.importorskip("segmentation_models_pytorch", reason=NO_TORCHVISION).losses
 ROOT = Path(__file__).parents[1]
-PAGE, ARGUMENTS = ((ROOT / "docs" / name).read_text() for name in ("loss-map.md", "migration.md"))
-SECTIONS, SECTIONS_OF_ARGUMENTS = (
-    dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", page, re.M | re.S))
-    for page in (PAGE, ARGUMENTS)
-)
+PAGE = (ROOT / "docs/loss-map.md").read_text()
+SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S))
 KINDS = {"softmax": "multiclass", "one channel": "binary", "channels": "multilabel"}
 NUMBERS = {"a": 0.3, "b": 0.7, "e": 0.1, "g": 1.5, "n": 40, "r": 0.7, "s": 0.3, "t": 0.25}
 DISTANCES = torch.tensor([[abs(i - j) / 4 for j in range(5)] for i in range(5)])
@@ -32,7 +29,7 @@ DISTANCES = torch.tensor([[abs(i - j) / 4 for j in range(5)] for i in range(5)])
 
 def rows() -> Iterator[Any]:
     seen = set()
-    for section, text in (*SECTIONS.items(), *SECTIONS_OF_ARGUMENTS.items()):
+    for section, text in SECTIONS.items():
         for cells in re.findall(r"^\| (.+) \| `([^`]+)` \| `([^`]+)` \|$", text, re.M):
             kinds, theirs, ours = cells[0].rpartition(" | ")[2], *cells[1:]
             for kind in KINDS if kinds == "all" else kinds.split(", "):
@@ -125,7 +122,8 @@ def test_row(section: str, kind: str, theirs: str, ours: str, ratio: int):
 
 
 def documented_arguments(section: str) -> set[str]:
-    cells = re.findall(r"^\| ([^|]+) \|", SECTIONS_OF_ARGUMENTS[section], re.M)
+    table = SECTIONS[section].split("### Arguments")[1]
+    cells = re.findall(r"^\| ([^|]+) \|", table, re.M)
     return {name for cell in cells for name in re.findall(r"`(\w+)[`=]", cell)}
 
 
