@@ -41,15 +41,20 @@ struct DivergenceGradients {
   const Stat *lse, *teacher_lse;  // contiguous [B, H, W], of the forward pass
 };
 
+// Tiles of both models with the same labels, those of the student's tile.
+struct TwoTiles {
+  Tile student, teacher;
+};
+
 // The kernels of one instruction set.
 template <class Stat>
 struct DivergenceKernels {
-  // Writes the maps at the tile's labels. Returns the sum of their divergences.
-  double (*forward)(const Divergence<Stat>& divergence, const Tile& tile,
+  // Writes the maps at the tiles' labels. Returns the sum of their divergences.
+  double (*forward)(const Divergence<Stat>& divergence, const TwoTiles& tiles,
                     const DivergenceMaps<Stat>& maps);
 
   // Writes the tile of dlogits of the student.
-  void (*backward)(const Divergence<Stat>& divergence, const Tile& tile,
+  void (*backward)(const Divergence<Stat>& divergence, const TwoTiles& tiles,
                    const DivergenceGradients<Stat>& gradients, const Output<Stat>& output);
 };
 

@@ -110,15 +110,6 @@ class ModelRows {
   TwoRows<bool> ordinary_ = {};
 };
 
-// The tile of the teacher's logits that the labels of a student's tile read.
-template <class Stat>
-Tile tile_of_teacher(const Model<Stat>& teacher, Tile tile) {
-  const Axis<Stat>& columns = teacher.problem.columns;
-  tile.columns = {position(columns, tile.label_columns.begin).lower,
-                  position(columns, tile.label_columns.end - 1).lower + 1};
-  return tile;
-}
-
 template <class Mask>
 ALWAYS_INLINE bool any_lane(Mask mask) {
   if constexpr (std::is_same_v<Mask, Ints>) return any(mask);
@@ -127,18 +118,17 @@ ALWAYS_INLINE bool any_lane(Mask mask) {
   return result;
 }
 
-// Calls visit(y, count, columns, student, teacher) for up to DOWN rows of the tile's labels at a
+// Calls visit(y, count, columns, student, teacher) for up to DOWN rows of the tiles' labels at a
 // time, in chunks of columns, with the logits of both models there. Before the rows between two
 // rows of the student's logits it calls begin(the upper one, whether the chunk is another one
 // than before).
 template <class Stat, class Begin, class Visit>
-ALWAYS_INLINE void for_chunks(const Divergence<Stat>& divergence, const Tile& tile, Begin begin,
-                              Visit visit) {
-  const Range &rows = tile.label_rows, &columns = tile.label_columns;
+ALWAYS_INLINE void for_chunks(const Divergence<Stat>& divergence, const TwoTiles& tiles,
+                              Begin begin, Visit visit) {
+  const Range &rows = tiles.student.label_rows, &columns = tiles.student.label_columns;
   if (rows.begin >= rows.end || columns.begin >= columns.end) return;
-  ModelRows<Stat> student(divergence.student, tile, divergence);
-  ModelRows<Stat> teacher(divergence.teacher, tile_of_teacher(divergence.teacher, tile),
-                          divergence);
+  ModelRows<Stat> student(divergence.student, tiles.student, divergence);
+  ModelRows<Stat> teacher(divergence.teacher, tiles.teacher, divergence);
   for (int64_t first = rows.begin, end; first < rows.end; first = end) {
     const int64_t row = student.row_of(first);
     for (end = first + 1; end < rows.end && student.row_of(end) == row;) ++end;
@@ -256,13 +246,14 @@ struct PixelDivergences {
 };
 
 template <class Stat>
-double divergence_forward(const Divergence<Stat>& divergence, const Tile& tile,
+double divergence_forward(const Divergence<Stat>& divergence, const TwoTiles& tiles,
                           const DivergenceMaps<Stat>& maps) {
   using V = Simd<Stat>;
   using Vec = VecOf<Stat>;
   using Sums = DivergenceSums<Stat>;
   constexpr int L = LANES<Stat>;
   const Problem<Stat>& problem = divergence.student.problem;
+  const Tile& tile = tiles.student;
   const int64_t num_classes = problem.logits.layout.dim, line = divergence.line;
   double totals[L] = {};
   const auto add_rows = [&](int64_t y, int64_t rows, Range columns, const Between<Stat>& students,
@@ -322,20 +313,21 @@ double divergence_forward(const Divergence<Stat>& divergence, const Tile& tile,
       }
     }
   };
-  for_chunks(divergence, tile, [](int64_t, bool) {}, add_rows);
+  for_chunks(divergence, tiles, [](int64_t, bool) {}, add_rows);
   double total = 0;
   for (double part : totals) total += part;
   return total;
 }
 
 template <class Stat>
-void divergence_backward(const Divergence<Stat>& divergence, const Tile& tile,
+void divergence_backward(const Divergence<Stat>& divergence, const TwoTiles& tiles,
                          const DivergenceGradients<Stat>& gradients, const Output<Stat>& output) {
   using V = Simd<Stat>;
   using Vec = VecOf<Stat>;
   constexpr int L = LANES<Stat>;
   const Model<Stat>& model = divergence.student;
   const Problem<Stat>& problem = model.problem;
+  const Tile& tile = tiles.student;
   GradientLines<Stat> lines(model.columns);
   const int64_t line = divergence.line;
   const auto add_up = [&](int64_t row) {
@@ -430,7 +422,7 @@ void divergence_backward(const Divergence<Stat>& divergence, const Tile& tile,
       }
     }
   };
-  for_chunks(divergence, tile, begin, add_row_gradients);
+  for_chunks(divergence, tiles, begin, add_row_gradients);
   finish_lines();
   finish_until(std::min(tile.rows.end + 1, problem.logits.layout.height));
 }
