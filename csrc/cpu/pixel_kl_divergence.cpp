@@ -103,11 +103,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pixel_kl_divergence(
   };
   const Tensor total = new_zeros({}, stat);
   const Tensor divergences = by_pixel(with_divergences);
-  const Tensor lse = by_pixel(with_lse), teacher_lse = by_pixel(with_lse);
+  const Tensor totals = by_pixel(with_lse), teacher_totals = by_pixel(with_lse);
   const auto run = [&](auto of) {
     using Stat = decltype(of);
-    const DivergenceMaps<Stat> maps = {data_or_null<Stat>(divergences), data_or_null<Stat>(lse),
-                                       data_or_null<Stat>(teacher_lse)};
+    const DivergenceMaps<Stat> maps = {data_or_null<Stat>(divergences), data_or_null<Stat>(totals),
+                                       data_or_null<Stat>(teacher_totals)};
     const auto kernels = best_divergence_kernels<Stat>();
     std::vector<double> sums;
     const Arguments arguments = {logits, teacher_logits, valid,        height,
@@ -123,27 +123,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pixel_kl_divergence(
   };
   if (logits.size(0) * height * width > 0)
     dtype == ScalarType::Double ? run(double{}) : run(float{});
-  return {total, divergences, lse, teacher_lse};
+  return {total, divergences, totals, teacher_totals};
 }
 
 Tensor pixel_kl_divergence_backward(Tensor logits, Tensor teacher_logits,
-                                    std::optional<Tensor> valid, Tensor lse, Tensor teacher_lse,
-                                    std::optional<Tensor> dtotal,
+                                    std::optional<Tensor> valid, Tensor totals,
+                                    Tensor teacher_totals, std::optional<Tensor> dtotal,
                                     std::optional<Tensor> ddivergences, double temperature,
                                     bool align_corners) {
   Tensor dlogits = dense_like(logits);
   if (dlogits.numel() == 0) return dlogits;
-  if (lse.numel() == 0) return torch::stable::zero_(dlogits);
+  if (totals.numel() == 0) return torch::stable::zero_(dlogits);
   for_dtype(NAME, logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using Stat = StatOf<T>;
     const DivergenceGradients<Stat> gradients = {
         dtotal ? *dtotal->template const_data_ptr<Stat>() : Stat(0), map_of<Stat>(ddivergences),
-        lse.const_data_ptr<Stat>(), teacher_lse.const_data_ptr<Stat>()};
+        totals.const_data_ptr<Stat>(), teacher_totals.const_data_ptr<Stat>()};
     const Output<Stat> output = output_of<T>(dlogits);
     const auto kernels = best_divergence_kernels<Stat>();
-    const Arguments arguments = {logits,      teacher_logits, valid,        lse.size(1),
-                                 lse.size(2), temperature,    align_corners};
+    const Arguments arguments = {logits,         teacher_logits, valid,        totals.size(1),
+                                 totals.size(2), temperature,    align_corners};
     for_tiles<Stat>(arguments, true,
                     [&](const Divergence<Stat>& divergence, int64_t, const TwoTiles& tiles) {
                       kernels.backward(divergence, tiles, gradients, output);
