@@ -28,7 +28,7 @@ struct Arguments {
   bool align_corners;
 };
 
-// Calls visit(divergence, index of the tile, tile) for the tiles of the student's logits.
+// Calls visit(divergence, index of the tile, tiles) for the tiles of the student's logits.
 template <class Stat, class Visit>
 void for_tiles(const Arguments& arguments, bool backward, Visit visit) {
   const Layout layout = layout_of(arguments.logits),
@@ -44,10 +44,15 @@ void for_tiles(const Arguments& arguments, bool backward, Visit visit) {
     });
     return problem;
   };
-  int64_t labels = 1;
+  const auto tiles_at = [&](int64_t i) -> TwoTiles {
+    const Tile tile = tiles.tile(i, backward);
+    return {tile, teacher_tiles.tile_of_labels(tile)};
+  };
+  int64_t labels = 1, teacher_columns = 0;
   for (int64_t i = 0; i < tiles.per_image(); ++i) {
-    const Range columns = tiles.tile(i, backward).label_columns;
-    labels = std::max(labels, columns.end - columns.begin);
+    const auto [student, teacher] = tiles_at(i);
+    labels = std::max(labels, student.label_columns.end - student.label_columns.begin);
+    teacher_columns = std::max(teacher_columns, teacher.columns.end - teacher.columns.begin);
   }
   // six rows of a chunk, of all classes, fit into half of a cache of 1 MiB
   const int64_t most = std::clamp<int64_t>((1 << 14) / layout.dim, 16, 512);
@@ -63,7 +68,7 @@ void for_tiles(const Arguments& arguments, bool backward, Visit visit) {
     divergence.valid = map_of<bool>(arguments.valid);
     divergence.temperature = static_cast<Stat>(arguments.temperature);
     auto& [problem, packed, columns, teacher_rows] = divergence.teacher;
-    packed.stride = ceil_div(teacher_layout.width + 2, 16) * 16 + 16;
+    packed.stride = ceil_div(teacher_columns + 2, 16) * 16 + 16;
     const int64_t packed_row = layout.dim * packed.stride + 16;
     const int64_t rows = layout.dim * divergence.line;
     const std::unique_ptr<Stat[]> memory(
@@ -81,7 +86,7 @@ void for_tiles(const Arguments& arguments, bool backward, Visit visit) {
     }
     divergence.is_valid = take(4 * divergence.line);
     columns = {lower.data(), take(divergence.line), nullptr, nullptr};
-    for (int64_t i = first; i < last; ++i) visit(divergence, i, tiles.tile(i, backward));
+    for (int64_t i = first; i < last; ++i) visit(divergence, i, tiles_at(i));
   };
   for_items(tiles, tiles.count(), layout.dim, backward, false, run);
 }
@@ -98,50 +103,50 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pixel_kl_divergence(
   };
   const Tensor total = new_zeros({}, stat);
   const Tensor divergences = by_pixel(with_divergences);
-  const Tensor lse = by_pixel(with_lse), teacher_lse = by_pixel(with_lse);
+  const Tensor totals = by_pixel(with_lse), teacher_totals = by_pixel(with_lse);
   const auto run = [&](auto of) {
     using Stat = decltype(of);
-    const DivergenceMaps<Stat> maps = {data_or_null<Stat>(divergences), data_or_null<Stat>(lse),
-                                       data_or_null<Stat>(teacher_lse)};
+    const DivergenceMaps<Stat> maps = {data_or_null<Stat>(divergences), data_or_null<Stat>(totals),
+                                       data_or_null<Stat>(teacher_totals)};
     const auto kernels = best_divergence_kernels<Stat>();
-    std::vector<double> totals;
+    std::vector<double> sums;
     const Arguments arguments = {logits, teacher_logits, valid,        height,
                                  width,  temperature,    align_corners};
-    totals.resize(Tiles<Stat>(layout_of(logits), height, width, align_corners).count());
+    sums.resize(Tiles<Stat>(layout_of(logits), height, width, align_corners).count());
     for_tiles<Stat>(arguments, false,
-                    [&](const Divergence<Stat>& divergence, int64_t i, const Tile& tile) {
-                      totals[i] = kernels.forward(divergence, tile, maps);
+                    [&](const Divergence<Stat>& divergence, int64_t i, const TwoTiles& tiles) {
+                      sums[i] = kernels.forward(divergence, tiles, maps);
                     });
     double sum = 0;
-    for (const double part : totals) sum += part;
+    for (const double part : sums) sum += part;
     *total.mutable_data_ptr<Stat>() = static_cast<Stat>(sum);
   };
   if (logits.size(0) * height * width > 0)
     dtype == ScalarType::Double ? run(double{}) : run(float{});
-  return {total, divergences, lse, teacher_lse};
+  return {total, divergences, totals, teacher_totals};
 }
 
 Tensor pixel_kl_divergence_backward(Tensor logits, Tensor teacher_logits,
-                                    std::optional<Tensor> valid, Tensor lse, Tensor teacher_lse,
-                                    std::optional<Tensor> dtotal,
+                                    std::optional<Tensor> valid, Tensor totals,
+                                    Tensor teacher_totals, std::optional<Tensor> dtotal,
                                     std::optional<Tensor> ddivergences, double temperature,
                                     bool align_corners) {
   Tensor dlogits = dense_like(logits);
   if (dlogits.numel() == 0) return dlogits;
-  if (lse.numel() == 0) return torch::stable::zero_(dlogits);
+  if (totals.numel() == 0) return torch::stable::zero_(dlogits);
   for_dtype(NAME, logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using Stat = StatOf<T>;
     const DivergenceGradients<Stat> gradients = {
         dtotal ? *dtotal->template const_data_ptr<Stat>() : Stat(0), map_of<Stat>(ddivergences),
-        lse.const_data_ptr<Stat>(), teacher_lse.const_data_ptr<Stat>()};
+        totals.const_data_ptr<Stat>(), teacher_totals.const_data_ptr<Stat>()};
     const Output<Stat> output = output_of<T>(dlogits);
     const auto kernels = best_divergence_kernels<Stat>();
-    const Arguments arguments = {logits,      teacher_logits, valid,        lse.size(1),
-                                 lse.size(2), temperature,    align_corners};
+    const Arguments arguments = {logits,         teacher_logits, valid,        totals.size(1),
+                                 totals.size(2), temperature,    align_corners};
     for_tiles<Stat>(arguments, true,
-                    [&](const Divergence<Stat>& divergence, int64_t, const Tile& tile) {
-                      kernels.backward(divergence, tile, gradients, output);
+                    [&](const Divergence<Stat>& divergence, int64_t, const TwoTiles& tiles) {
+                      kernels.backward(divergence, tiles, gradients, output);
                     });
   });
   return dlogits;

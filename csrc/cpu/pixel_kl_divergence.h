@@ -27,29 +27,35 @@ struct Divergence {
   Stat temperature;
 };
 
-// For each pixel, contiguous [B, H, W], null if not requested. The lse are those of the shifted
-// logits (softmax_rows.h) divided by the temperature.
+// For each pixel, contiguous [B, H, W], null if not requested. The backward pass reads the sums of
+// e^(z / T) over the classes, z: the shifted logits (softmax_rows.h). They are 0 where the sum
+// would underflow: it is then computed again.
 template <class Stat>
 struct DivergenceMaps {
-  Stat *divergences, *lse, *teacher_lse;
+  Stat *divergences, *totals, *teacher_totals;
 };
 
 template <class Stat>
 struct DivergenceGradients {
   Stat dtotal;
   Map<Stat> ddivergences;
-  const Stat *lse, *teacher_lse;  // contiguous [B, H, W], of the forward pass
+  const Stat *totals, *teacher_totals;  // of the forward pass
+};
+
+// Tiles of both models with the same labels, those of the student's tile.
+struct TwoTiles {
+  Tile student, teacher;
 };
 
 // The kernels of one instruction set.
 template <class Stat>
 struct DivergenceKernels {
-  // Writes the maps at the tile's labels. Returns the sum of their divergences.
-  double (*forward)(const Divergence<Stat>& divergence, const Tile& tile,
+  // Writes the maps at the tiles' labels. Returns the sum of their divergences.
+  double (*forward)(const Divergence<Stat>& divergence, const TwoTiles& tiles,
                     const DivergenceMaps<Stat>& maps);
 
   // Writes the tile of dlogits of the student.
-  void (*backward)(const Divergence<Stat>& divergence, const Tile& tile,
+  void (*backward)(const Divergence<Stat>& divergence, const TwoTiles& tiles,
                    const DivergenceGradients<Stat>& gradients, const Output<Stat>& output);
 };
 

@@ -1,9 +1,9 @@
 // The vector kernels of pixel_kl_divergence. Included once per instruction set, in its namespace,
 // after the kernels of softmax moments.
 //
-// Logits are multiplied by log2(e) / T when they are packed, and upsampled along the row first.
-// Between two lines, 2^z is a geometric sequence down a column: up to DOWN rows of labels need two
-// powers.
+// Logits are upsampled along the row first. Between two lines, e^(z / T) is a geometric sequence
+// down a column: up to DOWN rows of labels need two powers. Exponents are z * log2(e) / T. If
+// logits are large, this product is rounded too much, so their shift is subtracted before.
 #pragma once
 
 #include "softmax_pixels.h"
@@ -30,6 +30,7 @@ template <class Stat>
 struct Between {
   const Stat *low, *high;
   Stat weight[DOWN] = {}, step = 0;  // of the lower row; from one row of labels to the next
+  Stat scale = 0;                    // log2(e) / T
   bool ordinary = false;             // logits are finite or -inf
 
   ALWAYS_INLINE VecOf<Stat> at(int64_t i, int row) const {
@@ -37,9 +38,12 @@ struct Between {
     const Stat w = weight[row];
     return w == 0 ? v : (1 - w) * v + w * Simd<Stat>::load(high + i);
   }
+  ALWAYS_INLINE VecOf<Stat> exponents(int64_t i, int row, VecOf<Stat> shift) const {
+    return scale * (at(i, row) - shift);
+  }
 };
 
-// The logits of a model, times log2(e) / T, at the labels of a chunk.
+// The logits of a model at the labels of a chunk.
 template <class Stat>
 class ModelRows {
  public:
@@ -71,35 +75,26 @@ class ModelRows {
                               : std::min(lower + 1, model_.problem.logits.layout.height - 1);
     between.low = need(lower);
     between.high = need(upper);
+    between.scale = Stat(1.4426950408889634) / divergence_.temperature;
     between.ordinary = ordinary_[lower] && ordinary_[upper];
     if (count > 1) between.step = (between.weight[count - 1] - between.weight[0]) / (count - 1);
     return between;
   }
 
  private:
-  using V = Simd<Stat>;
-
   const Stat* need(int64_t row) {
     Stat* rows = model_.rows[row];
     if (upsampled_[row] == row) return rows;
     upsampled_[row] = row;
-    pack(row);
+    if (packed_[row] != row) {
+      packed_[row] = row;
+      ordinary_[row] =
+          model_.problem.logits.pack_row(model_.problem.logits, tile_, row, model_.packed);
+    }
     for (int64_t k = 0; k < model_.problem.logits.layout.dim; ++k)
       columns_.upsample(model_.packed.rows[row] + k * model_.packed.stride,
                         rows + k * divergence_.line);
     return rows;
-  }
-
-  void pack(int64_t row) {
-    if (packed_[row] == row) return;
-    packed_[row] = row;
-    ordinary_[row] =
-        model_.problem.logits.pack_row(model_.problem.logits, tile_, row, model_.packed);
-    const Stat scale = Stat(1.4426950408889634) / divergence_.temperature;
-    Stat* packed = model_.packed.rows[row];
-    for (int64_t i = 0; i < model_.problem.logits.layout.dim * model_.packed.stride;
-         i += LANES<Stat>)
-      V::store(packed + i, V::load(packed + i) * scale);
   }
 
   const Model<Stat>& model_;
@@ -110,15 +105,6 @@ class ModelRows {
   TwoRows<bool> ordinary_ = {};
 };
 
-// The tile of the teacher's logits that the labels of a student's tile read.
-template <class Stat>
-Tile tile_of_teacher(const Model<Stat>& teacher, Tile tile) {
-  const Axis<Stat>& columns = teacher.problem.columns;
-  tile.columns = {position(columns, tile.label_columns.begin).lower,
-                  position(columns, tile.label_columns.end - 1).lower + 1};
-  return tile;
-}
-
 template <class Mask>
 ALWAYS_INLINE bool any_lane(Mask mask) {
   if constexpr (std::is_same_v<Mask, Ints>) return any(mask);
@@ -127,18 +113,17 @@ ALWAYS_INLINE bool any_lane(Mask mask) {
   return result;
 }
 
-// Calls visit(y, count, columns, student, teacher) for up to DOWN rows of the tile's labels at a
+// Calls visit(y, count, columns, student, teacher) for up to DOWN rows of the tiles' labels at a
 // time, in chunks of columns, with the logits of both models there. Before the rows between two
 // rows of the student's logits it calls begin(the upper one, whether the chunk is another one
 // than before).
 template <class Stat, class Begin, class Visit>
-ALWAYS_INLINE void for_chunks(const Divergence<Stat>& divergence, const Tile& tile, Begin begin,
-                              Visit visit) {
-  const Range &rows = tile.label_rows, &columns = tile.label_columns;
+ALWAYS_INLINE void for_chunks(const Divergence<Stat>& divergence, const TwoTiles& tiles,
+                              Begin begin, Visit visit) {
+  const Range &rows = tiles.student.label_rows, &columns = tiles.student.label_columns;
   if (rows.begin >= rows.end || columns.begin >= columns.end) return;
-  ModelRows<Stat> student(divergence.student, tile, divergence);
-  ModelRows<Stat> teacher(divergence.teacher, tile_of_teacher(divergence.teacher, tile),
-                          divergence);
+  ModelRows<Stat> student(divergence.student, tiles.student, divergence);
+  ModelRows<Stat> teacher(divergence.teacher, tiles.teacher, divergence);
   for (int64_t first = rows.begin, end; first < rows.end; first = end) {
     const int64_t row = student.row_of(first);
     for (end = first + 1; end < rows.end && student.row_of(end) == row;) ++end;
@@ -176,7 +161,7 @@ void read_valid(const Divergence<Stat>& divergence, int64_t image, int64_t y, Ra
 }
 
 // Sums over the classes of 2^s, 2^t and 2^t * (t - s), for one vector of pixels, where s and t are
-// the logits of student and teacher.
+// the exponents of student and teacher.
 template <class Stat>
 struct DivergenceSums {
   using Vec = VecOf<Stat>;
@@ -193,10 +178,14 @@ struct DivergenceSums {
     teacher += other.teacher;
     difference += other.difference;
   }
-  bool ordinary() const {
-    return !any_lane(~((student >= Stat(0x1p-40)) & (teacher >= Stat(0x1p-40))));
-  }
 };
+
+// Whether no lane's sums of powers are so small that terms may have underflowed, or NaN.
+template <class Vec>
+ALWAYS_INLINE bool ordinary(Vec student, Vec teacher) {
+  using Stat = std::remove_cvref_t<decltype(student[0])>;
+  return !any_lane(~((student >= Stat(0x1p-40)) & (teacher >= Stat(0x1p-40))));
+}
 
 // Adds all classes, in parts: sums of few terms have small rounding errors.
 template <class Stat, size_t ROWS, class Add>
@@ -208,20 +197,20 @@ ALWAYS_INLINE void add_classes(int64_t num_classes, DivergenceSums<Stat> (&sums)
   }
 }
 
-// 2^z of one class of one vector of pixels in the first row of labels, and the factor from row to
-// row. It underflows if `smallest` is below MIN_EXPONENT.
+// 2^exponent of one class of one vector of pixels in the first row of labels, and the factor from
+// row to row. It underflows if `smallest` is below MIN_EXPONENT.
 template <class Stat>
 struct Powers {
-  VecOf<Stat> z, change, power, factor, smallest;
+  VecOf<Stat> exponent, change, power, factor, smallest;
 
   ALWAYS_INLINE Powers(const Between<Stat>& rows, int64_t i) {
     const auto low = Simd<Stat>::load(rows.low + i), high = Simd<Stat>::load(rows.high + i);
     const auto down = high - low;
-    z = low + rows.weight[0] * down;
-    change = rows.step * down;
-    power = exp2<Stat>(z);
+    exponent = rows.scale * (low + rows.weight[0] * down);
+    change = (rows.scale * rows.step) * down;
+    power = exp2<Stat>(exponent);
     factor = exp2<Stat>(change);
-    smallest = low < high ? low : high;
+    smallest = rows.scale * (low < high ? low : high);
   }
 };
 
@@ -238,25 +227,37 @@ VecOf<Stat> largest_of(const Between<Stat>& rows, int64_t t, int row, int64_t nu
   return largest - largest == 0 ? largest : VecOf<Stat>{};
 }
 
-// The divergences of one vector of pixels, and their lse.
+// One vector of pixels in one row, without powers of other rows. The logits are relative to their
+// shifts. To find them takes a loop over the classes.
 template <class Stat>
-struct PixelDivergences {
-  VecOf<Stat> value = {}, lse = {}, teacher_lse = {};
+struct PixelSums {
+  VecOf<Stat> shift = {}, teacher_shift = {};
+  DivergenceSums<Stat> sums;
 
-  ALWAYS_INLINE PixelDivergences(const DivergenceSums<Stat>& sums, VecOf<Stat> shift,
-                                 VecOf<Stat> teacher_shift, Stat temperature) {
-    const auto log_student = log_of_sum(sums.student);
-    const auto log_ratio = log_of_sum(sums.student / sums.teacher);
-    const Stat ln_2 = 0.6931471805599453;
-    value = not_below_0(ln_2 * (sums.difference / sums.teacher) + log_ratio);
-    value = temperature * (temperature * value);
-    lse = log_student + ln_2 * shift;
-    teacher_lse = log_student - log_ratio + ln_2 * teacher_shift;
+  ALWAYS_INLINE PixelSums(const Between<Stat>& students, const Between<Stat>& teachers, int64_t t,
+                          int row, int64_t num_classes, int64_t line, bool shifted) {
+    if (shifted) {
+      shift = largest_of(students, t, row, num_classes, line);
+      teacher_shift = largest_of(teachers, t, row, num_classes, line);
+    }
+    DivergenceSums<Stat> all[1];
+    add_classes(num_classes, all, [&](int64_t k, DivergenceSums<Stat>(&some)[1]) INLINE_LAMBDA {
+      const int64_t i = k * line + t;
+      some[0].add(students.exponents(i, row, shift), teachers.exponents(i, row, teacher_shift));
+    });
+    sums = all[0];
   }
 };
 
 template <class Stat>
-double divergence_forward(const Divergence<Stat>& divergence, const Tile& tile,
+ALWAYS_INLINE VecOf<Stat> divergence_of(const DivergenceSums<Stat>& sums, Stat temperature) {
+  const auto log_ratio = log_of_sum(sums.student / sums.teacher);
+  const auto value = Stat(0.6931471805599453) * (sums.difference / sums.teacher) + log_ratio;
+  return temperature * (temperature * not_below_0(value));
+}
+
+template <class Stat>
+double divergence_forward(const Divergence<Stat>& divergence, const TwoTiles& tiles,
                           const DivergenceMaps<Stat>& maps) {
   using V = Simd<Stat>;
   using Vec = VecOf<Stat>;
@@ -264,12 +265,13 @@ double divergence_forward(const Divergence<Stat>& divergence, const Tile& tile,
   constexpr int L = LANES<Stat>;
   const Problem<Stat>& problem = divergence.student.problem;
   const int64_t num_classes = problem.logits.layout.dim, line = divergence.line;
-  double totals[L] = {};
+  const int64_t image = tiles.student.image;
+  double divergences[L] = {};
   const auto add_rows = [&](int64_t y, int64_t rows, Range columns, const Between<Stat>& students,
                             const Between<Stat>& teachers) INLINE_LAMBDA {
     const bool by_powers = rows > 2 && students.ordinary && teachers.ordinary;
     for (int64_t j = 0; j < rows; ++j)
-      read_valid(divergence, tile.image, y + j, columns, divergence.is_valid + j * line);
+      read_valid(divergence, image, y + j, columns, divergence.is_valid + j * line);
     for (int64_t t = 0; t < columns.end - columns.begin; t += L) {
       const int64_t count = std::min<int64_t>(L, columns.end - columns.begin - t);
       Sums sums[DOWN];
@@ -277,10 +279,11 @@ double divergence_forward(const Divergence<Stat>& divergence, const Tile& tile,
         add_classes(num_classes, sums, [&](int64_t k, Sums(&some)[DOWN]) INLINE_LAMBDA {
           const int64_t i = k * line + t;
           Powers<Stat> student_powers(students, i), teacher_powers(teachers, i);
-          Vec difference = teacher_powers.z - student_powers.z;
+          Vec difference = teacher_powers.exponent - student_powers.exponent;
           const Vec change = teacher_powers.change - student_powers.change;
           if (underflow(student_powers, teacher_powers)) {
-            for (int j = 0; j < rows; ++j) some[j].add(students.at(i, j), teachers.at(i, j));
+            for (int j = 0; j < rows; ++j)
+              some[j].add(students.exponents(i, j, Vec{}), teachers.exponents(i, j, Vec{}));
             return;
           }
           for (int j = 0; j < DOWN; ++j) {
@@ -294,52 +297,44 @@ double divergence_forward(const Divergence<Stat>& divergence, const Tile& tile,
         });
       for (int j = 0; j < rows; ++j) {
         const auto is_valid = V::load(divergence.is_valid + j * line + t) != 0;
-        Vec shift = {}, teacher_shift = {};
-        if (!by_powers || !sums[j].ordinary()) {
-          const auto directly = [&]() {
-            Sums row[1];
-            add_classes(num_classes, row, [&](int64_t k, Sums(&some)[1]) INLINE_LAMBDA {
-              const int64_t i = k * line + t;
-              some[0].add(students.at(i, j) - shift, teachers.at(i, j) - teacher_shift);
-            });
-            sums[j] = row[0];
-          };
-          if (!by_powers) directly();
-          if (!sums[j].ordinary()) {
-            shift = largest_of(students, t, j, num_classes, line);
-            teacher_shift = largest_of(teachers, t, j, num_classes, line);
-            directly();
-          }
-        }
-        const PixelDivergences<Stat> pixels(sums[j], shift, teacher_shift, divergence.temperature);
-        const Vec value = is_valid ? pixels.value : Vec{};
+        const auto sum_directly = [&](bool shifted) {
+          const PixelSums<Stat> pixels(students, teachers, t, j, num_classes, line, shifted);
+          sums[j] = pixels.sums;
+        };
+        if (!by_powers) sum_directly(false);
+        const bool steep = !ordinary(sums[j].student, sums[j].teacher);
+        if (steep) sum_directly(true);
+        const Vec value = is_valid ? divergence_of(sums[j], divergence.temperature) : Vec{};
         const int64_t at =
-            (tile.image * problem.rows.size + y + j) * problem.columns.size + columns.begin + t;
-        accumulate(totals, value);
+            (image * problem.rows.size + y + j) * problem.columns.size + columns.begin + t;
+        accumulate(divergences, value);
         if (maps.divergences) V::store(maps.divergences + at, value, count);
-        if (maps.lse) V::store(maps.lse + at, pixels.lse, count);
-        if (maps.teacher_lse) V::store(maps.teacher_lse + at, pixels.teacher_lse, count);
+        if (maps.totals) V::store(maps.totals + at, steep ? Vec{} : sums[j].student, count);
+        if (maps.teacher_totals)
+          V::store(maps.teacher_totals + at, steep ? Vec{} : sums[j].teacher, count);
       }
     }
   };
-  for_chunks(divergence, tile, [](int64_t, bool) {}, add_rows);
+  for_chunks(divergence, tiles, [](int64_t, bool) {}, add_rows);
   double total = 0;
-  for (double part : totals) total += part;
+  for (double part : divergences) total += part;
   return total;
 }
 
 template <class Stat>
-void divergence_backward(const Divergence<Stat>& divergence, const Tile& tile,
+void divergence_backward(const Divergence<Stat>& divergence, const TwoTiles& tiles,
                          const DivergenceGradients<Stat>& gradients, const Output<Stat>& output) {
   using V = Simd<Stat>;
   using Vec = VecOf<Stat>;
   constexpr int L = LANES<Stat>;
   const Model<Stat>& model = divergence.student;
   const Problem<Stat>& problem = model.problem;
+  const Tile& tile = tiles.student;
   GradientLines<Stat> lines(model.columns);
-  const int64_t line = divergence.line;
+  const int64_t num_classes = problem.logits.layout.dim, line = divergence.line;
+  const int64_t image = tile.image;
   const auto add_up = [&](int64_t row) {
-    for (int64_t k = 0; k < problem.logits.layout.dim; ++k) {
+    for (int64_t k = 0; k < num_classes; ++k) {
       Stat* values = divergence.gradients[row] + k * line;
       Stat* class_gradients = divergence.packed_gradients[row] + k * model.packed.stride;
       lines.for_sums(values, [&](int64_t j, Vec sums) INLINE_LAMBDA {
@@ -372,38 +367,43 @@ void divergence_backward(const Divergence<Stat>& divergence, const Tile& tile,
     Stat* low = divergence.gradients[row.lower];
     Stat* high = divergence.gradients[row.upper];
     for (int64_t j = 0; j < rows; ++j)
-      read_valid(divergence, tile.image, y + j, columns, divergence.is_valid + j * line);
+      read_valid(divergence, image, y + j, columns, divergence.is_valid + j * line);
     for (int64_t t = 0; t < columns.end - columns.begin; t += L) {
       const int64_t count = std::min<int64_t>(L, columns.end - columns.begin - t);
-      Vec gradient[DOWN] = {}, lse[DOWN] = {}, teacher_lse[DOWN] = {};
       Vec student_factor[DOWN] = {}, teacher_factor[DOWN] = {};
-      auto steep = Vec{} != Vec{};
+      Vec shift[DOWN] = {}, teacher_shift[DOWN] = {};
+      bool by_powers = rows > 2 && students.ordinary && teachers.ordinary;
       for (int j = 0; j < rows; ++j) {
         const auto is_valid = V::load(divergence.is_valid + j * line + t) != 0;
         const int64_t x = columns.begin + t;
-        const int64_t at = (tile.image * problem.rows.size + y + j) * problem.columns.size + x;
-        const Vec to_log2 = Vec{} + Stat(1.4426950408889634);
-        lse[j] = is_valid ? to_log2 * V::load(gradients.lse + at, count) : Vec{};
-        teacher_lse[j] = is_valid ? to_log2 * V::load(gradients.teacher_lse + at, count) : Vec{};
+        const int64_t at = (image * problem.rows.size + y + j) * problem.columns.size + x;
+        const Vec one = Vec{} + 1;
+        Vec total = is_valid ? V::load(gradients.totals + at, count) : one;
+        Vec teacher_total = is_valid ? V::load(gradients.teacher_totals + at, count) : one;
+        if (!ordinary(total, teacher_total)) {
+          const PixelSums<Stat> pixels(students, teachers, t, j, num_classes, line, true);
+          total = pixels.sums.student;
+          teacher_total = pixels.sums.teacher;
+          shift[j] = pixels.shift;
+          teacher_shift[j] = pixels.teacher_shift;
+          by_powers = false;
+        }
         const Vec dpixels =
-            gradients.dtotal + load_map(gradients.ddivergences, tile.image, y + j, x, count);
-        gradient[j] = is_valid ? divergence.temperature * dpixels : Vec{};
-        steep |= ~((lse[j] >= -40) & (teacher_lse[j] >= -40));
+            gradients.dtotal + load_map(gradients.ddivergences, image, y + j, x, count);
+        const Vec gradient = divergence.temperature * dpixels;
+        student_factor[j] = is_valid ? gradient / total : Vec{};
+        teacher_factor[j] = is_valid ? gradient / teacher_total : Vec{};
       }
-      const bool by_powers = rows > 2 && students.ordinary && teachers.ordinary && !any_lane(steep);
-      for (int j = 0; by_powers && j < rows; ++j) {
-        student_factor[j] = gradient[j] * exp2<Stat>(-lse[j]);
-        teacher_factor[j] = gradient[j] * exp2<Stat>(-teacher_lse[j]);
-      }
-      for (int64_t k = 0; k < problem.logits.layout.dim; ++k) {
+      for (int64_t k = 0; k < num_classes; ++k) {
         const int64_t i = k * line + t;
         Vec low_sum = V::load(low + i), high_sum = {};
         const auto by_rows = [&]() INLINE_LAMBDA {
           for (int j = 0; j < rows; ++j) {
-            const Vec q = exp2_of_any<Stat>(students.at(i, j) - lse[j]);
-            const Vec p = exp2_of_any<Stat>(teachers.at(i, j) - teacher_lse[j]);
+            const Vec q = student_factor[j] * exp2_of_any<Stat>(students.exponents(i, j, shift[j]));
+            const Vec p =
+                teacher_factor[j] * exp2_of_any<Stat>(teachers.exponents(i, j, teacher_shift[j]));
             const auto is_valid = V::load(divergence.is_valid + j * line + t) != 0;
-            const Vec dz = is_valid ? gradient[j] * (q - p) : Vec{};
+            const Vec dz = is_valid ? q - p : Vec{};
             low_sum += (1 - students.weight[j]) * dz;
             high_sum += students.weight[j] == 0 ? Vec{} : students.weight[j] * dz;
           }
@@ -430,7 +430,7 @@ void divergence_backward(const Divergence<Stat>& divergence, const Tile& tile,
       }
     }
   };
-  for_chunks(divergence, tile, begin, add_row_gradients);
+  for_chunks(divergence, tiles, begin, add_row_gradients);
   finish_lines();
   finish_until(std::min(tile.rows.end + 1, problem.logits.layout.height));
 }

@@ -129,6 +129,18 @@ class Tiles {
     return tile;
   }
 
+  // The columns that the labels of a tile of other logits read, without the last one.
+  Tile tile_of_labels(Tile tile) const {
+    const Axis<Stat> axis = columns_.axis();
+    const auto lower = [&](int64_t label) -> int64_t {
+      return axis.lower ? axis.lower[label] : label;
+    };
+    const Range& labels = tile.label_columns;
+    tile.columns = {0, 0};
+    if (labels.begin < labels.end) tile.columns = {lower(labels.begin), lower(labels.end - 1) + 1};
+    return tile;
+  }
+
  private:
   Layout layout_;
   Bilinear<Stat> rows_, columns_;
