@@ -136,16 +136,16 @@ class Dice(MomentsLoss):
     def has_slopes(self) -> bool:
         special = self.log or self.gamma != 1 or self.classes or self.process_group
         learnable = self.weight is not None and self.weight.requires_grad
-        return self._least_denominator > 0 and not special and not learnable
+        return self._is_above_0 and not special and not learnable
 
     @property
-    def _least_denominator(self) -> float:
-        """The denominator of a class with pixels is larger. 0 if it need not be above 0, or where
-        the statistics of a class without pixels may be NaN alone."""
+    def _is_above_0(self) -> bool:
+        """Whether the denominator of a class with pixels is above 0; not where the statistics of a
+        class without pixels may be NaN alone."""
         is_below_0_possible = self.squared and self.alpha > self.beta  # as explained for gamma
         if self.sigmoid or self.absent == "keep" or is_below_0_possible:
-            return 0
-        return min(self.beta + self.smooth_denominator, 1) / 2
+            return False
+        return self.beta + self.smooth_denominator > 0
 
     def parts_and_slopes(
         self, moments: SoftmaxMoments, logits: Tensor
@@ -170,17 +170,18 @@ class Dice(MomentsLoss):
             )
             if weight is not None:
                 weight = torch.stack([weight[k] for k in self.classes])
-        present = 1 if self.absent == "keep" else counts.clamp(max=1)
-        denominator = torch.add(intersections, sums - intersections, alpha=self.alpha)
-        denominator = torch.add(denominator, counts - intersections, alpha=self.beta)
+        present = 1 if self.absent == "keep" else counts.clamp(max=1).to(intersections.dtype)
+        # Not torch.add(…, alpha=…): torch.compile would compile again with each number.
+        denominator = intersections + self.alpha * (sums - intersections)
+        denominator = denominator + self.beta * (counts - intersections)
         numerator = intersections
         if self.smooth > 0:
-            numerator = torch.add(numerator, present, alpha=self.smooth)
+            numerator = numerator + self.smooth * present
         if self.smooth_denominator > 0:
             denominator = denominator + self.smooth_denominator
         # Before the division, because the derivative of a skipped score may be 0 · ∞.
-        if self._least_denominator > 0:
-            denominator = denominator.clamp(min=self._least_denominator)
+        if self._is_above_0:
+            denominator = denominator + (counts == 0)
         else:
             undefined = denominator <= 0  # false for NaN, which must not become a score of 0
             if self.absent != "keep":
