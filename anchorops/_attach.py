@@ -53,7 +53,9 @@ class Attachment:
         use_last: bool,
     ) -> None:
         self.regularizer, self.classifier_name = regularizer, classifier_name
-        self.classifier, self._use_last = classifier, use_last
+        self._use_last, self._checkpoint_hook = use_last, None
+        self._set_classifier(classifier)
+        self._channels_last = isinstance(classifier, nn.Linear)
         # The last run and its features, None after the call: a compiled forward reads whether there
         # is one, and would be compiled again for anything else.
         self._run: _Run | None = None
@@ -62,12 +64,12 @@ class Attachment:
         # input and output of the last dropout that may have run immediately before the classifier
         self._dropped: tuple[Tensor, Tensor] | None = None
         see = self._see_classifier
-        self._hooks = [classifier.register_forward_pre_hook(see, with_kwargs=True)]
-        if regularizer.replaces_classifier:
-            self._hooks.append(classifier.register_load_state_dict_pre_hook(self._see_checkpoint))
+        hooks = self._hooks = [classifier.register_forward_pre_hook(see, with_kwargs=True)]
         for dropout in _dropouts_before(model, classifier_name):
-            hook = dropout.register_forward_hook(self._see_dropout, with_kwargs=True)
-            self._hooks.append(hook)
+            hooks.append(dropout.register_forward_hook(self._see_dropout, with_kwargs=True))
+        # The dictionaries of hooks: without those of a layer that was replaced, its handle could
+        # not be copied.
+        self._places = [hook.__getstate__() for hook in hooks]
         # the regulariser is parent.child; an nn.Sequential would call it
         self._parent = classifier if isinstance(model, nn.Sequential) else model
         self._child = "regularizer"
@@ -75,6 +77,8 @@ class Attachment:
             self._child += "_"
         self._parent.add_module(self._child, regularizer)
         regularizer.attachment = self
+        for layer in regularizer.modules():
+            vars(layer)["qconfig"] = None  # torch.ao.quantization leaves it as it is
 
     def __call__(self, labels: Tensor) -> Tensor:
         """The loss on the features of the last training forward, a scalar.
@@ -87,7 +91,7 @@ class Attachment:
             ValueError: the labels do not match the features.
         """
         features = self._take_features()
-        if isinstance(self.classifier, nn.Linear):
+        if self._channels_last:
             features = features.movedim(-1, 1)
         return self._submodule(features, labels, self.classifier)
 
@@ -118,9 +122,10 @@ class Attachment:
         if not self._is_attached:
             return
         self.regularizer.uninstall(self.classifier)
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        for hook in (*self._hooks, self._checkpoint_hook):
+            if hook is not None:
+                hook.remove()
+        self._hooks = self._places = []
         delattr(self._parent, self._child)
         self.regularizer.attachment = None
         self.forget()
@@ -147,21 +152,38 @@ class Attachment:
     def _names(self) -> str:
         return " + ".join(method.__name__ for method in _methods(self.regularizer))
 
-    def _see_dropout(
-        self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
-    ) -> None:
+    def _set_classifier(self, classifier: nn.Module) -> None:
+        self.classifier = classifier
+        if self.regularizer.replaces_classifier:
+            if self._checkpoint_hook is not None:
+                self._checkpoint_hook.remove()
+            see = self._see_checkpoint
+            self._checkpoint_hook = classifier.register_load_state_dict_pre_hook(see)
+
+    # torch.ao.quantization registers the hooks of a layer that it replaces again, without
+    # with_kwargs.
+
+    def _see_dropout(self, module: nn.Module, args: tuple[Tensor, ...], *more: Any) -> None:
+        *kwargs, output = more
         if self._watches(module):
-            self._dropped = (*args, *kwargs.values())[0], output
+            self._dropped = _first(args, *kwargs), output
 
     def _see_classifier(
-        self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
+        self, module: nn.Module, args: tuple[Tensor, ...], *kwargs: dict[str, Tensor]
     ) -> None:
         if not self._watches(module):
             if not (recomputing() or torch.compiler.is_compiling()):
                 self._taken = False  # the classifier ran again, and no features were kept
             return
+        if module is not self.classifier:  # it was replaced
+            if self._parent is self.classifier:
+                raise RuntimeError(
+                    f"{type(self.regularizer).__name__}: layer {self.classifier_name}, of which it "
+                    "is a submodule, was replaced: first replace the layer, then attach"
+                )
+            self._set_classifier(module)
         self.regularizer.before_classifier(module)
-        features = given = (*args, *kwargs.values())[0]
+        features = given = _first(args, *kwargs)
         if self._dropped is not None and self._dropped[1] is features:
             features = self._dropped[0]
         self._dropped = None
@@ -187,7 +209,7 @@ class Attachment:
         exporting = getattr(torch.compiler, "_is_exporting_flag", False)
         if not module.training or not torch.is_grad_enabled() or exporting:
             return False
-        return not recomputing()
+        return self._is_attached and not recomputing()
 
     def _take_features(self) -> Tensor:
         if recomputing():
@@ -222,6 +244,11 @@ class Attachment:
             "attach, it never runs the hook: attach first, or call torch.compiler.reset() "
             "after attach"
         )
+
+
+def _first(args: tuple[Tensor, ...], kwargs: dict[str, Tensor] | None = None) -> Tensor:
+    """A layer's input."""
+    return (*args, *(kwargs or {}).values())[0]
 
 
 def _methods(regularizer: nn.Module) -> list[type]:

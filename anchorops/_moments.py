@@ -2,7 +2,6 @@
 which the schemas, the fake kernels and the saved tensors follow. C++ repeats it in
 csrc/cpu/softmax_moments.cpp."""
 
-import math
 from collections import namedtuple
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +12,13 @@ from torch import Tensor
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def as_scalar(number: float, logits: Tensor) -> Tensor:
+    """A number as operators take it: a tensor () on the logits' device, in the statistics' dtype.
+    For a float of a schema, torch.compile would compile again with each number, and also for that
+    of torch.full. It keeps an operand of a product variable."""
+    return torch.ones((), dtype=statistics_dtype(logits.dtype), device=logits.device) * number
 
 
 class ClassMoments(NamedTuple):
@@ -65,16 +71,29 @@ class Options(NamedTuple):
     true_weights, all_weights: a and v, both or none: [K], or of each image, [B, K]; of at least 0,
         in the statistics' dtype. Classes of v_k = 0 are left out of the sum over the classes.
     pixel_weights: ω, of the labels' shape and any strides, in the statistics' dtype.
-    min_loss: pixels of smaller −log p_y are not used in the losses; NaN is not smaller.
+    min_loss: pixels of smaller −log p_y are not used in the losses; NaN is not smaller. None: all
+        are used.
+    focal_gamma: γ above 0, or None for 0.
+
+    The operator takes the two numbers as tensors ().
     """
 
     true_weights: Tensor | None = None
     all_weights: Tensor | None = None
     pixel_weights: Tensor | None = None
-    min_loss: float = -math.inf
-    focal_gamma: float = 0.0
+    min_loss: Tensor | float | None = None
+    focal_gamma: Tensor | float | None = None
     ignore_index: int = 255
     align_corners: bool = False
+
+    def in_tensors(self, logits: Tensor) -> "Options":
+        """The options, of which numbers are tensors."""
+
+        def converted(x: Tensor | float | None) -> Tensor | None:
+            return x if x is None or isinstance(x, Tensor) else as_scalar(x, logits)
+
+        numbers = converted(self.min_loss), converted(self.focal_gamma)
+        return self._replace(min_loss=numbers[0], focal_gamma=numbers[1])
 
     def convert(
         self,
@@ -114,7 +133,12 @@ class Wanted(NamedTuple):
     labels_out_of_range: bool = False
 
 
-_TYPES = {Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool"}
+_TYPES = {
+    Tensor | None: "Tensor?",
+    Tensor | float | None: "Tensor?",
+    int: "SymInt",
+    bool: "bool",
+}
 _KINDS = {
     name: _TYPES[kind] for name, kind in (Options.__annotations__ | Wanted.__annotations__).items()
 }
@@ -136,21 +160,23 @@ def plain(options: Options) -> Options:
 
 def selects(options: Options) -> bool:
     """Whether pixels are used or not by their −log p_y."""
-    return options.min_loss > -math.inf
+    return options.min_loss is not None
 
 
 def is_unused(options: Options, label_losses: Tensor) -> Tensor:
     """Which pixels are not used, from their −log p_y."""
+    assert options.min_loss is not None
     return label_losses < options.min_loss
 
 
 def changes_losses(options: Options) -> bool:
     """Whether L is not just −log p_y."""
-    return options.true_weights is not None or selects(options) or options.focal_gamma > 0
+    given = options.true_weights, options.min_loss, options.focal_gamma
+    return any(x is not None for x in given)
 
 
 def counts_used(options: Options) -> bool:
-    return options.pixel_weights is not None or options.min_loss > -math.inf
+    return options.pixel_weights is not None or selects(options)
 
 
 class Result(NamedTuple):

@@ -10,7 +10,6 @@ Without these options a = 1, v = 0, γ = 0, min_loss = −∞, so L = c. A sum h
 pixel that is not used, or of ω = 0, adds nothing.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import triton
@@ -32,8 +31,8 @@ class LossOptions(NamedTuple):
     stride_b: int = 0
     sums_of_all_weights: Any = None  # V, float32 [], or [B] by stride_sum_b
     stride_sum_b: int = 0
-    min_loss: float | None = None
-    focal_gamma: float | None = None
+    min_loss: Any = None  # float32 []
+    focal_gamma: Any = None  # γ, float32 []
 
     @property
     def change_losses(self) -> bool:
@@ -43,14 +42,13 @@ class LossOptions(NamedTuple):
 def loss_options_of(options: Any) -> LossOptions:
     """From Options of _moments.py."""
     true_weights: Tensor | None = options.true_weights
-    min_loss = options.min_loss if options.min_loss > -math.inf else None
-    gamma = options.focal_gamma if options.focal_gamma > 0 else None
+    numbers = options.min_loss, options.focal_gamma
     if true_weights is None:
-        return LossOptions(min_loss=min_loss, focal_gamma=gamma)
+        return LossOptions(min_loss=numbers[0], focal_gamma=numbers[1])
     true_weights, all_weights = true_weights.contiguous(), options.all_weights.contiguous()
     strides = (true_weights.stride(0), 1) if true_weights.dim() == 2 else (0, 0)
     total = all_weights.sum(-1)
-    return LossOptions(true_weights, all_weights, strides[0], total, strides[1], min_loss, gamma)
+    return LossOptions(true_weights, all_weights, strides[0], total, strides[1], *numbers)
 
 
 @triton.jit
@@ -125,7 +123,7 @@ def is_used(z, lse, options):
     if options.min_loss is None:
         return True
     else:
-        return ~(lse - z < options.min_loss)
+        return ~(lse - z < tl.load(options.min_loss))
 
 
 @triton.jit
@@ -146,7 +144,7 @@ def _factor(c, options):
         series = 1 - c * (1 / n) * series
     x = tl.where(c < 0.25, c * series, 1 - e)
     x = tl.where(x < _SMALLEST, _SMALLEST, x)
-    return x, tl.exp2((options.focal_gamma - 1) * tl.log2(x)), e
+    return x, tl.exp2((tl.load(options.focal_gamma) - 1) * tl.log2(x)), e
 
 
 @triton.jit
@@ -177,7 +175,7 @@ def _slopes_of_loss(c, u, a, used, options):
     if options.focal_gamma is not None:
         x, power, e = _factor(c, options)
         by_u = x * power
-        growth = options.focal_gamma * power * (e * _smoothed(c, u, a, options))
+        growth = tl.load(options.focal_gamma) * power * (e * _smoothed(c, u, a, options))
         # for an infinite c, 0·∞; for c = 0, the derivative of a power of γ < 1 is infinite
         by_c = tl.where((e == 0) | (x == _SMALLEST), 0.0, growth) + by_u * a
     if options.min_loss is not None:

@@ -400,7 +400,7 @@ def _pixel_kl_divergence_kernel(
     ratios,
     teacher_ratios,
     tiles,
-    temperature,
+    temperature_ptr,  # float32 []
     CELLS: tl.constexpr,
     TEACHER_GRID: tl.constexpr,
     LANES: tl.constexpr,
@@ -419,6 +419,7 @@ def _pixel_kl_divergence_kernel(
     valid_map = PixelMap(valid_ptr, valid_b, valid_h, valid_w)
     valid = load_valid(valid_map, image, lanes, CELLS)
 
+    temperature = tl.load(temperature_ptr)
     lse, teacher_lse, values = _divergences(
         logits, teacher, lanes, lanes_of_teacher, valid, LOG2_E / temperature, CELLS, TEACHER_GRID
     )
@@ -448,7 +449,7 @@ def pixel_kl_divergence(
     valid: Tensor | None,
     height: int,
     width: int,
-    temperature: float,
+    temperature: Tensor,
     align_corners: bool,
     with_divergences: bool,
     with_lse: bool,

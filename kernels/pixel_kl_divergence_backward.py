@@ -121,7 +121,7 @@ def _pixel_kl_divergence_bwd_kernel(
     teacher_ratios,
     tiles_y,
     tiles_x,
-    temperature,
+    temperature_ptr,  # float32 []
     CELLS: tl.constexpr,
     TEACHER_GRID: tl.constexpr,
     TILE: tl.constexpr,
@@ -153,6 +153,7 @@ def _pixel_kl_divergence_bwd_kernel(
     if dtotal_ptr is not None:
         dtotal = tl.load(dtotal_ptr)
         factors = [x + dtotal for x in factors]
+    temperature = tl.load(temperature_ptr)
     factors = _of_valid([x * temperature for x in factors], valid, CELLS)
 
     slope = LOG2_E / temperature
@@ -214,7 +215,7 @@ def pixel_kl_divergence_backward(
     teacher_lse: Tensor,
     dtotal: Tensor | None,
     ddivergences: Tensor | None,
-    temperature: float,
+    temperature: Tensor,
     align_corners: bool,
 ) -> Tensor:
     """See _ops/pixel_kl_divergence.py. Its memory is that of softmax_moments_backward."""

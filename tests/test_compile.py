@@ -1,16 +1,21 @@
-"""torch.compile: losses and methods compile once for all batch sizes; inductor copies no outputs of
-convolutions. test_guarantees_of_torch.py compiles the operators."""
+"""torch.compile: losses and methods compile once for all batch sizes, and twice for all numbers;
+inductor copies no outputs of convolutions. A compiled package can be loaded.
+test_guarantees_of_torch.py compiles the operators."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from slow import slow_but
 from torch import Tensor
+from torch._inductor import aoti_compile_and_package, aoti_load_package
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
+from torch.export import ExportedProgram
 
 import anchorops as ao
 
@@ -71,6 +76,121 @@ def test_batch_sizes(name: str) -> None:
             if losses:  # predictions have no gradient
                 torch.stack(losses).sum().backward()
                 assert x.grad is not None and x.grad.isfinite().all()
+
+
+LOGITS, TEACHER, SIGMOID = (torch.randn(2, k, 5, 6, requires_grad=True) for k in (K, K, 1))
+LABELS, FEATURES = torch.randint(0, K, (2, 10, 12)), torch.randn(2, D, 5, 6, requires_grad=True)
+SHARES, POSITIVE, INTS = (0.2, 0.3, 0.6, 0.9), (0.5, 1.5, 3.0, 4.0), (251, 252, 253, 254)
+# Functions of a number, and the numbers.
+NUMBERS: dict[str, tuple[Callable[[Any], Tensor], Sequence[float]]] = {
+    "pixel_kl_divergence: temperature": (
+        lambda n: ao.pixel_kl_divergence(LOGITS, TEACHER, (10, 12), temperature=n),
+        POSITIVE,
+    ),
+    "pixel_argmax: threshold": (
+        lambda n: ao.pixel_argmax(LOGITS, (10, 12), sigmoid=True, threshold=n, confidence=True)[1],
+        SHARES,
+    ),
+    "pixel_cross_entropy: label_smoothing": (
+        lambda n: ao.pixel_cross_entropy(LOGITS, LABELS, label_smoothing=n),
+        SHARES,
+    ),
+    "pixel_cross_entropy: ignore_index": (
+        lambda n: ao.pixel_cross_entropy(LOGITS, LABELS, ignore_index=n),
+        INTS,
+    ),
+    "pixel_binary_cross_entropy: pos_weight": (
+        lambda n: ao.pixel_binary_cross_entropy(SIGMOID, LABELS, pos_weight=n),
+        POSITIVE,
+    ),
+    "pixel_confusion: ignore_index": (
+        lambda n: ao.pixel_confusion(LOGITS, LABELS, ignore_index=n),
+        INTS,
+    ),
+    "pixel_to_anchor_mse: ignore_index": (
+        lambda n: ao.pixel_to_anchor_mse(FEATURES, LABELS, ANCHORS, ignore_index=n),
+        INTS,
+    ),
+    "centroid_info_nce: temperature": (
+        lambda n: ao.ops.centroid_info_nce(ANCHORS, ANCHORS, temperature=n),
+        POSITIVE,
+    ),
+}
+# Modules with a number.
+MODULES: dict[str, tuple[Callable[[Any], Callable], Sequence[float]]] = {
+    "label_smoothing": (lambda n: ao.CrossEntropy(label_smoothing=n), SHARES),
+    "focal_gamma": (lambda n: ao.CrossEntropy(focal_gamma=n), POSITIVE),
+    "ohem_threshold": (lambda n: ao.CrossEntropy(ohem_threshold=n), SHARES),
+    "at least 9": (lambda n: ao.CrossEntropy(ohem_threshold=n, ohem_min_kept=9), SHARES),
+    "alpha": (lambda n: ao.Dice(alpha=n), POSITIVE),
+    "beta": (lambda n: ao.Dice(beta=n, absent="zero"), POSITIVE),
+    "smooth": (lambda n: ao.Dice(smooth=n), POSITIVE),
+    "smooth_denominator": (lambda n: ao.Dice(smooth_denominator=n, absent="keep"), POSITIVE),
+    "ce_weight": (lambda n: ao.CrossEntropyDice(ce_weight=n), POSITIVE),
+}
+
+
+def compiles_twice(function: Callable[[Any], Tensor], arguments: Sequence[Any]) -> None:
+    """Once for the first number, and once for all others. So do torch's formulas."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for i, argument in enumerate(arguments):
+        with torch._dynamo.config.patch(error_on_recompile=i > 1):
+            result = compiled(argument)
+        torch.testing.assert_close(result, function(argument))
+        if result.requires_grad:
+            result.backward()
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers(name: str) -> None:
+    function, numbers = NUMBERS[name]
+    compiles_twice(function, numbers)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_numbers_of_modules(name: str) -> None:
+    make, numbers = MODULES[name]
+    compiles_twice(lambda loss: loss(LOGITS, LABELS), [make(n) for n in numbers])
+
+
+class Exported(torch.nn.Module):
+    """Losses and predictions with each kind of option."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        hard = ao.CrossEntropy(ohem_threshold=0.7, focal_gamma=2.0, label_smoothing=0.1)
+        losses = ao.CrossEntropy(), hard, ao.CrossEntropyDice(), ao.Lovasz()
+        self.losses = torch.nn.ModuleList(losses)
+
+    def forward(self, logits: Tensor, teacher: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        size = labels.shape[1:]
+        losses = [loss(logits, labels) for loss in self.losses]
+        divergence = ao.pixel_kl_divergence(logits, teacher, size, temperature=2.0)
+        classes, confidence = ao.pixel_argmax(logits, size, confidence=True)
+        return torch.stack([*losses, divergence]), classes, confidence
+
+
+@torch.no_grad()
+def exported() -> tuple[ExportedProgram, tuple[Tensor, ...]]:
+    inputs = LOGITS.detach(), TEACHER.detach(), LABELS
+    return torch.export.export(Exported(), inputs), inputs
+
+
+def test_exported_operators_have_finite_arguments() -> None:
+    """Files of models are JSON, which has no infinite numbers."""
+    nodes = [x for x in exported()[0].graph.nodes if "anchorops" in str(x.target)]
+    assert len(nodes) > 6
+    numbers = [x for node in nodes for x in node.args if isinstance(x, float | int)]
+    assert numbers and all(map(isfinite, numbers))
+
+
+@pytest.mark.slow
+def test_compiled_package(tmp_path: Path) -> None:
+    program, inputs = exported()
+    path = aoti_compile_and_package(program, package_path=str(tmp_path / "losses.pt2"))
+    with torch.no_grad():
+        torch.testing.assert_close(aoti_load_package(path)(*inputs), Exported()(*inputs))
 
 
 @pytest.mark.slow

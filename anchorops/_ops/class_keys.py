@@ -41,7 +41,7 @@ def _class_keys_fake(
 define(
     "class_keys",
     "(Tensor labels, SymInt height, SymInt width, SymInt num_classes, bool per_image, "
-    "int ignore_index, ScalarType? class_dtype=None) -> (Tensor keys, Tensor counts)",
+    "SymInt ignore_index, ScalarType? class_dtype=None) -> (Tensor keys, Tensor counts)",
     _class_keys_fake,
     backends=CUDA_BACKENDS,
 )

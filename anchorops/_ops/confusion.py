@@ -33,7 +33,7 @@ def _fake(predictions: Tensor, labels: Tensor, num_classes: int, ignore_index: i
 # predictions int64, labels of any integer dtype: one shape of up to three axes, any strides.
 define(
     "confusion",
-    "(Tensor predictions, Tensor labels, SymInt num_classes, int ignore_index) -> Tensor",
+    "(Tensor predictions, Tensor labels, SymInt num_classes, SymInt ignore_index) -> Tensor",
     _fake,
 )
 

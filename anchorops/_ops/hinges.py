@@ -110,7 +110,7 @@ def _histograms_fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 # Bins are computed here in both passes: a compiled interpolate may round differently.
 define(
     "hinge_histograms",
-    "(Tensor logits, Tensor labels, int ignore_index, bool align_corners) -> (Tensor, Tensor)",
+    "(Tensor logits, Tensor labels, SymInt ignore_index, bool align_corners) -> (Tensor, Tensor)",
     _histograms_fake,
     backends=("reference",),
 )

@@ -115,9 +115,7 @@ def pixel_argmax(
     logits = logits.detach()
     shape = (*logits.shape[: 2 if sigmoid else 1], *size)
     images = logits.flatten(0, 1)[:, None] if sigmoid else logits
-    classes = _classes(
-        _minus(images, math.log(threshold) - math.log1p(-threshold)), size, align_corners, dtype
-    )
+    classes = _classes(_relative(images, threshold), size, align_corners, dtype)
     if not confidence:
         return classes.view(shape)
     options = Options(ignore_index=-1, align_corners=align_corners)
@@ -142,8 +140,13 @@ def _check_threshold(threshold: object, sigmoid: bool) -> float:
     return number
 
 
-def _minus(logits: Tensor, number: float) -> Tensor:
-    return logits if number == 0 else logits.to(statistics_dtype(logits.dtype)) - number
+def _relative(logits: Tensor, threshold: float) -> Tensor:
+    """The logits of a sigmoid, minus that of the threshold."""
+    if threshold == 0.5:
+        return logits
+    # not log1p: torch.compile would compile again with each number
+    level = (math.log2(threshold) - math.log2(1 - threshold)) * math.log(2)
+    return logits.to(statistics_dtype(logits.dtype)) - level
 
 
 def _classes(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_choice, check_pixels, check_pos_weight
-from .._moments import Options, Wanted, statistics_dtype
+from .._moments import Options, Wanted, as_scalar, statistics_dtype
 from .pixel_cross_entropy import label_weights, number_of_pixels, smoothed, weighted_loss
 from .softmax_moments import moments_of, valid_pixels, weighted
 
@@ -82,7 +82,7 @@ def class_weights(pos_weight: Tensor | float, logits: Tensor) -> Tensor:
     dtype."""
     dtype = statistics_dtype(logits.dtype)
     if not isinstance(pos_weight, Tensor):
-        pos_weight = torch.full((), pos_weight, dtype=dtype, device=logits.device)
+        pos_weight = as_scalar(pos_weight, logits)
     pos_weight = pos_weight.to(dtype)
     pos_weight = pos_weight if pos_weight.numel() > 1 else pos_weight.view(())
     return torch.stack([torch.ones_like(pos_weight), pos_weight], -1)

@@ -34,24 +34,27 @@ from .._checks import (
     savable,
     without_channel,
 )
-from .._moments import statistics_dtype
+from .._moments import as_scalar, statistics_dtype
 from .registration import Gradient, define, run
 
-# logits (B, K, h, w), teacher_logits (B, K, h', w'), valid bool (B, H, W), of any strides. Results
+# logits (B, K, h, w), teacher_logits (B, K, h', w'), valid bool (B, H, W), of any strides;
+# temperature (), of the results' dtype (why a tensor: as_scalar of _moments.py). Results
 # are float32, for float64 logits float64: total = Σ D is a scalar, the others are (B, H, W),
 # contiguous, or empty (0,) if they were not requested. lse and teacher_lse are for the backward
 # pass of the same backend, which may subtract one number from all logits of a pixel first. On the
 # CPU they are the sums of the exponentials.
 SCHEMA = (
     "(Tensor logits, Tensor teacher_logits, Tensor? valid, SymInt height, SymInt width, "
-    "float temperature, bool align_corners, bool with_divergences, bool with_lse) "
+    "Tensor temperature, bool align_corners, bool with_divergences, bool with_lse) "
     "-> (Tensor total, Tensor divergences, Tensor lse, Tensor teacher_lse)"
 )
 
 BACKWARD_SCHEMA = (
     "(Tensor logits, Tensor teacher_logits, Tensor? valid, Tensor lse, Tensor teacher_lse, "
-    "Tensor? dtotal, Tensor? ddivergences, float temperature, bool align_corners) -> Tensor"
+    "Tensor? dtotal, Tensor? ddivergences, Tensor temperature, bool align_corners) -> Tensor"
 )
+
+TENSORS = ("logits", "teacher_logits", "valid", "temperature")
 
 
 def forward_fake(
@@ -74,23 +77,25 @@ def forward_fake(
 def setup_context(ctx: Any, inputs: Any, results: Any) -> None:
     lse = results.lse, results.teacher_lse
     ctx.mark_non_differentiable(*lse)
-    ctx.save_for_backward(inputs.logits, inputs.teacher_logits, inputs.valid, *lse)
-    ctx.inputs = inputs._replace(logits=None, teacher_logits=None, valid=None)
+    tensors = {name: getattr(inputs, name) for name in TENSORS}
+    ctx.save_for_backward(*tensors.values(), *lse)
+    ctx.inputs = inputs._replace(**dict.fromkeys(TENSORS))
 
 
 def backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
-    inputs = ctx.inputs
+    *tensors, lse, teacher_lse = ctx.saved_tensors
+    inputs = ctx.inputs._replace(**dict(zip(TENSORS, tensors, strict=True)))
     # The gradient of an absent (empty) output is an empty tensor, not None.
     ddivergences = grads.divergences if inputs.with_divergences else None
     if not ctx.needs.logits or (grads.total is None and ddivergences is None):
         return {}
-    *tensors, lse, teacher_lse = ctx.saved_tensors
     if not inputs.with_lse:
         # torch.vmap and traces without gradients hide that a gradient will be requested
         again = inputs._replace(with_divergences=False, with_lse=True)
-        _, _, lse, teacher_lse = ctx.forward(*tensors, *again[len(tensors) :])
+        _, _, lse, teacher_lse = ctx.forward(*again)
+    images = inputs.logits, inputs.teacher_logits, inputs.valid
     options = inputs.temperature, inputs.align_corners
-    dlogits = operator(*tensors, lse, teacher_lse, grads.total, ddivergences, *options)
+    dlogits = operator(*images, lse, teacher_lse, grads.total, ddivergences, *options)
     return {"logits": dlogits}
 
 
@@ -209,7 +214,7 @@ def pixel_kl_divergence(
         teacher_logits.detach(),
         valid,
         *size,
-        temperature,
+        as_scalar(temperature, logits),
         align_corners,
         reduction == "none",
         logits.requires_grad and torch.is_grad_enabled(),

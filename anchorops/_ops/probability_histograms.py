@@ -40,7 +40,7 @@ def _backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
 
 define(
     "probability_histograms",
-    "(Tensor logits, Tensor labels, int bins, int ignore_index, bool align_corners) -> Tensor",
+    "(Tensor logits, Tensor labels, int bins, SymInt ignore_index, bool align_corners) -> Tensor",
     _histograms_fake,
     any_strides=True,
 )
@@ -56,13 +56,13 @@ for name, backends, gradients in (
 ):
     define(
         name,
-        "(Tensor loss, Tensor logits, Tensor labels, Tensor slopes, int ignore_index, "
+        "(Tensor loss, Tensor logits, Tensor labels, Tensor slopes, SymInt ignore_index, "
         "bool align_corners) -> Tensor value",
         like_the_first,
         backends=backends,
         gradient=Gradient(
-            "(Tensor logits, Tensor labels, Tensor slopes, int ignore_index, bool align_corners) "
-            "-> Tensor",
+            "(Tensor logits, Tensor labels, Tensor slopes, SymInt ignore_index, "
+            "bool align_corners) -> Tensor",
             _setup_context,
             _backward,
             function="Lovasz",

@@ -19,7 +19,6 @@ Logits of one channel are those of a sigmoid: the classes are 0 and 1, and z = (
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -124,7 +123,7 @@ def _dpixel_weights(
 ) -> Tensor:
     """dω of all pixels."""
     num_classes = max(logits.shape[1], 2)
-    of_all = options._replace(pixel_weights=None, min_loss=-math.inf)
+    of_all = options._replace(pixel_weights=None, min_loss=None)
     losses = again(of_all, Wanted(pixel_losses=True)).pixel_losses
     used = valid_pixels(labels, num_classes, options.ignore_index)
     if selects(options):
@@ -300,6 +299,8 @@ def moments_of(
     backend = select(function, images, images.shape[1], called=("softmax_moments",))
     if backend != "cpu":
         images = two_classes(images)
+    if backend != "reference":
+        options = options.in_tensors(images)
     if images.requires_grad and torch.is_grad_enabled() and reads_lse(backend, images):
         wanted = wanted._replace(with_lse=True)
     of_images = wanted._replace(per_image=True) if sigmoid else wanted

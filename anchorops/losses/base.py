@@ -61,7 +61,8 @@ def linear_weight(function: str, classifier: object, num_classes: int, dim: int)
         weight, bias = getattr(classifier, "weight", None), getattr(classifier, "bias", None)
     expected = f"a module or weight [{num_classes}, {dim}] or [{num_classes}, {dim}, 1, 1]"
     if not isinstance(weight, Tensor):
-        fail(function, "classifier", expected, describe(classifier))
+        quantised = " that is not quantised: call detach() before quantisation" * callable(weight)
+        fail(function, "classifier", expected + quantised, describe(classifier))
     if weight.dim() not in (2, 3, 4) or weight.shape[:2] != (num_classes, dim):
         fail(function, "classifier", expected, describe(weight))
     if hasattr(weight, "placements"):

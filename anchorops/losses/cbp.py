@@ -59,6 +59,14 @@ def _replaced_parameters(
     return weight, parameters.get("bias")
 
 
+def _weight_of(classifier: nn.Module) -> Tensor:
+    weight = classifier.weight
+    if not isinstance(weight, Tensor):
+        expected = "a weight that is not quantised: call detach() before quantisation"
+        fail("CBP", "classifier", expected, describe(classifier))
+    return weight
+
+
 class CBP(Regularizer):
     """Replaces the classifier's weight by `category_basis`, without a bias, and freezes it.
 
@@ -82,7 +90,8 @@ class CBP(Regularizer):
             change the weight in place when the next training forward begins. Therefore they need
             `attach` (without it a call warns), and a backward pass after each forward, before the
             next one. With "frozen" and "ema" the weight is a buffer of the classifier, which FSDP
-            does not shard. With "penalty" it must not be sharded: the first forward raises
+            does not shard, and for which torch.ao.quantization.prepare_qat raises TypeError: call
+            it before `attach`. With "penalty" it must not be sharded: the first forward raises
             ValueError.
         momentum: for "ema", w ← momentum·w + (1 − momentum)·centroid on present classes.
         ignore_index, process_group, check_labels: as in `Regularizer`; without a
@@ -160,10 +169,10 @@ class CBP(Regularizer):
     def uninstall(self, classifier: nn.Module) -> None:
         """Restore the weight and bias that the classifier had before `install`. Called again, it
         does nothing."""
-        weight, replaced = classifier.weight, self._replaced
+        replaced = self._replaced
         if replaced is None:
             return
-        assert isinstance(weight, Tensor)
+        weight = _weight_of(classifier)
         if hasattr(weight, "placements"):
             expected = "a weight that is not sharded: call detach() on a model before fully_shard"
             fail("CBP", "classifier", expected, "a DTensor")
@@ -202,8 +211,7 @@ class CBP(Regularizer):
     @torch.no_grad()
     def before_classifier(self, classifier: nn.Module) -> None:
         self._moves_rows = True
-        weight = classifier.weight
-        assert isinstance(weight, Tensor)
+        weight = _weight_of(classifier)
         if self.update == "penalty":
             assert self.length is not None
             if self._replaced is None or weight is not self._replaced.weight:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_int, check_number, check_share
-from .._moments import Options, SoftmaxMoments, Wanted, statistics_dtype
+from .._moments import Options, SoftmaxMoments, Wanted, as_scalar, statistics_dtype
 from .._ops.kth_largest import kth_largest
 from .._ops.pixel_cross_entropy import (
     label_weights,
@@ -58,20 +58,23 @@ class BaseCrossEntropy(MomentsLoss):
 
     def options(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Options:
         weight = self.class_weight(logits)
-        min_loss = -math.inf if self.ohem_threshold is None else -math.log(self.ohem_threshold)
+        min_loss = None
+        if self.ohem_threshold is not None:
+            # not log: torch.compile would compile again with each number
+            min_loss = -math.log2(self.ohem_threshold) * math.log(2)
         if self.ohem_min_kept is not None:
             with torch.no_grad():  # Dynamo of torch 2.14 does not inline a decorated method in vmap
                 used = self._largest(logits, labels, pixel_weights, weight, min_loss)
             ones = used.new_ones((), dtype=statistics_dtype(logits.dtype))
             pixel_weights = torch.where(used, ones if pixel_weights is None else pixel_weights, 0)
-            min_loss = -math.inf  # pixels of smaller losses may be used
+            min_loss = None  # pixels of smaller losses may be used
         true_weights, all_weights = self.smoothed(weight, logits)
         return Options(
             true_weights=true_weights,
             all_weights=all_weights,
             pixel_weights=pixel_weights,
             min_loss=min_loss,
-            focal_gamma=self.focal_gamma,
+            focal_gamma=self.focal_gamma if self.focal_gamma > 0 else None,
         )
 
     def parts(self, moments: SoftmaxMoments, logits: Tensor) -> dict[str, Tensor]:
@@ -90,7 +93,7 @@ class BaseCrossEntropy(MomentsLoss):
         labels: Tensor,
         pixel_weights: Tensor | None,
         weight: Tensor | None,
-        min_loss: float,
+        min_loss: float | None,
     ) -> Tensor:
         """Which pixels have one of the ohem_min_kept largest −log p_y, or at least min_loss:
         bool, the labels' shape. Any value where the label is ignored or its class has weight 0."""
@@ -105,8 +108,8 @@ class BaseCrossEntropy(MomentsLoss):
             valid = self.valid(logits, labels)
             ce = torch.where(label_weights(labels, weight, valid) == 0, 0, ce)
         bound = kth_largest(ce, self.ohem_min_kept)
-        if min_loss > -math.inf:
-            bound = bound.clamp(max=min_loss)
+        if min_loss is not None:
+            bound = bound.minimum(as_scalar(min_loss, ce))
         used = ~(ce < bound)  # includes NaN
         return used if pixel_weights is None else used & (pixel_weights != 0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,17 +162,19 @@ class Dice(MomentsLoss):
             )
             if weight is not None:
                 weight = torch.stack([weight[k] for k in self.classes])
-        # o + α·(m − o) + β·(c − o), with c at least 1, which changes classes without pixels alone
+        # o + α·(m − o) + β·(c − o), with c at least 1, which changes classes without pixels alone.
+        # Not torch.add(…, alpha=…): torch.compile would compile again with each number.
+        counts = counts.to(sums.dtype)
         sizes = counts.clamp(min=1) if self._is_defined else counts
-        denominator = torch.add(self.alpha * sums, sizes, alpha=self.beta)
-        if (share := 1 - self.alpha - self.beta) != 0:
-            denominator = torch.add(denominator, intersections, alpha=share)
+        denominator = self.alpha * sums + self.beta * sizes
+        if self.alpha + self.beta != 1:
+            denominator = denominator + (1 - self.alpha - self.beta) * intersections
         if self.smooth_denominator > 0:
             denominator = denominator + self.smooth_denominator
-        present = 1 if self.absent == "keep" else counts.clamp(max=1)
+        present: Any = 1 if self.absent == "keep" else counts.clamp(max=1)
         numerator = intersections
         if self.smooth > 0:
-            numerator = torch.add(numerator, present, alpha=self.smooth)
+            numerator = numerator + self.smooth * present
         # Before the division, because the derivative of a skipped score may be 0 · ∞.
         if not self._is_defined:
             undefined = denominator <= 0  # false for NaN, which must not become a score of 0
@@ -182,10 +185,9 @@ class Dice(MomentsLoss):
         scores = numerator / denominator
         tiny = torch.finfo(scores.dtype).tiny
         losses = present * -scores.clamp(min=tiny).log() if self.log else present - scores
-        counted = present if isinstance(present, Tensor) and self.absent == "skip" else None
-        counted = torch.ones_like(counts) if counted is None else counted
+        counted = present if self.absent == "skip" else torch.ones_like(counts)
         if weight is None:  # exact: fewer than 2^24 numbers
-            total = counted.sum(dtype=losses.dtype).clamp(min=1), None
+            total = counted.sum().clamp(min=1), None
         else:
             losses, counted = losses * weight, counted * weight
             total = divisor_or_0(fixed_order_sum(counted))

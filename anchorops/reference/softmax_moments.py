@@ -57,7 +57,7 @@ def softmax_moments(
         # By selection, because 0 · ∞ would be NaN.
         others = torch.where(v == 0, 0, v * (all_lse[:, None] - z))
         losses = torch.where(a == 0, 0, a * losses) + others.sum(1)
-    if options.focal_gamma > 0:
+    if options.focal_gamma is not None:
         finite = label_losses.isfinite()  # where not, the factor is 1 and has no derivative
         miss = -torch.expm1(-torch.where(finite, label_losses, 1))
         # Kept above 0, where the derivative of a power below 1 is infinite.

@@ -24,7 +24,7 @@ struct Arguments {
   const Tensor &logits, &teacher_logits;
   const std::optional<Tensor>& valid;
   int64_t height, width;
-  double temperature;
+  const Tensor& temperature;  // []
   bool align_corners;
 };
 
@@ -66,7 +66,7 @@ void for_tiles(const Arguments& arguments, bool backward, Visit visit) {
     divergence.chunk = ceil_div(ceil_div(labels, chunks), 16) * 16;
     divergence.line = divergence.chunk + 16;
     divergence.valid = map_of<bool>(arguments.valid);
-    divergence.temperature = static_cast<Stat>(arguments.temperature);
+    divergence.temperature = *arguments.temperature.const_data_ptr<Stat>();
     auto& [problem, packed, columns, teacher_rows] = divergence.teacher;
     packed.stride = ceil_div(teacher_columns + 2, 16) * 16 + 16;
     const int64_t packed_row = layout.dim * packed.stride + 16;
@@ -93,7 +93,7 @@ void for_tiles(const Arguments& arguments, bool backward, Visit visit) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> pixel_kl_divergence(
     Tensor logits, Tensor teacher_logits, std::optional<Tensor> valid, int64_t height,
-    int64_t width, double temperature, bool align_corners, bool with_divergences, bool with_lse) {
+    int64_t width, Tensor temperature, bool align_corners, bool with_divergences, bool with_lse) {
   const ScalarType dtype = logits.scalar_type();
   const ScalarType stat = statistics_dtype(dtype);
   const auto by_pixel = [&](bool requested) {
@@ -129,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pixel_kl_divergence(
 Tensor pixel_kl_divergence_backward(Tensor logits, Tensor teacher_logits,
                                     std::optional<Tensor> valid, Tensor totals,
                                     Tensor teacher_totals, std::optional<Tensor> dtotal,
-                                    std::optional<Tensor> ddivergences, double temperature,
+                                    std::optional<Tensor> ddivergences, Tensor temperature,
                                     bool align_corners) {
   Tensor dlogits = dense_like(logits);
   if (dlogits.numel() == 0) return dlogits;

@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <array>
-#include <limits>
 #include <numeric>
 #include <optional>
 #include <tuple>
@@ -54,13 +53,10 @@ struct Results {
 
 // Options of anchorops/_moments.py, in its order.
 struct Options {
-  std::optional<Tensor> true_weights, all_weights, pixel_weights;
-  double min_loss, focal_gamma;
+  std::optional<Tensor> true_weights, all_weights, pixel_weights, min_loss, focal_gamma;
   int64_t ignore_index;
   bool align_corners, per_image, correct, probability_sums, squares, pixel_losses, with_lse,
       labels_out_of_range;
-
-  bool has_min_loss() const { return min_loss > -std::numeric_limits<double>::infinity(); }
 };
 
 // Contiguous weights of the classes, and the sums of all_weights: what LossOptions points to.
@@ -93,9 +89,9 @@ LossOptions<Stat> loss_options(const Options& options, const ClassWeights<Stat>&
     result.sums_of_all_weights = weights.sums.data();
     result.stride_b = weights.true_weights->dim() == 2 ? weights.true_weights->stride(0) : 0;
   }
-  result.min_loss = static_cast<Stat>(options.min_loss);
-  result.focal_gamma = static_cast<Stat>(options.focal_gamma);
-  result.plain = !weights.true_weights && !options.has_min_loss() && options.focal_gamma == 0;
+  if (options.min_loss) result.min_loss = *options.min_loss->const_data_ptr<Stat>();
+  if (options.focal_gamma) result.focal_gamma = *options.focal_gamma->const_data_ptr<Stat>();
+  result.plain = !weights.true_weights && !options.min_loss && !options.focal_gamma;
   result.pixel_weights = map_of<Stat>(options.pixel_weights);
   return result;
 }
@@ -200,7 +196,7 @@ Results softmax_moments(const Tensor& logits, const Tensor& labels, const Option
       .lse = by_pixel(options.with_lse),
       .counts = by_class(true, ScalarType::Long),
       .correct = by_class(options.correct, ScalarType::Long),
-      .used = by_class(weighted || options.has_min_loss(), weighted ? stat : ScalarType::Long),
+      .used = by_class(weighted || options.min_loss, weighted ? stat : ScalarType::Long),
       .divisor = new_empty({}, ScalarType::Long),
       .labels_out_of_range =
           options.labels_out_of_range ? new_zeros({}, ScalarType::Long) : absent(ScalarType::Long)};
@@ -286,8 +282,10 @@ struct Operators {
     return softmax_moments_backward(logits, labels, d, Options{options...});
   }
 };
-using Boxed = Operators<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>,  //
-                        double, double, int64_t, bool, bool, bool, bool, bool, bool, bool, bool>;
+using OptionalTensor = std::optional<Tensor>;
+using Boxed =
+    Operators<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor,
+              int64_t, bool, bool, bool, bool, bool, bool, bool, bool>;
 
 }  // namespace
 }  // namespace anchorops::cpu::softmax

@@ -24,11 +24,14 @@ CE = ()  # the cross-entropy needs only counts and losses
 
 
 def names_of(
-    statistics: Sequence[str], pixel_weights: Tensor | None = None, min_loss: float = -math.inf, **_
+    statistics: Sequence[str],
+    pixel_weights: Tensor | None = None,
+    min_loss: float | None = None,
+    **_,
 ) -> list[str]:
     names = {"counts", "losses", "divisor", *statistics}
     names |= {"intersections"} if "probability_sums" in statistics else set()
-    names |= {"used"} if min_loss > -math.inf or pixel_weights is not None else set()
+    names |= {"used"} if min_loss is not None or pixel_weights is not None else set()
     return [name for name in SoftmaxMoments._fields if name in names]
 
 
