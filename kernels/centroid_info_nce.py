@@ -286,7 +286,7 @@ def centroid_info_nce(
     reduction: str,
     normalize: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """losses, factor, logits [R, pitch], rows [4, R], key_lengths [K]: see `Saved`."""
+    """losses; logits [R, pitch], rows [4, R], key_lengths [K] as in `Saved`; factor."""
     masks = present, present_keys
     p = problem_of(queries, keys, positives, *masks, first, temperature, normalize)
     pitch, shape = ceil_div(p.num_keys, 16) * 16, queries.shape[:2]
@@ -295,8 +295,8 @@ def centroid_info_nce(
         return queries.new_empty(size, dtype=torch.float32)
 
     losses, factor = new(*shape) if reduction == "none" else new(), new()
-    results = losses, factor, new(p.rows, pitch), new(4, p.rows), new(p.num_keys)
-    saved = saved_of(*results[2:])
+    kept = new(p.rows, pitch), new(4, p.rows), new(p.num_keys)
+    results, saved = (losses, *kept, factor), saved_of(*kept)
     if p.rows == 0:
         losses.zero_()
         return results

@@ -134,7 +134,7 @@ def _gradients_kernel(
 
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}
-LARGE = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}
+LARGE = {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_D": 128, "num_warps": 8, "num_stages": 3}
 ENOUGH = 192  # large tiles, to keep a GPU busy
 
 
@@ -149,12 +149,13 @@ def centroid_info_nce_backward(
     positives: Tensor | None,
     present: Tensor | None,
     present_keys: Tensor | None,
-    factor: Tensor,
     logits: Tensor,
     rows: Tensor,
     key_lengths: Tensor,
+    factor: Tensor,
     first: int,
     temperature: float,
+    reduction: str,
     normalize: float | None,
     of_queries: bool,
     of_keys: bool,

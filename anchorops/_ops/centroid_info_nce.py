@@ -37,30 +37,29 @@ LOGITS_OF_PART = 2**20
 
 # queries and positives [C, G, D] are of the classes from `first` on; C = K unless they are a part.
 # keys [K, D]; present: bool [C, G], None: all; present_keys: bool [K], None: the classes with a
-# present query. losses: a scalar, or [C, G] for the reduction "none"; factor: of each loss in it, 1
-# or 1/number of present queries. The other results are what the backend keeps for the gradient.
+# present query. losses: a scalar, or [C, G] for the reduction "none". The other results are what
+# the backend keeps for the gradient.
 _SCHEMA = (
     "(Tensor queries, Tensor keys, Tensor? positives, Tensor? present, Tensor? present_keys, "
     "SymInt first, float temperature, str reduction, float? normalize) "
-    "-> (Tensor losses, Tensor factor, Tensor logits, Tensor rows, Tensor key_lengths)"
+    "-> (Tensor losses, Tensor logits, Tensor rows, Tensor key_lengths, Tensor factor)"
 )
 _BACKWARD_SCHEMA = (
     "(Tensor dlosses, Tensor queries, Tensor keys, Tensor? positives, Tensor? present, "
-    "Tensor? present_keys, Tensor factor, Tensor logits, Tensor rows, Tensor key_lengths, "
-    "SymInt first, float temperature, float? normalize, bool of_queries, bool of_keys, "
-    "bool of_positives) -> (Tensor dqueries, Tensor dkeys, Tensor dpositives)"
+    "Tensor? present_keys, Tensor logits, Tensor rows, Tensor key_lengths, Tensor factor, "
+    "SymInt first, float temperature, str reduction, float? normalize, bool of_queries, "
+    "bool of_keys, bool of_positives) -> (Tensor dqueries, Tensor dkeys, Tensor dpositives)"
 )
 
 
 def _fake(backend: str, queries: Tensor, keys: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     classes, groups, num_classes = *queries.shape[:2], keys.shape[0]
     new = partial(queries.new_empty, dtype=statistics_dtype(queries.dtype))
-    losses, factor = new((classes, groups) if arguments[5] == "none" else ()), new(())
+    losses = new((classes, groups) if arguments[5] == "none" else ())
     if backend == "cpu":
-        return losses, factor, new((classes * groups, num_classes)), new(0), new(0)
-    pitch = (num_classes + 15) // 16 * 16
-    rows = 4, classes * groups
-    return losses, factor, new((rows[1], pitch)), new(rows), new(num_classes)
+        return losses, new((classes * groups, num_classes)), new(0), new(0), new(0)
+    rows, pitch = classes * groups, (num_classes + 15) // 16 * 16
+    return losses, new((rows, pitch)), new((4, rows)), new(num_classes), new(())
 
 
 def _backward_fake(
@@ -114,10 +113,18 @@ def _gradient_of_rows(
 
 
 def _own(matrix: Tensor, queries: Tensor, first: int) -> Tensor:
-    """The view [C, G] of a matrix [C·G, K], of the columns of the rows' own classes."""
-    classes, groups = queries.shape[:2]
-    of_classes = matrix.view(classes, groups, matrix.shape[1])[..., first : first + classes]
-    return of_classes.diagonal(dim1=0, dim2=2).T
+    """The view [C, G] of a new matrix [C·G, K], of the columns of the rows' own classes."""
+    (classes, groups), num_classes = queries.shape[:2], matrix.shape[1]
+    return matrix.as_strided((classes, groups), (groups * num_classes + 1, num_classes), first)
+
+
+def _factor(reduction: str, queries: Tensor, present: Tensor | None) -> float | Tensor:
+    """What the reduction multiplies each loss by."""
+    if reduction != "mean":
+        return 1.0
+    if present is None:
+        return 1 / max(queries.shape[:2].numel(), 1)
+    return present.sum().clamp(min=1).reciprocal().to(statistics_dtype(queries.dtype))
 
 
 def _without_autocast(implementation: Any) -> Any:
@@ -144,32 +151,28 @@ def _on_cpu(
     normalize: float | None,
 ) -> tuple[Tensor, ...]:
     """Keeps the logarithms of the softmax, not the logits: the gradient needs no other number."""
-    shape, matrix = queries.shape[:2], (queries.shape[:2].numel(), queries.shape[2])
     masks = positives, present, present_keys, first
     counted, read = _used_keys(keys.shape[0], queries, *masks)
     q, _ = _rows(queries, present, queries, normalize)
     k, _ = _rows(keys, read, queries, normalize)
-    zero = q.new_zeros(())
-    logits = torch.addmm(zero, q.view(matrix), k.T, beta=0, alpha=1 / temperature)
+    logits = torch.mm(q.flatten(0, 1), k.T).mul_(1 / temperature)
     own = _own(logits, queries, first)
     if positives is not None:
         p, _ = _rows(positives, present, queries, normalize)
-        own.copy_((q * p).sum(-1).div_(temperature))
+        own.copy_((q * p).sum(-1).mul_(1 / temperature))
     if counted is not None:
         kept = own.clone()
         logits.masked_fill_(~counted, -torch.inf)
         own.copy_(kept)
     log_p = logits.log_softmax(-1)
-    losses = -_own(log_p, queries, first)
+    own = _own(log_p, queries, first)
     if present is not None:
-        losses = losses.masked_fill_(~present, 0)
-    factor = zero.new_ones(())
-    if reduction == "mean":
-        number = shape.numel() if present is None else present.sum()
-        factor = factor / (max(number, 1) if present is None else number.clamp(min=1))
+        own = torch.where(present, own, 0)
     if reduction != "none":
-        losses = losses.sum() * factor
-    return losses, factor, log_p, zero.new_empty(0), zero.new_empty(0)
+        own = own.sum() * _factor(reduction, queries, present)
+    losses = -own
+    nothing = q.new_empty(0)
+    return losses, log_p, nothing, nothing.clone(), nothing.clone()
 
 
 @_without_autocast
@@ -181,43 +184,42 @@ def _gradient_on_cpu(
     positives: Tensor | None,
     present: Tensor | None,
     present_keys: Tensor | None,
-    factor: Tensor,
     log_p: Tensor,
     rows: Tensor,
     key_lengths: Tensor,
+    factor: Tensor,
     first: int,
     temperature: float,
+    reduction: str,
     normalize: float | None,
     of_queries: bool,
     of_keys: bool,
     of_positives: bool,
 ) -> tuple[Tensor, ...]:
-    shape, matrix = queries.shape[:2], (queries.shape[:2].numel(), queries.shape[2])
     masks = positives, present, present_keys, first
     _, read = _used_keys(keys.shape[0], queries, *masks)
     q, q_lengths = _rows(queries, present, queries, normalize)
     k, k_lengths = _rows(keys, read, queries, normalize)
-    dlosses = (dlosses * factor).expand(shape)
+    dlosses = dlosses * (_factor(reduction, queries, present) / temperature)
     if present is not None:
         dlosses = torch.where(present, dlosses, 0)
     dlogits = log_p.exp()
     own = _own(dlogits, queries, first)
     own.sub_(1)
-    dlogits.view(*shape, keys.shape[0]).mul_(dlosses[..., None])
+    dlogits.mul_(dlosses if dlosses.dim() == 0 else dlosses.reshape(-1, 1))
     dqueries = dkeys = dpositives = q.new_empty(0)
-    zero, scale = q.new_zeros(()), 1 / temperature
     down, p, p_lengths = None, None, None
     if positives is not None:
-        down = own[..., None] * scale
+        down = own.clone()[..., None]
         own.zero_()
         p, p_lengths = _rows(positives, present, queries, normalize)
     if of_queries:
-        dq = torch.addmm(zero, dlogits, k, beta=0, alpha=scale).view(q.shape)
+        dq = torch.mm(dlogits, k).view(q.shape)
         if down is not None:
             dq.addcmul_(down, p)
         dqueries = _gradient_of_rows(dq, q, q_lengths, normalize, queries)
     if of_keys:
-        dk = torch.addmm(zero, dlogits.T, q.view(matrix), beta=0, alpha=scale)
+        dk = torch.mm(dlogits.T, q.flatten(0, 1))
         dkeys = _gradient_of_rows(dk, k, k_lengths, normalize, keys)
     if of_positives:
         dpositives = _gradient_of_rows(down * q, p, p_lengths, normalize, positives)
@@ -225,7 +227,7 @@ def _gradient_on_cpu(
 
 
 def _setup_context(ctx: Any, inputs: Any, results: Any) -> None:
-    ctx.options = inputs.first, inputs.temperature, inputs.normalize
+    ctx.options = inputs[5:]
     ctx.save_for_backward(*inputs[:5], *results[1:])
 
 
