@@ -45,6 +45,7 @@ OPERATORS = {
     "confusion": FUSED,
     "probability_histograms": FUSED,
     "mask_rle": FUSED,
+    "centroid_info_nce": FUSED,
 }
 NOT_AUTO = "ANCHOROPS_NOT_AUTO"
 # The major compute capability that cuda and triton need: our CUDA sources for asynchronous copies

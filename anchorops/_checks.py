@@ -468,13 +468,17 @@ def check_number(function: str, argument: str, value: object, *, above: bool = F
     return number
 
 
-def check_temperature(function: str, value: object) -> float:
+def check_normal(function: str, argument: str, value: object) -> float:
     """A number by which float32 can be divided: the reciprocal of a smaller one may be infinite."""
-    number = check_number(function, "temperature", value, above=True)
+    number = check_number(function, argument, value, above=True)
     if not SMALLEST_NORMAL <= number <= LARGEST:
         expected = "a normal number of float32, 1.2e-38 to 3.4e38"
-        fail(function, "temperature", expected, describe(value))
+        fail(function, argument, expected, describe(value))
     return number
+
+
+def check_temperature(function: str, value: object) -> float:
+    return check_normal(function, "temperature", value)
 
 
 def check_share(function: str, argument: str, value: object, *, below_one: bool = False) -> float:

@@ -1,23 +1,30 @@
-"""Centroid InfoNCE against a plain formula, within the error budget. It is a function of torch."""
+"""Centroid InfoNCE of each backend against a plain formula, within the error budget. `make proofs`
+runs the cases that take `backend` again, with Triton's kernels."""
 
 import math
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from host_time import Operators
 from operators import check, results
-from torch import Tensor
+from torch import Generator, Tensor
 
 import anchorops as ao
 from anchorops import catalogue
 from anchorops.catalogue import Case, Entry, Inputs, Sample, formulas
-from tests import test_guarantees_of_torch as of_torch
+from anchorops.catalogue.inputs import normal, uniform
 from tests.helpers.memory import peak_allocated_bytes
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 REDUCTIONS = ("mean", "sum", "none")
+EPS = 1e-6
+MODULE = sys.modules["anchorops._ops.centroid_info_nce"]
+every_backend = pytest.mark.on("reference", "cpu", "simulated_triton", "triton")
+cpu = pytest.mark.on("cpu")
 
 
 def formula(queries: Tensor, keys: Tensor, **others: Any) -> Tensor:
@@ -28,65 +35,257 @@ def formula(queries: Tensor, keys: Tensor, **others: Any) -> Tensor:
     return formulas.centroid_info_nce(*finite, **others)
 
 
-INFO_NCE = Entry("InfoNCE", (), ao.ops.centroid_info_nce, formula)
-
-
+INFO_NCE = Entry("InfoNCE", ("centroid_info_nce",), ao.ops.centroid_info_nce, formula)
 (OF_GUARANTEES,) = (x for x in catalogue.cases("small") if str(x) == "centroid_info_nce")
 
 
-def check_info_nce(
-    queries: Tensor, keys: Tensor, positives: Tensor | None = None, **others: Any
+def make(
+    size: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    positives: bool,
+    absent: float | None,
+    keys: str | None,
+    length: float,
+    n: int,
+    random: Generator,
 ) -> Inputs:
-    """The loss and all gradients are within the error budget. Returns the inputs."""
-    others |= {"queries": queries, "keys": keys, "positives": positives}
-    inputs = {name: x for name, x in others.items() if isinstance(x, Tensor)}
-    inputs = {name: inputs[name] for name in ("queries", *inputs)}  # the first one is checked more
-    options = {name: x for name, x in others.items() if isinstance(x, float | str)}
-    check(Case(INFO_NCE, Sample("centroids", lambda n, random: inputs, options)), "reference")
+    """Rows of a length whose pairs are similar, as in training; NaN where absent."""
+    shape, (num_classes, dim) = size[:-1], (size[0], size[-1])
+    queries, wanted = normal(*size, random=random), normal(*size, random=random)
+    others = normal(num_classes, dim, random=random)
+    others += 0.5 * (queries if len(size) == 2 else queries.mean(1))
+    wanted += 0.5 * queries
+    rows = [length * F.normalize(x, dim=-1) for x in (queries, others, wanted)]
+    of_type = [x.to(dtype) for x, dtype in zip(rows, dtypes, strict=True)]
+    inputs = dict(zip(("queries", "keys", "positives"), of_type, strict=True))
+    if not positives:
+        del inputs["positives"]
+    present = torch.ones(shape) > 0
+    if absent is not None:
+        present = inputs["present"] = uniform(*shape, random=random) >= absent
+    has_query = used = present.view(num_classes, -1).any(1)
+    if keys is not None:
+        counted = uniform(num_classes, random=random) < {"all": 1.0, "some": 0.6}[keys]
+        inputs["present_keys"] = counted
+        used = counted if positives else counted | has_query
+    inputs["keys"][~used] = torch.nan
+    for name in {"queries", "positives"} & {*inputs}:
+        inputs[name][~present] = torch.nan
     return inputs
 
 
-def inputs(groups: int | None, with_positives: bool):
-    shape = (6, 5) if groups is None else (6, groups, 5)
-    queries = torch.randn(shape, dtype=F64)
-    positives = torch.randn(shape, dtype=F64) if with_positives else None
-    return queries, torch.randn(6, 5, dtype=F64), positives
+def centroids(
+    *size: int,
+    dtype: torch.dtype | tuple[torch.dtype, ...] = F32,
+    positives: bool = False,
+    absent: float | None = 0.3,
+    keys: str | None = None,
+    length: float = 1.0,
+    **options: Any,
+) -> Case:
+    """size: of the queries, [K, D] or [K, G, D]. absent: the share of absent queries; None: all
+    are present. keys: which are in the denominators. length: of the rows. dtype: of all, or of
+    queries, keys and positives."""
+    dtypes = dtype if isinstance(dtype, tuple) else (dtype,) * 3
+    described = size, dtypes, positives, absent, keys, length, options
+    name = ", ".join(str(x).replace("torch.", "") for x in described)
+    made = partial(make, size, dtypes, positives, absent, keys, length)
+    return Case(INFO_NCE, Sample(name, made, options, ()))
 
 
-def test_in_parts(monkeypatch):
-    """The logits of a few rows at a time: the same losses, first and second derivatives."""
-    module = sys.modules["anchorops._ops.centroid_info_nce"]
-    queries, keys, positives = (t.requires_grad_() for t in inputs(3, True) if t is not None)
-    options = {"present": torch.rand(6, 3) < 0.7, "temperature": 0.5, "reduction": "none"}
+CASES = [
+    centroids(2, 8, absent=None),
+    centroids(1, 16, absent=None),
+    centroids(1, 2, 24, positives=True, absent=None),
+    centroids(19, 40, absent=None),
+    centroids(19, 256),
+    centroids(19, 4, 256, reduction="sum"),
+    centroids(19, 2, 512, positives=True),
+    centroids(19, 2, 512, keys="all", normalize=EPS),
+    centroids(19, 2, 130, positives=True, normalize=EPS),
+    centroids(37, 130, dtype=BF16),
+    centroids(33, 64, dtype=F16, reduction="none"),
+    centroids(33, 3, 64, dtype=BF16, positives=True, reduction="none"),
+    centroids(33, 2, 72, dtype=F16, positives=True, normalize=EPS),
+    centroids(40, 2, 24, keys="some"),
+    centroids(40, 2, 24, keys="some", positives=True, reduction="none"),
+    centroids(40, 24, keys="some", reduction="sum", absent=0.6),
+    centroids(40, 24, keys="some", absent=None),
+    centroids(64, 64, temperature=0.01),
+    centroids(64, 64, temperature=0.01, normalize=EPS),
+    centroids(64, 64, temperature=1.0),
+    centroids(64, 2, 64, temperature=1.0, positives=True, reduction="none"),
+    centroids(64, 2, 64, temperature=0.01, positives=True, normalize=EPS),
+    centroids(21, 3, 20, absent=0.9),
+    centroids(21, 3, 20, absent=1.0),
+    centroids(21, 3, 20, absent=1.0, keys="all", reduction="none", positives=True),
+    centroids(150, 96),
+    centroids(150, 2, 64, positives=True, normalize=EPS),
+    centroids(150, 4, 48, normalize=EPS),
+    centroids(150, 520, normalize=EPS),
+    centroids(300, 40, reduction="none"),
+    centroids(300, 72, normalize=EPS, absent=0.1),
+    centroids(257, 1, 33, positives=True),
+    centroids(60, 2, 48, length=1e-4, temperature=0.01),
+    centroids(60, 2, 48, length=30.0, normalize=EPS),
+    centroids(60, 2, 48, length=1e-8, normalize=EPS),  # shorter than eps
+    centroids(60, 2, 48, length=0.5, normalize=1.0, positives=True),
+    centroids(60, 2, 48, length=3.0, temperature=1.0),
+    centroids(20, 9, dtype=(F32, F16, F32)),
+    centroids(20, 9, dtype=(F32, F64, F64), positives=True),
+    centroids(20, 9, dtype=(BF16, F32, F64), positives=True, normalize=EPS),
+    centroids(70, 2, 24, absent=None, keys="all", temperature=1.0),  # as of a classifier
+]
+LARGE = [  # tiles of many classes
+    centroids(140, 2, 72),
+    centroids(140, 2, 72, positives=True, normalize=EPS, reduction="none"),
+    centroids(150, 1, 136, normalize=EPS),
+    centroids(130, 1, 64, dtype=BF16, positives=True),
+    centroids(257, 40, keys="some", dtype=F16),
+]
+
+
+@every_backend
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients(case: Case, backend: str):
+    check(case, backend)
+
+
+@pytest.mark.on("simulated_triton", "triton")
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_large_tiles(case: Case, backend: str, monkeypatch):
+    from anchorops.kernels import centroid_info_nce, centroid_info_nce_backward
+
+    for module in (centroid_info_nce, centroid_info_nce_backward):
+        monkeypatch.setattr(module, "ENOUGH", 1)
+    check(case, backend)
+
+
+@every_backend
+@pytest.mark.parametrize("case", [CASES[i] for i in (8, 11, 14)], ids=str)
+def test_equal_bits_and_nothing_of_what_is_absent(case: Case, backend: str, set_order):
+    """NaN, ∞ and 0 in absent rows give the same bits, in any order of warps, and no gradient."""
+    inputs, found = case.sample.inputs(), []
+    absent = {name: x.isnan() for name, x in inputs.items() if x.is_floating_point()}
+    for order, value in enumerate((math.nan, math.inf, 0.0)):
+        set_order(order)
+        others = {
+            name: x.masked_fill(absent[name], value) for name, x in inputs.items() if name in absent
+        }
+        found.append(results(case.ours, inputs | others))
+    for gradient, where in zip(found[0][-len(absent) :], absent.values(), strict=True):
+        assert where.any() and not gradient[where].any()
+    for again in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
+
+
+@every_backend
+@pytest.mark.parametrize("positives", [False, True])
+def test_upstream_gradients(positives: bool, backend: str):
+    """Strided ones, and NaN for what is absent."""
+    case = centroids(21, 3, 20, reduction="none", positives=positives)
+    inputs = case.sample.inputs()
+    present = inputs["present"]
+    gradients = []
+    for value in (0.0, math.nan):
+        leaves = {n: x.clone().requires_grad_(x.is_floating_point()) for n, x in inputs.items()}
+        upstream = torch.linspace(-1, 1, 2 * present.numel()).view(3, 21, 2)[..., 1].T
+        upstream = upstream.masked_fill(~present, value) if value else upstream
+        wanted = [x for x in leaves.values() if x.requires_grad]
+        gradients.append(torch.autograd.grad(case.ours(**leaves), wanted, upstream))
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+@every_backend
+@pytest.mark.parametrize("needed", ["queries", "keys", "positives"])
+def test_one_gradient(needed: str, backend: str):
+    case = centroids(19, 2, 64, positives=True, normalize=EPS)
+    inputs = case.sample.inputs()
+    names = [name for name, x in inputs.items() if x.is_floating_point()]
+    expected = dict(zip(names, results(case.ours, inputs)[1:], strict=True))[needed]
+    leaf = inputs[needed].requires_grad_()
+    (gradient,) = torch.autograd.grad(case.ours(**inputs), leaf, torch.tensor(0.5))
+    torch.testing.assert_close(gradient, expected * (0.5 / 0.5))
+
+
+def normalized_formula(queries: Tensor, keys: Tensor) -> Tensor:
+    q, k = (F.normalize(x, dim=-1, eps=1.0) for x in (queries, keys))
+    return F.cross_entropy(q @ k.T / 0.07, torch.arange(4))
+
+
+@every_backend
+@pytest.mark.parametrize("length", [0.0, 0.5, 1.5])
+def test_rows_around_eps(length: float, backend: str):
+    inputs = {"queries": length * torch.eye(4, 6), "keys": torch.randn(4, 6)}
+    found = results(partial(ao.ops.centroid_info_nce, normalize=1.0), inputs)
+    torch.testing.assert_close(found, results(normalized_formula, inputs))
+
+
+@pytest.mark.on("cpu", "simulated_triton", "triton")
+def test_rows_as_long_as_eps(backend: str):
+    """They are divided by a constant, as all shorter rows. (Versions of torch differ here.)"""
+    inputs = {"queries": torch.eye(4, 6), "keys": torch.eye(4, 6).flip(0)}
+    found = results(partial(ao.ops.centroid_info_nce, normalize=1.0), inputs)
+    torch.testing.assert_close(found, results(ao.ops.centroid_info_nce, inputs))
+
+
+@pytest.mark.on("cpu", "reference", "simulated_triton")
+@pytest.mark.parametrize("with_keys", [False, True])
+def test_in_parts(with_keys: bool, backend: str, monkeypatch):
+    """The logits of a few classes at a time: the same losses and gradients."""
+    inputs = centroids(
+        6, 3, 5, positives=not with_keys, keys="some" if with_keys else None
+    ).sample.inputs()
+    options = {"temperature": 0.5, "reduction": "mean", "normalize": EPS}
+    found = []
+    for logits in (MODULE.LOGITS_AT_ONCE, 1):
+        monkeypatch.setattr(MODULE, "LOGITS_AT_ONCE", logits)
+        monkeypatch.setattr(MODULE, "LOGITS_OF_PART", 2 * 3 * 6)
+        found.append(results(partial(ao.ops.centroid_info_nce, **options), inputs))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("normalize", [None, EPS])
+@pytest.mark.parametrize("parts", [False, True])
+def test_second_derivatives(normalize: float | None, parts: bool, monkeypatch):
+    if parts:
+        monkeypatch.setattr(MODULE, "LOGITS_AT_ONCE", 1)
+        monkeypatch.setattr(MODULE, "LOGITS_OF_PART", 5 * 6)
+    leaves = [
+        torch.randn(*shape, dtype=F64, requires_grad=True)
+        for shape in ((6, 3, 5), (6, 5), (6, 3, 5))
+    ]
+    present, every = torch.rand(6, 3) < 0.7, torch.ones(6) > 0
+    options = {"temperature": 0.5, "reduction": "none", "normalize": normalize, "present": present}
 
     def losses(queries: Tensor, keys: Tensor, positives: Tensor) -> Tensor:
         default = ao.ops.centroid_info_nce(queries, keys, positives=positives, **options)
-        every = torch.ones(6, dtype=torch.bool)
         other = ao.ops.centroid_info_nce(queries, keys, present_keys=every, **options)
         return torch.stack((default, other))
 
-    leaves = queries, keys, positives
-    results = []
-    for logits in (module.LOGITS_AT_ONCE, 1):
-        monkeypatch.setattr(module, "LOGITS_AT_ONCE", logits)
-        monkeypatch.setattr(module, "LOGITS_OF_PART", 5 * 6)  # five rows of 18
-        values = losses(*leaves)
-        results.append((values, *torch.autograd.grad(values.square().sum(), leaves)))
-    torch.testing.assert_close(*results)
     assert torch.autograd.gradcheck(losses, leaves, fast_mode=True)
-    assert torch.autograd.gradgradcheck(losses, leaves, fast_mode=True)
+    with pytest.raises(
+        RuntimeError, match=r'^centroid_info_nce: second .*use_backend\("reference"\)'
+    ):
+        torch.autograd.gradgradcheck(losses, leaves, fast_mode=True)
+    with ao.use_backend("reference"):
+        assert torch.autograd.gradgradcheck(losses, leaves, fast_mode=True)
 
 
-def test_in_parts_under_a_transform(monkeypatch):
-    module = sys.modules["anchorops._ops.centroid_info_nce"]
-    queries, keys, _ = inputs(None, False)
+def test_derivatives_of_torch_func(monkeypatch):
+    queries, keys = torch.randn(2, 6, 5, dtype=F64)
 
     def loss(keys: Tensor) -> Tensor:
-        return ao.ops.centroid_info_nce(queries.detach(), keys, temperature=0.5)
+        return ao.ops.centroid_info_nce(queries, keys, temperature=0.5)
 
-    (expected,) = torch.autograd.grad(loss(keys.requires_grad_()), keys)
-    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 1)
-    torch.testing.assert_close(torch.func.grad(loss)(keys.detach()), expected)
+    leaf = keys.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    with pytest.raises(RuntimeError, match=r"^centroid_info_nce: torch\.func's derivatives"):
+        torch.func.grad(loss)(keys)
+    with ao.use_backend("reference"):
+        torch.testing.assert_close(torch.func.grad(loss)(keys), expected)
+        monkeypatch.setattr(MODULE, "LOGITS_AT_ONCE", 1)  # a transform has no parts
+        torch.testing.assert_close(torch.func.grad(loss)(keys), expected)
 
 
 def test_memory():
@@ -101,148 +300,83 @@ def test_memory():
     assert peak_allocated_bytes(step) < 24 << 20
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype", "reduction"),
-    [
-        ((1, 3), F32, "mean"),
-        ((19, 40), F32, "sum"),
-        ((37, 130), BF16, "mean"),
-        ((33, 64), F16, "none"),
-    ],
-)
-@pytest.mark.parametrize("with_positives", [False, True])
-def test_values_and_gradients(shape, dtype, reduction: str, with_positives: bool):
-    queries, keys, positives = torch.randn(3, *shape).to(dtype) / 4
-    given = queries, keys, positives if with_positives else None
-    check_info_nce(*given, reduction=reduction)
+def test_memory_of_kept_logits():
+    """Twice the logits, and what is added for float32 copies of half-precision rows."""
+    queries, keys = torch.randn(2, 1024, 64).bfloat16().requires_grad_().unbind()
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(ao.ops.centroid_info_nce(queries, keys), (queries, keys))
+
+    step()
+    logits, copies = 4 * 1024**2, 4 * 2 * 1024 * 64
+    assert peak_allocated_bytes(step) < 2 * logits + 3 * copies
 
 
-@pytest.mark.on("gpu")
-@pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [((19, 40), F32), ((150, 768), F32), ((150, 768), BF16), ((80, 4, 256), F16)],
-)
-@pytest.mark.parametrize("with_positives", [False, True])
-def test_values_and_gradients_on_a_gpu(backend: str, shape, dtype, with_positives: bool):
-    queries, positives = torch.randn(2, *shape).div(shape[-1] ** 0.25).to(dtype)
-    keys, present = torch.randn(shape[0], shape[-1]).to(dtype), torch.rand(shape[:-1]) < 0.8
-    given = queries, keys, positives if with_positives else None
-    inputs = check_info_nce(*given, present=present)
-    first, again = (results(ao.ops.centroid_info_nce, inputs) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+@cpu
+def test_autocast(backend: str):
+    """Products stay in float32, in both directions."""
+    inputs = centroids(19, 40).sample.inputs()
+    expected = results(ao.ops.centroid_info_nce, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results(ao.ops.centroid_info_nce, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_no_operator_that_adds_in_any_order(monkeypatch):
+def test_no_operator_of_the_reference_that_adds_in_any_order(monkeypatch):
     """The gradients of gather and index_select do, on a GPU: scatter_add, index_add."""
-    monkeypatch.setattr(sys.modules["anchorops._ops.centroid_info_nce"], "LOGITS_AT_ONCE", 1)
-    with Operators() as operators:
+    monkeypatch.setattr(MODULE, "LOGITS_AT_ONCE", 1)
+    with Operators() as operators, ao.use_backend("reference"):
         results(OF_GUARANTEES.ours, OF_GUARANTEES.sample.inputs(1))
     names = {name.split(".")[1] for name in operators.names}
     assert "mm" in names
     assert not [x for x in names if "index" in x or "scatter" in x or "put" in x]
 
 
-@pytest.mark.filterwarnings("ignore")  # as there
-@pytest.mark.parametrize("trace", of_torch.TRACES)
-def test_traces(trace: str):
-    of_torch.test_gradients_that_the_call_does_not_see(trace, OF_GUARANTEES, "auto")
-
-
-def test_compiles_as_one_graph():
-    of_torch.test_compiles_as_one_graph(OF_GUARANTEES, "auto")
-
-
-@pytest.mark.parametrize("dtype", [F16, F64])
-def test_keys_and_positives_of_another_dtype(dtype):
-    queries, keys, positives = torch.randn(3, 20, 9)
-    check_info_nce(queries, keys.to(dtype))
-    check_info_nce(queries, keys.to(dtype), positives.to(dtype))
-    check_info_nce(queries.to(BF16), keys, positives.to(dtype))
-    loss = ao.ops.centroid_info_nce(queries.to(BF16), keys.to(dtype), reduction="none")
-    assert loss.dtype == F32
-
-
-@pytest.mark.parametrize(
-    ("shape", "reduction"),
-    [
-        ((27, 9), "mean"),
-        ((21, 3, 20), "mean"),
-        ((21, 3, 20), "none"),
-    ],
-)
-@pytest.mark.parametrize("with_positives", [False, True])
-def test_some_are_present(shape, reduction: str, with_positives: bool):
-    queries, positives = torch.randn(2, *shape) / 2
-    keys, present = torch.randn(shape[0], shape[-1]), torch.rand(shape[:-1]) < 0.7
-    given = queries, keys, positives if with_positives else None
-    check_info_nce(*given, present=present, reduction=reduction)
-
-
-@pytest.mark.parametrize("groups", [None, 2])
-@pytest.mark.parametrize("with_positives", [False, True])
-@pytest.mark.parametrize("with_keys", [False, True])
-def test_absent_classes_may_hold_anything(groups, with_positives: bool, with_keys: bool):
-    shape = (40, 24) if groups is None else (40, groups, 24)
-    queries, positives = torch.randn(2, *shape) / 2
-    keys, present = torch.randn(40, 24) / 2, torch.rand(shape[:-1]) < 0.5
-    present[0], present[1] = True, False
-    used = present if groups is None else present.any(1)
-    present_keys = (torch.rand(40, 2) < 0.7)[:, 0] if with_keys else None
-    if present_keys is not None:  # with positives, a query does not use the key of its class
-        used = present_keys if with_positives else used | present_keys
-    options = {"present": present, "present_keys": present_keys}
-    found = []
-    for value in (0.0, torch.nan, torch.inf):
-        queries[~present] = positives[~present] = keys[~used] = value
-        given = queries, keys, positives if with_positives else None
-        found.append(results(INFO_NCE.ours, check_info_nce(*given, **options)))
-    for _, dqueries, dkeys, *dpositives in found:
-        assert not dqueries[~present].any() and not dkeys[~used].any()
-        assert all(not gradient[~present].any() for gradient in dpositives)
-    for others in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_a_classifier(dtype):
-    """Logits of all keys, whether their class is present or not; and of some."""
-    queries, keys = torch.randn(70, 2, 24).to(dtype), torch.randn(70, 24).to(dtype)
-    present = torch.rand(70, 2) < 0.3
-    for present_keys in torch.ones(70) > 0, torch.arange(70) % 2 == 0:
-        options = {"present_keys": present_keys, "temperature": 1.0}
-        check_info_nce(queries, keys, **options)
-        check_info_nce(queries, keys, present=present, **options)
-        check_info_nce(queries, keys, queries.flip(0), present=present, **options)
-
-
-def test_no_channels():
+@every_backend
+@pytest.mark.parametrize("normalize", [None, EPS])
+def test_no_channels(normalize: float | None, backend: str):
     empty = {"queries": torch.randn(40, 2, 0), "keys": torch.randn(40, 0)}
-    loss, dqueries, dkeys = results(ao.ops.centroid_info_nce, empty)
+    run = partial(ao.ops.centroid_info_nce, normalize=normalize)
+    loss, dqueries, dkeys = results(run, empty)
     torch.testing.assert_close(loss, torch.tensor(40.0).log())
     assert dqueries.shape == (40, 2, 0) and dkeys.shape == (40, 0)
 
 
+@every_backend
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_nothing_present(reduction: str):
+def test_no_classes_or_no_groups(reduction: str, backend: str):
+    run = partial(ao.ops.centroid_info_nce, reduction=reduction)
+    for shape in ((0, 5), (0, 2, 5), (3, 0, 5)):
+        inputs = {"queries": torch.randn(shape), "keys": torch.randn(shape[0], 5)}
+        loss, dqueries, dkeys = results(run, inputs)
+        assert loss.shape == (shape[:-1] if reduction == "none" else ())
+        assert not loss.any() and not dqueries.any() and not dkeys.any()
+
+
+@every_backend
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_nothing_present(reduction: str, backend: str):
     nan = {name: torch.full((6, 5), torch.nan) for name in ("queries", "keys")}
     options = {"present": torch.zeros(6) > 0, "reduction": reduction}
     found = results(lambda **x: ao.ops.centroid_info_nce(**x, **options), nan)
     assert not any(x.any() for x in found)
 
 
-def test_one_class_has_nothing_to_be_told_from():
+@every_backend
+def test_one_class_has_nothing_to_be_told_from(backend: str):
     one = {name: torch.randn(1, 5) for name in ("queries", "keys")}
     loss, dqueries, _ = results(ao.ops.centroid_info_nce, one)
     assert loss == 0 and not dqueries.any()
 
 
-def test_large_logits_stay_finite():
+@every_backend
+def test_large_logits_stay_finite(backend: str):
     queries = torch.tensor([[3e3, 0.0], [0.0, 3e3]])
     inputs = {"queries": queries, "keys": queries.flip(0)}
     loss, *gradients = results(ao.ops.centroid_info_nce, inputs)
     torch.testing.assert_close(loss, torch.tensor(9e6 / 0.07))
     assert all(gradient.isfinite().all() for gradient in gradients)
-    check_info_nce(*30 * torch.randn(2, 20, 16), reduction="sum")
+    check(centroids(20, 16, length=120.0, absent=None, reduction="sum"), backend)
 
 
 Q, K = torch.zeros(4, 3), torch.zeros(4, 3)
@@ -266,6 +400,10 @@ Q, K = torch.zeros(4, 3), torch.zeros(4, 3)
         ({"temperature": 0}, "temperature: expected a finite float or int, above 0, got 0"),
         ({"temperature": math.nan}, "temperature: expected a finite float or int, above 0"),
         ({"temperature": 1e-38}, "temperature: expected a normal number of float32, 1.2e-38 to"),
+        ({"normalize": 0.0}, "normalize: expected a finite float or int, above 0, got 0.0"),
+        ({"normalize": math.inf}, "normalize: expected a finite float or int, above 0"),
+        ({"normalize": True}, "normalize: expected a finite float or int, above 0, got True"),
+        ({"normalize": 1e-39}, "normalize: expected a normal number of float32, 1.2e-38 to"),
         ({"reduction": "max"}, "reduction: expected 'mean' or 'sum' or 'none', got 'max'"),
     ],
     ids=str,

@@ -1,15 +1,27 @@
-"""InfoNCE between the centroids of K classes, in PyTorch on every device: K×K×D products, and a
-cross-entropy of their rows."""
+"""InfoNCE between the centroids of K classes: products of queries and keys, and a cross-entropy of
+their rows.
+
+    x[r, k] = q_r·k_k/τ,  own[r]: that of row r's own key, which its positive may replace
+    loss[r] = lse[r] − own[r],  lse[r] = log Σ e^x[r, k], of the denominator's keys and the own one
+    dx[r, k] = dloss[r]·(e^(x[r, k] − lse[r]) − [k is own])/τ,  dq = dx k,  dk = dxᵀ q
+
+The logits x are kept for the gradient. On a CPU the node is written here, with torch's products of
+matrices; on GPUs it is Triton's.
+"""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .. import reference
+from .._backend import select
 from .._checks import (
     FLOATING,
     check_choice,
+    check_normal,
     check_strided,
     check_temperature,
     describe,
@@ -17,9 +29,227 @@ from .._checks import (
     in_transform,
     savable,
 )
+from .._moments import statistics_dtype
+from .registration import Gradient, define, run
 
 LOGITS_AT_ONCE = 2**23  # 32 MiB in float32; more are computed in parts, and again for the gradient
-LOGITS_OF_PART = 2**20  # the formula needs a few copies of them
+LOGITS_OF_PART = 2**20
+
+# queries and positives [C, G, D] are of the classes from `first` on; C = K unless they are a part.
+# keys [K, D]; present: bool [C, G], None: all; present_keys: bool [K], None: the classes with a
+# present query. losses: a scalar, or [C, G] for the reduction "none". The other results are what
+# the backend keeps for the gradient.
+_SCHEMA = (
+    "(Tensor queries, Tensor keys, Tensor? positives, Tensor? present, Tensor? present_keys, "
+    "SymInt first, float temperature, str reduction, float? normalize) "
+    "-> (Tensor losses, Tensor logits, Tensor rows, Tensor key_lengths, Tensor factor)"
+)
+_BACKWARD_SCHEMA = (
+    "(Tensor dlosses, Tensor queries, Tensor keys, Tensor? positives, Tensor? present, "
+    "Tensor? present_keys, Tensor logits, Tensor rows, Tensor key_lengths, Tensor factor, "
+    "SymInt first, float temperature, str reduction, float? normalize, bool of_queries, "
+    "bool of_keys, bool of_positives) -> (Tensor dqueries, Tensor dkeys, Tensor dpositives)"
+)
+
+
+def _fake(backend: str, queries: Tensor, keys: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    classes, groups, num_classes = *queries.shape[:2], keys.shape[0]
+    new = partial(queries.new_empty, dtype=statistics_dtype(queries.dtype))
+    losses = new((classes, groups) if arguments[5] == "none" else ())
+    if backend == "cpu":
+        return losses, new((classes * groups, num_classes)), new(0), new(0), new(0)
+    rows, pitch = classes * groups, (num_classes + 15) // 16 * 16
+    return losses, new((rows, pitch)), new((4, rows)), new(num_classes), new(())
+
+
+def _backward_fake(
+    dlosses: Tensor, queries: Tensor, keys: Tensor, positives: Tensor | None, *arguments: Any
+) -> tuple[Tensor, ...]:
+    inputs = queries, keys, queries if positives is None else positives
+    needed = zip(inputs, arguments[-3:], strict=True)
+    return tuple(x.new_empty(x.shape if wanted else 0) for x, wanted in needed)
+
+
+def _used_keys(
+    num_classes: int,
+    queries: Tensor,
+    positives: Tensor | None,
+    present: Tensor | None,
+    present_keys: Tensor | None,
+    first: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which keys are in the denominators of other queries, and which are read: bool [K], or None
+    for all."""
+    has_query = None if present is None else present.any(1)
+    if present_keys is None:
+        return has_query, has_query
+    read = present_keys
+    if positives is None:
+        read = read.clone()
+        read[first : first + queries.shape[0]] |= True if has_query is None else has_query
+    return present_keys, read
+
+
+def _rows(x: Tensor, used: Tensor | None, like: Tensor, eps: float | None) -> tuple[Tensor, Any]:
+    """The used rows, the others 0; normalised, with their lengths, if there is an eps."""
+    x = x.to(statistics_dtype(like.dtype))
+    if used is not None:
+        x = torch.where(used[..., None], x, 0)
+    if eps is None:
+        return x, None
+    lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / lengths.clamp(min=eps), lengths
+
+
+def _gradient_of_rows(
+    dx: Tensor, x: Tensor, lengths: Tensor | None, eps: float | None, given: Tensor
+) -> Tensor:
+    """That of the given rows, from the gradient of `_rows`. A row that is not longer than eps was
+    divided by a constant."""
+    if lengths is not None:
+        along = (dx * x).sum(-1, keepdim=True).masked_fill_(lengths <= eps, 0)
+        dx = dx.addcmul_(along, x, value=-1).div_(lengths.clamp(min=eps))
+    return dx.to(given.dtype)
+
+
+def _own(matrix: Tensor, queries: Tensor, first: int) -> Tensor:
+    """The view [C, G] of a new matrix [C·G, K], of the columns of the rows' own classes."""
+    (classes, groups), num_classes = queries.shape[:2], matrix.shape[1]
+    return matrix.as_strided((classes, groups), (groups * num_classes + 1, num_classes), first)
+
+
+def _factor(reduction: str, queries: Tensor, present: Tensor | None) -> float | Tensor:
+    """What the reduction multiplies each loss by."""
+    if reduction != "mean":
+        return 1.0
+    if present is None:
+        return 1 / max(queries.shape[:2].numel(), 1)
+    return present.sum().clamp(min=1).reciprocal().to(statistics_dtype(queries.dtype))
+
+
+def _without_autocast(implementation: Any) -> Any:
+    def call(*arguments: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu"):
+            return implementation(*arguments)
+        with torch.autocast("cpu", enabled=False):
+            return implementation(*arguments)
+
+    return call
+
+
+@_without_autocast
+def _on_cpu(
+    _: str,
+    queries: Tensor,
+    keys: Tensor,
+    positives: Tensor | None,
+    present: Tensor | None,
+    present_keys: Tensor | None,
+    first: int,
+    temperature: float,
+    reduction: str,
+    normalize: float | None,
+) -> tuple[Tensor, ...]:
+    """Keeps the logarithms of the softmax, not the logits: the gradient needs no other number."""
+    masks = positives, present, present_keys, first
+    counted, read = _used_keys(keys.shape[0], queries, *masks)
+    q, _ = _rows(queries, present, queries, normalize)
+    k, _ = _rows(keys, read, queries, normalize)
+    logits = torch.mm(q.flatten(0, 1), k.T).mul_(1 / temperature)
+    own = _own(logits, queries, first)
+    if positives is not None:
+        p, _ = _rows(positives, present, queries, normalize)
+        own.copy_((q * p).sum(-1).mul_(1 / temperature))
+    if counted is not None:
+        kept = own.clone()
+        logits.masked_fill_(~counted, -torch.inf)
+        own.copy_(kept)
+    log_p = logits.log_softmax(-1)
+    own = _own(log_p, queries, first)
+    if present is not None:
+        own = torch.where(present, own, 0)
+    if reduction != "none":
+        own = own.sum() * _factor(reduction, queries, present)
+    losses = -own
+    nothing = q.new_empty(0)
+    return losses, log_p, nothing, nothing.clone(), nothing.clone()
+
+
+@_without_autocast
+def _gradient_on_cpu(
+    _: str,
+    dlosses: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    positives: Tensor | None,
+    present: Tensor | None,
+    present_keys: Tensor | None,
+    log_p: Tensor,
+    rows: Tensor,
+    key_lengths: Tensor,
+    factor: Tensor,
+    first: int,
+    temperature: float,
+    reduction: str,
+    normalize: float | None,
+    of_queries: bool,
+    of_keys: bool,
+    of_positives: bool,
+) -> tuple[Tensor, ...]:
+    masks = positives, present, present_keys, first
+    _, read = _used_keys(keys.shape[0], queries, *masks)
+    q, q_lengths = _rows(queries, present, queries, normalize)
+    k, k_lengths = _rows(keys, read, queries, normalize)
+    dlosses = dlosses * (_factor(reduction, queries, present) / temperature)
+    if present is not None:
+        dlosses = torch.where(present, dlosses, 0)
+    dlogits = log_p.exp()
+    own = _own(dlogits, queries, first)
+    own.sub_(1)
+    dlogits.mul_(dlosses if dlosses.dim() == 0 else dlosses.reshape(-1, 1))
+    dqueries = dkeys = dpositives = q.new_empty(0)
+    down, p, p_lengths = None, None, None
+    if positives is not None:
+        down = own.clone()[..., None]
+        own.zero_()
+        p, p_lengths = _rows(positives, present, queries, normalize)
+    if of_queries:
+        dq = torch.mm(dlogits, k).view(q.shape)
+        if down is not None:
+            dq.addcmul_(down, p)
+        dqueries = _gradient_of_rows(dq, q, q_lengths, normalize, queries)
+    if of_keys:
+        dk = torch.mm(dlogits.T, q.flatten(0, 1))
+        dkeys = _gradient_of_rows(dk, k, k_lengths, normalize, keys)
+    if of_positives:
+        dpositives = _gradient_of_rows(down * q, p, p_lengths, normalize, positives)
+    return dqueries, dkeys, dpositives
+
+
+def _setup_context(ctx: Any, inputs: Any, results: Any) -> None:
+    ctx.options = inputs[5:]
+    ctx.save_for_backward(*inputs[:5], *results[1:])
+
+
+def _backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
+    if grads.losses is None:
+        return {}
+    needs = {name: getattr(ctx.needs, name) for name in ("queries", "keys", "positives")}
+    gradients = operator(grads.losses, *ctx.saved_tensors, *ctx.options, *needs.values())
+    named = zip(needs.items(), gradients, strict=True)
+    return {name: gradient if needed else None for (name, needed), gradient in named}
+
+
+_GRADIENT = Gradient(_BACKWARD_SCHEMA, _setup_context, _backward, _backward_fake)
+for _backend, _implementation in (("cpu", _on_cpu), ("triton", None)):
+    define(
+        "centroid_info_nce",
+        _SCHEMA,
+        partial(_fake, _backend),
+        backends=(_backend,),
+        gradient=_GRADIENT._replace(in_python=_implementation and _gradient_on_cpu),
+        in_python=_implementation,
+    )
 
 
 def _check(argument: str, tensor: object, shape: tuple[int, ...], queries: Tensor) -> None:
@@ -37,14 +267,15 @@ def centroid_info_nce(
     present_keys: Tensor | None = None,
     temperature: float = 0.07,
     reduction: str = "mean",
+    normalize: float | None = None,
 ) -> Tensor:
     """InfoNCE: pulls the query of each class to its positive, and away from the other keys.
 
     L_i = −log [ e^{q_i·p_i/τ} / ( e^{q_i·p_i/τ} + Σ_{j≠i} e^{q_i·k_j/τ} ) ],  p_i = k_i by default
 
     (OCCL, doi 10.1016/j.patcog.2024.110431, Eqs. 4-6 as described in the text; MVSC, Eq. 2.)
-    Nothing is normalised here. Inner products and sums are float32, also under autocast; on GPUs
-    the products are TF32 if `torch.set_float32_matmul_precision` says so.
+    Inner products and sums are float32, also under autocast, and with TF32 allowed: only the
+    reference's products are TF32 if `torch.set_float32_matmul_precision` says so.
     The logits (K·G×K) are kept for the gradient if these are at most 2^23 (32 MiB in float32); of
     more the backward pass computes parts again.
 
@@ -58,12 +289,16 @@ def centroid_info_nce(
             default the classes with a present query.
         temperature: τ > 0, a normal number of float32 (at least 2⁻¹²⁶).
         reduction: "mean" over the present queries (0 if there is none), "sum", or "none".
+        normalize: the eps of F.normalize, a normal number of float32: queries, keys and positives
+            are divided by max(length, eps). None: nothing is normalised.
 
     Returns:
         A scalar, or [K] / [K, G] for "none"; float32 (float64 for float64).
 
     Raises:
-        ValueError: wrong shape, dtype, device, temperature or reduction.
+        ValueError: wrong shape, dtype, device, temperature, reduction or eps; a chosen backend that
+            does not support the call.
+        RuntimeError: a second or a forward-mode derivative was requested from a fused backend.
     """
     function = "centroid_info_nce"
     check_strided(function, "queries", queries)
@@ -85,69 +320,73 @@ def centroid_info_nce(
                 fail(function, argument, "a bool tensor", mask.dtype)
     temperature = check_temperature(function, temperature)
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
-    queries, keys = savable(queries), savable(keys)
-    positives, present, present_keys = map(savable, (positives, present, present_keys))
-    if present is None:
-        present = torch.ones(queries.shape[:-1], dtype=torch.bool, device=queries.device)
-    losses = _losses(queries, keys, positives, present, present_keys, temperature)
+    if normalize is not None:
+        normalize = check_normal(function, "normalize", normalize)
+    backend = select(function, queries, queries.shape[0])
+    shape = queries.shape[:-1]
+    if queries.dim() == 2:
+        queries = queries[:, None]
+        positives, present = (x if x is None else x[:, None] for x in (positives, present))
+    tensors = tuple(map(savable, (queries, keys, positives, present, present_keys)))
+    if backend != "reference" and shape.numel() * keys.shape[0] <= LOGITS_AT_ONCE:
+        options = 0, temperature, reduction, normalize
+        losses = run(function, backend, *tensors, *options)[0]
+        return losses.view(shape) if reduction == "none" else losses
+    losses = _losses_in_parts(backend, *tensors, temperature, normalize)
     if reduction == "none":
-        return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / present.sum().clamp(min=1)
+        return losses.view(shape)
+    number = shape.numel() if present is None else present.sum()
+    total = losses.sum()
+    return total if reduction == "sum" else total / torch.as_tensor(number).clamp(min=1)
 
 
-def _losses(
+def _losses_in_parts(
+    backend: str,
+    queries: Tensor,
+    keys: Tensor,
+    positives: Tensor | None,
+    present: Tensor | None,
+    present_keys: Tensor | None,
+    temperature: float,
+    normalize: float | None,
+) -> Tensor:
+    """[K, G]; a part has the queries of some classes."""
+    (num_classes, groups), device = queries.shape[:2], queries.device
+    if present is None:
+        present = torch.ones((num_classes, groups), dtype=torch.bool, device=device)
+    if present_keys is None:
+        present_keys = present.any(1)
+    arguments = present_keys, temperature, normalize
+    # torch.func's transforms do not support torch.utils.checkpoint.
+    transformed = any(x is not None and in_transform(x) for x in (queries, keys, positives))
+    if transformed or num_classes * groups * num_classes <= LOGITS_AT_ONCE:
+        return _losses_of_part(backend, 0, queries, keys, positives, present, *arguments)
+    most = max(LOGITS_OF_PART // (num_classes * groups), 1)
+    again = partial(checkpoint, _losses_of_part, use_reentrant=False, preserve_rng_state=False)
+    losses = []
+    for first in range(0, num_classes, most):
+        part = slice(first, first + most)
+        of_part = None if positives is None else positives[part]
+        tensors = queries[part], keys, of_part, present[part]
+        losses.append(again(backend, first, *tensors, *arguments))
+    return torch.cat(losses)
+
+
+def _losses_of_part(
+    backend: str,
+    first: int,
     queries: Tensor,
     keys: Tensor,
     positives: Tensor | None,
     present: Tensor,
-    present_keys: Tensor | None,
-    temperature: float,
-) -> Tensor:
-    """Of the shape [K] or [K, G] of `present`."""
-    num_classes, num_queries = keys.shape[0], present.numel()
-    has_query = present if present.dim() == 1 else present.any(1)
-    if present_keys is None:
-        present_keys = has_query
-    # There is no autocast for the device "meta".
-    with torch.autocast("cpu" if queries.is_meta else queries.device.type, enabled=False):
-        # Absent classes are removed by selection, because their centroids may be NaN.
-        used = present_keys if positives is not None else present_keys | has_query
-        dtype = torch.promote_types(queries.dtype, torch.float32)
-        keys = torch.where(used[:, None], keys.to(dtype), 0)
-        own_class = torch.arange(num_classes, device=keys.device).repeat_interleave(
-            present.shape[1:].numel()
-        )
-        flat = None if positives is None else positives.flatten(0, -2)
-        rows = queries.flatten(0, -2), flat, present.flatten(), own_class
-        arguments = keys, present_keys, temperature
-        # torch.func's transforms do not support torch.utils.checkpoint.
-        transformed = any(x is not None and in_transform(x) for x in (queries, keys, flat))
-        if transformed or num_queries * num_classes <= LOGITS_AT_ONCE:
-            return _losses_of_rows(rows, *arguments).view(present.shape)
-        most = max(LOGITS_OF_PART // num_classes, 1)
-        count = -(-num_queries // most)
-        parts = ([None] * count if x is None else x.split(most) for x in rows)
-        again = partial(checkpoint, _losses_of_rows, use_reentrant=False, preserve_rng_state=False)
-        losses = [again(part, *arguments) for part in zip(*parts, strict=True)]
-        return torch.cat(losses).view(present.shape)
-
-
-def _losses_of_rows(
-    rows: tuple[Tensor, Tensor | None, Tensor, Tensor],
-    keys: Tensor,
     present_keys: Tensor,
     temperature: float,
+    normalize: float | None,
 ) -> Tensor:
-    """Losses [R] of rows: queries, positives [R, D]; present bool [R]; their own class [R]."""
-    queries, positives, present, own_class = rows
-    queries = torch.where(present[:, None], queries.to(keys.dtype), 0)
-    # A mask, not gather or index_select: on a GPU, their gradients are added in any order.
-    is_own_key = own_class[:, None] == torch.arange(keys.shape[0], device=keys.device)
-    logits = queries @ keys.T / temperature
-    if positives is not None:
-        positives = torch.where(present[:, None], positives.to(keys.dtype), 0)
-        product = (queries * positives).sum(-1, keepdim=True)
-        logits = torch.where(is_own_key, product / temperature, logits)
-    positive = torch.where(is_own_key, logits, 0).sum(-1)
-    lse = torch.where(present_keys | is_own_key, logits, -torch.inf).logsumexp(-1)
-    return torch.where(present, lse - positive, 0)
+    tensors = queries, keys, positives, present, present_keys
+    if backend != "reference":
+        options = first, temperature, "none", normalize
+        return run("centroid_info_nce", backend, *tensors, *options)[0]
+    # There is no autocast for the device "meta".
+    with torch.autocast("cpu" if queries.is_meta else queries.device.type, enabled=False):
+        return reference.centroid_info_nce(*tensors, first, temperature, normalize)

@@ -140,7 +140,7 @@ ENTRIES = [
     ),
     Entry(
         "centroid InfoNCE",
-        (),
+        ("centroid_info_nce",),
         ao.ops.centroid_info_nce,
         usual.centroid_info_nce,
         (Sample("centroid InfoNCE, centroids", centroids, {}, ("bench",)),),

@@ -22,6 +22,7 @@ from .inputs import F32, in_layout, labels_of, normal, uniform
 
 BF16, F16 = torch.bfloat16, torch.float16
 MOMENTS, GROUPED = ("class_moments",), ("class_moments", "split_groups")
+CONTRAST = (*GROUPED, "centroid_info_nce")
 
 
 class Features(NamedTuple):
@@ -220,7 +221,9 @@ METHODS: dict[str, Callable[..., Regularizer]] = {  # of the numbers of classes 
     "CeCo, images": partial(ceco, per_image=True),
     "combined": combined,
 }
-STEPS = {"SAR": MOMENTS, "OCCL": GROUPED, "MVSC": GROUPED, "CeCo": ("upsampled_sums",)}
+STEPS = {"SAR": MOMENTS, "OCCL": CONTRAST, "MVSC": CONTRAST, "CeCo": ("upsampled_sums",)}
+EPS: dict[str, Any] = {"normalize": 1e-6}
+EACH: dict[str, Any] = {"reduction": "none"}
 PLAIN = {name: features for name, features in FEATURES.items() if not features.options}
 IMAGES = {"each image": FEATURES["each image"]}
 GROUPS = {"3 groups": FEATURES["3 groups"]}
@@ -314,7 +317,7 @@ ENTRIES = [
     ),
     Entry(
         "centroid_info_nce",
-        (),
+        ("centroid_info_nce",),
         ao.ops.centroid_info_nce,
         formulas.centroid_info_nce,
         (
@@ -322,6 +325,9 @@ ENTRIES = [
             Sample("InfoNCE, groups", partial(centroids, (21, 3, 40), True)),
             Sample("InfoNCE, keys", partial(centroids, (21, 40), False)),
             Sample("InfoNCE, all present", all_present, {}, ("all",)),
+            Sample("InfoNCE, normalised", partial(centroids, (21, 3, 40), True), EPS),
+            Sample("InfoNCE, each loss", partial(centroids, (21, 40), False), EACH, ("all",)),
+            Sample("InfoNCE, 1,000 classes", partial(centroids, (1000, 20), True), EPS, ("all",)),
             small("centroid_info_nce", partial(centroids, (6, 2, 5), True)),
         ),
         tables=("queries", "keys", "present", "positives"),

@@ -408,8 +408,13 @@ def centroid_info_nce(
     present_keys: Tensor | None = None,
     temperature: float = 0.07,
     reduction: str = "mean",
+    normalize: float | None = None,
 ) -> Tensor:
     """A logit for each query and key; the key of the query's class is replaced by its positive."""
+    if normalize is not None:
+        queries, keys = (F.normalize(x, dim=-1, eps=normalize) for x in (queries, keys))
+        if positives is not None:
+            positives = F.normalize(positives, dim=-1, eps=normalize)
     rows = queries if queries.dim() == 3 else queries[:, None]
     here = rows.new_ones(rows.shape[:2]) > 0 if present is None else present.view(rows.shape[:2])
     targets = keys[:, None] if positives is None else positives.view_as(rows)
@@ -421,4 +426,5 @@ def centroid_info_nce(
     losses = torch.cat([positive, others], -1).logsumexp(-1) - positive[..., 0]
     if reduction == "none":
         return torch.where(here, losses, 0).view(queries.shape[:-1])
-    return losses[here].mean() if reduction == "mean" else losses[here].sum()
+    total = torch.where(here, losses, 0).sum()
+    return total / here.sum().clamp(min=1) if reduction == "mean" else total

@@ -9,6 +9,7 @@ P = H·W pixels of an image; logits (B, K, h, w). Accumulation is in float64, so
 does not affect the float32 result.
 """
 
+from .centroid_info_nce import centroid_info_nce
 from .class_keys import class_keys
 from .class_moments import class_moments, pixel_to_anchor_mse
 from .confusion import confusion
@@ -21,6 +22,7 @@ from .split_groups import group_counts, split_groups
 from .upsampled_sums import upsampled_sums
 
 __all__ = [
+    "centroid_info_nce",
     "class_keys",
     "class_moments",
     "confusion",

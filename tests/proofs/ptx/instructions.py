@@ -500,6 +500,7 @@ _DECODE: dict[str, Callable[[Instruction, _Modifiers], Operation]] = {
     "bfind": _highest_bit,
     "popc": _count,
     "prmt": _bits(arithmetic.permuted_bytes),
+    "sqrt": _approximate(np.sqrt),
     "ex2": _approximate(np.exp2),
     "ld": _load,
     "st": _store,
