@@ -191,9 +191,9 @@ def masks_of_ids(maps: Tensor, ids: Tensor, images: Tensor, void: int | None) ->
     """uint8 (N, H, W): 1 where the map (B, H, W) of its image has the id, 255 where it has the id
     `void`, else 0. ids, images: int64 [N]."""
     masks = maps.new_empty((len(ids), *maps.shape[1:]), dtype=torch.uint8)
-    for strip, mask in zip(
-        maps.tensor_split(STRIPS, 1), masks.tensor_split(STRIPS, 1), strict=True
-    ):
+    count = 1 if torch.compiler.is_compiling() else STRIPS  # compiled code copies no maps
+    parts = (x.tensor_split(count, 1) for x in (maps, masks))
+    for strip, mask in zip(*parts, strict=True):
         strip = strip.long()  # torch has no comparisons for uint16 to uint64
         mask.copy_(strip.index_select(0, images) == ids[:, None, None])
         if void is not None:
