@@ -30,6 +30,7 @@ from .losses import (
     CrossEntropyDice,
     Dice,
     Lovasz,
+    MaskLoss,
 )
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "LateUpsampling",
     "Lovasz",
     "LowResolution",
+    "MaskLoss",
     "MaskRLE",
     "attach",
     "backends",

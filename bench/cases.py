@@ -240,6 +240,10 @@ BINARY_UNET = UNET._replace(name="binary U-Net", size=(16, 1, 512, 512), sigmoid
 PATCH = Logits("3-D patch", (2, 4, 64, 64, 64), (64, 64, 64))
 NNUNET = Logits("nnU-Net", (2, 14, 128, 128, 128), (128, 128, 128))
 DEEP = NNUNET._replace(name="nnU-Net, half resolution", size=(2, 14, 64, 64, 64))
+MATCHED = Logits("MaskFormer, 20 masks", (20, 1, 128, 128), (512, 512), cpu_batch=20, sigmoid=True)
+LARGE_MATCHED = MATCHED._replace(
+    name="MaskFormer, 20 masks of 1024²", size=(20, 1, 256, 256), label_size=(1024, 1024)
+)
 TEXT = Logits("LSeg, ADE20K", (8, 150, 128, 128), (512, 512), cpu_batch=1, dim=512)
 PIXELS = TEXT._replace(name="LSeg, ADE20K, labels of the features' size", label_size=(128, 128))
 
@@ -261,6 +265,10 @@ OF_USERS = [
     Case("cross-entropy + Dice", UNET, only="cuda"),
     Case("divergence from a teacher", CITYSCAPES),
     Case("focal cross-entropy", CITYSCAPES),
+    *(
+        Case("matched masks: focal + Dice", shape, labels="uint8", compiled=True)
+        for shape in (MATCHED, LARGE_MATCHED)
+    ),
     Case("confusion matrix", CITYSCAPES, FORWARD),
     Case("pixel-to-anchor MSE", HRNET, compiled=True),
     Case("class moments", HRNET),

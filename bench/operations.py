@@ -112,6 +112,34 @@ def binary_dice(logits: Tensor, labels: Tensor) -> Tensor:
     return 1 - (2 * (p * labels).sum(axes) / sums.clamp(min=1e-7)).mean()
 
 
+def matched_masks(logits: Tensor, labels: Tensor) -> Tensor:
+    """The weighted losses of MaskFormer."""
+    z, y = (x.flatten(1) for x in (usual.upsampled(logits, labels), labels.float()))
+    p, losses = z.sigmoid(), F.binary_cross_entropy_with_logits(z, y, reduction="none")
+    losses = losses * (p * (1 - y) + (1 - p) * y) ** GAMMA * (0.75 - 0.5 * y)
+    dice = 1 - (2 * (p * y).sum(1) + 1) / (p.sum(1) + y.sum(1) + 1)
+    return (20 * losses.mean(1) + dice).mean()
+
+
+class OfTransformers(NamedTuple):
+    """The functions of MaskFormer, which take masks of floats."""
+
+    def build(self, inputs: Inputs) -> Formula:
+        module = importlib.import_module("transformers.models.maskformer.modeling_maskformer")
+
+        def formula(logits: Tensor, labels: Tensor) -> Tensor:
+            z, y = (x.flatten(1) for x in (usual.upsampled(logits, labels), labels.float()))
+            focal, dice = (f(z, y, len(z)) for f in (module.sigmoid_focal_loss, module.dice_loss))
+            return 20 * focal + dice
+
+        return formula
+
+
+def our_matched_masks(logits: Tensor, labels: Tensor) -> Tensor:
+    loss = ao.MaskLoss(ce_weight=20.0, focal_alpha=0.25, focal_gamma=GAMMA)
+    return loss(logits[:, 0], labels[:, 0])
+
+
 def pseudo_labels(logits: Tensor, labels: Tensor) -> Tensor:
     return usual.upsampled(logits, labels).softmax(1).max(1).values
 
@@ -507,6 +535,9 @@ OPERATIONS = {
         binary_dice,
         smp=smp("DiceLoss", multilabel),
         MONAI=monai("DiceLoss", sigmoid=True, batch=True),
+    ),
+    "matched masks: focal + Dice": pixel_loss(
+        our_matched_masks, matched_masks, transformers=OfTransformers()
     ),
     **{
         name: of_statistics(name)

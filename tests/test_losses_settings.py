@@ -70,6 +70,9 @@ ARGUMENTS: dict[type[nn.Module], dict[str, tuple[Any, ...]]] = {
     | {"pos_weight": ("foo", -1, [1.0, -1.0], [INFINITE], [[1.0, 2.0]])}
     | {"label_smoothing": SHARE, "focal_gamma": NUMBER}
     | HARD_EXAMPLES,
+    ao.MaskLoss: PIXEL_SETTINGS
+    | dict.fromkeys(("ce_weight", "dice_weight", "focal_gamma"), NUMBER)
+    | {"focal_alpha": ("foo", -0.1, True, 2.5, NAN)},
     ao.Lovasz: PIXEL_SETTINGS
     | dict.fromkeys(("sigmoid", "per_image"), FLAG)
     | {"classes": CLASSES, "absent": NAME, "bins": ("foo", None, True, 10.0, 1, 65_537)},

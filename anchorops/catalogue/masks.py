@@ -1,17 +1,19 @@
-"""Masks of instances."""
+"""Masks of instances, and their loss."""
 
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 import anchorops as ao
 
 from . import formulas
-from .entry import Entry, Inputs, Sample
+from .entry import Entry, Inputs, Sample, of_options, small
 from .inputs import F32, in_layout, normal, uniform
+from .pixels import MOMENTS, Loss, Pixels
 
 
 class Masks(NamedTuple):
@@ -100,6 +102,35 @@ def _above(logits: Tensor, size: list[int], threshold: float, **options: Any) ->
     return z - math.log(threshold / (1 - threshold))
 
 
+def matched(n: int, random: Generator) -> Inputs:
+    """Logits of five masks, and their labels."""
+    pixels = Pixels(1, (3, 5), (12, 20), sigmoid=True, half=True, batch=5)
+    return {name: x[:, 0] for name, x in pixels(n, random).items()}
+
+
+def mask_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ce_weight: float = 1.0,
+    focal_alpha: float | None = None,
+    focal_gamma: float = 0.0,
+    align_corners: bool = False,
+) -> Tensor:
+    """The formula of ao.MaskLoss."""
+    z = formulas.upsampled(logits[:, None], labels.shape[1:], align_corners)[:, 0]
+    p, y, valid = z.sigmoid(), (labels == 1).to(z), labels >= 0
+    losses = F.binary_cross_entropy_with_logits(z, y, reduction="none")
+    losses = losses * (p * (1 - y) + (1 - p) * y) ** focal_gamma
+    if focal_alpha is not None:
+        losses = losses * (focal_alpha * y + (1 - focal_alpha) * (1 - y))
+    ce, o, m, c, pixels = (
+        torch.where(valid, x, 0).sum((1, 2)) for x in (losses, p * y, p, y, torch.ones_like(y))
+    )
+    losses = ce_weight * ce / pixels.clamp(min=1) + 1 - (2 * o + 1) / (m + c + 1)
+    return losses.sum() / max(len(logits), 1)
+
+
 ENTRIES = [
     Entry(
         "mask_rle",
@@ -123,5 +154,15 @@ ENTRIES = [
             ),
         ),
         differentiable=False,
-    )
+    ),
+    Entry(
+        "MaskLoss",
+        MOMENTS,
+        Loss(ao.MaskLoss),
+        mask_loss,
+        (
+            small("MaskLoss", matched, ce_weight=20.0, focal_alpha=0.25, focal_gamma=2.0),
+            *of_options("MaskLoss", matched, {"align_corners": True}, {"focal_alpha": 1.0}),
+        ),
+    ),
 ]

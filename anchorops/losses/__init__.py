@@ -8,6 +8,7 @@ from .combined import Combined
 from .cross_entropy import CrossEntropy
 from .dice import CrossEntropyDice, Dice
 from .lovasz import Lovasz
+from .mask import MaskLoss
 from .mvsc import MVSC
 from .occl import OCCL
 from .pixel import MomentsLoss, PixelLoss
@@ -25,6 +26,7 @@ __all__ = [
     "CrossEntropyDice",
     "Dice",
     "Lovasz",
+    "MaskLoss",
     "MomentsLoss",
     "PixelLoss",
     "Regularizer",

@@ -1,0 +1,258 @@
+"""The loss of matched masks: maps of ids, numbers of masks, messages; and examples/mask_losses.py,
+compared with Transformers' own losses."""
+
+import os
+import re
+import runpy
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from operators import check_loss
+from torch import Tensor
+
+import anchorops as ao
+from anchorops.catalogue.masks import mask_loss
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "mask_losses.py"
+LOGITS, MASKS = torch.zeros(3, 4, 5), torch.ones(3, 8, 10, dtype=torch.uint8)
+MAPS, IDS = torch.ones(2, 8, 10, dtype=torch.int32), torch.ones(3, dtype=torch.int64)
+IMAGES = torch.tensor([0, 1, 1])
+
+
+def example() -> dict[str, Any]:
+    for package in ("transformers", "scipy"):
+        pytest.importorskip(package, reason="it is not installed")
+    return runpy.run_path(str(EXAMPLE))
+
+
+def maps_of_ids(dtype: torch.dtype, scale: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Maps (2, 33, 50) with void pixels, ids and images of five masks, and their labels. The third
+    id is not in its map."""
+    numbers = torch.randint(0, 4, (2, 33, 50))
+    numbers[1] = numbers[1].clamp(max=2)
+    ids, images = torch.tensor([1, 3, 3, 2, 1]), torch.tensor([0, 0, 1, 1, 1])
+    labels = (numbers[images] == ids[:, None, None]).long()
+    labels[numbers[images] == 0] = -1
+    return (scale * numbers).to(dtype), scale * ids, images, labels
+
+
+@pytest.mark.on("cpu", "reference", "simulated_triton")
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(torch.uint8, 1), (torch.int16, -7), (torch.uint16, 9000), (torch.int64, 2**40)],
+    ids=str,
+)
+def test_maps_of_ids(dtype: torch.dtype, scale: int, backend: str) -> None:
+    """Ids of any size, also those that masks of uint8 could not have; 0 is void."""
+    maps, ids, images, labels = maps_of_ids(dtype, scale)
+    logits = torch.randn(5, 9, 13, requires_grad=True)
+    loss = ao.MaskLoss(focal_alpha=0.25, focal_gamma=2.0, ignore_index=0)
+    value = loss(logits, maps, ids, images)
+    check_loss(value, mask_loss(logits, labels, focal_alpha=0.25, focal_gamma=2.0), logits)
+    assert loss.terms["labels_out_of_range"] == 0
+    assert loss.terms["labels_ignored"] == (labels == -1).sum()
+    torch.testing.assert_close(loss.terms["ce"] + loss.terms["dice"], value.detach())
+
+
+def test_one_map_needs_no_images() -> None:
+    maps, ids, images, _ = maps_of_ids(torch.int32)
+    logits, loss = torch.randn(2, 9, 13), ao.MaskLoss()
+    expected = loss(logits, maps[images[:2]] == ids[:2, None, None])
+    assert torch.equal(loss(logits, maps[:1], ids[:2]), expected)
+    assert torch.equal(loss(logits, maps.flip(0)[1:], ids[:2].short(), images[:2] * 0), expected)
+
+
+def test_no_id_is_ignored_by_default() -> None:
+    maps = torch.where(torch.rand(1, 8, 8) < 0.5, 255, 254)
+    loss = ao.MaskLoss()
+    assert torch.equal(
+        loss(LOGITS[:1], maps, torch.tensor([255])), loss(LOGITS[:1], (maps == 255).byte())
+    )
+    assert loss.terms["labels_ignored"] == 0
+
+
+def test_each_mask_has_the_mean_of_its_valid_pixels() -> None:
+    """So void pixels of an image do not change the weights of others."""
+    logits, labels = torch.randn(2, 4, 5), torch.randint(0, 2, (2, 8, 10))
+    labels[0, :5] = 255
+    loss = ao.MaskLoss(dice_weight=0.0)
+    each = [ao.pixel_binary_cross_entropy(logits[i][None, None], labels[i][None]) for i in range(2)]
+    torch.testing.assert_close(loss(logits, labels), torch.stack(each).mean())
+
+
+@pytest.mark.parametrize("number", [7, 3.5, torch.tensor(3.5), torch.tensor([7])], ids=str)
+def test_num_masks(number: Any) -> None:
+    logits, labels = torch.randn(3, 4, 5), torch.randint(0, 2, (3, 8, 10))
+    loss = ao.MaskLoss()
+    expected = 3 * loss(logits, labels) / float(number)
+    value = loss(logits, labels, num_masks=number)
+    torch.testing.assert_close(value, expected)
+    assert value.dtype == torch.float32 and value.shape == ()
+    torch.testing.assert_close(sum(loss.terms[x] for x in ("ce", "dice")), expected)
+
+
+@pytest.mark.on("cpu", "reference")
+@pytest.mark.parametrize("labels", [(MASKS[:0],), (MAPS, IDS[:0], IMAGES[:0])])
+def test_nothing_matched(labels: tuple, backend: str) -> None:
+    queries = torch.randn(2, 6, 4, 5, requires_grad=True)
+    loss = ao.MaskLoss(ignore_index=0)(queries[IMAGES[:0], IMAGES[:0]], *labels)
+    loss.backward()
+    assert loss == 0 and queries.grad is not None and not queries.grad.any()
+
+
+def test_compiled() -> None:
+    """One graph for every number of masks."""
+    maps, ids, images, _ = maps_of_ids(torch.int32)
+    loss = ao.MaskLoss(ignore_index=0)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n in (5, 4):
+            z = torch.randn(n, 9, 13)
+            given = z, maps, ids[:n].clone(), images[:n].clone()
+            torch.testing.assert_close(compiled(*given), loss(*given))
+
+
+WRONG: list[tuple[tuple, dict[str, Any], str]] = [
+    ((LOGITS[0], MASKS), {}, r"logits: expected a tensor \(N, h, w\), got .* \(4, 5\)"),
+    ((LOGITS.int(), MASKS), {}, r"logits: expected float32, .*, got torch.int32"),
+    ((LOGITS, MASKS[0]), {}, r"labels: expected a tensor \(N, H, W\) of masks, or .*\(8, 10\)"),
+    ((LOGITS, MASKS[:2]), {}, r"labels: expected 3 masks, as logits .*, got .* \(2, 8, 10\)"),
+    ((LOGITS, MASKS.float()), {}, "labels: expected an integer dtype, got torch.float32"),
+    ((LOGITS, MAPS.float(), IDS, IMAGES), {}, "labels: expected an integer dtype, got torch.float"),
+    ((LOGITS, MAPS, IDS[:2], IMAGES), {}, r"ids: expected a tensor \[3\], .*, got .* \(2,\)"),
+    ((LOGITS, MAPS, [1, 1, 1], IMAGES), {}, r"ids: expected a tensor \[3\], .*, got \[1, 1, 1\]"),
+    ((LOGITS, MAPS, IDS.float(), IMAGES), {}, "ids: expected an integer dtype, got torch.float32"),
+    ((LOGITS, MAPS, IDS, IMAGES[:2]), {}, r"images: expected a tensor \[3\], .*, got .* \(2,\)"),
+    ((LOGITS, MAPS, IDS, IMAGES > 0), {}, "images: expected an integer dtype, got torch.bool"),
+    ((LOGITS, MAPS, IDS), {}, "images: expected the number of each mask's map, of 2 maps, got No"),
+    ((LOGITS, MASKS, None, IMAGES), {}, "images: expected None without ids, got "),
+    ((LOGITS, MASKS), {"num_masks": 0}, "num_masks: expected a finite float or int, above 0, got"),
+    ((LOGITS, MASKS), {"num_masks": -1.0}, "num_masks: expected a finite .*, above 0, got -1.0"),
+    ((LOGITS, MASKS), {"num_masks": torch.ones(2)}, r"num_masks: expected one number, .* \(2,\)"),
+]
+CHECKED: list[tuple[tuple, dict[str, Any], str]] = [
+    ((LOGITS, MASKS + 1), {}, r"labels: expected values in \[0, 2\) or .*, got \[2\]"),
+    ((LOGITS, MAPS, IDS * 5, IMAGES), {}, r"ids: expected ids that are in their maps, got \[5, 5,"),
+    ((LOGITS, MAPS, IDS, IMAGES + 1), {}, r"images: expected numbers from 0 to 1, .*got \[1, 2\]"),
+    ((LOGITS, MASKS), {"num_masks": torch.tensor(0.0)}, "num_masks: expected a number above 0, go"),
+]
+
+
+@pytest.mark.parametrize(("given", "options", "message"), WRONG)
+def test_messages(given: tuple, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^MaskLoss: {message}"):
+        ao.MaskLoss()(*given, **options)
+
+
+@pytest.mark.parametrize(("given", "options", "message"), CHECKED)
+def test_messages_of_check_labels(given: tuple, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^MaskLoss: {message}"):
+        ao.MaskLoss(check_labels=True)(*given, **options)
+
+
+SIZES = {
+    "padded": ([3, 5], [(64, 96), (90, 70)]),
+    "odd sizes": ([4, 2], [(61, 83), (61, 83)]),
+    "more than queries": ([12, 1], [(64, 64), (64, 64)]),
+    "an image without": ([0, 4], [(64, 64), (50, 64)]),
+    "nothing": ([0, 0], [(64, 64), (64, 64)]),
+}
+
+
+@pytest.mark.parametrize("model", ["small_maskformer", "small_detr"])
+@pytest.mark.parametrize("case", SIZES)
+def test_transformers(model: str, case: str) -> None:
+    names = example()
+    network = names[model]().eval()
+    batch = names["batch_of"](network, *SIZES[case])
+    loss, gradient = names["differences"](network, names["with_our_loss"](network), **batch)
+    assert loss < 1e-6 and gradient < 1e-5
+
+
+def compare_loop(names: dict[str, Any], criterion: torch.nn.Module) -> None:
+    """With MaskFormer's loss, of the float masks that it needs."""
+    from transformers.models.maskformer import modeling_maskformer as maskformer
+
+    weights = {"loss_cross_entropy": 1.0, "loss_mask": 20.0, "loss_dice": 1.0}
+    matcher = maskformer.MaskFormerHungarianMatcher(1.0, cost_mask=20.0, cost_dice=1.0)
+    theirs = maskformer.MaskFormerLoss(3, matcher, weights, 0.1)
+    _, maps, ids, classes = names["scenes"](2, (61, 83))
+    ids[1], classes[1] = ids[1][:0], classes[1][:0]
+    logits = [torch.randn(2, 8, *size, requires_grad=True) for size in ((4,), (16, 21))]
+    masks = [(maps[i] == x[:, None, None]).float() for i, x in enumerate(ids)]
+    losses = theirs(logits[1], logits[0], masks, classes)
+    expected = sum(weights[name] * loss for name, loss in losses.items())
+    value = criterion(*logits, maps, ids, classes)
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+    for found, right in zip(
+        *(torch.autograd.grad(loss, logits) for loss in (value, expected)), strict=True
+    ):
+        assert (found - right).norm() < 1e-5 * right.norm()
+
+
+def test_loop() -> None:
+    names = example()
+    compare_loop(names, names["Criterion"](3))
+
+
+def test_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    example()
+    monkeypatch.setattr("sys.argv", ["mask_losses.py", "--steps", "9"])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    printed = capsys.readouterr().out
+    first, last = (float(x) for x in re.findall(r"step \d: loss (\d\.\d+)", printed))
+    assert last < first and "MaskFormer" in printed and "Detr" in printed
+
+
+def run_rank(rank: int, folder: str) -> None:
+    """Each rank has Transformers' loss with its number of masks. And DDP's mean of the loop's
+    gradients is the gradient of one process."""
+    from accelerate import PartialState
+
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # accelerate asks for them
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=100),
+    )
+    try:
+        PartialState(cpu=True)  # Transformers sums the number of masks over its processes
+        assert PartialState().num_processes == 2
+        names = example()
+        torch.manual_seed(0)
+        for model in ("small_maskformer", "small_detr"):
+            network = names[model]().eval()
+            for counts in ([3, 1], [0, 0]):  # of rank 1
+                batch = names["batch_of"](network, counts if rank else [2, 0], [(50, 64), (64, 40)])
+                after = names["with_our_loss"](network)
+                assert max(names["differences"](network, after, **batch)) < 1e-5
+
+        _, maps, ids, classes = names["scenes"](2, (48, 64))
+        ids[0], classes[0] = ids[0][:1], classes[0][:1]
+        logits, masks = torch.zeros(2, 8, 4), torch.randn(2, 8, 12, 16, requires_grad=True)
+        criterion, chosen = names["Criterion"](3), slice(rank, rank + 1)
+        own = masks.detach()[chosen].requires_grad_()
+        criterion(logits[chosen], own, maps[chosen], ids[chosen], classes[chosen]).backward()
+    finally:
+        dist.destroy_process_group()
+    criterion(logits, masks, maps, ids, classes).backward()  # one process
+    assert own.grad is not None and masks.grad is not None
+    torch.testing.assert_close(own.grad / 2, masks.grad[chosen])
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate", reason="it is not installed")
+    example()
+    # the ranks import this file as tests.test_mask_loss, and inherit the path
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=2)  # pyright: ignore
