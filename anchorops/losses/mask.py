@@ -14,14 +14,15 @@ from .._checks import (
     describe,
     fail,
 )
-from .._moments import Options, Wanted
+from .._moments import Options, Wanted, as_scalar
 from .._ops.softmax_moments import moments_of, weighted
 from .._shared.sums import fixed_order_sum
 from .pixel import PixelLoss, Terms
 
-# Of rows, into which maps of ids are divided: a strip of the map is copied for each mask. Copies of
-# whole maps took 160 to 240 MiB more for 20 masks of 1024², and on a CPU 8 times as long or more.
-STRIPS = 32
+# Bytes of a strip of rows of the maps of ids, of which each mask has a copy. Copies of whole maps
+# took 160 to 240 MiB more for 20 masks of 1024², and on a CPU, whose caches are small, 8 times as
+# long or more. A GPU launches some kernels for each strip.
+STRIP_ON_CPU, STRIP = 2**23, 2**26
 
 
 class MaskLoss(PixelLoss):
@@ -123,7 +124,7 @@ class MaskLoss(PixelLoss):
         given = logits, labels[:, None], ignore_index, self.check_labels and ids is None
         masks, ignore_index = check_pixels("MaskLoss", *given, sigmoid=True)
         options = Options(
-            focal_gamma=self.focal_gamma,
+            focal_gamma=self.focal_gamma if self.focal_gamma > 0 else None,
             ignore_index=ignore_index,
             align_corners=self.align_corners,
         )
@@ -172,7 +173,7 @@ class MaskLoss(PixelLoss):
         """Losses of the two classes, with their weights α."""
         if self.focal_alpha is None:
             return losses
-        weights = [losses.new_full((), x) for x in (1 - self.focal_alpha, self.focal_alpha)]
+        weights = [as_scalar(x, losses) for x in (1 - self.focal_alpha, self.focal_alpha)]
         return weighted(losses, torch.stack(weights))
 
     def _divisor(self, num_masks: Tensor | float | None, losses: Tensor) -> Tensor | float:
@@ -191,8 +192,10 @@ def masks_of_ids(maps: Tensor, ids: Tensor, images: Tensor, void: int | None) ->
     """uint8 (N, H, W): 1 where the map (B, H, W) of its image has the id, 255 where it has the id
     `void`, else 0. ids, images: int64 [N]."""
     masks = maps.new_empty((len(ids), *maps.shape[1:]), dtype=torch.uint8)
-    count = 1 if torch.compiler.is_compiling() else STRIPS  # compiled code copies no maps
-    parts = (x.tensor_split(count, 1) for x in (maps, masks))
+    strips = 1  # compiled code copies no maps
+    if not torch.compiler.is_compiling():
+        strips = -(-8 * masks.numel() // (STRIP_ON_CPU if maps.is_cpu else STRIP))
+    parts = (x.tensor_split(max(strips, 1), 1) for x in (maps, masks))
     for strip, mask in zip(*parts, strict=True):
         strip = strip.long()  # torch has no comparisons for uint16 to uint64
         mask.copy_(strip.index_select(0, images) == ids[:, None, None])
