@@ -97,7 +97,9 @@ def _error_loss_bwd_kernel(
     cells = cells_of_program(program, lanes, CELLS, TILE)
     label_map = PixelMap(labels_ptr, labels_b, labels_h, labels_w)
     labels = load_labels(label_map, program.image, lanes, num_classes, ignore_index, CELLS)
-    softmax = softmax_of_errors(logits, lanes, labels, CELLS)
+    softmax = softmax_of_errors(
+        logits, label_map, program.image, axes, lanes, labels, ignore_index, CELLS
+    )
 
     means = [tl.zeros(label.shape, tl.float32) for label in labels]  # Σ_j p_j u_j
     ptrs, slopes = corner_ptrs(logits.ptr, lanes, CELLS), slopes_ptr
