@@ -16,7 +16,7 @@ from .lanes import LABELS, PixelMap, load_labels
 from .launch import without_spills
 from .probability_histograms import (
     places_of_errors,
-    probabilities,
+    probabilities_of,
     softmax_of_errors,
 )
 from .upsampling import (
@@ -105,7 +105,7 @@ def _error_loss_bwd_kernel(
     ptrs, slopes = corner_ptrs(logits.ptr, lanes, CELLS), slopes_ptr
     stored = loaded(ptrs)
     for k in range(num_classes):
-        p = probabilities(stored, softmax, lanes, CELLS)
+        p = probabilities_of(stored, softmax, lanes, CELLS)
         ptrs = following(ptrs, k, logits, CELLS)
         stored = loaded(ptrs)
         u = _slopes_of_class(slopes, p, labels, k, bins, CELLS)
@@ -117,7 +117,7 @@ def _error_loss_bwd_kernel(
     ptrs, slopes = corner_ptrs(logits.ptr, lanes, CELLS), slopes_ptr
     stored = loaded(ptrs)
     for k in range(num_classes):
-        p = probabilities(stored, softmax, lanes, CELLS)
+        p = probabilities_of(stored, softmax, lanes, CELLS)
         ptrs = following(ptrs, k, logits, CELLS)
         stored = loaded(ptrs)
         u = _slopes_of_class(slopes, p, labels, k, bins, CELLS)

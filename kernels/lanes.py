@@ -12,11 +12,9 @@ from .upsampling import (
     ROW_AXIS,
     at_pixels,
     both,
-    corner_ptrs,
     corners_of,
     corners_of_class,
     first_pixel,
-    loaded,
     rows_of_lane,
     strides_of,
     upsampled,
@@ -167,15 +165,11 @@ def label_of_cell(
 
 
 @triton.jit
-def reference_of(logits, label, lanes, CELLS: tl.constexpr):
-    """The Reference of this label. It has none if a logit of the class is not finite, or so large
-    that a difference might not be."""
-    ptr = logits.ptr + tl.maximum(label, 0).to(tl.int64) * logits.stride_k
-    if CELLS.y.same:  # cells that follow each other have different classes
-        x = tl.load(ptr + lanes.y.lower + lanes.x.lower).to(tl.float32)
-        four = (x, x, x, x)
-    else:
-        four = corners_of(loaded(corner_ptrs(ptr, lanes, CELLS)), CELLS)
+def reference_of(ptrs, label, stride_k, CELLS: tl.constexpr):
+    """The Reference of this label; ptrs: corner_ptrs of class 0. It has none if a logit of the
+    class is not finite, or so large that a difference might not be."""
+    offset = tl.maximum(label, 0).to(tl.int64) * stride_k
+    four = corners_of([tl.load(ptr + offset) for ptr in ptrs], CELLS)
     usable = label >= 0
     for x in tl.static_range(4):
         usable &= tl.abs(four[x]) < _LARGEST_REFERENCE

@@ -88,9 +88,7 @@ def losses_of_all_classes(weighted, lse, reference, lanes, options, image, CELLS
 
 
 @triton.jit
-def _read_losses_of_all_classes(
-    logits, lse, reference, lanes, options, image, CELLS: tl.constexpr
-):
+def _read_losses_of_all_classes(logits, lse, reference, lanes, options, image, CELLS: tl.constexpr):
     """u of each pixel, computed with a loop of its own over the classes."""
     zero = tl.zeros(lanes.x.cell.shape, tl.float32)
     weighted = (zero, zero, zero, zero)

@@ -21,7 +21,7 @@ from .lanes import (
 )
 from .launch import FORWARD_LANES, without_spills
 from .loss_options import LossOptions
-from .softmax import log_probabilities, softmax_of
+from .softmax import probabilities, softmax_of
 from .upsampling import (
     LOGITS,
     SIZES,
@@ -50,9 +50,10 @@ def softmax_of_errors(
 
 
 @triton.jit
-def probabilities(stored, softmax, lanes, CELLS: tl.constexpr):
+def probabilities_of(stored, softmax, lanes, CELLS: tl.constexpr):
     """p of the pixels, from the four logits of a cell as they were loaded."""
-    return [tl.exp2(x) for x in log_probabilities(corners_of(stored, CELLS), softmax, lanes, CELLS)]
+    four = corners_of(stored, CELLS)
+    return probabilities(four, softmax.lse, softmax.reference, lanes, CELLS)
 
 
 @triton.jit
@@ -100,13 +101,11 @@ def _probability_histograms_kernel(
     lanes = lanes_of_tile(tile, axes, logits, CELLS, LANES)
     label_map = PixelMap(labels_ptr, labels_b, labels_h, labels_w)
     labels = load_labels(label_map, image, lanes, num_classes, ignore_index, CELLS)
-    softmax = softmax_of_errors(
-        logits, label_map, image, axes, lanes, labels, ignore_index, CELLS
-    )
+    softmax = softmax_of_errors(logits, label_map, image, axes, lanes, labels, ignore_index, CELLS)
     ptrs, class_counts = corner_ptrs(logits.ptr, lanes, CELLS), counts_ptr
     stored = loaded(ptrs)
     for k in range(num_classes):
-        p = probabilities(stored, softmax, lanes, CELLS)
+        p = probabilities_of(stored, softmax, lanes, CELLS)
         ptrs = following(ptrs, k, logits, CELLS)
         stored = loaded(ptrs)
         bin_index, places = places_of_errors(p, labels, k, bins, CELLS)

@@ -46,9 +46,6 @@ class Softmax(NamedTuple):
 
     reference: Any  # Reference of each cell
     lse: Any  # log Σ_k e^(z_k − the reference), 0 where ignored
-    log_sums: Any  # log2 Σ_k e^(z_k − m), where −m·log2(e) is
-    cell_shift: Any  # of each lane, unless
-    by_pixel: Any  # such a sum may be wrong
     predicted: Any  # the class of the largest logit
     weighted: Any  # Σ_k v_k x_k of the four logits x of a cell: see loss_options.py
 
@@ -188,7 +185,10 @@ def _sums_by_pixel(logits, lanes, reference, CELLS: tl.constexpr):
     """Σ_k e^(z_k − m) of each pixel, where m is its largest logit; and m. The reference is
     subtracted from the logits."""
     zeros = zeros_of_pixels(lanes, CELLS)
-    sums, largest = [zeros for _ in () + CELLS.columns], [zeros + _MINIMUM for _ in () + CELLS.columns]
+    sums, largest = (
+        [zeros for _ in () + CELLS.columns],
+        [zeros + _MINIMUM for _ in () + CELLS.columns],
+    )
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
     stored = loaded(ptrs)
     for k in range(logits.num_classes):
@@ -220,11 +220,11 @@ def _lse(log_sums, largest, sums, own, reference, CELLS: tl.constexpr):
 
 
 @triton.jit
-def _lse_by_cell(log_sums, sums, maximum, reference, lanes, CELLS: tl.constexpr):
-    """_lse, from the sums of _sums_by_cell and their logarithms."""
+def _lse_by_cell(sums, maximum, reference, lanes, CELLS: tl.constexpr):
+    """_lse, from the sums of _sums_by_cell."""
     shift = maximum * -LOG2_E
     rounding = tl.fma(maximum, LOG2_E, shift)
-    log_sums = [log_sum - rounding for log_sum in log_sums]
+    log_sums = [tl.log2(y) - rounding for y in sums]
     largest = upsampled([maximum - x for x in reference.four], lanes, CELLS)
     own, _ = _exponentials(reference.four, shift, shift, lanes, CELLS)
     return _lse(log_sums, largest, sums, own, reference, CELLS)
@@ -249,23 +249,19 @@ def softmax_of(
     )
     SMALLEST: tl.constexpr = _SMALLEST_SUM_OF_ROWS if CELLS.x.even else SMALLEST_SUM
     by_pixel = any_of((spread > LARGEST_SPREAD) | underflow(sums, labels, SMALLEST))
-    log_sums = [tl.log2(y) for y in sums]
-    reference = reference_of(logits, cell_label, lanes, CELLS)
-    lse = _lse_by_cell(log_sums, sums, maximum, reference, lanes, CELLS)
+    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
+    reference = reference_of(ptrs, cell_label, logits.stride_k, CELLS)
+    lse = _lse_by_cell(sums, maximum, reference, lanes, CELLS)
     if by_pixel:
         lse = _lse_by_pixel(logits, reference, lanes, CELLS)
         if PREDICT:
             _, predicted = largest_logits(logits, lanes, CELLS)
     lse = [tl.where(labels[i] >= 0, lse[i], 0.0) for i in () + CELLS.columns]
-    return Softmax(reference, lse, log_sums, maximum * -LOG2_E, by_pixel, predicted, weighted)
+    return Softmax(reference, lse, predicted, weighted)
 
 
 @triton.jit
-def log_probabilities(four, softmax, lanes, CELLS: tl.constexpr):
-    """log2 p of a lane's pixels, with the exponents of the sum."""
-    exponents = upsampled(_exponents(four, softmax.cell_shift), lanes, CELLS)
-    logs = [exponents[i] - softmax.log_sums[i] for i in () + CELLS.columns]
-    if softmax.by_pixel:
-        z = upsampled(relative(four, softmax.reference), lanes, CELLS)
-        logs = [(z[i] - softmax.lse[i]) * LOG2_E for i in () + CELLS.columns]
-    return logs
+def probabilities(four, lse, reference, lanes, CELLS: tl.constexpr):
+    """p of a lane's pixels, from the four logits of its cell."""
+    z = upsampled(relative(four, reference), lanes, CELLS)
+    return [probability(z[i], lse[i]) for i in () + CELLS.columns]

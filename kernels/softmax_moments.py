@@ -43,7 +43,7 @@ from .loss_options import (
     share_of_pixel,
     weight_of_class,
 )
-from .softmax import log_probabilities, softmax_of
+from .softmax import probabilities, softmax_of
 from .upsampling import (
     LOGITS,
     SIZES,
@@ -149,7 +149,7 @@ def _add_all_classes(results, row, logits, lanes, labels, softmax, CELLS: tl.con
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
     stored = loaded(ptrs)
     for k in range(logits.num_classes):
-        logs = log_probabilities(corners_of(stored, CELLS), softmax, lanes, CELLS)
+        p = probabilities(corners_of(stored, CELLS), softmax.lse, softmax.reference, lanes, CELLS)
         ptrs = following(ptrs, k, logits, CELLS)
         stored = loaded(ptrs)
         sum_before = tl.load(sums + row + k) if sums is not None else 0.0
@@ -157,9 +157,9 @@ def _add_all_classes(results, row, logits, lanes, labels, softmax, CELLS: tl.con
         probability_sum = tl.zeros(labels[0].shape, tl.float32)
         square = tl.zeros(labels[0].shape, tl.float32)
         for i in tl.static_range(len(labels)):
-            p = tl.where(labels[i] >= 0, tl.exp2(logs[i]), 0.0)
-            probability_sum += p
-            square = tl.fma(p, p, square)
+            added = tl.where(labels[i] >= 0, p[i], 0.0)
+            probability_sum += added
+            square = tl.fma(added, added, square)
         if sums is not None:
             tl.store(sums + row + k, sum_before + sum_of(probability_sum))
         if squares is not None:
@@ -225,7 +225,14 @@ def _softmax_moments_kernel(
             label_map, image, axes, lanes, labels, num_classes, ignore_index, CELLS
         )
         softmax = softmax_of(
-            logits, lanes, labels, cell_label, loss_options, image, results.correct is not None, CELLS
+            logits,
+            lanes,
+            labels,
+            cell_label,
+            loss_options,
+            image,
+            results.correct is not None,
+            CELLS,
         )
         if lse_ptr is not None:
             store_map(contiguous_map(lse_ptr, axes), softmax.lse, image, lanes, CELLS)

@@ -22,7 +22,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .lanes import (
-    INF,
     LABELS,
     LOG2_E,
     PixelMap,
@@ -35,7 +34,6 @@ from .lanes import (
     pixel_map_of,
     probability,
     reference_of,
-    relative,
     true_logits,
     values_of_labels,
 )
@@ -52,6 +50,7 @@ from .softmax import (
     LARGEST_SPREAD_OF_GRADIENT,
     any_of,
     exponentials_of_lane,
+    probabilities,
     products,
     scales_of,
     shift_of_lane,
@@ -201,12 +200,11 @@ def _subtract_all_classes(x, gradients, pixels, CELLS: tl.constexpr):
         ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
         stored = loaded(ptrs)
         for k in range(logits.num_classes):
-            z = upsampled(relative(corners_of(stored, CELLS), reference), lanes, CELLS)
+            p = probabilities(corners_of(stored, CELLS), lse, reference, lanes, CELLS)
             ptrs = following(ptrs, k, logits, CELLS)
             stored = loaded(ptrs)
             dprobability_sum = _class_value(gradients.dprobability_sums, image, k)
             dsquare = 2 * _class_value(gradients.dsquares, image, k)
-            p = [probability(z[i], lse[i]) for i in () + CELLS.columns]
             x = [
                 tl.fma(-p[i], tl.fma(p[i], dsquare, dprobability_sum), x[i])
                 for i in () + CELLS.columns
@@ -225,13 +223,6 @@ def _valid_cells(four, labels, CELLS: tl.constexpr):
             largest = tl.maximum(largest, labels[i])
         valid = tl.max(largest, ROW_AXIS, keep_dims=True) >= 0
         return [tl.where(valid, x, 0.0) for x in four]
-
-
-@triton.jit
-def _probabilities(four, lse, reference, lanes, CELLS: tl.constexpr):
-    """p of a lane's pixels, from the four logits of its cell."""
-    z = upsampled(relative(four, reference), lanes, CELLS)
-    return [probability(z[i], lse[i]) for i in () + CELLS.columns]
 
 
 @triton.jit
@@ -341,8 +332,11 @@ def _softmax_moments_bwd_kernel(
     label_map = PixelMap(labels_ptr, labels_b, labels_h, labels_w)
     labels = load_labels(label_map, image, lanes, num_classes, ignore_index, CELLS)
     lse = load_map(contiguous_map(lse_ptr, axes), image, lanes, labels, CELLS)
-    cell_label = label_of_cell(label_map, image, axes, lanes, labels, num_classes, ignore_index, CELLS)
-    reference = reference_of(logits, cell_label, lanes, CELLS)
+    cell_label = label_of_cell(
+        label_map, image, axes, lanes, labels, num_classes, ignore_index, CELLS
+    )
+    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
+    reference = reference_of(ptrs, cell_label, logits.stride_k, CELLS)
     pixels = Pixels(image, logits, lanes, labels, lse, reference)
 
     d = [tl.zeros(label.shape, tl.float32) for label in labels]
@@ -374,7 +368,6 @@ def _softmax_moments_bwd_kernel(
             tl.where(of_reference[i], alphas[i] * rest[i], alphas[i]) for i in () + CELLS.columns
         ]
     terms = Terms(factors, alphas, beta, classes_of(labels))
-    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
     by_pixel = True
     if CELLS.x.even:
         z = upsampled(reference.four, lanes, CELLS)
@@ -411,14 +404,14 @@ def _softmax_moments_bwd_kernel(
     if by_pixel:
         lse = load_again(lse_ptr, image, axes, lanes, labels, CELLS)
         if CELLS.x.even:
-            reference = reference_of(logits, reference.label, lanes, CELLS)
+            reference = reference_of(ptrs, reference.label, logits.stride_k, CELLS)
         stored = loaded(ptrs)
         for k in range(num_classes):
             four = _valid_cells(corners_of(stored, CELLS), labels, CELLS)
             ptrs = following(ptrs, k, logits, CELLS)
             stored = loaded(ptrs)
             values = _class_values(k, gradients, loss_options, image)
-            p = _probabilities(four, lse, reference, lanes, CELLS)
+            p = probabilities(four, lse, reference, lanes, CELLS)
             gradient = _class_gradient(
                 k, p, values, terms, gradients, pixels, cells, axes, loss_options,
                 BY_PIXEL, EXACT, CELLS, TILE,
