@@ -16,7 +16,7 @@ from .lanes import LABELS, PixelMap, load_labels
 from .launch import without_spills
 from .probability_histograms import (
     places_of_errors,
-    probabilities,
+    probabilities_of,
     softmax_of_errors,
 )
 from .upsampling import (
@@ -97,13 +97,15 @@ def _error_loss_bwd_kernel(
     cells = cells_of_program(program, lanes, CELLS, TILE)
     label_map = PixelMap(labels_ptr, labels_b, labels_h, labels_w)
     labels = load_labels(label_map, program.image, lanes, num_classes, ignore_index, CELLS)
-    softmax = softmax_of_errors(logits, lanes, labels, CELLS)
+    softmax = softmax_of_errors(
+        logits, label_map, program.image, axes, lanes, labels, ignore_index, CELLS
+    )
 
     means = [tl.zeros(label.shape, tl.float32) for label in labels]  # Σ_j p_j u_j
     ptrs, slopes = corner_ptrs(logits.ptr, lanes, CELLS), slopes_ptr
     stored = loaded(ptrs)
     for k in range(num_classes):
-        p = probabilities(stored, softmax, lanes, CELLS)
+        p = probabilities_of(stored, softmax, lanes, CELLS)
         ptrs = following(ptrs, k, logits, CELLS)
         stored = loaded(ptrs)
         u = _slopes_of_class(slopes, p, labels, k, bins, CELLS)
@@ -115,7 +117,7 @@ def _error_loss_bwd_kernel(
     ptrs, slopes = corner_ptrs(logits.ptr, lanes, CELLS), slopes_ptr
     stored = loaded(ptrs)
     for k in range(num_classes):
-        p = probabilities(stored, softmax, lanes, CELLS)
+        p = probabilities_of(stored, softmax, lanes, CELLS)
         ptrs = following(ptrs, k, logits, CELLS)
         stored = loaded(ptrs)
         u = _slopes_of_class(slopes, p, labels, k, bins, CELLS)

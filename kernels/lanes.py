@@ -12,7 +12,9 @@ from .upsampling import (
     ROW_AXIS,
     at_pixels,
     both,
+    corners_of,
     corners_of_class,
+    first_pixel,
     rows_of_lane,
     strides_of,
     upsampled,
@@ -23,6 +25,8 @@ LOG2_E = Constant(1.4426950408889634)
 LN_2 = Constant(0.6931471805599453)
 INF = Constant(float("inf"))
 NO_CLASS = Constant(2**31 - 1)
+# Differences of smaller numbers are finite.
+_LARGEST_REFERENCE = Constant(2.0**100)
 
 
 class PixelMap(NamedTuple):
@@ -32,6 +36,14 @@ class PixelMap(NamedTuple):
     stride_b: int
     stride_h: int
     stride_w: int
+
+
+class Reference(NamedTuple):
+    """A class of each cell, and its four logits. They are subtracted from those of all classes, so
+    that what all classes share cancels before it is rounded. If the class is −1, they are 0."""
+
+    label: Any
+    four: Any
 
 
 def pixel_map_of(tensor: Tensor | None) -> PixelMap:
@@ -122,6 +134,55 @@ def next_label(labels, after):
 
 
 @triton.jit
+def _ends_of_cell(span, axis, CELLS: tl.constexpr):
+    """The first and the last pixel of a cell along an axis; any pixels if it has none."""
+    last = axis.pixels - 1
+    start = tl.minimum(tl.maximum(first_pixel(span.cell, axis, CELLS), 0), last)
+    return start, tl.minimum(tl.maximum(span.stop - 1, 0), last)
+
+
+@triton.jit
+def label_of_cell(
+    label_map, image, axes, lanes, labels, num_classes, ignore_index, CELLS: tl.constexpr
+):
+    """The largest label of a cell's four outermost pixels, −1 if they are ignored. It does not
+    depend on how the cell's pixels are divided into lanes."""
+    if CELLS.y.same:
+        return labels[0]
+    else:
+        Y: tl.constexpr = CELLS.y
+        X: tl.constexpr = CELLS.x
+        ptr = label_map.ptr + image.to(tl.int64) * label_map.stride_b
+        rows = [y.to(tl.int64) * label_map.stride_h for y in _ends_of_cell(lanes.y, axes.y, Y)]
+        columns = [x.to(tl.int64) * label_map.stride_w for x in _ends_of_cell(lanes.x, axes.x, X)]
+        largest = tl.full(lanes.x.cell.shape, -1, tl.int64)
+        for i in tl.static_range(2):
+            for j in tl.static_range(2):
+                label = tl.load(ptr + rows[i] + columns[j]).to(tl.int64)
+                valid = (label < num_classes) & (label != ignore_index)
+                largest = tl.maximum(largest, tl.where(valid, label, -1))
+        return largest.to(tl.int32)
+
+
+@triton.jit
+def reference_of(ptrs, label, stride_k, CELLS: tl.constexpr):
+    """The Reference of this label; ptrs: corner_ptrs of class 0. It has none if a logit of the
+    class is not finite, or so large that a difference might not be."""
+    offset = tl.maximum(label, 0).to(tl.int64) * stride_k
+    four = corners_of([tl.load(ptr + offset) for ptr in ptrs], CELLS)
+    usable = label >= 0
+    for x in tl.static_range(4):
+        usable &= tl.abs(four[x]) < _LARGEST_REFERENCE
+    return Reference(tl.where(usable, label, -1), [tl.where(usable, x, 0.0) for x in four])
+
+
+@triton.jit
+def relative(four, reference):
+    """The four logits of a cell, less those of the reference."""
+    return [four[i] - reference.four[i] for i in (0, 1, 2, 3)]
+
+
+@triton.jit
 def load_map(pixel_map, image, lanes, labels, CELLS: tl.constexpr):
     """The numbers of valid pixels; 0 where ignored."""
     ptrs = pointers(pixel_map, image, lanes, CELLS)
@@ -150,7 +211,7 @@ def store_map(pixel_map, values, image, lanes, CELLS: tl.constexpr):
 
 @triton.jit
 def probability(z, lse):
-    """p = e^(z − lse)"""
+    """p = e^(z − lse), where the reference was subtracted from both."""
     return tl.exp2((z - lse) * LOG2_E)
 
 
@@ -163,12 +224,14 @@ def values_of_labels(ptr, stride, labels):
 
 
 @triton.jit
-def true_logits(logits, lanes, labels, CELLS: tl.constexpr):
-    """z_y of each pixel, read for one label of the tile after the other; 0 where ignored."""
+def true_logits(logits, lanes, labels, reference, CELLS: tl.constexpr):
+    """z_y of each pixel, less the reference, read for one label of the tile after the other; 0
+    where ignored."""
     true = [tl.zeros(label.shape, tl.float32) for label in labels]
     label = next_label(labels, -1)
     while label < NO_CLASS:
-        z = upsampled(corners_of_class(logits, label, lanes, CELLS), lanes, CELLS)
+        four = relative(corners_of_class(logits, label, lanes, CELLS), reference)
+        z = upsampled(four, lanes, CELLS)
         true = [tl.where(labels[i] == label, z[i], true[i]) for i in () + CELLS.columns]
         label = next_label(labels, label)
     return true

@@ -73,19 +73,20 @@ def add_weighted(weighted, four, v, options):
 
 
 @triton.jit
-def losses_of_all_classes(weighted, lse, lanes, options, image, CELLS: tl.constexpr):
+def losses_of_all_classes(weighted, lse, reference, lanes, options, image, CELLS: tl.constexpr):
     """u of each pixel."""
     if options.all_weights is None:
         return [0.0 for _ in lse]
     else:
         total = tl.load(options.sums_of_all_weights + image * options.stride_sum_b)
-        z = upsampled(weighted, lanes, CELLS)
+        four = [tl.fma(-total, reference.four[i], weighted[i]) for i in (0, 1, 2, 3)]
+        z = upsampled(four, lanes, CELLS)
         u = [tl.fma(total, lse[i], -z[i]) for i in () + CELLS.columns]
         return [tl.where(x < 0, 0.0, x) for x in u]  # negative by rounding
 
 
 @triton.jit
-def _read_losses_of_all_classes(logits, lse, lanes, options, image, CELLS: tl.constexpr):
+def _read_losses_of_all_classes(logits, lse, reference, lanes, options, image, CELLS: tl.constexpr):
     """u of each pixel, computed with a loop of its own over the classes."""
     zero = tl.zeros(lanes.x.cell.shape, tl.float32)
     weighted = (zero, zero, zero, zero)
@@ -95,7 +96,7 @@ def _read_losses_of_all_classes(logits, lse, lanes, options, image, CELLS: tl.co
             four, v = corners_of(loaded(ptrs), CELLS), weight_of_all(k, options, image)
             ptrs = next_class(ptrs, logits.stride_k, CELLS)
             weighted = add_weighted(weighted, four, v, options)
-    return losses_of_all_classes(weighted, lse, lanes, options, image, CELLS)
+    return losses_of_all_classes(weighted, lse, reference, lanes, options, image, CELLS)
 
 
 @triton.jit
@@ -117,13 +118,19 @@ def _weights_of_labels(labels, options, image):
 
 
 @triton.jit
-def is_used(z, lse, options):
-    """Whether c is at least min_loss, or NaN. In both directions from the lse that is stored, so
-    that they use the same pixels."""
+def cross_entropy(z, lse):
+    """c = −log p, where the reference was subtracted from z and lse."""
+    return tl.where(lse < z, 0.0, lse - z)  # negative by rounding; NaN remains
+
+
+@triton.jit
+def is_used(c, options):
+    """Whether c is at least min_loss, or NaN. Both directions compute c in the same way, so they
+    use the same pixels."""
     if options.min_loss is None:
         return True
     else:
-        return ~(lse - z < tl.load(options.min_loss))
+        return ~(c < tl.load(options.min_loss))
 
 
 @triton.jit
@@ -136,13 +143,19 @@ def share_of_pixel(w, used, options):
 
 
 @triton.jit
-def _factor(c, options):
-    """x = 1 − e^−c, x^(γ − 1) and e^−c"""
+def other_classes(c):
+    """1 − e^−c, the probability of the other classes; and e^−c."""
     e = tl.exp2(c * -LOG2_E)
-    series = 1 - c * (1 / 7)  # of x / c, for a small c
+    series = 1 - c * (1 / 7)  # of (1 − e^−c) / c, for a small c
     for n in tl.static_range(6, 1, -1):
         series = 1 - c * (1 / n) * series
-    x = tl.where(c < 0.25, c * series, 1 - e)
+    return tl.where(c < 0.25, c * series, 1 - e), e
+
+
+@triton.jit
+def _factor(c, options):
+    """x = 1 − e^−c, x^(γ − 1) and e^−c"""
+    x, e = other_classes(c)
     x = tl.where(x < _SMALLEST, _SMALLEST, x)
     return x, tl.exp2((tl.load(options.focal_gamma) - 1) * tl.log2(x)), e
 
@@ -185,19 +198,20 @@ def _slopes_of_loss(c, u, a, used, options):
 
 @triton.jit
 def slopes_of_losses(
-    d, logits, lanes, labels, lse, options, image, WEIGHTED: tl.constexpr, CELLS: tl.constexpr
-):
+    d, logits, lanes, labels, lse, reference, options, image,
+    WEIGHTED: tl.constexpr, CELLS: tl.constexpr,
+):  # fmt: skip
     """d·∂L/∂c and d·∂L/∂u of each pixel. WEIGHTED: d contains the weight."""
     a = _weights_of_labels(labels, options, image)
     if options.focal_gamma is None and options.min_loss is None:
         return [d[i] * a[i] for i in () + CELLS.columns], d
     else:
-        z = true_logits(logits, lanes, labels, CELLS)
-        used = [is_used(z[i], lse[i], options) for i in () + CELLS.columns]
+        z = true_logits(logits, lanes, labels, reference, CELLS)
+        c = [cross_entropy(z[i], lse[i]) for i in () + CELLS.columns]
+        used = [is_used(c[i], options) for i in () + CELLS.columns]
         if WEIGHTED:
             d = [share_of_pixel(d[i], used[i], options) for i in () + CELLS.columns]
-        c = [tl.where(lse[i] < z[i], 0.0, lse[i] - z[i]) for i in () + CELLS.columns]
-        u = _read_losses_of_all_classes(logits, lse, lanes, options, image, CELLS)
+        u = _read_losses_of_all_classes(logits, lse, reference, lanes, options, image, CELLS)
         slopes = [_slopes_of_loss(c[i], u[i], a[i], used[i], options) for i in () + CELLS.columns]
         return [d[i] * slopes[i][0] for i in () + CELLS.columns], [
             d[i] * slopes[i][1] for i in () + CELLS.columns

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .lanes import INF, LN_2, LOG2_E, sum_of
+from .lanes import INF, LN_2, LOG2_E, probability, reference_of, relative, sum_of
 from .launch import Constant
 from .loss_options import add_weighted, weight_of_all
 from .pixel_argmax import largest_logits
@@ -37,15 +37,15 @@ LARGEST_SPREAD, _SMALLEST_SUM_OF_ROWS = Constant(80.0), Constant(2.0**-40)
 LARGEST_SPREAD_OF_GRADIENT = Constant(40.0)
 # Below every logit and exponent. Finite, so that differences are numbers.
 LOWEST = Constant(-1e36)
+_MINIMUM = Constant(-3.4028234663852886e38)  # of float32
+_ALMOST_ALL = Constant(0.125)
 
 
 class Softmax(NamedTuple):
     """What the first pass over the classes computes for the pixels of a tile."""
 
-    log_sums: Any  # log2 Σ_k e^(z_k − shift)
-    shifts: Any
-    cell_shift: Any  # of each lane −shift·log2(e), unless
-    by_pixel: Any  # each pixel has its own shift
+    reference: Any  # Reference of each cell
+    lse: Any  # log Σ_k e^(z_k − the reference), 0 where ignored
     predicted: Any  # the class of the largest logit
     weighted: Any  # Σ_k v_k x_k of the four logits x of a cell: see loss_options.py
 
@@ -80,16 +80,16 @@ def exponentials_of_rows(ends, lanes, CELLS: tl.constexpr):
 
 
 @triton.jit
-def shift_of_lane(lse, labels):
-    """−m·log2(e) of each lane, where m is the largest lse of valid pixels; −∞ if it has none, so
-    that all e^(z − m) are 0. And a spread: ∞ if m·log2(e) has a rounding error that might let them
-    overflow, otherwise 0."""
-    largest = tl.full(lse[0].shape, -INF, tl.float32)
-    for i in tl.static_range(len(lse)):
-        largest = tl.maximum(largest, tl.where(labels[i] >= 0, lse[i], -INF))
+def shift_of_lane(log_sums, labels):
+    """−m of each lane, where m is the largest log2 Σ_k 2^(slope·z_k) of valid pixels; −∞ if it has
+    none, so that all 2^(slope·z − m) are 0. And a spread: ∞ if m has a rounding error that might
+    let them overflow, otherwise 0."""
+    largest = tl.full(log_sums[0].shape, -INF, tl.float32)
+    for i in tl.static_range(len(log_sums)):
+        largest = tl.maximum(largest, tl.where(labels[i] >= 0, log_sums[i], -INF))
     largest = tl.max(largest, ROW_AXIS, keep_dims=True)
-    shift = tl.where(largest == -INF, -INF, largest * -LOG2_E)
-    inexact = (largest != -INF) & (tl.abs(shift) > 2.0**20)
+    inexact = (largest != -INF) & (tl.abs(largest) > 2.0**20)
+    shift = tl.where(largest == -INF, -INF, -largest)
     return shift, tl.where(inexact, INF, 0.0)
 
 
@@ -105,10 +105,9 @@ def exponentials_of_lane(four, slope, shift, spread, lanes, CELLS: tl.constexpr)
 
 
 @triton.jit
-def scales_of(lse, labels, shift, CELLS: tl.constexpr):
-    """e^(m − lse) of each pixel, 0 where ignored."""
-    scales = [tl.exp2(tl.fma(x, -LOG2_E, -shift)) for x in lse]
-    return [tl.where(labels[i] >= 0, scales[i], 0.0) for i in () + CELLS.columns]
+def scales_of(log_sums, labels, CELLS: tl.constexpr):
+    """1 / Σ_k 2^(slope·z_k − m) of each pixel, from its logarithm; 0 where ignored."""
+    return [tl.where(labels[i] >= 0, tl.exp2(-log_sums[i]), 0.0) for i in () + CELLS.columns]
 
 
 @triton.jit
@@ -133,8 +132,8 @@ def _exponentials(four, shift, spread, lanes, CELLS: tl.constexpr):
 @triton.jit
 def _sums_by_cell(logits, lanes, options, image, PREDICT: tl.constexpr, CELLS: tl.constexpr):
     """For each pixel Σ_k e^(z_k − m), where m is the largest logit of the cell, and with PREDICT
-    the class of its largest logit; for each cell −m·log2(e), and Σ_k v_k x_k of its four logits
-    x; the largest spread of _exponentials."""
+    the class of its largest logit; for each cell m, and Σ_k v_k x_k of its four logits x; the
+    largest spread of _exponentials."""
     zero = tl.zeros(lanes.x.cell.shape, tl.float32)
     maximum, shift = zero + LOWEST, zero + LOWEST * -LOG2_E
     zeros = zeros_of_pixels(lanes, CELLS)
@@ -162,7 +161,7 @@ def _sums_by_cell(logits, lanes, options, image, PREDICT: tl.constexpr, CELLS: t
             z = upsampled(four, lanes, CELLS)
             predicted = [tl.where(z[i] > best[i], k, predicted[i]) for i in () + CELLS.columns]
             best = [tl.where(z[i] > best[i], z[i], best[i]) for i in () + CELLS.columns]
-    return sums, shift, predicted, weighted, spread
+    return sums, maximum, predicted, weighted, spread
 
 
 @triton.jit
@@ -182,57 +181,87 @@ def any_of(mask):
 
 
 @triton.jit
-def _sums_by_pixel(logits, lanes, largest, CELLS: tl.constexpr):
-    """Σ_k e^(z_k − m) of each pixel, where m is its largest logit; and m."""
-    shifts = [finite_or_zero(x) for x in largest]
-    sums = [tl.zeros(x.shape, tl.float32) for x in largest]
+def _sums_by_pixel(logits, lanes, reference, CELLS: tl.constexpr):
+    """Σ_k e^(z_k − m) of each pixel, where m is its largest logit; and m. The reference is
+    subtracted from the logits."""
+    zeros = zeros_of_pixels(lanes, CELLS)
+    sums, largest = (
+        [zeros for _ in () + CELLS.columns],
+        [zeros + _MINIMUM for _ in () + CELLS.columns],
+    )
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
     stored = loaded(ptrs)
     for k in range(logits.num_classes):
-        z = upsampled(corners_of(stored, CELLS), lanes, CELLS)
+        z = upsampled(relative(corners_of(stored, CELLS), reference), lanes, CELLS)
         ptrs = following(ptrs, k, logits, CELLS)
         stored = loaded(ptrs)
-        sums = [sums[i] + tl.exp2((z[i] - shifts[i]) * LOG2_E) for i in () + CELLS.columns]
-    return sums, shifts
+        scales = [probability(largest[i], tl.maximum(largest[i], z[i])) for i in () + CELLS.columns]
+        largest = [tl.maximum(largest[i], z[i]) for i in () + CELLS.columns]
+        added = [probability(z[i], largest[i]) for i in () + CELLS.columns]
+        sums = [tl.fma(sums[i], scales[i], added[i]) for i in () + CELLS.columns]
+    return sums, largest
 
 
 @triton.jit
-def softmax_of(logits, lanes, labels, options, image, PREDICT: tl.constexpr, CELLS: tl.constexpr):
-    """Softmax; `predicted` only with PREDICT."""
-    sums, cell_shift, predicted, weighted, spread = _sums_by_cell(
+def _lse(log_sums, largest, sums, own, reference, CELLS: tl.constexpr):
+    """log Σ_k e^(z_k − m) + m of each pixel, where the reference was subtracted from z and m.
+    log_sums: log2 of the sums, `own`: the reference's term of them. If that is almost all, lse is
+    −log p = 2·artanh((sum − own) / (sum + own)), for log(1 + ε) has no more digits than 1 + ε has
+    of ε."""
+    lse = [tl.fma(log_sums[i], LN_2, largest[i]) for i in () + CELLS.columns]
+    most = tl.where(reference.label >= 0, _ALMOST_ALL, -1.0)
+    others = [tl.where(sums[i] < own[i], 0.0, sums[i] - own[i]) for i in () + CELLS.columns]
+    s = [others[i] / (sums[i] + own[i]) for i in () + CELLS.columns]
+    series = [tl.fma(y * y, tl.fma(y * y, 1 / 5, 1 / 3), 1.0) for y in s]
+    return [
+        tl.where(others[i] < most * own[i], 2 * s[i] * series[i], lse[i])
+        for i in () + CELLS.columns
+    ]
+
+
+@triton.jit
+def _lse_by_cell(sums, maximum, reference, lanes, CELLS: tl.constexpr):
+    """_lse, from the sums of _sums_by_cell."""
+    shift = maximum * -LOG2_E
+    rounding = tl.fma(maximum, LOG2_E, shift)
+    log_sums = [tl.log2(y) - rounding for y in sums]
+    largest = upsampled([maximum - x for x in reference.four], lanes, CELLS)
+    own, _ = _exponentials(reference.four, shift, shift, lanes, CELLS)
+    return _lse(log_sums, largest, sums, own, reference, CELLS)
+
+
+@triton.jit
+def _lse_by_pixel(logits, reference, lanes, CELLS: tl.constexpr):
+    """_lse, from sums of each pixel."""
+    sums, largest = _sums_by_pixel(logits, lanes, reference, CELLS)
+    log_sums = [tl.log2(y) for y in sums]
+    own = [probability(0.0, y) for y in largest]
+    return _lse(log_sums, largest, sums, own, reference, CELLS)
+
+
+@triton.jit
+def softmax_of(
+    logits, lanes, labels, cell_label, options, image, PREDICT: tl.constexpr, CELLS: tl.constexpr
+):
+    """Softmax; `predicted` only with PREDICT. cell_label: see lanes.label_of_cell."""
+    sums, maximum, predicted, weighted, spread = _sums_by_cell(
         logits, lanes, options, image, PREDICT, CELLS
     )
-    shifts = [tl.broadcast_to(cell_shift * -LN_2, x.shape) for x in sums]
     SMALLEST: tl.constexpr = _SMALLEST_SUM_OF_ROWS if CELLS.x.even else SMALLEST_SUM
     by_pixel = any_of((spread > LARGEST_SPREAD) | underflow(sums, labels, SMALLEST))
+    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
+    reference = reference_of(ptrs, cell_label, logits.stride_k, CELLS)
+    lse = _lse_by_cell(sums, maximum, reference, lanes, CELLS)
     if by_pixel:
-        largest, classes = largest_logits(logits, lanes, CELLS)
-        sums, shifts = _sums_by_pixel(logits, lanes, largest, CELLS)
+        lse = _lse_by_pixel(logits, reference, lanes, CELLS)
         if PREDICT:
-            predicted = classes
-    log_sums = [tl.log2(x) for x in sums]
-    return Softmax(log_sums, shifts, cell_shift, by_pixel, predicted, weighted)
+            _, predicted = largest_logits(logits, lanes, CELLS)
+    lse = [tl.where(labels[i] >= 0, lse[i], 0.0) for i in () + CELLS.columns]
+    return Softmax(reference, lse, predicted, weighted)
 
 
 @triton.jit
-def lse_of(softmax, labels, CELLS: tl.constexpr):
-    """log Σ_k e^(z_k) of each pixel, 0 where ignored."""
-    lse = [tl.fma(softmax.log_sums[i], LN_2, softmax.shifts[i]) for i in () + CELLS.columns]
-    return [tl.where(labels[i] >= 0, lse[i], 0.0) for i in () + CELLS.columns]
-
-
-@triton.jit
-def exponents_of(four, softmax, lanes, CELLS: tl.constexpr):
-    """log2 e^(z − shift) of a lane's pixels, computed as in the sum."""
-    exponents = upsampled(_exponents(four, softmax.cell_shift), lanes, CELLS)
-    if softmax.by_pixel:
-        z = upsampled(four, lanes, CELLS)
-        exponents = [(z[i] - softmax.shifts[i]) * LOG2_E for i in () + CELLS.columns]
-    return exponents
-
-
-@triton.jit
-def cross_entropy(exponent, log_sum):
-    """c = −log p"""
-    c = (log_sum - exponent) * LN_2
-    return tl.where(c < 0, 0.0, c)  # negative by rounding; NaN remains
+def probabilities(four, lse, reference, lanes, CELLS: tl.constexpr):
+    """p of a lane's pixels, from the four logits of its cell."""
+    z = upsampled(relative(four, reference), lanes, CELLS)
+    return [probability(z[i], lse[i]) for i in () + CELLS.columns]

@@ -21,16 +21,20 @@ from .lanes import (
     NO_CLASS,
     PixelMap,
     contiguous_map,
+    label_of_cell,
     load_labels,
     load_map,
     next_label,
     number_of,
     pixel_map_of,
+    probability,
+    relative,
     store_map,
     sum_of,
 )
 from .launch import FORWARD_LANES, PARTIALS_IN_CACHE, ceil_div, most_rows, without_spills
 from .loss_options import (
+    cross_entropy,
     is_used,
     loss_of_pixel,
     loss_options_of,
@@ -38,7 +42,7 @@ from .loss_options import (
     share_of_pixel,
     weight_of_class,
 )
-from .softmax import cross_entropy, exponents_of, lse_of, softmax_of
+from .softmax import probabilities, softmax_of
 from .upsampling import (
     LOGITS,
     SIZES,
@@ -93,7 +97,7 @@ def _count_where(mask, ptr):
 
 @triton.jit
 def _add_true_classes(
-    results, row, counted, logits, lanes, labels, softmax, lse, u, weight_map, options, image,
+    results, row, counted, logits, lanes, labels, softmax, u, weight_map, options, image,
     KEEP: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """Adds the statistics of the true class, for one label of the tile after the other. With KEEP
@@ -104,12 +108,11 @@ def _add_true_classes(
     label = next_label(labels, -1)
     while label < NO_CLASS:
         four = corners_of_class(logits, label, lanes, CELLS)
-        z = upsampled(four, lanes, CELLS)
-        exponents = exponents_of(four, softmax, lanes, CELLS)
+        z = upsampled(relative(four, softmax.reference), lanes, CELLS)
         mine = [labels[i] == label for i in () + CELLS.columns]
-        c = [cross_entropy(exponents[i], softmax.log_sums[i]) for i in () + CELLS.columns]
+        c = [cross_entropy(z[i], softmax.lse[i]) for i in () + CELLS.columns]
         a = weight_of_class(label, options, image)
-        used = [is_used(z[i], lse[i], options) for i in () + CELLS.columns]
+        used = [is_used(c[i], options) for i in () + CELLS.columns]
         losses = [loss_of_pixel(c[i], u[i], a, used[i], options) for i in () + CELLS.columns]
         summed = losses
         if weight_map.ptr is not None:
@@ -124,7 +127,7 @@ def _add_true_classes(
                 tl.where(mine[i], losses[i], pixel_losses[i]) for i in () + CELLS.columns
             ]
         if results.intersections is not None:
-            p = [tl.exp2(exponents[i] - softmax.log_sums[i]) for i in () + CELLS.columns]
+            p = [probability(z[i], softmax.lse[i]) for i in () + CELLS.columns]
             _add_where(mine, results.intersections + row + label, p)
         _count_where(mine, results.counts + counted + label)
         if results.correct is not None:
@@ -145,7 +148,7 @@ def _add_all_classes(results, row, logits, lanes, labels, softmax, CELLS: tl.con
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
     stored = loaded(ptrs)
     for k in range(logits.num_classes):
-        exponents = exponents_of(corners_of(stored, CELLS), softmax, lanes, CELLS)
+        p = probabilities(corners_of(stored, CELLS), softmax.lse, softmax.reference, lanes, CELLS)
         ptrs = following(ptrs, k, logits, CELLS)
         stored = loaded(ptrs)
         sum_before = tl.load(sums + row + k) if sums is not None else 0.0
@@ -153,9 +156,9 @@ def _add_all_classes(results, row, logits, lanes, labels, softmax, CELLS: tl.con
         probability_sum = tl.zeros(labels[0].shape, tl.float32)
         square = tl.zeros(labels[0].shape, tl.float32)
         for i in tl.static_range(len(labels)):
-            p = tl.where(labels[i] >= 0, tl.exp2(exponents[i] - softmax.log_sums[i]), 0.0)
-            probability_sum += p
-            square = tl.fma(p, p, square)
+            added = tl.where(labels[i] >= 0, p[i], 0.0)
+            probability_sum += added
+            square = tl.fma(added, added, square)
         if sums is not None:
             tl.store(sums + row + k, sum_before + sum_of(probability_sum))
         if squares is not None:
@@ -217,15 +220,26 @@ def _softmax_moments_kernel(
         labels = load_labels(
             label_map, image, lanes, num_classes, ignore_index, CELLS, results.labels_out_of_range
         )
-        softmax = softmax_of(
-            logits, lanes, labels, loss_options, image, results.correct is not None, CELLS
+        cell_label = label_of_cell(
+            label_map, image, axes, lanes, labels, num_classes, ignore_index, CELLS
         )
-        lse = lse_of(softmax, labels, CELLS)
+        softmax = softmax_of(
+            logits,
+            lanes,
+            labels,
+            cell_label,
+            loss_options,
+            image,
+            results.correct is not None,
+            CELLS,
+        )
         if lse_ptr is not None:
-            store_map(contiguous_map(lse_ptr, axes), lse, image, lanes, CELLS)
-        u = losses_of_all_classes(softmax.weighted, lse, lanes, loss_options, image, CELLS)
+            store_map(contiguous_map(lse_ptr, axes), softmax.lse, image, lanes, CELLS)
+        u = losses_of_all_classes(
+            softmax.weighted, softmax.lse, softmax.reference, lanes, loss_options, image, CELLS
+        )
         pixel_losses = _add_true_classes(
-            results, row, counted, logits, lanes, labels, softmax, lse, u, weight_map,
+            results, row, counted, logits, lanes, labels, softmax, u, weight_map,
             loss_options, image, pixel_losses_ptr is not None, CELLS,
         )  # fmt: skip
         if pixel_losses_ptr is not None:

@@ -22,17 +22,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .lanes import (
-    INF,
     LABELS,
     LOG2_E,
     PixelMap,
     classes_of,
     contiguous_map,
+    label_of_cell,
     load_again,
     load_labels,
     load_map,
     pixel_map_of,
     probability,
+    reference_of,
     true_logits,
     values_of_labels,
 )
@@ -40,6 +41,7 @@ from .launch import Constant, most_rows, registers
 from .loss_options import (
     add_sum_of_weights,
     loss_options_of,
+    other_classes,
     slopes_of_losses,
     subtract_weighted,
     weight_of_all,
@@ -48,6 +50,7 @@ from .softmax import (
     LARGEST_SPREAD_OF_GRADIENT,
     any_of,
     exponentials_of_lane,
+    probabilities,
     products,
     scales_of,
     shift_of_lane,
@@ -109,6 +112,7 @@ class Pixels(NamedTuple):
     lanes: Any
     labels: Any  # of each pixel of a lane, −1 if ignored
     lse: Any
+    reference: Any  # Reference of each cell
 
 
 class ClassValues(NamedTuple):
@@ -154,7 +158,7 @@ def _add_of_labels(x, gradient, weight_map, pixels, CELLS: tl.constexpr):
     if gradient.ptr is None:
         return x
     else:
-        image, _, lanes, labels, _ = pixels
+        image, _, lanes, labels, _, _ = pixels
         ptr = gradient.ptr + image * gradient.stride_b
         added = values_of_labels(ptr, gradient.stride_k, labels)
         if weight_map.ptr is not None:
@@ -179,10 +183,10 @@ def _subtract_intersections(x, gradients, pixels, CELLS: tl.constexpr):
     if gradients.dintersections.ptr is None:
         return x
     else:
-        image, logits, lanes, labels, lse = pixels
+        image, logits, lanes, labels, lse, reference = pixels
         ptr = gradients.dintersections.ptr + image * gradients.dintersections.stride_b
         dintersections = values_of_labels(ptr, gradients.dintersections.stride_k, labels)
-        z = true_logits(logits, lanes, labels, CELLS)
+        z = true_logits(logits, lanes, labels, reference, CELLS)
         return [
             tl.fma(-probability(z[i], lse[i]), dintersections[i], x[i]) for i in () + CELLS.columns
         ]
@@ -192,16 +196,15 @@ def _subtract_intersections(x, gradients, pixels, CELLS: tl.constexpr):
 def _subtract_all_classes(x, gradients, pixels, CELLS: tl.constexpr):
     """x − Σ_j p_j·(dprobability_sums[j] + 2·p_j·dsquares[j])"""
     if gradients.dprobability_sums.ptr is not None or gradients.dsquares.ptr is not None:
-        image, logits, lanes, _, lse = pixels
+        image, logits, lanes, _, lse, reference = pixels
         ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
         stored = loaded(ptrs)
         for k in range(logits.num_classes):
-            z = upsampled(corners_of(stored, CELLS), lanes, CELLS)
+            p = probabilities(corners_of(stored, CELLS), lse, reference, lanes, CELLS)
             ptrs = following(ptrs, k, logits, CELLS)
             stored = loaded(ptrs)
             dprobability_sum = _class_value(gradients.dprobability_sums, image, k)
             dsquare = 2 * _class_value(gradients.dsquares, image, k)
-            p = [probability(z[i], lse[i]) for i in () + CELLS.columns]
             x = [
                 tl.fma(-p[i], tl.fma(p[i], dsquare, dprobability_sum), x[i])
                 for i in () + CELLS.columns
@@ -223,19 +226,13 @@ def _valid_cells(four, labels, CELLS: tl.constexpr):
 
 
 @triton.jit
-def _probabilities(four, lse, lanes, CELLS: tl.constexpr):
-    """p of a lane's pixels, from the four logits of its cell."""
-    z = upsampled(four, lanes, CELLS)
-    return [probability(z[i], lse[i]) for i in () + CELLS.columns]
-
-
-@triton.jit
 def _pixel_gradients(
-    k, p, values, terms, gradients, pixels, BY_PIXEL: tl.constexpr, CELLS: tl.constexpr
-):
+    k, p, values, terms, gradients, pixels,
+    BY_PIXEL: tl.constexpr, EXACT: tl.constexpr, CELLS: tl.constexpr,
+):  # fmt: skip
     """dz_k of each pixel, except for β·v_k."""
     factors, alphas, _, classes = terms
-    image, _, _, labels, _ = pixels
+    image, _, _, labels, _, reference = pixels
     twice_dsquare = 2 * values.dsquare
     dz = ()
     for i in tl.static_range(len(p)):
@@ -250,13 +247,16 @@ def _pixel_gradients(
         dz = dz + (gradient,)
     if (classes >> (k & 31).to(tl.uint32)) & 1 != 0:
         alpha = _class_value(gradients.dlosses, image, k)
+        others = tl.where(reference.label == k, 0.0, 1.0) if EXACT else 1.0
         dintersection = _class_value(gradients.dintersections, image, k)
         of_label = ()
         for i in tl.static_range(len(p)):
             label_term = alphas[i] if BY_PIXEL else alpha
             if gradients.dintersections.ptr is not None:
                 label_term = tl.fma(p[i], -dintersection, label_term)
-            of_label = of_label + (tl.where(labels[i] == k, dz[i] - label_term, dz[i]),)
+            of_label = of_label + (
+                tl.where(labels[i] == k, tl.fma(dz[i], others, -label_term), dz[i]),
+            )
         dz = of_label
     return dz
 
@@ -264,10 +264,10 @@ def _pixel_gradients(
 @triton.jit
 def _class_gradient(
     k, p, values, terms, gradients, pixels, cells, axes, loss_options,
-    BY_PIXEL: tl.constexpr, CELLS: tl.constexpr, TILE: tl.constexpr,
+    BY_PIXEL: tl.constexpr, EXACT: tl.constexpr, CELLS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the logits of class k."""
-    dz = _pixel_gradients(k, p, values, terms, gradients, pixels, BY_PIXEL, CELLS)
+    dz = _pixel_gradients(k, p, values, terms, gradients, pixels, BY_PIXEL, EXACT, CELLS)
     gradient = transposed(dz, pixels.lanes, cells, axes, CELLS, TILE)
     return subtract_weighted(gradient, terms.beta, values.all_weight, loss_options)
 
@@ -332,7 +332,12 @@ def _softmax_moments_bwd_kernel(
     label_map = PixelMap(labels_ptr, labels_b, labels_h, labels_w)
     labels = load_labels(label_map, image, lanes, num_classes, ignore_index, CELLS)
     lse = load_map(contiguous_map(lse_ptr, axes), image, lanes, labels, CELLS)
-    pixels = Pixels(image, logits, lanes, labels, lse)
+    cell_label = label_of_cell(
+        label_map, image, axes, lanes, labels, num_classes, ignore_index, CELLS
+    )
+    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
+    reference = reference_of(ptrs, cell_label, logits.stride_k, CELLS)
+    pixels = Pixels(image, logits, lanes, labels, lse, reference)
 
     d = [tl.zeros(label.shape, tl.float32) for label in labels]
     dpixel_losses = PixelMap(dpixel_losses_ptr, dpixel_losses_b, dpixel_losses_h, dpixel_losses_w)
@@ -340,8 +345,9 @@ def _softmax_moments_bwd_kernel(
     weight_map = PixelMap(weights_ptr, weights_b, weights_h, weights_w)
     d = _add_of_labels(d, gradients.dlosses, weight_map, pixels, CELLS)
     alphas, betas = slopes_of_losses(
-        d, logits, lanes, labels, lse, loss_options, image, weights_ptr is not None, CELLS
-    )
+        d, logits, lanes, labels, lse, reference, loss_options, image, weights_ptr is not None,
+        CELLS,
+    )  # fmt: skip
     alphas = [tl.where(labels[i] >= 0, alphas[i], 0.0) for i in () + CELLS.columns]
     factors = add_sum_of_weights(alphas, betas, loss_options, image, CELLS)
     factors = _subtract_intersections(factors, gradients, pixels, CELLS)
@@ -350,17 +356,27 @@ def _softmax_moments_bwd_kernel(
     if loss_options.all_weights is not None:
         beta = transposed(betas, lanes, cells, axes, CELLS, TILE)
 
+    # dz of the pixel's class is −α·(1 − p), where nothing else is added
+    EXACT: tl.constexpr = loss_options.all_weights is None and not BY_CLASS
     dlogits = Logits(dlogits_ptr, num_classes, dlogits_b, dlogits_k, dlogits_h, dlogits_w)
     dptrs, written = gradient_ptrs(dlogits, program, cells, axes, dlogits_block, CELLS)
-    # p = 0 where ignored
-    lse = [tl.where(labels[i] >= 0, lse[i], INF) for i in () + CELLS.columns]
     factors = [tl.where(labels[i] >= 0, factors[i], 0.0) for i in () + CELLS.columns]
+    if EXACT:
+        rest = [other_classes(x)[0] for x in lse]
+        of_reference = [labels[i] == reference.label for i in () + CELLS.columns]
+        alphas = [
+            tl.where(of_reference[i], alphas[i] * rest[i], alphas[i]) for i in () + CELLS.columns
+        ]
     terms = Terms(factors, alphas, beta, classes_of(labels))
-    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
     by_pixel = True
     if CELLS.x.even:
-        shift, spread = shift_of_lane(lse, labels)
-        scales = scales_of(lse, labels, shift, CELLS)
+        z = upsampled(reference.four, lanes, CELLS)
+        shift, spread = shift_of_lane(
+            [(lse[i] + z[i]) * LOG2_E for i in () + CELLS.columns], labels
+        )
+        z = upsampled([tl.fma(x, LOG2_E, shift) for x in reference.four], lanes, CELLS)
+        log_sums = [tl.fma(lse[i], LOG2_E, z[i]) for i in () + CELLS.columns]
+        scales = scales_of(log_sums, labels, CELLS)
         terms_of_rows = terms
         if not BY_CLASS:  # p·factor as e^(z − m)·(e^(m − lse)·factor)
             terms_of_rows = Terms(products(scales, factors, CELLS), alphas, beta, terms.classes)
@@ -375,7 +391,7 @@ def _softmax_moments_bwd_kernel(
                 p = products(p, scales, CELLS)
             gradient = _class_gradient(
                 k, p, values, terms_of_rows, gradients, pixels, cells, axes, loss_options,
-                BY_PIXEL, CELLS, TILE,
+                BY_PIXEL, EXACT, CELLS, TILE,
             )  # fmt: skip
             tl.store(dptrs, gradient.to(dlogits_ptr.dtype.element_ty), mask=written)
             dptrs = at_pixels(dptrs, dlogits_k, CELLS)
@@ -387,16 +403,18 @@ def _softmax_moments_bwd_kernel(
         dptrs = at_pixels(dptrs, -(last + 1) * dlogits_k, CELLS)
     if by_pixel:
         lse = load_again(lse_ptr, image, axes, lanes, labels, CELLS)
+        if CELLS.x.even:
+            reference = reference_of(ptrs, reference.label, logits.stride_k, CELLS)
         stored = loaded(ptrs)
         for k in range(num_classes):
             four = _valid_cells(corners_of(stored, CELLS), labels, CELLS)
             ptrs = following(ptrs, k, logits, CELLS)
             stored = loaded(ptrs)
             values = _class_values(k, gradients, loss_options, image)
-            p = _probabilities(four, lse, lanes, CELLS)
+            p = probabilities(four, lse, reference, lanes, CELLS)
             gradient = _class_gradient(
-                k, p, values, terms, gradients, pixels, cells, axes, loss_options, BY_PIXEL, CELLS,
-                TILE,
+                k, p, values, terms, gradients, pixels, cells, axes, loss_options,
+                BY_PIXEL, EXACT, CELLS, TILE,
             )  # fmt: skip
             tl.store(dptrs, gradient.to(dlogits_ptr.dtype.element_ty), mask=written)
             dptrs = at_pixels(dptrs, dlogits_k, CELLS)
