@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 
-from cases import FORWARD, IMAGES, TRAINING, VOLUMES
+from cases import FORWARD, IMAGES, METHODS, TRAINING, VOLUMES
 from record import (
     BASELINE,
     BOTH,
@@ -216,11 +216,13 @@ def bandwidth() -> str:
     )
 
 
-def cases(run: dict) -> str:
+def cases(run: dict, methods: bool = True) -> str:
     """The first case of each operation, those of the README, and those slower than the fastest
-    other implementation: forward and backward, or forward if there is nothing else. Where the rate of exponentials was measured, also what share of the nearer roof ours reaches."""
+    other implementation: forward and backward, or forward if there is nothing else. Where the rate
+    of exponentials was measured, also what share of the nearer roof ours reaches."""
     fields = ("operation", "shape", "sizes", "dtype", "labels")
     rows = [row for row in run["operators"] if row["shape"] not in (IMAGES, VOLUMES)]
+    rows = [row for row in rows if methods or row["operation"] not in METHODS]
     trained = {tuple(row[x] for x in fields) for row in rows if row["direction"] == TRAINING}
     lines, roofs = [], {row["name"]: row["per_second"] for row in run.get("roofs", [])}
     seen: set[str] = set()
@@ -335,15 +337,14 @@ def inference(run: dict) -> str:
     return "; ".join(texts) + "."
 
 
-def beside(section: str, case: dict[str, str], seconds: Callable[[float], str]) -> str:
-    """Time and memory of the implementations. case: what identifies one, and the columns' names."""
-    cases = compared(load(RUN)[section], *case)
+def beside(section: str, case: str, seconds: Callable[[float], str], **fields: object) -> str:
+    """Time and memory of the implementations, of rows with these fields. case: the first column."""
+    cases = compared([row for row in load(RUN)[section] if fields.items() <= row.items()], case)
     lines = [
-        [*key, *(f"{seconds(x['seconds'])}, {x['memory'] / 1e6:,.0f} MB" for x in rows.values())]
-        for key, rows in cases.items()
+        [name, *(f"{seconds(x['seconds'])}, {x['memory'] / 1e6:,.0f} MB" for x in rows.values())]
+        for (name,), rows in cases.items()
     ]
-    ways = next(iter(cases.values()))
-    return markdown_table([*case.values(), *ways], lines, words=range(len(case)))
+    return markdown_table([case, *next(iter(cases.values()))], lines)
 
 
 def slower() -> str:
@@ -369,24 +370,23 @@ def counted_memory() -> str:
     """For each network and checkpointing: memory in GB and the largest batches. "→":
     baseline, with our cross-entropy, and with late upsampling too. What a method adds to the last
     of these."""
-    capacities = ("24 GB", "80 GB")
     lines, added = [], {}
     seen = ""
     for (network, size, checkpointing), rows in counted_steps().items():
         name = f"{network}, {size}"
         shown = [rows[x] for x in (BASELINE, OWN, BOTH) if x in rows]
-        batches = ([str(row["largest_batches"][gb]) for row in shown] for gb in capacities)
+        batches = (str(row["largest_batches"]["24 GB"]) for row in shown)
         most = max(row["peak_bytes"] for row in rows.values() if row["method"])
         added[network] = max(most - shown[-1]["peak_bytes"], added.get(network, 0))
         lines.append(
             [
                 "checkpointing" if checkpointing and name == seen else name,
                 " → ".join(f"{row['peak_bytes'] / 1e9:.1f}" for row in shown),
-                *map(" → ".join, batches),
+                " → ".join(batches),
             ]
         )
         seen = name
-    header = ["network", "bf16 autocast, GB", *(f"images in {gb}" for gb in capacities)]
+    header = ["network", "bf16 autocast, GB", "images in 24 GB"]
     network = max(added, key=added.__getitem__)
     largest = added.pop(network) / 1e9
     others = max(added.values()) / 1e9
@@ -447,17 +447,17 @@ TABLES: dict[str, Callable[[], str | list[str]]] = {
     "steps_with_methods": steps_with_methods,
     "speedups": speedups,
     "bandwidth": bandwidth,
-    "cases": lambda: cases(load(RUN)),
-    "cases_on_a_gpu": lambda: cases(load(GPU_RUN)),
+    "cases": lambda: cases(load(RUN), methods=False),
+    "cases_on_a_gpu": lambda: cases(load(GPU_RUN), methods=False),
     "training_steps": lambda: training_steps(load(RUN), methods=False),
     "steps_on_a_gpu": lambda: training_steps(load(GPU_RUN), methods=False),
     "inference": lambda: inference(load(RUN)),
     "masks_in_frameworks": lambda: beside(
-        "masks_in_frameworks", {"case": "masks"}, lambda seconds: f"{1e3 * seconds:,.0f} ms"
+        "masks_in_frameworks", "case", lambda seconds: f"{1e3 * seconds:,.0f} ms"
     ),
     "coco_steps": coco_steps,
     "host_time": host_time,
-    "export": lambda: beside("export", {"volume": "volume", "dtype": "logits"}, "{:.2f} s".format),
+    "export": lambda: beside("export", "volume", "{:.2f} s".format, dtype="float16"),
     "counted_memory": counted_memory,
     "errors": errors,
     "lovasz_precision": lovasz_precision,
