@@ -184,7 +184,7 @@ def speedups() -> str:
         cells = [f"{gains[column]:.2g}" if column in gains else "" for column in columns]
         lines.append([name, *cells, f"{min(every):.2g} to {max(every):.0f}"])
     header = ["times as fast", "output stride 8", "4", "4, trained network", "1"]
-    return markdown_table([*header, "range of all losses and options, stride 4"], lines)
+    return markdown_table([*header, "range of all losses, stride 4"], lines)
 
 
 def steps_with_methods() -> str:
