@@ -311,7 +311,7 @@ def backends() -> dict[str, str | None]:
     if at least one GPU supports it. GPUs of a compute capability below 8.0 are served by
     `reference` alone. Usable does not mean every call: `cuda` has class moments of at
     most 1,024 keys (images × classes × groups), and leaves everything else to `triton`; both leave
-    float64 to `reference`. Only `mask_rle` takes `cpu` where others take `reference`."""
+    float64 to `reference`."""
     reasons = unusable()
     for name, operators in excluded.items():
         if operators and not reasons[name]:
@@ -351,7 +351,7 @@ class use_backend:
     `triton` (`triton` first for class moments of points that it sums faster); on GPUs of a compute
     capability below 8.0 it is `reference`. (`backends` says which calls `cuda` leaves to `triton`.)
     Float64, and more classes than they support, use `reference`. For CPU tensors it is `cpu`, for
-    all others `reference`. Instead of `reference`, `mask_rle` takes `cpu`. An operator that
+    all others `reference`. An operator that
     `exclude_from_auto` names is not selected. A backend chosen by name raises an error if it does
     not support a call; it is never silently replaced by another one. What has no kernel (centroid
     InfoNCE, `Lovasz(sigmoid=True)`) is a function of torch under each backend.

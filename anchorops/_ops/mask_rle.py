@@ -160,9 +160,9 @@ def mask_rle(
 
     On a GPU the call synchronises once, for the number of runs, and then copies the runs to the
     CPU, which writes the codes. Where "auto" finds that `triton` cannot serve (float64, a GPU of a
-    compute capability below 8.0, other devices), it copies the logits to the CPU. The size of the
-    result depends on the data, so torch.compile breaks the graph at the call, and it is not for
-    CUDA graphs, torch.export and torch.vmap. Logits are detached.
+    compute capability below 8.0, other devices), it copies the logits to the CPU, and takes `cpu`,
+    not `reference`. The size of the result depends on the data, so torch.compile breaks the graph
+    at the call, and it is not for CUDA graphs, torch.export and torch.vmap. Logits are detached.
 
     Args:
         logits: (N, h, w), any strides; float32, bfloat16, float16 or float64.
