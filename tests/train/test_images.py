@@ -1,7 +1,9 @@
 """Formats of images and masks, written by their specifications or by Pillow; damaged files."""
 
 import io
+import struct
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from image_files import image, mask, png, tiff, write
 from PIL import Image
 from scipy.io import savemat
 
-from anchorops.train.data.images import read_colours, read_image, read_upright, read_values
+from anchorops.train.data.images import read_image, read_mask, read_upright
 
 GREY = [[0, 1, 2, 3], [3, 2, 1, 0]]
 BINARY = [[0, 1, 1, 0], [1, 1, 0, 0]]
@@ -115,16 +117,19 @@ def test_formats(name: str, tmp_path: Path):
     path = tmp_path / name
     path.write_bytes(content)
     if isinstance(shown, str):
-        with pytest.raises(ValueError, match=shown):
-            read_image(path, ())
+        for header in (False, True):
+            with pytest.raises(ValueError, match=shown):
+                read_image(path, 1, header=header)
     else:
-        picture, _ = read_image(path, np.shape(shown)[:2])
+        *size, channels = np.shape(shown)
+        picture, _ = read_image(path, channels, size)
         assert picture.permute(1, 2, 0).tolist() == shown
+        assert read_image(path, channels, size, header=True)[0].shape == picture.shape
     if isinstance(stored, str):
         with pytest.raises(ValueError, match=stored):
-            read_values(path)
+            read_mask(path)
     else:
-        assert read_values(path)[0].astype(int).tolist() == stored
+        assert read_mask(path)[0].astype(int).tolist() == stored
 
 
 @pytest.mark.parametrize("ending", ["png", "gif", "bmp"])
@@ -132,8 +137,8 @@ def test_other_formats_of_pillow(ending: str, tmp_path: Path):
     picture = Image.fromarray(np.array(GREY, np.uint8))
     picture.putpalette(PALETTE_BYTES)
     picture.save(tmp_path / f"x.{ending}")
-    assert read_values(tmp_path / f"x.{ending}")[0].tolist() == GREY
-    assert read_image(tmp_path / f"x.{ending}", ())[0].permute(1, 2, 0).tolist() == coloured(GREY)
+    assert read_mask(tmp_path / f"x.{ending}")[0].tolist() == GREY
+    assert read_upright(tmp_path / f"x.{ending}", 3).permute(1, 2, 0).tolist() == coloured(GREY)
 
 
 def test_formats_that_change_values(tmp_path: Path):
@@ -142,23 +147,23 @@ def test_formats_that_change_values(tmp_path: Path):
     (tmp_path / "x.tif").write_bytes(by_pillow(red.tolist(), "uint8", "jpeg"))
     Image.fromarray(red).save(tmp_path / "x.jpg")
     for name, reason in (("x.tif", LOSSY), ("x.jpg", "expected PNG, GIF, BMP or TIFF, got JPEG")):
-        picture, _ = read_image(tmp_path / name, ())
+        picture = read_upright(tmp_path / name, 3)
         assert np.abs(picture.permute(1, 2, 0).numpy().astype(int) - red).max() <= 2
-        for read in (read_values, read_colours):
+        for colours in (False, True):
             with pytest.raises(ValueError, match=f"{name} cannot be read: {reason}"):
-                read(tmp_path / name)
+                read_mask(tmp_path / name, colours=colours)
     (tmp_path / "x.png").write_bytes(b"P5 1 1 65535\n\x12\x34")
     with pytest.raises(ValueError, match=r"x.png cannot be read: expected .* or TIFF, got PPM"):
-        read_image(tmp_path / "x.png", ())
+        read_upright(tmp_path / "x.png", 1)
 
 
 @pytest.mark.parametrize("compression", ["jpeg2000", "lerc", "jpegxl"])
 def test_compression_that_may_change_labels(compression: Any, tmp_path: Path):
     tifffile.imwrite(tmp_path / "x.tif", mask(0, 1, 2), compression=compression)
     message = f"x.tif cannot be read: {compression.upper()} may change labels"
-    for read in (read_values, read_colours):
+    for colours in (False, True):
         with pytest.raises(ValueError, match=message):
-            read(tmp_path / "x.tif")
+            read_mask(tmp_path / "x.tif", colours=colours)
 
 
 @pytest.mark.parametrize("size", [(5, 1), (5, 3), (5, 4), (2, 3)])
@@ -168,15 +173,17 @@ def test_planes(size: tuple[int, int], tmp_path: Path):
     path = tmp_path / "x.tif"
     tifffile.imwrite(path, planes, photometric="rgb", planarconfig="separate")
     red, green, blue = planes.astype(int)
-    assert read_colours(path)[0].tolist() == (red << 16 | green << 8 | blue).tolist()
-    assert read_upright(path, 3).tolist() == read_image(path, size)[0].tolist() == planes.tolist()
+    assert read_mask(path, colours=True)[0].tolist() == (red << 16 | green << 8 | blue).tolist()
+    for masked in ((), size):
+        assert read_image(path, 3, masked)[0].tolist() == planes.tolist()
+        assert read_image(path, 3, masked, header=True)[0].shape == planes.shape
 
 
 @pytest.mark.parametrize("options", [{}, {"metadata": None}, {"compression": "zlib"}])
 @pytest.mark.parametrize("shape", [(1, 6, 9), (6, 9, 1), (1, 1, 54), (54, 1, 1)])
 def test_mask_with_an_axis_of_one(shape: tuple[int, ...], options: Any, tmp_path: Path):
     tifffile.imwrite(tmp_path / "x.tif", mask(0, 1, 2).reshape(shape), **options)
-    values, _ = read_values(tmp_path / "x.tif")
+    values, _ = read_mask(tmp_path / "x.tif")
     assert values.ndim == 2 and values.flatten().tolist() == mask(0, 1, 2).flatten().tolist()
 
 
@@ -184,13 +191,13 @@ def test_transparency(tmp_path: Path):
     """It is left away where every pixel is opaque."""
     path = tmp_path / "x.png"
     path.write_bytes(png([[[7, 255], [9, 255]]], 8, 4))
-    assert read_values(path)[0].tolist() == [[7, 9]]
+    assert read_mask(path)[0].tolist() == [[7, 9]]
     path.write_bytes(png([[[1, 2, 3, 255], [0, 0, 0, 255]]], 8, 6))
-    assert read_colours(path)[0].tolist() == [[0x010203, 0]]
+    assert read_mask(path, colours=True)[0].tolist() == [[0x010203, 0]]
     path.write_bytes(png([[[7, 255], [9, 254]]], 8, 4))
-    for read in (read_values, read_colours):
+    for colours in (False, True):
         with pytest.raises(ValueError, match=r"x.png: expected an opaque mask, got 1 transparent"):
-            read(path)
+            read_mask(path, colours=colours)
 
 
 def test_colours(tmp_path: Path):
@@ -204,13 +211,13 @@ def test_colours(tmp_path: Path):
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-        assert read_colours(tmp_path / name)[0].tolist() == black_and_white
+        assert read_mask(tmp_path / name, colours=True)[0].tolist() == black_and_white
     (tmp_path / "planes.tif").write_bytes(tiff(PLANES, 8, IN_RGB, in_planes=True))
     codes = [[0x00050A, 0x01060B, 0x02070C, 0x03080D, 0x0409FF]] * 2
-    assert read_colours(tmp_path / "planes.tif")[0].tolist() == codes
+    assert read_mask(tmp_path / "planes.tif", colours=True)[0].tolist() == codes
     (tmp_path / "wide.png").write_bytes(png(RGB, 16, 2))
     with pytest.raises(ValueError, match=r"wide.png: expected colours of 8 bits, .* got float32"):
-        read_colours(tmp_path / "wide.png")
+        read_mask(tmp_path / "wide.png", colours=True)
 
 
 def test_images_above_pillows_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -220,14 +227,14 @@ def test_images_above_pillows_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         write(tmp_path / f"mask.{ending}", mask(0, 1))
     for read in (
         lambda: read_upright(tmp_path / "image.png", 3),
-        lambda: read_values(tmp_path / "mask.png"),
+        lambda: read_mask(tmp_path / "mask.png"),
     ):
         with pytest.raises(
-            ValueError, match=r"png has more pixels than Pillow reads \(0 megapix.* save it as TIFF"
+            ValueError, match=r"png cannot be read: .* \(54 pixels\) exceeds .* save it as TIFF"
         ):
             read()
     assert read_upright(tmp_path / "image.tif", 3).permute(1, 2, 0).tolist() == image().tolist()
-    assert read_values(tmp_path / "mask.tif")[0].tolist() == mask(0, 1).tolist()
+    assert read_mask(tmp_path / "mask.tif")[0].tolist() == mask(0, 1).tolist()
 
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
@@ -248,14 +255,62 @@ def test_damaged_file(name: str, damage: str, tmp_path: Path):
     else:
         write(path, noise)
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
-    for read in (lambda: read_image(path, ()), lambda: read_values(path)):
+    for read in (lambda: read_upright(path, 1), lambda: read_mask(path)):
         with pytest.raises(ValueError) as raised:
             read()
         message = str(raised.value)
         assert message.startswith(f"{path} cannot be read: ") and "\n" not in message
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    checksum = zlib.crc32(kind + data)
+    return struct.pack(">I4s", len(data), kind) + data + struct.pack(">I", checksum)
+
+
+LARGE = zlib.compress(bytes(3_000_000))
+METADATA = {
+    "short pHYs": chunk(b"pHYs", b"123"),
+    "short gAMA": chunk(b"gAMA", b"1"),
+    "short sRGB": chunk(b"sRGB", b""),
+    "wrong checksum": chunk(b"pHYs", b"123456789")[:-1] + b"?",
+    "large profile": chunk(b"iCCP", b"x\0\0" + LARGE),
+    "damaged profile": chunk(b"iCCP", b"x\0?"),
+    "large text": chunk(b"zTXt", b"x\0\0" + LARGE),
+    "large international text": chunk(b"iTXt", b"x\0\1\0\0\0" + LARGE),
+    "damaged text": chunk(b"zTXt", b"x\0?"),
+    "damaged EXIF in a text": chunk(b"tEXt", b"Raw profile type exif\0\n\n\nno digits"),
+    "damaged EXIF": chunk(b"eXIf", b"neither II nor MM"),
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_damaged_or_large_metadata_of_a_png_file(name: str, tmp_path: Path):
+    """Before and behind the pixels. The orientation in intact EXIF is kept."""
+    path, metadata = tmp_path / "x.png", METADATA[name]
+    exif = Image.Exif()
+    exif[0x112] = 6
+    intact = b"" if "EXIF" in name else chunk(b"eXIf", exif.tobytes()[6:])
+    start, content = png(WIDE, 16, 0)[:33], png(WIDE, 16, 0)[33:-12]
+    for parts in ((intact, metadata, content), (content, metadata, intact)):
+        path.write_bytes(start + b"".join(parts) + chunk(b"IEND", b""))
+        assert read_mask(path)[0].tolist() == WIDE
+        picture = read_upright(path, 1)
+        assert picture.flatten().tolist() == np.float32(WIDE[0] / np.float32(65_535)).tolist()
+        assert picture.shape == ((1, 4, 1) if intact else (1, 1, 4))
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+def test_damaged_exif(ending: str, tmp_path: Path):
+    Image.fromarray(image()).save(tmp_path / f"x.{ending}", exif=b"Exif\0\0neither II nor MM")
+    assert read_upright(tmp_path / f"x.{ending}", 3).shape == (3, 6, 9)
+
+
+def test_damaged_orientation_of_a_tiff_file(tmp_path: Path):
+    tifffile.imwrite(tmp_path / "x.tif", image(), extratags=[(0x112, "H", 2, (6, 6), True)])
+    assert read_upright(tmp_path / "x.tif", 3).permute(1, 2, 0).tolist() == image().tolist()
+
+
 def test_mat_file_without_labels(tmp_path: Path):
     savemat(tmp_path / "x.mat", {"other": mask(0, 1)})
     with pytest.raises(ValueError, match=r"x.mat cannot be read: expected a variable S"):
-        read_values(tmp_path / "x.mat")
+        read_mask(tmp_path / "x.mat")
