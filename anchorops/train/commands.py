@@ -36,7 +36,7 @@ try:
         read_yaml,
         save_atomically,
     )
-    from .train import train, values_of
+    from .train import Measure, train, values_of
 except ModuleNotFoundError as error:
     sys.exit(
         f"anchorops-train: {error}: install what training needs: pip install 'anchorops[train]'"
@@ -187,9 +187,11 @@ def presets() -> str:
     return "\n".join(lines)
 
 
-def _fit(words: Sequence[str]) -> None:
+def fit(words: Sequence[str], measure: Measure | None = None) -> Path:
+    """Train; returns the directory of the run."""
     given = parse("fit", words)
-    train(given.options, given.run, resume=given.others["resume"])
+    train(given.options, given.run, resume=given.others["resume"], measure=measure)
+    return given.run
 
 
 def trained(given: Given) -> Segmenter:
@@ -319,8 +321,11 @@ def _demo(words: Sequence[str]) -> None:
             for methods in ("", "sar"):
                 run = demo.out / f"{preset}-{methods or 'plain'}"
                 print(f"\n{run}", file=sys.stderr)
-                given = parse("fit", ["--config", preset, "--model.methods", f"[{methods}]"] +
-                    ["--data.steps", str(demo.steps), "--seed", str(demo.seed)])
+                given = parse(
+                    "fit",
+                    ["--config", preset, "--model.methods", f"[{methods}]"]
+                    + ["--data.steps", str(demo.steps), "--seed", str(demo.seed)],
+                )
                 train(given.options, run, resume=(run / CONFIG).exists(), advice=advice)
                 runs.append(run)
     print(comparison([load_results(run) for run in runs]))
@@ -329,7 +334,7 @@ def _demo(words: Sequence[str]) -> None:
 
 
 COMMANDS = {
-    "fit": _fit,
+    "fit": fit,
     "validate": _validate,
     "predict": predict_masks,
     "demo": _demo,

@@ -288,15 +288,17 @@ def check_sizes(
             "and each of --accumulate, or a larger --data.crop"
         )
     model.eval()
-    wanted = {"--data.crop": {crop}, "the validation images": _network_sizes(sizes, options, how)}
-    for what, (height, width) in ((x, size) for x in wanted for size in sorted(wanted[x])):
-        if reason := reason or _failure(model, (1, channels, height, width)):
+    for height, width in (crop, *sorted(_network_sizes(sizes, options, how) - {crop})):
+        if not reason and not (batch and (height, width) == crop):  # else it has just run
+            reason = _failure(model, (1, channels, height, width))
+        if reason:
             sides = (32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 768, 1024)
-            fit = [side for side in sides if not _failure(model, (1, channels, side, side))]
+            fits = [side for side in sides if not _failure(model, (1, channels, side, side))]
+            fit = ", ".join(f"{side}×{side}" for side in fits) or "none"
             raise ValueError(
-                f"--model.network {options.model.network}: {what} of {height}×{width} do not fit "
-                f"({shorten(reason, 120)}). It takes squares of {', '.join(map(str, fit)) or 'none'} "
-                "of those up to 1024: give such a --data.crop, with --model.evaluation sliding"
+                f"--model.network {options.model.network} cannot take images of {height}×{width} "
+                f"({shorten(reason, 120)}); of squares up to 1024 it takes {fit}: give such a "
+                "--data.crop, and --model.evaluation sliding for validation images of other sizes"
             )
 
 

@@ -117,7 +117,9 @@ class Model:
         expect(0 <= self.dropout < 1, "model.dropout", "at least 0, below 1", self.dropout)
         once, threshold = len({*self.methods}) == len(self.methods), self.ohem_threshold
         expect(once, "model.methods", "each at most once", self.methods)
-        expect(threshold is None or 0 < threshold <= 1, "model.ohem_threshold", "a share", threshold)
+        expect(
+            threshold is None or 0 < threshold <= 1, "model.ohem_threshold", "a share", threshold
+        )
         scales = self.eval_scales
         in_range = len(scales) > 0 and all(0 < scale < math.inf for scale in scales)
         expect(in_range, "model.eval_scales", "finite numbers above 0, at least one", scales)
@@ -125,7 +127,12 @@ class Model:
         mined = "ce, focal or ce+dice with --model.ohem_threshold or --model.ohem_min_kept"
         expect(self.loss != "dice" or not hard, "model.loss", mined, self.loss)
         focal = self.loss == "focal" or self.focal_gamma == 2
-        expect(focal, "model.focal_gamma", "--model.loss focal", f"{self.loss} with {self.focal_gamma:g}")
+        expect(
+            focal,
+            "model.focal_gamma",
+            "--model.loss focal",
+            f"{self.loss} with {self.focal_gamma:g}",
+        )
 
 
 @dataclass

@@ -86,7 +86,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path.parent}: expected the directory of a run, with {path.name}") from None
+        raise ValueError(
+            f"{path.parent}: expected the directory of a run, with {path.name}"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({_line(error)})") from None
     if not isinstance(content, dict):
