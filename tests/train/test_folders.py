@@ -39,13 +39,6 @@ def test_label_map_and_suffixes(tmp_path: Path):
     assert len(data) == 1 and data[0][1][:3, 0].tolist() == [-1, 1, 0]
 
 
-def test_tiff_of_many_channels_and_16_bits(tmp_path: Path):
-    write(tmp_path / "images/train/x.tif", np.full((6, 9, 5), 65_535, np.uint16))
-    write(tmp_path / "masks/train/x.tif", mask(0, 1).astype(np.uint16))
-    pixels, _ = open_two(tmp_path, channels=5)[0]
-    assert pixels.shape == (5, 6, 9) and pixels.dtype == torch.float32 and (pixels == 1).all()
-
-
 @pytest.mark.parametrize("shape", [(7, 6, 9), (7, 9, 6)])
 def test_tiff_whose_channels_come_first(shape: tuple[int, ...], tmp_path: Path):
     planes = np.arange(7 * 6 * 9, dtype=np.uint8).reshape(shape)
@@ -94,17 +87,6 @@ def test_label_map_of_colours(tmp_path: Path):
 def test_label_map_that_cannot_be(label_map: dict[int | str, int], message: str, folder: Path):
     with pytest.raises(ValueError, match=f"--data.label_map: .*{message}"):
         open_folder(folder, "train", label_map=label_map)
-
-
-def test_bilevel_mask_and_palette(tmp_path: Path):
-    write(tmp_path / "images/train/x.png", image())
-    write(tmp_path / "images/train/y.png", image())
-    write(tmp_path / "masks/train/x.png", mask(0, 1).astype(bool))
-    indexed = Image.fromarray(mask(1, 0), "P")
-    indexed.putpalette([10, 20, 30, 40, 50, 60])
-    indexed.save(tmp_path / "masks/train/y.png")
-    data = open_two(tmp_path)
-    assert data[0][1][:2, 0].tolist() == [0, 1] and data[1][1][:2, 0].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 """Data sets on disk: a plain folder of images and masks, and published ones in their layouts."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unicodedata import normalize
 
 import numpy as np
@@ -105,17 +105,15 @@ LAYOUTS = {
 
 @dataclass
 class MaskFolder:
-    """Images and masks of labels on disk."""
+    """Images and masks of labels on disk: pairs of their paths. labels: the class of each value in
+    the masks, −1 ignored; any other value is an error. channels: of the images. colours: whether
+    the values are colours, R·2¹⁶ + G·2⁸ + B."""
 
     pairs: Sequence[tuple[Path, Path]]
-    """Paths of images and their masks."""
     classes: Sequence[str]
     labels: Mapping[int, int]
-    """Class of each value in the masks, −1 ignored; any other value is an error."""
     channels: int = 3
-    """Of the images."""
     colours: bool = False
-    """Whether the values are colours, R·2¹⁶ + G·2⁸ + B."""
 
     def __post_init__(self) -> None:
         self._table = np.full(COLOURS if self.colours else LABEL_VALUES, UNKNOWN, np.int16)
@@ -221,7 +219,7 @@ def open_folder(
     *,
     image_suffix: str | None = None,
     mask_suffix: str | None = None,
-    label_map: Mapping[int | str, int] | None = None,
+    label_map: Mapping[Any, int] | None = None,
     channels: int = 3,
 ) -> MaskFolder:
     """A split of your own data: images/SPLIT/… and masks/SPLIT/…, with the same names except for
@@ -309,36 +307,32 @@ def _matched(
 
 
 def _by_stem(folder: Path, ends: Sequence[str]) -> dict[str, Path]:
-    """Files under a folder by relative name without its end, in order. The name is in NFC, because
-    macOS writes some in NFD. Raises ValueError for a name that is no UTF-8."""
+    """Files under a folder, also in linked subfolders, by relative name without its end, in order.
+    Hidden ones, such as the `._a.jpg` of macOS, are skipped. Names are in NFC, because macOS writes
+    some in NFD. Raises ValueError for a link to a folder that contains it, for a name that is no
+    UTF-8, and for two files of one name."""
+    paths: list[Path] = []
+    for place, folders, names in os.walk(_existing(folder), followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for link in (Path(place, name) for name in folders):
+            if Path(place).resolve().is_relative_to(link.resolve()):
+                raise ValueError(f"{link} is a link to a folder that contains it: remove the link")
+        paths += [Path(place, name) for name in names if not name.startswith(".")]
     files: dict[str, Path] = {}
     ends = [normalize("NFC", end.lower()) for end in ends]
-    for path in sorted(_files(_existing(folder))):
+    for path in sorted(paths):
         name = normalize("NFC", str(path.relative_to(folder)))
         end = next((end for end in ends if name.lower().endswith(end)), None)
         if end is None:
             continue
         if name.encode(errors="replace").decode() != name:
-            shown = os.fsencode(path).decode("ascii", "backslashreplace")
-            raise ValueError(f"{shown}: expected a name in UTF-8: rename the file")
-        stem = name[: -len(end)]
-        if stem in files:
+            printable = os.fsencode(path).decode("ascii", "backslashreplace")
+            raise ValueError(f"{printable}: expected a name in UTF-8: rename the file")
+        if (other := files.setdefault(name[: -len(end)], path)) != path:
             raise ValueError(
-                f"{path} is next to {files[stem]}: expected one file of that name, whatever its end"
+                f"{path} is next to {other}: expected one file of that name, whatever its end"
             )
-        files[stem] = path
     return files
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """Those in a folder and its subfolders, also in linked ones. Hidden ones, such as the `._a.jpg`
-    of macOS, are skipped. Raises ValueError for a link to a folder that contains it."""
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in folders:
-            if Path(place).resolve().is_relative_to((link := Path(place, name)).resolve()):
-                raise ValueError(f"{link} is a link to a folder that contains it: remove the link")
-        yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
 def _read_text(path: Path) -> str:

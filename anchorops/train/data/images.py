@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import imagecodecs
 import numpy as np
@@ -30,6 +30,10 @@ LOSSLESS = (
     *(COMPRESSION.CCITTRLE, COMPRESSION.CCITT_T4, COMPRESSION.CCITT_T6),
 )
 
+Wanted = Literal["shown", "stored", "shape"]
+"""Of a file: what a viewer shows, uint8 or float32; the values and palette indices; or any array
+that has the shape of what a viewer shows, from the header if the format permits this."""
+
 
 def upright(x: Tensor, orientation: int) -> Tensor:
     """(…, H, W), stored with this EXIF orientation, 1 to 8, as a viewer shows it."""
@@ -49,21 +53,17 @@ def read_image(
 
     header: a tensor without values, on the device "meta". Of PNG files the pixels are decoded too,
     because metadata may follow them."""
-    array, orientation = _decoded(path, IMAGE_FORMATS, header=header)
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim != 3:
-        raise ValueError(f"{path}: expected an image, got an array of shape {array.shape}")
-    sizes, expected = (tuple(size), tuple(size)[::-1]), (1, channels)
+    array, orientation = _decoded(path, IMAGE_FORMATS, "shape" if header else "shown")
+    (first, *_, last), expected = array.shape, (1, channels)
     if size:
+        sizes = (tuple(size), tuple(size)[::-1])
         channels_first = array.shape[1:] in sizes and array.shape[:2] not in sizes
-    else:  # other formats than TIFF have up to 4 channels, and they are the last axis
-        last = array.shape[2]
-        channels_first = array.shape[0] in expected and last not in expected and last > 4
+    else:  # in other formats than TIFF the last axis has up to 4 channels
+        channels_first = first in expected and last not in expected and last > 4
     if channels_first:
         array = np.moveaxis(array, 0, 2)
     found = array.shape[2]
-    if found not in expected or (found == 1 and channels not in (1, 3)):
+    if found not in ((1, 3) if channels == 3 else (channels,)):
         alpha = channels in (1, 3) and found in (2, 4)
         change = "save the image without its alpha channel" if alpha else "convert the images"
         raise ValueError(
@@ -86,78 +86,84 @@ def read_mask(path: Path, *, colours: bool = False) -> tuple[np.ndarray, int]:
     colours: the colours that a viewer shows, R·2¹⁶ + G·2⁸ + B, uint32. And its EXIF orientation.
     Raises ValueError that names the file, also for lossy compression, for several channels of
     values, for colours of other than 8 bits and for an alpha channel that is not opaque."""
-    array, orientation = _decoded(path, LABEL_FORMATS, stored=not colours)
-    channels = array.shape[2] if array.ndim == 3 else int(array.ndim == 2)
-    if array.dtype.kind == "u" and (channels == 2 or (channels == 4 and colours)):
+    array, orientation = _decoded(path, LABEL_FORMATS, "shown" if colours else "stored")
+    if array.dtype.kind == "u" and array.shape[2] in ((2, 4) if colours else (2,)):
         opaque = array[..., -1] == np.iinfo(array.dtype).max
         if not opaque.all():
             raise ValueError(
                 f"{path}: expected an opaque mask, got {(~opaque).sum()} transparent pixels"
             )
-        array, channels = array[..., :-1], channels - 1
+        array = array[..., :-1]
     if not colours:
-        if channels != 1 or array.dtype.kind not in "uib":
+        if array.shape[2] != 1 or array.dtype.kind not in "uib":
             raise ValueError(
                 f"{path}: expected one channel of integer labels, got {array.dtype} of shape "
                 f"{array.shape}; for colours, give --data.label_map '{{\"R,G,B\": CLASS, …}}'"
             )
-        return array.reshape(array.shape[:2]), orientation
-    if channels not in (1, 3) or array.dtype != np.uint8:
+        return array[..., 0], orientation
+    if array.shape[2] not in (1, 3) or array.dtype != np.uint8:
         raise ValueError(
             f"{path}: expected colours of 8 bits, as in --data.label_map, got {array.dtype} of "
             f"shape {array.shape}"
         )
-    array = array.reshape(*array.shape[:2], channels).astype(np.uint32)
     red, green, blue = np.moveaxis(np.broadcast_to(array, (*array.shape[:2], 3)), 2, 0)
-    return red << 16 | green << 8 | blue, orientation
+    return red.astype(np.uint32) << 16 | green.astype(np.uint32) << 8 | blue, orientation
 
 
-def _decoded(
-    path: Path, formats: Sequence[str], *, stored: bool = False, header: bool = False
-) -> tuple[np.ndarray, int]:
-    """The array in the file, and its EXIF orientation. stored: values and palette indices as they
-    are in the file; otherwise what a viewer shows, uint8 or float32. header: an array of its shape
-    is sufficient."""
+def _decoded(path: Path, formats: Sequence[str], wanted: Wanted) -> tuple[np.ndarray, int]:
+    """The array (H, W, C) in the file, in some TIFF files (C, H, W), and its EXIF orientation."""
     with _errors_of(path), path.open("rb") as file:
+        start = file.read(PNG_BITS + 1)
         if path.suffix == ".mat":
             from scipy.io import loadmat
 
-            variables = loadmat(file, variable_names=["S"])
+            variables, orientation = loadmat(path, variable_names=["S"]), 1
             if "S" not in variables:
                 raise ValueError("expected a variable S")
-            return variables["S"], 1
-        start = file.read(PNG_BITS + 1)
-        if start.startswith(TIFF_STARTS):
-            return _decoded_tiff(path, of_mask="JPEG" not in formats, stored=stored, header=header)
-        is_png = start.startswith(PNG_START)
-        with _open_png(path.read_bytes()) if is_png else Image.open(file) as image:
-            if image.format not in formats:
-                raise ValueError(f"expected {', '.join(formats)} or TIFF, got {image.format}")
-            orientation, size = _orientation(image), (image.height, image.width)
-            if header and not is_png:
-                image = Image.new(image.mode, (1, 1))
-            bits = start[PNG_BITS] if is_png else 8
-            if bits == 16 and image.mode != "I;16":  # which Pillow reduces to 8
-                array = imagecodecs.png_decode(_only_pixels(path.read_bytes()))
-            elif not stored and image.mode in ("P", "CMYK"):
-                array = np.asarray(image.convert("RGB"))
-            else:
-                array = np.asarray(image)
-        if not stored:
-            array = _scaled(array, 1 if array.dtype == bool else 8 * array.itemsize)
-        elif bits in (2, 4) and image.mode == "L":  # Pillow has scaled them to 0..255
-            array = array // (255 // (2**bits - 1))
-        return np.broadcast_to(array, (*size, *array.shape[2:])), orientation
+            array = variables["S"]
+        elif start.startswith(TIFF_STARTS):
+            array, orientation = _decoded_tiff(path, "JPEG" in formats, wanted)
+        else:
+            bits = start[PNG_BITS] if start.startswith(PNG_START) else None
+            array, orientation = _decoded_by_pillow(path, bits, formats, wanted)
+        array = np.atleast_3d(array)
+        if array.ndim > 3:
+            raise ValueError(f"expected an image, got an array of shape {array.shape}")
+        return array, orientation
 
 
-def _open_png(content: bytes) -> Image.Image:
+def _decoded_by_pillow(
+    path: Path, bits: int | None, formats: Sequence[str], wanted: Wanted
+) -> tuple[np.ndarray, int]:
+    """bits: of a sample, if it is a PNG file."""
+    with _open_png(path) if bits else Image.open(path) as image:
+        if image.format not in formats:
+            raise ValueError(f"expected {', '.join(formats)} or TIFF, got {image.format}")
+        orientation = _orientation(image)
+        if wanted == "shape" and not bits:
+            channels = 3 if image.mode in ("P", "CMYK") else len(image.getbands())
+            return np.broadcast_to(np.uint8(0), (image.height, image.width, channels)), orientation
+        if bits == 16 and image.mode != "I;16":  # which Pillow reduces to 8
+            array = imagecodecs.png_decode(_only_pixels(path.read_bytes()))
+        elif wanted != "stored" and image.mode in ("P", "CMYK"):
+            array = np.asarray(image.convert("RGB"))
+        else:
+            array = np.asarray(image)
+    if wanted != "stored":
+        array = _scaled(array, 1 if array.dtype == bool else 8 * array.itemsize)
+    elif bits in (2, 4) and image.mode == "L":  # Pillow has scaled them to 0..255
+        array = array // (255 // (2**bits - 1))
+    return array, orientation
+
+
+def _open_png(path: Path) -> Image.Image:
     """All of it, because metadata may follow the pixels. Pillow refuses damaged and large metadata:
     such a file is read without them, except for its EXIF."""
     try:
-        image = Image.open(io.BytesIO(content))
+        image = Image.open(path)
         image.load()
     except Exception:
-        image = Image.open(io.BytesIO(_only_pixels(content)))
+        image = Image.open(io.BytesIO(_only_pixels(path.read_bytes())))
         image.load()
     return image
 
@@ -175,30 +181,29 @@ def _only_pixels(content: bytes) -> bytes:
     return kept
 
 
-def _decoded_tiff(
-    path: Path, *, of_mask: bool, stored: bool, header: bool
-) -> tuple[np.ndarray, int]:
+def _decoded_tiff(path: Path, lossy: bool, wanted: Wanted) -> tuple[np.ndarray, int]:
+    """lossy: whether lossy compression is permitted."""
     with tifffile.TiffFile(path) as file:
         if not file.series or not file.pages.first.dataoffsets:
             raise ValueError("it has no image, or is truncated")
         series, page = file.series[0], file.pages.first  # the first image may have several pages
         orientation = _valid(page.tags.valueof(ORIENTATION))
-        if of_mask and page.compression not in LOSSLESS:
+        if not lossy and page.compression not in LOSSLESS:
             name = getattr(page.compression, "name", page.compression)
             raise ValueError(f"{name} may change labels: save the mask with another compression")
         if page.compression in JPEG_IN_TIFF:
             ends = [max(np.add(x.dataoffsets, x.databytecounts)) for x in series if x is not None]
             if max(ends) > file.filehandle.size:  # the decoder makes what is missing grey
                 raise ValueError("the file is truncated")
-        zeros = np.broadcast_to(np.zeros((), series.dtype), series.shape)
-        array = zeros if header else file.asarray()
+        zeros = np.broadcast_to(np.zeros((), series.dtype), series.shape)  # they need no memory
+        array = zeros if wanted == "shape" else file.asarray()
         if page.planarconfig == PLANARCONFIG.SEPARATE and array.ndim == 3:  # (C, H, W)
             array = np.moveaxis(array, 0, 2)
-        if not stored:
-            shown = _shown(array[:1] if header else array, page)
-            return np.broadcast_to(shown, (len(array), *shown.shape[1:])), orientation
         if array.size == page.imagelength * page.imagewidth:  # (1, H, W) or (H, W, 1)
             array = array.reshape(page.imagelength, page.imagewidth)
+        if wanted != "stored":
+            shown = _shown(array[:1] if wanted == "shape" else array, page)
+            array = np.broadcast_to(shown, (len(array), *shown.shape[1:]))
         return array, orientation
 
 
