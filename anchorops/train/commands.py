@@ -14,7 +14,6 @@ try:
     import numpy as np
     import torch
     import torch.distributed as dist
-    import yaml
     from jsonargparse import ArgumentParser
     from PIL import Image
 
@@ -321,12 +320,10 @@ def _demo(words: Sequence[str]) -> None:
             for methods in ("", "sar"):
                 run = demo.out / f"{preset}-{methods or 'plain'}"
                 print(f"\n{run}", file=sys.stderr)
-                given = parse(
-                    "fit",
-                    ["--config", preset, "--model.methods", f"[{methods}]"]
-                    + ["--data.steps", str(demo.steps), "--seed", str(demo.seed)],
-                )
-                train(given.options, run, resume=(run / CONFIG).exists(), advice=advice)
+                chosen = ["--config", preset, "--model.methods", f"[{methods}]"]
+                chosen += ["--data.steps", str(demo.steps), "--seed", str(demo.seed)]
+                options = parse("fit", chosen).options
+                train(options, run, resume=(run / CONFIG).exists(), advice=advice)
                 runs.append(run)
     print(comparison([load_results(run) for run in runs]))
     print(*(run / "predictions.png" for run in runs), sep="\n")
@@ -378,7 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _known(error: str) -> str | None:
     """What an error of torch means, where its own text does not say it."""
-    if "DataLoader worker" in error and "exited unexpectedly" in error or "by signal" in error:
+    if "DataLoader worker" in error:
         return (
             "a process that loads images was ended from outside, usually for want of memory: give "
             "fewer --data.workers"

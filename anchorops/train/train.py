@@ -116,8 +116,8 @@ def fit(
     step, due = record.step, record.due
     last = min(steps, options.max_steps or steps)
     batches = iter(training_batches(options, data.training, step, device.type == "cuda"))
+    stop.where = f"after step {step}"
     while True:
-        stop.where = f"after step {step}"
         if due:
             record.validate(step, learner.model if average is None else average.module, stop)
         if step >= last:
@@ -145,6 +145,7 @@ def fit(
         if average is not None:
             average.update_parameters(learner.model)
         step += 1
+        stop.where = f"after step {step}"
         record.log(step, lr, terms)
         due = step % options.val_every == 0 or step == steps
         stopped = stop.asked()
