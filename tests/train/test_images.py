@@ -285,7 +285,7 @@ def test_damaged_or_large_metadata_of_a_png_file(name: str, tmp_path: Path):
         path.write_bytes(start + b"".join(parts) + chunk(b"IEND", b""))
         assert read_mask(path)[0].tolist() == WIDE
         picture = read_upright(path, 1)
-        assert picture.flatten().tolist() == np.float32(WIDE[0] / np.float32(65_535)).tolist()
+        assert picture.flatten().tolist() == np.ravel(share(65_535, WIDE)).tolist()
         assert picture.shape == ((1, 4, 1) if intact else (1, 1, 4))
 
 
