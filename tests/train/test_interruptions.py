@@ -114,7 +114,7 @@ def test_one_of_two_ranks_is_stopped_where_nothing_is_saved(
     place: dict[str, Any] = {"place": "start", "call": 0}
     words = ("fit", *RUN, "--run", tmp_path / "run")
     if command == "validate":
-        words, place = ("validate", "--run", straight(2)), {"place": "validation", "call": 1}
+        words, place = ("validate", "--run", straight(2)), {"place": "validation", "call": 0}
     status, said = programs.run(*words, ranks=2, signum=TERM, rank=1, **place)
     assert status[1] == 128 + TERM and status[0] not in (0, -KILL) and "Traceback" not in said
 
