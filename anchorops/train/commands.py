@@ -21,7 +21,7 @@ try:
     from .data.splits import images_to_predict, open_splits, validation_batches
     from .evaluation import as_weights, check_sizes, evaluate, predict, prediction_of, summarize
     from .networks.models import Segmenter, read_checkpoint, trained_model, upsample_late
-    from .options import PUBLISHED, Data, Model, Options, expect
+    from .options import PUBLISHED, Data, Model, Options, expect, flat
     from .report.compare import NotEnded, comparison, load_results
     from .run import (
         BEST,
@@ -119,9 +119,8 @@ def parse(command: str, words: Sequence[str]) -> Given:
     kept = [word for i, word in enumerate(words) if i not in files and i + 1 not in files]
     run = Path(kept[kept.index("--run") + 1]) if "--run" in kept[:-1] else None
     if run is not None and (command != "fit" or not files):
-        exists = (run / CONFIG).exists()
-        expect(exists or command != "fit" or "--resume" not in kept, "run", "a run", run)
-        if exists or "--model.weights" not in kept:
+        needed = "--resume" in kept if command == "fit" else "--model.weights" not in kept
+        if needed or (run / CONFIG).exists():
             configs.insert(0, (str(run / CONFIG), read_config(run)))
     first = []
     for file, content in configs:
@@ -163,10 +162,8 @@ def load_preset(name: str) -> dict[str, Any]:
         if not packaged.exists():
             raise ValueError(known)
     content = read_yaml(path)
-    for group, value in content.items():
-        nested = value if isinstance(value, dict) and group in ("saving", "trainer", "data") else ()
-        for option in (group, *(f"{group}.{x}" for x in nested)):
-            _check_renamed(option, f"--config {path}: ")
+    for option in flat(content, ("saving", "trainer", "data")):
+        _check_renamed(option, f"--config {path}: ")
     merged: dict[str, Any] = {}
     shared = read_yaml(PRESETS / f"{SHARED}.yaml")
     for part in (*(shared[x] for x in content.pop(SHARED, ())), content):

@@ -289,8 +289,12 @@ def config_of(options: Options) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(options)))
 
 
-def flat(options: Mapping[str, Any]) -> dict[str, Any]:
+def flat(options: Mapping[str, Any], groups: Sequence[str] = ("model", "data")) -> dict[str, Any]:
     """{"data.root": …} of {"data": {"root": …}}."""
-    groups = {name: options.get(name) or {} for name in ("model", "data")}
-    flattened = {f"{group}.{name}": x for group, of in groups.items() for name, x in of.items()}
-    return flattened | {name: x for name, x in options.items() if name not in groups}
+    flattened: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in groups and isinstance(value, Mapping):
+            flattened |= {f"{name}.{option}": x for option, x in value.items()}
+        else:
+            flattened[name] = value
+    return flattened

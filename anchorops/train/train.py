@@ -181,11 +181,11 @@ def build(options: Options, data: Splits, device: torch.device, *, from_state: b
     )
     layout = torch.channels_last if model.channels_last else torch.preserve_format
     learner.to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
-    images = torch.zeros(1, training.channels, *options.data.crop)
-    upsample_late(learner.model, as_weights(learner, images, model.channels_last))
     synchronised = ranks.world() if device.type == "cuda" else 1  # batch norm
     batch = options.data.batch_size // (options.accumulate * ranks.world())
     check_sizes(learner.model, options, data.sizes, batch * synchronised)
+    images = torch.zeros(1, training.channels, *options.data.crop)
+    upsample_late(learner.model, as_weights(learner, images, model.channels_last))
     if synchronised > 1:
         convert_sync_batchnorm(learner)
     if model.compile:

@@ -269,6 +269,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Start from the weights in `path`; see build_model."""
     loaded = read_checkpoint(path)
     state = loaded.get("model", loaded.get("state_dict", loaded))
+    if not isinstance(state, Mapping):
+        raise ValueError(f"weights {path}: expected a state dict, got {type(state).__name__}")
     model_state = model.state_dict()
     state = {
         key: value
