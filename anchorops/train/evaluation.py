@@ -313,7 +313,8 @@ def _network_sizes(
         for scale in how["scales"]:
             sides = _scaled(image[None].as_subclass(Tensor), scale).shape[2:]
             window = [min(*pair) for pair in zip(sides, how["window"] or sides, strict=True)]
-            found.add(tuple(side + -side % MULTIPLE for side in window))
+            height, width = (side + -side % MULTIPLE for side in window)
+            found.add((height, width))
     return found
 
 

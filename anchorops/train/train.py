@@ -13,7 +13,7 @@ import torch
 import yaml
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -22,7 +22,7 @@ from .data.loading import mixed_seed
 from .data.splits import Splits, open_splits, training_batches, validation_batches
 from .evaluation import as_weights, check_sizes, evaluate, summarize
 from .networks.learner import Learner, build_learner, build_optimizer, set_learning_rates
-from .networks.models import Segmenter, read_checkpoint, upsample_late
+from .networks.models import read_checkpoint, upsample_late
 from .options import Options, config_of
 from .report.cost import measure_complexity
 from .report.pictures import draw_predictions
@@ -102,9 +102,9 @@ def fit(
 ) -> int:
     """Train from a state, or from the beginning, to the end or to a limit; returns the last step.
     measure: more values for the log, of the step, the learner, and a batch's images and labels."""
-    steps, world, dtype = options.data.steps, ranks.world(), PRECISIONS[options.precision]
+    steps, dtype = options.data.steps, PRECISIONS[options.precision]
     learner = build(options, data, device, from_state=state is not None)
-    parallel = DistributedDataParallel(learner) if world > 1 else learner
+    parallel = DDP(learner) if ranks.world() > 1 else learner
     optimizer = build_optimizer(options.model, learner.model)
     scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
     average = None
@@ -115,7 +115,7 @@ def fit(
     record = Record(options, run, data, device, parts, state)
     step, due = record.step, record.due
     last = min(steps, options.max_steps or steps)
-    batches = iter(training_batches(options, data.training, step, device.type == "cuda"))
+    batches = iter(training_batches(options, data, step, pin=device.type == "cuda"))
     stop.where = f"after step {step}"
     while True:
         if due:
@@ -132,7 +132,7 @@ def fit(
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
                     record.write(step, measure(step, learner, images, labels))
             adds = part + 1 < options.accumulate
-            with parallel.no_sync() if adds and world > 1 else nullcontext():
+            with parallel.no_sync() if adds and isinstance(parallel, DDP) else nullcontext():
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
                     loss, terms = parallel(images, labels)
                 scaler.scale(loss / options.accumulate).backward()
@@ -256,7 +256,7 @@ class Record:
         facts = {"step": step, "due": due, "best": self.best, "ranks": ranks.world()}
         save_atomically(state | facts, self.run / LAST)
 
-    def validate(self, step: int, model: Segmenter, stop: Stop) -> None:
+    def validate(self, step: int, model: nn.Module, stop: Stop) -> None:
         """Raises Stopped; then the validation is repeated when the run goes on."""
         options, validation = self.options, self.data.validation
         batches = validation_batches(options.data, validation)
@@ -267,7 +267,7 @@ class Record:
         ranks.on_first(lambda: self._keep(step, model, figures))
         self._begin = time.perf_counter()
 
-    def _keep(self, step: int, model: Segmenter, figures: dict[str, Any]) -> None:
+    def _keep(self, step: int, model: nn.Module, figures: dict[str, Any]) -> None:
         miou = figures["miou"]
         self.bar.write(f"step {step}: mIoU {100 * miou:.1f} %")
         self.write(step, values_of(figures, "val"))

@@ -122,12 +122,11 @@ def transform_of(options: Data) -> v2.Transform:
     return evaluation_transform(options.channels, options.short_side, options.long_side)
 
 
-def training_batches(
-    options: Options, training: Segmentation, first_step: int, pin: bool
-) -> Loader:
+def training_batches(options: Options, splits: Splits, first_step: int, *, pin: bool) -> Loader:
     """This rank's augmented images and labels, from a step on: `accumulate` batches for each. They
     follow from the seed, the step and the rank alone."""
-    data, scaled = options.data, None
+    data, training, scaled = options.data, splits.training, None
+    assert training is not None
     if data.dataset != "digits":
         scaled = RandomScale(data.short_side, data.scale, data.long_side)
     transform = augmentation(

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from ...plots import plain
@@ -13,7 +13,6 @@ from .. import IGNORED
 from ..data.loading import Segmentation
 from ..data.splits import transform_of
 from ..evaluation import as_weights, predict, prediction_of
-from ..networks.models import Segmenter
 from ..options import Options
 
 LEGEND_NAMES = 23  # in a legend
@@ -32,7 +31,7 @@ def palette(num_classes: int) -> np.ndarray:
 
 @torch.no_grad()
 def draw_predictions(
-    model: Segmenter, dataset: Segmentation, options: Options, count: int, *, title: str
+    model: nn.Module, dataset: Segmentation, options: Options, count: int, *, title: str
 ) -> Figure:
     """The first validation images; under each its labels, and under these its prediction."""
     parts = "image", "labels", "prediction"
