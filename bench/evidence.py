@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,17 +36,15 @@ import evidence_report
 import numpy as np
 import torch
 from evidence_report import MEASURES, PREDICTIONS
+from gradient_ratios import measure
 from PIL import Image
 from record import commit
 
 from anchorops.measure import environment
-from anchorops.train.callbacks import Stopped
-from anchorops.train.cli import DEMO, Program, train, with_presets
-from anchorops.train.metrics import METRICS, read_metrics
-from anchorops.train.networks.learner import PUBLISHED
+from anchorops.train.commands import DEMO, fit, predict_masks, validate
+from anchorops.train.options import PUBLISHED
 from anchorops.train.report.compare import load_results
-from anchorops.train.run import BEST, LAST
-from anchorops.train.saving import save_atomically
+from anchorops.train.run import BEST, LAST, METRICS, Stopped, read_metrics, save_atomically
 
 HRNET, SEGFORMER, EFFICIENTNET = "hrnet-w18-small", "segformer-b0", "efficientnet-lite0"
 CAMVID = "camvid"
@@ -107,9 +106,8 @@ class Run(NamedTuple):
             "model.methods": f"[{', '.join(self.methods)}]",
             "model.setting": self.setting,
             "data.steps": self.steps,
-            "trainer.val_check_interval": EVALUATIONS[self.steps],
-            "seed_everything": self.seed,
-            "trainer.callbacks": "[{class_path: gradient_ratios.GradientRatios}]",
+            "val_every": EVALUATIONS[self.steps],
+            "seed": self.seed,
         }
         if self.scenes == CAMVID:
             options["model.backbone_weights"] = BACKBONE_WEIGHTS
@@ -160,9 +158,9 @@ def train_one(run: Run, out: Path) -> None:
     """Start the run or go on with it, and write its row."""
     directory, code = out / run.name, commit()  # before the training, in which it may change
     torch.set_num_threads(1)
-    goes_on = ["--ckpt_path", "last"] if (directory / LAST).exists() else []
+    goes_on = ["--resume"] if (directory / LAST).exists() else []
     try:
-        train("--run", str(directory), *run.options, *goes_on)
+        fit(["--run", str(directory), *run.options, *goes_on], partial(measure, run.methods))
     except Stopped as stopped:
         sys.exit(stopped.exit_status)
     lines, results = read_metrics(directory / METRICS), load_results(directory)
@@ -194,9 +192,7 @@ def train_one(run: Run, out: Path) -> None:
 
 def _on_test(directory: Path) -> dict[str, Any]:
     """The figures of the last weights on the test split."""
-    words = ["validate", "--run", str(directory), "--ckpt_path", "last", "--data.split", "test"]
-    program = Program(*with_presets([*words, "--trainer.callbacks", "null"]))
-    figures = {name: float(x) for name, x in program.trainer.callback_metrics.items()}
+    figures = validate(["--run", str(directory), "--checkpoint", "last", "--data.split", "test"])
     return {**_measures(figures, "test/", 6), "classes": _classes(figures, "test")}
 
 
@@ -287,9 +283,9 @@ def draw_predictions(done: Sequence[Run], out: Path, directory: Path) -> bool:
     images = sorted((root / "images/test").iterdir())[::60]
     maps = {"labels": _maps(root / "masks/test", images)}
     for run in runs:
-        words = ["predict", "--run", str(out / run.name), "--data.images", *map(str, images)]
+        words = ["--run", str(out / run.name), "--images", *map(str, images)]
         with tempfile.TemporaryDirectory() as folder:
-            Program(*with_presets([*words, "--out", folder]))
+            predict_masks([*words, "--out", folder])
             row = {"methods": "+".join(run.methods) or "plain", "setting": run.setting}
             maps[evidence_report.label(row)] = _maps(Path(folder), images)
     classes = (root / "classes.txt").read_text().split()

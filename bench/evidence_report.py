@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from record import grouped, json_of, markdown_table
 
-from anchorops.train.networks.learner import CLASSES, PUBLISHED
+from anchorops.train.networks.learner import CLASSES
+from anchorops.train.options import PUBLISHED
 from anchorops.train.report.pictures import palette
-from anchorops.train.saving import save_atomically
+from anchorops.train.run import save_atomically
 
 MEASURES = {"miou": "mIoU", "head": "head", "body": "body", "tail": "tail"}  # and their titles
 NETWORKS = {
@@ -71,7 +72,7 @@ DATA_SETS = [
         "```sh\n"
         "anchorops-train fit --config camvid --data.dataset folder --data.root data/camvid \\\n"
         "    --model.backbone_weights data/tf_efficientnet_lite0-imagenet-fp16.pth \\\n"
-        "    --model.methods '[sar]' --seed_everything 1\n"
+        "    --model.methods '[sar]' --seed 1\n"
         "```",
         steps=1_000,
     ),

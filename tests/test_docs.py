@@ -132,26 +132,23 @@ def check_pip(words: list[str]) -> None:
 def check_train(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The training program parses its arguments to the end; nothing is trained."""
     pytest.importorskip("jsonargparse", reason="the packages for training are not installed")
-    from lightning.pytorch import Callback
-
-    from anchorops.train import cli
+    from anchorops.train import commands
     from anchorops.train.networks.learner import arguments_of, build_regularizer
 
-    programs = []
-    monkeypatch.setattr(cli.Program, "_checkpoint", lambda self, name: f"{name}.ckpt")
-    monkeypatch.setattr(cli.Program, "_run_subcommand", lambda self, _: programs.append(self))
-    monkeypatch.setattr(cli, "MaskWriter", lambda *_: Callback())
-    monkeypatch.setattr(cli, "load_results", programs.append)
-    monkeypatch.setattr(cli, "comparison", lambda results: "")
-    monkeypatch.setattr(cli, "train", lambda *options: programs.append(options))
-    assert cli.main(words) == 0
-    assert programs or words in (["presets"], ["fit", "--help"])
-    for program in programs:
-        if isinstance(program, cli.Program):
-            options = program.model.options
-            paper, given = options.paper_options or {}, options.method_options or {}
-            chosen = arguments_of(options.methods, options.setting, paper, given)
-            build_regularizer(options.methods, chosen, 19, 64)
+    command, *rest = words[words[0] == "--" :]
+    if command in ("demo", "compare", "presets"):
+        with monkeypatch.context() as patched:
+            for name in ("train", "load_results", "comparison"):
+                patched.setattr(commands, name, lambda *_, **__: "")
+            assert commands.main([command, *rest]) == 0
+    elif rest == ["--help"]:
+        assert commands.main([command, *rest]) == 0
+    else:  # of a run that is not there
+        monkeypatch.setattr(commands, "read_config", lambda _: {})
+        options = commands.parse(command, rest).options.model
+        paper, given = options.paper_options or {}, options.method_options or {}
+        chosen = arguments_of(options.methods, options.setting, paper, given)
+        build_regularizer(options.methods, chosen, 19, 64)
 
 
 def check_pytest(words: list[str], config: pytest.Config) -> None:

@@ -1,16 +1,24 @@
-"""The class of every pixel, and the figures of a confusion matrix. Logits are
-kept at the network's resolution, never at the labels'."""
+"""The class of every pixel, and the figures of a confusion matrix. Logits are kept at the network's
+resolution, never at the labels'."""
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision import tv_tensors
 
 import anchorops as ao
 
-from . import MULTIPLE
+from . import IGNORED, MULTIPLE, ranks
+from .data.loading import Loader
+from .data.splits import transform_of
+from .options import Options
+from .run import Stop
 
 TILE = 128  # label rows and columns whose logits exist at the same time
 LOWEST_LOGIT = -1e30  # instead of −∞, whose product with a weight of 0 would be NaN
@@ -67,13 +75,6 @@ def largest(terms: Sequence[Term], *, softmax: bool = False) -> Tensor:
     return classes
 
 
-def check_stride(window: Sequence[int], stride: Sequence[int]) -> None:
-    """Raises ValueError where pixels between two windows would be in none."""
-    for side, step in zip(window, stride, strict=True):
-        if not 1 <= step <= side:
-            raise ValueError(f"--model.window_stride: expected 1 to the crop's {side}, got {step}")
-
-
 def _starts(length: int, window: int, stride: int) -> list[int]:
     """First pixels of windows that cover the length: the last one ends where the length ends."""
     if length <= window:
@@ -111,7 +112,6 @@ def window_logits(
     this size; window and stride as in `predict`."""
     (height, width), (rows, columns) = images.shape[2:], window or images.shape[2:]
     down, right = stride or (max(1, rows * 2 // 3), max(1, columns * 2 // 3))
-    check_stride((rows, columns), (down, right))
     tops, lefts = _starts(height, rows, down), _starts(width, columns, right)
     logits = images.new_empty(0)
     for i, top in enumerate(tops):
@@ -174,6 +174,52 @@ def predict(
     return largest([window_logits(model, images, size, window, stride)])
 
 
+def as_weights(model: nn.Module, images: Tensor, channels_last: bool) -> Tensor:
+    """The images on the device of the weights, in their dtype and memory format."""
+    layout = torch.channels_last if channels_last else torch.preserve_format
+    weight = next(model.parameters())
+    return images.to(weight.device, weight.dtype, memory_format=layout)
+
+
+def prediction_of(options: Options) -> dict[str, Any]:
+    """How images are predicted: arguments of `predict`."""
+    sliding = options.model.evaluation == "sliding"
+    return {
+        "window": options.data.crop if sliding else None,
+        "stride": options.model.window_stride if sliding else None,
+        "scales": tuple(options.model.eval_scales),
+        "flip": options.model.eval_flip,
+    }
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Loader, options: Options, num_classes: int, stop: Stop
+) -> Tensor:
+    """The confusion matrix int64 [K, K] of all ranks' images: pixels by their true and predicted
+    classes. Raises Stopped before a batch, on all ranks together."""
+    matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    matrix = matrix.to(next(model.parameters()).device)
+    training, how = model.training, prediction_of(options)
+    model.eval()
+    for buffer in model.buffers() if ranks.world() > 1 else ():
+        dist.broadcast(buffer, 0)  # statistics of batch norm: those of the first rank
+    iterator = iter(batches)
+    for _ in range(ranks.largest(len(batches))):
+        stop.check()
+        if (batch := next(iterator, None)) is not None:
+            images, labels = batch
+            images = as_weights(model, images, options.model.channels_last)
+            classes = predict(model, images, labels.shape[1:], **how)
+            matrix += ao.confusion(
+                classes, labels.to(matrix.device), num_classes, ignore_index=IGNORED
+            )
+    if ranks.world() > 1:
+        dist.all_reduce(matrix)
+    model.train(training)
+    return matrix.cpu()
+
+
 def class_groups(frequencies: Tensor, head_tail: tuple[float, float]) -> list[str]:
     """ "head", "body" or "tail" of each class, by its share [K] of the training pixels."""
     head, tail = head_tail
@@ -221,3 +267,72 @@ def summarize(
 
 def _number(value: Tensor) -> float | None:
     return None if value.isnan() else value.item()
+
+
+def check_sizes(
+    model: nn.Module, options: Options, sizes: Sequence[tuple[int, int]], batch: int = 0
+) -> None:
+    """Raises ValueError if the network cannot take a batch of crops in training, or an image in the
+    validation: a whole one, a window or a scaled one. It runs on a copy without data.
+
+    sizes: (H, W) of the validation images. batch: of a training step.
+    """
+    crop, how = options.data.crop, prediction_of(options)
+    model = copy.deepcopy(model).to("meta")
+    channels = options.data.channels
+    reason = _failure(model.train(), (batch, channels, *crop)) if batch else ""
+    if "more than 1 value per channel" in reason:
+        raise ValueError(
+            f"--data.batch_size: batch norm needs several values of each channel, and {batch} "
+            f"crops of {crop[0]}×{crop[1]} in a batch give one: expected more images for each rank "
+            "and each of --accumulate, or a larger --data.crop"
+        )
+    model.eval()
+    for height, width in (crop, *sorted(_network_sizes(sizes, options, how) - {crop})):
+        if not reason and not (batch and (height, width) == crop):  # else it has just run
+            reason = _failure(model, (1, channels, height, width))
+        if reason:
+            sides = (32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 768, 1024)
+            fits = [side for side in sides if not _failure(model, (1, channels, side, side))]
+            fit = ", ".join(f"{side}×{side}" for side in fits) or "none"
+            raise ValueError(
+                f"--model.network {options.model.network} cannot take images of {height}×{width} "
+                f"({shorten(reason, 120)}); of squares up to 1024 it takes {fit}: give such a "
+                "--data.crop, and --model.evaluation sliding for validation images of other sizes"
+            )
+
+
+def _network_sizes(
+    sizes: Sequence[tuple[int, int]], options: Options, how: Mapping[str, Any]
+) -> set[tuple[int, int]]:
+    """The sizes that the network gets for the least and greatest of the images."""
+    extremes = {choose(sizes, key=side) for choose in (min, max) for side in (_height, _width)}
+    transform, found = transform_of(options.data), set[tuple[int, int]]()
+    for size in extremes:
+        image = transform(tv_tensors.Image(torch.zeros(options.data.channels, *size).byte()))
+        for scale in how["scales"]:
+            sides = _scaled(image[None].as_subclass(Tensor), scale).shape[2:]
+            window = [min(*pair) for pair in zip(sides, how["window"] or sides, strict=True)]
+            height, width = (side + -side % MULTIPLE for side in window)
+            found.add((height, width))
+    return found
+
+
+def _height(size: tuple[int, int]) -> int:
+    return size[0]
+
+
+def _width(size: tuple[int, int]) -> int:
+    return size[1]
+
+
+def _failure(model: nn.Module, shape: Sequence[int]) -> str:
+    """Why the network cannot take such images; an empty text if it can."""
+    try:
+        with torch.no_grad():
+            model(torch.empty(*shape, device="meta"))
+    except NotImplementedError:  # of a layer that cannot run without data
+        return ""
+    except Exception as error:
+        return " ".join(str(error).split()) or type(error).__name__
+    return ""

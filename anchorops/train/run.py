@@ -1,38 +1,58 @@
-"""The directory of a run: its configuration, its checkpoints, and whether a run goes on with the
-same options."""
+"""The directory of a run: its configuration, its state, its log, and that one process trains in it.
+Files are either complete or absent."""
 
+import csv
 import fcntl
+import io
+import math
+import os
+import shlex
+import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 import yaml
+from torch.utils.tensorboard import SummaryWriter
 
-CONFIG, LOCK, LAST, BEST = "config.yaml", "run.lock", "last.ckpt", "best.ckpt"
-WEIGHTS = frozenset(("state_dict", "global_step", "channels"))  # in a checkpoint
-WHOLE = WEIGHTS | {"callbacks", "loops", "optimizer_states"}  # in one from which a run goes on
-# options on which no number of a run depends; they may differ where it goes on
-FREE = (
-    *("run", "ckpt_path", "weights_only", "saving.every"),
-    *("data.root", "data.workers", "data.eval_batch_size", "data.images", "data.allow_changes"),
-    *("trainer.logger", "trainer.log_every_n_steps", "trainer.profiler", "trainer.max_steps"),
-    *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.max_time"),
-    "trainer.default_root_dir",
-)
-# nor on these callbacks of Lightning; others may change the numbers, as averages of weights do
-FREE_CALLBACKS = (
-    *("DeviceStatsMonitor", "LearningRateMonitor", "ModelCheckpoint", "ModelSummary", "Timer"),
-    *("RichModelSummary", "RichProgressBar", "TQDMProgressBar", "ThroughputMonitor"),
-)
+from . import ranks
+from .options import FREE, flat
+from .signals import STOPPING, end_at_once, handle
 
-
+CONFIG, DATA, LOCK, METRICS = "config.yaml", "data.yaml", "run.lock", "metrics.csv"
+LAST, BEST = "last.ckpt", "best.ckpt"
+PART = ".part"  # the suffix of a file that is being written
 OWN_RUN = (
     "give this run its own directory with --run (the default name has the preset, the methods and "
     "the seed, no other option)"
 )
+
+
+def save_atomically(state: Any, path: Path) -> None:
+    """Write text, bytes, or any other object with torch.save: to a file beside `path`, which is
+    flushed to the disk and then renamed. If this fails (a full disk), it is removed, and the old
+    file at `path` is kept. Raises OSError."""
+    part = path.with_name(path.name + PART)
+    try:
+        with open(part, "wb") as file:
+            if isinstance(state, str | bytes):
+                file.write(state.encode() if isinstance(state, str) else state)
+            else:
+                torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's writer turns the first into the second
+        with suppress(OSError):
+            part.unlink()
+        hidden = isinstance(error, RuntimeError) and isinstance(error.__context__, OSError)
+        reason = error.__context__ if hidden else error
+        raise OSError(f"{path} could not be written: {reason}; earlier files are intact") from error
 
 
 @contextmanager
@@ -51,39 +71,61 @@ def only_process(run: Path, advice: str = OWN_RUN) -> Iterator[None]:
         yield
 
 
-def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"data.root": …} of {"data": {"root": …}}, for the first two levels."""
-    flattened: dict[str, Any] = {}
-    for name, value in options.items():
-        if isinstance(value, Mapping) and not prefix:
-            flattened |= flat(value, f"{name}.")
-        else:
-            flattened[prefix + name] = value
-    return flattened
+def going_on(run: Path) -> str:
+    """The command that goes on with a run, on as many ranks."""
+    program, per_node = "anchorops-train", os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if ranks.world() > 1:
+        one = ranks.world() == int(per_node)
+        where = f"--standalone --nproc-per-node {per_node}" if one else "…"
+        program = f"torchrun {where} -m anchorops.train --"
+    return f"{program} fit --run {shlex.quote(str(run))} --resume"
 
 
-def flat_config(run: Path) -> dict[str, Any]:
-    """The configuration of a run. Raises ValueError if it has none, or a damaged one."""
-    path = run / CONFIG
-    if not path.exists():
-        raise ValueError(f"{run}: expected the directory of a run, with its {CONFIG}")
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Raises ValueError for a file that is damaged, or not there."""
     try:
-        options = flat(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path.parent}: expected the directory of a run, with {path.name}"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({_line(error)})") from None
-    for name in ("data.steps", "model.network", "trainer.max_steps", "seed_everything"):
-        if name not in options:
-            raise ValueError(f"{path} is damaged (it has no {name})")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (it has no options)")
+    return content
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The configuration of a run; of one of an earlier version, what its weights need."""
+    options = read_yaml(run / CONFIG)
+    if "seed_everything" in options:
+        old = ("seed", "images", "allow_changes")
+        kept = {x: {k: v for k, v in options[x].items() if k not in old} for x in ("model", "data")}
+        return kept | {"seed": options["seed_everything"]}
+    for name in ("data.steps", "model.network", "model.methods", "seed", "save_every"):
+        if name not in flat(options):
+            raise ValueError(f"{run / CONFIG} is damaged (it has no {name})")
     return options
 
 
-def bound(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The flat options on which the numbers of a run depend."""
-    kept = {name: value for name, value in options.items() if name not in FREE}
-    callbacks = kept.get("trainer.callbacks") or []
-    callbacks = [callbacks] if isinstance(callbacks, Mapping) else callbacks
-    others = [x for x in callbacks if x["class_path"].rpartition(".")[2] not in FREE_CALLBACKS]
-    return kept | {"trainer.callbacks": others or None}
+def check_same(run: Path, options: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Raises ValueError if a run would go on with other options or other data, and therefore to
+    other numbers. found: what tells the data from others."""
+    saved, data = flat(read_config(run)), read_yaml(run / DATA)
+    keep = (
+        "Leave it as it was, or start a run in another directory (--run, of a demo --out; with "
+        "--model.weights from this one's weights)"
+    )
+    for name, value in flat(options).items():
+        if name not in FREE and saved.get(name) != value:
+            raise ValueError(
+                f"--{name} is {value}, {run / CONFIG} has {saved.get(name)}: the numbers would not "
+                f"be those of the run without a stop. {keep}"
+            )
+    for name, value in found.items():
+        if data.get(name) != value:
+            raise ValueError(f"the data are not those of the run: other {name}. {keep}")
 
 
 def _line(error: Exception) -> str:
@@ -91,29 +133,99 @@ def _line(error: Exception) -> str:
     return line
 
 
-def read_checkpoint(
-    path: Path, weights_only: bool | None = None, needed: frozenset[str] = WEIGHTS
-) -> dict[str, Any]:
-    """Its tensors stay in the file. Raises ValueError if it is damaged or has not what is needed.
-    weights_only: of torch.load."""
+class Log:
+    """metrics.csv and the events of TensorBoard: a line for each step at which something was
+    logged, on the first rank.
+
+    Args:
+        run: directory of the run.
+        step: the last step of a run that goes on; later lines are cut.
+    """
+
+    def __init__(self, run: Path, step: int) -> None:
+        self.path, self._lines = run / METRICS, dict[int, dict[str, float]]()
+        if step and self.path.exists():
+            self._lines = {k: line for k, line in read_metrics(self.path).items() if k <= step}
+        self.events = SummaryWriter(str(run), purge_step=step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Add values to the line of a step."""
+        self._lines.setdefault(step, {}).update(values)
+        for name, value in values.items():
+            self.events.add_scalar(name, value, step)
+        names = dict.fromkeys(name for line in self._lines.values() for name in line)
+        file = io.StringIO()
+        writer = csv.DictWriter(file, ["step", *names], lineterminator="\n")
+        writer.writeheader()
+        for step in sorted(self._lines):
+            writer.writerow({"step": step, **self._lines[step]})
+        save_atomically(file.getvalue(), self.path)
+
+
+def read_metrics(path: Path) -> dict[int, dict[str, float]]:
+    """The values that were logged at each step. Raises ValueError if the file is damaged."""
     try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
-        missing = needed - state.keys()
-    except Exception as error:
-        raise ValueError(f"checkpoint {path} is damaged ({_line(error)})") from error
-    if missing:
-        raise ValueError(f"checkpoint {path} is of another kind: it has no {min(missing)}")
-    return state
+        with open(path, newline="", encoding="utf-8") as file:
+            text = file.read()
+        lines = list(csv.DictReader(io.StringIO(text)))
+        if not text.endswith("\n") or any(None in line.values() for line in lines):
+            raise ValueError("a line is not complete")
+        return {
+            int(line.pop("step")): {name: float(x) for name, x in line.items() if x}
+            for line in lines
+        }
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
 
 
-def check_same(run: Path, options: Mapping[str, Any]) -> None:
-    """Raises ValueError if a run would go on with other numbers."""
-    saved, now = bound(flat_config(run)), bound(flat(options))
-    for name in now:
-        if name in saved and saved[name] != now[name]:
-            raise ValueError(
-                f"--{name} is {now[name]}, {run / CONFIG} has {saved[name]}: the numbers would not "
-                "be those of the run without a stop. Leave the option as it was, or start a run "
-                "in another directory (--run, of a demo --out; with --model.weights from this "
-                "one's weights)"
-            )
+class Stopped(Exception):
+    """A command was asked to stop, or its time is over, and it has saved what it can."""
+
+    def __init__(self, message: str, exit_status: int) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
+class Stop:
+    """In its block, SIGTERM and Ctrl-C only ask to stop. A second Ctrl-C ends the process at once.
+
+    hours: after which it stops. advice: the command that goes on. where: what is done.
+    """
+
+    ECHO = 1.0  # seconds in which torchrun forwards a Ctrl-C that its ranks have also received
+
+    def __init__(self, hours: float | None = None, advice: str = "") -> None:
+        self.where, self.advice = "", f"; go on with: {advice}" if advice else ""
+        self._end = math.inf if hours is None else time.monotonic() + 3600 * hours
+        self._received, self._first = 0, 0.0
+
+    def __enter__(self) -> "Stop":
+        self._before = {signum: signal.getsignal(signum) for signum in STOPPING}
+        handle(self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self._received:
+            self._first = now
+        elif self._received == signal.SIGINT == signum and now > self._first + self.ECHO:
+            end_at_once(signum, frame)
+        self._received = signum
+
+    def asked(self) -> Stopped | None:
+        """Whether a rank was asked to stop: the same on all ranks, which call this together."""
+        reason = ranks.largest(self._received or int(time.monotonic() > self._end))
+        if not reason:
+            return None
+        by = "--max_hours" if reason == 1 else signal.Signals(reason).name
+        status = 0 if reason == 1 else 128 + reason
+        return Stopped(f"stopped by {by} {self.where}{self.advice}", status)
+
+    def check(self) -> None:
+        """Raises Stopped if a rank was asked to stop."""
+        if stopped := self.asked():
+            raise stopped

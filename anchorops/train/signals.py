@@ -8,7 +8,7 @@ from types import FrameType
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
-def handle(handler: Callable[[int, FrameType | None], object]) -> None:
+def handle(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
     """Handle the signals, except those that are ignored: by `nohup`, or because a script's shell
     has started the program in the background."""
     for signum in STOPPING:

@@ -11,7 +11,7 @@ pytest.importorskip("torchvision", reason="the training program needs torchvisio
 from image_files import image, mask, write
 from tiny_runs import TINY
 
-from anchorops.train.cli import train
+from anchorops.train.commands import fit
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -34,7 +34,7 @@ def interruptible() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of six steps without interruptions."""
-    return train(*TINY, "--run", str(tmp_path_factory.mktemp("runs") / "straight"))
+    return fit([*TINY, "--run", str(tmp_path_factory.mktemp("runs") / "straight")])
 
 
 @pytest.fixture

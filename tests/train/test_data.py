@@ -1,21 +1,33 @@
-"""Class counts and augmentation."""
+"""Class counts, what tells data sets apart, and the transforms of images."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from image_files import write
 from torchvision import tv_tensors
 
-from anchorops.train.data.counts import check_classes, class_counts
+from anchorops.train.data.counts import check_classes, class_counts, fingerprint
 from anchorops.train.data.digits import DigitScenes
 from anchorops.train.data.folders import open_folder
-from anchorops.train.data.loading import RandomScale, Training, augmentation
+from anchorops.train.data.loading import (
+    Loader,
+    RandomScale,
+    Training,
+    Unlabelled,
+    augmentation,
+    evaluation_transform,
+)
 
 
 def test_counts_of_masks(folder: Path):
-    pixels, images = class_counts(open_folder(folder, "train"))
+    pixels, images, sizes = class_counts(open_folder(folder, "train"))
     assert pixels.tolist() == [18, 18 + 20] and images.tolist() == [1, 2]
-    pixels, images = class_counts(open_folder(folder, "train", label_map={1: 255}))
+    assert sizes == [(4, 5), (6, 9)]
+    pixels, images, _ = class_counts(open_folder(folder, "train", label_map={1: 255}))
     assert pixels.tolist() == [18, 0] and images.tolist() == [1, 0]
 
 
@@ -29,6 +41,22 @@ def test_foreground_that_is_ignored():
     with pytest.raises(ValueError, match="validation split has no valid pixel"):
         check_classes(classes, some + 1, none)
     assert check_classes([*classes, "rare"], torch.tensor([5, 1, 0]), some) == ["rare"]
+
+
+def test_fingerprint_of_file_names(folder: Path, tmp_path: Path, monkeypatch: Any):
+    """Wherever the root is."""
+
+    def found(root: Path) -> str:
+        return fingerprint(open_folder(root, "train"), root)
+
+    before = found(folder)
+    assert len(before) == 16 and found(shutil.copytree(folder, tmp_path / "moved")) == before
+    monkeypatch.chdir(folder)
+    assert found(Path()) == before
+    for kind in ("images", "masks"):
+        (folder / f"{kind}/train/b.png").rename(folder / f"{kind}/train/c.png")
+    assert found(folder) != before
+    assert fingerprint(DigitScenes("val", 9, (32, 32), seed=0), folder) == ""
 
 
 def test_augmentation_is_a_function_of_the_draw():
@@ -53,6 +81,20 @@ def test_padding_is_ignored_and_labels_are_not_interpolated():
     _, labels = Training(scenes, transform, seed=0)[0, 0]
     assert (labels == -1).sum() >= 96 * 96 - 48 * 48
     assert set(labels.unique().tolist()) <= set(scenes[0][1].unique().tolist()) | {-1}
+
+
+def test_images_of_many_channels(folder: Path):
+    """In training and in prediction."""
+    path = folder / "images/train/a/1.tif"
+    path.with_suffix(".jpg").unlink()
+    write(path, np.full((6, 9, 5), 65_535, np.uint16))
+    data = open_folder(folder, "train", channels=5)
+    transform = augmentation(5, (8, 8), scaled=RandomScale(None, (1.0, 1.0)))
+    image, labels = Training(data, transform, seed=0)[0, 0]
+    assert image.shape == (5, 8, 8) and labels.shape == (8, 8) and image.max() == 2
+    loader = Loader(Unlabelled([path], evaluation_transform(5, 12), 5), 0, sampler=range(1))
+    ((index, image, size),) = loader
+    assert index == 0 and image.shape == (1, 5, 12, 18) and (image == 2).all() and size == [6, 9]
 
 
 def test_random_scale():

@@ -1,77 +1,29 @@
-"""Runs that are stopped by SIGTERM or Ctrl-C, or killed, and go on: they end as a run that nothing
-disturbed, bit for bit. Workers load the images, and signals reach all processes of the group."""
+"""Commands that are stopped by SIGTERM or Ctrl-C, or killed, and go on by the command that they
+print: runs end as one that nothing disturbed, bit for bit, on one rank and on two. Workers load the
+images, and signals reach all processes of the group."""
 
-import random
+import re
+import shlex
 import signal
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+from image_files import image, write
+from programs import Programs
 from tiny_runs import TINY, assert_same_run, figures, state
 
-# forked from one process that has imported everything: each run takes seconds
-PROGRAM = """
-import os, signal, sys, time
-import torch
-from anchorops.train import __main__, cli
-from anchorops.train.module import SegmentationModule
-
-def interrupt(name, step, signum):
-    method = getattr(SegmentationModule, name)
-    def wrapped(self, *args):
-        if self.trainer.global_step == step:
-            os.killpg(os.getpgid(0), signum)  # also the workers
-        return method(self, *args)
-    setattr(SegmentationModule, name, wrapped)
-
-torch.set_num_threads(1)
-signal.signal(signal.SIGINT, signal.default_int_handler)
-for line in sys.stdin:
-    name, step, signum, *arguments = line.rstrip("\\n").split("\\t")
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        os.dup2(2, 1)
-        if name:
-            interrupt(name, int(step), int(signum))
-        sys.argv[1:] = arguments
-        sys.exit(__main__.main())
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-STEPS = 7
-RUN = (*TINY, "--data.steps", str(STEPS), "--data.workers", "1")
-
-
-class Programs:
-    """Starts the program in one process after another."""
-
-    def __init__(self, log: Path) -> None:
-        self.log = log
-        with open(log, "w") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-                text=True,
-            )
-
-    def run(self, run: Path, *options: str, at: tuple[str, int, int] = ("", 0, 0)) -> int:
-        """The exit status. at: the module's method and the step in which it gets a signal."""
-        words = [*map(str, at), "fit", *RUN, "--run", str(run), *options]
-        stdin, stdout = self.process.stdin, self.process.stdout
-        assert stdin and stdout
-        stdin.write("\t".join(words) + "\n")
-        stdin.flush()
-        return int(stdout.readline())
-
-    def said(self) -> str:
-        return self.log.read_text()
+RUN = (
+    *(*TINY, "--data.steps", "7", "--data.workers", "1", "--data.val_images", "8"),
+    *("--data.eval_batch_size", "2", "--accumulate", "2", "--ema", "0.9", "--log_every", "1"),
+)
+TERM, INT, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory):
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
     started = Programs(tmp_path_factory.mktemp("log") / "stderr.txt")
     yield started
     assert started.process.stdin
@@ -80,44 +32,135 @@ def programs(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    assert programs.run(run) == 0, programs.said()
-    return run
+def straight(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The run of this number of ranks that nothing disturbs."""
+
+    @cache
+    def trained(ranks: int) -> Path:
+        run = tmp_path_factory.mktemp("runs") / "straight"
+        status, said = programs.run("fit", *RUN, "--run", run, ranks=ranks)
+        assert not any(status), said
+        assert [step for step, line in figures(run).items() if "val/miou" in line] == [3, 6, 7]
+        return run
+
+    return trained
 
 
-# training_step runs before the step is counted; validations are after 3, 6 and 7 steps
-PLACES = {"training_step": range(STEPS), "validation_step": (3, 6, 7)}
-CASES = [
-    ("training_step", signal.SIGTERM),
-    ("validation_step", signal.SIGINT),
-    ("training_step", signal.SIGKILL),
-    pytest.param("validation_step", signal.SIGTERM, marks=pytest.mark.slow),
-    pytest.param("training_step", signal.SIGINT, marks=pytest.mark.slow),
-    pytest.param("validation_step", signal.SIGKILL, marks=pytest.mark.slow),
-]
+def go_on(programs: Programs, command: str, ranks: int) -> None:
+    """By the command that was printed."""
+    launcher = "torchrun --standalone --nproc-per-node 2 -m anchorops.train --"
+    program = "anchorops-train" if ranks == 1 else launcher
+    assert command.startswith(f"{program} ")
+    status, said = programs.run(*shlex.split(command.removeprefix(program)), ranks=ranks)
+    assert not any(status), said
 
 
-@pytest.mark.parametrize(("place", "signum"), CASES)
-def test_interrupted_run_goes_on_bit_for_bit(
-    place: str, signum: int, programs: Programs, undisturbed: Path, tmp_path: Path
+def slow(*case: Any) -> Any:
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
+# a step calls once; a validation once for each batch of a rank
+@pytest.mark.parametrize(
+    ("ranks", "place", "call", "signum", "rank"),
+    [
+        (1, "step", 4, TERM, None),
+        (1, "step", 5, KILL, None),
+        (1, "validation", 1, INT, None),
+        slow(1, "step", 1, INT, None),
+        slow(1, "validation", 3, KILL, None),
+        (2, "step", 4, INT, 1),
+        (2, "validation", 1, TERM, 0),
+        slow(2, "step", 3, TERM, None),
+        slow(2, "step", 5, KILL, 0),
+        slow(2, "validation", 2, KILL, None),
+    ],
+)
+def test_a_run_goes_on_bit_for_bit(
+    ranks: int,
+    place: str,
+    call: int,
+    signum: signal.Signals,
+    rank: int | None,
+    programs: Programs,
+    straight: Callable[[int], Path],
+    tmp_path: Path,
 ):
-    run = tmp_path / "run"
-    steps = [step for step in PLACES[place] if step >= 2 or signum != signal.SIGKILL]
-    step = random.Random(f"{place}{signum}").choice(steps)
-    before = len(programs.said())
-    status = programs.run(run, at=(place, step, signum))
-    said = programs.said()[before:]
-    if signum == signal.SIGKILL:
-        assert status == -signum
+    run, at = tmp_path / "run", {"place": place, "call": call, "signum": signum, "rank": rank}
+    status, said = programs.run("fit", *RUN, "--run", run, ranks=ranks, **at)
+    assert "Traceback" not in said
+    if signum == KILL:
+        assert -KILL in status
+        alone, several = f"anchorops-train fit --run {run} --resume", "torchrun --standalone "
+        several += f"--nproc-per-node 2 -m anchorops.train -- fit --run {run} --resume"
+        go_on(programs, alone if ranks == 1 else several, ranks)
     else:
-        assert status == 128 + signum, said
-        done = step + (place == "training_step")
-        name = signal.Signals(signum).name
-        expected = f"stopped by {name} after step {done}; go on with: anchorops-train fit --run"
-        assert expected in said and "Traceback" not in said
-        assert state(run)["global_step"] == done
-    assert programs.run(run, "--ckpt_path", "last") == 0, programs.said()
-    assert_same_run(run, undisturbed)
-    steps = [step for step, line in figures(run).items() if "val/miou" in line]
-    assert steps == [3, 6, 7]
+        assert stopped(status, signum), said
+        (message,) = re.findall(rf"by {signum.name} after step (\d+); go on with: (.*)", said)
+        assert state(run)["step"] == int(message[0]) == (call + 1 if place == "step" else 3)
+        go_on(programs, message[1], ranks)
+    assert_same_run(run, straight(ranks))
+
+
+def stopped(status: list[int], signum: int) -> bool:
+    """torchrun may end a rank that is about to end."""
+    return 128 + signum in status and {*status} <= {128 + signum, -TERM}
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_one_of_two_ranks_is_stopped_where_nothing_is_saved(
+    command: str, programs: Programs, straight: Callable[[int], Path], tmp_path: Path
+):
+    """Before the first step, or while figures are computed: both end."""
+    place: dict[str, Any] = {"place": "start", "call": 0}
+    words = ("fit", *RUN, "--run", tmp_path / "run")
+    if command == "validate":
+        words, place = ("validate", "--run", straight(2)), {"place": "validation", "call": 0}
+    status, said = programs.run(*words, ranks=2, signum=TERM, rank=1, **place)
+    assert status[1] == 128 + TERM and status[0] not in (0, -KILL) and "Traceback" not in said
+
+
+@pytest.mark.parametrize("ranks", [1, slow(2)])
+def test_predictions_go_on(
+    ranks: int, programs: Programs, straight: Callable[[int], Path], tmp_path: Path
+):
+    for name in "abcd":
+        write(tmp_path / f"{name}.png", image(40, 50))
+    words = ("predict", "--run", straight(1), "--out", tmp_path / "out", "--images")
+    words = (*words, *(tmp_path / f"{name}.png" for name in "abcd"))
+    at = {"place": "prediction", "call": 0, "signum": TERM, "rank": ranks - 1}
+    status, said = programs.run(*words, ranks=ranks, **at)
+    assert stopped(status, TERM), said
+    assert f"after {ranks} of 4 masks; go on with: the same command and --resume" in said
+    assert len([*(tmp_path / "out").iterdir()]) == ranks
+    status, said = programs.run(*words, "--resume", ranks=ranks)
+    assert not any(status), said
+    made = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert made == ["a.png", "b.png", "c.png", "d.png"]
+
+
+def test_an_error_of_one_rank_has_one_line(programs: Programs, folder: Path, tmp_path: Path):
+    """Here of a damaged image whose header is whole."""
+    path = folder / "images/train/a/1.jpg"
+    path.write_bytes(path.read_bytes()[:-20])
+    words = (
+        "fit",
+        *TINY[2:],
+        "--config",
+        "folder",
+        "--data.root",
+        folder,
+        "--run",
+        tmp_path / "run",
+    )
+    words = [x for x in words if x not in ("--data.train_images", "64", "--data.val_images", "10")]
+    words += ["--data.eval_batch_size", "1", "--data.workers", "0", "--data.scale", "[1, 1]"]
+    status, said = programs.run(*words, ranks=2)
+    assert all(status) and "Traceback" not in said
+    lines = re.findall("anchorops-train: (.*)", said)
+    assert any(line.startswith(f"{path} cannot be read: ") for line in lines) and len(lines) <= 2
+
+
+def test_another_number_of_ranks(programs: Programs, straight: Callable[[int], Path]):
+    status, said = programs.run("fit", "--run", straight(1), "--resume", ranks=2)
+    assert all(status)
+    assert "last.ckpt was written by 1 ranks: expected as many, got 2" in said

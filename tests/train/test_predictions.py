@@ -1,28 +1,24 @@
 """`anchorops-train predict`: the masks of images, by the weights of a run with its best mIoU."""
 
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from image_files import image, write
 from PIL import Image
+from tiny_runs import FOLDER
 
 import anchorops as ao
-from anchorops.train.cli import Program, train, with_presets
-from anchorops.train.metrics import read_metrics
-
-OPTIONS = (
-    *("--config", "folder", "--model.network", "segformer-b0", "--data.crop", "[32, 32]"),
-    *("--data.steps", "2", "--data.batch_size", "2", "--data.workers", "0"),
-    *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
-    *("--trainer.val_check_interval", "1"),
-)
+from anchorops.train import commands
+from anchorops.train.commands import fit, predict_masks
+from anchorops.train.networks.models import upsample_late
+from anchorops.train.run import read_metrics
 
 
-def predict(run: Path, images: list[Path], out: Path) -> Program:
-    words = ["predict", "--run", str(run), "--trainer.enable_progress_bar", "false", "--out"]
-    return Program(*with_presets([*words, str(out), "--data.images", *map(str, images)]))
+def predict(run: Path, images: list[Path], out: Path, *options: str) -> None:
+    predict_masks(["--run", str(run), "--out", str(out), "--images", *map(str, images), *options])
 
 
 @pytest.mark.parametrize(
@@ -40,11 +36,15 @@ def predict(run: Path, images: list[Path], out: Path) -> Program:
     ],
 )
 def test_predictions_are_those_of_the_evaluation(folder: Path, options: list[str]) -> None:
-    place = ["--data.root", str(folder)]
-    run = train(*OPTIONS, *place, "--run", str(folder / "run"), *options)
+    words = [*FOLDER, *options, "--val_every", "1", "--data.root", str(folder)]
+    run = fit([*words, "--run", str(folder / "run")])
     images = [folder / "images/val/a/1.jpg", folder / "images/val/b.png"]
-    program = predict(run, images, folder / "new/predictions")
-    assert any("_forward_changes" in vars(x) for x in program.model.network.modules())  # late
+    with mock.patch.object(commands, "upsample_late", wraps=upsample_late) as late:
+        predict(run, images, folder / "new/predictions")
+    assert late.called
+    # an option that a message names for other images, but not of this network
+    with pytest.raises(ValueError, match=r"^--data.channels: expected 3, those of .*, got 4"):
+        predict(run, images, folder / "other", "--data.channels", "4")
     matrix = torch.zeros(2, 2, dtype=torch.int64)
     for path in images:
         name = path.relative_to(folder / "images/val").with_suffix(".png")
@@ -76,12 +76,14 @@ def test_images_that_can_and_cannot_be_predicted(straight: Path, tmp_path: Path)
         mask = out / path.relative_to(tmp_path).with_suffix(".png")
         assert np.array(Image.open(mask)).shape == (height, 9)
     for run, images, message in (
-        (straight, [grey], "predict: --out: .*out/grey.png exists: give another directory"),
-        (straight, [four, four], "four.png would be written twice"),
-        (straight, [four], "four.tif: expected 3 channels .*, got 4"),
+        (straight, [grey], "--out: .*out/grey.png exists: give another directory, or --resume"),
+        (straight, [four], "four.tif: expected 3 channels, got 4: save the image"),
         (straight, [tmp_path / "absent.png"], "absent.png"),
-        (straight, [], "predict: --data.images: expected files of images, got none"),
-        (tmp_path, [grey], r"--ckpt_path best: .* has no best.ckpt"),
+        (tmp_path, [grey], "expected the directory of a run"),
     ):
         with pytest.raises(ValueError, match=message):
             predict(run, images, out)
+    best, config = straight / "best.ckpt", straight / "config.yaml"
+    words = ["--config", str(config), "--model.weights", str(best), "--images", str(grey)]
+    predict_masks([*words, "--out", str(tmp_path / "again")])
+    assert (tmp_path / "again/grey.png").read_bytes() == (out / "grey.png").read_bytes()

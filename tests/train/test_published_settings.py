@@ -1,18 +1,12 @@
 """The presets compared with the settings of the papers' frameworks."""
 
-import json
-from typing import Any
-
 import pytest
 import torch
-import yaml
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
-from anchorops.train.cli import PRESETS, main, presets, with_presets
+from anchorops.train.commands import PRESETS, load_preset, parse
 from anchorops.train.data.loading import RandomScale, augmentation, evaluation_transform
-from anchorops.train.data.module import SegmentationData
-from anchorops.train.module import SegmentationModule
 from anchorops.train.networks.learner import Learner, build_regularizer, parameter_groups
 from anchorops.train.networks.models import build_model
 
@@ -86,12 +80,8 @@ def test_padding_comes_after_normalisation():
     assert (labels[:20] == 1).all() and (labels[20:] == -1).all()
 
 
-def load(preset: str) -> dict[str, Any]:
-    return yaml.safe_load((PRESETS / f"{preset}.yaml").read_text())
-
-
-NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
-CONVOLUTIONAL = {load(x)["model"]["network"] for x in NAMES if "segformer" not in x}
+NAMES = sorted({path.stem for path in PRESETS.glob("*.yaml")} - {"shared"})
+CONVOLUTIONAL = {load_preset(x)["model"]["network"] for x in NAMES if "segformer" not in x}
 
 
 @pytest.mark.parametrize("network", sorted(CONVOLUTIONAL))
@@ -107,18 +97,17 @@ def test_presets(preset: str):
     """Their options exist, those of the methods too. Transformers have a linear warm-up and decay;
     windows are those of mmsegmentation: on Pascal-Context 480 by steps of 320, on Cityscapes with
     SegFormer 1024 by 768."""
-    options = load(preset)
-    model, data = SegmentationModule(**options["model"]).options, options["data"]
-    SegmentationData(**data)
+    options = parse("fit", ["--config", preset]).options
+    model, data = options.model, options.data
     paper = model.paper_options or {}
     methods = sorted({option.partition(".")[0] for option in paper})
     assert build_regularizer(methods, paper, 11, 240) is not None or not paper
-    if data["dataset"] in ("digits", "folder", "camvid"):  # without a published result
+    if data.dataset in ("digits", "folder", "camvid"):  # without a published result
         return
     transformer = model.optimizer == "adamw"
     assert (model.warmup, model.power) == ((1_500, 1.0) if transformer else (0, 0.9))
-    strides = {"pascal-context": [320, 320], "cityscapes-segformer-b4": [768, 768]}
-    stride = strides.get(data["dataset"]) or strides.get(preset)
+    strides = {"pascal-context": (320, 320), "cityscapes-segformer-b4": (768, 768)}
+    stride = strides.get(data.dataset) or strides.get(preset)
     assert model.window_stride == stride
     assert (model.evaluation == "sliding") == (stride is not None)
 
@@ -131,31 +120,5 @@ def test_options_of_the_papers():
         ("coco-stuff-10k-segformer-b4", 0.1),
         ("ade20k-upernet-swin-t", 0.2),
     ):
-        options = load(preset)["model"]["paper_options"]
+        options = load_preset(preset)["model"]["paper_options"]
         assert options == {**expected, "occl.category_weight": category_weight}
-
-
-def test_names_of_presets(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys):
-    """A file of that name wins; an unknown one lists the presets with their published results."""
-    packaged = str(PRESETS / "folder.yaml")
-    assert with_presets(["fit", "--config", "folder"]) == (["fit", "--config", packaged], "folder")
-    assert with_presets(["fit", "--seed_everything", "1"])[1] == "no-preset"
-    assert with_presets(["fit", "--config=folder"])[0] == ["fit", "--config", packaged]
-    assert main(["presets"]) == 0 and "81.4 with sar" in capsys.readouterr().out
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()  # of data
-    assert with_presets(["fit", "--config", "folder"])[0] == ["fit", "--config", packaged]
-    (tmp_path / "folder").rmdir()
-    (tmp_path / "folder").touch()
-    assert with_presets(["fit", "-c", "folder"]) == (["fit", "-c", "folder"], "folder")
-    (tmp_path / "run").mkdir()
-    config = {"data": {"steps": 1}, "model": {"network": "x"}, "trainer": {"max_steps": -1}}
-    (tmp_path / "run/config.yaml").write_text(json.dumps(config | {"seed_everything": 0}))
-    words, _ = with_presets(["validate", "--run", "run"])
-    assert words == ["validate", "--config", "run/config.yaml", "--run", "run"]
-    own = ["--config", "folder", "--run", "run"]  # a file overrides the run's, except in `fit`
-    assert with_presets(["validate", *own])[0] == ["validate", "--config", "run/config.yaml", *own]
-    assert with_presets(["fit", *own])[0] == ["fit", *own]
-    with pytest.raises(ValueError, match=r"(?s)got foldr\. The presets:.*81.4 with sar"):
-        with_presets(["fit", "--config", "foldr"])
-    assert len(presets().splitlines()) == len(NAMES)

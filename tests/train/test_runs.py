@@ -1,6 +1,8 @@
 """What a run leaves, how it goes on and is compared, and what is refused."""
 
+import inspect
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -8,153 +10,167 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from image_files import image, mask, write
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import TINY, assert_same_run, figures, state
+from tiny_runs import FOLDER, TINY, assert_same_run, figures, small_network, state
 
-from anchorops.train import callbacks, cli, module
-from anchorops.train.callbacks import Saving
-from anchorops.train.cli import Program, main, train, with_presets
-from anchorops.train.metrics import Metrics, read_metrics
-from anchorops.train.module import SegmentationModule
-from anchorops.train.networks.models import build_model
+from anchorops.train import commands
+from anchorops.train import run as runs
+from anchorops.train import train as training
+from anchorops.train.commands import fit, main, validate
+from anchorops.train.networks import learner, models
 from anchorops.train.report.compare import comparison, load_results
-from anchorops.train.run import WEIGHTS
-from anchorops.train.saving import save_atomically
+from anchorops.train.run import Log, Stop, Stopped, only_process, read_metrics, save_atomically
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small network, and no pictures."""
+    monkeypatch.setattr(learner, "build_model", small_network)
+    monkeypatch.setattr(models, "build_model", small_network)
+    monkeypatch.setattr(training, "draw_predictions", lambda *_, **__: 1 / 0)
 
 
 def test_a_run_leaves_everything(straight: Path):
     files = {path.name for path in straight.iterdir()}
-    assert {"config.yaml", "last.ckpt", "best.ckpt", "metrics.csv", "predictions.png"} <= files
-    assert (straight / "predictions.png").read_bytes().startswith(b"\x89PNG")
+    expected = {"config.yaml", "data.yaml", "last.ckpt", "best.ckpt", "metrics.csv"}
+    assert {*expected, "predictions.png"} <= files and not any("part" in name for name in files)
     lines = read_metrics(straight / "metrics.csv")
     assert [step for step, line in lines.items() if "loss" in line] == [2, 4, 6]
     last = lines[6]
     assert 0 < last["val/miou"] <= 1 and {"val/head", "val/iou/background"} < set(last)
+    # SAR's embedding is for training only: 2·(D² + D) + D² and three batch norms, D = 240
+    extra = last["cost/trained_parameters"] - last["cost/parameters"]
+    assert extra == 3 * 240**2 + 8 * 240
     assert last["cost/flops"] > 0 and last["cost/images_per_second"] > 0
     events = EventAccumulator(str(straight)).Reload()
     assert {"loss", "val/miou"} <= set(events.Tags()["scalars"])
     assert [x.step for x in events.Images("predictions")] == [3, 6]
-    best = torch.load(straight / "best.ckpt", weights_only=True)
-    assert "optimizer_states" not in best and best["global_step"] in (3, 6)
+    assert state(straight, "best").keys() == {"model", "step", "channels"}
 
 
-def test_a_finished_run_goes_on_to_nothing(straight: Path, tmp_path: Path):
+def test_a_finished_run_goes_on_to_nothing(straight: Path, tmp_path: Path, capsys):
+    """Free options may differ, and are kept."""
     run = Path(shutil.copytree(straight, tmp_path / "run"))
-    (run / "predictions.png").unlink()
-    config = (run / "config.yaml").read_text()
-    # its config.yaml has the options; these change no number
-    free = ["--saving.every", "1", "--data.workers", "1", "--data.eval_batch_size", "2"]
-    free += ["--trainer.callbacks", "LearningRateMonitor"]
-    train("--run", str(run), "--ckpt_path", str(run / "last.ckpt"), *free)
-    assert (run / "config.yaml").read_text() == config
+    fit(["--run", str(run), "--resume", "--save_every", "1", "--data.workers", "1"])
+    assert "no step was done: the run has ended after step 6" in capsys.readouterr().err
     assert_same_run(run, straight)
-    module = SegmentationModule.load_from_checkpoint(run / "best.ckpt")
-    assert module.network.classifier.out_channels == 11
+    assert yaml.safe_load((run / "config.yaml").read_text())["save_every"] == 1
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], r"holds a run: go on with it by `anchorops-train fit --run .* --ckpt_path last`"),
-        (["--ckpt_path", "best"], "--ckpt_path best: expected last"),
+        ([], r"holds a run: go on with it by `anchorops-train fit --run .* --resume`"),
         (
-            ["--ckpt_path", "other/last.ckpt"],
-            "--ckpt_path other/last.ckpt: .* give --model.weights",
+            ["--resume", "--model.lr", "1.0"],
+            r"--model.lr is 1.0, .*config.yaml has 0.004: the numb",
         ),
+        (["--resume", "--data.steps", "12"], "--data.steps is 12, .* has 6"),
+        (["--resume", "--seed", "1"], "--seed is 1, .* has 0"),
+        (["--resume", "--ema", "0.9"], "--ema is 0.9, .* has None"),
         (
-            ["--ckpt_path", "last", "--model.lr", "1.0"],
-            r"--model.lr is 1.0, .*config.yaml has 0.004: the numbers would not be those",
-        ),
-        (["--ckpt_path", "last", "--data.steps", "12"], "--data.steps is 12, .* has 6"),
-        (["--ckpt_path", "last", "--seed_everything", "1"], "--seed_everything is 1, .* has 0"),
-        (
-            ["--ckpt_path", "last", "--model.method_options", "{sar.tau: 0.5}"],
+            ["--resume", "--model.method_options", "{sar.tau: 0.5}"],
             "--model.method_options is {'sar.tau': 0.5}, .* has None",
-        ),
-        (
-            ["--ckpt_path", "last", "--trainer.callbacks", "[{class_path: EMAWeightAveraging}]"],
-            r"--trainer.callbacks is \[.*EMAWeightAveraging.*\], .* has None",
         ),
     ],
 )
 def test_what_would_change_a_run_is_refused(straight: Path, options: list[str], message: str):
     with pytest.raises(ValueError, match=message):
-        train(*TINY, "--run", str(straight), *options)
+        fit([*TINY, "--run", str(straight), *options])
 
 
-def test_no_checkpoint_to_go_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    words = ["fit", *TINY, "--ckpt_path", "last"]
-    with pytest.raises(ValueError, match=r"^--run: .*/runs/digits-sar-seed0 does not exist"):
-        Program(*with_presets(words))
-    Path("runs/digits-sar-seed0").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"last: .*/runs/digits-sar-seed0 has no last.ckpt"):
-        Program(*with_presets(words))
+def test_limits_of_a_run(small: None, tmp_path: Path, capsys):
+    """The printed commands go on, also after a limit of time."""
+    words = [*TINY, "--model.methods", "[]", "--log_every", "1", "--val_every", "2"]
+    straight, run = fit([*words, "--run", str(tmp_path / "straight")]), tmp_path / "run"
+    fit([*words, "--run", str(run), "--max_steps", "3"])
+    said = capsys.readouterr().err
+    (command,) = re.findall(r"a limit ended the run after step 3 of 6; go on with: (.*)", said)
+    assert command == f"anchorops-train fit --run {run} --resume --max_steps null"
+    assert main(["fit", "--run", str(run), "--resume"]) == 0
+    assert "no step was done: a limit ended the run after step 3" in capsys.readouterr().err
+    assert main(["compare", str(run), str(straight)]) == 0
+    said = capsys.readouterr()
+    assert f"{run} has not ended: 3 of 6 steps are in its metrics.csv; it is left out" in said.err
+    assert said.out.splitlines()[-1].split()[3] == "1"  # seeds
+    assert main(["compare", str(run)]) == 1
+    assert main([*command.split()[1:], "--max_hours", "0"]) == 0
+    said = capsys.readouterr().err
+    (command,) = re.findall(r"stopped by --max_hours after step 4; go on with: (.*)", said)
+    assert main([*command.split()[1:], "--max_hours", "9"]) == 0
+    assert_same_run(run, straight)
+
+
+def test_best_weights_are_those_that_were_validated(small: None, tmp_path: Path):
+    """Averaged ones, also where a run goes on that has moved."""
+    words = [*TINY, "--model.methods", "[]", "--ema", "0.5", "--model.lr", "0.1"]
+    run = fit([*words, "--run", str(tmp_path / "before"), "--max_steps", "3"])
+    last, best = state(run), state(run, "best")["model"]
+    averaged = last["average"]["module.classifier.weight"]
+    assert torch.equal(best["classifier.weight"], averaged)
+    assert not torch.equal(best["classifier.weight"], last["model"]["classifier.weight"])
+    run = Path(shutil.move(run, tmp_path / "after"))
+    fit(["--run", str(run), "--resume", "--max_steps", "null"])
+    step = state(run, "best")["step"]
+    logged = {k: x for k, x in figures(run)[step].items() if k.startswith("val/")}
+    assert validate(["--run", str(run)]) == pytest.approx(logged, abs=1e-7)
+
+
+def test_diverged_network_is_not_saved(small: None, tmp_path: Path, monkeypatch):
+    log = training.Record.log
+
+    def diverge(self: Any, step: int, *others: Any) -> None:
+        if step == 4:
+            self.parts["model"].body.backbone[1].running_var.fill_(math.inf)
+        log(self, step, *others)
+
+    monkeypatch.setattr(training.Record, "log", diverge)
+    with pytest.raises(ValueError, match=r"not finite at step 4: .* --model.lr 0\.0004 \(now"):
+        fit([*TINY, "--model.methods", "[]", "--run", str(tmp_path / "run")])
+    assert state(tmp_path / "run")["step"] == 3
 
 
 def test_a_demo_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Its second run is stopped; the first one has ended, and goes on to nothing."""
     trained: list[tuple[str, bool]] = []
 
-    def train(*words: str) -> None:
-        options = dict(zip(words[::2], words[1::2], strict=True))
-        run, goes_on = Path(options["--run"]), options.get("--ckpt_path") == "last"
-        trained.append((run.name, goes_on))
+    def train(options: Any, run: Path, *, resume: bool, advice: str) -> None:
+        assert advice.startswith("anchorops-train demo --out")
+        trained.append((run.name, resume))
         run.mkdir(exist_ok=True)
-        (run / "last.ckpt").touch()
+        (run / "config.yaml").touch()
         if len(trained) == 2:
-            raise callbacks.Stopped(signal.SIGINT, run, 3)
+            raise Stopped("stopped", 130)
 
-    monkeypatch.setattr(cli, "train", train)
-    monkeypatch.setattr(cli, "load_results", Path)
-    monkeypatch.setattr(cli, "comparison", str)
-    first, second, *others = (
-        f"{x}-{y}" for x in ("digits", "digits-segformer-b0") for y in ("plain", "sar")
-    )
+    monkeypatch.setattr(commands, "train", train)
+    monkeypatch.setattr(commands, "load_results", Path)
+    monkeypatch.setattr(commands, "comparison", str)
+    names = [f"{x}-{y}" for x in ("digits", "digits-segformer-b0") for y in ("plain", "sar")]
     assert main(["demo", "--out", str(tmp_path)]) == 130
     assert main(["demo", "--out", str(tmp_path)]) == 0
-    assert trained[:2] == [(first, False), (second, False)]
-    assert trained[2:] == [(first, True), (second, True), *((run, False) for run in others)]
-    (tmp_path / first / "best.ckpt").touch()  # of something else: it has no config.yaml
-    assert main(["demo", "--out", str(tmp_path)]) == 1 and len(trained) == 6
-
-
-def test_diverged_network_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    training_step = SegmentationModule.training_step
-
-    def diverge(self: SegmentationModule, *args):
-        if self.trainer.global_step == 3:
-            self.network.state_dict()["body.mix.1.running_var"].fill_(math.inf)
-        return training_step(self, *args)
-
-    monkeypatch.setattr(SegmentationModule, "training_step", diverge)
-    with pytest.raises(ValueError, match=r"not finite at step 4: .* --model.lr 0\.0004 \(now"):
-        train(*TINY, "--model.methods", "[]", "--run", str(tmp_path / "run"))
-    kept = state(tmp_path / "run")
-    assert all(torch.isfinite(x).all() for x in kept["state_dict"].values())
+    assert trained[:2] == [(names[0], False), (names[1], False)]
+    assert trained[2:] == [(run, run in names[:2]) for run in names]
 
 
 def test_a_second_interrupt_ends_at_once(monkeypatch: pytest.MonkeyPatch):
     now, ended = time.monotonic(), []
-    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now)
-    monkeypatch.setattr(callbacks, "end_at_once", lambda signum, frame: ended.append(signum))
-    saving = Saving()
-    saving._receive(signal.SIGINT, None)
-    saving._receive(signal.SIGINT, None)  # as torchrun forwards it
-    assert saving._received == signal.SIGINT and not ended
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now)
+    monkeypatch.setattr(runs, "end_at_once", lambda signum, frame: ended.append(signum))
+    stop = Stop()
+    stop._receive(signal.SIGINT, None)
+    stop._receive(signal.SIGINT, None)  # as torchrun forwards it
+    assert stop.asked() and not ended
     now += 2
-    saving._receive(signal.SIGINT, None)
+    stop._receive(signal.SIGINT, None)
     assert ended == [signal.SIGINT]
 
 
@@ -169,7 +185,7 @@ time.sleep(60)
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_signal_while_the_program_starts(signum: signal.Signals, tmp_path: Path):
     """The handlers are installed before the libraries of training are imported."""
-    (tmp_path / "lightning.py").write_text(LIBRARY)
+    (tmp_path / "jsonargparse.py").write_text(LIBRARY)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [sys.executable, "-m", "anchorops.train", "fit", "--run", tmp_path / "run"],
@@ -188,6 +204,42 @@ def test_signal_while_the_program_starts(signum: signal.Signals, tmp_path: Path)
     assert not (tmp_path / "run").exists()
 
 
+def test_a_terminal_without_utf_8(tmp_path: Path):
+    """Nor does a name of a file have to be UTF-8."""
+    command = [sys.executable, "-m", "anchorops.train", "validate", "--run", b"\xff\xc3\xb6"]
+    variables = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("anchorops-train: ")
+    assert "Traceback" not in done.stderr and r"\xf6" in done.stderr
+
+
+def hold(run: Path, pipe: Any) -> None:
+    with only_process(run):
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        worker.start()
+        pipe.send(worker.pid)
+        time.sleep(60)
+
+
+def test_two_processes_with_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run, fork = tmp_path / "run", multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe()
+    process = fork.Process(target=hold, args=(run, sender))
+    process.start()
+    worker = receiver.recv()
+    assert main(["fit", *TINY, "--run", str(run)]) == 1
+    said = capsys.readouterr().err
+    assert f"another process trains in {run}: give this run its own directory with --run" in said
+    assert main(["demo", "--out", str(run)]) == 1
+    said = capsys.readouterr().err
+    assert f"another process trains in {run}: give this demo its own directory with --out" in said
+    assert [path.name for path in run.iterdir()] == ["run.lock"]
+    process.kill()
+    process.join()
+    with only_process(run):  # although a worker still lives
+        os.kill(worker, signal.SIGKILL)
+
+
 def test_file_that_cannot_be_written(tmp_path: Path):
     path = tmp_path / "state.pt"
     save_atomically({"a": torch.ones(2)}, path)
@@ -201,23 +253,42 @@ def test_file_that_cannot_be_written(tmp_path: Path):
     assert torch.equal(torch.load(path)["a"], torch.ones(2))
 
 
-def test_metrics_of_a_run_that_goes_on(tmp_path: Path):
-    first = Metrics(tmp_path)
+def test_log_of_a_run_that_goes_on(tmp_path: Path):
+    first = Log(tmp_path, 0)
     for step in (2, 4, 6):
-        first.log_metrics({"loss": 1 / step}, step)
-    first.log_metrics({"val/iou/a, b": 0.1}, 4)
-    first.save()
-    second = Metrics(tmp_path, continued=4)
-    second.log_metrics({"loss": 0.5}, 6)
-    second.save()
+        first.write(step, {"loss": 1 / step})
+    first.write(4, {"val/iou/a, b": 0.1})
+    Log(tmp_path, 4).write(6, {"loss": 0.5})
     lines = read_metrics(tmp_path / "metrics.csv")
     assert lines == {2: {"loss": 0.5}, 4: {"loss": 0.25, "val/iou/a, b": 0.1}, 6: {"loss": 0.5}}
-    (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match=r"metrics.csv is damaged"):
-        read_metrics(tmp_path / "metrics.csv")
 
 
-def test_comparison(straight: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("end", [0, 40, -1000])
+def test_damaged_files(end: int, straight: Path, tmp_path: Path, capsys):
+    def cut(name: str) -> None:
+        (run / name).write_bytes((run / name).read_bytes()[:end])
+
+    run = Path(shutil.copytree(straight, tmp_path / "run"))
+    commands = {
+        "best.ckpt": ["validate", "--run", str(run)],
+        "last.ckpt": ["fit", "--run", str(run), "--resume"],
+        "metrics.csv": ["compare", str(run)],
+        "config.yaml": ["fit", "--run", str(run), "--resume"],
+    }
+    for name, command in commands.items():
+        cut(name)
+        assert main(command) == 1
+        assert f"{run / name} is damaged (" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_state_of_another_kind(straight: Path, tmp_path: Path, capsys):
+    run = Path(shutil.copytree(straight, tmp_path / "run"))
+    shutil.copy(run / "best.ckpt", run / "last.ckpt")
+    assert main(["fit", "--run", str(run), "--resume"]) == 1
+    assert "last.ckpt is of another kind: it has no optimizer" in capsys.readouterr().err
+
+
+def test_comparison(straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["compare", str(straight)]) == 0
     assert "hrnet-w18-small" in capsys.readouterr().out
     assert main(["compare", str(straight), str(straight)]) == 1
@@ -226,118 +297,58 @@ def test_comparison(straight: Path, capsys: pytest.CaptureFixture[str]):
     assert "expected the directory of a run" in capsys.readouterr().err
     result = dict.fromkeys(("miou", "head", "body", "tail", "macc", "seconds_per_step"), 1.0)
     result |= {"dataset": "d", "model": "m", "parameters": 1, "memory_mb": None}
-    runs = [
+    several = [
         {**result, "methods": methods, "seed": seed, "settings": {"lr": lr, "methods": methods}}
         for methods, lr, seed in (("sar", "0.1", 0), ("cr", "0.2", 0), ("sar", "0.1", 1))
     ]
-    rows = comparison(runs).splitlines()[2:]
+    rows = comparison(several).splitlines()[2:]
     assert [row.split()[2:4] for row in rows] == [["sar", "lr=0.1"], ["cr", "lr=0.2"]]
 
+    def settings(name: str, data: str) -> dict[str, str]:
+        shutil.copytree(straight, tmp_path / name)
+        config = yaml.safe_load((straight / "config.yaml").read_text())
+        config["data"] |= {"dataset": "folder", "root": name}
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(config))
+        (tmp_path / name / "data.yaml").write_text(data)
+        return load_results(tmp_path / name)["settings"]
 
-def changed(run: Path, new: Path, group: str, **options: Any) -> Path:
-    """The figures of a run, with other options."""
-    new.mkdir()
-    shutil.copy(run / "metrics.csv", new)
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    config[group] |= options
-    (new / "config.yaml").write_text(yaml.safe_dump(config))
-    return new
-
-
-def test_comparison_by_callbacks(straight: Path, tmp_path: Path):
-    def settings(name: str, *callbacks: dict[str, Any]) -> dict[str, str]:
-        run = changed(straight, tmp_path / name, "trainer", callbacks=[*callbacks])
-        return load_results(run)["settings"]
-
-    plain = settings("plain")
-    assert settings("shown", {"class_path": "x.RichProgressBar"}) == plain
-    average = {"class_path": "x.EMAWeightAveraging", "init_args": {"decay": 0.9}}
-    assert settings("averaged", average) != plain
-
-
-def test_comparison_by_data(straight: Path, tmp_path: Path):
-    def settings(name: str, pixels: int, kept: str) -> dict[str, str]:
-        run = changed(straight, tmp_path / name, "data", dataset="folder", root=name)
-        data = {"classes": ["a"], "training": {"pixels": [pixels]}}
-        torch.save({**dict.fromkeys(WEIGHTS), "SegmentationData": data}, run / kept)
-        return load_results(run)["settings"]
-
-    assert settings("first", 1, "last.ckpt") == settings("moved", 1, "best.ckpt")
-    assert settings("other", 2, "last.ckpt") != settings("again", 1, "last.ckpt")
-
-
-def test_comparison_with_a_run_that_stopped_early(straight: Path, tmp_path: Path):
-    assert load_results(changed(straight, tmp_path / "run", "data", steps=12))["steps"] == 6
-
-
-def test_parameters_for_training_only(straight: Path):
-    """SAR's embedding: 2·(D² + D) + D² and three batch norms, D = 240."""
-    line = read_metrics(straight / "metrics.csv")[6]
-    extra = line["cost/trained_parameters"] - line["cost/parameters"]
-    assert extra == 3 * 240**2 + 8 * 240
-    assert line["cost/images_per_second"] > 0
-
-
-FOLDER = (
-    *("--config", "folder", "--model.network", "segformer-b0", "--data.crop", "[32, 32]"),
-    *("--data.steps", "1", "--data.batch_size", "2", "--data.workers", "0"),
-    *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
-)
+    assert settings("first", "a: 1") == settings("moved", "a: 1") != settings("other", "a: 2")
 
 
 def fit_folder(folder: Path, *options: str) -> Path:
-    place = ["--data.root", str(folder)]
-    return train(*FOLDER, *place, "--run", str(folder / "run"), *options)
+    return fit([*FOLDER, "--data.root", str(folder), "--run", str(folder / "run"), *options])
 
 
 def test_run_on_images_of_any_size(folder: Path, capsys: pytest.CaptureFixture[str]):
+    """The weights of a backbone replace a download. Then the run is evaluated on a third split."""
     names = [r"Straße $\frac$", "<i>thing", *(f"absent {k}" for k in range(12))]
     (folder / "classes.txt").write_text("\n".join([*names, "", ""]), encoding="utf-8")
-    run = fit_folder(folder)
-    said = capsys.readouterr().err
-    assert "no training pixels: absent 0, absent 1, " in said
-    assert said.count("WARNING: the network starts from random weights") == 1
-    assert "could not be made" not in said
-    assert rf"val/iou/{names[0]}" in read_metrics(run / "metrics.csv")[1]
-
-
-def test_run_from_weights_of_a_backbone(folder: Path, capsys: pytest.CaptureFixture[str]):
-    """They replace a download. Then the run is evaluated on a third split."""
     weights = folder / "mit_b0.pth"
-    torch.save(build_model("segformer-b0", 2).backbone.state_dict(), weights)
+    torch.save(models.build_model("segformer-b0", 2).backbone.state_dict(), weights)
     initial = ["--model.pretrained", "true", "--model.backbone_weights", str(weights)]
     with pytest.raises(ValueError, match=r"--data\.split: fit expects val, got test"):
+        shutil.copytree(folder / "images/val", folder / "images/test")
+        shutil.copytree(folder / "masks/val", folder / "masks/test")
         fit_folder(folder, *initial, "--data.split", "test")
-    run = fit_folder(folder, *initial)
+    run = fit_folder(folder, *initial, "--precision", "bf16", "--clip", "1", "--data.steps", "1")
     said = capsys.readouterr().err
+    assert "no training pixels: absent 0, absent 1, " in said and "could not be made" not in said
     assert f"backbone: 176 tensors of {weights} taken, 0 not used" in said
     assert "random weights" not in said
-    for kind in ("images", "masks"):  # and the training images are not needed
-        (folder / kind / "val").rename(folder / kind / "test")
+    assert rf"val/iou/{names[0]}" in read_metrics(run / "metrics.csv")[1]
+    for kind in ("images", "masks"):  # the training images are not needed
         shutil.rmtree(folder / kind / "train")
-    validate = ["validate", "--run", str(run), "--data.split", "test"]
-    program = Program(*with_presets(validate))
-    assert {"test/miou", "test/iou/thing"} < program.trainer.callback_metrics.keys()
-    with pytest.raises(ValueError, match=r"^the weights of .* segformer-b1 .* \(--run\)\. \w+"):
-        Program(*with_presets([*validate, "--model.network", "segformer-b1"]))
+    words = ["--run", str(run), "--data.split", "test"]
+    assert {"test/miou", "test/iou/<i>thing"} < validate(words).keys()
+    with pytest.raises(ValueError, match=r"^the weights are .* segformer-b1 .* \(--run\)\. \w+"):
+        validate([*words, "--model.network", "segformer-b1"])
 
 
-def test_weights_of_a_whole_network_need_no_download(folder: Path):
-    weights = folder / "weights.pt"
-    torch.save(build_model("segformer-b0", 2).state_dict(), weights)
-    initial = ["--model.pretrained", "true", "--model.weights", str(weights)]
-    with mock.patch.object(module, "build_model", wraps=build_model) as built:
-        fit_folder(folder, *initial)
-    assert built.call_args.kwargs["pretrained"] is False
-
-
-def test_pictures_may_fail(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("no\nink")
-
-    monkeypatch.setattr(callbacks, "draw_predictions", fail)
+def test_pictures_may_fail(small: None, folder: Path, capsys):
     run = fit_folder(folder)
-    assert "predictions.png could not be made: no ink" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "predictions.png could not be made: division by zero" in said
+    assert said.count("WARNING: the network starts from random weights") == 1
     assert (run / "last.ckpt").exists()
 
 
@@ -356,118 +367,92 @@ def test_files_are_checked_before_a_run(split: str, folder: Path):
         fit_folder(folder)
 
 
-def test_corrupt_image_in_a_worker(folder: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("damage", ["image", "killed"])
+def test_an_error_in_a_worker(damage: str, small: None, folder: Path, monkeypatch, capsys):
     path = folder / "images/train/a/1.jpg"
-    path.write_bytes(path.read_bytes()[:-20])  # the header, which is read at the start, is left
-    place = ["--data.root", str(folder)]
-    words = ["fit", *FOLDER, *place, "--run", str(folder / "run"), "--data.workers", "1"]
-    assert main(words) == 1
+    expected = f"{path} cannot be read: "
+    if damage == "image":  # its header, which is read at the start, is left
+        path.write_bytes(path.read_bytes()[:-20])
+    else:
+        expected = "a process that loads images was ended from outside"
+        monkeypatch.setattr("anchorops.train.data.loading.Training.__getitem__", die)
+    words = ["--data.root", str(folder), "--run", str(folder / "run"), "--data.workers", "1"]
+    assert main(["fit", *FOLDER, *words]) == 1
     (message,) = re.findall("anchorops-train: (.*)", capsys.readouterr().err)
-    assert message.startswith(f"{path} cannot be read: ")
+    assert message.startswith(expected)
 
 
-@pytest.mark.slow
-def test_more_than_255_classes(tmp_path: Path):
-    """16-bit masks; class 255 is an ordinary class."""
-    for split in ("train", "val"):
-        for name, classes in (("a", [255, 299]), ("b", [0, 255])):
-            noise = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
-            write(tmp_path / f"images/{split}/{name}.png", noise)
-            rows = np.resize(np.array(classes, np.uint16), 64)
-            rows[3] = 65_535
-            write(tmp_path / f"masks/{split}/{name}.png", np.repeat(rows[:, None], 64, 1))
-    (tmp_path / "classes.txt").write_text("\n".join(f"class {k}" for k in range(300)))
-    options = ["--data.label_map", "{65535: -1}"]
-    run = fit_folder(tmp_path, *options, "--model.methods", "[occl]")
-    known = [name for name in read_metrics(run / "metrics.csv")[1] if "val/iou/" in name]
-    assert {"val/iou/class 0", "val/iou/class 255", "val/iou/class 299"} <= set(known)
+def die(*_: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-RANKS = """
-import os, signal, sys
-from torch import nn
-from anchorops.train import module
-from anchorops.train.cli import main
-from anchorops.train.data.digits import DigitScenes
-from anchorops.train.networks.models import Segmenter
-
-class Body(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.backbone = nn.Conv2d(3, 16, 3, stride=4, padding=1)
-    def forward(self, images):
-        return self.backbone(images).relu()
-
-# the methods reduce their statistics over the ranks, but not batch norm on a CPU; and the mean of
-# the ranks' cross-entropies is that of all if both have the same number of valid pixels
-module.build_model = lambda *_, **__: Segmenter(Body(), 16, 11)
-scene = DigitScenes.__getitem__
-def labelled(self, index):
-    image, labels = scene(self, index)
-    return image, labels.clamp(min=0)
-DigitScenes.__getitem__ = labelled
-
-training_step = module.SegmentationModule.training_step
-def step_and_signal(self, *args):
-    if "STOPPED" in os.environ and (self.trainer.global_step, self.global_rank) == (1, 1):
-        os.kill(os.getpid(), signal.SIGTERM)
-    return training_step(self, *args)
-module.SegmentationModule.training_step = step_and_signal
-status = main()
-sys.exit(status != (128 + signal.SIGTERM if "STOPPED" in os.environ else 0))
-"""
+def test_other_data(small: None, folder: Path, tmp_path: Path, capsys):
+    """Moved data are the same; the printed command remembers where they are."""
+    run = fit_folder(folder, "--max_steps", "1", "--val_every", "1")
+    changes = {
+        "order": lambda root: (root / "classes.txt").write_text("thing\nground\n"),
+        "more": lambda root: (root / "classes.txt").write_text("ground\nthing\nmore\n"),
+        "renamed": lambda root: [
+            (root / kind / "val/b.png").rename(root / kind / "val/c.png")
+            for kind in ("images", "masks")
+        ],
+        "drawn": lambda root: write(root / "masks/train/b.png", mask(0, height=4, width=5)),
+    }
+    found = {"renamed": "validation files", "drawn": "training pixels"}
+    for name, change in changes.items():
+        root = Path(shutil.copytree(folder, tmp_path / name, ignore=lambda *_: ["run"]))
+        change(root)
+        words = ["--run", str(run), "--data.root", str(root)]
+        assert main(["fit", *words, "--resume", "--max_steps", "null"]) == 1
+        expected = f"the data are not those of the run: other {found.get(name, 'classes')}"
+        assert expected in capsys.readouterr().err
+        assert main(["validate", *words]) == (name not in found)
+    shutil.copytree(folder, tmp_path / "moved", ignore=lambda *_: ["run"])
+    shutil.rmtree(folder / "images")
+    words = ["fit", "--run", str(run), "--resume"]
+    assert main([*words, "--data.root", str(tmp_path / "moved")]) == 0  # to no step
+    assert main([*words, "--max_steps", "null"]) == 0
+    assert state(run)["step"] == 2
 
 
-@pytest.mark.slow
-def test_two_ranks(tmp_path: Path):
-    """They equal one process. If one rank is asked to stop, both stop after the step, and they go
-    on bit for bit."""
-    (tmp_path / "ranks.py").write_text(RANKS)
-    options = ["--data.steps", "3", "--data.val_images", "11"]
-    options += ["--trainer.accumulate_grad_batches", "2", "--trainer.val_check_interval", "6"]
-    options += ["--data.batch_size", "8", "--model.methods", "[sar, cbp]", "--model.method_options"]
-    options += ["{sar.process_group: world, sar.delta: 0.0, sar.gate: per_class}"]
-
-    def ranks(count: int, run: Path, *more: str, **environment: str) -> str:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={count}", str(tmp_path / "ranks.py"), "--", "fit", *TINY]
-        command += [*options, "--run", str(run), "--trainer.devices", str(count), *more]
-        command += ["--trainer.strategy", "ddp"]
-        variables = os.environ | environment
-        done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=600)
-        assert done.returncode == 0, done.stderr
-        return done.stderr
-
-    alone, straight, stopped = (tmp_path / name for name in ("alone", "straight", "stopped"))
-    ranks(1, alone)
-    ranks(2, straight)
-    said = ranks(2, stopped, STOPPED="yes")
-    assert "after step 2; go on with: anchorops-train fit --run" in said
-    ranks(2, stopped, "--ckpt_path", "last")
-    assert_same_run(stopped, straight)
-    first, second = (state(run)["state_dict"] for run in (alone, straight))
-    torch.testing.assert_close(first, second)
-    together = figures(straight)[3]
-    for name, value in figures(alone)[3].items():
-        assert value == pytest.approx(together[name], 1e-3) or name in ("loss", "ce", "accuracy")
+@pytest.mark.parametrize(
+    ("network", "options", "message"),
+    [
+        (
+            "pan:resnet18",
+            ["--data.crop", "[64, 64]"],
+            r"pan:resnet18 cannot take images of 64×64 \(.*\); of squares .* it takes 128×128,",
+        ),
+        ("deeplabv3:resnet18", ["--data.batch_size", "1"], r"--data.batch_size: batch norm needs"),
+    ],
+)
+def test_sizes_that_a_network_cannot_take(network: str, options: list[str], message: str, tmp_path):
+    words = [*TINY, "--model.network", network, "--run", str(tmp_path / "run"), *options]
+    with pytest.raises(ValueError, match=message):
+        fit(words)
 
 
-@pytest.mark.slow
-def test_workers_end_with_a_killed_process(tmp_path: Path):
-    words = [*TINY, "--data.workers", "1", "--data.steps", "5000", "--run", str(tmp_path / "run")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "anchorops.train", "fit", *words],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 300
-    while not (tmp_path / "run/last.ckpt").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    try:  # stderr ends when every process that writes to it has ended
-        process.communicate(timeout=60)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert state(tmp_path / "run")["global_step"] >= 2
+@pytest.fixture
+def checkpoint_of_an_earlier_version(straight: Path, tmp_path: Path) -> Iterator[Path]:
+    run = tmp_path / "old"
+    run.mkdir()
+    config = yaml.safe_load((straight / "config.yaml").read_text())
+    model, data = (config[group] | {"seed": 0} for group in ("model", "data"))
+    old = {"seed_everything": 0, "model": model, "data": data | {"images": None}}
+    (run / "config.yaml").write_text(yaml.safe_dump(old | {"trainer": {"max_epochs": 1}}))
+    best = state(straight, "best")
+    weights = {f"learner.model.{name}": x for name, x in best["model"].items()}
+    old = {"state_dict": weights, "global_step": 6, "channels": 3}
+    torch.save(old, run / "best.ckpt")
+    yield run
+
+
+def test_weights_of_an_earlier_version(checkpoint_of_an_earlier_version: Path, straight: Path):
+    old = validate(["--run", str(checkpoint_of_an_earlier_version)])
+    assert old == validate(["--run", str(straight)])
+
+
+def test_documented_loop():
+    """The page has the loop's exact lines."""
+    page = Path(__file__).parents[2] / "docs/training.md"
+    assert f"```py\n{inspect.getsource(training.fit)}```" in page.read_text()

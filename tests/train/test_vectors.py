@@ -8,8 +8,7 @@ import torch
 from tiny_runs import TINY, state
 
 import anchorops as ao
-from anchorops.train.callbacks import Reports, Saving
-from anchorops.train.cli import train
+from anchorops.train.commands import fit
 from anchorops.train.networks.learner import build_regularizer
 
 K, D = 11, 240
@@ -40,17 +39,12 @@ def test_initial_vectors(rows: Path):
 
 
 def test_a_run_goes_on_without_the_file(rows: Path, tmp_path: Path):
-    words = [*TINY, "--data.steps", "3", "--saving.every", "1", "--run", str(tmp_path / "run")]
+    words = [*TINY, "--data.steps", "3", "--run", str(tmp_path / "run")]
     words += ["--model.method_options", f"{{sar.anchors: '@{rows}'}}"]
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Reports, "on_train_end", lambda *_: pytest.fail("reached the end"))
-        patched.setattr(Saving, "on_train_end", lambda *_: None)
-        with pytest.raises(pytest.fail.Exception):
-            train(*words)
+    fit([*words, "--max_steps", "1"])
     anchors = torch.from_numpy(np.load(rows)).float()
     rows.unlink()
-    run = train(*words, "--ckpt_path", "last")
-    kept = state(run)["state_dict"]["learner.model.regularizer.anchors"]
+    kept = state(fit([*words, "--resume"]))["model"]["regularizer.anchors"]
     assert torch.equal(kept, anchors)
 
 

@@ -2,60 +2,55 @@
 from another data set."""
 
 import hashlib
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import reduce
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from .folders import MaskFolder, class_histogram
+from .folders import MaskFolder
 from .loading import Segmentation
 
 SCENES = 2_000  # of digits, in which classes are counted
 
 
 class Counts(NamedTuple):
-    """Pixels [K] and images [K] of each class in the masks of a split, int64."""
+    """Of the masks of a split: pixels [K] and images [K] of each class, int64; sizes (H, W)."""
 
     pixels: Tensor
     images: Tensor
+    sizes: list[tuple[int, int]]
 
 
-def class_counts(dataset: Segmentation, *, one_size: bool = False) -> Counts:
-    """The counts of the first 2000 digit scenes, or of all masks on disk. Raises ValueError for a
-    wrong mask, and with `one_size` for masks of several sizes."""
+def class_counts(dataset: Segmentation) -> Counts:
+    """Of the first 2000 digit scenes, or of all masks on disk. Raises ValueError for a wrong mask,
+    and for an image whose header shows that it is wrong."""
     num_classes = len(dataset.classes)
-    first = dataset.read_labels(0).shape if one_size and isinstance(dataset, MaskFolder) else None
+    pixels, images = torch.zeros(2, num_classes, dtype=torch.int64)
+    sizes = set()
 
-    def count(index: int) -> Counts:  # counts, because masks would fill the memory
+    def count(index: int) -> tuple[Tensor, tuple[int, int]]:  # masks would fill the memory
         if isinstance(dataset, MaskFolder):
             labels = dataset.read_labels(index)
-            if first not in (None, labels.shape):
-                (one, _), (other, _) = dataset.pairs[0], dataset.pairs[index]
-                raise ValueError(
-                    f"--data.eval_batch_size: expected 1 for images of several sizes: {one} has "
-                    f"{tuple(first)}, {other} {tuple(labels.shape)}"
-                )
         else:
             _, labels = dataset[index]
-        pixels = class_histogram(labels, num_classes)
-        return Counts(pixels, (pixels > 0).long())
+        found = torch.bincount(labels.flatten().int() + 1, minlength=num_classes + 1)
+        return found[1:], (labels.shape[0], labels.shape[1])
 
-    def add(a: Counts, b: Counts) -> Counts:
-        return Counts(a.pixels + b.pixels, a.images + b.images)
-
-    if not isinstance(dataset, MaskFolder):
-        return reduce(add, map(count, range(min(len(dataset), SCENES))))
-    print(f"counting the classes in {len(dataset)} masks", file=sys.stderr)
-    threads = ThreadPoolExecutor()
-    try:
-        return reduce(add, threads.map(count, range(len(dataset))))
-    finally:
-        threads.shutdown(cancel_futures=True)  # if one fails, all end
+    length = len(dataset) if isinstance(dataset, MaskFolder) else min(len(dataset), SCENES)
+    if isinstance(dataset, MaskFolder):
+        print(f"counting the classes in {length} masks", file=sys.stderr)
+    with ThreadPoolExecutor() as threads:  # if one fails, map cancels the others
+        for found, size in threads.map(count, range(length)):
+            pixels += found
+            images += found > 0
+            sizes.add(size)
+    return Counts(pixels, images, sorted(sizes))
 
 
 def check_classes(classes: Sequence[str], training: Tensor, validation: Tensor) -> list[str]:
@@ -73,34 +68,10 @@ def check_classes(classes: Sequence[str], training: Tensor, validation: Tensor) 
     return absent
 
 
-def fingerprint(split: Segmentation, counts: Counts, root: Path) -> dict[str, Any]:
-    """What is the same for equal data, wherever their root is."""
-    paths = chain.from_iterable(split.pairs) if isinstance(split, MaskFolder) else ()
-    # in the order of the images, on which that of the batches depends
-    names = "\n".join(f"/{path.relative_to(root)}" for path in paths)
-    return {
-        "images": len(split),
-        "names": hashlib.sha256(names.encode()).hexdigest(),
-        "pixels": counts.pixels.tolist(),
-    }
-
-
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between data sets: "classes", and the fingerprints of their splits."""
-    old, new = before["classes"], now["classes"]
-    if len(old) != len(new):
-        return [f"{len(new)} classes instead of {len(old)}"]
-    if old != new:
-        return [f"the {'order' if sorted(old) == sorted(new) else 'names'} of the classes"]
-    found = []
-    for split in ("training", "validation"):
-        old, new = before[split], now[split]
-        if old["images"] != new["images"]:
-            found.append(f"{new['images']} {split} images instead of {old['images']}")
-        elif old["names"] != new["names"]:
-            found.append(f"the names of {split} images or masks")
-        elif old["pixels"] != new["pixels"]:
-            pixels = zip(now["classes"], old["pixels"], new["pixels"], strict=True)
-            name, a, b = next(x for x in pixels if x[1] != x[2])
-            found.append(f"{b} pixels of the class {name} in {split} masks instead of {a}")
-    return found
+def fingerprint(split: Segmentation, root: Path) -> str:
+    """Of the names of a split's images and masks under the root, in the order of the images, on
+    which that of the batches depends: 16 hexadecimal digits. "" for digits, which have no files."""
+    if not isinstance(split, MaskFolder):
+        return ""
+    names = (b"/" + os.fsencode(path.relative_to(root)) for path in chain(*split.pairs))
+    return hashlib.sha256(b"\n".join(names)).hexdigest()[:16]

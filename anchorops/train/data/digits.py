@@ -1,7 +1,9 @@
 """Handwritten digits (UCI, in scikit-learn) on a noisy background: data without a download."""
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cache
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,34 +21,27 @@ def _digit_images(split: str) -> list[np.ndarray]:
     """The 8×8 images of each digit, uint8 0..240; train and val have different images."""
     pixels, digits = load_digits(return_X_y=True)
     images = (pixels.reshape(-1, 8, 8) * 15).astype(np.uint8)
-    chosen = np.arange(len(images)) % 5 == 4
-    if split == "train":
-        chosen = ~chosen
+    chosen = (np.arange(len(images)) % 5 == 4) == (split == "val")
     return [images[chosen & (digits == digit)] for digit in range(10)]
 
 
+@dataclass
 class DigitScenes:
     """Scenes of two to five digits whose frequencies follow Zipf's law: 0 is common, 9 is rare.
 
     Scene i of a split is a pure function of (seed, split, i). Classes: background, then the digits;
-    the soft border of a stroke is ignored.
-
-    Args:
-        split: "train" or "val".
-        length: number of scenes.
-        size: height and width of a scene in pixels, at least 32.
-        exponent: digit d is drawn with probability proportional to (d + 1)^−exponent.
+    the soft border of a stroke is ignored. size: height and width of a scene in pixels, at least
+    32; exponent: digit d is drawn with probability proportional to (d + 1)^−exponent.
     """
 
-    classes: Sequence[str] = ("background", *map(str, range(10)))
-    channels = 3
-
-    def __init__(
-        self, split: str, length: int, size: tuple[int, int], *, seed: int, exponent: float = 1.0
-    ) -> None:
-        self.split, self.length, self.size, self.seed = split, length, size, seed
-        weights = np.arange(1, 11, dtype=np.float64) ** -exponent
-        self.probabilities = weights / weights.sum()
+    split: Literal["train", "val"]
+    length: int
+    size: tuple[int, int]
+    _: KW_ONLY
+    seed: int
+    exponent: float = 1.0
+    classes: Sequence[str] = field(default=("background", *map(str, range(10))), init=False)
+    channels: int = field(default=3, init=False)
 
     def __len__(self) -> int:
         return self.length
@@ -55,12 +50,15 @@ class DigitScenes:
         """Image uint8 (3, H, W) and labels int16 (H, W), −1 ignored."""
         if not 0 <= index < self.length:
             raise IndexError(index)
+        weights = np.arange(1, 11, dtype=np.float64) ** -self.exponent
         random = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
         height, width = self.size
-        scene = _ground(random, height, width)
+        coarse = Image.fromarray(random.integers(0, 128, (5, 5, 3), dtype=np.uint8))
+        ground = coarse.resize((width, height), Image.Resampling.BICUBIC)  # smooth dim colours
+        scene = np.array(ground, np.float32) / 255
         labels = np.zeros((height, width), np.int16)
         for _ in range(random.integers(2, 6)):
-            digit = random.choice(10, p=self.probabilities)
+            digit = random.choice(10, p=weights / weights.sum())
             images = _digit_images(self.split)[digit]
             side = int(random.integers(24, 33))
             stroke = Image.fromarray(images[random.integers(len(images))])
@@ -79,10 +77,3 @@ class DigitScenes:
         scene += random.normal(0, 0.04, scene.shape).astype(np.float32)
         image = (scene.clip(0, 1) * 255).astype(np.uint8)
         return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(labels)
-
-
-def _ground(random: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Smooth dim colours: float32 (H, W, 3) in 0..0.5."""
-    coarse = random.integers(0, 128, (5, 5, 3), dtype=np.uint8)
-    ground = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(ground, np.float32) / 255

@@ -1,28 +1,22 @@
 """Data sets on disk: a plain folder of images and masks, and published ones in their layouts."""
 
-import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import IGNORED
-from .images import (
-    read_colours,
-    read_image,
-    read_size,
-    read_values,
-    upright,
-    upright_size,
-    with_channels,
-)
+from .images import read_image, read_mask, upright
 
 CLASSES = "classes.txt"
 IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+MASKS = (".png", ".tif", ".tiff")
 LABEL_VALUES = 65_536
 COLOURS = 2**24
 UNKNOWN = -2  # in a table of labels
@@ -40,50 +34,95 @@ CAMVID = (
 )  # fmt: skip
 # these of the 182 labels of COCO-Stuff have no pixels
 COCO_STUFF_UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
+COCO_STUFF = [value for value in range(1, 183) if value not in COCO_STUFF_UNUSED]
 
 
 class Layout(NamedTuple):
-    """The file structure of a data set, relative to its root."""
+    """The files of a data set, relative to its root. {} stands for the name of a split in them, *
+    for that of an image, which may be in subfolders."""
 
-    pairs: Callable[[Path, str], list[tuple[Path, Path]]]
-    """(root, "train", "val" or one of `more`) to the paths of images and masks."""
-    labels: Mapping[int, int]
-    """Class of each value in the masks, −1 ignored."""
-    classes: Sequence[str] | int
-    """Names, or their number; then names are read from classes.txt in the root, if it exists."""
-    more: Sequence[str] = ()
-    """Other splits."""
+    images: str
+    masks: str
+    values: Sequence[int]
+    """Those of the classes in the masks."""
+    ignored: Iterable[int]
+    """Other values in the masks."""
+    splits: Mapping[str, str] = {"train": "train", "val": "val"}
+    """The names of train, val and others in the files."""
+    classes: Sequence[str] | None = None
+    """Names; if None, classes.txt in the root has them, if it exists."""
+    listed: str | None = None
+    """The file with the names of a split's images; if None, they are all those that exist."""
 
 
+LAYOUTS = {
+    "cityscapes": Layout(
+        "leftImg8bit/{}/*_leftImg8bit.png",
+        "gtFine/{}/*_gtFine_labelIds.png",
+        CITYSCAPES_IDS,
+        ignored=(*range(34), NO_CLASS),
+        classes=CITYSCAPES,
+    ),
+    "ade20k": Layout(
+        "images/{}/*.jpg",
+        "annotations/{}/*.png",
+        range(1, 151),
+        ignored=(0, NO_CLASS),
+        splits={"train": "training", "val": "validation"},
+    ),
+    "pascal-context": Layout(
+        "JPEGImages/*.jpg",
+        "SegmentationClassContext/*.png",
+        range(1, 60),
+        ignored=(0, NO_CLASS),
+        listed="ImageSets/SegmentationContext/{}.txt",
+    ),
+    "coco-stuff-10k": Layout(
+        "images/*.jpg",
+        "annotations/*.mat",
+        COCO_STUFF,
+        ignored=range(183),
+        splits={"train": "train", "val": "test"},
+        listed="imageLists/{}.txt",
+    ),
+    "coco-stuff-164k": Layout(
+        "images/{}/*.jpg",
+        "annotations/{}/*.png",
+        [value - 1 for value in COCO_STUFF],
+        ignored=(*range(182), NO_CLASS),
+        splits={"train": "train2017", "val": "val2017"},
+    ),
+    "camvid": Layout(
+        "{}/*.png",
+        "{}annot/*.png",
+        range(11),
+        ignored=(11, NO_CLASS),
+        splits={"train": "train", "val": "val", "test": "test"},
+        classes=CAMVID,
+    ),
+}
+
+
+@dataclass
 class MaskFolder:
-    """Images and masks of labels on disk.
+    """Images and masks of labels on disk: pairs of their paths. labels: the class of each value in
+    the masks, −1 ignored; any other value is an error. channels: of the images. colours: whether
+    the values are colours, R·2¹⁶ + G·2⁸ + B."""
 
-    Args:
-        pairs: paths of images and their masks.
-        classes: names.
-        labels: class of each value in the masks, −1 ignored; any other value is an error.
-        channels: of the images.
-        colours: whether the values are colours, R·2¹⁶ + G·2⁸ + B.
-    """
+    pairs: Sequence[tuple[Path, Path]]
+    classes: Sequence[str]
+    labels: Mapping[int, int]
+    channels: int = 3
+    colours: bool = False
 
-    def __init__(
-        self,
-        pairs: Sequence[tuple[Path, Path]],
-        classes: Sequence[str],
-        labels: Mapping[int, int],
-        channels: int = 3,
-        colours: bool = False,
-    ) -> None:
-        self.pairs, self.classes, self.channels, self.colours = pairs, classes, channels, colours
-        limit = COLOURS if colours else LABEL_VALUES
-        for value, label in labels.items():
-            if not (0 <= value < limit and IGNORED <= label < len(classes)):
+    def __post_init__(self) -> None:
+        self._table = np.full(COLOURS if self.colours else LABEL_VALUES, UNKNOWN, np.int16)
+        for value, label in self.labels.items():
+            if not (0 <= value < len(self._table) and IGNORED <= label < len(self.classes)):
                 raise ValueError(
                     f"--data.label_map: expected values 0 to {LABEL_VALUES - 1} and classes "
-                    f"{IGNORED} to {len(classes) - 1}, got {self._key(value)}: {label}"
+                    f"{IGNORED} to {len(self.classes) - 1}, got {self._key(value)}: {label}"
                 )
-        self._table = np.full(limit, UNKNOWN, np.int16)
-        for value, label in labels.items():
             self._table[value] = label
 
     def __len__(self) -> int:
@@ -95,40 +134,25 @@ class MaskFolder:
         the mask was drawn on the upright image or on its stored pixels, which turns both files.
 
         Raises ValueError that names a wrong file, or one whose orientation is not clear."""
-        image_path = self.pairs[index][0]
-        labels, mask_orientation = self._read_labels(index)
-        image, orientation = read_image(image_path, labels.shape)
-        image = with_channels(image, self.channels, image_path)
-        turn = self._turn_of_labels(index, labels, mask_orientation, image.shape[1:], orientation)
-        return upright(image, orientation), upright(labels, turn)
+        return self._read(index, header=False)
 
     def read_labels(self, index: int) -> Tensor:
         """Only the labels, as in `self[index]`. Of an image that is no PNG file only the header is
-        read. Raises ValueError that names a wrong mask, or files whose sizes differ or whose
-        orientation is not clear."""
-        labels, mask_orientation = self._read_labels(index)
-        size, orientation = read_size(self.pairs[index][0], labels.shape)
-        turn = self._turn_of_labels(index, labels, mask_orientation, size, orientation)
-        return upright(labels, turn)
+        read. Raises ValueError as `self[index]` does, except for damaged pixels of the image."""
+        return self._read(index, header=True)[1]
 
-    def _turn_of_labels(
-        self,
-        index: int,
-        labels: Tensor,
-        mask_orientation: int,
-        size: Sequence[int],
-        orientation: int,
-    ) -> int:
-        """The orientation of the labels: that of their own file, or of the image if they were drawn
-        on its stored pixels. size: (H, W) of the image as it is stored."""
+    def _read(self, index: int, *, header: bool) -> tuple[Tensor, Tensor]:
         image_path, mask_path = self.pairs[index]
-        shown, drawn = upright_size(size, orientation), labels.shape
-        turns = (orientation, mask_orientation)
-        fits = {turn for turn in turns if upright_size(drawn, turn) == shown}
+        values, mask_orientation = read_mask(mask_path, colours=self.colours)
+        labels = self._labels(values, mask_path)
+        image, orientation = read_image(image_path, self.channels, labels.shape, header=header)
+        image = upright(image, orientation)
+        shown = {turn: upright(labels, turn) for turn in (orientation, mask_orientation)}
+        fits = [x for x in shown.values() if x.shape == image.shape[1:]]
         if not fits:
             raise ValueError(
-                f"{mask_path}: expected the size of its image, {shown}, got "
-                f"{upright_size(drawn, orientation)}"
+                f"{mask_path}: expected the size of its image, {tuple(image.shape[1:])}, got "
+                f"{tuple(shown[orientation].shape)}"
             )
         if len(fits) == 2:
             raise ValueError(
@@ -137,175 +161,56 @@ class MaskFolder:
                 "the upright image: save both without an orientation "
                 "(PIL.ImageOps.exif_transpose)"
             )
-        return fits.pop()
+        return image, fits[0]
 
-    def _read_labels(self, index: int) -> tuple[Tensor, int]:
-        path = self.pairs[index][1]
-        values, orientation = (read_colours if self.colours else read_values)(path)
+    def _labels(self, values: np.ndarray, path: Path) -> Tensor:
         lowest, highest = int(values.min()), int(values.max())
         if not 0 <= lowest <= highest < len(self._table):
             raise ValueError(f"{path}: expected labels 0 to 65535, got {lowest} to {highest}")
-        labels = self._table[values.astype(np.uint32 if self.colours else np.uint16, copy=False)]
-        if (labels == UNKNOWN).any():
-            first = np.unique(values[labels == UNKNOWN])[:5].tolist()
-            unknown = [self._key(value) for value in first]
+        labels = self._table[values.astype(np.uint32, copy=False)]
+        if (unknown := labels == UNKNOWN).any():
+            first = [self._key(value) for value in np.unique(values[unknown])[:5].tolist()]
             if self.colours:
-                raise ValueError(f"{path}: colours {unknown} are not in --data.label_map")
+                raise ValueError(f"{path}: colours {first} are not in --data.label_map")
             raise ValueError(
-                f"{path}: label values {unknown} are not those of the {len(self.classes)} classes "
+                f"{path}: label values {first} are not those of the {len(self.classes)} classes "
                 "nor ignored; name more classes, or map the values with --data.label_map"
             )
-        return torch.from_numpy(labels), orientation
+        return torch.from_numpy(labels)
 
     def _key(self, value: int) -> int | str:
         """A value as in --data.label_map."""
-        red, green, blue = value >> 16, value >> 8 & 255, value & 255
-        return f"{red},{green},{blue}" if self.colours else value
-
-
-def _existing(path: Path) -> Path:
-    if not path.exists():
-        raise ValueError(f"{path} does not exist (--data.root is the directory of the data set)")
-    return path
-
-
-def _matched(
-    images: Path,
-    masks: Path,
-    image_end: Sequence[str],
-    mask_end: Sequence[str],
-    *,
-    other_masks: bool = True,
-) -> list[tuple[Path, Path]]:
-    """Images under a folder, each with the mask of the same relative name without suffix.
-    other_masks: whether masks without an image are permitted."""
-    images_by_stem, masks_by_stem = _by_stem(images, image_end), _by_stem(masks, mask_end)
-    if not images_by_stem:
-        raise ValueError(f"{images} has no images ({', '.join(image_end)})")
-    for stem, image in images_by_stem.items():
-        if stem not in masks_by_stem:
-            raise ValueError(f"{masks / (stem + mask_end[0])} does not exist: the mask of {image}")
-    alone = [mask for stem, mask in masks_by_stem.items() if stem not in images_by_stem]
-    if alone and not other_masks:
-        raise ValueError(
-            f"{alone[0]} has no image in {images} ({len(alone)} masks have none): give it its "
-            "image or remove it; --data.mask_suffix distinguishes masks from other files"
-        )
-    return [(image, masks_by_stem[stem]) for stem, image in images_by_stem.items()]
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """Those in a folder and its subfolders, also in linked ones; hidden ones are skipped. Raises
-    ValueError for a link to a folder that contains it."""
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in folders:
-            if Path(place).resolve().is_relative_to((link := Path(place, name)).resolve()):
-                raise ValueError(f"{link} is a link to a folder that contains it: remove the link")
-        yield from (Path(place, name) for name in names if not name.startswith("."))
-
-
-def _by_stem(folder: Path, endings: Sequence[str]) -> dict[str, Path]:
-    """Files under a folder by relative name without suffix, in order. Links to folders are
-    followed; hidden files (such as the `._a.jpg` of macOS) are skipped."""
-    files: dict[str, Path] = {}
-    for path in sorted(_files(_existing(folder))):
-        end = next((end for end in endings if path.name.lower().endswith(end.lower())), None)
-        if end is None:
-            continue
-        stem = str(path.relative_to(folder))[: -len(end)]
-        if stem in files:
-            raise ValueError(
-                f"{path} is next to {files[stem]}: expected one file of that name, whatever its "
-                "ending"
-            )
-        files[stem] = path
-    return files
-
-
-def _listed(names: Path, images: Path, masks: Path, mask_end: str) -> list[tuple[Path, Path]]:
-    """The pairs that a text file lists by name."""
-    stems = _read_text(_existing(names)).split()
-    if not stems:
-        raise ValueError(f"{names} is empty: expected the names of images")
-    pairs = [(images / f"{stem}.jpg", masks / f"{stem}{mask_end}") for stem in stems]
-    for path in itertools.chain.from_iterable(pairs):
-        _existing(path)
-    return pairs
-
-
-def _cityscapes(root: Path, split: str) -> list[tuple[Path, Path]]:
-    return _matched(
-        root / "leftImg8bit" / split,
-        root / "gtFine" / split,
-        ["_leftImg8bit.png"],
-        ["_gtFine_labelIds.png"],
-    )
-
-
-def _ade20k(root: Path, split: str) -> list[tuple[Path, Path]]:
-    folder = {"train": "training", "val": "validation"}[split]
-    return _matched(root / "images" / folder, root / "annotations" / folder, [".jpg"], [".png"])
-
-
-def _pascal_context(root: Path, split: str) -> list[tuple[Path, Path]]:
-    return _listed(
-        root / "ImageSets" / "SegmentationContext" / f"{split}.txt",
-        root / "JPEGImages",
-        root / "SegmentationClassContext",
-        ".png",
-    )
-
-
-def _coco_stuff_10k(root: Path, split: str) -> list[tuple[Path, Path]]:
-    names = {"train": "train.txt", "val": "test.txt"}[split]
-    return _listed(root / "imageLists" / names, root / "images", root / "annotations", ".mat")
-
-
-def _coco_stuff_164k(root: Path, split: str) -> list[tuple[Path, Path]]:
-    year = f"{split}2017"
-    return _matched(root / "images" / year, root / "annotations" / year, [".jpg"], [".png"])
-
-
-def _camvid(root: Path, split: str) -> list[tuple[Path, Path]]:
-    return _matched(root / split, root / f"{split}annot", [".png"], [".png"])
-
-
-def _consecutive(values: Iterable[int], ignored: Iterable[int]) -> dict[int, int]:
-    """Values to classes 0, 1, 2, …; the ignored ones to −1."""
-    return dict.fromkeys(ignored, IGNORED) | {value: k for k, value in enumerate(values)}
-
-
-_coco_stuff = [value for value in range(1, 183) if value not in COCO_STUFF_UNUSED]
-LAYOUTS = {
-    "cityscapes": Layout(
-        _cityscapes, _consecutive(CITYSCAPES_IDS, [*range(34), NO_CLASS]), CITYSCAPES
-    ),
-    "ade20k": Layout(_ade20k, _consecutive(range(1, 151), [0, NO_CLASS]), 150),
-    "pascal-context": Layout(_pascal_context, _consecutive(range(1, 60), [0, NO_CLASS]), 59),
-    "coco-stuff-10k": Layout(_coco_stuff_10k, _consecutive(_coco_stuff, range(183)), 171),
-    "coco-stuff-164k": Layout(
-        _coco_stuff_164k, _consecutive([x - 1 for x in _coco_stuff], [*range(182), NO_CLASS]), 171
-    ),
-    "camvid": Layout(_camvid, _consecutive(range(11), [11, NO_CLASS]), CAMVID, ["test"]),
-}
+        return "{},{},{}".format(*value.to_bytes(3, "big")) if self.colours else value
 
 
 def open_published(name: str, root: Path, split: str) -> MaskFolder:
     """A split of a published data set, in the folders of its archives (docs/training.md). Raises
     ValueError for a split that it does not have."""
     layout = LAYOUTS[name]
-    if split not in (splits := ["train", "val", *layout.more]):
-        raise ValueError(f"--data.split: {name} has {', '.join(splits)}, got {split}")
-    if isinstance(layout.classes, int):
-        classes = _read_classes(root) or [f"class {k + 1}" for k in range(layout.classes)]
-        if len(classes) != layout.classes:
-            raise ValueError(
-                f"{root / CLASSES}: expected {layout.classes} lines, got {len(classes)}"
-            )
+    if split not in layout.splits:
+        raise ValueError(f"--data.split: {name} has {', '.join(layout.splits)}, got {split}")
+    number, classes = len(layout.values), layout.classes
+    if classes is None:
+        classes = _read_classes(root) or [f"class {k + 1}" for k in range(number)]
+    if len(classes) != number:
+        raise ValueError(f"{root / CLASSES}: expected {number} lines, got {len(classes)}")
+    images, masks = (x.format(layout.splits[split]) for x in (layout.images, layout.masks))
+    if layout.listed is None:
+        (image_folder, image_end), (mask_folder, mask_end) = images.split("/*"), masks.split("/*")
+        pairs, _ = _matched(root / image_folder, root / mask_folder, [image_end], [mask_end])
     else:
-        classes = layout.classes
-    return MaskFolder(layout.pairs(root, split), classes, layout.labels)
+        names = _existing(root / layout.listed.format(layout.splits[split]))
+        pairs = [
+            (
+                _existing(root / images.replace("*", name)),
+                _existing(root / masks.replace("*", name)),
+            )
+            for name in _read_text(names).split()
+        ]
+        if not pairs:
+            raise ValueError(f"{names} is empty: expected the names of images")
+    labels = dict.fromkeys(layout.ignored, IGNORED) | {x: k for k, x in enumerate(layout.values)}
+    return MaskFolder(pairs, classes, labels)
 
 
 def open_folder(
@@ -314,7 +219,7 @@ def open_folder(
     *,
     image_suffix: str | None = None,
     mask_suffix: str | None = None,
-    label_map: Mapping[int | str, int] | None = None,
+    label_map: Mapping[Any, int] | None = None,
     channels: int = 3,
 ) -> MaskFolder:
     """A split of your own data: images/SPLIT/… and masks/SPLIT/…, with the same names except for
@@ -330,38 +235,40 @@ def open_folder(
         raise ValueError(f"{root / CLASSES} does not exist: write the name of a class on each line")
     if len(classes) < 2:
         raise ValueError(f"{root / CLASSES}: expected 2 classes or more, got {len(classes)}")
-    labels, colours = _by_value_or_colour(label_map or {})
-    if not colours:
-        labels = {NO_CLASS: IGNORED} | {k: k for k in range(len(classes))} | labels
+    mapped = {_numbers(key): label for key, label in (label_map or {}).items()}
+    lengths = {len(numbers) for numbers in mapped}
+    if len(lengths) == 2:
+        raise ValueError("--data.label_map: expected either values or colours, got both")
+    if colours := lengths == {3}:
+        labels = {int.from_bytes(colour, "big"): label for colour, label in mapped.items()}
+    else:
+        labels = {NO_CLASS: IGNORED} | {k: k for k in range(len(classes))}
+        labels |= {value: label for (value,), label in mapped.items()}
     if len(classes) <= NO_CLASS:
         labels = {k: IGNORED if label == NO_CLASS else label for k, label in labels.items()}
-    image_end = (image_suffix,) if image_suffix else IMAGES
-    mask_end = (mask_suffix,) if mask_suffix else (".png", ".tif", ".tiff")
-    folders = root / "images" / split, root / "masks" / split
-    pairs = _matched(*folders, image_end, mask_end, other_masks=False)
+    images, masks = root / "images" / split, root / "masks" / split
+    image_ends = [image_suffix] if image_suffix else IMAGES
+    mask_ends = [mask_suffix] if mask_suffix else MASKS
+    pairs, alone = _matched(images, masks, image_ends, mask_ends)
+    if alone:
+        raise ValueError(
+            f"{alone[0]} has no image in {images} ({len(alone)} masks have none): give it its "
+            "image or remove it; --data.mask_suffix distinguishes masks from other files"
+        )
     return MaskFolder(pairs, classes, labels, channels, colours)
 
 
-def _by_value_or_colour(label_map: Mapping[int | str, int]) -> tuple[dict[int, int], bool]:
-    """The map with integers as keys, and whether they are colours, R·2¹⁶ + G·2⁸ + B."""
-    values: dict[int, int] = {}
-    colours: dict[int, int] = {}
-    for key, label in label_map.items():
-        try:
-            numbers = [int(part) for part in str(key).split(",")]
-        except ValueError:
-            numbers = []
-        if len(numbers) == 3 and all(0 <= number <= 255 for number in numbers):
-            colours[numbers[0] << 16 | numbers[1] << 8 | numbers[2]] = label
-        elif len(numbers) == 1:
-            values[numbers[0]] = label
-        else:
-            raise ValueError(
-                f"--data.label_map: expected values, or colours 'R,G,B' of 0 to 255, got {key!r}"
-            )
-    if values and colours:
-        raise ValueError("--data.label_map: expected either values or colours, got both")
-    return colours or values, bool(colours)
+def _numbers(key: int | str) -> tuple[int, ...]:
+    """Those in a key of --data.label_map: one value, or a colour."""
+    try:
+        numbers = tuple(int(part) for part in str(key).split(","))
+    except ValueError:
+        numbers = ()
+    if len(numbers) == 1 or (len(numbers) == 3 and all(0 <= x <= 255 for x in numbers)):
+        return numbers
+    raise ValueError(
+        f"--data.label_map: expected values, or colours 'R,G,B' of 0 to 255, got {key!r}"
+    )
 
 
 def _read_classes(root: Path) -> list[str] | None:
@@ -377,9 +284,55 @@ def _read_classes(root: Path) -> list[str] | None:
     return classes
 
 
-def class_histogram(labels: Tensor, num_classes: int) -> Tensor:
-    """The number of pixels of each class, int64 [K]."""
-    return torch.bincount(labels.flatten().int() + 1, minlength=num_classes + 1)[1:]
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise ValueError(f"{path} does not exist (--data.root is the directory of the data set)")
+    return path
+
+
+def _matched(
+    images: Path, masks: Path, image_ends: Sequence[str], mask_ends: Sequence[str]
+) -> tuple[list[tuple[Path, Path]], list[Path]]:
+    """Images under a folder, each with the mask of the same relative name without its end; and the
+    masks without an image."""
+    images_by_stem, masks_by_stem = _by_stem(images, image_ends), _by_stem(masks, mask_ends)
+    if not images_by_stem:
+        raise ValueError(f"{images} has no images ({', '.join(image_ends)})")
+    for stem, image in images_by_stem.items():
+        if stem not in masks_by_stem:
+            missing = masks / (stem + mask_ends[0])
+            raise ValueError(f"{missing} does not exist: the mask of {image}")
+    pairs = [(image, masks_by_stem.pop(stem)) for stem, image in images_by_stem.items()]
+    return pairs, [*masks_by_stem.values()]
+
+
+def _by_stem(folder: Path, ends: Sequence[str]) -> dict[str, Path]:
+    """Files under a folder, also in linked subfolders, by relative name without its end, in order.
+    Hidden ones, such as the `._a.jpg` of macOS, are skipped. Names are in NFC, because macOS writes
+    some in NFD. Raises ValueError for a link to a folder that contains it, for a name that is no
+    UTF-8, and for two files of one name."""
+    paths: list[Path] = []
+    for place, folders, names in os.walk(_existing(folder), followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for link in (Path(place, name) for name in folders):
+            if Path(place).resolve().is_relative_to(link.resolve()):
+                raise ValueError(f"{link} is a link to a folder that contains it: remove the link")
+        paths += [Path(place, name) for name in names if not name.startswith(".")]
+    files: dict[str, Path] = {}
+    ends = [normalize("NFC", end.lower()) for end in ends]
+    for path in sorted(paths):
+        name = normalize("NFC", str(path.relative_to(folder)))
+        end = next((end for end in ends if name.lower().endswith(end)), None)
+        if end is None:
+            continue
+        if name.encode(errors="replace").decode() != name:
+            printable = os.fsencode(path).decode("ascii", "backslashreplace")
+            raise ValueError(f"{printable}: expected a name in UTF-8: rename the file")
+        if (other := files.setdefault(name[: -len(end)], path)) != path:
+            raise ValueError(
+                f"{path} is next to {other}: expected one file of that name, whatever its end"
+            )
+    return files
 
 
 def _read_text(path: Path) -> str:

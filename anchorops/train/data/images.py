@@ -1,8 +1,12 @@
 """Images and masks in files: decoded, as they are stored or as a viewer shows them, and upright."""
 
+import io
+import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal
 
 import imagecodecs
 import numpy as np
@@ -13,6 +17,7 @@ from tifffile import COMPRESSION, PHOTOMETRIC, PLANARCONFIG
 from torch import Tensor
 
 ORIENTATION = 0x112  # the tag in EXIF and TIFF: how to turn the stored pixels
+PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_BITS = 24  # the place of the bits per sample in a PNG file
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Pillow reduces some other formats to 8 bits without a word
@@ -25,6 +30,10 @@ LOSSLESS = (
     *(COMPRESSION.CCITTRLE, COMPRESSION.CCITT_T4, COMPRESSION.CCITT_T6),
 )
 
+Wanted = Literal["shown", "stored", "shape"]
+"""Of a file: what a viewer shows, uint8 or float32; the values and palette indices; or any array
+that has the shape of what a viewer shows, from the header if the format permits this."""
+
 
 def upright(x: Tensor, orientation: int) -> Tensor:
     """(…, H, W), stored with this EXIF orientation, 1 to 8, as a viewer shows it."""
@@ -33,85 +42,66 @@ def upright(x: Tensor, orientation: int) -> Tensor:
     return x.flip(axes).contiguous()
 
 
-def upright_size(size: Sequence[int], orientation: int) -> tuple[int, ...]:
-    """(H, W) of what `upright` returns."""
-    return tuple(size)[::-1] if orientation >= 5 else tuple(size)
-
-
-def read_size(path: Path, size: Sequence[int]) -> tuple[tuple[int, ...], int]:
-    """(H, W) of the image that read_image would return for a mask of this size, and its EXIF
-    orientation, both from the header of the file."""
-    with _errors_of(path):
-        if not _is_tiff(path):
-            with Image.open(path) as image:
-                return (image.height, image.width), _orientation(image)
-        with tifffile.TiffFile(path) as file:
-            shape = _series(file).shape
-            first = _channels_first(shape, size)
-            return shape[1:] if first else shape[:2], _tiff_orientation(file)
-
-
-def read_image(path: Path, size: Sequence[int]) -> tuple[Tensor, int]:
+def read_image(
+    path: Path, channels: int, size: Sequence[int] = (), *, header: bool = False
+) -> tuple[Tensor, int]:
     """(C, H, W), as a viewer shows it but not yet upright, and its EXIF orientation. uint8; float32
     in 0..1 for 9 to 16 bits; unchanged float32 for floating-point files. Palettes and CMYK become
-    RGB. The file is (H, W), (H, W, C), or (C, H, W) if this matches the size (H, W) of its mask, or
-    of its mask turned by 90°. Raises ValueError that names the file."""
-    array, orientation = _decoded(path, stored=False, formats=IMAGE_FORMATS)
-    if array.ndim == 2:
-        array = array[..., None]
-    if _channels_first(array.shape, size):
+    RGB; a grey image gets three equal channels, if three are expected. A TIFF file may also be
+    (C, H, W): if this matches the size (H, W) of its mask, or of its mask turned by 90°; without a
+    mask, if it has the channels. Raises ValueError that names the file.
+
+    header: a tensor without values, on the device "meta". Of PNG files the pixels are decoded too,
+    because metadata may follow them."""
+    array, orientation = _decoded(path, IMAGE_FORMATS, "shape" if header else "shown")
+    (first, *_, last), expected = array.shape, (1, channels)
+    if size:
+        sizes = (tuple(size), tuple(size)[::-1])
+        channels_first = array.shape[1:] in sizes and array.shape[:2] not in sizes
+    else:  # in other formats than TIFF the last axis has up to 4 channels
+        channels_first = first in expected and last not in expected and last > 4
+    if channels_first:
         array = np.moveaxis(array, 0, 2)
-    if array.ndim != 3:
-        raise ValueError(f"{path}: expected an image, got an array of shape {array.shape}")
-    return torch.from_numpy(np.moveaxis(array, 2, 0).copy()), orientation
+    found = array.shape[2]
+    if found not in ((1, 3) if channels == 3 else (channels,)):
+        alpha = channels in (1, 3) and found in (2, 4)
+        change = "save the image without its alpha channel" if alpha else "convert the images"
+        raise ValueError(
+            f"{path}: expected {channels} channels, got {found}: {change}, or train a network for "
+            f"them (fit --data.channels {found})"
+        )
+    if header:
+        return torch.empty((channels, *array.shape[:2]), device="meta"), orientation
+    image = torch.from_numpy(np.moveaxis(array, 2, 0).copy())
+    return image.expand(channels, -1, -1), orientation
 
 
 def read_upright(path: Path, channels: int) -> Tensor:
-    """An upright image (C, H, W) without a mask. Raises ValueError for other channels."""
-    image, orientation = read_image(path, ())
-    is_first = len(image) not in (1, channels) and image.shape[1] in (1, channels)
-    if is_first and _is_tiff(path):  # (C, H, W) was read as (H, W, C)
-        image = image.movedim(0, 2)
-    return upright(with_channels(image, channels, path), orientation)
+    """An upright image (C, H, W) without a mask."""
+    return upright(*read_image(path, channels))
 
 
-def with_channels(image: Tensor, channels: int, path: Path) -> Tensor:
-    """The image; a grey one with three equal channels, if three are expected."""
-    if image.shape[0] == 1 and channels == 3:
-        return image.expand(3, -1, -1)
-    if image.shape[0] != channels:
-        raise ValueError(
-            f"{path}: expected {channels} channels (--data.channels), got {image.shape[0]}"
-        )
-    return image
-
-
-def read_values(path: Path) -> tuple[np.ndarray, int]:
-    """The integers (H, W) that a mask stores, or its palette indices, never scaled or inverted, and
-    its EXIF orientation. Raises ValueError that names the file, also for lossy compression, several
-    channels and an alpha channel that is not opaque."""
-    array, orientation = _decoded(path, stored=True, formats=LABEL_FORMATS)
-    if array.ndim == 3 and array.shape[2] == 2 and array.dtype.kind == "u":
-        array = _without_alpha(array, path)[..., 0]
-    if array.ndim != 2 or array.dtype.kind not in "uib":
-        raise ValueError(
-            f"{path}: expected one channel of integer labels, got {array.dtype} of shape "
-            f"{array.shape}; for colours, give --data.label_map '{{\"R,G,B\": CLASS, …}}'"
-        )
-    return array, orientation
-
-
-def read_colours(path: Path) -> tuple[np.ndarray, int]:
-    """The colours of a mask as a viewer shows them, R·2¹⁶ + G·2⁸ + B, uint32 (H, W), and its EXIF
-    orientation. Raises ValueError as read_values does."""
-    array, orientation = _decoded(path, stored=False, formats=LABEL_FORMATS)
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim == 3 and array.shape[2] not in (1, 2, 3, 4):
-        array = np.moveaxis(array, 0, 2)
-    if array.ndim == 3 and array.shape[2] in (2, 4) and array.dtype == np.uint8:
-        array = _without_alpha(array, path)
-    if array.ndim != 3 or array.shape[2] not in (1, 3) or array.dtype != np.uint8:
+def read_mask(path: Path, *, colours: bool = False) -> tuple[np.ndarray, int]:
+    """The integers (H, W) that a mask stores, or its palette indices, never scaled or inverted;
+    colours: the colours that a viewer shows, R·2¹⁶ + G·2⁸ + B, uint32. And its EXIF orientation.
+    Raises ValueError that names the file, also for lossy compression, for several channels of
+    values, for colours of other than 8 bits and for an alpha channel that is not opaque."""
+    array, orientation = _decoded(path, LABEL_FORMATS, "shown" if colours else "stored")
+    if array.dtype.kind == "u" and array.shape[2] in ((2, 4) if colours else (2,)):
+        opaque = array[..., -1] == np.iinfo(array.dtype).max
+        if not opaque.all():
+            raise ValueError(
+                f"{path}: expected an opaque mask, got {(~opaque).sum()} transparent pixels"
+            )
+        array = array[..., :-1]
+    if not colours:
+        if array.shape[2] != 1 or array.dtype.kind not in "uib":
+            raise ValueError(
+                f"{path}: expected one channel of integer labels, got {array.dtype} of shape "
+                f"{array.shape}; for colours, give --data.label_map '{{\"R,G,B\": CLASS, …}}'"
+            )
+        return array[..., 0], orientation
+    if array.shape[2] not in (1, 3) or array.dtype != np.uint8:
         raise ValueError(
             f"{path}: expected colours of 8 bits, as in --data.label_map, got {array.dtype} of "
             f"shape {array.shape}"
@@ -120,67 +110,101 @@ def read_colours(path: Path) -> tuple[np.ndarray, int]:
     return red.astype(np.uint32) << 16 | green.astype(np.uint32) << 8 | blue, orientation
 
 
-def _without_alpha(array: np.ndarray, path: Path) -> np.ndarray:
-    opaque = array[..., -1] == np.iinfo(array.dtype).max
-    if not opaque.all():
-        raise ValueError(
-            f"{path}: expected an opaque mask, got {(~opaque).sum()} transparent pixels"
-        )
-    return array[..., :-1]
-
-
-def _decoded(path: Path, *, stored: bool, formats: Sequence[str]) -> tuple[np.ndarray, int]:
-    """The array in the file, and its EXIF orientation. stored: values and palette indices as they
-    are in the file; otherwise what a viewer shows, uint8 or float32."""
+def _decoded(path: Path, formats: Sequence[str], wanted: Wanted) -> tuple[np.ndarray, int]:
+    """The array (H, W, C) in the file, in some TIFF files (C, H, W), and its EXIF orientation."""
     with _errors_of(path), path.open("rb") as file:
+        start = file.read(PNG_BITS + 1)
         if path.suffix == ".mat":
             from scipy.io import loadmat
 
-            variables = loadmat(file, variable_names=["S"])
+            variables, orientation = loadmat(path, variable_names=["S"]), 1
             if "S" not in variables:
                 raise ValueError("expected a variable S")
-            return variables["S"], 1
-        start = file.read(PNG_BITS + 1)
-        if start.startswith(TIFF_STARTS):
-            return _decoded_tiff(path, stored=stored, of_mask="JPEG" not in formats)
-        with Image.open(file) as image:
-            if image.format not in formats:
-                raise ValueError(f"expected {', '.join(formats)} or TIFF, got {image.format}")
-            orientation = _orientation(image)
-            bits = start[PNG_BITS] if image.format == "PNG" else 8
-            if bits == 16 and image.mode != "I;16":  # which Pillow reduces to 8
-                array = imagecodecs.png_decode(path.read_bytes())
-            elif not stored and image.mode in ("P", "CMYK"):
-                array = np.asarray(image.convert("RGB"))
-            else:
-                array = np.asarray(image)
-        if not stored:
-            array = _scaled(array, 1 if array.dtype == bool else 8 * array.itemsize)
-        elif bits in (2, 4) and image.mode == "L":  # Pillow has scaled them to 0..255
-            array = array // (255 // (2**bits - 1))
+            array = variables["S"]
+        elif start.startswith(TIFF_STARTS):
+            array, orientation = _decoded_tiff(path, "JPEG" in formats, wanted)
+        else:
+            bits = start[PNG_BITS] if start.startswith(PNG_START) else None
+            array, orientation = _decoded_by_pillow(path, bits, formats, wanted)
+        array = np.atleast_3d(array)
+        if array.ndim > 3:
+            raise ValueError(f"expected an image, got an array of shape {array.shape}")
         return array, orientation
 
 
-def _decoded_tiff(path: Path, *, stored: bool, of_mask: bool) -> tuple[np.ndarray, int]:
+def _decoded_by_pillow(
+    path: Path, bits: int | None, formats: Sequence[str], wanted: Wanted
+) -> tuple[np.ndarray, int]:
+    """bits: of a sample, if it is a PNG file."""
+    with _open_png(path) if bits else Image.open(path) as image:
+        if image.format not in formats:
+            raise ValueError(f"expected {', '.join(formats)} or TIFF, got {image.format}")
+        orientation = _orientation(image)
+        if wanted == "shape" and not bits:
+            channels = 3 if image.mode in ("P", "CMYK") else len(image.getbands())
+            return np.broadcast_to(np.uint8(0), (image.height, image.width, channels)), orientation
+        if bits == 16 and image.mode != "I;16":  # which Pillow reduces to 8
+            array = imagecodecs.png_decode(_only_pixels(path.read_bytes()))
+        elif wanted != "stored" and image.mode in ("P", "CMYK"):
+            array = np.asarray(image.convert("RGB"))
+        else:
+            array = np.asarray(image)
+    if wanted != "stored":
+        array = _scaled(array, 1 if array.dtype == bool else 8 * array.itemsize)
+    elif bits in (2, 4) and image.mode == "L":  # Pillow has scaled them to 0..255
+        array = array // (255 // (2**bits - 1))
+    return array, orientation
+
+
+def _open_png(path: Path) -> Image.Image:
+    """All of it, because metadata may follow the pixels. Pillow refuses damaged and large metadata:
+    such a file is read without them, except for its EXIF."""
+    try:
+        image = Image.open(path)
+        image.load()
+    except Exception:
+        image = Image.open(io.BytesIO(_only_pixels(path.read_bytes())))
+        image.load()
+    return image
+
+
+def _only_pixels(content: bytes) -> bytes:
+    """A PNG file without metadata other than EXIF."""
+    kept, place = content[: len(PNG_START)], len(PNG_START)
+    while place + 8 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, place)
+        chunk = content[place : place + 12 + length]
+        intact = chunk.endswith(struct.pack(">I", zlib.crc32(chunk[4:-4])))
+        if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND") or (kind == b"eXIf" and intact):
+            kept += chunk
+        place += len(chunk)
+    return kept
+
+
+def _decoded_tiff(path: Path, lossy: bool, wanted: Wanted) -> tuple[np.ndarray, int]:
+    """lossy: whether lossy compression is permitted."""
     with tifffile.TiffFile(path) as file:
-        series, page = _series(file), file.pages.first
-        if of_mask and page.compression not in LOSSLESS:
+        if not file.series or not file.pages.first.dataoffsets:
+            raise ValueError("it has no image, or is truncated")
+        series, page = file.series[0], file.pages.first  # the first image may have several pages
+        orientation = _valid(page.tags.valueof(ORIENTATION))
+        if not lossy and page.compression not in LOSSLESS:
             name = getattr(page.compression, "name", page.compression)
             raise ValueError(f"{name} may change labels: save the mask with another compression")
         if page.compression in JPEG_IN_TIFF:
             ends = [max(np.add(x.dataoffsets, x.databytecounts)) for x in series if x is not None]
             if max(ends) > file.filehandle.size:  # the decoder makes what is missing grey
                 raise ValueError("the file is truncated")
-        array = file.asarray()
+        zeros = np.broadcast_to(np.zeros((), series.dtype), series.shape)  # they need no memory
+        array = zeros if wanted == "shape" else file.asarray()
         if page.planarconfig == PLANARCONFIG.SEPARATE and array.ndim == 3:  # (C, H, W)
             array = np.moveaxis(array, 0, 2)
-        if not stored:
-            array = _shown(array, page)
-        elif array.size == page.imagelength * page.imagewidth:  # (1, H, W) or (H, W, 1)
+        if array.size == page.imagelength * page.imagewidth:  # (1, H, W) or (H, W, 1)
             array = array.reshape(page.imagelength, page.imagewidth)
-        elif array.shape[-1] == 1:  # each row is a page
-            array = array[..., 0]
-        return array, _tiff_orientation(file)
+        if wanted != "stored":
+            shown = _shown(array[:1] if wanted == "shape" else array, page)
+            array = np.broadcast_to(shown, (len(array), *shown.shape[1:]))
+        return array, orientation
 
 
 def _shown(array: np.ndarray, page: tifffile.TiffPage) -> np.ndarray:
@@ -191,8 +215,8 @@ def _shown(array: np.ndarray, page: tifffile.TiffPage) -> np.ndarray:
         return np.take(colours >> 8 if colours.max() > 255 else colours, array, 0).astype(np.uint8)
     scaled = _scaled(array, page.bitspersample)
     white = 255 if scaled.dtype == np.uint8 else 1
-    is_rgb = meaning == PHOTOMETRIC.YCBCR and page.compression in JPEG_IN_TIFF  # as decoded
-    if is_rgb or meaning in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB):
+    as_rgb = meaning == PHOTOMETRIC.YCBCR and page.compression in JPEG_IN_TIFF
+    if as_rgb or meaning in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB):
         return scaled
     if array.dtype.kind != "f" and meaning == PHOTOMETRIC.MINISWHITE and page.samplesperpixel == 1:
         return white - scaled
@@ -226,46 +250,21 @@ def _errors_of(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
-    except Image.DecompressionBombError:
-        limit = round(2e-6 * (Image.MAX_IMAGE_PIXELS or 0))
-        raise ValueError(
-            f"{path} has more pixels than Pillow reads ({limit} megapixels): save it as TIFF, "
-            "which has no limit, or cut it into smaller images"
-        ) from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} cannot be read: it is no image of a known format") from None
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # of which Pillow gives no file name
+            reason = "it is no image of a known format"
+        if isinstance(error, Image.DecompressionBombError):
+            reason += ": save it as TIFF, which has no limit, or cut it into smaller images"
         raise ValueError(f"{path} cannot be read: {reason}") from error
 
 
-def _is_tiff(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) in TIFF_STARTS
-
-
-def _series(file: tifffile.TiffFile) -> tifffile.TiffPageSeries:
-    """The first image, which may have several pages."""
-    if not file.series or not file.pages.first.dataoffsets:
-        raise ValueError("it has no image, or is truncated")
-    return file.series[0]
-
-
-def _tiff_orientation(file: tifffile.TiffFile) -> int:
-    tag = file.pages.first.tags.get(ORIENTATION)
-    return _valid(1 if tag is None else int(tag.value))
-
-
 def _orientation(image: Image.Image) -> int:
-    if image.format == "PNG":
-        image.load()  # the metadata may follow the pixels
-    return _valid(image.getexif().get(ORIENTATION, 1))
+    try:
+        return _valid(image.getexif().get(ORIENTATION))
+    except Exception:  # Pillow has no common one for damaged EXIF
+        return 1
 
 
-def _valid(orientation: int) -> int:
-    return orientation if orientation in range(1, 9) else 1
-
-
-def _channels_first(shape: tuple[int, ...], size: Sequence[int]) -> bool:
-    sizes = (tuple(size), tuple(size)[::-1])
-    return len(shape) == 3 and shape[1:] in sizes and shape[:2] not in sizes
+def _valid(orientation: Any) -> int:
+    return int(orientation) if orientation in range(1, 9) else 1

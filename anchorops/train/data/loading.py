@@ -1,22 +1,28 @@
-"""The interface of data sets, their augmentation, and the order of the training batches."""
+"""The augmentation of images, the order of the training batches, and the processes that load."""
 
 import atexit
 import multiprocessing
 import signal
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
 from .. import IGNORED
 from ..signals import STOPPING
+from .images import read_upright
 
 RETRIES = 10  # for a crop that shows mostly one class
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean, standard deviation
 
 
 class Segmentation(Protocol):
@@ -42,16 +48,15 @@ class RandomScale(v2.Transform):
         self.sides, self.scale = (short_side, long_side), scale
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        height, width = v2.functional.get_size(flat_inputs[0])
+        height, width = functional.get_size(flat_inputs[0])
         factor = float(torch.empty(1).uniform_(*self.scale))
-        lengths = min(height, width), max(height, width)
-        wanted = zip(self.sides, lengths, strict=True)
-        factor *= min((side / length for side, length in wanted if side is not None), default=1)
+        sides = zip(self.sides, sorted([height, width]), strict=True)
+        factor *= min((side / length for side, length in sides if side is not None), default=1)
         # torch cannot scale to a single pixel
         return {"size": [max(2, round(height * factor)), max(2, round(width * factor))]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return self._call_kernel(v2.functional.resize, inpt, params["size"], antialias=True)
+        return functional.resize(inpt, antialias=True, **params)
 
 
 class VariedCrop(v2.Transform):
@@ -64,42 +69,25 @@ class VariedCrop(v2.Transform):
         self.size, self.cat_max_ratio = size, cat_max_ratio
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        sides = v2.functional.get_size(flat_inputs[0])
-        lengths = [min(pair) for pair in zip(self.size, sides, strict=True)]
+        sides = functional.get_size(flat_inputs[0])
+        height, width = (min(pair) for pair in zip(self.size, sides, strict=True))
         params = {}
         for _ in range(1 + RETRIES):
-            top, left = (
-                int(torch.randint(side - length + 1, ()))
-                for side, length in zip(sides, lengths, strict=True)
-            )
-            params = {"top": top, "left": left, "height": lengths[0], "width": lengths[1]}
+            top = int(torch.randint(sides[0] - height + 1, ()))
+            left = int(torch.randint(sides[1] - width + 1, ()))
+            params = {"top": top, "left": left, "height": height, "width": width}
             if self.cat_max_ratio == 1 or self._varied(flat_inputs, params):
                 break
         return params
 
     def _varied(self, flat_inputs: list[Any], params: dict[str, Any]) -> bool:
         (mask,) = (x for x in flat_inputs if isinstance(x, tv_tensors.Mask))
-        labels = self.transform(mask, params).flatten()
+        labels = functional.crop(mask, **params)
         counts = torch.bincount(labels[labels != IGNORED], minlength=1)
         return bool(counts.max() < self.cat_max_ratio * counts.sum())
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return self._call_kernel(v2.functional.crop, inpt, **params)
-
-
-class Pad(v2.Transform):
-    """Pad to a size, below and at the right: normalised images with 0, which is the mean colour,
-    masks with ignored pixels (mmsegmentation's Pad)."""
-
-    def __init__(self, size: Sequence[int]) -> None:
-        super().__init__()
-        self.size = size
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        height, width = v2.functional.get_size(inpt)
-        padding = [0, 0, max(0, self.size[1] - width), max(0, self.size[0] - height)]
-        value = IGNORED if isinstance(inpt, tv_tensors.Mask) else 0
-        return self._call_kernel(v2.functional.pad, inpt, padding, fill=value)
+        return functional.crop(inpt, **params)
 
 
 class PhotometricDistort(v2.RandomPhotometricDistort):
@@ -120,13 +108,19 @@ class PhotometricDistort(v2.RandomPhotometricDistort):
         return super().make_params(flat_inputs) | {"channel_permutation": None}
 
 
-def normalize(channels: int) -> v2.Transform:
+def padded(x: Tensor, size: Sequence[int]) -> Tensor:
+    """At least of this size, padded below and at the right: normalised images with 0, which is the
+    mean colour, masks with ignored pixels (mmsegmentation's Pad)."""
+    height, width = functional.get_size(x)
+    padding = [0, 0, max(0, size[1] - width), max(0, size[0] - height)]
+    return functional.pad(x, padding, fill=IGNORED if isinstance(x, tv_tensors.Mask) else 0)
+
+
+def normalization(channels: int) -> list[v2.Transform]:
     """Convert to float32 in 0..1, subtract the mean and divide by the standard deviation: those of
     ImageNet for three channels."""
-    mean, std = [0.5] * channels, [0.25] * channels
-    if channels == 3:
-        mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+    mean, std = IMAGENET if channels == 3 else ([0.5] * channels, [0.25] * channels)
+    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
 
 
 def augmentation(
@@ -149,7 +143,7 @@ def augmentation(
         if channels != 3:
             raise ValueError(f"--data.photometric: expected images of 3 channels, got {channels}")
         steps.append(PhotometricDistort())
-    return v2.Compose([*steps, normalize(channels), Pad(crop)])
+    return v2.Compose([*steps, *normalization(channels), v2.Lambda(partial(padded, size=crop))])
 
 
 def evaluation_transform(
@@ -158,7 +152,7 @@ def evaluation_transform(
     """Scale only the image to the short or the long side; its labels do not change."""
     scaled = short_side or long_side
     scale = [RandomScale(short_side, (1.0, 1.0), long_side)] if scaled else []
-    return v2.Compose([*scale, normalize(channels)])
+    return v2.Compose([*scale, *normalization(channels)])
 
 
 def mixed_seed(*parts: int | str) -> int:
@@ -181,47 +175,41 @@ class Draws:
         return int(self._order[1][position])
 
 
+@dataclass
 class BatchSampler:
     """This rank's batches of a run, as lists of (image, draw), from the step at which it continues.
+    Draw d is a position in the run. It does not depend on ranks, workers or interruptions."""
 
-    Draw d is a position in the run. It does not depend on ranks, workers or interruptions. The
-    length counts the whole run: Lightning's progress in it is restored from a checkpoint.
-    """
+    draws: Draws
+    _: KW_ONLY
+    batch_size: int
+    accumulate: int
+    rank: int
+    world: int
+    first_step: int
+    steps: int
 
-    def __init__(
-        self,
-        draws: Draws,
-        *,
-        batch_size: int,
-        accumulate: int,
-        rank: int,
-        world: int,
-        first_step: int,
-        steps: int,
-    ) -> None:
-        if batch_size % (accumulate * world):
+    def __post_init__(self) -> None:
+        if self.batch_size % (parts := self.accumulate * self.world):
             raise ValueError(
-                "--data.batch_size: expected a multiple of accumulated batches × ranks = "
-                f"{accumulate * world}, got {batch_size}"
+                f"--data.batch_size: expected a multiple of --accumulate × ranks = {parts}, got "
+                f"{self.batch_size}"
             )
-        self.draws, self.size = draws, batch_size // (accumulate * world)
-        self.rank, self.world = rank, world
-        self.first, self.last = first_step * accumulate, steps * accumulate
-
-    def __len__(self) -> int:
-        return self.last
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for number in range(self.first, self.last):
-            start = (number * self.world + self.rank) * self.size
-            yield [(self.draws[draw], draw) for draw in range(start, start + self.size)]
+        size = self.batch_size // (self.accumulate * self.world)
+        for number in range(self.first_step * self.accumulate, self.steps * self.accumulate):
+            start = (number * self.world + self.rank) * size
+            yield [(self.draws[draw], draw) for draw in range(start, start + size)]
 
 
-class Training(Dataset):
+@dataclass
+class Training:
     """Augmented images; the augmentation of a draw is a pure function of (seed, draw)."""
 
-    def __init__(self, dataset: Segmentation, transform: v2.Transform, seed: int) -> None:
-        self.dataset, self.transform, self.seed = dataset, transform, seed
+    dataset: Segmentation
+    transform: v2.Transform
+    seed: int
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
         index, draw = item
@@ -232,18 +220,30 @@ class Training(Dataset):
         return image.as_subclass(Tensor), labels.as_subclass(Tensor)
 
 
-class Validation(Dataset):
+@dataclass
+class Validation:
     """Images as the network needs them; unchanged labels."""
 
-    def __init__(self, dataset: Segmentation, transform: v2.Transform) -> None:
-        self.dataset, self.transform = dataset, transform
-
-    def __len__(self) -> int:
-        return len(self.dataset)
+    dataset: Segmentation
+    transform: v2.Transform
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, labels = self.dataset[index]
         return self.transform(tv_tensors.Image(image)).as_subclass(Tensor), labels
+
+
+@dataclass
+class Unlabelled:
+    """Images without masks, as the network needs them: index, image, (H, W) of the file."""
+
+    paths: Sequence[Path]
+    transform: v2.Transform
+    channels: int
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor, tuple[int, int]]:
+        image = read_upright(self.paths[index], self.channels)
+        transformed = self.transform(tv_tensors.Image(image)).as_subclass(Tensor)
+        return index, transformed, (image.shape[1], image.shape[2])
 
 
 @atexit.register
@@ -261,7 +261,7 @@ class Loader(DataLoader):
     processes of a group: only the training process reacts. They end with its last batch, or when
     they notice that it has ended."""
 
-    def __init__(self, dataset: Dataset, workers: int, **options: Any) -> None:
+    def __init__(self, dataset: Any, workers: int, **options: Any) -> None:
         # without a generator of its own, an iterator draws from torch's random numbers
         generator = torch.Generator()
         super().__init__(dataset, num_workers=workers, generator=generator, **options)
@@ -272,11 +272,3 @@ class Loader(DataLoader):
             return super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Lightning asks for it, to know that the loader continues where it stopped. The place
-        follows from the step (BatchSampler)."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass

@@ -1,7 +1,7 @@
 """The network with its losses, as one module, which DDP wraps and torch.compile compiles.
 
 Vectors for the methods come from files: `--model.method_options '{sar.anchors: "@clip.npy"}'`. They
-are in the checkpoints too, so a run that goes on does not need the file.
+are in the state of a run too, so one that goes on does not need the file.
 """
 
 import copy
@@ -18,10 +18,10 @@ import anchorops as ao
 
 from ...losses import MomentsLoss, Regularizer
 from .. import IGNORED
-from .models import Segmenter
+from ..options import PUBLISHED, Model
+from .models import Segmenter, build_model
 
 CLASSES = {"cr": "SAR", "sar": "SAR", "cbp": "CBP", "occl": "OCCL", "ceco": "CeCo", "mvsc": "MVSC"}
-PUBLISHED = "published"  # the methods' own defaults
 
 # The published weights of OCCL and CeCo are for a backbone from ImageNet. With random weights their
 # gradient on the features is several times that of the cross-entropy (docs/methods.md).
@@ -91,14 +91,14 @@ def build_regularizer(
     dim: int,
     prior: Tensor | None = None,
     *,
-    from_checkpoint: bool = False,
+    from_state: bool = False,
 ) -> Regularizer | None:
     """The methods as one regulariser, or None if there are none.
 
     options: {"sar.momentum": 0.99}. The arguments that are vectors [K, D] (SAR's and CR's anchors,
         CBP's init) accept "@FILE.npy".
     prior: [K], the share of the training images that contain each class, for CeCo.
-    from_checkpoint: its state will be loaded, so files of vectors are not read.
+    from_state: its state will be loaded, so files of vectors are not read.
     Raises ValueError for an option that no chosen method has, and for a file that does not fit.
     """
     arguments: dict[str, dict[str, Any]] = {method: {} for method in methods}
@@ -114,7 +114,7 @@ def build_regularizer(
         if argument not in known:
             raise ValueError(f"--model.method_options {option}: {method} has {', '.join(known)}")
         if isinstance(value, str) and value.startswith("@"):
-            if from_checkpoint:
+            if from_state:
                 value = nn.init.orthogonal_(torch.empty(num_classes, dim))
             else:
                 value = _read_vectors(option, Path(value[1:]), num_classes, dim)
@@ -212,9 +212,63 @@ def parameter_groups(
     ]
 
 
-def build_optimizer(
-    name: str, groups: list[dict[str, Any]], *, fused: bool
-) -> torch.optim.Optimizer:
-    if name == "sgd":
-        return torch.optim.SGD(groups, momentum=0.9, fused=fused)
-    return torch.optim.AdamW(groups, fused=fused)
+def build_optimizer(options: Model, model: Segmenter) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, options.lr, options.weight_decay, options.head_lr_factor)
+    for group in groups:
+        group["peak"] = group["lr"]
+    if options.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9, fused=True)
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def set_learning_rates(
+    optimizer: torch.optim.Optimizer, options: Model, step: int, steps: int
+) -> float:
+    """Linear warm-up, then polynomial decay to zero; step: the number of steps before. Returns the
+    rate of the first group."""
+    warmup = min(1.0, (step + 1) / options.warmup) if options.warmup else 1.0
+    factor = warmup * max(0.0, 1 - step / steps) ** options.power
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+    return optimizer.param_groups[0]["lr"]
+
+
+def build_learner(
+    options: Model,
+    num_classes: int,
+    channels: int,
+    frequencies: Tensor,
+    prior: Tensor,
+    *,
+    from_state: bool,
+) -> Learner:
+    """The network with its methods and losses. from_state: its state will be loaded, so files of
+    initial weights are not read."""
+    weights = None if from_state else options.weights
+    backbone_weights = None if from_state else options.backbone_weights
+    model = build_model(
+        options.network,
+        num_classes,
+        channels=channels,
+        pretrained=options.pretrained and not (from_state or weights or backbone_weights),
+        weights=weights,
+        backbone_weights=backbone_weights,
+        auxiliary=options.auxiliary_weight > 0,
+        dropout=options.dropout,
+        classifier_std=options.classifier_std,
+    )
+    arguments = arguments_of(
+        options.methods, options.setting, options.paper_options or {}, options.method_options or {}
+    )
+    dim = model.classifier.in_channels
+    regularizer = build_regularizer(
+        options.methods, arguments, num_classes, dim, prior, from_state=from_state
+    )
+    loss = build_loss(
+        options.loss,
+        class_weights(options.class_weights, frequencies),
+        focal_gamma=options.focal_gamma,
+        ohem_threshold=options.ohem_threshold,
+        ohem_min_kept=options.ohem_min_kept,
+    )
+    return Learner(model, regularizer, loss, options.auxiliary_weight)

@@ -2,19 +2,22 @@
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import segmentation_models_pytorch as smp
 import timm
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
 import anchorops as ao
+
+from .. import ranks
+from ..options import Model
 
 HRNETS = {
     "hrnet-w18-small": "hrnet_w18_small",
@@ -23,9 +26,7 @@ HRNETS = {
 }
 # the parts that depend on the classes; in a checkpoint, a method is under "regularizer"
 HEADS = ("classifier.", "auxiliary.", "regularizer.")
-CHECKPOINT_PREFIX = (
-    "learner.model."  # of the names of a network's weights in a checkpoint of Lightning
-)
+OLD_PREFIX = "learner.model."  # of the names of weights in a checkpoint of an earlier version
 AUXILIARY_DIM = 256
 OWN_DROPOUT = {
     **dict.fromkeys(("deeplabv3", "deeplabv3plus"), "decoder_aspp_dropout"),
@@ -138,13 +139,13 @@ def build_model(
     *,
     channels: int = 3,
     pretrained: bool = False,
-    weights: Path | None = None,
-    backbone_weights: Path | None = None,
+    weights: str | None = None,
+    backbone_weights: str | None = None,
     auxiliary: bool = False,
     dropout: float = 0.0,
     classifier_std: float | None = None,
 ) -> Segmenter:
-    """A network by name; the arguments are those of SegmentationModule.
+    """A network by name; the arguments are those of options.Model.
 
     channels: of the images. weights: a checkpoint of this program, or any file of a state dict.
     Entries of a classifier are skipped if the number of classes differs. backbone_weights: see
@@ -170,9 +171,9 @@ def build_model(
     if classifier_std is not None:
         model.draw_classifiers(classifier_std)
     if weights:
-        load_weights(model, weights)
+        load_weights(model, Path(weights))
     if backbone_weights:
-        load_backbone(model.backbone, backbone_weights)
+        load_backbone(model.backbone, Path(backbone_weights))
     return model
 
 
@@ -220,20 +221,56 @@ def _options(architecture: str, encoder: str, dropout: float) -> dict[str, Any]:
     return options
 
 
+def read_checkpoint(path: Path, needed: str | None = None) -> dict[str, Any]:
+    """A file of weights or of the state of a run, whose tensors stay in the file. The network's
+    weights of an earlier version are under "model", too. Raises ValueError if it is damaged or of
+    another kind."""
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        of_earlier_version = [x for x in state.get("state_dict", ()) if x.startswith(OLD_PREFIX)]
+        if of_earlier_version:  # in which the losses have weights too
+            weights = state["state_dict"]
+            state["model"] = {x.removeprefix(OLD_PREFIX): weights[x] for x in of_earlier_version}
+        found = needed is None or needed in state
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path} is damaged ({reason})") from error
+    if not found:
+        raise ValueError(f"{path} is of another kind: it has no {needed}")
+    return state
+
+
+def trained_model(options: Model, weights: Mapping[str, Tensor], channels: int) -> Segmenter:
+    """The network of a checkpoint without its methods. CBP has removed the classifier's bias.
+    Raises ValueError for weights of another network."""
+    state = {k: x for k, x in weights.items() if not k.startswith("regularizer.")}
+    weight = state["classifier.weight"]
+    state.setdefault("classifier.bias", weight.new_zeros(len(weight)))
+    model = build_model(
+        options.network,
+        len(weight),
+        channels=channels,
+        auxiliary=options.auxiliary_weight > 0,
+        dropout=options.dropout,
+    )
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = " ".join("".join(str(error).splitlines()[1:2]).split())
+        raise ValueError(
+            f"the weights are not those of --model.network {options.network} with "
+            f"--model.auxiliary_weight {options.auxiliary_weight:g}: expected the options of their "
+            f"run (--run). {shorten(first, 200)}"
+        ) from error
+    return model
+
+
 def load_weights(model: nn.Module, path: Path) -> None:
     """Start from the weights in `path`; see build_model."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        for key in ("model", "state_dict"):
-            state = state.get(key, state)
-        of_run = {  # whose losses have weights too
-            key.removeprefix(CHECKPOINT_PREFIX): value
-            for key, value in state.items()
-            if key.startswith(CHECKPOINT_PREFIX)
-        }
-        state = of_run or state
-    except Exception as error:
-        raise ValueError(f"weights {path} cannot be read: {error!r:.200}") from error
+    loaded = read_checkpoint(path)
+    state = loaded.get("model", loaded.get("state_dict", loaded))
+    if not isinstance(state, Mapping):
+        raise ValueError(f"weights {path}: expected a state dict, got {type(state).__name__}")
     model_state = model.state_dict()
     state = {
         key: value
@@ -288,7 +325,7 @@ def load_backbone(backbone: nn.Module, path: Path) -> None:
         )
     taken = {name: value for name, value in named.items() if name in own.values()}
     nn.Module.load_state_dict(backbone, taken, strict=False)  # some encoders of smp have another
-    if rank_zero_only.rank == 0:
+    if ranks.rank() == 0:
         print(
             f"backbone: {len(taken)} tensors of {path} taken, {len(named) - len(taken)} not used",
             file=sys.stderr,

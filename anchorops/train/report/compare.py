@@ -1,18 +1,16 @@
 """Comparison of runs: their figures over seeds."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from ..metrics import METRICS, read_metrics
-from ..run import BEST, LAST, bound, flat_config, read_checkpoint
+from ..options import FREE, flat
+from ..run import DATA, METRICS, read_config, read_metrics
 
 NAMES = ("dataset", "model", "methods")
 MEASURES = {"mIoU": "miou", "head": "head", "body": "body", "tail": "tail", "mAcc": "macc"}
-SEEDS = ("seed_everything", "data.seed", "model.seed")
 
 
 class NotEnded(ValueError):
@@ -22,45 +20,32 @@ class NotEnded(ValueError):
 def load_results(run: Path) -> dict[str, Any]:
     """The results of a run: the last figures in its metrics.csv. Raises NotEnded, or ValueError if
     it was never validated."""
-    options, path = flat_config(run), run / METRICS
+    options, path = flat(read_config(run)), run / METRICS
     lines = read_metrics(path) if path.exists() else {}
     step, steps = max(lines, default=0), options["data.steps"]
-    validated = [step for step, line in lines.items() if "val/miou" in line]
-    ended = "cost/parameters" in lines.get(step, {})  # perhaps by EarlyStopping
-    if not (ended or steps in validated):
+    if "val/miou" not in lines.get(steps, {}):
         raise NotEnded(f"{run} has not ended: {step} of {steps} steps are in its {METRICS}")
-    if not validated:
-        raise ValueError(f"{run}: expected validations in its {METRICS}")
-    last = lines[max(validated)]
+    last = lines[steps]
     seconds, memory = (
         [line[name] for line in lines.values() if name in line]
         for name in ("seconds_per_step", "memory_mb")
     )
-    settings = {name: str(x) for name, x in bound(options).items() if name not in SEEDS}
+    settings = {name: str(x) for name, x in options.items() if name not in (*FREE, "seed")}
     if options["data.dataset"] != "digits":  # whose data depend on the options alone
-        settings["data"] = _fingerprint(run)
+        settings["data"] = hashlib.sha256((run / DATA).read_bytes()).hexdigest()[:8]
     return {
         "run": str(run),
         "dataset": options["data.dataset"],
         "model": options["model.network"],
         "methods": "+".join(options["model.methods"]) or "plain",
-        "seed": options["seed_everything"],
+        "seed": options["seed"],
         "settings": settings,
-        "steps": max(validated),
+        "steps": steps,
         "seconds_per_step": fmean(seconds) if seconds else None,
         "memory_mb": max(memory, default=None),
         "parameters": last.get("cost/trained_parameters"),
         **{name: last.get(f"val/{name}") for name in MEASURES.values()},
     }
-
-
-def _fingerprint(run: Path) -> str:
-    """A short text that differs for other data, of the newest checkpoint that the run has kept."""
-    paths = [run / name for name in (LAST, BEST) if (run / name).exists()]
-    data = read_checkpoint(paths[0]).get("SegmentationData") if paths else None
-    if not data:
-        return "unknown"
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def comparison(results: Sequence[dict[str, Any]]) -> str:

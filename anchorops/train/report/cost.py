@@ -2,33 +2,31 @@
 
 import copy
 import statistics
-from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...losses import Regularizer
 from ...measure import duration
-from ..evaluation import predict
-
-if TYPE_CHECKING:
-    from ..module import SegmentationModule
+from ..evaluation import as_weights, predict
+from ..networks.models import Segmenter
+from ..options import Options
 
 REPEATS = 7  # of a prediction
 
 
-@torch.inference_mode()
-def measure_complexity(module: "SegmentationModule") -> dict[str, float]:
+@torch.no_grad()
+def measure_complexity(model: Segmenter, options: Options) -> dict[str, float]:
     """The size and speed of the network, for an image of the size of a crop: parameters that
     predictions use, and all that were trained; FLOPs (a multiplication and an addition are 2),
     counted on a copy without data, of matrix products, convolutions and attention; images per
     second, one by one."""
-    model = module.network
-    size, channels = module.data.options.crop, module.data.options.channels
+    size = options.data.crop
     left_out = [m for m in model.modules() if isinstance(m, Regularizer)]
     left_out += [] if model.auxiliary is None else [model.auxiliary]
     extra = {parameter for part in left_out for parameter in part.parameters()}
-    image = module.as_weights(torch.zeros(1, channels, *size))
+    zeros = torch.zeros(1, options.data.channels, *size)
+    image = as_weights(model, zeros, options.model.channels_last)
     abstract = copy.deepcopy(model).to("meta")
     with FlopCounterMode(display=False) as counter:
         abstract(image.to("meta"))

@@ -1,21 +1,19 @@
 """The picture of a run's predictions."""
 
-from typing import TYPE_CHECKING
-
 import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from ...plots import plain
 from .. import IGNORED
-from ..evaluation import predict
-
-if TYPE_CHECKING:
-    from ..module import SegmentationModule
+from ..data.loading import Segmentation
+from ..data.splits import transform_of
+from ..evaluation import as_weights, predict, prediction_of
+from ..options import Options
 
 LEGEND_NAMES = 23  # in a legend
 IGNORED_COLOR = (255, 255, 255)
@@ -31,23 +29,24 @@ def palette(num_classes: int) -> np.ndarray:
     return colors
 
 
-@torch.inference_mode()
-def draw_predictions(module: "SegmentationModule", count: int, *, title: str) -> Figure:
+@torch.no_grad()
+def draw_predictions(
+    model: nn.Module, dataset: Segmentation, options: Options, count: int, *, title: str
+) -> Figure:
     """The first validation images; under each its labels, and under these its prediction."""
     parts = "image", "labels", "prediction"
-    dataset = module.data.validation_set
-    colors = palette(len(dataset.classes))
+    colors, transform = palette(len(dataset.classes)), transform_of(options.data)
     columns, seen = [], set[int]()
-    training = module.training
-    module.eval()
+    training, how = model.training, prediction_of(options)
+    model.eval()
     for index in range(min(count, len(dataset))):
         image, labels = dataset[index]
-        network_input = module.data.transform(tv_tensors.Image(image)).as_subclass(Tensor)
-        images = module.as_weights(network_input[None])
-        (classes,) = predict(module.network, images, labels.shape, **module.prediction)
+        network_input = transform(tv_tensors.Image(image)).as_subclass(Tensor)
+        images = as_weights(model, network_input[None], options.model.channels_last)
+        (classes,) = predict(model, images, labels.shape, **how)
         seen |= {*labels.unique().tolist(), *classes.unique().tolist()}
         columns.append((_rgb(image), colors[labels.numpy()], colors[classes.cpu().numpy()]))
-    module.train(training)
+    model.train(training)
 
     height, width = columns[0][0].shape[:2]
     size = 1.6 * len(columns), 1.6 * len(parts) * height / width + 1

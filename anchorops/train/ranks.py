@@ -1,0 +1,68 @@
+"""The processes that torchrun starts, which are the ranks of a run; one without torchrun."""
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from .signals import end_at_once, handle
+
+T = TypeVar("T")
+
+
+class AnotherRankFailed(Exception):
+    """The first rank has told why; this one ends without a word."""
+
+
+def start(device: str) -> torch.device:
+    """The device of this rank. Ranks without GPUs communicate by gloo."""
+    local, world = (int(os.environ.get(x, y)) for x, y in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if on_gpu and local >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device: expected a GPU for each process of torchrun on this machine, got "
+            f"{torch.cuda.device_count()} for process {local + 1}; with cpu they share the CPU"
+        )
+    chosen = torch.device("cuda", local) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(chosen)
+    if world > 1 and not dist.is_initialized():
+        handle(signal.SIG_DFL)  # else a signal is not seen while ranks wait for each other
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        handle(end_at_once)
+    return chosen
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def on_first(make: Callable[[], T]) -> T:
+    """What the first rank makes, on all ranks. If it raises an error, all ranks end."""
+    if world() == 1:
+        return make()
+    made: list[Any] = [None, True]
+    try:
+        if rank() == 0:
+            made = [make(), False]
+    finally:
+        dist.broadcast_object_list(made)
+    if made[1]:
+        raise AnotherRankFailed
+    return made[0]
+
+
+def largest(value: int) -> int:
+    """Of the ranks' values."""
+    if world() == 1:
+        return value
+    values = torch.tensor(value)
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return int(values)
