@@ -40,7 +40,8 @@ BACKBONE: dict[str, Any] = {  # of the models that are compared
     "depths": [1, 1, 1, 1],
     "out_features": ["stage1", "stage2", "stage3", "stage4"],
 }
-FOCAL: dict[str, float] = {"focal_alpha": 0.25, "focal_gamma": 2.0}
+CLASSES: dict[str, Any] = {"num_labels": 4}
+FOCAL: dict[str, Any] = {"focal_alpha": 0.25, "focal_gamma": 2.0}
 Pairs = list[tuple[Tensor, Tensor]]  # of each image, the queries and their targets
 
 
@@ -231,8 +232,8 @@ def small_maskformer() -> MaskFormerForInstanceSegmentation:
         backbone_config=ResNetConfig(**BACKBONE),
         decoder_config=decoder,
         **dict.fromkeys(("fpn_feature_size", "mask_feature_size"), 32),
-        num_labels=4,
         use_auxiliary_loss=True,
+        **CLASSES,
     )
     return MaskFormerForInstanceSegmentation(config)
 
@@ -245,8 +246,8 @@ def small_detr() -> DetrForSegmentation:
         d_model=64,
         **layers,
         **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 16),
-        num_labels=4,
         auxiliary_loss=True,
+        **CLASSES,
     )
     return DetrForSegmentation(config)
 
@@ -299,7 +300,7 @@ def batch_of(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=40)
     arguments = parser.parse_args()
     torch.manual_seed(0)

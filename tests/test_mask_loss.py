@@ -186,7 +186,7 @@ def compare_loop(names: dict[str, Any], criterion: torch.nn.Module) -> None:
     logits = [torch.randn(2, 8, *size, requires_grad=True) for size in ((4,), (16, 21))]
     masks = [(maps[i] == x[:, None, None]).float() for i, x in enumerate(ids)]
     losses = theirs(logits[1], logits[0], masks, classes)
-    expected = sum(weights[name] * loss for name, loss in losses.items())
+    expected: Any = sum(weights[name] * loss for name, loss in losses.items())
     value = criterion(*logits, maps, ids, classes)
     torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
     for found, right in zip(
