@@ -124,7 +124,7 @@ def _factor(reduction: str, queries: Tensor, present: Tensor | None) -> float | 
         return 1.0
     if present is None:
         return 1 / max(queries.shape[:2].numel(), 1)
-    return present.sum().clamp(min=1).reciprocal().to(statistics_dtype(queries.dtype))
+    return 1 / present.sum(dtype=statistics_dtype(queries.dtype)).clamp(min=1)
 
 
 def _without_autocast(implementation: Any) -> Any:
