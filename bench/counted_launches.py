@@ -138,10 +138,11 @@ def row_of(name: str, make: Callable[[], Step]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("--steps", nargs="*", choices=STEPS, default=list(STEPS))
     parser.add_argument("--earlier", type=Path)
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/counted-launches.json")
     args = parser.parse_args()
-    rows = [row_of(name, make) for name, make in STEPS.items()]
+    rows = [row_of(name, STEPS[name]) for name in args.steps]
     if args.earlier:
         earlier = {row["name"]: row["launches"] for row in load(args.earlier)["rows"]}
         rows = [row | {"earlier": earlier[row["name"]]} for row in rows]

@@ -104,10 +104,10 @@ class MVSC(Regularizer):
         return Plan(Request(groups=self.groups, seed=seed), losses)
 
     def _alignment(self, means: Tensor, total: Tensor, present: Tensor) -> Tensor:
-        """L_fca (Eq. 2) of the global centroids v'_k = total / G."""
+        """L_fca (Eq. 2) of the global centroids v'_k. Their sums, once normalised, are the same."""
         return centroid_info_nce(
             means,
-            total / self.groups,
+            total,
             present=present,
             temperature=self.temperature,
             normalize=EPS,
@@ -122,7 +122,7 @@ class MVSC(Regularizer):
         half = random_halves(self.groups, seed + (1 << 31), prototypes).to(prototypes.dtype)
         a = (half @ prototypes.flatten(1)).view_as(total)
         a, b = F.normalize(torch.stack((a, total - a)), dim=-1, eps=EPS)
-        return 1 - (a * b).sum() / self.num_classes
+        return torch.rsub((a * b).sum(), 1, alpha=1 / self.num_classes)
 
     def _visual(
         self,
