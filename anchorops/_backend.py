@@ -295,8 +295,8 @@ def exclude_from_auto(backend: str, *operators: str) -> None:
         backend: "cuda", "triton" or "cpu".
         operators: at least one of "class_moments" (with their keys), "split_groups" (random groups
             of pixels), "upsampled_sums" and "kth_largest" (each with its keys), "softmax_moments",
-            "pixel_kl_divergence", "pixel_argmax", "confusion", "probability_histograms" and
-            "mask_rle".
+            "pixel_kl_divergence", "pixel_argmax", "confusion", "probability_histograms",
+            "mask_rle" and "centroid_info_nce".
 
     Raises ValueError for an unknown name, and for an operator that the backend does not have.
     """
@@ -353,8 +353,8 @@ class use_backend:
     Float64, and more classes than they support, use `reference`. For CPU tensors it is `cpu`, for
     all others `reference`. An operator that
     `exclude_from_auto` names is not selected. A backend chosen by name raises an error if it does
-    not support a call; it is never silently replaced by another one. What has no kernel (centroid
-    InfoNCE, `Lovasz(sigmoid=True)`) is a function of torch under each backend.
+    not support a call; it is never silently replaced by another one. `Lovasz(sigmoid=True)` has no
+    kernel: it is a function of torch under each backend.
 
     Raises ValueError for an unknown name, RuntimeError for a backend that is not usable here.
     """

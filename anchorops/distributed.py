@@ -62,7 +62,7 @@ def reduce_moments(moments: ClassMoments, group: str | None) -> ClassMoments:
     There are always two collectives, for the counts and for all other statistics, whichever classes
     a rank has.
     """
-    if group is None:
+    if group is None or not (dist.is_available() and dist.is_initialized()):
         return moments
     counts, sums, sqdists = moments
     parts = [sums] if sqdists is None else [sums, sqdists]

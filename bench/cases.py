@@ -298,7 +298,7 @@ OF_USERS = [
     *(Case("class keys", HRNET, FORWARD, labels=labels) for labels in ("coherent", "random")),
     *(
         Case("centroid InfoNCE", Centroids(*size), direction, "fp32", compiled=True)
-        for size in ((19, 720), (150, 768), (1000, 2048))
+        for size in ((19, 720), (150, 768), (1000, 512), (1000, 2048))
         for direction in (TRAINING, FORWARD)
     ),
 ]

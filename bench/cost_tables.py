@@ -42,6 +42,7 @@ RUN = RESULTS / "amd-epyc-avx512-2-threads.json"  # of `make bench BENCH=bench/r
 GPU_RUN = RESULTS / "nvidia-h100-80gb-hbm3-132-multiprocessors.json"
 COUNTED_MEMORY = RESULTS / "counted-memory.json"
 COUNTED_ERRORS = RESULTS / "counted-errors.json"
+COUNTED_LAUNCHES = RESULTS / "counted-launches.json"
 COUNTED_PRECISION = RESULTS / "counted-precision.json"
 HOST_TIME = RESULTS / "host-time.json"  # of bench/host_time.py
 EXPONENTIALS = "exponentials"
@@ -411,6 +412,13 @@ def host_time() -> str:
     return markdown_table(["call", "CPU", "Triton", "operators"], lines)
 
 
+def launches() -> str:
+    """Of a whole step, of which ours, and how many there were at an earlier commit."""
+    rows = load(COUNTED_LAUNCHES)["rows"]
+    lines = [(row["name"], row["launches"], row["ours"], row["earlier"]) for row in rows]
+    return markdown_table(["a step", "launches", "of them ours", "before"], lines)
+
+
 def errors() -> str:
     """Of Triton's operators that round, the largest errors as parts of the error budget."""
     rows = [row for row in load(COUNTED_ERRORS)["rows"] if row["error"]]
@@ -463,6 +471,7 @@ TABLES: dict[str, Callable[[], str | list[str]]] = {
     "export": lambda: beside("export", "volume", "{:.2f} s".format, dtype="float16"),
     "counted_memory": counted_memory,
     "errors": errors,
+    "launches": launches,
     "lovasz_precision": lovasz_precision,
 }
 

@@ -43,7 +43,7 @@ import anchorops as ao
 from anchorops._moments import GRADIENTS, Options, Results, Wanted
 from anchorops.catalogue import ENTRIES, Case, Sample
 from anchorops.catalogue.entry import evaluate
-from anchorops.catalogue.features import Features, keys_of_classes
+from anchorops.catalogue.features import Features, centroids, keys_of_classes
 from anchorops.catalogue.masks import Masks
 from anchorops.catalogue.pixels import Pixels
 from anchorops.kernels import class_keys, softmax_moments, softmax_moments_backward
@@ -153,6 +153,11 @@ def variants_of_images() -> Iterator[Case]:
         yield variant("pixel_kl_divergence", name, make, quick, temperature=2.0, **options)
 
 
+def in_dtype(make: Any, dtype: torch.dtype, n: int, random: Any) -> dict[str, torch.Tensor]:
+    inputs = make(n, random)
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+
+
 def variants_to_compile() -> Iterator[Case]:
     yield from moments_variants()
     yield from variants_of_images()
@@ -169,6 +174,17 @@ def variants_to_compile() -> Iterator[Case]:
         make = Masks((100, 192, 192), dtype=dtype, boxes=boxes)
         options = {"ratios": (5.625, 10), "align_corners": align}
         yield variant("mask_rle", f"masks, {name}", make, boxes, **options)
+    for (classes, groups, dim), dtype, positives in (
+        ((19, 2, 512), FP32, True),
+        ((150, 1, 768), BF16, False),
+        ((150, 4, 2048), FP32, True),
+        ((1000, 1, 2048), FP32, False),
+    ):
+        name = f"InfoNCE, {dtype}, {classes} × {groups} × {dim}{', positives' * positives}"
+        make = partial(centroids, (classes, groups, dim), positives)
+        of_type = partial(in_dtype, make, dtype)
+        for eps, quick in ((None, False), (1e-6, True)):
+            yield variant("centroid_info_nce", f"{name}, {eps}", of_type, quick, normalize=eps)
     options: dict[str, Any] = {"groups": 2, "seed": 7}
     yield variant("split_groups", "any number of groups", keys_of_classes, True, **options)
 

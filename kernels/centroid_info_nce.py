@@ -285,7 +285,7 @@ def centroid_info_nce(
     temperature: float,
     reduction: str,
     normalize: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """losses; logits [R, pitch], rows [4, R], key_lengths [K] as in `Saved`; factor."""
     masks = present, present_keys
     p = problem_of(queries, keys, positives, *masks, first, temperature, normalize)

@@ -160,7 +160,7 @@ def centroid_info_nce_backward(
     of_queries: bool,
     of_keys: bool,
     of_positives: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """dqueries, dkeys, dpositives: dense, in the dtypes of the inputs; empty if not wanted."""
     p = problem_of(queries, keys, positives, None, None, first, temperature, normalize)
     wanted = zip((queries, keys, positives), (of_queries, of_keys, of_positives), strict=True)

@@ -27,26 +27,35 @@ def hash_of(seed, pixel):
     return _mix32(_mix32(pixel.to(tl.uint32) ^ low) ^ high)
 
 
-@triton.jit(do_not_specialize=["pixels"])
+@triton.jit(do_not_specialize=["pixels", "groups", "all_groups"])
 def _link_pixels_kernel(
     keys_ptr,  # int32 [pixels], −1 where ignored
     counts_ptr,  # int64 [num_keys]
-    starts_ptr,  # int64 [num_keys]
+    ends_ptr,  # int64 [num_keys], their cumulative sum
     seed_ptr,  # int64, one number
     first_ptr,  # int32 [pixels], for each bucket: its first pixel + 1, or 0; zero on entry
     totals_ptr,  # int32 [programs]: number of pixels in BLOCK_P buckets each; zero on entry
     next_ptr,  # int32 [pixels], for each pixel: the next pixel in its bucket + 1, or 0
     split_ptr,  # int32 [pixels], written where keys are ignored
+    group_counts_ptr,  # int64 [all_groups]
     pixels,
+    groups,
+    all_groups,
 ):
     """Reads 4 bytes per pixel, writes 8."""
+    for block in range(tl.program_id(0) * BLOCK_P, all_groups, tl.num_programs(0) * BLOCK_P):
+        group = block + tl.arange(0, BLOCK_P)
+        size = tl.load(counts_ptr + group // groups, mask=group < all_groups, other=0)
+        size = (size + (groups - 1 - group % groups)) // groups
+        tl.store(group_counts_ptr + group, size, mask=group < all_groups)
     pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     key = tl.load(keys_ptr + pixel, mask=pixel < pixels, other=-1)
     valid = key >= 0
     tl.store(split_ptr + pixel, key, mask=(pixel < pixels) & (key < 0))
-    count = tl.load(counts_ptr + key, mask=valid, other=0).to(tl.uint64)
-    start = tl.load(starts_ptr + key, mask=valid, other=0)
-    bucket = start + ((hash_of(tl.load(seed_ptr), pixel).to(tl.uint64) * count) >> 32).to(tl.int64)
+    count = tl.load(counts_ptr + key, mask=valid, other=0)
+    start = tl.load(ends_ptr + key, mask=valid, other=0) - count
+    scaled_hash = hash_of(tl.load(seed_ptr), pixel).to(tl.uint64) * count.to(tl.uint64)
+    bucket = start + (scaled_hash >> 32).to(tl.int64)
     # scope="sys": Triton 3.8 compiles no exchange of scope "gpu" for AMD (mended by triton#11019)
     head = tl.atomic_xchg(first_ptr + bucket, pixel + 1, mask=valid, sem="relaxed", scope="sys")
     tl.store(next_ptr + pixel, head, mask=valid)
@@ -56,7 +65,8 @@ def _link_pixels_kernel(
 @triton.jit(do_not_specialize=["pixels", "groups"])
 def _rank_pixels_kernel(
     keys_ptr,  # for the pointers see _link_pixels_kernel
-    starts_ptr,
+    counts_ptr,
+    ends_ptr,
     seed_ptr,
     first_ptr,
     totals_ptr,
@@ -82,7 +92,9 @@ def _rank_pixels_kernel(
     a = head
     while tl.max(a, 0) > 0:
         key = tl.load(keys_ptr + a - 1, mask=a > 0, other=0)
-        rank = start - tl.load(starts_ptr + key, mask=a > 0, other=0)
+        first_rank = tl.load(ends_ptr + key, mask=a > 0, other=0)
+        first_rank -= tl.load(counts_ptr + key, mask=a > 0, other=0)
+        rank = start - first_rank
         pixel_hash = hash_of(seed, a - 1)
         b = head
         while tl.max(b, 0) > 0:
@@ -102,19 +114,20 @@ def split_groups(keys: Tensor, counts: Tensor, seed: Tensor, groups: int) -> tup
             f"got shape {tuple(keys.shape)} and strides {keys.stride()}"
         )
     split = torch.empty_like(keys)
-    starts = counts.flatten().cumsum(0).view_as(counts) - counts  # pixels with smaller keys
-    later = torch.arange(groups - 1, -1, -1, device=counts.device)  # groups after each
-    group_counts = (counts[..., None] + later) // groups
+    group_counts = counts.new_empty((*counts.shape, groups))
     options = {"num_warps": 4, "enable_fp_fusion": True}
     if pixels == 0:
-        return split, group_counts
+        return split, group_counts.zero_()
+    ends = counts.flatten().cumsum(0)
     programs = triton.cdiv(pixels, BLOCK_P.value)
     first, totals = keys.new_zeros(pixels + programs).split([pixels, programs])
     lists = first, totals, keys.new_empty(pixels)
     _link_pixels_kernel[(programs,)](
-        *(keys, counts, starts, seed, *lists, split, pixels), **options
+        *(keys, counts, ends, seed, *lists, split, group_counts),
+        *(pixels, groups, group_counts.numel()),
+        **options,
     )
     _rank_pixels_kernel[(programs,)](
-        *(keys, starts, seed, *lists, split, pixels, groups), **options
+        *(keys, counts, ends, seed, *lists, split, pixels, groups), **options
     )
     return split, group_counts

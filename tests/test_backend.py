@@ -140,7 +140,7 @@ def test_unknown_and_unusable_backends():
 
 
 CASES = {case.entry.name: case for tag in ("all", "small") for case in cases(tag)}
-IN_PYTORCH = ["Lovasz of sigmoids", "centroid_info_nce"]  # on every backend
+IN_PYTORCH = ["Lovasz of sigmoids"]  # on every backend
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -495,3 +495,14 @@ def test_counted_precision(monkeypatch):
     precision = importlib.import_module("counted_precision")
     monkeypatch.setattr(precision, "EXAMPLES", 1)
     assert max(row["worst"] for row in precision.rows()) < 1
+
+
+def test_counted_launches(tmp_path: Path):
+    """In a process of its own, which registers Triton's kernels for tensors of the CPU."""
+    pytest.importorskip("triton", reason="CPU builds of torch do not include Triton")
+    path = tmp_path / "launches.json"
+    command = [sys.executable, "bench/counted_launches.py", "--steps", "centroid InfoNCE"]
+    subprocess.run([*command, "--out", str(path)], cwd=ROOT, check=True)
+    (row,) = load(path)["rows"]
+    # two launches forward, one backward, and the gradient's seed
+    assert row["launches"] == 4 and row["ours"] == 3 and row["operators"] == {"fill_": 1}

@@ -57,7 +57,8 @@ def make(
     wanted += 0.5 * queries
     rows = [length * F.normalize(x, dim=-1) for x in (queries, others, wanted)]
     of_type = [x.to(dtype) for x, dtype in zip(rows, dtypes, strict=True)]
-    inputs = dict(zip(("queries", "keys", "positives"), of_type, strict=True))
+    inputs: Inputs = {}
+    inputs |= zip(("queries", "keys", "positives"), of_type, strict=True)
     if not positives:
         del inputs["positives"]
     present = torch.ones(shape) > 0

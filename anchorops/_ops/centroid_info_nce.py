@@ -106,7 +106,7 @@ def _gradient_of_rows(
 ) -> Tensor:
     """That of the given rows, from the gradient of `_rows`. A row that is not longer than eps was
     divided by a constant."""
-    if lengths is not None:
+    if lengths is not None and eps is not None:
         along = (dx * x).sum(-1, keepdim=True).masked_fill_(lengths <= eps, 0)
         dx = dx.addcmul_(along, x, value=-1).div_(lengths.clamp(min=eps))
     return dx.to(given.dtype)
@@ -124,7 +124,7 @@ def _factor(reduction: str, queries: Tensor, present: Tensor | None) -> float | 
         return 1.0
     if present is None:
         return 1 / max(queries.shape[:2].numel(), 1)
-    return present.sum().clamp(min=1).reciprocal().to(statistics_dtype(queries.dtype))
+    return 1 / present.sum(dtype=statistics_dtype(queries.dtype)).clamp(min=1)
 
 
 def _without_autocast(implementation: Any) -> Any:
@@ -139,7 +139,7 @@ def _without_autocast(implementation: Any) -> Any:
 
 @_without_autocast
 def _on_cpu(
-    _: str,
+    backend: str,
     queries: Tensor,
     keys: Tensor,
     positives: Tensor | None,
@@ -177,7 +177,7 @@ def _on_cpu(
 
 @_without_autocast
 def _gradient_on_cpu(
-    _: str,
+    backend: str,
     dlosses: Tensor,
     queries: Tensor,
     keys: Tensor,
@@ -207,23 +207,23 @@ def _gradient_on_cpu(
     own = _own(dlogits, queries, first)
     own.sub_(1)
     dlogits.mul_(dlosses if dlosses.dim() == 0 else dlosses.reshape(-1, 1))
-    dqueries = dkeys = dpositives = q.new_empty(0)
-    down, p, p_lengths = None, None, None
+    dqueries = dkeys = dpositives = from_positives = None
     if positives is not None:
-        down = own.clone()[..., None]
-        own.zero_()
         p, p_lengths = _rows(positives, present, queries, normalize)
+        of_own = own.clone()[..., None]
+        own.zero_()
+        from_positives = of_own * p
+        if of_positives:
+            dp = of_own * q
+            dpositives = _gradient_of_rows(dp, p, p_lengths, normalize, positives)
     if of_queries:
         dq = torch.mm(dlogits, k).view(q.shape)
-        if down is not None:
-            dq.addcmul_(down, p)
+        dq = dq if from_positives is None else dq.add_(from_positives)
         dqueries = _gradient_of_rows(dq, q, q_lengths, normalize, queries)
     if of_keys:
         dk = torch.mm(dlogits.T, q.flatten(0, 1))
         dkeys = _gradient_of_rows(dk, k, k_lengths, normalize, keys)
-    if of_positives:
-        dpositives = _gradient_of_rows(down * q, p, p_lengths, normalize, positives)
-    return dqueries, dkeys, dpositives
+    return tuple(q.new_empty(0) if x is None else x for x in (dqueries, dkeys, dpositives))
 
 
 def _setup_context(ctx: Any, inputs: Any, results: Any) -> None:
@@ -241,15 +241,21 @@ def _backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
 
 
 _GRADIENT = Gradient(_BACKWARD_SCHEMA, _setup_context, _backward, _backward_fake)
-for _backend, _implementation in (("cpu", _on_cpu), ("triton", None)):
-    define(
-        "centroid_info_nce",
-        _SCHEMA,
-        partial(_fake, _backend),
-        backends=(_backend,),
-        gradient=_GRADIENT._replace(in_python=_implementation and _gradient_on_cpu),
-        in_python=_implementation,
-    )
+define(
+    "centroid_info_nce",
+    _SCHEMA,
+    partial(_fake, "cpu"),
+    backends=("cpu",),
+    gradient=_GRADIENT._replace(in_python=_gradient_on_cpu),
+    in_python=_on_cpu,
+)
+define(
+    "centroid_info_nce",
+    _SCHEMA,
+    partial(_fake, "triton"),
+    backends=("triton",),
+    gradient=_GRADIENT,
+)
 
 
 def _check(argument: str, tensor: object, shape: tuple[int, ...], queries: Tensor) -> None:
@@ -327,12 +333,12 @@ def centroid_info_nce(
     if queries.dim() == 2:
         queries = queries[:, None]
         positives, present = (x if x is None else x[:, None] for x in (positives, present))
-    tensors = tuple(map(savable, (queries, keys, positives, present, present_keys)))
+    tensors: Any = tuple(map(savable, (queries, keys, positives, present, present_keys)))
     if backend != "reference" and shape.numel() * keys.shape[0] <= LOGITS_AT_ONCE:
         options = 0, temperature, reduction, normalize
         losses = run(function, backend, *tensors, *options)[0]
         return losses.view(shape) if reduction == "none" else losses
-    losses = _losses_in_parts(backend, *tensors, temperature, normalize)
+    losses = _losses_in_parts(backend, *tensors, temperature=temperature, normalize=normalize)
     if reduction == "none":
         return losses.view(shape)
     number = shape.numel() if present is None else present.sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from collections.abc import Callable
@@ -163,7 +164,9 @@ class Regularizer(InitializedModule):
     @property
     def terms(self) -> dict[str, Tensor]:
         """The terms of the last loss: copies."""
-        return {key: value.clone() for key, value in self._terms.items()}
+        # counts too are floating-point, because loggers average over steps and ranks
+        dtypes = [x.dtype for x in self._terms.values() if x.is_floating_point()]
+        return {key: x.to(dtypes[0], copy=True) for key, x in self._terms.items()}
 
     def train(self, mode: bool = True) -> Regularizer:
         if not mode and self.attachment is not None:
@@ -217,12 +220,12 @@ class Regularizer(InitializedModule):
         # There is no autocast for the device "meta".
         with torch.autocast("cpu" if features.is_meta else features.device.type, enabled=False):
             losses = self._losses(features, labels, classifier)
+            first, *others = losses.terms.values()
             # in new memory: if the caller changes the loss in place, the terms keep their values
-            loss = torch.stack(list(losses.terms.values())).sum()
+            loss = functools.reduce(torch.add, others, first) if others else first.clone()
             loss = loss.to(torch.promote_types(features.dtype, torch.float32))
-        self._terms = {key: value.detach() for key, value in losses.terms.items()}
-        # counts too are floating-point, because loggers average over steps and ranks
-        self._terms |= {key: value.detach().to(loss.dtype) for key, value in losses.logs.items()}
+        parts = losses.terms | losses.logs
+        self._terms = {key: value.detach() for key, value in parts.items()}
         return loss
 
     def _losses(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Losses:

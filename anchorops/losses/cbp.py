@@ -223,10 +223,9 @@ class CBP(Regularizer):
             rows = F.normalize(weight.flatten(1), dim=1) * self.length
             weight.copy_(rows.view_as(weight))
         elif self.update == "ema":
-            rows = weight.flatten(1)
-            moved = self.momentum * rows + (1 - self.momentum) * self.centroids.to(weight)
             present = self.centroids.any(1, keepdim=True)
-            weight.copy_(torch.where(present, moved, rows).view_as(weight))
+            step = torch.where(present, 1 - self.momentum, 0.0).to(weight)
+            weight.flatten(1).lerp_(self.centroids.to(weight), step)
             self.centroids.zero_()
 
     def plan(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Plan:
@@ -259,5 +258,6 @@ class CBP(Regularizer):
     def _remember(self, moments: ClassMoments | None, zero: Tensor) -> Losses:
         assert moments is not None
         if self.training:
-            self.centroids.copy_(moments.sums / moments.counts.clamp(min=1)[:, None])
+            counts = moments.counts.clamp(min=1)[:, None]
+            torch.div(moments.sums, counts, out=self.centroids)
         return Losses({"basis": zero}, {})

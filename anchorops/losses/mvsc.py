@@ -92,9 +92,10 @@ class MVSC(Regularizer):
             means = sums / counts.clamp(min=1)[..., None]  # r_kg, 0 where absent
             present = counts > 0
             prototypes = self.prototypes.to(torch.promote_types(weight.dtype, sums.dtype))
+            total = prototypes.sum(0)
             terms = {
-                "fca": self.fca_weight * self._alignment(means, prototypes, present),
-                "cos": self.cos_weight * self._consistency(prototypes, seed),
+                "fca": self.fca_weight * self._alignment(means, total, present),
+                "cos": self.cos_weight * self._consistency(prototypes, total, seed),
                 "visual": self.visual_weight
                 * self._visual(means, prototypes, present, weight, bias),
             }
@@ -102,22 +103,26 @@ class MVSC(Regularizer):
 
         return Plan(Request(groups=self.groups, seed=seed), losses)
 
-    def _alignment(self, means: Tensor, prototypes: Tensor, present: Tensor) -> Tensor:
-        """L_fca (Eq. 2) of the global centroids v'_k."""
-        queries = F.normalize(means, dim=-1, eps=EPS)
-        keys = F.normalize(prototypes.mean(0), dim=-1, eps=EPS).to(queries.dtype)
-        return centroid_info_nce(queries, keys, present=present, temperature=self.temperature)
+    def _alignment(self, means: Tensor, total: Tensor, present: Tensor) -> Tensor:
+        """L_fca (Eq. 2) of the global centroids v'_k. Their sums, once normalised, are the same."""
+        return centroid_info_nce(
+            means,
+            total,
+            present=present,
+            temperature=self.temperature,
+            normalize=EPS,
+        )
 
-    def _consistency(self, prototypes: Tensor, seed: Tensor) -> Tensor:
-        """L_cos = mean 1 − cos(a_k, b_k) (Eq. 3). Sums have the cosines of means."""
+    def _consistency(self, prototypes: Tensor, total: Tensor, seed: Tensor) -> Tensor:
+        """L_cos = mean 1 − cos(a_k, b_k) (Eq. 3). Sums have the cosines of means. total: that of
+        all groups, [K, D]."""
         if self.groups == 1:
             return prototypes.new_zeros(())
         # a different seed from that of the pixels' split
-        half = random_halves(self.groups, seed + (1 << 31), prototypes)
-        halves = torch.stack((half, 1 - half)).to(prototypes.dtype)
-        sums = (halves @ prototypes.flatten(1)).view(2, self.num_classes, self.dim)
-        a, b = F.normalize(sums, dim=-1, eps=EPS)
-        return (1 - (a * b).sum(-1)).mean()
+        half = random_halves(self.groups, seed + (1 << 31), prototypes).to(prototypes.dtype)
+        a = (half @ prototypes.flatten(1)).view_as(total)
+        a, b = F.normalize(torch.stack((a, total - a)), dim=-1, eps=EPS)
+        return torch.rsub((a * b).sum(), 1, alpha=1 / self.num_classes)
 
     def _visual(
         self,
@@ -127,11 +132,15 @@ class MVSC(Regularizer):
         weight: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
-        """L_v, the cross-entropy of V' = V + R − SG(R) (Eq. 4)."""
+        """L_v, the cross-entropy of V' = V + R − SG(R) (Eq. 4): InfoNCE of the classifier's rows,
+        to which the bias is one more channel."""
         visual = prototypes.transpose(0, 1)
         if self.enhance:
             visual = visual + (means - means.detach())
-        bias = None if bias is None else bias.to(visual.dtype)
-        logits = F.linear(visual, weight.to(visual.dtype), bias)  # [K, G, K]
-        log_p = logits.log_softmax(-1).diagonal(dim1=0, dim2=2).T  # of the own class, [K, G]
-        return -torch.where(present, log_p, 0).sum() / present.sum().clamp(min=1)
+        if bias is not None:
+            visual = F.pad(visual, (0, 1), value=1.0)
+            weight = torch.cat((weight, bias[:, None]), 1)
+        every = present.new_ones(self.num_classes)
+        return centroid_info_nce(
+            visual, weight, present=present, present_keys=every, temperature=1.0
+        )

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -98,20 +97,16 @@ class OCCL(Regularizer):
         """counts [K, 2], sums [K, 2, D], weight [K, D]."""
         views = sums / counts.clamp(min=1)[..., None]  # v_kx (Eq. 3)
         centroids = views.detach().mean(1)  # sg(s_k)
-        if self.normalize:
-            views, centroids, weight = (
-                F.normalize(x, dim=-1, eps=EPS) for x in (views, centroids, weight)
-            )
         in_both = counts.all(1)  # P
         options: dict[str, Any] = {
             "present": in_both[:, None].expand(-1, 2),
             "temperature": self.temperature,
             "reduction": self.reduction,
+            "normalize": EPS if self.normalize else None,
         }
         # Eqs. 4 and 5, the mean over P and over both views x; or their sums
         centroid = centroid_info_nce(views, centroids, positives=views.flip(1), **options)
         all_classes = torch.ones_like(in_both)
-        weight = weight.to(views.dtype)
         category = centroid_info_nce(views, weight, present_keys=all_classes, **options)
         # Eq. 6: the mean over both views is ½(L^1 + L^2), the sum is L^1 + L^2
         half = 0.5 if self.reduction == "sum" else 1.0

@@ -171,7 +171,7 @@ class SAR(Regularizer):
         """Â ← αÂ + (1−α)h(A) (Eq. 8) where the gate is open; the first time Â ← h(A). The result is
         in new memory, because the backward pass needs it after later updates."""
         kept = self.semantic_anchors
-        average = self.momentum * kept + (1 - self.momentum) * embedded
+        average = torch.lerp(embedded.to(kept.dtype), kept, self.momentum)
         average = torch.where(self.started[:, None], average, embedded)
         average = torch.where(gate[:, None], average, kept)
         if self.training:
