@@ -110,7 +110,7 @@ def split_groups(keys: Tensor, counts: Tensor, seed: Tensor, groups: int) -> tup
         return split, group_counts
     programs = triton.cdiv(pixels, BLOCK_P.value)
     first, totals = keys.new_zeros(pixels + programs).split([pixels, programs])
-    lists = first, totals, keys.new_empty(pixels)
+    lists = first, totals, keys.new_empty((pixels,))
     _link_pixels_kernel[(programs,)](
         *(keys, counts, starts, seed, *lists, split, pixels), **options
     )

@@ -165,7 +165,7 @@ def _complete(results: Any, logits: Tensor, labels: Tensor, *arguments: Any) -> 
 
     def result(name: str, x: Tensor | None) -> Tensor:
         if x is None:
-            return logits.new_empty(0, dtype=_dtype(name, options, logits))
+            return logits.new_empty((0,), dtype=_dtype(name, options, logits))
         return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
 
     return tuple(result(name, x) for name, x in zip(RESULTS, results, strict=True))

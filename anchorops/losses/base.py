@@ -145,7 +145,7 @@ class Regularizer(InitializedModule):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        if torch.get_default_device().type == "meta":
+        if torch.empty(0).is_meta:
             expected = 'a device with memory: build it outside of torch.device("meta")'
             fail(name, "torch.device", expected, "meta")
         self.num_classes = num_classes = check_num_classes(name, num_classes)
