@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -131,9 +131,10 @@ class Regularizer(InitializedModule):
     uses_classifier = False
     replaces_classifier = False
     has_state = False  # whether it has buffers that a training forward updates
-    step: Tensor
     attachment: Attached | None = None
     _frozen_told = False  # whether the warning of frozen parameters was given
+    if TYPE_CHECKING:  # torch.jit.script reads annotations
+        step: Tensor
 
     def __init__(
         self,
@@ -204,6 +205,7 @@ class Regularizer(InitializedModule):
             self.step.add_(1)
         return seed
 
+    @torch.jit.unused
     def forward(
         self, features: Tensor, labels: Tensor, classifier: Classifier | None = None
     ) -> Tensor:
@@ -248,7 +250,9 @@ class Regularizer(InitializedModule):
             stacklevel=3,
         )
 
-    def __prepare_scriptable__(self) -> NoReturn:
+    def __prepare_scriptable__(self) -> Regularizer:
+        if self.attachment is None:
+            return self
         raise RuntimeError(
             f"torch.jit.script: {type(self).__name__} is no TorchScript: detach() it from the "
             "model, or use torch.export or torch.jit.trace"

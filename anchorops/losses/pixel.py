@@ -118,6 +118,7 @@ class PixelLoss(InitializedModule):
         dtype."""
         raise NotImplementedError
 
+    @torch.jit.unused
     def forward(
         self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None = None
     ) -> Tensor:
