@@ -17,7 +17,31 @@ from torch.autograd import forward_ad
 from .._backend import FUSED, OPERATORS, triton_launcher
 from .._checks import in_transform, is_traced, savable
 
-library = torch.library.Library("anchorops", "FRAGMENT")
+
+class _Library(torch.library.Library):
+    """Where a program removes anchorops from sys.modules and imports it again, the operators remain
+    those of the first import: torch has no public way to remove them, and compiled functions hold
+    them."""
+
+    def __init__(self, namespace: str) -> None:
+        super().__init__(namespace, "FRAGMENT")
+        self._kept: set[str] = set()  # of the first import
+
+    def add(self, name: str, schema: str, fake: Callable[..., Any], *tags: torch.Tag) -> None:
+        """Define the operator NAME or NAME.OVERLOAD, with its fake kernel."""
+        operator, _, overload = name.partition(".")
+        if hasattr(getattr(torch.ops.anchorops, operator, None), overload or "default"):
+            self._kept.add(name)
+            return
+        self.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+        torch.library.register_fake(f"anchorops::{name}", fake, lib=self)
+
+    def impl(self, op_name: Any, *args: Any, **kwargs: Any) -> None:
+        if op_name not in self._kept:
+            super().impl(op_name, *args, **kwargs)
+
+
+library = _Library("anchorops")
 defined: dict[torch._ops.OpOverload, str] = {}
 """The operators of every backend, by name."""
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -180,11 +204,7 @@ def _overload(name: str, backend: str) -> torch._ops.OpOverload:
 
 
 def _define(overload: str, schema: str, fake: Callable[..., Any], any_strides: bool) -> None:
-    tags = [torch.Tag.pt2_compliant_tag]
-    if any_strides:
-        tags.append(torch.Tag.flexible_layout)
-    library.define(overload + schema, tags=tags)
-    torch.library.register_fake(f"anchorops::{overload}", fake, lib=library)
+    library.add(overload, schema, fake, *[torch.Tag.flexible_layout] * any_strides)
 
 
 class _Below:
