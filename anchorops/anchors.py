@@ -6,7 +6,16 @@ All are computed in float64 and returned in torch's default dtype, shape [K, D].
 import torch
 from torch import Tensor
 
-from ._checks import check_count, check_flags, check_num_classes, check_number, describe, fail
+from ._checks import (
+    check_count,
+    check_flags,
+    check_num_classes,
+    check_number,
+    check_strided,
+    describe,
+    fail,
+    has_values,
+)
 
 __all__ = ["category_basis", "orthogonal_anchors", "random_anchors", "simplex_etf"]
 
@@ -107,6 +116,7 @@ def category_basis(
         fail(function, "dim", expected, dim)
     if length is not None:
         length = check_number(function, "length", length, above=True)
+    check_strided(function, "init", init)
     if init is None:
         weight = _normal(num_classes, dim, generator) * (2 / dim) ** 0.5
     elif not isinstance(init, Tensor) or init.shape != (num_classes, dim):
@@ -116,7 +126,8 @@ def category_basis(
     if orthogonalize:
         q, r = torch.linalg.qr(weight.T)
         weight = (q * r.diagonal()).T  # Gram-Schmidt: residuals of the rows, not yet normalised
-        if not (r.diagonal().abs() > 1e-6 * r.norm(dim=0)).all():  # of the rows' own lengths
+        independent = r.diagonal().abs() > 1e-6 * r.norm(dim=0)  # of the rows' own lengths
+        if has_values(independent) and not independent.all():
             fail(function, "init", "linearly independent rows", "dependent ones")
     if length is not None:
         weight = length * torch.nn.functional.normalize(weight, dim=1, eps=1e-300)

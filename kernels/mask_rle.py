@@ -336,7 +336,7 @@ def mask_rle(
     ratios = [(m - inner) / max(n - inner, 1) for m, n in ((h, height), (w, width))]
     options: dict[str, Any] = {"ALIGN_CORNERS": align_corners, "BLOCK": BLOCK_X, "num_warps": 1}
     options["enable_fp_fusion"] = False  # as on the CPU
-    first = logits.new_empty(h + 1, dtype=torch.int32)
+    first = logits.new_empty((h + 1,), dtype=torch.int32)
     grid = (triton.cdiv(h + 1, BLOCK_X),)
     _first_pixels_kernel[grid](first, h, height, ratios[0], **options)
     boxes = None if boxes is None else boxes.contiguous().to(logits.device, non_blocking=True)
@@ -350,7 +350,7 @@ def mask_rle(
     _count_changes_kernel[grid](*arguments, counts_ptr=counts, totals_ptr=totals, **options)
     ends = totals[0].flatten().cumsum(0)
     offsets = F.pad(ends[tiles - 1 :: tiles], (1, 0)).cpu()
-    changes = logits.new_empty(int(offsets[-1]), dtype=torch.int64)
+    changes = logits.new_empty((int(offsets[-1]),), dtype=torch.int64)
     _write_changes_kernel[grid](
         *arguments, counts_ptr=counts, ends_ptr=ends, changes_ptr=changes, **options
     )

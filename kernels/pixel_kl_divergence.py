@@ -470,7 +470,7 @@ def pixel_kl_divergence(
     )
     block = FORWARD_LANES
     tiles = triton.cdiv(upsamplings.student.lanes, block)
-    totals = logits.new_empty(batch * tiles, dtype=torch.float32)
+    totals = logits.new_empty((batch * tiles,), dtype=torch.float32)
     _pixel_kl_divergence_kernel[(batch * tiles,)](
         logits,
         *logits.stride(),

@@ -121,7 +121,7 @@ def split_groups(keys: Tensor, counts: Tensor, seed: Tensor, groups: int) -> tup
     ends = counts.flatten().cumsum(0)
     programs = triton.cdiv(pixels, BLOCK_P.value)
     first, totals = keys.new_zeros(pixels + programs).split([pixels, programs])
-    lists = first, totals, keys.new_empty(pixels)
+    lists = first, totals, keys.new_empty((pixels,))
     _link_pixels_kernel[(programs,)](
         *(keys, counts, ends, seed, *lists, split, group_counts),
         *(pixels, groups, group_counts.numel()),

@@ -174,8 +174,8 @@ def upsampled_sums(
     most = min(_MOST_CHUNKS, programs(), _MOST_BYTES // (4 * entries))
     chunk_tiles = triton.cdiv(launch.tiles, max(most // images, 1))
     chunks = triton.cdiv(launch.tiles, chunk_tiles)
-    partials = sums.new_empty(images * chunks, num_classes, channels)
-    moments = sums.new_empty(images * chunks, 3, channels)
+    partials = sums.new_empty((images * chunks, num_classes, channels))
+    moments = sums.new_empty((images * chunks, 3, channels))
     tables = images if num_keys > num_classes else 1
     blocks = triton.cdiv(channels, launch.blocks["BLOCK_D"])
     _upsampled_sums_kernel[(images * chunks, blocks)](

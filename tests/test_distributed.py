@@ -241,6 +241,15 @@ def check_tensors_of_all_ranks(rank: int, ranks: int) -> None:
         lambda: ao.OCCL(K, D)(distributed(features), labels, anchors),
         lambda: ao.OCCL(K, D)(features, distributed(labels), anchors),
         lambda: ao.OCCL(K, D)(features, labels, distributed(anchors)),
+        lambda: ao.CrossEntropy(distributed(torch.ones(K))),
+        lambda: ao.BinaryCrossEntropy(distributed(torch.ones(K))),
+        lambda: ao.Dice(weight=distributed(torch.ones(K))),
+        lambda: ao.CBP(K, D, init=distributed(anchors)),
+        lambda: ao.SAR(K, D, anchors=distributed(anchors)),
+        lambda: ao.CeCo(K, D, prior=distributed(torch.ones(K))),
+        lambda: ao.ops.class_moments(
+            features, labels, K, groups=2, seed=distributed(torch.tensor(3))
+        ),
     ]
     for case in cases("small"):
         inputs = case.sample.inputs()

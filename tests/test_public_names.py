@@ -45,3 +45,30 @@ def test_names_that_are_imported_at_first_use(without: str) -> None:
 def test_no_function_hides_a_module() -> None:
     modules = {path.stem for path in Path(ao.__file__).parent.iterdir()}
     assert "_attach" in modules and not modules & set(ao.__all__)
+
+
+IMPORTED_AGAIN = """
+import sys
+
+import torch
+
+import anchorops as first
+
+logits, labels = torch.randn(2, 4, 5, 6, requires_grad=True), torch.randint(0, 4, (2, 10, 12))
+for name in [name for name in sys.modules if name.split(".")[0] == "anchorops"]:
+    del sys.modules[name]
+import anchorops as second
+
+assert first is not second
+losses = [ao.CrossEntropyDice()(logits, labels) for ao in (first, second)]
+assert torch.equal(*losses)
+gradients = [torch.autograd.grad(loss, logits)[0] for loss in losses]
+assert torch.equal(*gradients)
+compiled = torch.compile(second.pixel_cross_entropy, backend="aot_eager", fullgraph=True)
+torch.testing.assert_close(compiled(logits, labels), first.pixel_cross_entropy(logits, labels))
+"""
+
+
+def test_a_second_import() -> None:
+    """Of a program that removes modules from sys.modules. The operators remain."""
+    subprocess.run([sys.executable, "-c", IMPORTED_AGAIN], check=True)

@@ -28,6 +28,7 @@ from .._checks import (
     check_label_values,
     check_labels,
     check_num_classes,
+    check_strided,
     fail,
     shape_of,
 )
@@ -155,7 +156,7 @@ def _moments(
     learnable = anchors is not None and anchors.requires_grad and torch.is_grad_enabled()
     arguments = features, keys, anchors, num_keys, groups, with_sums or learnable
     sums, sqdists = run("class_moments", backend, *arguments)
-    return sums if with_sums or not learnable else sums.new_empty(0), sqdists
+    return sums if with_sums or not learnable else sums.new_empty((0,)), sqdists
 
 
 def _check_inputs(
@@ -183,6 +184,7 @@ def _check_groups(
     if groups == 1:
         return 1, None
     expected = "an int of 64 bits or an int64 tensor of one element where groups > 1"
+    check_strided("class_moments", "seed", seed)
     if isinstance(seed, Tensor):
         if seed.dtype == torch.int64 and seed.device == features.device and seed.numel() == 1:
             return groups, seed  # its value stays on the device

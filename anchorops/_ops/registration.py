@@ -12,7 +12,31 @@ from torch.autograd import forward_ad
 from .._backend import FUSED, OPERATORS, implement_by_triton
 from .._checks import in_transform, savable
 
-library = torch.library.Library("anchorops", "FRAGMENT")
+
+class _Library(torch.library.Library):
+    """Where a program removes anchorops from sys.modules and imports it again, the operators remain
+    those of the first import: torch has no public way to remove them, and compiled functions hold
+    them."""
+
+    def __init__(self, namespace: str) -> None:
+        super().__init__(namespace, "FRAGMENT")
+        self._kept: set[str] = set()  # of the first import
+
+    def add(self, name: str, schema: str, fake: Callable[..., Any], *tags: torch.Tag) -> None:
+        """Define the operator NAME or NAME.OVERLOAD, with its fake kernel."""
+        operator, _, overload = name.partition(".")
+        if hasattr(getattr(torch.ops.anchorops, operator, None), overload or "default"):
+            self._kept.add(name)
+            return
+        self.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+        torch.library.register_fake(f"anchorops::{name}", fake, lib=self)
+
+    def impl(self, op_name: Any, *args: Any, **kwargs: Any) -> None:
+        if op_name not in self._kept:
+            super().impl(op_name, *args, **kwargs)
+
+
+library = _Library("anchorops")
 defined: dict[Callable[..., Any], str] = {}
 """The operators of every backend, by name."""
 
@@ -128,11 +152,8 @@ def _define(
     any_strides: bool,
 ) -> Callable[..., Any]:
     """Returns anchorops::NAME.BACKEND."""
-    tags = [torch.Tag.pt2_compliant_tag]
-    if any_strides:
-        tags.append(torch.Tag.flexible_layout)
-    library.define(f"{name}.{backend}{schema}", tags=tags)
-    torch.library.register_fake(f"anchorops::{name}.{backend}", fake, lib=library)
+    tags = [torch.Tag.flexible_layout] if any_strides else []
+    library.add(f"{name}.{backend}", schema, fake, *tags)
     if in_python is not None:
         implementation = partial(in_python, backend)
         library.impl(f"{name}.{backend}", implementation, "CompositeExplicitAutograd")

@@ -152,7 +152,7 @@ def _launch(launcher: Any, logits: Tensor, labels: Tensor, *arguments: Any) -> t
     options, wanted = split_options(arguments)
     results = Results(*launcher(logits, labels, options, wanted))
     return tuple(
-        logits.new_empty(0, dtype=_dtype(name, options, logits)) if result is None else result
+        logits.new_empty((0,), dtype=_dtype(name, options, logits)) if result is None else result
         for name, result in results._asdict().items()
     )
 

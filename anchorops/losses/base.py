@@ -6,7 +6,7 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -132,9 +132,10 @@ class Regularizer(InitializedModule):
     uses_classifier = False
     replaces_classifier = False
     has_state = False  # whether it has buffers that a training forward updates
-    step: Tensor
     attachment: Attached | None = None
     _frozen_told = False  # whether the warning of frozen parameters was given
+    if TYPE_CHECKING:  # torch.jit.script reads annotations
+        step: Tensor
 
     def __init__(
         self,
@@ -146,7 +147,7 @@ class Regularizer(InitializedModule):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        if torch.get_default_device().type == "meta":
+        if torch.empty(0).is_meta:
             expected = 'a device with memory: build it outside of torch.device("meta")'
             fail(name, "torch.device", expected, "meta")
         self.num_classes = num_classes = check_num_classes(name, num_classes)
@@ -207,6 +208,7 @@ class Regularizer(InitializedModule):
             self.step.add_(1)
         return seed
 
+    @torch.jit.unused
     def forward(
         self, features: Tensor, labels: Tensor, classifier: Classifier | None = None
     ) -> Tensor:
@@ -251,7 +253,9 @@ class Regularizer(InitializedModule):
             stacklevel=3,
         )
 
-    def __prepare_scriptable__(self) -> NoReturn:
+    def __prepare_scriptable__(self) -> Regularizer:
+        if self.attachment is None:
+            return self
         raise RuntimeError(
             f"torch.jit.script: {type(self).__name__} is no TorchScript: detach() it from the "
             "model, or use torch.export or torch.jit.trace"

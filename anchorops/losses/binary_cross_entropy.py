@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -44,7 +44,8 @@ class BinaryCrossEntropy(BaseCrossEntropy):
 
     sigmoid = True
     divides_by_weight = False
-    pos_weight: Tensor | None
+    if TYPE_CHECKING:  # torch.jit.script reads annotations
+        pos_weight: Tensor | None
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from .._checks import FLOATING, check_choice, check_number, check_share, describe, fail
+from .._checks import FLOATING, check_choice, check_number, check_share, describe, fail, has_values
 from .._moments import ClassMoments
 from ..anchors import category_basis
 from ..distributed import reduce_moments
@@ -194,7 +194,9 @@ class CBP(Regularizer):
     def check_checkpoint(self, weight: Tensor) -> None:
         """Raises ValueError if the rows of a frozen classifier would be no basis: of several
         lengths, or not orthogonal. Then they come from a model without CBP."""
-        if self.update != "frozen" or weight.is_meta or weight.numel() != self.basis.numel():
+        if self.update != "frozen" or weight.numel() != self.basis.numel():
+            return
+        if not has_values(weight):
             return
         rows = weight.flatten(1).double()
         unit, lengths = F.normalize(rows, dim=1), rows.norm(dim=1)

@@ -11,8 +11,10 @@ from .._checks import (
     check_flags,
     check_number,
     check_share,
+    check_strided,
     describe,
     fail,
+    has_values,
 )
 from .._moments import ClassMoments
 from .._ops.upsampled_sums import upsampled_sums
@@ -83,11 +85,12 @@ class CeCo(Regularizer):
             expected = f"at least num_classes - 1 = {num_classes - 1}, the rank of a simplex"
             fail("CeCo", "center_dim", expected, center_dim)
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        check_strided("CeCo", "prior", prior)
         if prior is None:
             prior = torch.ones(num_classes, dtype=dtype)
         elif not isinstance(prior, Tensor) or prior.shape != (num_classes,):
             fail("CeCo", "prior", f"a tensor [{num_classes}]", describe(prior))
-        elif not ((prior >= 0) & prior.isfinite()).all() or not prior.any():
+        elif has_values(prior) and not (((prior >= 0) & prior.isfinite()).all() and prior.any()):
             fail("CeCo", "prior", "finite shares of at least 0, and one above 0", prior.tolist())
         self.resolution, self.per_image = resolution, per_image
         self.freeze_projection = freeze_projection

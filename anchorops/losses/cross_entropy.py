@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -153,7 +153,8 @@ class CrossEntropy(BaseCrossEntropy):
     which need some maps, are ohem_min_kept, with one more pass, and the gradient of pixel weights.
     """
 
-    weight: Tensor | None
+    if TYPE_CHECKING:  # torch.jit.script reads annotations
+        weight: Tensor | None
 
     def __init__(
         self,

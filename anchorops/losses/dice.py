@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -75,7 +75,8 @@ class Dice(MomentsLoss):
     if requested.
     """
 
-    weight: Tensor | None
+    if TYPE_CHECKING:  # torch.jit.script reads annotations
+        weight: Tensor | None
 
     def __init__(
         self,

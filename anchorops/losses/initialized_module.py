@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from inspect import signature
+from inspect import getmembers, signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +16,12 @@ class InitializedModule(nn.Module):
     loaded."""
 
     _emptied = False
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        # torch.jit.script compiles the others, also of a module that the model does not call.
+        properties = getmembers(cls, lambda member: isinstance(member, property))
+        cls.__jit_unused_properties__ = [name for name, _ in properties]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # `_apply` alone is called for the modules inside the one whose `to_empty` was called.

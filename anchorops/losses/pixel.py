@@ -18,6 +18,7 @@ from .._checks import (
     describe,
     fail,
     flat_pos_weight,
+    has_values,
     in_transform,
     savable,
 )
@@ -117,6 +118,7 @@ class PixelLoss(InitializedModule):
         dtype."""
         raise NotImplementedError
 
+    @torch.jit.unused
     def forward(
         self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None = None
     ) -> Tensor:
@@ -209,6 +211,7 @@ class MomentsLoss(PixelLoss):
         number `pos_weight` has the shape (1,), and axes of length 1 beside the channels are left
         out."""
         function, given = type(self).__name__, weight
+        check_strided(function, name, weight)
         if weight is not None:
             try:
                 dtype = torch.float64 if getattr(weight, "dtype", 0) == torch.float64 else None
@@ -225,7 +228,7 @@ class MomentsLoss(PixelLoss):
             expected = "a finite number of at least 0 for each class"
             if weight.dim() != 1:
                 fail(function, name, expected, describe(given))
-            if len(wrong := weight[~((weight >= 0) & weight.isfinite())]):
+            if has_values(weight) and len(wrong := weight[~((weight >= 0) & weight.isfinite())]):
                 fail(function, name, expected, wrong[0].item())
         self.register_buffer(name, weight)
 
@@ -237,6 +240,7 @@ def class_weight(loss: MomentsLoss, logits: Tensor) -> Tensor | None:
     if weight is None:
         return None
     loss.check_initialized()
+    check_strided(type(loss).__name__, "weight", weight)
     if weight.shape != logits.shape[1:2]:
         expected = f"one number for each of the {logits.shape[1]} classes of logits"
         fail(type(loss).__name__, "weight", expected, len(weight))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-_library = torch.library.Library("anchorops", "FRAGMENT")
+from .._ops.registration import library
 
 
 def recomputing() -> bool:
@@ -33,6 +33,5 @@ def _first_pass(state: Tensor, name: str) -> None:
         raise recomputation_refused(name)
 
 
-_library.define("first_pass(Tensor(a!) state, str name) -> ()", tags=torch.Tag.pt2_compliant_tag)
-_library.impl("first_pass", _first_pass, "CompositeExplicitAutograd")
-torch.library.register_fake("anchorops::first_pass", lambda state, name: None, lib=_library)
+library.add("first_pass", "(Tensor(a!) state, str name) -> ()", lambda state, name: None)
+library.impl("first_pass", _first_pass, "CompositeExplicitAutograd")

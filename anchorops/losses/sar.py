@@ -11,6 +11,7 @@ from .._checks import (
     check_int,
     check_number,
     check_share,
+    check_strided,
     describe,
     fail,
 )
@@ -112,6 +113,7 @@ class SAR(Regularizer):
         check_flags("SAR", embed=embed, reweight=reweight, detach_weights=detach_weights)
         if embed and num_classes < 2:
             fail("SAR", "num_classes", "at least 2, for batch statistics over anchors", num_classes)
+        check_strided("SAR", "anchors", anchors)
         self.anchor_kind = "given"
         if isinstance(anchors, str):
             check_choice("SAR", "anchors", anchors, tuple(_ANCHORS))

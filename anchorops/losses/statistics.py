@@ -38,7 +38,7 @@ def _fold(moments: ClassMoments, made: Request, request: Request) -> ClassMoment
     counts, sums, sqdists = moments
     return ClassMoments(
         fold(counts, ()),
-        fold(sums, sums.shape[-1:]) if request.with_sums else sums.new_empty(0),
+        fold(sums, sums.shape[-1:]) if request.with_sums else sums.new_empty((0,)),
         fold(sqdists, ()) if request.anchors is not None and sqdists is not None else None,
     )
 
