@@ -512,6 +512,19 @@ def check_size(function: str, size: object, axes: int = 2) -> tuple[int, ...]:
     return lengths
 
 
+def check_axes(
+    function: str, logits: Tensor, size: Sequence[int], argument: str = "logits"
+) -> None:
+    """Logits (B, K, …) and the size to which a compiled kernel upsamples them: pixel + 1/2 must be
+    exact in float32. Sizes in a trace may not be numbers, and are not checked."""
+    if logits.dtype == torch.float64 or is_traced():
+        return
+    for source, pixels in zip(logits.shape[2:], size, strict=True):
+        if source != pixels and max(source, pixels) > 2**23:
+            expected = "axes of at most 2^23 logits and labels"
+            fail(function, argument, expected, f"{source} and {pixels}")
+
+
 def check_count(function: str, argument: str, value: object) -> int:
     number = as_int(value)
     expected = "an int of at least 1" if number is None or number < 1 else "an int of 64 bits"

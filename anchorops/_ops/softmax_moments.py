@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import select
-from .._checks import check_flags, check_pixels, savable, shape_of
+from .._checks import check_axes, check_flags, check_pixels, savable, shape_of
 from .._moments import (
     BACKWARD_SCHEMA,
     GRADIENTS,
@@ -310,6 +310,8 @@ def _call_of(
         logits, by_image = as_images(logits, labels, sigmoid)
         labels, options = by_image(labels), options.convert(by_image)
     backend = select(function, logits, logits.shape[1], called=("softmax_moments",))
+    if backend != "reference":
+        check_axes(function, logits, labels.shape[1:])
     if backend != "cpu":
         logits = two_classes(logits)
     if logits.requires_grad and torch.is_grad_enabled() and reads_lse(backend, logits):
