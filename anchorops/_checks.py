@@ -163,7 +163,7 @@ def check_strided(function: str, argument: str, tensor: object) -> None:
 def has_values(tensor: Tensor) -> bool:
     """Whether a check can read its values: not in what torch.compile traces, and not of a
     FakeTensor, whose memory is on the device meta."""
-    return not _is_compiling() and tensor.untyped_storage().device.type != "meta"
+    return not torch.compiler.is_compiling() and tensor.untyped_storage().device.type != "meta"
 
 
 def savable(x: T) -> T:
@@ -358,7 +358,7 @@ def _check_integers(function: str, argument: str, values: Tensor) -> None:
 def check_label_values(function: str, labels: Tensor, num_classes: int, ignore_index: int) -> None:
     """Every label is a class or ignore_index; of two classes, these are no masks of 0 and 255 where
     255 is ignored. This synchronises with the device."""
-    if not (_is_compiling() or has_values(labels)):
+    if not (torch.compiler.is_compiling() or has_values(labels)):
         return
     labels = labels.long()  # torch has no comparisons for uint16 to uint64
     valid = (labels == ignore_index) | ((labels >= 0) & (labels < num_classes))
@@ -516,6 +516,19 @@ def check_size(function: str, size: object, axes: int = 2) -> tuple[int, ...]:
         expected = "(H, W), two ints" if axes == 2 else "(D, H, W), three ints"
         fail(function, "size", f"{expected} of at least 0", describe(size))
     return lengths
+
+
+def check_axes(
+    function: str, logits: Tensor, size: Sequence[int], argument: str = "logits"
+) -> None:
+    """Logits (B, K, …) and the size to which a compiled kernel upsamples them: pixel + 1/2 must be
+    exact in float32. Sizes in a trace may not be numbers, and are not checked."""
+    if logits.dtype == torch.float64 or is_traced():
+        return
+    for source, pixels in zip(logits.shape[2:], size, strict=True):
+        if source != pixels and max(source, pixels) > 2**23:
+            expected = "axes of at most 2^23 logits and labels"
+            fail(function, argument, expected, f"{source} and {pixels}")
 
 
 def check_count(function: str, argument: str, value: object) -> int:

@@ -72,9 +72,18 @@ def test_sigmoids(shape: str, channels: int, threshold: float):
 @pytest.mark.parametrize(("logits", "labels"), [(2, 2**23 + 1), (2**23 + 1, 2)])
 def test_axes_whose_coordinates_float32_would_round(logits: int, labels: int):
     z = torch.zeros(1, 1, 1, 1).expand(1, 2, 1, logits)
-    message = rf"axes of at most 2\^23 logits and labels, got {logits} and {labels}"
-    with pytest.raises((ValueError, RuntimeError), match=message):
-        ao.pixel_argmax(z, (1, labels), dtype=torch.uint8)
+    expected = rf"expected axes of at most 2\^23 logits and labels, got {logits} and {labels}$"
+    y = torch.zeros(1, 1, 1, dtype=torch.uint8).expand(1, 1, labels)
+    calls = {
+        "pixel_argmax": lambda: ao.pixel_argmax(z, (1, labels), dtype=torch.uint8),
+        "pixel_cross_entropy": lambda: ao.pixel_cross_entropy(z, y),
+        "Dice": lambda: ao.Dice()(z, y),
+        "Lovasz": lambda: ao.Lovasz()(z, y),
+        "pixel_kl_divergence": lambda: ao.pixel_kl_divergence(z, z, (1, labels)),
+    }
+    for function, call in calls.items():
+        with pytest.raises(ValueError, match=f"^{function}: logits: {expected}"):
+            call()
 
 
 def test_strides_of_sigmoids():

@@ -1,6 +1,7 @@
 """Values and gradients of softmax moments on every backend, with all options."""
 
 import math
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -14,8 +15,8 @@ from softmax_cases import ALL, BF16, CE, F16, F32, F64, moments, run, run_refere
 from torch import Tensor
 
 import anchorops as ao
-from anchorops.catalogue import Case
-from anchorops.catalogue.budget import error_and_limit
+from anchorops.catalogue import Case, formulas
+from anchorops.catalogue.budget import FLOOR, error_and_limit
 
 cpu = pytest.mark.on("cpu")
 on_cpu = pytest.mark.on("cpu", "reference")
@@ -392,6 +393,107 @@ def test_rounding_errors_of_many_factors(num_classes: int, allowed: float, backe
     ours, exact, plain = (gradient.double() for *_, gradient in three_runs(case, logits))
     error, torch_error = ((x - exact).square().mean().sqrt() for x in (ours, plain))
     assert error <= allowed * torch_error
+
+
+def confident_logits(kind: str, size: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
+    """Logits whose margin is 10 everywhere, or 8 between a left and a right half whose logits
+    differ, and their classes [B, h, w]."""
+    classes = torch.randint(0, size[1], (size[0], 1, 1)).expand(size[0], *size[2:]).clone()
+    logits, margin = torch.randn(size) / 2, 10.0
+    if kind == "two classes":
+        classes[..., size[3] // 2 :] = (classes[..., :1] + 1) % size[1]
+        logits, margin = logits / 10, 16.0
+    return logits.scatter_add(
+        1, classes[:, None], torch.full((size[0], 1, *size[2:]), margin)
+    ), classes
+
+
+@cpu
+@pytest.mark.parametrize("option", ["plain", "weighted", "focal", "pixel losses"])
+@pytest.mark.parametrize(
+    ("kind", "size", "pixels"),
+    [
+        ("one class", (2, 19, 9, 20), (36, 80)),
+        ("one class", (2, 19, 9, 20), (18, 40)),
+        ("one class", (2, 150, 9, 20), (36, 80)),
+        ("one class", (2, 300, 9, 20), (72, 170)),
+        ("one class", (2, 19, 9, 20), (21, 50)),
+        ("one class", (2, 19, 9, 20), (14, 30)),
+        ("one class", (2, 19, 9, 20), (9, 20)),
+        ("two classes", (2, 19, 9, 20), (18, 40)),
+        ("two classes", (2, 150, 9, 20), (18, 40)),
+    ],
+)
+def test_gradients_of_confident_pixels(kind: str, size, pixels, option: str, backend: str):
+    """p - 1 is rounded where p is near 1."""
+    logits, classes = confident_logits(kind, size)
+    rows, columns = (
+        torch.arange(n) * source // n for n, source in zip(pixels, size[2:], strict=True)
+    )
+    labels = classes[:, rows][..., columns]
+    weight = torch.rand(size[1]) + 0.5 if option == "weighted" else None
+    weights = torch.rand(labels.shape)
+
+    def loss(x: Tensor, ours: bool) -> Tensor:
+        if option == "focal":
+            if ours:
+                return ao.CrossEntropy(focal_gamma=1.5, ignore_index=-1)(x, labels)
+            return formulas.cross_entropy(x, labels, focal_gamma=1.5)
+        call = formulas.loss_of_pixels
+        if ours:
+            call = partial(ao.pixel_cross_entropy, ignore_index=-1)
+        if option == "pixel losses":
+            return (call(x, labels, reduction="none") * weights).sum()
+        return call(x, labels, weight=weight, reduction="sum")
+
+    def gradient(x: Tensor, ours: bool) -> Tensor:
+        x = x.detach().clone().requires_grad_()
+        return torch.autograd.grad(loss(x, ours), x)[0].double()
+
+    exact = gradient(logits.double(), False)
+    limits = error_and_limit(gradient(logits, True), exact, gradient(logits, False), FLOOR)
+    assert limits[0] <= limits[1]
+
+
+@cpu
+@pytest.mark.parametrize(
+    ("size", "pixels"),
+    [(32, 128), (64, 128), (33, 99), (50, 150), (100, 300), (33, 100), (20, 200)],
+)
+@pytest.mark.parametrize("num_classes", [3, 19, 150])
+def test_losses_of_confident_pixels(size: int, pixels: int, num_classes: int, backend: str):
+    """The label's own logit and the sum of the exponentials are rounded alike."""
+    logits = 10 * torch.randn(1, num_classes, size, size)
+    z = formulas.upsampled(logits.double(), (pixels, pixels))
+    labels = z.argmax(1)
+    exact = F.cross_entropy(z, labels, reduction="none")
+    confident = exact < 0.1
+    ours = ao.pixel_cross_entropy(logits, labels, reduction="none")
+    plain = formulas.loss_of_pixels(logits, labels, reduction="none")
+    error, torch_error = ((x.double() - exact)[confident].abs().max() for x in (ours, plain))
+    assert error <= 2 * torch_error + 4 * torch.finfo(F32).eps
+
+
+@cpu
+@pytest.mark.parametrize("scale", [1.0, 1e-20, 1e-24, 1e-28])
+@pytest.mark.parametrize("options", [{"squared": True}, {}], ids=str)
+def test_dice_of_tiny_gradients(options: dict[str, bool], scale: float, backend: str):
+    """Products of slopes and of powers of e would underflow."""
+    size, pixels = (1, 5, 8, 8), (32, 32)
+    logits = 25.0 * torch.randint(0, 2, size) + torch.randn(size) / 10
+    labels = torch.randint(0, 5, (1, *pixels))
+
+    def gradient(x: Tensor, call: Any) -> Tensor:
+        x = x.detach().clone().requires_grad_()
+        return torch.autograd.grad(scale * call(x, labels), x)[0].double()
+
+    def formula(x: Tensor, y: Tensor) -> Tensor:
+        return formulas.dice(x, y, **options)
+
+    exact = gradient(logits.double(), formula)
+    plain = (gradient(logits, formula) - exact).abs().max() / exact.abs().max()
+    ours = (gradient(logits, ao.Dice(**options)) - exact).abs().max() / exact.abs().max()
+    assert ours <= 2 * plain + FLOOR
 
 
 def even_logits(kind: str, size: tuple[int, ...]) -> Tensor:

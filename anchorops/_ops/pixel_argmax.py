@@ -9,7 +9,15 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import select
-from .._checks import check_flags, check_logits, check_size, check_threshold, describe, fail
+from .._checks import (
+    check_axes,
+    check_flags,
+    check_logits,
+    check_size,
+    check_threshold,
+    describe,
+    fail,
+)
 from .._moments import Options, Wanted, statistics_dtype
 from .registration import define, run
 from .sigmoid import two_classes
@@ -158,5 +166,6 @@ def _classes(
         logits = two_classes(logits)
     if backend == "reference":
         return reference.pixel_argmax(logits, size, align_corners=align_corners).to(dtype)
+    check_axes("pixel_argmax", logits, size)
     name = "pixel_argmax" if logits.dim() == 4 else "volume_argmax"
     return run(name, backend, logits, *size, align_corners, dtype)

@@ -22,6 +22,7 @@ from .. import reference
 from .._backend import select
 from .._checks import (
     FLOATING,
+    check_axes,
     check_choice,
     check_flags,
     check_logits,
@@ -206,6 +207,8 @@ def pixel_kl_divergence(
             align_corners=align_corners,
             reduction=reduction,
         )
+    check_axes(function, logits, size)
+    check_axes(function, teacher_logits, size, "teacher_logits")
     name = "pixel_kl_divergence" if logits.dim() == 4 else "volume_kl_divergence"
     total, divergences, _, _ = run(
         name,

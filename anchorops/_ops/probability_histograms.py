@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import FUSED, select
+from .._checks import check_axes
 from .._moments import statistics_dtype
 from .hinges import hinge_gradients
 from .registration import Gradient, define, library, like_the_first, run
@@ -87,6 +88,7 @@ def probability_histograms(
     backend = _backend(function, logits)
     if backend == "reference":
         return reference.probability_histograms(logits, labels, bins, ignore_index, align_corners)
+    check_axes(function, logits, labels.shape[1:])
     arguments = logits, labels, bins, ignore_index, align_corners
     return run("probability_histograms", backend, *arguments)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import select
-from .._checks import check_flags, check_pixels, shape_of
+from .._checks import check_axes, check_flags, check_pixels, shape_of
 from .._moments import (
     BACKWARD_SCHEMA,
     GRADIENTS,
@@ -300,6 +300,7 @@ def moments_of(
     if backend != "cpu":
         images = two_classes(images)
     if backend != "reference":
+        check_axes(function, images, pixels.shape[1:])
         options = options.in_tensors(images)
     if images.requires_grad and torch.is_grad_enabled() and reads_lse(backend, images):
         wanted = wanted._replace(with_lse=True)

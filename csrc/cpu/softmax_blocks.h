@@ -3,14 +3,29 @@
 
 #include "softmax_cells.h"
 
+// A bit for each of some classes. Classes that differ by 64 * CLASS_WORDS have the same bit.
+ALWAYS_INLINE void add_class(uint64_t* bits, int32_t k) {
+  if (k >= 0) bits[k / 64u % CLASS_WORDS] |= uint64_t{1} << k % 64u;
+}
+ALWAYS_INLINE bool may_have_class(const uint64_t* bits, uint64_t k) {
+  return bits[k / 64 % CLASS_WORDS] >> k % 64 & 1;
+}
+
 // The classes of a block's pixels [rows][WIDTH][lanes], -1 where there is none.
 struct BlockClasses {
   int32_t classes[ROWS * PIXELS];
   Ints cell_classes;                             // the largest of each cell, mostly the only one
   int32_t others[ROWS * PIXELS + LANES<float>];  // the pixels that are of another class
   int64_t count;                                 // number of the others
+  uint64_t bits[CLASS_WORDS];                    // of all classes
 
   Ints pixel_classes(int64_t n) const { return load_ints(classes + n * LANES<float>); }
+  // Writes the values of vector n of the pixels where they have class k.
+  ALWAYS_INLINE void put(int64_t k, int64_t n, Floats values, float* target) const {
+    float* const at = target + n * LANES<float>;
+    const Ints of_class = pixel_classes(n) == static_cast<int32_t>(k);
+    Simd<float>::store(at, of_class ? values : Simd<float>::load(at));
+  }
 };
 
 // A block of a row of cells. columns: of its pixels in the tile [WIDTH][lanes], -1 where there is
@@ -22,7 +37,7 @@ struct Block {
   int64_t column;  // of its first cell, in the row
   const int32_t* columns;
   const float *weights, *starts;
-  int64_t first_factor;
+  int64_t first_factor, index;
 
   ALWAYS_INLINE Block(const CellRow& row, int64_t index)
       : row(row),
@@ -30,7 +45,8 @@ struct Block {
         columns(row.workspace.cells.columns + index * PIXELS),
         weights(row.workspace.cells.weights + index * PIXELS),
         starts(row.workspace.cells.starts + index * L),
-        first_factor(index * PIXELS) {}
+        first_factor(index * PIXELS),
+        index(index) {}
 
   ALWAYS_INLINE Floats down(int64_t j) const { return Floats{} + row.down[j]; }
   ALWAYS_INLINE Floats right(int64_t i) const { return Simd<float>::load(weights + i * L); }
@@ -43,15 +59,17 @@ struct Block {
   ALWAYS_INLINE Corners corners(int64_t k) const {
     return {row.upper_row(k) + column, row.lower_row(k) + column};
   }
-  ALWAYS_INLINE Series series(const Corners& z) const {
-    return {z, right_start(), row.problem.column_cells.step, row.at_down,
-            row.problem.row_cells.step};
+  // at_down: the weight of the lower logits in the first row.
+  ALWAYS_INLINE Series series(const Corners& z, float at_down) const {
+    return {z, right_start(), row.problem.column_cells.step, at_down, row.problem.row_cells.step};
   }
-  ALWAYS_INLINE Corners shifts() const {
-    const int64_t at = row.first_column + column;
-    return {row.workspace.packed.shifts[row.upper] + at,
-            row.workspace.packed.shifts[row.lower] + at};
+  ALWAYS_INLINE int32_t* pixel_classes(int64_t j, int64_t i) const {
+    return row.workspace.cells.classes + j * row.workspace.cells.lanes + first_factor + i * L;
   }
+  ALWAYS_INLINE uint64_t* class_bits() const {
+    return row.workspace.cells.class_bits + index * CLASS_WORDS;
+  }
+
   // The logit of class k at pixel t.
   ALWAYS_INLINE float logit(int64_t t, int64_t k) const {
     const float* above = row.upper_row(k) + column + t % L;
@@ -119,36 +137,34 @@ struct Block {
       for (int i = 0; i < WIDTH; ++i)
         classes.cell_classes = k[i] > classes.cell_classes ? k[i] : classes.cell_classes;
     }
+    // rows are processed HEIGHT at a time
+    for (int64_t n = row.rows * WIDTH; n % (HEIGHT * WIDTH) != 0; ++n)
+      std::memset(classes.classes + n * L, -1, sizeof(Ints));
     classes.count = 0;
     for (int64_t n = 0; n < row.rows * WIDTH; ++n) {
       const Ints k = load_ints(classes.classes + n * L);
       classes.count +=
           put_lanes((k >= 0) & (k != classes.cell_classes), n * L, classes.others + classes.count);
     }
-  }
-  // The logits around the cells of their true classes; any numbers if a cell has no true class.
-  ALWAYS_INLINE Corners label_corners(Ints classes) const {
-    Ints at = {};
-    for (int lane = 0; lane < L; ++lane) at[lane] = lane;
-    at += (classes >= 0 ? classes : Ints{}) * static_cast<int32_t>(row.workspace.packed.stride);
-    const float* above = row.upper_row(0) + column;
-    const float* below = row.lower_row(0) + column;
-    return {gather(above, at, 0.0f), gather(above + 1, at, 0.0f), gather(below, at, 0.0f),
-            gather(below + 1, at, 0.0f)};
-  }
-  // The logits of the true classes of the pixels [rows][WIDTH][lanes]; any numbers where there is
-  // no class.
-  ALWAYS_INLINE void label_logits(const BlockClasses& classes, float* logits) const {
-    const Corners z = label_corners(classes.cell_classes);
-    const bool finite = z.all_above(-3e38f);
-    for (int64_t j = 0; j < row.rows; ++j)
-      for (int i = 0; i < WIDTH; ++i)
-        Simd<float>::store(logits + j * PIXELS + i * L,
-                           finite ? z.at_finite(row.down[j], right(i)) : z.at(down(j), right(i)));
-    for (int64_t n = 0; n < classes.count; ++n) {
-      const int32_t t = classes.others[n];
-      logits[t] = logit(t, classes.classes[t]);
+    std::memset(classes.bits, 0, sizeof classes.bits);
+    int32_t last = -1;  // cells of one class are neighbours
+    for (int lane = 0; lane < L; ++lane) {
+      const int32_t k = classes.cell_classes[lane];
+      if (k != last) add_class(classes.bits, k);
+      last = k;
     }
+    for (int64_t n = 0; n < classes.count; ++n)
+      add_class(classes.bits, classes.classes[classes.others[n]]);
+  }
+  // -log p of the true classes of vector n of the pixels, from their e^z and its sum over all
+  // classes; 0 where there is no class.
+  ALWAYS_INLINE Floats label_losses(const BlockClasses& classes, int64_t n, Floats power,
+                                    Floats total) const {
+    const Ints k = classes.pixel_classes(n), far = (k >= 0) & (power < 1e-30f);
+    Floats c = log(total / (far ? Floats{} + 1 : power));
+    for (int lane = 0; any(far) && lane < L; ++lane)
+      if (far[lane]) c[lane] -= logit(n * L + lane, k[lane]);
+    return k >= 0 ? not_below_0(c) : Floats{};
   }
   // The sum of v_k * -log p_k for a vector of pixels. log_total: log of the sum of e^z.
   ALWAYS_INLINE Floats losses_of_all_classes(const LossesOfImage<float>& losses, int64_t j,
@@ -177,53 +193,89 @@ struct Block {
   }
 };
 
-enum class Term { POWER, WEIGHTED, SQUARE };
-
-// Sums over classes for a block's pixels: of e^z, of e^z * weights[k] or of (e^z)^2 * weights[k].
-template <Term TERM>
-void sum_block(const Block& block, int64_t first_row, const float* weights, Floats* sums) {
+// Calls visit(j, i, e^z) for one class and the pixels in HEIGHT rows from `first` on.
+template <class Visit>
+ALWAYS_INLINE void for_powers(const Block& block, const Corners& z, int64_t first, Visit visit) {
   const CellRow& row = block.row;
-  const int64_t num_classes = row.problem.logits.num_classes;
-  const int64_t stride = row.workspace.packed.stride;
-  const float* upper = row.upper_row(0) + block.column;
-  const float* lower = row.lower_row(0) + block.column;
-  const Floats at_right = block.right_start();
-  const float at_down = row.down_start(first_row);
-  const float step_right = row.problem.column_cells.step, step_down = row.problem.row_cells.step;
-  const auto term = [weights](Floats v, int64_t k) INLINE_LAMBDA {
-    if constexpr (TERM == Term::POWER) return v;
-    if constexpr (TERM == Term::WEIGHTED) return v * weights[k];
-    if constexpr (TERM == Term::SQUARE) return v * v * weights[k];
-  };
+  if (z.all_above(FAR)) {
+    Series e = block.series(z, row.down_starts[first]);
+#pragma GCC unroll 8
+    for (int j = 0; j < HEIGHT; ++j) {
+      Floats v = e.first;
+#pragma GCC unroll 8
+      for (int i = 0; i < WIDTH; ++i) {
+        visit(j, i, v);
+        if (i < WIDTH - 1) v *= e.right;
+      }
+      if (j < HEIGHT - 1) e.next_row();
+    }
+    return;
+  }
+  for (int j = 0; j < HEIGHT; ++j)
+    for (int i = 0; i < WIDTH; ++i) {
+      const float down = row.down[std::min<int64_t>(first + j, row.rows - 1)];
+      visit(j, i, exp<float>(z.at(Floats{} + down, block.right(i))));
+    }
+}
+
+// Sums over classes for a block's pixels in HEIGHT rows: visit(k, z, some) adds those of a class.
+template <class Visit>
+ALWAYS_INLINE void sum_classes(const Block& block, Floats* sums, Visit visit) {
+  const int64_t num_classes = block.row.problem.logits.num_classes;
+  const int64_t stride = block.row.workspace.packed.stride;
+  const float* upper = block.row.upper_row(0) + block.column;
+  const float* lower = block.row.lower_row(0) + block.column;
   for (int n = 0; n < HEIGHT * WIDTH; ++n) sums[n] = Floats{};
   for (int64_t start = 0; start < num_classes; start += 128) {
     Floats some[HEIGHT * WIDTH] = {};  // sums of few terms, to keep rounding errors small
     const int64_t end = std::min<int64_t>(start + 128, num_classes);
     for (int64_t k = start; k < end; ++k) {
-      const Corners z(upper + k * stride, lower + k * stride);
       block.fetch_logits(k);
-      if (z.all_above(FAR)) {
-        Series e(z, at_right, step_right, at_down, step_down);
-#pragma GCC unroll 8
-        for (int j = 0; j < HEIGHT; ++j) {
-          Floats v = e.first;
-#pragma GCC unroll 8
-          for (int i = 0; i < WIDTH; ++i) {
-            some[j * WIDTH + i] += term(v, k);
-            if (i < WIDTH - 1) v *= e.right;
-          }
-          if (j < HEIGHT - 1) e.next_row();
-        }
-      } else {
-        for (int j = 0; j < HEIGHT; ++j)
-          for (int i = 0; i < WIDTH; ++i) {
-            const float down = row.down[std::min<int64_t>(first_row + j, row.rows - 1)];
-            const Floats v = exp<float>(z.at(Floats{} + down, block.right(i)));
-            some[j * WIDTH + i] += term(v, k);
-          }
-      }
+      visit(k, Corners(upper + k * stride, lower + k * stride), some);
     }
 #pragma GCC unroll 16
     for (int n = 0; n < HEIGHT * WIDTH; ++n) sums[n] += some[n];
   }
+}
+
+// The sums of e^z. label_powers: e^z of the true classes [HEIGHT][WIDTH][lanes], where there are
+// some.
+void sum_powers(const Block& block, const BlockClasses& classes, Floats* sums,
+                float* label_powers) {
+  float powers[HEIGHT * PIXELS] = {};  // the compiler knows that no other memory changes
+  sum_classes(block, sums, [&](int64_t k, const Corners& z, Floats* some) INLINE_LAMBDA {
+    if (may_have_class(classes.bits, k)) [[unlikely]]
+      return for_powers(block, z, 0, [&](int j, int i, Floats v) INLINE_LAMBDA {
+        some[j * WIDTH + i] += v;
+        classes.put(k, j * WIDTH + i, v, powers);
+      });
+    for_powers(block, z, 0,
+               [&](int j, int i, Floats v) INLINE_LAMBDA { some[j * WIDTH + i] += v; });
+  });
+  std::memcpy(label_powers, powers, sizeof powers);
+}
+
+// The sums of w_k * e^z, or of w_k * (e^z)^2, with w_k = scale * weights[k].
+template <bool SQUARE>
+void sum_weighted(const Block& block, int64_t first, const float* weights, float scale,
+                  Floats* sums) {
+  sum_classes(block, sums, [&](int64_t k, const Corners& z, Floats* some) INLINE_LAMBDA {
+    const float weight = scale * weights[k];
+    for_powers(block, z, first, [&](int j, int i, Floats v) INLINE_LAMBDA {
+      some[j * WIDTH + i] += (SQUARE ? v * v : v) * weight;
+    });
+  });
+}
+
+// e^z of the true classes of the pixels [rows][WIDTH][lanes], where there are some. It is not
+// inlined: a pixel at the smallest loss must be used in both passes, or in none.
+__attribute__((noinline)) void find_label_powers(const Block& block, const BlockClasses& classes,
+                                                 float* powers) {
+  const CellRow& row = block.row;
+  for (int64_t k = 0; k < row.problem.logits.num_classes; ++k)
+    if (may_have_class(classes.bits, k))
+      for (int64_t first = 0; first < row.rows; first += HEIGHT)
+        for_powers(block, block.corners(k), first, [&](int j, int i, Floats v) INLINE_LAMBDA {
+          classes.put(k, (first + j) * WIDTH + i, v, powers);
+        });
 }

@@ -17,7 +17,7 @@
 
 constexpr int WIDTH = 4, PIXELS = WIDTH * LANES<float>;  // PIXELS: in a row of a block
 constexpr int HEIGHT = VECTOR_BYTES == 64 ? 4 : 2;       // their sums fit into the registers
-constexpr float FAR = -40.0f, STEEP = 0x1p-40f, LOG_STEEP = -27.7258872f, LARGE = 16.0f;
+constexpr float FAR = -40.0f, STEEP = 0x1p-40f;
 
 // The four logits of one class around the cells of a block.
 struct Corners {
@@ -36,17 +36,8 @@ struct Corners {
     smallest = d < smallest ? d : smallest;
     return !any(smallest < bound);
   }
-  ALWAYS_INLINE bool any_beyond(float bound) const {
-    const auto beyond = [bound](Floats x) INLINE_LAMBDA { return (x > bound) | (x < -bound); };
-    return any(beyond(a) | beyond(b) | beyond(c) | beyond(d));
-  }
   ALWAYS_INLINE Floats at(Floats down, Floats right) const {
     return blend(blend(a, c, down), blend(b, d, down), right);
-  }
-  // The same, if all logits are finite.
-  ALWAYS_INLINE Floats at_finite(float down, Floats right) const {
-    const Floats left = a + down * (c - a);
-    return left + right * ((b + down * (d - b)) - left);
   }
 };
 
@@ -110,6 +101,7 @@ struct CellRow {
   int64_t labels_out_of_range = 0;   // of the labels so far: neither a class nor ignored
   float down[ROWS];                  // weight of the lower logits in each row of labels
   float at_down;                     // the same in the first row, rounded as the mean
+  float down_starts[ROWS];           // in every HEIGHT-th row, that of HEIGHT rows
   const char* next_logits;           // the row of logits below
   PackedRows<float> packed;
 
@@ -169,7 +161,9 @@ struct CellRow {
             problem.labels.read(problem.labels, tile.image, y + j, tile.label_columns,
                                 workspace.classes + j * workspace.label_stride);
     }
-    at_down = down_start(0);
+    at_down = down_start(0, rows);
+    for (int64_t j = 0; j < rows; j += HEIGHT)
+      down_starts[j] = down_start(j, std::min<int64_t>(j + HEIGHT, rows));
     next_logits = static_cast<const char*>(problem.logits.data) +
                   problem.logits.bytes * (tile.image * problem.logits.layout.stride_b +
                                           (lower + 1) * problem.logits.layout.stride_h +
@@ -184,12 +178,12 @@ struct CellRow {
   const float* lower_row(int64_t k) const {
     return workspace.packed.rows[lower] + k * workspace.packed.stride + first_column;
   }
-  float down_start(int64_t row) const {
-    return start(problem.rows.weight, y + row, y + rows, problem.row_cells.step);
+  float down_start(int64_t first, int64_t last) const {
+    return start(problem.rows.weight, y + first, y + last, problem.row_cells.step);
   }
 
-  Map<float> lse_map(const float* lse) const {
-    return {lse, problem.rows.size * problem.columns.size, problem.columns.size, 1};
+  Map<float> totals_map(const float* totals) const {
+    return {totals, problem.rows.size * problem.columns.size, problem.columns.size, 1};
   }
 
   // Calls visit(group) for the pixels of a row of labels in these columns of the tile.

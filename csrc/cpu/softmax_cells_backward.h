@@ -53,14 +53,15 @@ ALWAYS_INLINE WeightedSums sums_by_series(const Block& block, const Corners& z, 
           scale * (at_right * below + step_right * along_below)};
 }
 
-// The weighted sums of dz = gradient(e^z, j, i), pixel by pixel.
+// The weighted sums of dz = gradient(e^z, j, i), pixel by pixel. e^z is that of the forward pass.
 template <class Gradient>
 ALWAYS_INLINE WeightedSums sums_by_pixels(const Block& block, const Corners& z, Gradient gradient) {
   const CellRow& row = block.row;
   WeightedSums sums;
   const bool far = !z.all_above(FAR);
-  Series e = block.series(z);  // not used if far
+  Series e = block.series(z, row.down_starts[0]);  // not used if far
   for (int64_t j = 0; j < row.rows; ++j) {
+    if (j > 0 && j % HEIGHT == 0) e = block.series(z, row.down_starts[j]);
     Floats all = {}, right_sum = {}, power = e.first;
     for (int i = 0; i < WIDTH; ++i) {
       const Floats right = block.right(i);
@@ -76,14 +77,14 @@ ALWAYS_INLINE WeightedSums sums_by_pixels(const Block& block, const Corners& z, 
   return sums;
 }
 
-// The weighted sums of factors[2].
-WeightedSums sums_of_values(const Block& block) {
+// The weighted sums of numbers of the pixels.
+WeightedSums sums_of_factors(const Block& block, int factor) {
   const CellRow& row = block.row;
   WeightedSums sums;
   for (int64_t j = 0; j < row.rows; ++j) {
     Floats all = {}, right_sum = {};
     for (int i = 0; i < WIDTH; ++i) {
-      const Floats dz = Simd<float>::load(block.factors(2, j, i));
+      const Floats dz = Simd<float>::load(block.factors(factor, j, i));
       all += dz;
       right_sum += dz * block.right(i);
     }
@@ -92,10 +93,22 @@ WeightedSums sums_of_values(const Block& block) {
   return sums;
 }
 
+// What the backward pass keeps of each pixel: numbers of a vector of pixels in Block::factors.
+enum Factor {
+  OF_CLASSES,  // dz_k / e^z of the other classes, without the slopes of a class
+  OF_LABEL,    // the same of the true class, without the derivative of its -log p
+  LABEL_LOSS,  // that derivative / TOTAL
+  TOTAL,       // the sum of e^z
+  OF_SLOPES,   // 1 / TOTAL
+  OF_WEIGHTS   // dz of the sum of v_k z_k
+};
+
 // gradients += the sum over pixels of weight * dz, with
-// dz = e^z * (factors[0] + factors[1] * (dprobability_sums + 2 * p * dsquares)) and p = factors[1]
-// * e^z. TERMS is 3 with dsquares, otherwise 2 with dprobability_sums, otherwise 1. With all
-// weights, the gradient of the sum of v_k z_k is added, too: dz = factors[2].
+// dz = e^z * (OF_CLASSES + OF_SLOPES * (dprobability_sums + 2 * p * dsquares)), p = OF_SLOPES *
+// e^z. For the true class OF_LABEL takes the place of OF_CLASSES, and LABEL_LOSS * (e^z - TOTAL) is
+// added: p - 1 would be rounded where p is near 1. TERMS is 3 with dsquares, otherwise 2 with
+// dprobability_sums, otherwise 1. With all weights, the gradient of the sum of v_k z_k is added,
+// too.
 template <int TERMS>
 void add_gradients(const CellRow& row, const float* dprobability_sums, const float* dsquares,
                    bool with_all_weights) {
@@ -112,24 +125,37 @@ void add_gradients(const CellRow& row, const float* dprobability_sums, const flo
     Floats last_above = {}, last_below = {};
     for (int64_t n = 0; n < row.passes * row.blocks; ++n) {
       const Block block(row, n);
-      const auto factor = [&](int64_t j, int i) INLINE_LAMBDA {
-        const Floats base = V::load(block.factors(0, j, i));
-        return TERMS > 1 ? base + V::load(block.factors(1, j, i)) * dprobability_sum : base;
+      const auto load = [&](Factor factor, int64_t j, int64_t i)
+                            INLINE_LAMBDA { return V::load(block.factors(factor, j, i)); };
+      const auto with_slopes = [&](Floats base, Floats v, int64_t j, int i) INLINE_LAMBDA {
+        if constexpr (TERMS > 1) base += load(OF_SLOPES, j, i) * dprobability_sum;
+        if constexpr (TERMS < 3) return v * base;
+        const Floats p = v * load(OF_SLOPES, j, i);
+        return v * base + p * p * dsquare;
       };
-      const auto gradient = [&](Floats v, int64_t j, int i) INLINE_LAMBDA {
-        if constexpr (TERMS < 3) return v * factor(j, i);
-        const Floats p = v * V::load(block.factors(1, j, i));
-        return v * factor(j, i) + p * p * dsquare;
-      };
+      const Corners z = block.corners(k);
       WeightedSums sums;
-      if (is_class) {
-        const Corners z = block.corners(k);
-        block.fetch_logits(k);
-        sums = TERMS < 3 && z.all_above(FAR) ? sums_by_series(block, z, factor)
-                                             : sums_by_pixels(block, z, gradient);
+      if (!is_class) {
+        sums = sums_of_factors(block, OF_WEIGHTS);
+      } else if (may_have_class(block.class_bits(), k)) {
+        sums = sums_by_pixels(block, z, [&](Floats v, int64_t j, int i) INLINE_LAMBDA {
+          const Ints is_label = load_ints(block.pixel_classes(j, i)) == static_cast<int32_t>(k);
+          const Floats others = load(TOTAL, j, i) - v;
+          const Floats base = is_label ? load(OF_LABEL, j, i) : load(OF_CLASSES, j, i);
+          const Floats loss = is_label & (others > 0) ? load(LABEL_LOSS, j, i) * others : Floats{};
+          return with_slopes(base, v, j, i) - loss;
+        });
+      } else if (TERMS < 3 && z.all_above(FAR)) {
+        const Floats one = Floats{} + 1;
+        sums = sums_by_series(block, z, [&](int64_t j, int i) INLINE_LAMBDA {
+          return with_slopes(load(OF_CLASSES, j, i), one, j, i);
+        });
       } else {
-        sums = sums_of_values(block);
+        sums = sums_by_pixels(block, z, [&](Floats v, int64_t j, int i) INLINE_LAMBDA {
+          return with_slopes(load(OF_CLASSES, j, i), v, j, i);
+        });
       }
+      if (is_class) block.fetch_logits(k);
       const Floats left_below = sums.below - sums.right_below;
       const Floats left_above = sums.all - sums.right - left_below;
       const Floats right_above = sums.right - sums.right_below;
@@ -149,57 +175,11 @@ void add_gradients(const CellRow& row, const float* dprobability_sums, const flo
   }
 }
 
-// Subtracts the additional terms of the pixels' true classes: values [rows][WIDTH][lanes], 0 if
-// there is no class.
-void subtract_label_terms(const Block& block, const BlockClasses& classes, const float* values) {
-  const CellRow& row = block.row;
-  constexpr int L = LANES<float>;
-  const Workspace<float>& workspace = row.workspace;
-  const int64_t column = row.first_column + block.column;
-  float* const above = workspace.gradients[row.upper] + column;
-  float* const below = workspace.gradients[row.lower] + column;
-  const auto subtract = [&](int32_t k, int64_t lane, float left, float right, float left_below,
-                            float right_below) INLINE_LAMBDA {
-    const int64_t at = k * workspace.packed.stride + lane;
-    above[at] -= left - left_below;
-    above[at + 1] -= right - right_below;
-    below[at] -= left_below;
-    below[at + 1] -= right_below;
-  };
-  Floats left = {}, right = {}, left_below = {}, right_below = {};
-  for (int64_t j = 0; j < row.rows; ++j) {
-    Floats all = {}, right_sum = {};
-    for (int i = 0; i < WIDTH; ++i) {
-      const int64_t n = j * WIDTH + i;
-      const Floats value = Simd<float>::load(values + n * L);
-      const Floats cell_value = classes.pixel_classes(n) == classes.cell_classes ? value : Floats{};
-      all += cell_value;
-      right_sum += cell_value * block.right(i);
-    }
-    left += all - right_sum;
-    right += right_sum;
-    left_below += row.down[j] * (all - right_sum);
-    right_below += row.down[j] * right_sum;
-  }
-  for (int lane = 0; lane < L; ++lane)
-    if (classes.cell_classes[lane] >= 0)
-      subtract(classes.cell_classes[lane], lane, left[lane], right[lane], left_below[lane],
-               right_below[lane]);
-  for (int64_t n = 0; n < classes.count; ++n) {
-    const int32_t t = classes.others[n];
-    const float down = row.down[t / PIXELS];
-    const float r = values[t] * block.weights[t % PIXELS];
-    const float l = values[t] - r;
-    subtract(classes.classes[t], t % L, l, r, l * down, r * down);
-  }
-}
-
-// Writes the factors of a block's pixels and the additional terms of their true classes. Returns
-// false if the block must be processed pixel by pixel. If logits are large, the rounding of lse
-// would be an error of all p. Then the sums are computed again.
+// Writes the factors of a block's pixels. Returns false if the block must be processed pixel by
+// pixel.
 bool factors_of_block(const Block& block, const BlockClasses& classes,
                       const LossesOfImage<float>& losses, const Gradients<float>& gradients,
-                      const float* dprobability_sums, const float* dsquares, float* label_terms) {
+                      const float* dprobability_sums, const float* dsquares) {
   const CellRow& row = block.row;
   using V = Simd<float>;
   constexpr int L = LANES<float>;
@@ -208,57 +188,60 @@ bool factors_of_block(const Block& block, const BlockClasses& classes,
     return by_class ? pick(by_class + image_offset, k) : Floats{};
   };
   const bool any_valid = any(classes.cell_classes >= 0);
-  const Corners shifts = block.shifts();
-  const bool large = shifts.any_beyond(LARGE);
-  const bool plain = losses.options.plain;
-  const bool needs_loss = gradients.dintersections || losses.needs_c();
-  if (needs_loss) block.label_logits(classes, label_terms);
-  Floats powers[HEIGHT * WIDTH] = {}, totals[HEIGHT * WIDTH] = {}, squares[HEIGHT * WIDTH] = {};
+  const float scale = gradients.slope_scale;
+  const bool needs_power = gradients.dintersections || losses.needs_c();
+  float powers[ROWS * PIXELS] = {};
+  if (needs_power) find_label_powers(block, classes, powers);
+  Floats slopes[HEIGHT * WIDTH] = {}, squares[HEIGHT * WIDTH] = {};
   Ints steep = {};
   for (int64_t j = 0; j < row.rows; ++j) {
     if (any_valid && j % HEIGHT == 0) {
-      if (large) sum_block<Term::POWER>(block, j, nullptr, powers);
-      if (dprobability_sums) sum_block<Term::WEIGHTED>(block, j, dprobability_sums, totals);
-      if (dsquares) sum_block<Term::SQUARE>(block, j, dsquares, squares);
+      if (dprobability_sums) sum_weighted<false>(block, j, dprobability_sums, scale, slopes);
+      if (dsquares) sum_weighted<true>(block, j, dsquares, scale, squares);
     }
-    Floats lse[WIDTH], weights[WIDTH], dpixel_losses[WIDTH];
-    block.load_map(j, row.lse_map(gradients.lse), lse);
+    Floats totals[WIDTH], weights[WIDTH], dpixel_losses[WIDTH];
+    block.load_map(j, row.totals_map(gradients.totals), totals);
     block.load_map(j, losses.options.pixel_weights, weights);
     block.load_map(j, gradients.dpixel_losses, dpixel_losses);
 #pragma GCC unroll 8
     for (int i = 0; i < WIDTH; ++i) {
-      const Ints k = classes.pixel_classes(j * WIDTH + i), valid = k >= 0;
-      const int64_t n = j % HEIGHT * WIDTH + i;
-      const Floats log_total =
-          large ? log(powers[n]) : lse[i] - shifts.at_finite(row.down[j], block.right(i));
-      steep |= valid & ~((log_total >= LOG_STEEP) & (log_total <= 80.0f));
-      const Floats q = exp<float>(-log_total);
+      const int64_t n = j * WIDTH + i, in_sums = j % HEIGHT * WIDTH + i;
+      const Ints k = classes.pixel_classes(n), valid = k >= 0;
+      const Floats total = totals[i], power = V::load(powers + n * L);
+      steep |= valid & ~((total >= STEEP) & (total <= 1e38f));
+      const Floats q = 1 / total;
       Floats label_term = class_values(gradients.dlosses, k), smoothing_term = {};
       if (losses.options.pixel_weights.data) label_term *= weights[i];
       label_term += dpixel_losses[i];
-      Floats c = {};
-      if (needs_loss) c = not_below_0(log_total - V::load(label_terms + (j * WIDTH + i) * L));
-      if (!plain) {
-        Floats alpha, beta;
+      if (!losses.options.plain) {
+        Floats c = {}, alpha, beta;
+        if (losses.needs_c()) c = block.label_losses(classes, n, power, total);
         const auto p = [c]() INLINE_LAMBDA { return probabilities_of<float>(c); };
-        losses.derivatives(k, c, block.losses_of_all_classes(losses, j, i, log_total), p, alpha,
+        losses.derivatives(k, c, block.losses_of_all_classes(losses, j, i, log(total)), p, alpha,
                            beta);
         smoothing_term = label_term * beta;
         label_term *= alpha;
       }
-      Floats rest = label_term + losses.total * smoothing_term;
-      rest -= (totals[n] + 2 * q * squares[n]) * q;
+      Floats rest = losses.total * smoothing_term;
+      rest -= (slopes[in_sums] + 2 * q * squares[in_sums]) * q / scale;
+      Floats of_label = {};
       if (gradients.dintersections) {
-        const Floats intersection_term = exp<float>(-c) * class_values(gradients.dintersections, k);
-        rest -= intersection_term;
-        label_term -= intersection_term;
+        of_label = class_values(gradients.dintersections, k);
+        rest -= power * q * of_label;
       }
-      V::store(block.factors(0, j, i), valid ? rest * q : Floats{});
-      if (dprobability_sums || dsquares) V::store(block.factors(1, j, i), valid ? q : Floats{});
-      if (losses.all_weights) V::store(block.factors(2, j, i), valid ? -smoothing_term : Floats{});
-      V::store(label_terms + (j * WIDTH + i) * L, valid ? label_term : Floats{});
+      const auto store = [&](Factor factor, Floats value) INLINE_LAMBDA {
+        V::store(block.factors(factor, j, i), valid ? value : Floats{});
+      };
+      store(OF_CLASSES, (label_term + rest) * q);
+      store(OF_LABEL, (of_label + rest) * q);
+      store(LABEL_LOSS, label_term * q);
+      store(TOTAL, total);
+      if (dprobability_sums || dsquares) store(OF_SLOPES, q);
+      if (losses.all_weights) store(OF_WEIGHTS, -smoothing_term);
+      std::memcpy(block.pixel_classes(j, i), &k, sizeof k);
     }
   }
+  std::memcpy(block.class_bits(), classes.bits, sizeof classes.bits);
   return !any(steep);
 }
 
@@ -286,19 +269,14 @@ void backward_cells(const Problem<float>& problem, const Tile& tile,
     for (int64_t n = 0; n < row.passes * row.blocks; ++n) {
       const Block block(row, n);
       BlockClasses classes;
-      float label_terms[ROWS * PIXELS];
       block.find_classes(classes);
-      if (factors_of_block(block, classes, losses, gradients, dprobability_sums, dsquares,
-                           label_terms)) {
-        subtract_label_terms(block, classes, label_terms);
+      if (factors_of_block(block, classes, losses, gradients, dprobability_sums, dsquares))
         continue;
-      }
+      std::memset(block.class_bits(), 0, sizeof classes.bits);
       for (int64_t j = 0; j < row.rows; ++j)
-        for (int i = 0; i < WIDTH; ++i) {
-          V::store(block.factors(0, j, i), Floats{});
-          V::store(block.factors(1, j, i), Floats{});
-          V::store(block.factors(2, j, i), Floats{});
-        }
+        for (int i = 0; i < WIDTH; ++i)
+          for (const Factor factor : {OF_CLASSES, OF_SLOPES, OF_WEIGHTS})
+            V::store(block.factors(factor, j, i), Floats{});
       block.for_pixels(backward_pixels);
     }
     const auto add = dsquares            ? add_gradients<3>

@@ -19,7 +19,7 @@ void add_probability_sums(const CellRow& row, double* probability_sums, double* 
       };
       const Corners z = block.corners(k);
       if (z.all_above(FAR)) {
-        Series e = block.series(z);
+        Series e = block.series(z, row.at_down);
         for (int64_t j = 0; j < row.rows; ++j) {
           Floats v = e.first;
 #pragma GCC unroll 8
@@ -65,42 +65,30 @@ ALWAYS_INLINE void add_by_class(int64_t rows, const BlockClasses& classes, const
   }
 }
 
-// Adds a block to the sums and writes its maps. totals: the sums of e^z over the classes.
+// Adds a block to the sums and writes its maps. totals: the sums of e^z over the classes. powers:
+// e^z of the true classes.
 void add_block(const Block& block, const BlockClasses& classes,
-               const LossesOfImage<float>& image_losses, const Floats* totals, const Sums& sums,
-               const Maps<float>& maps) {
+               const LossesOfImage<float>& image_losses, const Floats* totals, float* powers,
+               const Sums& sums, const Maps<float>& maps) {
   using V = Simd<float>;
   constexpr int L = LANES<float>, SIZE = HEIGHT * PIXELS;
   const CellRow& row = block.row;
-  const Corners shifts = block.shifts();
   const int64_t count = row.rows * WIDTH;
-  // A pixel at the smallest loss must be used in both passes, or in none: then c is computed from
-  // the rounded lse, as in the backward pass.
-  const bool by_lse =
-      image_losses.options.min_loss > -__builtin_inff() && !shifts.any_beyond(LARGE);
   float c[SIZE], shaped[SIZE], values[SIZE];
   Ints counts = {};
-  block.label_logits(classes, c);
-  for (int64_t j = 0; j < row.rows; ++j) {
-    Floats lse[WIDTH];
-#pragma GCC unroll 8
-    for (int i = 0; i < WIDTH; ++i) {
-      const int64_t n = j * WIDTH + i;
-      const Ints k = classes.pixel_classes(n);
-      const Floats log_total = log(totals[n]);
-      const Floats shift = shifts.at_finite(row.down[j], block.right(i)), sum = log_total + shift;
-      const Floats c_of_k = (by_lse ? sum - shift : log_total) - V::load(c + n * L);
-      V::store(c + n * L, k >= 0 ? not_below_0(c_of_k) : Floats{});
-      lse[i] = k >= 0 ? sum : Floats{};
-      counts -= (k >= 0) & (k == classes.cell_classes);
-    }
-    block.store_map(j, maps.lse, lse);
+  if (image_losses.options.min_loss > -__builtin_inff()) find_label_powers(block, classes, powers);
+  for (int64_t n = 0; n < count; ++n) {
+    const Ints k = classes.pixel_classes(n);
+    V::store(c + n * L, block.label_losses(classes, n, V::load(powers + n * L), totals[n]));
+    counts -= (k >= 0) & (k == classes.cell_classes);
   }
+  for (int64_t j = 0; j < row.rows; ++j) block.store_map(j, maps.totals, totals + j * WIDTH);
   for (int lane = 0; lane < L; ++lane)
     if (classes.cell_classes[lane] >= 0) sums.counts[classes.cell_classes[lane]] += counts[lane];
   for (int64_t n = 0; n < classes.count; ++n) ++sums.counts[classes.classes[classes.others[n]]];
   if (sums.intersections) {
-    for (int64_t n = 0; n < count; ++n) V::store(values + n * L, exp<float>(-V::load(c + n * L)));
+    for (int64_t n = 0; n < count; ++n)
+      V::store(values + n * L, V::load(powers + n * L) / totals[n]);
     add_by_class(block.row.rows, classes, values, sums.intersections);
   }
   const float* losses = c;
@@ -162,7 +150,8 @@ void forward_cells(const Problem<float>& problem, const Tile& tile,
       BlockClasses classes;
       block.find_classes(classes);
       const bool any_valid = any(classes.cell_classes >= 0);
-      if (any_valid) sum_block<Term::POWER>(block, 0, nullptr, totals);
+      float powers[HEIGHT * PIXELS];
+      if (any_valid) sum_powers(block, classes, totals, powers);
       Ints steep = {};
       for (int64_t n = 0; n < row.rows * WIDTH; ++n)
         steep |= (classes.pixel_classes(n) >= 0) & ~((totals[n] >= STEEP) & (totals[n] <= 1e38f));
@@ -178,7 +167,7 @@ void forward_cells(const Problem<float>& problem, const Tile& tile,
           if (const int32_t k = classes.classes[t]; k >= 0) sums.correct[k] += k == predicted[t];
       }
       if (by_cells)
-        add_block(block, classes, losses, totals, sums, maps);
+        add_block(block, classes, losses, totals, powers, sums, maps);
       else
         block.for_pixels([&](const Group<float>& group) {
           forward_group(problem, tile, workspace, group, without_correct, maps);

@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <array>
+#include <cmath>
+#include <initializer_list>
 #include <numeric>
 #include <optional>
 #include <tuple>
@@ -47,8 +49,8 @@ class Partials {
 
 // RESULTS of anchorops/_moments.py. Empty if not requested.
 struct Results {
-  Tensor losses, intersections, probability_sums, squares, pixel_losses, lse, counts, correct, used,
-      divisor, labels_out_of_range;
+  Tensor losses, intersections, probability_sums, squares, pixel_losses, totals, counts, correct,
+      used, divisor, labels_out_of_range;
 };
 
 // Options of anchorops/_moments.py, in its order.
@@ -131,7 +133,7 @@ void forward(const Tensor& logits, const Tensor& labels, const Options& options,
   Partials<int64_t> counts(true, items, num_classes);
   Partials<int64_t> correct(out.correct.numel() > 0, items, num_classes);
   Partials<int64_t> labels_out_of_range(true, items, 1);
-  const Maps<Stat> maps = {data_or_null<Stat>(out.pixel_losses), data_or_null<Stat>(out.lse)};
+  const Maps<Stat> maps = {data_or_null<Stat>(out.pixel_losses), data_or_null<Stat>(out.totals)};
 
   for_items(tiles, items, num_classes, false,
             out.probability_sums.numel() + out.squares.numel() > 0,
@@ -193,7 +195,7 @@ Results softmax_moments(const Tensor& logits, const Tensor& labels, const Option
       .probability_sums = by_class(options.probability_sums, stat),
       .squares = by_class(options.squares, stat),
       .pixel_losses = by_pixel(options.pixel_losses),
-      .lse = by_pixel(options.with_lse),
+      .totals = by_pixel(options.with_lse),
       .counts = by_class(true, ScalarType::Long),
       .correct = by_class(options.correct, ScalarType::Long),
       .used = by_class(weighted || options.min_loss, weighted ? stat : ScalarType::Long),
@@ -208,11 +210,22 @@ Results softmax_moments(const Tensor& logits, const Tensor& labels, const Option
   return results;
 }
 
-// The gradients of the results, None if there is none, and lse of the forward pass.
+// The gradients of the results, None if there is none, and the totals of the forward pass.
 struct ResultGradients {
   std::optional<Tensor> losses, intersections, probability_sums, squares, pixel_losses;
-  Tensor lse;
+  Tensor totals;
 };
+
+// Gradients::slope_scale, of slopes [K] or [B, K].
+template <class Stat>
+Stat slope_scale(std::initializer_list<const std::optional<Tensor>*> slopes) {
+  Stat largest = 0;
+  for (const std::optional<Tensor>* table : slopes)
+    for (int64_t i = 0; *table && i < (*table)->numel(); ++i)
+      largest = std::max(largest, std::abs((*table)->template const_data_ptr<Stat>()[i]));
+  if (!(largest > 0 && std::isfinite(largest))) return 1;
+  return std::ldexp(Stat(1), std::clamp(-std::ilogb(largest), -120, 120));
+}
 
 template <class T>
 void backward(const Tensor& logits, const Tensor& labels, const Options& options, ResultGradients d,
@@ -237,7 +250,8 @@ void backward(const Tensor& logits, const Tensor& labels, const Options& options
   gradients.dprobability_sums = by_class(d.probability_sums);
   gradients.dsquares = by_class(d.squares);
   gradients.dpixel_losses = map_of<Stat>(d.pixel_losses);
-  gradients.lse = d.lse.const_data_ptr<Stat>();
+  gradients.slope_scale = slope_scale<Stat>({&d.probability_sums, &d.squares});
+  gradients.totals = d.totals.const_data_ptr<Stat>();
   const ClassWeights<Stat> weights(options);
   const Layout layout = layout_of(logits);
   const Tiles<Stat> tiles(layout, labels.size(1), labels.size(2), options.align_corners);
@@ -270,15 +284,15 @@ struct Operators {
   static auto forward(Tensor logits, Tensor labels, OptionTypes... options) {
     const Results x = softmax_moments(logits, labels, Options{options...});
     return std::make_tuple(x.losses, x.intersections, x.probability_sums, x.squares, x.pixel_losses,
-                           x.lse, x.counts, x.correct, x.used, x.divisor, x.labels_out_of_range);
+                           x.totals, x.counts, x.correct, x.used, x.divisor, x.labels_out_of_range);
   }
 
-  static Tensor backward(Tensor logits, Tensor labels, Tensor lse, std::optional<Tensor> dlosses,
+  static Tensor backward(Tensor logits, Tensor labels, Tensor totals, std::optional<Tensor> dlosses,
                          std::optional<Tensor> dintersections,
                          std::optional<Tensor> dprobability_sums, std::optional<Tensor> dsquares,
                          std::optional<Tensor> dpixel_losses, OptionTypes... options) {
     const ResultGradients d = {dlosses,  dintersections, dprobability_sums,
-                               dsquares, dpixel_losses,  lse};
+                               dsquares, dpixel_losses,  totals};
     return softmax_moments_backward(logits, labels, d, Options{options...});
   }
 };

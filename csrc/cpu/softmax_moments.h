@@ -50,6 +50,9 @@ struct Tile {
 // Pixels are processed in groups of one row; cells with at most ROWS rows of labels at a time.
 constexpr int64_t GROUP = 64, ROWS = 8;
 
+// Words of bits of classes.
+constexpr uint64_t CLASS_WORDS = 4;
+
 // A value for an even and one for an odd row: two neighbouring rows are kept, and a row replaces
 // the one before the other.
 template <class Value>
@@ -63,9 +66,9 @@ struct TwoRows {
 // The memory of one thread. First, rows of logits (softmax_rows.h).
 template <class Stat>
 struct PackedMemory {
-  int64_t stride;         // length of a packed row: columns, one more at each side, a vector
-  TwoRows<Stat*> rows;    // [K + 1, stride]; last the sum of v_k times the others
-  TwoRows<Stat*> shifts;  // [stride]
+  int64_t stride;       // length of a packed row: columns, one more at each side, a vector
+  TwoRows<Stat*> rows;  // [K + 1, stride]; last the sum of v_k times the others
+  Stat* shifts;         // [stride]: scratch
 };
 
 // Where labels of a row are between the columns of packed rows (upsampling.h).
@@ -94,7 +97,10 @@ struct CellMemory {
   int32_t* columns;  // [lanes]: each lane's column among the tile's labels; -1: no label
   Stat* weights;     // [lanes]
   Stat* starts;      // [lanes]: the weight of the first label of a cell
-  Stat* factors[3];  // [ROWS, lanes]; backward, and forward with probability_sums
+  Stat* factors[6];  // [ROWS, lanes]; backward, and forward with probability_sums
+  // of the labels; backward only
+  int32_t* classes;      // [ROWS, lanes]
+  uint64_t* class_bits;  // [blocks, CLASS_WORDS]
 };
 
 // Differences of two logits (softmax_two_classes.h).
@@ -160,10 +166,12 @@ struct Sums {
   int64_t* labels_out_of_range;  // one number, never null
 };
 
-// For each pixel, contiguous [B, H, W], null if not requested.
+// For each pixel, contiguous [B, H, W], null if not requested. totals, for the backward pass: the
+// sum of e^z over the classes, z minus its shift (softmax_rows.h), or 0 if the backward pass does
+// not read it: where pixels are processed one by one.
 template <class Stat>
 struct Maps {
-  Stat *pixel_losses, *lse;
+  Stat *pixel_losses, *totals;
 };
 
 // For each class [K], of image b at b * stride_b. Null if not given.
@@ -172,7 +180,10 @@ struct Gradients {
   const Stat *dlosses, *dintersections, *dprobability_sums, *dsquares;
   int64_t stride_b;
   Map<Stat> dpixel_losses;
-  const Stat* lse;  // contiguous [B, H, W], of the forward pass
+  const Stat* totals;  // of the forward pass
+  // A power of two, by which the largest of dprobability_sums and dsquares becomes 1 to 2: products
+  // of small ones and powers of e would underflow.
+  Stat slope_scale;
 };
 
 template <class Stat>

@@ -191,12 +191,9 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
   const int64_t first = problem.pixel(tile, group.y, group.x);
   const LossesOfImage<Stat> image_losses(problem.loss_options, tile.image);
   const Map<Stat>& weights = problem.loss_options.pixel_weights;
-  Stat shift[GROUP] = {}, intersections[GROUP], loss_terms[LOSS_SUMS][GROUP];
+  Stat intersections[GROUP], loss_terms[LOSS_SUMS][GROUP];
   uint64_t correct = 0;
   logits_of_group(problem, tile, workspace, group);
-  if (problem.upsampled && maps.lse)
-    upsample(group, workspace.packed.shifts[group.row.lower],
-             workspace.packed.shifts[group.row.upper], workspace.group.line, shift);
   if (sums.correct) {
     int32_t predicted[GROUP];
     largest_of_group(problem, workspace, group, predicted);
@@ -227,10 +224,7 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
     for (int s = 0; s < LOSS_SUMS; ++s)
       if (sums.loss_sums[s]) V::store(loss_terms[s] + t, image_losses.sum_term(s, c, loss, weight));
     if (maps.pixel_losses) V::store(maps.pixel_losses + first + t, loss, count);
-    if (maps.lse) {
-      const Vec lse = log_total + (sum.largest + V::load(shift + t));
-      V::store(maps.lse + first + t, is_valid ? lse : Vec{}, count);
-    }
+    if (maps.totals) V::store(maps.totals + first + t, Vec{}, count);
   }
   uint64_t rest = group.pixels([&](Ints k, int64_t) INLINE_LAMBDA { return k >= 0; });
   while (rest) {

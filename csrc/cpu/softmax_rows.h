@@ -137,7 +137,7 @@ bool pack_row(const Logits<StatOf<T>>& logits, const Tile& tile, int64_t row,
   const bool right = tile.columns.end == layout.width;
   const T* source = logit_at<const T>(logits.data, layout, tile.image, row, first);
   Stat* packed = memory.rows[row] + left;
-  Stat* shifts = memory.shifts[row] + left;
+  Stat* shifts = memory.shifts + left;
   auto below = Vec{} == Vec{};  // not larger than the shift, and not NaN
 
   const Vec lowest = Vec{} - static_cast<Stat>(__builtin_inf());
@@ -163,8 +163,8 @@ bool pack_row(const Logits<StatOf<T>>& logits, const Tile& tile, int64_t row,
       below = below & (x <= 0);
     }
   // copies at the sides, then zeros, so that unused lanes have finite numbers
-  for (int64_t k = -1; k < logits.num_classes; ++k) {
-    Stat* line = k < 0 ? shifts : packed + k * stride;
+  for (int64_t k = 0; k < logits.num_classes; ++k) {
+    Stat* line = packed + k * stride;
     if (left) line[-1] = line[0];
     if (right) line[columns] = line[columns - 1];
     std::memset(line + columns + right, 0, (stride - left - columns - right) * sizeof(Stat));

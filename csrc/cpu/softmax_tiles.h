@@ -169,11 +169,13 @@ void for_items(const Tiles<Stat>& tiles, int64_t items, int64_t num_classes, boo
     differences.stride = std::max(packed.stride, label_stride);
     const int64_t row = (num_classes + 1) * packed.stride + 16;
     const int64_t factors = needs_factors ? ROWS * cells.lanes : 0;
-    const int64_t count = 2 * row + 3 * packed.stride + 2 * num_classes * group.size + GROUP + 16 +
-                          2 * slots + 2 * cells.lanes + 3 * factors + 2 * differences.stride +
+    const int64_t count = 2 * row + 2 * packed.stride + 2 * num_classes * group.size + GROUP + 16 +
+                          2 * slots + 2 * cells.lanes + 6 * factors + 2 * differences.stride +
                           4 * label_stride;
     // not initialised, so pages that a small tile does not need are never touched
     const std::unique_ptr<Stat[]> memory(new Stat[count]);
+    const std::unique_ptr<int32_t[]> cell_classes(new int32_t[backward ? factors : 0]);
+    const std::unique_ptr<uint64_t[]> class_bits(new uint64_t[backward ? cells.lanes : 0]);
     std::vector<Stat> zeros(backward ? 2 * (row + label_stride) : 0);
     std::vector<int32_t> integers(ROWS * label_stride + cells.lanes + GROUP + 16 + label_stride +
                                   2 * slots);
@@ -191,11 +193,11 @@ void for_items(const Tiles<Stat>& tiles, int64_t items, int64_t num_classes, boo
     };
     for (int i = 0; i < 2; ++i) {
       packed.rows[i] = take(row);
-      packed.shifts[i] = take(packed.stride);
       gradients[i] = take_zeros(row);
       differences.lines[i] = take(label_stride);
       differences.gradients[i] = take_zeros(label_stride);
     }
+    packed.shifts = take(packed.stride);
     classes = take_integers(ROWS * label_stride);
     group.upsampled = take(num_classes * group.size);
     group.slopes = take(num_classes * group.size);
@@ -205,6 +207,8 @@ void for_items(const Tiles<Stat>& tiles, int64_t items, int64_t num_classes, boo
     cells.weights = take(cells.lanes);
     cells.starts = take(cells.lanes);
     for (Stat*& pixel_factors : cells.factors) pixel_factors = take(factors);
+    cells.classes = cell_classes.get();
+    cells.class_bits = class_bits.get();
     differences.planes = take(2 * differences.stride);
     differences.label_line = take(label_stride);
     differences.columns = take_columns(label_stride);
