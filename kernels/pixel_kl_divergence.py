@@ -312,11 +312,13 @@ def _sums_by_cell(logits, teacher, lanes, teacher_lanes, slope, CELLS: tl.conste
 
 @triton.jit
 def _results(sums, shifts, CELLS: tl.constexpr):
-    """lse s, lse t and the divergence of each pixel, with its sums and their shifts."""
+    """(lse s)·log2(e), (lse t)·log2(e) and the divergence of each pixel, with its sums and their
+    shifts. The logarithms are to base 2, as the exponents of which the gradient subtracts them: if
+    one class has all, the difference is 0, however large both are."""
     students, teachers, differences = sums
     return (
-        [(shifts[0][i] + tl.log2(students[i])) * LN_2 for i in () + CELLS.columns],
-        [(shifts[1][i] + tl.log2(teachers[i])) * LN_2 for i in () + CELLS.columns],
+        [shifts[0][i] + tl.log2(students[i]) for i in () + CELLS.columns],
+        [shifts[1][i] + tl.log2(teachers[i]) for i in () + CELLS.columns],
         [
             (differences[i] / teachers[i] + tl.log2(students[i] / teachers[i])) * LN_2
             for i in () + CELLS.columns
@@ -363,7 +365,7 @@ def _divergences(
         SMALLEST: tl.constexpr = _SMALLEST_SUM_OF_ROWS if ROWS else SMALLEST_SUM
         unsafe = underflow(sums[0], valid, SMALLEST) | underflow(sums[1], valid, SMALLEST)
         by_pixel = any_of((spread > LARGEST_SPREAD) | unsafe)
-        if not CELLS.y.same and by_pixel:
+        if by_pixel:
             results = _results_by_pixel(logits, teacher, lanes, teacher_lanes, slope, CELLS, None)
         return results
     else:
@@ -389,7 +391,7 @@ def _pixel_kl_divergence_kernel(
     valid_w,
     totals_ptr,  # float32 [B · tiles]
     divergences_ptr,  # float32 [B, H, W] or None, contiguous; also the next two
-    lse_ptr,
+    lse_ptr,  # to base 2; also the next one
     teacher_lse_ptr,
     height,
     width,

@@ -98,7 +98,7 @@ def _pixel_kl_divergence_bwd_kernel(
     valid_b,
     valid_h,
     valid_w,
-    lse_ptr,  # float32 [B, H, W], contiguous; also the next one
+    lse_ptr,  # float32 [B, H, W], contiguous, to base 2; also the next one
     teacher_lse_ptr,
     dtotal_ptr,  # float32 [], or None
     ddivergences_ptr,  # float32 [B, H, W], or None
@@ -166,8 +166,9 @@ def _pixel_kl_divergence_bwd_kernel(
         shift, spread = shift_of_lane(lse, valid)
         teacher_shift, teacher_spread = shift_of_lane(teacher_lse, valid)
         spread = tl.maximum(spread, teacher_spread)
-        scales = products(scales_of(lse, valid, shift, CELLS), factors, CELLS)
-        teacher_scales = scales_of(teacher_lse, valid, teacher_shift, CELLS)
+        scales = scales_of([x + shift for x in lse], valid, CELLS)
+        scales = products(scales, factors, CELLS)
+        teacher_scales = scales_of([x + teacher_shift for x in teacher_lse], valid, CELLS)
         teacher_scales = products(teacher_scales, factors, CELLS)
         ptr, teacher_ptr = logits.ptr, teacher.ptr
         stored = loaded_of_both(ptr, teacher_ptr, lanes, lanes_of_teacher, CELLS, None)
@@ -189,7 +190,6 @@ def _pixel_kl_divergence_bwd_kernel(
         if ROWS:
             lse = load_again(lse_ptr, image, axes, lanes, valid, CELLS)
             teacher_lse = load_again(teacher_lse_ptr, image, axes, lanes, valid, CELLS)
-        log_sums, teacher_log_sums = [x * LOG2_E for x in lse], [x * LOG2_E for x in teacher_lse]
         ptr, teacher_ptr = logits.ptr, teacher.ptr
         stored = loaded_of_both(ptr, teacher_ptr, lanes, lanes_of_teacher, CELLS, TEACHER_GRID)
         for k in range(num_classes):
@@ -198,8 +198,8 @@ def _pixel_kl_divergence_bwd_kernel(
             )
             ptr, teacher_ptr = class_after(ptr, k, logits), class_after(teacher_ptr, k, teacher)
             stored = loaded_of_both(ptr, teacher_ptr, lanes, lanes_of_teacher, CELLS, TEACHER_GRID)
-            q = [tl.exp2(s[i] - log_sums[i]) for i in () + CELLS.columns]
-            p = [tl.exp2(t[i] - teacher_log_sums[i]) for i in () + CELLS.columns]
+            q = [tl.exp2(s[i] - lse[i]) for i in () + CELLS.columns]
+            p = [tl.exp2(t[i] - teacher_lse[i]) for i in () + CELLS.columns]
             ds = [(q[i] - p[i]) * factors[i] for i in () + CELLS.columns]
             ds = _of_valid(ds, valid, CELLS)  # q and p may be NaN elsewhere
             gradient = transposed(ds, lanes, cells, axes, CELLS, TILE)

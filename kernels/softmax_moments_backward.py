@@ -226,6 +226,17 @@ def _valid_cells(four, labels, CELLS: tl.constexpr):
 
 
 @triton.jit
+def _weight_of_others(k, reference, EXACT: tl.constexpr, CELLS: tl.constexpr):
+    """0 for pixels of class k if it is the reference's: α·(1 − p) instead of α − α·p."""
+    if not EXACT:
+        return 1.0
+    elif CELLS.y.same:  # the reference of a pixel is its class, if it has one
+        return tl.where(reference.label >= 0, 0.0, 1.0)
+    else:
+        return tl.where(reference.label == k, 0.0, 1.0)
+
+
+@triton.jit
 def _pixel_gradients(
     k, p, values, terms, gradients, pixels,
     BY_PIXEL: tl.constexpr, EXACT: tl.constexpr, CELLS: tl.constexpr,
@@ -247,7 +258,7 @@ def _pixel_gradients(
         dz = dz + (gradient,)
     if (classes >> (k & 31).to(tl.uint32)) & 1 != 0:
         alpha = _class_value(gradients.dlosses, image, k)
-        others = tl.where(reference.label == k, 0.0, 1.0) if EXACT else 1.0
+        others = _weight_of_others(k, reference, EXACT, CELLS)
         dintersection = _class_value(gradients.dintersections, image, k)
         of_label = ()
         for i in tl.static_range(len(p)):

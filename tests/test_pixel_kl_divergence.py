@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 import anchorops as ao
 from anchorops._ops import volumes
 from anchorops.catalogue import Case, Entry, Inputs, Sample, formulas
-from anchorops.catalogue.budget import FLOOR
+from anchorops.catalogue.budget import FLOOR, error_and_limit
 from anchorops.catalogue.pixels import Pixels
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -247,6 +247,25 @@ def test_logits_that_spread_widely_near_the_teacher(backend: str, spread: float,
     teacher = logits + torch.randn(logits.shape)
     ours, _ = error_of_gradient(logits, teacher, (64, 64), backend)
     assert ours < limit
+
+
+@pytest.mark.on("reference", "simulated_triton", "triton")
+@pytest.mark.parametrize("stride", [1, 3, 4])
+@pytest.mark.parametrize("spread", [1e4, 1e6, 1e10])
+def test_gradients_of_logits_far_apart(spread: float, stride: int, backend: str) -> None:
+    """Probabilities are 0 or 1, however large the logits of which exponents are differences."""
+    size = 1, 3, 3, 4
+    logits, teacher = (spread * torch.randn(size).round() for _ in range(2))
+    pixels = torch.ones(1, 3 * stride, 4 * stride, dtype=torch.bool)
+    inputs = {"logits": logits, "teacher": teacher, "valid": pixels}
+    wide = inputs | {"logits": logits.double(), "teacher": teacher.double()}
+    options = {"masked": False, "reduction": "sum"}
+    found, exact, plain = (
+        results(partial(call, **options), x)[1]
+        for call, x in ((ours, inputs), (formula, wide), (formula, inputs))
+    )
+    error, limit = error_and_limit(found, exact, plain, FLOOR)
+    assert error <= limit
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

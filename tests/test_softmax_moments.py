@@ -564,6 +564,46 @@ def test_losses_are_never_negative(size, pixels, align_corners: bool, backend: s
         assert (moments.pixel_losses >= 0).all() and (moments.losses >= 0).all()
 
 
+def gradient_error(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Of the cross-entropy's gradient: ours and torch's, relative to the largest number."""
+
+    def gradient(loss: Any, dtype: torch.dtype) -> Tensor:
+        x = logits.to(dtype).requires_grad_()
+        return torch.autograd.grad(loss(x, labels), x)[0].double()
+
+    def formula(x: Tensor, labels: Tensor) -> Tensor:
+        z = F.interpolate(x, labels.shape[1:], mode="bilinear")
+        return F.cross_entropy(z, labels, ignore_index=255)
+
+    exact = gradient(formula, F64)
+    ours, plain = gradient(ao.pixel_cross_entropy, F32), gradient(formula, F32)
+    return tuple(float((x - exact).abs().max() / exact.abs().max()) for x in (ours, plain))
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+@pytest.mark.parametrize("offset", [30.0, 1000.0])
+def test_gradients_of_logits_with_an_offset(offset: float, stride: int, backend: str):
+    """What all logits of a pixel share does not change the rounding of the others."""
+    logits = torch.randn(1, 5, 6, 8)
+    labels = torch.randint(0, 5, (1, 6 * stride, 8 * stride))
+    labels[torch.rand(labels.shape) < 0.1] = 255
+    ours, plain = gradient_error((logits * 256).round() / 256 + offset, labels)
+    assert ours <= 2 * plain + 4 * torch.finfo(F32).eps
+
+
+@pytest.mark.on("reference", "simulated_triton", "triton")
+@pytest.mark.parametrize("num_classes", [2, 5])
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+def test_gradients_of_confident_pixels(stride: int, num_classes: int, backend: str):
+    """p − 1 has few digits where p is rounded near 1."""
+    labels = torch.randint(0, num_classes, (1, 6, 8)) if stride == 1 else torch.ones(1, 6, 8)
+    classes = F.one_hot(labels.long(), num_classes).movedim(-1, 1)
+    logits = 10.0 * classes + 0.3 * torch.randn(classes.shape)
+    labels = labels.long().repeat_interleave(stride, 1).repeat_interleave(stride, 2)
+    ours, plain = gradient_error(logits, labels)
+    assert ours <= 2 * plain
+
+
 def test_far_from_zero(backend: str):
     """A constant that all classes share changes nothing."""
     through = ("losses", "probability_sums", "squares")
