@@ -172,7 +172,8 @@ def savable(x: T) -> T:
     Anything else, and everything under inference mode, as it is."""
     if not isinstance(x, Tensor) or torch.compiler.is_compiling() or not x.is_inference():
         return x
-    return x if torch.is_inference_mode_enabled() else x.clone()
+    copied: Any = x if torch.is_inference_mode_enabled() else x.clone()
+    return copied
 
 
 def check_features(function: str, features: Tensor, argument: str = "features") -> None:
