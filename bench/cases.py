@@ -240,6 +240,8 @@ BINARY_UNET = UNET._replace(name="binary U-Net", size=(16, 1, 512, 512), sigmoid
 PATCH = Logits("3-D patch", (2, 4, 64, 64, 64), (64, 64, 64))
 NNUNET = Logits("nnU-Net", (2, 14, 128, 128, 128), (128, 128, 128))
 DEEP = NNUNET._replace(name="nnU-Net, half resolution", size=(2, 14, 64, 64, 64))
+ROW = Logits("points, 150 classes", (2, 150, 1, 8192), (1, 8192))
+LONG_ROW = Logits("points, 2 classes", (2, 2, 1, 2**20), (1, 2**20))
 TEXT = Logits("LSeg, ADE20K", (8, 150, 128, 128), (512, 512), cpu_batch=1, dim=512)
 PIXELS = TEXT._replace(name="LSeg, ADE20K, labels of the features' size", label_size=(128, 128))
 
@@ -278,7 +280,7 @@ OF_USERS = [
     Case("cross-entropy + Dice", PATCH),
     Case("confusion matrix", SEGFORMER, FORWARD),
     *(Case("cross-entropy of cosines", shape) for shape in (TEXT, PIXELS)),
-    Case("divergence from a teacher", SEGFORMER),
+    *(Case("divergence from a teacher", shape) for shape in (SEGFORMER, ROW, LONG_ROW)),
     Case("class moments with anchors", HRNET, BACKWARD),
     Case("class moments", HRNET, FORWARD),
     Case("pixel-to-anchor MSE", HRNET, FORWARD),
