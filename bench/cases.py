@@ -244,6 +244,8 @@ MATCHED = Logits("MaskFormer, 20 masks", (20, 1, 128, 128), (512, 512), cpu_batc
 LARGE_MATCHED = MATCHED._replace(
     name="MaskFormer, 20 masks of 1024²", size=(20, 1, 256, 256), label_size=(1024, 1024)
 )
+ROW = Logits("points, 150 classes", (2, 150, 1, 8192), (1, 8192))
+LONG_ROW = Logits("points, 2 classes", (2, 2, 1, 2**20), (1, 2**20))
 TEXT = Logits("LSeg, ADE20K", (8, 150, 128, 128), (512, 512), cpu_batch=1, dim=512)
 PIXELS = TEXT._replace(name="LSeg, ADE20K, labels of the features' size", label_size=(128, 128))
 
@@ -286,7 +288,7 @@ OF_USERS = [
     Case("cross-entropy + Dice", PATCH),
     Case("confusion matrix", SEGFORMER, FORWARD),
     *(Case("cross-entropy of cosines", shape) for shape in (TEXT, PIXELS)),
-    Case("divergence from a teacher", SEGFORMER),
+    *(Case("divergence from a teacher", shape) for shape in (SEGFORMER, ROW, LONG_ROW)),
     Case("class moments with anchors", HRNET, BACKWARD),
     Case("class moments", HRNET, FORWARD),
     Case("pixel-to-anchor MSE", HRNET, FORWARD),

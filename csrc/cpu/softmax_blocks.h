@@ -193,6 +193,18 @@ struct Block {
   }
 };
 
+// e^z of one class and the pixels in HEIGHT rows from `first` on. It is not inlined, so that what
+// for_powers adds up stays in registers.
+__attribute__((noinline)) void powers_directly(const Block& block, const Corners& z, int64_t first,
+                                               Floats* powers) {
+  const CellRow& row = block.row;
+  for (int j = 0; j < HEIGHT; ++j)
+    for (int i = 0; i < WIDTH; ++i) {
+      const float down = row.down[std::min<int64_t>(first + j, row.rows - 1)];
+      powers[j * WIDTH + i] = exp<float>(z.at(Floats{} + down, block.right(i)));
+    }
+}
+
 // Calls visit(j, i, e^z) for one class and the pixels in HEIGHT rows from `first` on.
 template <class Visit>
 ALWAYS_INLINE void for_powers(const Block& block, const Corners& z, int64_t first, Visit visit) {
@@ -211,11 +223,10 @@ ALWAYS_INLINE void for_powers(const Block& block, const Corners& z, int64_t firs
     }
     return;
   }
-  for (int j = 0; j < HEIGHT; ++j)
-    for (int i = 0; i < WIDTH; ++i) {
-      const float down = row.down[std::min<int64_t>(first + j, row.rows - 1)];
-      visit(j, i, exp<float>(z.at(Floats{} + down, block.right(i))));
-    }
+  Floats powers[HEIGHT * WIDTH];
+  powers_directly(block, z, first, powers);
+#pragma GCC unroll 16
+  for (int n = 0; n < HEIGHT * WIDTH; ++n) visit(n / WIDTH, n % WIDTH, powers[n]);
 }
 
 // Sums over classes for a block's pixels in HEIGHT rows: visit(k, z, some) adds those of a class.

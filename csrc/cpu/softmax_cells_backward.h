@@ -116,6 +116,7 @@ void add_gradients(const CellRow& row, const float* dprobability_sums, const flo
   constexpr int L = LANES<float>;
   const Workspace<float>& workspace = row.workspace;
   const int64_t num_classes = row.problem.logits.num_classes;
+  const uint64_t* const class_bits = workspace.cells.class_bits;
   for (int64_t k = 0; k < num_classes + with_all_weights; ++k) {
     float* above = workspace.gradients[row.upper] + k * workspace.packed.stride + row.first_column;
     float* below = workspace.gradients[row.lower] + k * workspace.packed.stride + row.first_column;
@@ -137,7 +138,7 @@ void add_gradients(const CellRow& row, const float* dprobability_sums, const flo
       WeightedSums sums;
       if (!is_class) {
         sums = sums_of_factors(block, OF_WEIGHTS);
-      } else if (may_have_class(block.class_bits(), k)) {
+      } else if (may_have_class(class_bits + n * CLASS_WORDS, k)) {
         sums = sums_by_pixels(block, z, [&](Floats v, int64_t j, int i) INLINE_LAMBDA {
           const Ints is_label = load_ints(block.pixel_classes(j, i)) == static_cast<int32_t>(k);
           const Floats others = load(TOTAL, j, i) - v;
