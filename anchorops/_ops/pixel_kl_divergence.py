@@ -40,7 +40,8 @@ from .registration import Gradient, define, run
 # logits (B, K, h, w), teacher_logits (B, K, h', w'), valid bool (B, H, W), of any strides. Results
 # are float32, for float64 logits float64: total = Σ D is a scalar, the others are (B, H, W),
 # contiguous, or empty (0,) if they were not requested. lse and teacher_lse are for the backward
-# pass of the same backend, which may subtract one number from all logits of a pixel first.
+# pass of the same backend, which may subtract one number from all logits of a pixel first; Triton's
+# are to base 2.
 SCHEMA = (
     "(Tensor logits, Tensor teacher_logits, Tensor? valid, SymInt height, SymInt width, "
     "float temperature, bool align_corners, bool with_divergences, bool with_lse) "
