@@ -1,7 +1,7 @@
 """Label smoothing, focal factor, smallest loss and pixel weights of softmax moments, for a pixel of
 class y:
 
-    c = −log p_y = lse − z_y
+    c = −log p_y = lse − z_y,   both less the reference of lanes.py
     u = Σ_k v_k·(−log p_k) = V·lse − Σ_k v_k z_k,   V = Σ_k v_k
     m = (1 − e^−c)^γ, 0 if c < min_loss
     L = m·(a_y·c + u)

@@ -3,6 +3,8 @@
 
     ds_k = T·(e^(s_k − lse s) − e^(t_k − lse t))·(dtotal + dD),  0 where not valid
 
+of exponents to base 2 and lse·log2(e), which the forward pass keeps.
+
 If lanes have rows of four equally spaced pixels, and the teacher's logits the student's size, the
 exponentials are those of softmax.py for such rows, as in softmax_moments_backward.py.
 """

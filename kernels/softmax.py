@@ -3,8 +3,12 @@ exponentials of even cells, which the divergence and gradients take over.
 
 The logits are read class by class. Σ_k e^(z_k − m) of each pixel stays in registers, where m is the
 largest logit of the pixel's cell so far. If the neighbours of a cell differ by about 70 (by 28 in
-even cells, where a row's terms are a geometric sequence), this may underflow. Then the maximum of
-each pixel is found in a second loop over the classes, and the sums in a third.
+even cells, where a row's terms are a geometric sequence), this may underflow. Then a second loop
+over the classes sums them again, relative to the largest logit of each pixel.
+
+lse and z are less a reference (lanes.py): the logits of one class, that of labels in the cell. What
+all classes of a pixel share, as an offset of 1,000, then cancels before it is rounded. And if the
+pixel is of that class, lse is −log p.
 """
 
 from typing import Any, NamedTuple

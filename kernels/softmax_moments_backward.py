@@ -8,6 +8,9 @@ and the transpose of the upsampling (upsampling_transposed.py), of dz. First the
 that are the same for all classes are computed; then dz, for one class after the other. The
 transpose of β·v_k is v_k times the transpose of β, which is computed once.
 
+z and lse are less a reference, as in softmax.py. For a pixel of its class −α·(1 − p_y) is computed
+from lse = −log p_y, because 1 − p_y of a rounded p_y has few digits where p_y is almost 1.
+
 In even cells p_k = e^(z_k − m)·e^(m − lse), where m is the largest lse of a lane: the first factor
 is a geometric sequence along a row, the second one is the same for all classes. If neighbours of a
 cell differ by more than about 28 (14 with sums of probabilities), this may underflow or overflow.

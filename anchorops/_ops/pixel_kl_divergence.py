@@ -42,8 +42,8 @@ from .registration import Gradient, define, run
 # temperature (), of the results' dtype (why a tensor: as_scalar of _moments.py). Results
 # are float32, for float64 logits float64: total = Σ D is a scalar, the others are (B, H, W),
 # contiguous, or empty (0,) if they were not requested. lse and teacher_lse are for the backward
-# pass of the same backend, which may subtract one number from all logits of a pixel first. On the
-# CPU they are the sums of the exponentials.
+# pass of the same backend, which may subtract one number from all logits of a pixel first. Those of
+# the CPU are the sums of the exponentials, Triton's are to base 2.
 SCHEMA = (
     "(Tensor logits, Tensor teacher_logits, Tensor? valid, SymInt height, SymInt width, "
     "Tensor temperature, bool align_corners, bool with_divergences, bool with_lse) "
