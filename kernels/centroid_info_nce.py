@@ -270,7 +270,7 @@ def _losses_kernel(
 
 # Triton lays the warps of products that depend on each other along the longer side of a tile, so
 # none is square. Large tiles reuse what they read more often, but are too few for small problems.
-SMALL = {"BLOCK_R": 16, "BLOCK_K": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}
+SMALL = {"BLOCK_R": 16, "BLOCK_K": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 3}
 LARGE = {"BLOCK_R": 128, "BLOCK_K": 64, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3}
 ENOUGH = 96  # large tiles, to keep a GPU busy
 
