@@ -3,6 +3,7 @@ resolution, never at the labels'."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from textwrap import shorten
 from typing import Any, NamedTuple
 
@@ -306,7 +307,7 @@ def _network_sizes(
     sizes: Sequence[tuple[int, int]], options: Options, how: Mapping[str, Any]
 ) -> set[tuple[int, int]]:
     """The sizes that the network gets for the least and greatest of the images."""
-    extremes = {choose(sizes, key=side) for choose in (min, max) for side in (_height, _width)}
+    extremes = {choose(sizes, key=itemgetter(axis)) for choose in (min, max) for axis in (0, 1)}
     transform, found = transform_of(options.data), set[tuple[int, int]]()
     for size in extremes:
         image = transform(tv_tensors.Image(torch.zeros(options.data.channels, *size).byte()))
@@ -316,14 +317,6 @@ def _network_sizes(
             height, width = (side + -side % MULTIPLE for side in window)
             found.add((height, width))
     return found
-
-
-def _height(size: tuple[int, int]) -> int:
-    return size[0]
-
-
-def _width(size: tuple[int, int]) -> int:
-    return size[1]
 
 
 def _failure(model: nn.Module, shape: Sequence[int]) -> str:

@@ -160,6 +160,7 @@ class Log:
         for step in sorted(self._lines):
             writer.writerow({"step": step, **self._lines[step]})
         save_atomically(file.getvalue(), self.path)
+        self.events.flush()
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:

@@ -69,7 +69,7 @@ def slow(*case: Any) -> Any:
         slow(1, "step", 1, INT, None),
         slow(1, "validation", 3, KILL, None),
         (2, "step", 4, INT, 1),
-        (2, "validation", 1, TERM, 0),
+        (2, "validation", 0, TERM, 0),
         slow(2, "step", 3, TERM, None),
         slow(2, "step", 5, KILL, 0),
         slow(2, "validation", 2, KILL, None),
