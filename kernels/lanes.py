@@ -25,8 +25,8 @@ LOG2_E = Constant(1.4426950408889634)
 LN_2 = Constant(0.6931471805599453)
 INF = Constant(float("inf"))
 NO_CLASS = Constant(2**31 - 1)
-# Differences of smaller numbers are finite.
-_LARGEST_REFERENCE = Constant(2.0**100)
+# Less a logit far below the others, as one that masks a class, these would lose their digits.
+_LARGEST_REFERENCE = Constant(1024.0)
 
 
 class PixelMap(NamedTuple):
@@ -167,7 +167,7 @@ def label_of_cell(
 @triton.jit
 def reference_of(ptrs, label, stride_k, CELLS: tl.constexpr):
     """The Reference of this label; ptrs: corner_ptrs of class 0. It has none if a logit of the
-    class is not finite, or so large that a difference might not be."""
+    class is not finite or too large."""
     offset = tl.maximum(label, 0).to(tl.int64) * stride_k
     four = corners_of([tl.load(ptr + offset) for ptr in ptrs], CELLS)
     usable = label >= 0
