@@ -371,7 +371,7 @@ def _softmax_moments_bwd_kernel(
         beta = transposed(betas, lanes, cells, axes, CELLS, TILE)
 
     # dz of the pixel's class is −α·(1 − p), where nothing else is added
-    EXACT: tl.constexpr = loss_options.all_weights is None and not BY_CLASS
+    EXACT: tl.constexpr = loss_options.all_weights is None and not BY_CLASS  # pyright: ignore[reportAssignmentType]
     dlogits = Logits(dlogits_ptr, num_classes, dlogits_b, dlogits_k, dlogits_h, dlogits_w)
     dptrs, written = gradient_ptrs(dlogits, program, cells, axes, dlogits_block, CELLS)
     factors = [tl.where(labels[i] >= 0, factors[i], 0.0) for i in () + CELLS.columns]
