@@ -140,7 +140,14 @@ def workspace(func: Any, args: Sequence[Any]) -> tuple[int, ...]:
         return 10 << 20, 4 * len(x) * x.shape[1] * (args[3] + 3)
     if name == "split_groups":
         return 24 * args[1].numel(), 12 * x.numel()
-    if name in ("class_keys", "class_moments_backward", "upsampled_sums_backward"):
+    if name == "centroid_info_nce":  # two numbers of each row and 32 keys
+        return (8 * x[..., 0].numel() * (len(args[1]) // 32 + 2), 0)
+    if name in (
+        "class_keys",
+        "class_moments_backward",
+        "upsampled_sums_backward",
+        "centroid_info_nce_backward",
+    ):
         return ()
     raise NotImplementedError(f"the workspace of {name} is not known")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .centroid_info_nce import Problem, problem_of, product, read_rows, saved_of, scale_of
 from .lanes import INF
-from .launch import ceil_div, without_spills
+from .launch import architecture, ceil_div, without_spills
 
 
 class Upstream(NamedTuple):
@@ -171,7 +171,8 @@ def centroid_info_nce_backward(
     of_rows = 0 if dq is None and dp is None else p.rows
     of_classes = 0 if dk is None else p.num_keys
     few = _tiles(of_rows, p, LARGE) + _tiles(of_classes, p, LARGE) < ENOUGH
-    tile = SMALL if few else LARGE
+    is_amd = not architecture().startswith("sm_")  # whose compiler spills registers of large tiles
+    tile = SMALL if few or is_amd else LARGE
     flat = dlosses.expand(queries.shape[:2]).reshape(-1)
     upstream = Upstream(flat, flat.stride(0), factor)
     programs = _tiles(of_rows, p, tile) + _tiles(of_classes, p, tile)
