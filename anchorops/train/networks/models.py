@@ -244,6 +244,8 @@ def trained_model(options: Model, weights: Mapping[str, Tensor], channels: int) 
     """The network of a checkpoint without its methods. CBP has removed the classifier's bias.
     Raises ValueError for weights of another network."""
     state = {k: x for k, x in weights.items() if not k.startswith("regularizer.")}
+    if "classifier.weight" not in state:
+        raise ValueError("expected the weights of a run: they have no classifier.weight")
     weight = state["classifier.weight"]
     state.setdefault("classifier.bias", weight.new_zeros(len(weight)))
     model = build_model(
