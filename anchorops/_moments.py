@@ -17,8 +17,11 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 def as_scalar(number: float, logits: Tensor) -> Tensor:
     """A number as operators take it: a tensor () on the logits' device, in the statistics' dtype.
     For a float of a schema, torch.compile would compile again with each number, and also for that
-    of torch.full. It keeps an operand of a product variable."""
-    return torch.ones((), dtype=statistics_dtype(logits.dtype), device=logits.device) * number
+    of torch.full, which is one launch. It keeps an operand of a product variable."""
+    dtype = statistics_dtype(logits.dtype)
+    if torch.compiler.is_compiling():
+        return torch.ones((), dtype=dtype, device=logits.device) * number
+    return torch.full((), number, dtype=dtype, device=logits.device)
 
 
 class ClassMoments(NamedTuple):

@@ -36,7 +36,7 @@ class Problem(NamedTuple):
     dim: int
     groups: int
     first: int
-    scale: float  # 1/τ
+    temperature: Any  # float32 []
     eps: Any  # of lengths, or None: nothing is normalised
 
 
@@ -59,7 +59,7 @@ def problem_of(
     present: Tensor | None,
     present_keys: Tensor | None,
     first: int,
-    temperature: float,
+    temperature: Tensor,
     eps: float | None,
 ) -> Problem:
     """queries, positives [C, G, D]; keys [K, D]; present bool [C, G]; present_keys bool [K]."""
@@ -77,7 +77,7 @@ def problem_of(
         dim,
         groups,
         first,
-        1 / temperature,
+        temperature,
         eps,
     )
 
@@ -133,6 +133,11 @@ def scale_of(lengths, eps):
 
 
 @triton.jit
+def inverse_temperature(p):
+    return tl.div_rn(1.0, tl.load(p.temperature))
+
+
+@triton.jit
 def _length_of(squares, needed, eps):
     return tl.where(needed, 1.0 if eps is None else tl.sqrt_rn(squares), INF)
 
@@ -175,7 +180,8 @@ def _logits_of_positives(p, saved, r, needed, BLOCK_R: tl.constexpr, BLOCK_D: tl
         y_squares += y * y
     x_lengths = _length_of(tl.sum(x_squares, 1), needed, p.eps)
     y_lengths = _length_of(tl.sum(y_squares, 1), needed, p.eps)
-    own = tl.sum(products, 1) * (scale_of(x_lengths, p.eps) * scale_of(y_lengths, p.eps) * p.scale)
+    scale = scale_of(x_lengths, p.eps) * scale_of(y_lengths, p.eps) * inverse_temperature(p)
+    own = tl.sum(products, 1) * scale
     tl.store(saved.positive_lengths + r, y_lengths, mask=r < p.rows)
     tl.store(saved.own + r, own, mask=r < p.rows)
 
@@ -205,7 +211,8 @@ def _logits_of_keys(
     tl.store(saved.key_lengths + k, k_lengths, mask=(k < p.num_keys) & (tl.program_id(0) == 0))
     own = k[None, :] == (p.first + r // p.groups)[:, None]
     used = counted[None, :] & (own == 0) if p.positives is not None else counted[None, :] | own
-    x *= (scale_of(q_lengths, p.eps) * p.scale)[:, None] * scale_of(k_lengths, p.eps)[None, :]
+    q_scale, k_scale = scale_of(q_lengths, p.eps), scale_of(k_lengths, p.eps)
+    x *= (q_scale * inverse_temperature(p))[:, None] * k_scale[None, :]
     x = tl.where(here[:, None] & used, x, -INF)
     ptrs = saved.logits + r.to(tl.int64)[:, None] * saved.pitch + k[None, :]
     tl.store(ptrs, x, mask=(r < p.rows)[:, None] & (k < saved.pitch)[None, :])
@@ -282,7 +289,7 @@ def centroid_info_nce(
     present: Tensor | None,
     present_keys: Tensor | None,
     first: int,
-    temperature: float,
+    temperature: Tensor,
     reduction: str,
     normalize: float | None,
 ) -> tuple[Tensor, ...]:

@@ -13,7 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .centroid_info_nce import Problem, problem_of, product, read_rows, saved_of, scale_of
+from .centroid_info_nce import (
+    Problem,
+    inverse_temperature,
+    problem_of,
+    product,
+    read_rows,
+    saved_of,
+    scale_of,
+)
 from .lanes import INF
 from .launch import architecture, ceil_div, without_spills
 
@@ -42,7 +50,7 @@ def _through_scale(p, dx_hat, row, length, along):
         return dx_hat
     else:
         scale = scale_of(length, p.eps)
-        along = tl.where(length > p.eps, along * scale / p.scale, 0.0)
+        along = tl.where(length > p.eps, along * scale * tl.load(p.temperature), 0.0)
         return scale[:, None] * (dx_hat - along[:, None] * row)
 
 
@@ -50,7 +58,8 @@ def _through_scale(p, dx_hat, row, length, along):
 def _dlosses(p, dlosses, r, length):
     """dloss[r]/τ; 0 where the row is absent, even if its upstream gradient is NaN."""
     dloss = _numbers(dlosses.ptr, r, p.rows, dlosses.stride)
-    return tl.where(length != INF, dloss * (tl.load(dlosses.factor) * p.scale), 0.0)
+    factor = tl.load(dlosses.factor) * inverse_temperature(p)
+    return tl.where(length != INF, dloss * factor, 0.0)
 
 
 @triton.jit
@@ -154,7 +163,7 @@ def centroid_info_nce_backward(
     key_lengths: Tensor,
     factor: Tensor,
     first: int,
-    temperature: float,
+    temperature: Tensor,
     reduction: str,
     normalize: float | None,
     of_queries: bool,

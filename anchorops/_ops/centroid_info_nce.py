@@ -29,7 +29,7 @@ from .._checks import (
     in_transform,
     savable,
 )
-from .._moments import statistics_dtype
+from .._moments import as_scalar, statistics_dtype
 from .registration import Gradient, define, run
 
 LOGITS_AT_ONCE = 2**23  # 32 MiB in float32; more are computed in parts, and again for the gradient
@@ -37,17 +37,18 @@ LOGITS_OF_PART = 2**20
 
 # queries and positives [C, G, D] are of the classes from `first` on; C = K unless they are a part.
 # keys [K, D]; present: bool [C, G], None: all; present_keys: bool [K], None: the classes with a
-# present query. losses: a scalar, or [C, G] for the reduction "none". The other results are what
-# the backend keeps for the gradient.
+# present query. temperature: (), of the losses' dtype (why a tensor: as_scalar of _moments.py).
+# losses: a scalar, or [C, G] for the reduction "none". The other results are what the backend keeps
+# for the gradient.
 _SCHEMA = (
     "(Tensor queries, Tensor keys, Tensor? positives, Tensor? present, Tensor? present_keys, "
-    "SymInt first, float temperature, str reduction, float? normalize) "
+    "SymInt first, Tensor temperature, str reduction, float? normalize) "
     "-> (Tensor losses, Tensor logits, Tensor rows, Tensor key_lengths, Tensor factor)"
 )
 _BACKWARD_SCHEMA = (
     "(Tensor dlosses, Tensor queries, Tensor keys, Tensor? positives, Tensor? present, "
     "Tensor? present_keys, Tensor logits, Tensor rows, Tensor key_lengths, Tensor factor, "
-    "SymInt first, float temperature, str reduction, float? normalize, bool of_queries, "
+    "SymInt first, Tensor temperature, str reduction, float? normalize, bool of_queries, "
     "bool of_keys, bool of_positives) -> (Tensor dqueries, Tensor dkeys, Tensor dpositives)"
 )
 
@@ -146,7 +147,7 @@ def _on_cpu(
     present: Tensor | None,
     present_keys: Tensor | None,
     first: int,
-    temperature: float,
+    temperature: Tensor,
     reduction: str,
     normalize: float | None,
 ) -> tuple[Tensor, ...]:
@@ -155,11 +156,11 @@ def _on_cpu(
     counted, read = _used_keys(keys.shape[0], queries, *masks)
     q, _ = _rows(queries, present, queries, normalize)
     k, _ = _rows(keys, read, queries, normalize)
-    logits = torch.mm(q.flatten(0, 1), k.T).mul_(1 / temperature)
+    logits = torch.mm(q.flatten(0, 1), k.T).div_(temperature)
     own = _own(logits, queries, first)
     if positives is not None:
         p, _ = _rows(positives, present, queries, normalize)
-        own.copy_((q * p).sum(-1).mul_(1 / temperature))
+        own.copy_((q * p).sum(-1).div_(temperature))
     if counted is not None:
         kept = own.clone()
         logits.masked_fill_(~counted, -torch.inf)
@@ -189,7 +190,7 @@ def _gradient_on_cpu(
     key_lengths: Tensor,
     factor: Tensor,
     first: int,
-    temperature: float,
+    temperature: Tensor,
     reduction: str,
     normalize: float | None,
     of_queries: bool,
@@ -227,15 +228,17 @@ def _gradient_on_cpu(
 
 
 def _setup_context(ctx: Any, inputs: Any, results: Any) -> None:
-    ctx.options = inputs[5:]
-    ctx.save_for_backward(*inputs[:5], *results[1:])
+    ctx.first, ctx.options = inputs.first, (inputs.reduction, inputs.normalize)
+    ctx.save_for_backward(*inputs[:5], *results[1:], inputs.temperature)
 
 
 def _backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
     if grads.losses is None:
         return {}
     needs = {name: getattr(ctx.needs, name) for name in ("queries", "keys", "positives")}
-    gradients = operator(grads.losses, *ctx.saved_tensors, *ctx.options, *needs.values())
+    *tensors, temperature = ctx.saved_tensors
+    options = ctx.first, temperature, *ctx.options
+    gradients = operator(grads.losses, *tensors, *options, *needs.values())
     named = zip(needs.items(), gradients, strict=True)
     return {name: gradient if needed else None for (name, needed), gradient in named}
 
@@ -335,7 +338,7 @@ def centroid_info_nce(
         positives, present = (x if x is None else x[:, None] for x in (positives, present))
     tensors: Any = tuple(map(savable, (queries, keys, positives, present, present_keys)))
     if backend != "reference" and shape.numel() * keys.shape[0] <= LOGITS_AT_ONCE:
-        options = 0, temperature, reduction, normalize
+        options = 0, as_scalar(temperature, queries), reduction, normalize
         losses = run(function, backend, *tensors, *options)[0]
         return losses.view(shape) if reduction == "none" else losses
     losses = _losses_in_parts(backend, *tensors, temperature=temperature, normalize=normalize)
@@ -391,7 +394,7 @@ def _losses_of_part(
 ) -> Tensor:
     tensors = queries, keys, positives, present, present_keys
     if backend != "reference":
-        options = first, temperature, "none", normalize
+        options = first, as_scalar(temperature, queries), "none", normalize
         return run("centroid_info_nce", backend, *tensors, *options)[0]
     # There is no autocast for the device "meta".
     with torch.autocast("cpu" if queries.is_meta else queries.device.type, enabled=False):
