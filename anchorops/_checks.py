@@ -327,8 +327,7 @@ def check_pos_weight(function: str, pos_weight: object, logits: Tensor) -> Tenso
     is_number = isinstance(pos_weight, int | float)
     listed = pos_weight if isinstance(pos_weight, list | tuple) else []
     for number in [pos_weight] if is_number else listed:
-        if check_number(function, "pos_weight", number) > LARGEST:
-            fail(function, "pos_weight", "numbers that float32 can hold", number)
+        check_number(function, "pos_weight", number)
     if is_number:
         return pos_weight
     original, pos_weight = pos_weight, flat_pos_weight(function, pos_weight)
@@ -469,6 +468,8 @@ def check_number(function: str, argument: str, value: object, *, above: bool = F
     if isinstance(number, int) and not -(2**63) <= number < 2**63:  # torch takes no larger ints
         fail(function, argument, "a float or an int of 64 bits", describe(value))
     # Comparisons alone: torch.compile cannot trace math.isfinite of a dynamic number.
+    if isinstance(number, float) and LARGEST < number < math.inf:
+        fail(function, argument, "numbers that float32 can hold", describe(value))
     if number is None or not (number > 0 if above else number >= 0) or not number < math.inf:
         expected = (
             "a finite float or int, above 0" if above else "a finite float or int, at least 0"

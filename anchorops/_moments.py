@@ -95,6 +95,8 @@ class Options(NamedTuple):
         def converted(x: Tensor | float | None) -> Tensor | None:
             return x if x is None or isinstance(x, Tensor) else as_scalar(x, logits)
 
+        if self.min_loss is None and self.focal_gamma is None:
+            return self
         numbers = converted(self.min_loss), converted(self.focal_gamma)
         return self._replace(min_loss=numbers[0], focal_gamma=numbers[1])
 

@@ -221,11 +221,15 @@ def _register_autograd(
 
     def differentiable(*inputs: Any) -> Any:
         tensors = [x for x in inputs if isinstance(x, Tensor)]
-        if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-            _raise_not_implemented(name, "forward-mode derivatives", function)
-        if any(in_transform(x, only_derivatives=True) for x in tensors):
-            _raise_not_implemented(name, "torch.func's derivatives", function)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        for x in tensors:
+            if forward_ad.unpack_dual(x).tangent is not None:
+                _raise_not_implemented(name, "forward-mode derivatives", function)
+        needs_gradient = False
+        for x in tensors:
+            if in_transform(x, only_derivatives=True):
+                _raise_not_implemented(name, "torch.func's derivatives", function)
+            needs_gradient |= x.requires_grad
+        if needs_gradient and torch.is_grad_enabled():
             return node.apply(*inputs)
         return implementation(*inputs)
 

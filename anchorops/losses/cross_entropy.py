@@ -57,8 +57,9 @@ class BaseCrossEntropy(MomentsLoss):
         raise NotImplementedError
 
     def options(self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None) -> Options:
-        weight = self.class_weight(logits)
-        min_loss = None
+        weight = min_loss = None
+        if self.label_smoothing > 0 or self.ohem_min_kept is not None:
+            weight = self.class_weight(logits)
         if self.ohem_threshold is not None:
             # not log: torch.compile would compile again with each number
             min_loss = -math.log2(self.ohem_threshold) * math.log(2)

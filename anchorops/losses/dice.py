@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .._checks import check_choice, check_flags, check_number, describe, fail
-from .._moments import Options, SoftmaxMoments, Wanted
+from .._moments import Options, SoftmaxMoments, Wanted, as_scalar
 from .._ops.pixel_cross_entropy import divide, divisor_or_0
 from .._shared.sums import fixed_order_sum
 from ..distributed import all_reduce, group_name
@@ -163,19 +163,20 @@ class Dice(MomentsLoss):
             )
             if weight is not None:
                 weight = torch.stack([weight[k] for k in self.classes])
-        # o + α·(m − o) + β·(c − o), with c at least 1, which changes classes without pixels alone.
-        # Not torch.add(…, alpha=…): torch.compile would compile again with each number.
-        counts = counts.to(sums.dtype)
+        # With c at least 1, which changes classes without pixels alone. Not
+        # torch.add(…, alpha=…): torch.compile would compile again with each number.
         sizes = counts.clamp(min=1) if self._is_defined else counts
-        denominator = self.alpha * sums + self.beta * sizes
-        if self.alpha + self.beta != 1:
-            denominator = denominator + (1 - self.alpha - self.beta) * intersections
+        if self.alpha == self.beta == 0.5:  # the same with fewer operators
+            denominator = 0.5 * (sums + sizes)
+        else:
+            denominator = intersections + self.alpha * (sums - intersections)
+            denominator = denominator + self.beta * (sizes - intersections)
         if self.smooth_denominator > 0:
             denominator = denominator + self.smooth_denominator
         present: Any = 1 if self.absent == "keep" else counts.clamp(max=1)
         numerator = intersections
         if self.smooth > 0:
-            numerator = numerator + self.smooth * present
+            numerator = numerator + present * as_scalar(self.smooth, numerator)
         # Before the division, because the derivative of a skipped score may be 0 · ∞.
         if not self._is_defined:
             undefined = denominator <= 0  # false for NaN, which must not become a score of 0
@@ -188,7 +189,7 @@ class Dice(MomentsLoss):
         losses = present * -scores.clamp(min=tiny).log() if self.log else present - scores
         counted = present if self.absent == "skip" else torch.ones_like(counts)
         if weight is None:  # exact: fewer than 2^24 numbers
-            total = counted.sum().clamp(min=1), None
+            total = counted.sum(dtype=losses.dtype).clamp(min=1), None
         else:
             losses, counted = losses * weight, counted * weight
             total = divisor_or_0(fixed_order_sum(counted))

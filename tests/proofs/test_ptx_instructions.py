@@ -312,7 +312,7 @@ def test_nan_is_one():
     "instruction",
     [
         "add.cc.s32 %r4, %r3, 1;",
-        "sqrt.rn.f32 %f1, %f2;",
+        "cos.approx.f32 %f1, %f2;",
         "red.global.add.u32 [%d1], %r3;",
         "atom.global.max.u32 %r4, [%d1], %r3;",
         "cvt.sat.f32.f32 %f1, %f2;",
