@@ -46,11 +46,12 @@ Pairs = list[tuple[Tensor, Tensor]]  # of each image, the queries and their targ
 
 
 class LowResolutionMaskFormerLoss(MaskFormerLoss):
-    """The criterion of a MaskFormer, whose mask logits stay at low resolution."""
+    """The criterion of a MaskFormer, whose mask logits stay at low resolution. Masks are 0 or 1."""
 
     def __init__(self, criterion: MaskFormerLoss) -> None:
         weights = criterion.weight_dict
         super().__init__(criterion.num_labels, criterion.matcher, weights, criterion.eos_coef)
+        self.empty_weight = criterion.empty_weight
         mask, dice = weights["loss_mask"], weights["loss_dice"]
         self.masks = ao.MaskLoss(ce_weight=mask, dice_weight=dice, **FOCAL)
 
@@ -65,7 +66,8 @@ class LowResolutionMaskFormerLoss(MaskFormerLoss):
 
 
 class LowResolutionDetrLoss(of_detr.ImageLoss):
-    """The criterion of a DETR for segmentation, whose mask logits stay at low resolution."""
+    """The criterion of a DETR for segmentation, whose mask logits stay at low resolution. Masks are
+    0 or 1."""
 
     def __init__(self, config: DetrConfig) -> None:
         matcher = of_detr.HungarianMatcher(config.class_cost, config.bbox_cost, config.giou_cost)

@@ -9,6 +9,7 @@ The logits x are kept for the gradient. On a CPU the node is written here, with 
 matrices; on GPUs it is Triton's.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -166,12 +167,11 @@ def _on_cpu(
         logits.masked_fill_(~counted, -torch.inf)
         own.copy_(kept)
     log_p = logits.log_softmax(-1)
-    own = _own(log_p, queries, first)
+    losses = -_own(log_p, queries, first)
     if present is not None:
-        own = torch.where(present, own, 0)
+        losses = torch.where(present, losses, 0)
     if reduction != "none":
-        own = own.sum() * _factor(reduction, queries, present)
-    losses = -own
+        losses = losses.sum() * _factor(reduction, queries, present)
     nothing = q.new_empty(0)
     return losses, log_p, nothing, nothing.clone(), nothing.clone()
 
@@ -337,7 +337,8 @@ def centroid_info_nce(
         queries = queries[:, None]
         positives, present = (x if x is None else x[:, None] for x in (positives, present))
     tensors: Any = tuple(map(savable, (queries, keys, positives, present, present_keys)))
-    if backend != "reference" and shape.numel() * keys.shape[0] <= LOGITS_AT_ONCE:
+    # not shape.numel(), which torch.export makes a constant
+    if backend != "reference" and math.prod(shape) * keys.shape[0] <= LOGITS_AT_ONCE:
         options = 0, as_scalar(temperature, queries), reduction, normalize
         losses = run(function, backend, *tensors, *options)[0]
         return losses.view(shape) if reduction == "none" else losses

@@ -167,7 +167,10 @@ class Regularizer(InitializedModule):
         """The terms of the last loss: copies."""
         # counts too are floating-point, because loggers average over steps and ranks
         dtypes = [x.dtype for x in self._terms.values() if x.is_floating_point()]
-        return {key: x.to(dtypes[0], copy=True) for key, x in self._terms.items()}
+        return {
+            key: x.clone() if x.is_floating_point() else x.to(dtypes[0])
+            for key, x in self._terms.items()
+        }
 
     def train(self, mode: bool = True) -> Regularizer:
         if not mode and self.attachment is not None:

@@ -226,7 +226,7 @@ class CBP(Regularizer):
             weight.copy_(rows.view_as(weight))
         elif self.update == "ema":
             present = self.centroids.any(1, keepdim=True)
-            step = torch.where(present, 1 - self.momentum, 0.0).to(weight)
+            step = present.to(weight).mul_(1 - self.momentum)
             weight.flatten(1).lerp_(self.centroids.to(weight), step)
             self.centroids.zero_()
 

@@ -95,7 +95,7 @@ class MVSC(Regularizer):
             total = prototypes.sum(0)
             terms = {
                 "fca": self.fca_weight * self._alignment(means, total, present),
-                "cos": self.cos_weight * self._consistency(prototypes, total, seed),
+                "cos": self.cos_weight * self._consistency(prototypes, seed),
                 "visual": self.visual_weight
                 * self._visual(means, prototypes, present, weight, bias),
             }
@@ -104,7 +104,8 @@ class MVSC(Regularizer):
         return Plan(Request(groups=self.groups, seed=seed), losses)
 
     def _alignment(self, means: Tensor, total: Tensor, present: Tensor) -> Tensor:
-        """L_fca (Eq. 2) of the global centroids v'_k. Their sums, once normalised, are the same."""
+        """L_fca (Eq. 2) of the global centroids v'_k. Their sums, once normalised, are the same, if
+        they are longer than eps."""
         return centroid_info_nce(
             means,
             total,
@@ -113,15 +114,15 @@ class MVSC(Regularizer):
             normalize=EPS,
         )
 
-    def _consistency(self, prototypes: Tensor, total: Tensor, seed: Tensor) -> Tensor:
-        """L_cos = mean 1 − cos(a_k, b_k) (Eq. 3). Sums have the cosines of means. total: that of
-        all groups, [K, D]."""
+    def _consistency(self, prototypes: Tensor, seed: Tensor) -> Tensor:
+        """L_cos = mean 1 − cos(a_k, b_k) (Eq. 3). Sums have the cosines of means."""
         if self.groups == 1:
             return prototypes.new_zeros(())
         # a different seed from that of the pixels' split
-        half = random_halves(self.groups, seed + (1 << 31), prototypes).to(prototypes.dtype)
-        a = (half @ prototypes.flatten(1)).view_as(total)
-        a, b = F.normalize(torch.stack((a, total - a)), dim=-1, eps=EPS)
+        half = random_halves(self.groups, seed + (1 << 31), prototypes)
+        halves = torch.stack((half, 1 - half)).to(prototypes.dtype)
+        sums = (halves @ prototypes.flatten(1)).view(2, self.num_classes, self.dim)
+        a, b = F.normalize(sums, dim=-1, eps=EPS)
         return torch.rsub((a * b).sum(), 1, alpha=1 / self.num_classes)
 
     def _visual(
