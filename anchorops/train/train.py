@@ -104,7 +104,9 @@ def fit(
     measure: more values for the log, of the step, the learner, and a batch's images and labels."""
     steps, dtype = options.data.steps, PRECISIONS[options.precision]
     learner = build(options, data, device, from_state=state is not None)
-    parallel = DDP(learner) if ranks.world() > 1 else learner
+    # with unused parameters DDP keeps its buckets, so that gradients are summed in one order, also
+    # where a run goes on
+    parallel = DDP(learner, find_unused_parameters=True) if ranks.world() > 1 else learner
     optimizer = build_optimizer(options.model, learner.model)
     scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
     average = None

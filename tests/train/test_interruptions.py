@@ -1,6 +1,6 @@
 """Commands that are stopped by SIGTERM or Ctrl-C, or killed, and go on by the command that they
-print: runs end as one that nothing disturbed, bit for bit, on one rank and on two. Workers load the
-images, and signals reach all processes of the group."""
+print: runs end as one that nothing disturbed, bit for bit, on one rank and on several. Workers load
+the images, and signals reach all processes of the group."""
 
 import re
 import shlex
@@ -17,6 +17,7 @@ from tiny_runs import TINY, assert_same_run, figures, state
 
 RUN = (
     *(*TINY, "--data.steps", "7", "--data.workers", "1", "--data.val_images", "8"),
+    *("--data.batch_size", "12"),  # of two batches of three ranks, too
     *("--data.eval_batch_size", "2", "--accumulate", "2", "--ema", "0.9", "--log_every", "1"),
 )
 TERM, INT, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
@@ -48,7 +49,7 @@ def straight(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
 def go_on(programs: Programs, command: str, ranks: int) -> None:
     """By the command that was printed."""
-    launcher = "torchrun --standalone --nproc-per-node 2 -m anchorops.train --"
+    launcher = f"torchrun --standalone --nproc-per-node {ranks} -m anchorops.train --"
     program = "anchorops-train" if ranks == 1 else launcher
     assert command.startswith(f"{program} ")
     status, said = programs.run(*shlex.split(command.removeprefix(program)), ranks=ranks)
@@ -73,6 +74,7 @@ def slow(*case: Any) -> Any:
         slow(2, "step", 3, TERM, None),
         slow(2, "step", 5, KILL, 0),
         slow(2, "validation", 2, KILL, None),
+        slow(3, "step", 3, TERM, None),  # sums of three depend on their order
     ],
 )
 def test_a_run_goes_on_bit_for_bit(
@@ -91,7 +93,7 @@ def test_a_run_goes_on_bit_for_bit(
     if signum == KILL:
         assert -KILL in status
         alone, several = f"anchorops-train fit --run {run} --resume", "torchrun --standalone "
-        several += f"--nproc-per-node 2 -m anchorops.train -- fit --run {run} --resume"
+        several += f"--nproc-per-node {ranks} -m anchorops.train -- fit --run {run} --resume"
         go_on(programs, alone if ranks == 1 else several, ranks)
     else:
         assert stopped(status, signum), said
