@@ -248,7 +248,9 @@ class Options:
         log_every: Steps between two lines of the log.
         save_every: Steps between two states of the run on the disk.
         max_steps: End early, after this step. The run can go on with a larger limit.
-        max_hours: End early, this time after the first step. The run can go on.
+        max_hours: End early, after the first step that ends later than this; the clock starts when
+            the masks have been read. A validation is completed. The run can go on, with a new
+            clock.
     """
 
     model: Model = field(default_factory=Model)
@@ -270,7 +272,9 @@ class Options:
         expect(0 <= self.seed <= MAX_SEED, "seed", f"0 to {MAX_SEED}", self.seed)
         counts = ("accumulate", "val_every", "log_every", "save_every", "max_steps")
         expect_at_least(1, "", self, *counts)
-        expect_at_least(0, "", self, "clip", "max_hours")
+        expect_at_least(0, "", self, "max_hours")
+        clips = self.clip is None or 0 < self.clip < math.inf
+        expect(clips, "clip", "a finite number above 0", self.clip)
         expect(self.ema is None or 0 <= self.ema < 1, "ema", "at least 0, below 1", self.ema)
         window, stride = self.data.crop, self.model.window_stride
         if stride is not None and self.model.evaluation == "sliding":

@@ -26,6 +26,7 @@ from .signals import STOPPING, end_at_once, handle
 
 CONFIG, DATA, LOCK, METRICS = "config.yaml", "data.yaml", "run.lock", "metrics.csv"
 LAST, BEST = "last.ckpt", "best.ckpt"
+EARLIER = "seed_everything"  # an option that only the runs of an earlier version have
 PART = ".part"  # the suffix of a file that is being written
 OWN_RUN = (
     "give this run its own directory with --run (the default name has the preset, the methods and "
@@ -99,14 +100,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def read_config(run: Path) -> dict[str, Any]:
     """The configuration of a run; of one of an earlier version, what its weights need."""
     options = read_yaml(run / CONFIG)
-    if "seed_everything" in options:
+    if EARLIER in options:
         old = ("seed", "images", "allow_changes")
         kept = {x: {k: v for k, v in options[x].items() if k not in old} for x in ("model", "data")}
-        return kept | {"seed": options["seed_everything"]}
+        return kept | {"seed": options[EARLIER]}
     for name in ("data.steps", "model.network", "model.methods", "seed", "save_every"):
         if name not in flat(options):
             raise ValueError(f"{run / CONFIG} is damaged (it has no {name})")
     return options
+
+
+def check_version(run: Path) -> None:
+    """Raises ValueError for a run of an earlier version, with which no training goes on."""
+    if (run / CONFIG).exists() and EARLIER in read_yaml(run / CONFIG):
+        raise ValueError(
+            f"{run} holds a run of an earlier version, which cannot go on: start another one, in "
+            f"another directory with --run, and from its weights with --model.weights {run / BEST}"
+        )
 
 
 def check_same(run: Path, options: Mapping[str, Any], found: Mapping[str, Any]) -> None:
@@ -219,14 +229,18 @@ class Stop:
 
     def asked(self) -> Stopped | None:
         """Whether a rank was asked to stop: the same on all ranks, which call this together."""
-        reason = ranks.largest(self._received or int(time.monotonic() > self._end))
+        return self._stopped(self._received or int(time.monotonic() > self._end))
+
+    def check(self) -> None:
+        """Raises Stopped if a rank got a signal. --max_hours does not end a validation: else a run
+        whose time is shorter than its validation would never get beyond it."""
+        if stopped := self._stopped(self._received):
+            raise stopped
+
+    def _stopped(self, reason: int) -> Stopped | None:
+        reason = ranks.largest(reason)
         if not reason:
             return None
         by = "--max_hours" if reason == 1 else signal.Signals(reason).name
         status = 0 if reason == 1 else 128 + reason
         return Stopped(f"stopped by {by} {self.where}{self.advice}", status)
-
-    def check(self) -> None:
-        """Raises Stopped if a rank was asked to stop."""
-        if stopped := self.asked():
-            raise stopped

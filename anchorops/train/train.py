@@ -34,6 +34,7 @@ from .run import (
     Log,
     Stop,
     check_same,
+    check_version,
     going_on,
     only_process,
     save_atomically,
@@ -69,6 +70,7 @@ def train(
         torch.use_deterministic_algorithms(True)
     with ExitStack() as held:
         ranks.on_first(lambda: held.enter_context(only_process(run)))
+        ranks.on_first(lambda: check_version(run))
         data = open_splits(options.data, options.seed)
         ranks.on_first(lambda: _check_run(options, run, data, resume, advice))
         state = read_checkpoint(run / LAST, "optimizer") if (run / LAST).exists() else None
