@@ -7,8 +7,8 @@ from .signals import end_at_once, handle
 USAGE = """usage: anchorops-train fit --config PRESET [OPTIONS]      train (fit --help: the options)
        anchorops-train fit --run RUN --resume             go on with an interrupted run
        anchorops-train validate --run RUN                 the figures of its best weights
-       anchorops-train predict --run RUN --images IMAGE … --out DIRECTORY
-       anchorops-train compare RUN …                      compare finished runs
+       anchorops-train predict --run RUN --images IMAGE ... --out DIRECTORY
+       anchorops-train compare RUN ...                    compare finished runs
        anchorops-train presets                            the presets, with published results
        anchorops-train demo [--steps N]                   both networks, plain and with SAR
 

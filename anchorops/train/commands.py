@@ -50,6 +50,10 @@ less frequent and rare classes. mAcc: mean over the classes of the share of pixe
 
 A short training shows how fast a network learns. On these scenes the gain of SAR disappears in
 longer trainings; docs/evidence.md compares all methods after 500, 1,500 and 4,000 steps."""
+WORKER_ENDED = (
+    "a process that loads images was ended from outside, usually for want of memory: give fewer "
+    "--data.workers"
+)
 RENAMED = {  # options of earlier versions
     "ckpt_path": "--resume (of fit), --checkpoint (of validate and predict)",
     "seed_everything": "--seed",
@@ -82,7 +86,8 @@ class Given(NamedTuple):
 
 
 def parser_of(command: str) -> ArgumentParser:
-    parser = ArgumentParser(prog=f"anchorops-train {command}", exit_on_error=False)
+    name = f"anchorops-train {command}"
+    parser = ArgumentParser(prog=name, exit_on_error=False, allow_abbrev=False)
     help = "A preset or a file of options. With several, the later ones override the earlier ones."
     parser.add_argument("--config", "-c", action="config", help=help)
     help = "Directory of the run; of fit, runs/PRESET-METHODS-seedN if not given."
@@ -131,6 +136,8 @@ def parse(command: str, words: Sequence[str]) -> Given:
             raise ValueError(f"--config {file}: {' '.join(str(error).split())}") from None
         first += ["--config", text]
     given = parser.parse_args([*first, *kept]).as_dict()
+    for group in ("model", "data"):  # the name of the file that --model FILE gives
+        given[group].pop("__path__", None)
     own = {name: given.pop(name) for name in [*given] if name not in Options.__annotations__}
     model, data = Model(**given.pop("model")), Data(**given.pop("data"))
     options = Options(model=model, data=data, **given)
@@ -154,7 +161,8 @@ def _check_renamed(name: str, place: str) -> None:
 
 def load_preset(name: str) -> dict[str, Any]:
     """The options in a file, or in a preset of this name, after those of the shared settings that
-    it names. Raises ValueError for an unknown name, and for a file that cannot be read."""
+    it names. Raises ValueError for an unknown name, and for a file that cannot be read or has other
+    things than options."""
     path, packaged = Path(name), PRESETS / f"{name}.yaml"
     if not path.is_file():
         path = packaged
@@ -163,10 +171,24 @@ def load_preset(name: str) -> dict[str, Any]:
             raise ValueError(known)
     content = read_yaml(path)
     for option in flat(content, ("saving", "trainer", "data")):
-        _check_renamed(option, f"--config {path}: ")
+        _check_renamed(str(option), f"--config {path}: ")
     merged: dict[str, Any] = {}
     shared = read_yaml(PRESETS / f"{SHARED}.yaml")
-    for part in (*(shared[x] for x in content.pop(SHARED, ())), content):
+    names = content.pop(SHARED, [])
+    if not isinstance(names, list) or any(name not in [*shared] for name in names):
+        known = ", ".join(shared)
+        raise ValueError(f"--config {path}: {SHARED}: expected a list of {known}, got {names}")
+    for group in ("model", "data"):
+        if not isinstance(content.get(group, {}), dict):
+            raise ValueError(f"--config {path}: {group}: expected options, got {content[group]}")
+    try:
+        json.dumps(content)
+    except TypeError as error:
+        raise ValueError(
+            f"--config {path}: expected numbers, texts, lists and options, a date in quotation "
+            f"marks ({error})"
+        ) from None
+    for part in (*(shared[name] for name in names), content):
         for option, value in part.items():
             nested = isinstance(value, dict)
             merged[option] = {**merged.get(option, {}), **value} if nested else value
@@ -276,16 +298,29 @@ def predict_masks(words: Sequence[str]) -> None:
                 continue
             index, image, (height, width) = batch
             image = as_weights(model, image, options.model.channels_last)
-            (classes,) = predict(model, image, (int(height), int(width)), **how)
-            mask, encoded = masks[images[int(index)]], BytesIO()
+            path, size = images[int(index)], (int(height), int(width))
+            try:
+                (classes,) = predict(model, image, size, **how)
+            except (RuntimeError, ValueError):
+                _check_size(model, options, path, size)
+                raise
+            mask, encoded = masks[path], BytesIO()
             Image.fromarray(classes.cpu().numpy().astype(kind)).save(encoded, "PNG")
             mask.parent.mkdir(parents=True, exist_ok=True)
             save_atomically(encoded.getvalue(), mask)
             print(mask)
 
 
+def _check_size(model: Segmenter, options: Options, path: Path, size: tuple[int, int]) -> None:
+    """Raises ValueError that names an image, of this size, which the network cannot take."""
+    try:
+        check_sizes(model, options, [size])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def _compare(words: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="anchorops-train compare", description=_compare.__doc__)
+    parser = argparse.ArgumentParser(prog="anchorops-train compare", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, help="directories of the runs")
     results = []
     for run in parser.parse_args(words).runs:
@@ -301,6 +336,7 @@ def _compare(words: Sequence[str]) -> None:
 def _demo(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="anchorops-train demo",
+        allow_abbrev=False,
         description="HRNet-W18-small and SegFormer-B0 on digit scenes, plain and with SAR.",
     )
     parser.add_argument("--steps", type=int, default=500, help="of each of the four runs")
@@ -310,6 +346,8 @@ def _demo(words: Sequence[str]) -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     demo = parser.parse_args(words)
     expect(demo.threads >= 1, "threads", "at least 1", demo.threads)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("demo: expected one process: start it without torchrun")
     torch.set_num_threads(demo.threads)
     runs, advice = [], shlex.join(["anchorops-train", "demo", *words])
     with only_process(demo.out, "give this demo its own directory with --out"):
@@ -358,6 +396,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except argparse.ArgumentError as error:  # of the parser, in several lines
         return _ended(" ".join(str(error).split()), 2)
+    except (ConnectionResetError, ConnectionRefusedError, EOFError):
+        # of the sockets by which the workers of the data loader pass on their images
+        return _ended(WORKER_ENDED, 1)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         # for an error in a worker of the data loader, the message contains the whole traceback
         return _ended(str(error).rstrip().rpartition("\nValueError: ")[2], 1)
@@ -373,10 +414,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _known(error: str) -> str | None:
     """What an error of torch means, where its own text does not say it."""
     if "DataLoader worker" in error:
-        return (
-            "a process that loads images was ended from outside, usually for want of memory: give "
-            "fewer --data.workers"
-        )
+        return WORKER_ENDED
     if ranks.world() > 1 and any(x in error for x in ("peer", "Gloo", "gloo", "NCCL")):
         return "another rank has ended, which tells why"
     return None

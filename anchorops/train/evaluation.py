@@ -296,10 +296,16 @@ def check_sizes(
             sides = (32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 768, 1024)
             fits = [side for side in sides if not _failure(model, (1, channels, side, side))]
             fit = ", ".join(f"{side}×{side}" for side in fits) or "none"
+            advice = (
+                "such a --data.crop, and --model.evaluation sliding for validation images of other "
+                "sizes"
+            )
+            if how["window"] and (height, width) != crop:  # a window ends where the image ends
+                advice = "a --data.short_side with which no side of an image is below the crop's"
             raise ValueError(
                 f"--model.network {options.model.network} cannot take images of {height}×{width} "
-                f"({shorten(reason, 120)}); of squares up to 1024 it takes {fit}: give such a "
-                "--data.crop, and --model.evaluation sliding for validation images of other sizes"
+                f"({shorten(reason, 120)}); of squares up to 1024 it takes {fit}: give "
+                f"{advice}"
             )
 
 

@@ -8,8 +8,9 @@ import pytest
 import yaml
 from tiny_runs import TINY
 
-from anchorops.train.commands import PRESETS, RENAMED, main, masks_of, parse, presets
-from anchorops.train.data.splits import open_split, open_splits
+from anchorops.train import ranks
+from anchorops.train.commands import COMMANDS, PRESETS, RENAMED, main, masks_of, parse, presets
+from anchorops.train.data.splits import images_to_predict, open_split, open_splits
 from anchorops.train.options import FREE, Data, Model, Options
 
 MODEL_VALUES = {
@@ -49,7 +50,7 @@ DATA_VALUES = {
 VALUES = {
     "seed": [-1, 2**32],
     "accumulate": [0],
-    "clip": [-1.0, math.inf],
+    "clip": [-1.0, 0.0, math.inf],
     "ema": [-0.1, 1.0],
     "val_every": [0],
     "log_every": [0],
@@ -108,6 +109,7 @@ def test_images_of_several_sizes_in_a_batch(folder: Path):
         (["fit", "--data.crop", "[3, 4]"], 1, "--data.crop: expected two multiples of 32"),
         (["fit", "--model.lr", "a"], 2, 'Parser key "model.lr": Expected a'),
         (["fit", "--model.lrr", "1"], 2, "nrecognized arguments: --model.lrr"),
+        (["fit", "--see", "1"], 2, "nrecognized arguments: --see"),
         (["demo", "--threads", "0"], 1, "--threads: expected at least 1, got 0"),
         (["predict", "--run", "nowhere"], 1, "nowhere: expected the directory of a run"),
         *((["fit", f"--{x}", "1"], 1, f"--{x} is now {now}") for x, now in RENAMED.items()),
@@ -128,6 +130,12 @@ def test_messages_have_one_line(words: list[str], status: int, message: str, cap
         ("trainer: {max_steps: 1}", "--trainer.max_steps is now --max_steps"),
         ("seed_everything: 1", "--seed_everything is now --seed"),
         ("{", "is damaged"),
+        ("shared: [foo]", "shared: expected a list of "),
+        ("shared: digits", "shared: expected a list of "),
+        ("shared:", "got None"),
+        ("run: 2024-01-01", "a date in quotation marks"),
+        ("model:", "model: expected options, got None"),
+        ("1: 2", "own.yaml"),
     ],
 )
 def test_a_wrong_file_is_named(content: str, message: str, tmp_path: Path, capsys):
@@ -136,6 +144,37 @@ def test_a_wrong_file_is_named(content: str, message: str, tmp_path: Path, capsy
     assert main(["fit", "--config", str(path)]) == 1
     (said,) = capsys.readouterr().err.splitlines()
     assert str(path) in said and message in said
+
+
+def test_a_file_of_one_group(tmp_path: Path):
+    path = tmp_path / "own.yaml"
+    path.write_text("lr: 0.5")
+    model = parse("fit", ["--config", "digits", "--model", str(path), "--model.power", "1"])
+    assert (model.options.model.lr, model.options.model.power) == (0.5, 1)
+
+
+def test_fewer_images_than_ranks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    assert not [*images_to_predict(Data(workers=1), [Path("a.png")])]
+
+
+def test_a_demo_is_one_process(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["demo"]) == 1
+    assert "demo: expected one process: start it without torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "Connection reset")])
+def test_a_worker_that_was_killed(error: Exception, monkeypatch: pytest.MonkeyPatch, capsys):
+    """What its process leaves to read is a matter of chance."""
+
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "fit", fail)
+    assert main(["fit"]) == 1
+    assert "a process that loads images was ended from outside" in capsys.readouterr().err
 
 
 def test_files_to_predict(tmp_path: Path):

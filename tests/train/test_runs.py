@@ -25,6 +25,7 @@ from tiny_runs import FOLDER, TINY, assert_same_run, figures, small_network, sta
 from anchorops.train import commands
 from anchorops.train import run as runs
 from anchorops.train import train as training
+from anchorops.train.__main__ import USAGE
 from anchorops.train.commands import fit, main, validate
 from anchorops.train.networks import learner, models
 from anchorops.train.report.compare import comparison, load_results
@@ -106,6 +107,8 @@ def test_limits_of_a_run(small: None, tmp_path: Path, capsys):
     assert main([*command.split()[1:], "--max_hours", "0"]) == 0
     said = capsys.readouterr().err
     (command,) = re.findall(r"stopped by --max_hours after step 4; go on with: (.*)", said)
+    assert main([*command.split()[1:], "--max_hours", "0"]) == 0  # validates, then a step
+    assert "stopped by --max_hours after step 5" in capsys.readouterr().err
     assert main([*command.split()[1:], "--max_hours", "9"]) == 0
     assert_same_run(run, straight)
 
@@ -206,6 +209,7 @@ def test_signal_while_the_program_starts(signum: signal.Signals, tmp_path: Path)
 
 def test_a_terminal_without_utf_8(tmp_path: Path):
     """Nor does a name of a file have to be UTF-8."""
+    assert USAGE.isascii()
     command = [sys.executable, "-m", "anchorops.train", "validate", "--run", b"\xff\xc3\xb6"]
     variables = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=tmp_path)
@@ -432,6 +436,23 @@ def test_sizes_that_a_network_cannot_take(network: str, options: list[str], mess
         fit(words)
 
 
+def test_images_that_a_network_cannot_take(tmp_path: Path, capsys):
+    model = models.build_model("pan:resnet18", 2)
+    torch.save({"model": model.state_dict(), "channels": 3}, tmp_path / "best.ckpt")
+    write(tmp_path / "small.png", image(64, 64))
+    words = ["--run", str(tmp_path), "--model.weights", str(tmp_path / "best.ckpt")]
+    words += ["--model.network", "pan:resnet18", "--data.crop", "[128, 128]", "--device", "cpu"]
+    words += ["--out", str(tmp_path / "out"), "--images", str(tmp_path / "small.png")]
+    for sliding, message in (
+        ([], "give such a --data.crop, and --model.evaluation sliding for"),
+        (["--model.evaluation", "sliding"], "give a --data.short_side with which no side"),
+    ):
+        assert main(["predict", *words, *sliding]) == 1
+        said = capsys.readouterr().err
+        assert f"{tmp_path / 'small.png'}: --model.network pan:resnet18 cannot take" in said
+        assert message in said and said.count("\n") == 1
+
+
 @pytest.fixture
 def checkpoint_of_an_earlier_version(straight: Path, tmp_path: Path) -> Iterator[Path]:
     run = tmp_path / "old"
@@ -450,6 +471,10 @@ def checkpoint_of_an_earlier_version(straight: Path, tmp_path: Path) -> Iterator
 def test_weights_of_an_earlier_version(checkpoint_of_an_earlier_version: Path, straight: Path):
     old = validate(["--run", str(checkpoint_of_an_earlier_version)])
     assert old == validate(["--run", str(straight)])
+    run = checkpoint_of_an_earlier_version
+    for words in (["--resume"], TINY):
+        with pytest.raises(ValueError, match=rf"of an earlier .* --model.weights {run}/best.ckpt"):
+            fit(["--run", str(run), *words])
 
 
 def test_documented_loop():

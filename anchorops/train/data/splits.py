@@ -162,7 +162,6 @@ def validation_batches(options: Data, validation: Segmentation) -> Loader:
 
 def images_to_predict(options: Data, paths: Sequence[Path]) -> Loader:
     """Index, image, height and width of each file, over all ranks."""
-    _check_shared("predict: --images", len(paths))
     return Loader(
         Unlabelled(paths, transform_of(options), options.channels),
         options.workers,

@@ -101,7 +101,7 @@ def text_table(rows: Sequence[Sequence[str]], *, words: int) -> str:
         )
         for row in rows
     ]
-    return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def _differing(result: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
