@@ -26,6 +26,7 @@ class Body(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.backbone = nn.Sequential(nn.Conv2d(3, 16, 3, stride=4, padding=1), nn.BatchNorm2d(16))
+        self.unused = nn.Parameter(torch.zeros(1))  # as in some networks of the libraries
 
     def forward(self, images: Tensor) -> Tensor:
         return self.backbone(images).relu()
