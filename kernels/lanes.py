@@ -167,12 +167,16 @@ def label_of_cell(
 @triton.jit
 def reference_of(ptrs, label, stride_k, CELLS: tl.constexpr):
     """The Reference of this label; ptrs: corner_ptrs of class 0. It has none if a logit of the
-    class is not finite or too large."""
+    class is not finite; or if it is large, and far from that of another class, 0 or 1, so that it
+    is not what all classes share."""
     offset = tl.maximum(label, 0).to(tl.int64) * stride_k
     four = corners_of([tl.load(ptr + offset) for ptr in ptrs], CELLS)
+    offset = tl.where(label == 0, stride_k, 0).to(tl.int64)
+    others = corners_of([tl.load(ptr + offset) for ptr in ptrs], CELLS)
     usable = label >= 0
     for x in tl.static_range(4):
-        usable &= tl.abs(four[x]) < _LARGEST_REFERENCE
+        distance = tl.minimum(tl.abs(four[x]), tl.abs(four[x] - others[x]))
+        usable &= (tl.abs(four[x]) < INF) & (distance < _LARGEST_REFERENCE)
     return Reference(tl.where(usable, label, -1), [tl.where(usable, x, 0.0) for x in four])
 
 
