@@ -32,7 +32,7 @@ from .lanes import (
     store_map,
     sum_of,
 )
-from .launch import FORWARD_LANES, PARTIALS_IN_CACHE, ceil_div, most_rows, registers
+from .launch import FORWARD_LANES, PARTIALS_IN_CACHE, ceil_div, most_rows, without_spills
 from .loss_options import (
     cross_entropy,
     is_used,
@@ -321,7 +321,7 @@ def softmax_moments(
             LANES=block,
             num_warps=block // 32,
             enable_fp_fusion=False,  # coordinates as in F.interpolate
-            **registers(168),  # 12 warps on a multiprocessor
+            **without_spills(),
         )
         axes = -2 if wanted.per_image else (-3, -2)
         sums = [None if x is None else x.sum(axes) for x in partials]

@@ -260,6 +260,7 @@ class CBP(Regularizer):
     def _remember(self, moments: ClassMoments | None, zero: Tensor) -> Losses:
         assert moments is not None
         if self.training:
-            counts = moments.counts.clamp(min=1)[:, None]
-            torch.div(moments.sums, counts, out=self.centroids)
+            # not out=self.centroids: a compiler would leave out what changed them before, which is
+            # check_first_pass
+            self.centroids.copy_(moments.sums / moments.counts.clamp(min=1)[:, None])
         return Losses({"basis": zero}, {})
