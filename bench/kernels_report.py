@@ -66,6 +66,8 @@ SECONDS, OF_CROSS_ENTROPY = 12, 4
 KNOWN_SPILLS = {
     ("3.6.0", "sm_100", "_class_moments_bwd_kernel"): 8,
     ("3.6.0", "sm_80", "_softmax_moments_bwd_kernel"): 8,
+    # with all options of the loss, once a program, outside of its loops
+    ("3.8.0", "sm_120", "_softmax_moments_bwd_kernel"): 24,
 }
 MANY = 16_381  # classes, sorted by key; like 19 not a multiple of 16, for Triton's constants
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

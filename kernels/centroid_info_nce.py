@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .lanes import INF
-from .launch import ceil_div, without_spills
+from .launch import architecture, ceil_div, without_spills
 
 
 class Problem(NamedTuple):
@@ -308,7 +308,8 @@ def centroid_info_nce(
         losses.zero_()
         return results
     few = ceil_div(p.rows, LARGE["BLOCK_R"]) * ceil_div(p.num_keys, LARGE["BLOCK_K"]) < ENOUGH
-    tile = SMALL if few else LARGE
+    # on sm_120 products need more registers: a large tile would spill some
+    tile = SMALL if few or architecture() == "sm_120" else LARGE
     blocks = ceil_div(p.num_keys, tile["BLOCK_K"])
     columns = blocks + (positives is not None)
     sums = new(2, columns, p.rows)

@@ -504,5 +504,5 @@ def test_counted_launches(tmp_path: Path):
     command = [sys.executable, "bench/counted_launches.py", "--steps", "centroid InfoNCE"]
     subprocess.run([*command, "--out", str(path)], cwd=ROOT, check=True)
     (row,) = load(path)["rows"]
-    # two launches forward, one backward, and the gradient's seed
-    assert row["launches"] == 4 and row["ours"] == 3 and row["operators"] == {"fill_": 1}
+    # two launches forward, one backward, the temperature, and the gradient's seed
+    assert row["launches"] == 5 and row["ours"] == 3 and row["operators"] == {"fill_": 2}

@@ -118,7 +118,8 @@ def test_one_of_two_ranks_is_stopped_where_nothing_is_saved(
     if command == "validate":
         words, place = ("validate", "--run", straight(2)), {"place": "validation", "call": 0}
     status, said = programs.run(*words, ranks=2, signum=TERM, rank=1, **place)
-    assert status[1] == 128 + TERM and status[0] not in (0, -KILL) and "Traceback" not in said
+    assert status[1] in (128 + TERM, -TERM)  # torchrun may end a rank that is about to end
+    assert status[0] not in (0, -KILL) and "Traceback" not in said
 
 
 @pytest.mark.parametrize("ranks", [1, slow(2)])
