@@ -297,9 +297,8 @@ struct Operators {
   }
 };
 using OptionalTensor = std::optional<Tensor>;
-using Boxed =
-    Operators<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor,
-              int64_t, bool, bool, bool, bool, bool, bool, bool, bool>;
+using Boxed = Operators<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor,
+                        OptionalTensor, int64_t, bool, bool, bool, bool, bool, bool, bool, bool>;
 
 }  // namespace
 }  // namespace anchorops::cpu::softmax
