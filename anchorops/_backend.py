@@ -351,10 +351,9 @@ class use_backend:
     `triton` (`triton` first for class moments of points that it sums faster); on GPUs of a compute
     capability below 8.0 it is `reference`. (`backends` says which calls `cuda` leaves to `triton`.)
     Float64, and more classes than they support, use `reference`. For CPU tensors it is `cpu`, for
-    all others `reference`. An operator that
-    `exclude_from_auto` names is not selected. A backend chosen by name raises an error if it does
-    not support a call; it is never silently replaced by another one. `Lovasz(sigmoid=True)` has no
-    kernel: it is a function of torch under each backend.
+    all others `reference`. An operator that `exclude_from_auto` names is not selected. A backend
+    chosen by name raises an error if it does not support a call; it is never silently replaced by
+    another one. `Lovasz(sigmoid=True)` has no kernel: it is a function of torch under each backend.
 
     Raises ValueError for an unknown name, RuntimeError for a backend that is not usable here.
     """
