@@ -145,12 +145,16 @@ def uses() -> list[str]:
     run = load(RUN)
     steps = [step_of("segformer", run)[name]["ratio"]["median"] for name in (BOTH, OWN)]
     exports = compared(run["export"], "volume", "dtype")
-    lovasz = [gain(case) for case in cases_of(run, operation="Lovász")]
+    lovasz, matched = (
+        [gain(case) for case in cases_of(run, operation=name)]
+        for name in ("Lovász", "matched masks: focal + Dice")
+    )
     return [
         *(f"{step:.0%}" for step in steps),
         gain_of("cross-entropy + Dice", 14, 4, shape=VOLUMES),
         *(gains_over(way, exports) for way in ("torch", "nnU-Net")),
         gains_over("torch, pycocotools", compared(run["masks"], "masks", "threads")),
+        f"{min(matched):.0f} to {max(matched):.0f}×",
         f"{min(lovasz):.0f} to {max(lovasz):.0f}×",
     ]
 
