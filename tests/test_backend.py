@@ -15,9 +15,10 @@ import torch
 from torch.torch_version import TorchVersion
 
 import anchorops as ao
-from anchorops import _backend, doctor
+from anchorops import _backend
 from anchorops._ops import class_moments
-from anchorops.catalogue import cases
+from anchorops.doctor import __main__ as doctor
+from anchorops.doctor.catalogue import cases
 
 FEATURES, LABELS = torch.zeros(2, 3, 4, 5), torch.zeros(2, 8, 10, dtype=torch.int64)
 select = partial(_backend.select, "f", called=("class_moments",))

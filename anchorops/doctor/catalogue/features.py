@@ -13,9 +13,9 @@ from torch import Generator, Tensor, nn
 import anchorops as ao
 from anchorops.losses import Regularizer
 
-from .._backend import select
-from .._ops import split_groups as groups_of_keys
-from .._ops.upsampled_sums import upsampled_sums
+from ..._backend import select
+from ..._ops import split_groups as groups_of_keys
+from ..._ops.upsampled_sums import upsampled_sums
 from . import formulas
 from .entry import Entry, Inputs, Sample, of_options, small
 from .inputs import F32, in_layout, labels_of, normal, uniform

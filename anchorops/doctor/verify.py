@@ -35,11 +35,11 @@ from .._backend import (
     excluded,
     unusable,
 )
-from ..catalogue import Case, Inputs, cases
-from ..catalogue.budget import error_and_limit
-from ..catalogue.entry import evaluate, random_of
-from ..catalogue.pixels import BASE
 from ..measure import cuda_graph, environment
+from .catalogue import Case, Inputs, cases
+from .catalogue.budget import error_and_limit
+from .catalogue.entry import evaluate, random_of
+from .catalogue.pixels import BASE
 
 COMPOSITION = "composition"  # of several operators, or of torch's functions
 MOST_WORKERS = 8  # processes that compile Triton's kernels
