@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ._checks import check_flags, describe, fail
+from ._ops.recomputation import recomputation_refused
+from ._torch_state import recomputing
 from .losses.base import Regularizer
-from .losses.recomputation import recomputation_refused, recomputing
 
 _logger = logging.getLogger("anchorops")
 
@@ -76,7 +77,7 @@ class Attachment:
         while hasattr(self._parent, self._child):
             self._child += "_"
         self._parent.add_module(self._child, regularizer)
-        regularizer.attachment = self
+        regularizer.attachment, regularizer.before_evaluation = self, self.forget
         for layer in regularizer.modules():
             vars(layer)["qconfig"] = None  # torch.ao.quantization leaves it as it is
 
@@ -127,7 +128,7 @@ class Attachment:
                 hook.remove()
         self._hooks = self._places = []
         delattr(self._parent, self._child)
-        self.regularizer.attachment = None
+        self.regularizer.attachment = self.regularizer.before_evaluation = None
         self.forget()
 
     def forget(self) -> None:
@@ -144,7 +145,9 @@ class Attachment:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if self._hooks:
-            vars(self.regularizer).setdefault("attachment", self)
+            method = vars(self.regularizer)
+            if method.setdefault("attachment", self) is self:
+                method["before_evaluation"] = self.forget
 
     def __repr__(self) -> str:
         return f"{self._names()} attached to {self.classifier_name}: {self.classifier!r}"

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, fail, is_traced
+from ._checks import check_choice, fail
+from ._torch_state import is_traced
 
 _logger = logging.getLogger("anchorops")
 NAMES = ("cuda", "triton", "cpu", "reference")

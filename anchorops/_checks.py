@@ -1,18 +1,17 @@
 """Argument checks. Messages name the function, the argument, what was expected and received."""
 
-import contextlib
 import math
 import numbers
 import operator
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from textwrap import shorten
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
+from ._torch_state import has_values, is_traced, traces_sizes
+
 # The positive normal numbers of float32.
 SMALLEST_NORMAL, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -61,7 +60,7 @@ def as_int(value: object) -> int | None:
     if isinstance(value, bool):
         return None
     if isinstance(value, Tensor):
-        if _traces_sizes():
+        if traces_sizes():
             return value  # pyright: ignore[reportReturnType]
         is_int = value.numel() == 1 and not (value.is_floating_point() or value.is_complex())
         return int(value) if is_int and value.dtype != torch.bool else None
@@ -99,52 +98,6 @@ def check_int(
     return number
 
 
-def is_jit_traced() -> bool:
-    """Whether torch.jit.trace, or torch.onnx.export by means of it, makes tensors of sizes."""
-    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-
-
-def is_traced() -> bool:
-    """Whether torch.compile or torch.jit.trace records this call."""
-    return torch.compiler.is_compiling() or is_jit_traced()
-
-
-class _Formulas(threading.local):
-    """An attribute of the instance, which torch.compile guards."""
-
-    def __init__(self) -> None:
-        self.for_onnx = False
-
-
-_formulas = _Formulas()
-
-
-@contextlib.contextmanager
-def formulas_for_onnx() -> Iterator[None]:
-    """The formulas of the reference are those for ONNX inside this context."""
-    before, _formulas.for_onnx = _formulas.for_onnx, True
-    try:
-        yield
-    finally:
-        _formulas.for_onnx = before
-
-
-def is_for_onnx() -> bool:
-    """Whether formulas are recorded for an ONNX model, which has not all operators of torch."""
-    return torch.onnx.is_in_onnx_export() or _formulas.for_onnx
-
-
-def _traces_sizes() -> bool:
-    """Whether such tensors become sizes of an ONNX model, not constants."""
-    return is_jit_traced() and torch.onnx.is_in_onnx_export()
-
-
-def shape_of(tensor: Tensor) -> tuple[int, ...]:
-    """The shape in ints: torch.jit.trace makes tensors of them."""
-    constant = is_jit_traced() and not _traces_sizes()
-    return tuple(map(int, tensor.shape)) if constant else tensor.shape
-
-
 def check_strided(function: str, argument: str, tensor: object) -> None:
     """A tensor, if it is one, has strides and all its elements: it is not sparse, not nested and
     not a DTensor. torch.compile traces it."""
@@ -158,22 +111,6 @@ def check_strided(function: str, argument: str, tensor: object) -> None:
         fail(function, argument, expected, "a DTensor")
     if tensor.layout != torch.strided:
         fail(function, argument, "a strided tensor", tensor.layout)
-
-
-def has_values(tensor: Tensor) -> bool:
-    """Whether a check can read its values: not in what torch.compile traces, and not of a
-    FakeTensor, whose memory is on the device meta."""
-    return not torch.compiler.is_compiling() and tensor.untyped_storage().device.type != "meta"
-
-
-def savable(x: T) -> T:
-    """A copy of a tensor that was made under torch.inference_mode, which autograd cannot save for
-    the backward pass. It has no version counter, so nothing would notice if it were changed before.
-    Anything else, and everything under inference mode, as it is."""
-    if not isinstance(x, Tensor) or torch.compiler.is_compiling() or not x.is_inference():
-        return x
-    copied: Any = x if torch.is_inference_mode_enabled() else x.clone()
-    return copied
 
 
 def check_features(function: str, features: Tensor, argument: str = "features") -> None:
@@ -436,18 +373,6 @@ def check_anchors(
         fail(function, "anchors", "a floating dtype", anchors.dtype)
     if anchors.device != features.device:
         fail(function, "anchors", f"device {features.device}, as features", anchors.device)
-
-
-def in_transform(tensor: Tensor, *, only_derivatives: bool = False) -> bool:
-    """Whether a torch.func transform is applied to this tensor: any transform, or a derivative."""
-    if torch.compiler.is_compiling():
-        return False
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if not only_derivatives or functorch.is_gradtrackingtensor(tensor):
-            return True
-        tensor = functorch.get_unwrapped(tensor)
-    return False
 
 
 def as_number(value: object) -> Any:

@@ -19,8 +19,8 @@ from .._checks import (
     check_threshold,
     describe,
     fail,
-    in_transform,
 )
+from .._torch_state import in_transform
 from .registration import define, run
 
 

@@ -32,10 +32,10 @@ from .._checks import (
     clean_bools,
     describe,
     fail,
-    savable,
     without_channel,
 )
 from .._moments import as_scalar, statistics_dtype
+from .._torch_state import savable
 from .registration import Gradient, define, run
 
 # logits (B, K, h, w), teacher_logits (B, K, h', w'), valid bool (B, H, W), of any strides;

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .._backend import FUSED, OPERATORS, implement_by_triton
-from .._checks import in_transform, savable
+from .._torch_state import in_transform, savable
 
 
 class _Library(torch.library.Library):

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import select
-from .._checks import check_axes, check_flags, check_pixels, shape_of
+from .._checks import check_axes, check_flags, check_pixels
 from .._moments import (
     BACKWARD_SCHEMA,
     GRADIENTS,
@@ -49,6 +49,7 @@ from .._moments import (
     split_options,
     statistics_dtype,
 )
+from .._torch_state import shape_of
 from .registration import Gradient, define, run
 from .sigmoid import one_batch, two_classes
 
