@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import anchorops as ao
-from anchorops._backend import unusable
+from anchorops._libraries import unusable
 from anchorops.doctor.benchmark import TINY, inputs_of, step_of
 from anchorops.doctor.catalogue import Case, cases
 

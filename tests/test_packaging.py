@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 import anchorops
-from anchorops._backend import CPU_LIBRARY, build_info
+from anchorops._libraries import CPU_LIBRARY, build_info
 from anchorops.doctor import __main__ as doctor
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from .._backend import chosen_backend, select, unusable
+from .._backend import chosen_backend, select
 from .._checks import (
     FLOATING,
     check_flags,
@@ -20,6 +20,7 @@ from .._checks import (
     describe,
     fail,
 )
+from .._libraries import unusable
 from .._torch_state import in_transform
 from .registration import define, run
 

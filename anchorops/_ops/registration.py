@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .._backend import FUSED, OPERATORS, implement_by_triton
+from .._backend import FUSED, OPERATORS
 from .._torch_state import in_transform, savable
+from .triton_launch import implement_by_triton
 
 
 class _Library(torch.library.Library):

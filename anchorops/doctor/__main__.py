@@ -18,13 +18,8 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from .._backend import (
-    CPU_LIBRARY,
-    NAMES,
-    backends,
-    build_info,
-    unusable,
-)
+from .._backend import NAMES, backends
+from .._libraries import CPU_LIBRARY, build_info, unusable
 from ..measure import environment
 from .benchmark import benchmark
 from .verify import report

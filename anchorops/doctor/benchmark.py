@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._backend import TRITON_ON_HOST, unusable, use_backend
+from .._backend import use_backend
+from .._libraries import TRITON_ON_HOST, unusable
 from ..measure import (
     DISTURBED,
     OtherProcesses,

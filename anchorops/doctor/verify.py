@@ -27,14 +27,8 @@ from torch import Tensor
 
 import anchorops as ao
 
-from .._backend import (
-    NAMES,
-    NOT_AUTO,
-    OPERATORS,
-    TRITON_ON_HOST,
-    excluded,
-    unusable,
-)
+from .._backend import NAMES, NOT_AUTO, OPERATORS, excluded
+from .._libraries import TRITON_ON_HOST, unusable
 from ..measure import cuda_graph, environment
 from .catalogue import Case, Inputs, cases
 from .catalogue.budget import error_and_limit
