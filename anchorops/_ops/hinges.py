@@ -107,7 +107,8 @@ def _histograms_fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return logits.new_empty((), dtype=dtype), logits.new_empty((2, BINS), dtype=torch.int64)
 
 
-# Bins are computed here in both passes: a compiled interpolate may round differently.
+# An operator, although it is plain PyTorch: as the backward pass, it must not be compiled, because
+# a compiled interpolate may round differently, and put a pixel in another bin.
 define(
     "hinge_histograms",
     "(Tensor logits, Tensor labels, SymInt ignore_index, bool align_corners) -> (Tensor, Tensor)",

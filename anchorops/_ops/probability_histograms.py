@@ -2,7 +2,8 @@
 
 A loss is computed from the histograms, with its slope in the errors of each bin. `error_loss`
 connects it with the logits: its value is the loss, its gradient that of the slopes. `hinge_loss`
-does it for the errors of hinges.py.
+does it for the errors of hinges.py. Both are operators for the sake of torch.export: of an
+autograd.Function it keeps the forward pass alone, and the program's loss would have no gradient.
 """
 
 from typing import Any
