@@ -198,30 +198,16 @@ def pixel_kl_divergence(
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
     backend = select(function, logits, logits.shape[1])
     if backend == "reference":
-        return reference.pixel_kl_divergence(
-            logits,
-            teacher_logits,
-            size,
-            valid=savable(valid),
-            temperature=temperature,
-            align_corners=align_corners,
-            reduction=reduction,
-        )
-    check_axes(function, logits, size)
-    check_axes(function, teacher_logits, size, "teacher_logits")
-    name = "pixel_kl_divergence" if logits.dim() == 4 else "volume_kl_divergence"
-    total, divergences, _, _ = run(
-        name,
-        backend,
-        logits,
-        teacher_logits.detach(),
-        valid,
-        *size,
-        as_scalar(temperature, logits),
-        align_corners,
-        reduction == "none",
-        logits.requires_grad and torch.is_grad_enabled(),
-    )
+        given = logits, teacher_logits, size, savable(valid), temperature, align_corners
+        total, divergences = reference.pixel_kl_divergence(*given)
+    else:
+        check_axes(function, logits, size)
+        check_axes(function, teacher_logits, size, "teacher_logits")
+        name = "pixel_kl_divergence" if logits.dim() == 4 else "volume_kl_divergence"
+        images = logits, teacher_logits.detach(), valid
+        with_lse = logits.requires_grad and torch.is_grad_enabled()
+        options = as_scalar(temperature, logits), align_corners, reduction == "none", with_lse
+        total, divergences, _, _ = run(name, backend, *images, *size, *options)
     if reduction == "none":
         return divergences
     if reduction == "sum":

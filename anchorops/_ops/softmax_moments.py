@@ -41,7 +41,6 @@ from .._moments import (
     SoftmaxMoments,
     Wanted,
     changes_losses,
-    counts_used,
     is_requested,
     is_unused,
     plain,
@@ -339,19 +338,10 @@ def moments_of(
 
 def _requested(results: Sequence[Any], options: Options, wanted: Wanted) -> SoftmaxMoments:
     """The statistics that were requested, from the operator's results."""
-    losses, intersections, probability_sums, squares, pixel_losses, _, *integers = results
-    counts, correct, used, divisor, labels_out_of_range = integers
+    named = dict(zip(RESULTS, results, strict=True))
+    del named["lse"]
     return SoftmaxMoments(
-        counts,
-        correct if wanted.correct else None,
-        losses,
-        intersections if wanted.probability_sums else None,
-        probability_sums if wanted.probability_sums else None,
-        squares if wanted.squares else None,
-        pixel_losses if wanted.pixel_losses else None,
-        used if counts_used(options) else None,
-        divisor,
-        labels_out_of_range if wanted.labels_out_of_range else None,
+        **{name: x if is_requested(name, options, wanted) else None for name, x in named.items()}
     )
 
 
