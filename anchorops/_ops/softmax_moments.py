@@ -338,11 +338,12 @@ def moments_of(
 
 def _requested(results: Sequence[Any], options: Options, wanted: Wanted) -> SoftmaxMoments:
     """The statistics that were requested, from the operator's results."""
-    named = dict(zip(RESULTS, results, strict=True))
-    del named["lse"]
-    return SoftmaxMoments(
-        **{name: x if is_requested(name, options, wanted) else None for name, x in named.items()}
-    )
+    named: dict[str, Any] = {
+        name: x if is_requested(name, options, wanted) else None
+        for name, x in zip(RESULTS, results, strict=True)
+        if name != "lse"
+    }
+    return SoftmaxMoments(**named)
 
 
 def in_shape(moments: SoftmaxMoments, shape: Sequence[int]) -> SoftmaxMoments:
