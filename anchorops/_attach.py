@@ -398,7 +398,7 @@ def attach(
 
     Args:
         model: any module that ends in a classifier.
-        regularizer: SAR, OCCL, CeCo, MVSC, CBP, or several as `Combined`.
+        regularizer: a method, or several as `Combined`.
         module: the classifier, or its name in the model. If it is given, there is no search.
         use_last: True if the classifier may run several times before a call (at several scales,
             for an auxiliary output): the features of its last run are used. Otherwise such a call

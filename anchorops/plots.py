@@ -165,7 +165,7 @@ def features_with_anchors(
 def centroid_similarity(features: Tensor, centroids: Tensor, image: Tensor | None = None) -> Figure:
     """A map of the cosine between every pixel's feature and the centroid of a class.
 
-    features: (D, H, W) of one image; centroids: [D], or [G, D] for one panel each (MVSC's groups);
+    features: (D, H, W) of one image; centroids: [D], or [G, D] for one panel each;
     image: (3, H', W') or (H', W'), values 0 to 1, shown as the first panel.
     """
     if features.dim() != 3:

@@ -87,7 +87,9 @@ def _upsampled(logits: Tensor, labels: Tensor, align_corners: bool) -> Tensor:
     return z
 
 
-def _loss(_: str, logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool) -> Any:
+def _loss(
+    backend: str, logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool
+) -> Any:
     hinges = _hinges(_upsampled(logits, labels, align_corners), labels, ignore_index)
     counts = histogram(hinges.places, hinges.valid, 2 * BINS).view(2, -1)
     dtype = statistics_dtype(logits.dtype)

@@ -1,6 +1,5 @@
-"""Histograms of the errors of softmax probabilities, and the Lovász losses of the classes, functions
-of them. The slope of a loss in the errors of each bin gives its gradient. The errors of hinges.py
-are hinges."""
+"""Histograms of the errors of softmax probabilities, and the Lovász losses, functions of them. The
+slope of a loss in the errors of each bin gives its gradient. The errors of hinges.py are hinges."""
 
 from functools import partial
 from typing import Any

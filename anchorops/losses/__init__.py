@@ -14,8 +14,14 @@ from .occl import OCCL
 from .pixel import MomentsLoss, PixelLoss
 from .sar import SAR
 
+# What lists of methods follow from: the training program, bench/, examples/ and tests/.
+METHODS: dict[str, type[Regularizer]] = {
+    method.__name__: method for method in (SAR, CBP, OCCL, CeCo, MVSC)
+}
+
 __all__ = [
     "CBP",
+    "METHODS",
     "MVSC",
     "OCCL",
     "SAR",
