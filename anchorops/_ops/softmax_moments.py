@@ -254,12 +254,10 @@ def softmax_moments(
         check_labels: as in `CrossEntropy`.
 
     Returns:
-        SoftmaxMoments(counts, correct, losses, intersections, probability_sums, squares,
-        pixel_losses) and `divisor`, the number of valid pixels but at least 1; None for what was
-        not requested. Statistics of classes are [K], with per_image [B, K]. pixel_losses = −log p_y
-        has the labels' shape and is 0 for ignored pixels. counts, correct and divisor are int64,
-        the others float32 (float64 for float64 logits). Results are bitwise reproducible.
-        For correct, the first of equal logits is the largest, and NaN is larger than all numbers.
+        SoftmaxMoments. pixel_losses = −log p_y is 0 for ignored pixels. counts, correct and divisor
+        are int64, the others float32 (float64 for float64 logits). Results are bitwise
+        reproducible. For correct, the first of equal logits is the largest, and NaN is larger than
+        all numbers.
         A pixel reads only logits whose interpolation weight is not 0, so a NaN affects only the
         pixels that read it. A logit of −inf has p = 0 and gradient 0.
 
