@@ -35,9 +35,8 @@ class _Run:
 class Attachment:
     """A regulariser attached to a model. `attach` returns it, and the training loop calls it.
 
-    Call it with the labels, once after each forward pass in training mode. It returns the
-    regulariser's loss on the classifier's input in that forward. A copy of the model has its own
-    attachment, `copy.regularizer.attachment`.
+    Call it with the labels, once after each forward pass in training mode. A copy of the model has
+    its own attachment, `copy.regularizer.attachment`.
 
     If the classifier has run several times since the last call, which of these the labels are for
     is not known, and the call raises an error. Runs without gradients, in eval mode, or repeated by
@@ -381,12 +380,10 @@ def attach(
     The classifier is the last linear layer or 1×1 convolution (otherwise k×k) with `dim` inputs and
     `num_classes` outputs whose name does not contain "aux". The returned attachment and a record of
     the logger "anchorops" name it. If a dropout module (not in place) directly produces its input,
-    the features before the dropout are used. The features of each training forward can be used
-    once; they are never copied. If the classifier has run several times before a call, the call
-    raises an error (see `Attachment`). In eval mode, without gradients and under export, the model
-    runs exactly the operators that it runs without the regulariser. (The state_dict of a
-    torch.export program includes the regulariser; call `detach()` before exporting to remove it,
-    but not with CBP, whose classifier it would replace by the old one.)
+    the features before the dropout are used. They are never copied, and can be used once. In eval
+    mode, without gradients and under export, the model runs exactly the operators that it runs
+    without the regulariser. (The state_dict of a torch.export program includes it; call `detach()`
+    before to remove it, but not with CBP, whose classifier it would replace by the old one.)
 
     The regulariser becomes a submodule of the model, so optimizers, `.to()`, DDP and checkpoints
     see its parameters. (If the model is an nn.Sequential, which would call it, it becomes a
@@ -405,8 +402,7 @@ def attach(
             raises RuntimeError.
 
     Returns:
-        Attachment: call it with the labels. It has `terms`, `detach()`, `regularizer`, `classifier`
-        and `classifier_name`.
+        Attachment, to be called with the labels.
 
     Raises:
         ValueError: no such classifier (the message lists similar layers); a regulariser that is

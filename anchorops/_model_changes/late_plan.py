@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
@@ -77,7 +76,7 @@ class Plan:
     counts: dict[str, int]
     layers: dict[str, type]
 
-    def run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def __call__(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if not all(_as_planned(module, *layer) for layer in self.layers.items()):
             return forward(*args, **kwargs)
         counts = dict.fromkeys(self.counts, 0)

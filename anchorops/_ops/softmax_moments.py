@@ -40,11 +40,7 @@ from .._moments import (
     Results,
     SoftmaxMoments,
     Wanted,
-    changes_losses,
     is_requested,
-    is_unused,
-    plain,
-    selects,
     split_options,
     statistics_dtype,
 )
@@ -107,7 +103,7 @@ def backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
     if ctx.needs.logits and any(grad is not None for grad in result_grads):
         if not wanted.with_lse and reads_lse(ctx.backend, logits):
             # torch.vmap and traces without gradients hide that a gradient will be requested
-            lse = again(plain(options), Wanted(with_lse=True)).lse
+            lse = again(options.plain(), Wanted(with_lse=True)).lse
         gradients["logits"] = operator(logits, labels, lse, *result_grads, *options, *wanted)
     if ctx.needs.pixel_weights:
         gradients["pixel_weights"] = _dpixel_weights(
@@ -129,11 +125,11 @@ def _dpixel_weights(
     of_all = options._replace(pixel_weights=None, min_loss=None)
     losses = again(of_all, Wanted(pixel_losses=True)).pixel_losses
     used = valid_pixels(labels, num_classes, options.ignore_index)
-    if selects(options):
+    if options.selects():
         ce = losses
-        if changes_losses(of_all):
-            ce = again(plain(options), Wanted(pixel_losses=True)).pixel_losses
-        used &= ~is_unused(options, ce)
+        if of_all.changes_losses():
+            ce = again(options.plain(), Wanted(pixel_losses=True)).pixel_losses
+        used &= ~options.is_unused(ce)
     classes = torch.where(used, labels.long(), 0).flatten(1)
     gradient = torch.zeros_like(losses)
     for by_class, factor in ((dlosses, torch.where(losses.isfinite(), losses, 0)), (dused, 1)):
