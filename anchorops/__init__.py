@@ -8,8 +8,8 @@ from . import anchors as anchors
 from . import ops as ops
 from ._attach import Attachment, attach
 from ._backend import backends, exclude_from_auto, use_backend
-from ._forward.late_upsampling import LateUpsampling, late_upsampling
-from ._forward.low_resolution import LowResolution, low_resolution
+from ._model_changes.late_upsampling import LateUpsampling, late_upsampling
+from ._model_changes.low_resolution import LowResolution, low_resolution
 from ._ops.class_moments import class_centroids, pixel_to_anchor_mse
 from ._ops.confusion import confusion, pixel_confusion
 from ._ops.mask_rle import MaskRLE, mask_rle

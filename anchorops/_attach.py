@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ._checks import check_flags, describe, fail
+from ._ops.recomputation import recomputation_refused
+from ._torch_state import recomputing
 from .losses.base import Regularizer
-from .losses.recomputation import recomputation_refused, recomputing
 
 _logger = logging.getLogger("anchorops")
 
@@ -34,9 +35,8 @@ class _Run:
 class Attachment:
     """A regulariser attached to a model. `attach` returns it, and the training loop calls it.
 
-    Call it with the labels, once after each forward pass in training mode. It returns the
-    regulariser's loss on the classifier's input in that forward. A copy of the model has its own
-    attachment, `copy.regularizer.attachment`.
+    Call it with the labels, once after each forward pass in training mode. A copy of the model has
+    its own attachment, `copy.regularizer.attachment`.
 
     If the classifier has run several times since the last call, which of these the labels are for
     is not known, and the call raises an error. Runs without gradients, in eval mode, or repeated by
@@ -76,7 +76,7 @@ class Attachment:
         while hasattr(self._parent, self._child):
             self._child += "_"
         self._parent.add_module(self._child, regularizer)
-        regularizer.attachment = self
+        regularizer.attachment, regularizer.before_evaluation = self, self.forget
         for layer in regularizer.modules():
             vars(layer)["qconfig"] = None  # torch.ao.quantization leaves it as it is
 
@@ -127,7 +127,7 @@ class Attachment:
                 hook.remove()
         self._hooks = self._places = []
         delattr(self._parent, self._child)
-        self.regularizer.attachment = None
+        self.regularizer.attachment = self.regularizer.before_evaluation = None
         self.forget()
 
     def forget(self) -> None:
@@ -144,7 +144,9 @@ class Attachment:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if self._hooks:
-            vars(self.regularizer).setdefault("attachment", self)
+            method = vars(self.regularizer)
+            if method.setdefault("attachment", self) is self:
+                method["before_evaluation"] = self.forget
 
     def __repr__(self) -> str:
         return f"{self._names()} attached to {self.classifier_name}: {self.classifier!r}"
@@ -378,12 +380,10 @@ def attach(
     The classifier is the last linear layer or 1×1 convolution (otherwise k×k) with `dim` inputs and
     `num_classes` outputs whose name does not contain "aux". The returned attachment and a record of
     the logger "anchorops" name it. If a dropout module (not in place) directly produces its input,
-    the features before the dropout are used. The features of each training forward can be used
-    once; they are never copied. If the classifier has run several times before a call, the call
-    raises an error (see `Attachment`). In eval mode, without gradients and under export, the model
-    runs exactly the operators that it runs without the regulariser. (The state_dict of a
-    torch.export program includes the regulariser; call `detach()` before exporting to remove it,
-    but not with CBP, whose classifier it would replace by the old one.)
+    the features before the dropout are used. They are never copied, and can be used once. In eval
+    mode, without gradients and under export, the model runs exactly the operators that it runs
+    without the regulariser. (The state_dict of a torch.export program includes it; call `detach()`
+    before to remove it, but not with CBP, whose classifier it would replace by the old one.)
 
     The regulariser becomes a submodule of the model, so optimizers, `.to()`, DDP and checkpoints
     see its parameters. (If the model is an nn.Sequential, which would call it, it becomes a
@@ -395,15 +395,14 @@ def attach(
 
     Args:
         model: any module that ends in a classifier.
-        regularizer: SAR, OCCL, CeCo, MVSC, CBP, or several as `Combined`.
+        regularizer: a method, or several as `Combined`.
         module: the classifier, or its name in the model. If it is given, there is no search.
         use_last: True if the classifier may run several times before a call (at several scales,
             for an auxiliary output): the features of its last run are used. Otherwise such a call
             raises RuntimeError.
 
     Returns:
-        Attachment: call it with the labels. It has `terms`, `detach()`, `regularizer`, `classifier`
-        and `classifier_name`.
+        Attachment, to be called with the labels.
 
     Raises:
         ValueError: no such classifier (the message lists similar layers); a regulariser that is

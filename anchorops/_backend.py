@@ -1,27 +1,18 @@
 """Selects the backend of a call: `cuda`, `triton`, `cpu` (C++) or `reference` (PyTorch)."""
 
-import contextlib
-import ctypes
-import importlib
-import importlib.util
-import json
 import logging
-import math
 import os
-import re
-import shutil
-import sysconfig
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, fail, is_traced
+from . import _libraries
+from ._checks import check_choice, fail
+from ._libraries import no_code_for, too_old, unusable
+from ._torch_state import is_traced
 
 _logger = logging.getLogger("anchorops")
 NAMES = ("cuda", "triton", "cpu", "reference")
@@ -48,22 +39,10 @@ OPERATORS = {
     "centroid_info_nce": FUSED,
 }
 NOT_AUTO = "ANCHOROPS_NOT_AUTO"
-# The major compute capability that cuda and triton need: our CUDA sources for asynchronous copies
-# and sums of a warp by one instruction, and so does Triton from 3.3 on.
-OLDEST_GPU = 8
 GPU_MAX_CLASSES = 16_384  # of cuda and triton; the others support MAX_CLASSES of _checks
 # Class moments of more keys (images × classes × groups) are for `triton`, which sorts their pixels:
 # the partial sums of all keys, which `cuda` writes, would take longer than the sort.
 CUDA_MAX_KEYS = 1024
-
-# Tests without a GPU run the kernels of a backend on CPU tensors, as compiled: tests/proofs/ptx,
-# which sets the variable.
-TRITON_ON_HOST = os.getenv("ANCHOROPS_TRITON_ON_HOST") == "1"
-_ON_HOST = {"triton": TRITON_ON_HOST, "cuda": False}
-
-# They use LibTorch's stable ABI (of torch 2.10) and no Python: one build is for several versions.
-CPU_LIBRARY = Path(__file__).with_name("_cpu.so")
-CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
 
 
 class _Choice(threading.local):
@@ -76,187 +55,12 @@ class _Choice(threading.local):
 
 
 _choice = _Choice()
-_launched: set[str] = set()  # operators of triton, in this process
 _told: set[str] = set()  # what was logged once
 
 
 def chosen_backend() -> str:
     """What `use_backend` has chosen in this thread."""
     return _choice.backend
-
-
-@contextlib.contextmanager
-def compiling(operator: str, patience: float = 1.0) -> Iterator[None]:
-    """Logs one line if the operator's first launch takes longer than `patience` seconds: then
-    Triton compiles its kernels, and the program looks as if it hung."""
-    if operator in _launched:
-        yield
-        return
-    _launched.add(operator)
-    from triton import knobs
-
-    message = "Triton compiles the kernels of %s, which takes seconds, and stores them in %s"
-    timer = threading.Timer(patience, _logger.warning, (message, operator, knobs.cache.dir))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def implement_by_triton(
-    library: torch.library.Library, operator: str, call: Callable[..., Any]
-) -> None:
-    """Implement `operator`.triton by `call`, of the function `operator` of
-    anchorops.kernels.`operator` and the arguments. The first call imports this module, and Triton
-    with it."""
-    kernel: Callable[..., Any] | None = None
-
-    def launch(*args: Any) -> Any:
-        nonlocal kernel
-        if kernel is None:
-            kernel = getattr(importlib.import_module(f"anchorops.kernels.{operator}"), operator)
-        tensor = next(x for x in args if isinstance(x, Tensor))
-        with torch.cuda.device_of(tensor):  # Triton launches on the current device
-            if operator in _launched:
-                return call(kernel, *args)
-            with compiling(operator):
-                return call(kernel, *args)
-
-    library.impl(f"{operator}.triton", launch, "CUDA")
-    if TRITON_ON_HOST:
-        _launched.add(operator)  # tests compile all the time
-        library.impl(f"{operator}.triton", launch, "CPU")
-
-
-def build_info() -> dict[str, str]:
-    """How the C++ library next to this file was built; empty if it cannot be loaded."""
-    try:
-        record = ctypes.CDLL(str(CPU_LIBRARY)).anchorops_build_info
-    except OSError:
-        return {}
-    record.restype = ctypes.c_char_p
-    return json.loads(record())
-
-
-def _tell_if_older(library: Path, csrc: Path, *sources: str) -> None:
-    """After `git pull` in an editable installation: the arguments of operators may have changed,
-    which a library does not check. An installed wheel has no csrc/ beside it."""
-    if library.exists() and (csrc / "library.cpp").exists():
-        files, built = chain(*map(csrc.glob, sources)), library.stat().st_mtime
-        if any(file.stat().st_mtime > built for file in files):
-            message = "%s is older than its sources in %s: install anchorops again"
-            _logger.warning(message, library, csrc)
-
-
-def _load_cpu() -> str | None:
-    if not CPU_LIBRARY.exists():
-        return "anchorops/_cpu.so was not compiled: install a C++20 compiler, then anchorops again"
-    try:
-        torch.ops.load_library(CPU_LIBRARY)
-    except OSError as error:
-        return f"anchorops/_cpu.so does not load: {error.__cause__ or error}"
-    return None
-
-
-def _load_cuda() -> str | None:
-    # The file may be left from before a build without CUDA, so the build is asked.
-    info = build_info()
-    built = info.get("cuda")
-    if not built and info.get("cuda_choice") == "0":
-        return "anchorops was built with ANCHOROPS_CUDA=0"
-    if not built:
-        obstacle = info.get("cuda_obstacle") or "it needs nvcc and a CUDA build of torch"
-        return f"anchorops was built without CUDA: {obstacle}"
-    if torch.version.cuda is None:
-        return "this torch is a CPU build"
-    # Two CUDA runtimes in one process do not work together.
-    if built.split(".")[0] != torch.version.cuda.split(".")[0]:
-        return (
-            f"anchorops was built with CUDA {built}, this torch with {torch.version.cuda}: "
-            "install anchorops again with nvcc of torch's major version"
-        )
-    try:
-        torch.ops.load_library(CUDA_LIBRARY)
-    except OSError as error:
-        return f"anchorops/_cuda.so does not load: {error.__cause__ or error}"
-    return None
-
-
-def _built_for(targets: str) -> list[tuple[tuple[int, int], tuple[float, float]]]:
-    """First and last compute capability of the GPUs that can run the code of each target. The
-    targets are written as in TORCH_CUDA_ARCH_LIST. Machine code runs on the same major version with
-    an equal or higher minor version; PTX runs on every later capability. "9.0a" is for 9.0 only,
-    "10.0f" for its family."""
-    ranges = []
-    for major, minor, kind, ptx in re.findall(r"(\d+)\.(\d)([af]?)(\+PTX)?", targets):
-        first = int(major), int(minor)
-        later = first if kind == "a" else (first[0], math.inf)
-        ranges.append((first, (math.inf, math.inf) if ptx and not kind else later))
-    return ranges
-
-
-def _find_triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (CPU builds of torch do not include it)"
-    return None if TRITON_ON_HOST else triton_obstacle()
-
-
-def triton_obstacle() -> str | None:
-    """Why Triton could launch nothing, or None. At its first launch it compiles a C module for
-    Python, with the compiler and the header that triton/runtime/build.py looks for."""
-    names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-    if not any(map(shutil.which, names)):
-        return f"triton found no C compiler ({' or '.join(names)}): install one, or name it in CC"
-    scheme = sysconfig.get_default_scheme()  # Debian's posix_local has no headers
-    scheme = "posix_prefix" if scheme == "posix_local" else scheme
-    include = sysconfig.get_path("include", scheme)
-    others = [os.environ.get(name, "") for name in ("CPATH", "C_INCLUDE_PATH")]
-    if not any(Path(x, "Python.h").exists() for x in (include, *":".join(others).split(":"))):
-        return f"triton needs the headers of Python, and found no {include}/Python.h: install them"
-    return None
-
-
-_csrc = Path(__file__).parents[1] / "csrc"
-_tell_if_older(CPU_LIBRARY, _csrc, "*.h", "*.cpp", "cpu/*")
-_tell_if_older(CUDA_LIBRARY, _csrc, "*.h", "*.cuh", "cuda/**/*.cu*")
-
-# Why the code of a backend is missing, fastest backend first. This is known at import, so choosing
-# a backend only reads this table, which torch.compile can trace. It does not say whether there is a
-# GPU.
-_cpu = _load_cpu()
-_MISSING = {"cuda": _load_cuda(), "triton": _find_triton(), "cpu": _cpu, "reference": None}
-_CUDA_TARGETS = build_info().get("cuda_arch_list", "")
-_CUDA_RANGES = _built_for(_CUDA_TARGETS)
-
-
-def _too_old(device: torch.device | int) -> str | None:
-    """Why neither `cuda` nor `triton` runs on this GPU, or None. torch.compile traces it."""
-    if not torch.cuda.is_available():  # a tensor without values
-        return None
-    gpu = torch.cuda.get_device_properties(device)
-    if gpu.major >= OLDEST_GPU:  # true of every GPU that Triton supports on ROCm
-        return None
-    return (
-        f"it needs a GPU of compute capability {OLDEST_GPU}.0 or later, {gpu.name} has "
-        f"{gpu.major}.{gpu.minor}"
-    )
-
-
-def _no_code_for(device: torch.device | int) -> str | None:
-    """Why the CUDA library does not run on this GPU, or None. torch.compile traces it."""
-    if reason := _too_old(device):
-        return reason
-    gpu = torch.cuda.get_device_properties(device)
-    for first, last in _CUDA_RANGES:
-        if first <= (gpu.major, gpu.minor) <= last:
-            return None
-    return (
-        f"anchorops was built for compute capability {_CUDA_TARGETS}, the GPU {gpu.name} has "
-        f"{gpu.major}.{gpu.minor}: install anchorops again where torch sees this GPU, or with "
-        "TORCH_CUDA_ARCH_LIST"
-    )
 
 
 # For each backend that "auto" may select, the operators for which it does not.
@@ -319,26 +123,6 @@ def backends() -> dict[str, str | None]:
     return reasons
 
 
-def unusable() -> dict[str, str | None]:
-    """For each backend, the reason why it is not usable here, or None."""
-    reasons = dict(_MISSING)
-    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    too_old = [_too_old(gpu) for gpu in gpus]
-    for name, obstacle in (("cuda", _no_code_for), ("triton", _too_old)):
-        if _ON_HOST[name]:
-            continue
-        if not gpus:
-            reasons[name] = reasons[name] or "torch sees no GPU"
-        elif None not in too_old:  # then another installation would not help
-            reasons[name] = too_old[0]
-        elif name == "triton" and reasons[name]:
-            reasons[name] = f"{reasons[name]}; until then, pixel losses on a GPU take the reference"
-        elif not reasons[name]:
-            obstacles = [obstacle(gpu) for gpu in gpus]
-            reasons[name] = None if None in obstacles else obstacles[0]
-    return reasons
-
-
 class use_backend:
     """Choose the backend for the following calls, or as a context manager for the calls inside.
 
@@ -384,7 +168,7 @@ class use_backend:
 
 
 def _device_of(name: str) -> str:
-    return "cpu" if name == "cpu" or _ON_HOST.get(name) else "cuda"
+    return "cpu" if name == "cpu" or _libraries.ON_HOST.get(name) else "cuda"
 
 
 def _why_not(
@@ -411,7 +195,7 @@ def _why_not(
         return f'{reason}: choose "{other}" or "auto"'
     if name == "reference" or device == "cpu":
         return None
-    return _no_code_for(tensor.device) if name == "cuda" else _too_old(tensor.device)
+    return no_code_for(tensor.device) if name == "cuda" else too_old(tensor.device)
 
 
 def onnx_refusal(function: str) -> RuntimeError:
@@ -437,7 +221,7 @@ def _tell_that_triton_is_missing(function: str) -> bool:
     if "triton" not in _told:
         _told.add("triton")
         message = "%s takes the reference, in plain PyTorch, as all that needs Triton on a GPU: %s"
-        _logger.warning(message, function, _MISSING["triton"])
+        _logger.warning(message, function, _libraries.MISSING["triton"])
     return True
 
 
@@ -466,8 +250,9 @@ def select(
     if not is_traced():
         # what follows finds the same, but takes as long as a small operator of torch; is_cpu is
         # quicker than device.type
+        missing = _libraries.MISSING["cpu"]
         usual = tensor.is_cpu and chosen in _TAKES_CPU and "cpu" in backends
-        if usual and not (_MISSING["cpu"] or excluded["cpu"] or (refusal and refusal("cpu"))):
+        if usual and not (missing or excluded["cpu"] or (refusal and refusal("cpu"))):
             return "cpu"
     elif torch.onnx.is_in_onnx_export():
         _check_onnx_export(function, chosen)
@@ -481,13 +266,13 @@ def select(
     device = tensor.device.type
     for name in (*([faster] if faster else []), *_OF_DEVICE.get(device, ())):
         # Kernels without a GPU are for tests: they are never selected automatically.
-        if _MISSING[name] or _ON_HOST.get(name):
+        if _libraries.MISSING[name] or _libraries.ON_HOST.get(name):
             continue
         if excluded[name] and any(operator in excluded[name] for operator in called):
             continue
         if not _why_not(name, *call):
             return name
     on_gpu = device == "cuda" and torch.cuda.is_available()
-    if on_gpu and _MISSING["triton"] and not _why_not("triton", *call):
+    if on_gpu and _libraries.MISSING["triton"] and not _why_not("triton", *call):
         _tell_that_triton_is_missing(function)
     return "reference"

@@ -1,18 +1,17 @@
 """Argument checks. Messages name the function, the argument, what was expected and received."""
 
-import contextlib
 import math
 import numbers
 import operator
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from textwrap import shorten
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
+from ._torch_state import has_values, is_traced, traces_sizes
+
 # The positive normal numbers of float32.
 SMALLEST_NORMAL, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -61,7 +60,7 @@ def as_int(value: object) -> int | None:
     if isinstance(value, bool):
         return None
     if isinstance(value, Tensor):
-        if _traces_sizes():
+        if traces_sizes():
             return value  # pyright: ignore[reportReturnType]
         is_int = value.numel() == 1 and not (value.is_floating_point() or value.is_complex())
         return int(value) if is_int and value.dtype != torch.bool else None
@@ -99,52 +98,6 @@ def check_int(
     return number
 
 
-def is_jit_traced() -> bool:
-    """Whether torch.jit.trace, or torch.onnx.export by means of it, makes tensors of sizes."""
-    return torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-
-
-def is_traced() -> bool:
-    """Whether torch.compile or torch.jit.trace records this call."""
-    return torch.compiler.is_compiling() or is_jit_traced()
-
-
-class _Formulas(threading.local):
-    """An attribute of the instance, which torch.compile guards."""
-
-    def __init__(self) -> None:
-        self.for_onnx = False
-
-
-_formulas = _Formulas()
-
-
-@contextlib.contextmanager
-def formulas_for_onnx() -> Iterator[None]:
-    """The formulas of the reference are those for ONNX inside this context."""
-    before, _formulas.for_onnx = _formulas.for_onnx, True
-    try:
-        yield
-    finally:
-        _formulas.for_onnx = before
-
-
-def is_for_onnx() -> bool:
-    """Whether formulas are recorded for an ONNX model, which has not all operators of torch."""
-    return torch.onnx.is_in_onnx_export() or _formulas.for_onnx
-
-
-def _traces_sizes() -> bool:
-    """Whether such tensors become sizes of an ONNX model, not constants."""
-    return is_jit_traced() and torch.onnx.is_in_onnx_export()
-
-
-def shape_of(tensor: Tensor) -> tuple[int, ...]:
-    """The shape in ints: torch.jit.trace makes tensors of them."""
-    constant = is_jit_traced() and not _traces_sizes()
-    return tuple(map(int, tensor.shape)) if constant else tensor.shape
-
-
 def check_strided(function: str, argument: str, tensor: object) -> None:
     """A tensor, if it is one, has strides and all its elements: it is not sparse, not nested and
     not a DTensor. torch.compile traces it."""
@@ -160,29 +113,34 @@ def check_strided(function: str, argument: str, tensor: object) -> None:
         fail(function, argument, "a strided tensor", tensor.layout)
 
 
-def has_values(tensor: Tensor) -> bool:
-    """Whether a check can read its values: not in what torch.compile traces, and not of a
-    FakeTensor, whose memory is on the device meta."""
-    return not torch.compiler.is_compiling() and tensor.untyped_storage().device.type != "meta"
+def check_floating(
+    function: str, argument: str, x: object, dims: Sequence[int], shapes: str
+) -> None:
+    """A floating tensor, strided, with one of these numbers of axes."""
+    check_strided(function, argument, x)
+    if not isinstance(x, Tensor) or x.dim() not in dims:
+        fail(function, argument, f"a tensor {shapes}", describe(x))
+    if x.dtype not in FLOATING:
+        fail(function, argument, "float32, bfloat16, float16 or float64", x.dtype)
 
 
-def savable(x: T) -> T:
-    """A copy of a tensor that was made under torch.inference_mode, which autograd cannot save for
-    the backward pass. It has no version counter, so nothing would notice if it were changed before.
-    Anything else, and everything under inference mode, as it is."""
-    if not isinstance(x, Tensor) or torch.compiler.is_compiling() or not x.is_inference():
-        return x
-    copied: Any = x if torch.is_inference_mode_enabled() else x.clone()
-    return copied
+def check_device(function: str, argument: str, x: Tensor, like: Tensor, name: str) -> None:
+    if x.device != like.device:
+        fail(function, argument, f"device {like.device}, as {name}", x.device)
+
+
+def check_not_empty(
+    function: str, argument: str, x: Tensor, pixels: int, of: str = "image"
+) -> None:
+    """Nothing can be upsampled to some pixels."""
+    if x.numel() == 0 and pixels > 0:
+        fail(function, argument, f"at least one pixel per {of}", f"shape {tuple(x.shape)}")
 
 
 def check_features(function: str, features: Tensor, argument: str = "features") -> None:
     """features: floating, (N, D), (B, D, N) or (B, D, H, W), D at least 1."""
-    check_strided(function, argument, features)
-    if not isinstance(features, Tensor) or features.dim() not in (2, 3, 4):
-        fail(function, argument, "a tensor (N, D), (B, D, N) or (B, D, H, W)", describe(features))
-    if features.dtype not in FLOATING:
-        fail(function, argument, "float32, bfloat16, float16 or float64", features.dtype)
+    shapes = "(N, D), (B, D, N) or (B, D, H, W)"
+    check_floating(function, argument, features, (2, 3, 4), shapes)
     if features.shape[1] == 0:
         fail(function, argument, "at least one channel", f"shape {tuple(features.shape)}")
 
@@ -197,9 +155,8 @@ def check_labels(function: str, labels: Tensor, features: Tensor) -> None:
             expected += " (labels.squeeze(1) removes the channel)"
         shape = tuple(features.shape)
         fail(function, "labels", f"{expected} for features of shape {shape}", describe(labels))
-    _check_integers(function, "labels", labels)
-    if labels.device != features.device:
-        fail(function, "labels", f"device {features.device}, as features", labels.device)
+    check_integers(function, "labels", labels)
+    check_device(function, "labels", labels, features, "features")
     points = features.shape[0] if dim == 2 else features.shape[2]
     if dim < 4 and labels.shape[-1] != points:
         fail(function, "labels", f"{points} points, as features", labels.shape[-1])
@@ -214,13 +171,8 @@ def check_logits(
 ) -> None:
     """logits: floating, (B, K, h, w) or (B, K, d, h, w), with `points` also (N, K) or (B, K, N); K
     at least 2, for sigmoids at least 1."""
-    check_strided(function, "logits", logits)
-    if not isinstance(logits, Tensor) or not (2 if points else 4) <= logits.dim() <= 5:
-        of_points = "(N, K), (B, K, N), " if points else ""
-        expected = f"a tensor {of_points}(B, K, h, w) or (B, K, d, h, w)"
-        fail(function, "logits", expected, describe(logits))
-    if logits.dtype not in FLOATING:
-        fail(function, "logits", "float32, bfloat16, float16 or float64", logits.dtype)
+    shapes = "(N, K), (B, K, N), " * points + "(B, K, h, w) or (B, K, d, h, w)"
+    check_floating(function, "logits", logits, range(2 if points else 4, 6), shapes)
     num_classes, min_classes = logits.shape[1], 1 if sigmoid else 2
     if num_classes == 1 and not sigmoid:
         # its softmax is 1: the loss would be 0, and each prediction right
@@ -253,13 +205,12 @@ def labels_of_logits(function: str, labels: Tensor, logits: Tensor) -> Tensor:
         labels = without_channel(labels, axes)
         if not isinstance(labels, Tensor) or labels.dim() != axes:
             _fail_labels(function, labels, logits)
-    _check_integers(function, "labels", labels)
-    if labels.device != logits.device:
-        fail(function, "labels", f"device {logits.device}, as logits", labels.device)
+    check_integers(function, "labels", labels)
+    check_device(function, "labels", labels, logits, "logits")
     if labels.shape[0] != logits.shape[0] or not (images or labels.shape[1:] == logits.shape[2:]):
         _fail_labels(function, labels, logits)
-    if images and logits.numel() == 0 and labels.numel() > 0:
-        fail(function, "logits", "at least one pixel per image", f"shape {tuple(logits.shape)}")
+    if images:
+        check_not_empty(function, "logits", logits, labels.numel())
     return labels
 
 
@@ -286,11 +237,10 @@ def labels_of_channels(function: str, labels: Tensor, logits: Tensor) -> Tensor:
         fail(function, "labels", f"{expected}, one for each channel of logits", describe(labels))
     if labels.dtype == torch.bool:
         labels = clean_bools(labels).view(torch.uint8)
-    _check_integers(function, "labels", labels)
-    if labels.device != logits.device:
-        fail(function, "labels", f"device {logits.device}, as logits", labels.device)
-    if images and labels.numel() > 0 and logits.numel() == 0:
-        fail(function, "logits", "at least one pixel per image", f"shape {tuple(shape)}")
+    check_integers(function, "labels", labels)
+    check_device(function, "labels", labels, logits, "logits")
+    if images:
+        check_not_empty(function, "logits", logits, labels.numel())
     return labels
 
 
@@ -337,8 +287,7 @@ def check_pos_weight(function: str, pos_weight: object, logits: Tensor) -> Tenso
         fail(function, "pos_weight", expected, describe(original))
     if not isinstance(original, Tensor):
         return pos_weight.to(logits.device)
-    if pos_weight.device != logits.device:
-        fail(function, "pos_weight", f"device {logits.device}, as logits", pos_weight.device)
+    check_device(function, "pos_weight", pos_weight, logits, "logits")
     if pos_weight.requires_grad:
         fail(function, "pos_weight", "no gradient (its detach())", "requires_grad = True")
     return pos_weight
@@ -347,10 +296,6 @@ def check_pos_weight(function: str, pos_weight: object, logits: Tensor) -> Tenso
 def check_integers(function: str, argument: str, values: Tensor) -> None:
     """Any integer dtype, and strided."""
     check_strided(function, argument, values)
-    _check_integers(function, argument, values)
-
-
-def _check_integers(function: str, argument: str, values: Tensor) -> None:
     if values.dtype not in INTEGERS:
         fail(function, argument, "an integer dtype", values.dtype)
 
@@ -434,20 +379,7 @@ def check_anchors(
         fail(function, "anchors", f"{num_classes} rows, as num_classes", anchors.shape[0])
     if not anchors.is_floating_point():
         fail(function, "anchors", "a floating dtype", anchors.dtype)
-    if anchors.device != features.device:
-        fail(function, "anchors", f"device {features.device}, as features", anchors.device)
-
-
-def in_transform(tensor: Tensor, *, only_derivatives: bool = False) -> bool:
-    """Whether a torch.func transform is applied to this tensor: any transform, or a derivative."""
-    if torch.compiler.is_compiling():
-        return False
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if not only_derivatives or functorch.is_gradtrackingtensor(tensor):
-            return True
-        tensor = functorch.get_unwrapped(tensor)
-    return False
+    check_device(function, "anchors", anchors, features, "features")
 
 
 def as_number(value: object) -> Any:

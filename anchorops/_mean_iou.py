@@ -56,10 +56,8 @@ class MeanIoU(Metric):
         check_labels: as in `confusion`; a sigmoid has two classes, 0 and 1.
         metric_arguments: of torchmetrics.Metric, for example sync_on_compute.
 
-    The state is `confusion`, int64 [K, K], truth × prediction, with sigmoid [C, 2, 2]. `compute`
-    adds the states of all ranks. It remains int64 under float(), half() and set_dtype(). A second
-    state, `arguments`, is constant. Because of it MetricCollection gives only metrics of equal
-    arguments a common state.
+    The state is `confusion`, int64 [K, K], truth × prediction, with sigmoid [C, 2, 2], also under
+    float(), half() and set_dtype(). `compute` adds the states of all ranks.
     """
 
     full_state_update = False
@@ -91,7 +89,8 @@ class MeanIoU(Metric):
         self.ignore_index = check_ignore_index("MeanIoU", ignore_index, classes)
         shape = (num_classes, 2, 2) if sigmoid else (num_classes, num_classes)
         self.add_state("confusion", torch.zeros(shape, dtype=torch.int64), "sum")
-        # MetricCollection gives metrics of equal states one state for all later batches.
+        # MetricCollection gives metrics of equal states one state for all later batches: this one
+        # is constant, and equal where the arguments are.
         arguments = torch.tensor([self.ignore_index, align_corners, check_labels])
         self.add_state("arguments", arguments, "max")
 

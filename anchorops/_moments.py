@@ -120,6 +120,29 @@ class Options(NamedTuple):
             pixel_weights=None if pixel_weights is None else convert_pixels(pixel_weights),
         )
 
+    # Methods, because Dynamo of torch 2.10 does not trace a property of a NamedTuple.
+
+    def plain(self) -> "Options":
+        """The options of the same pixels, with L = −log p_y."""
+        return Options(ignore_index=self.ignore_index, align_corners=self.align_corners)
+
+    def selects(self) -> bool:
+        """Whether pixels are used or not by their −log p_y."""
+        return self.min_loss is not None
+
+    def is_unused(self, label_losses: Tensor) -> Tensor:
+        """Which pixels are not used, from their −log p_y."""
+        assert self.min_loss is not None
+        return label_losses < self.min_loss
+
+    def changes_losses(self) -> bool:
+        """Whether L is not just −log p_y."""
+        given = self.true_weights, self.min_loss, self.focal_gamma
+        return any(x is not None for x in given)
+
+    def counts_used(self) -> bool:
+        return self.pixel_weights is not None or self.selects()
+
 
 class Wanted(NamedTuple):
     """The results that are requested, by their names: the last arguments of the operator.
@@ -149,39 +172,11 @@ _KINDS = {
 }
 TENSORS = tuple(name for name, kind in _KINDS.items() if kind == "Tensor?")
 
-# Functions, because Dynamo of torch 2.10 does not trace a property of a NamedTuple.
-
 
 def split_options(arguments: Sequence[Any]) -> tuple[Options, Wanted]:
     """The operator's arguments after logits and labels, as the two types."""
     count = len(Options._fields)
     return Options(*arguments[:count]), Wanted(*arguments[count:])
-
-
-def plain(options: Options) -> Options:
-    """The options of the same pixels, with L = −log p_y."""
-    return Options(ignore_index=options.ignore_index, align_corners=options.align_corners)
-
-
-def selects(options: Options) -> bool:
-    """Whether pixels are used or not by their −log p_y."""
-    return options.min_loss is not None
-
-
-def is_unused(options: Options, label_losses: Tensor) -> Tensor:
-    """Which pixels are not used, from their −log p_y."""
-    assert options.min_loss is not None
-    return label_losses < options.min_loss
-
-
-def changes_losses(options: Options) -> bool:
-    """Whether L is not just −log p_y."""
-    given = options.true_weights, options.min_loss, options.focal_gamma
-    return any(x is not None for x in given)
-
-
-def counts_used(options: Options) -> bool:
-    return options.pixel_weights is not None or selects(options)
 
 
 class Result(NamedTuple):
@@ -215,7 +210,7 @@ GRADIENTS = tuple(name for name, result in RESULTS.items() if result.differentia
 
 def is_requested(result: str, options: Options, wanted: Wanted) -> bool:
     if result == "used":
-        return counts_used(options)
+        return options.counts_used()
     name = RESULTS[result].wanted
     return not name or getattr(wanted, name)
 

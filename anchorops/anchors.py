@@ -14,8 +14,8 @@ from ._checks import (
     check_strided,
     describe,
     fail,
-    has_values,
 )
+from ._torch_state import has_values
 
 __all__ = ["category_basis", "orthogonal_anchors", "random_anchors", "simplex_etf"]
 

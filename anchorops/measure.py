@@ -149,8 +149,7 @@ def in_turns(
     Args:
         runs: the calls; their results are not kept.
         device: where they run.
-        seconds: for about how long they are repeated.
-        rounds: but at least so often.
+        seconds, rounds: for about how long they are repeated, but at least so often.
 
     Returns:
         The seconds of each run in each round, and `others` of `Measurement`.
@@ -173,19 +172,11 @@ def measure(
     seconds: float = 0.5,
     rounds: int = 3,
 ) -> tuple[Measurement, list[float]]:
-    """Times a run. It must have been called before, because its first call may compile.
+    """Times a run, as `in_turns`, at least twice. On CUDA the inputs are evicted from the L2 cache
+    before each call, and the time is the GPU's.
 
-    On CUDA the inputs are evicted from the L2 cache before each call, and the time is the GPU's.
-
-    Args:
-        run: the call; its result is not kept.
-        counted_bytes: bytes that it must move if each input is read and each output written once.
-        device: where it runs.
-        seconds: for about how long the run is repeated.
-        rounds: but at least so often, and twice.
-
-    Returns:
-        The measurement, and the seconds of every round.
+    counted_bytes: bytes that it must move if each input is read and each output written once.
+    Returns the measurement, and the seconds of every round.
     """
     rounds = max(rounds, 2)  # for quantiles
     (times,), cores = in_turns([run], device, seconds=seconds, rounds=rounds)
@@ -222,19 +213,19 @@ class OtherProcesses:
     """What other processes do from now on, if the measured code runs on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.start, self.busy = device, time.perf_counter(), self._busy(device)
+        self.device, self.start = device, time.perf_counter()
+        self.busy = self._busy()
 
     def cores(self) -> float | None:
         """Cores that they kept busy since; None below 0.1 s, and where it is not known."""
-        elapsed, busy = time.perf_counter() - self.start, self._busy(self.device)
+        elapsed, busy = time.perf_counter() - self.start, self._busy()
         if self.busy is None or busy is None or elapsed < 0.1:  # the system counts in 10 ms
             return None
         return max(0.0, busy - self.busy) / elapsed
 
-    @staticmethod
-    def _busy(device: torch.device) -> float | None:
+    def _busy(self) -> float | None:
         """Seconds that all cores spent on other processes since the system started."""
-        busy = None if device.type == "cuda" else _busy_seconds()
+        busy = None if self.device.type == "cuda" else _busy_seconds()
         return None if busy is None else busy - time.process_time()
 
 

@@ -4,7 +4,6 @@ import importlib
 import importlib.util
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,19 +18,16 @@ from ._checks import (
     fail,
     missing_extra,
 )
+from ._shared.pixels import feature_rows, resize_labels
 
 try:
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
     from matplotlib.transforms import Bbox
 except ModuleNotFoundError as error:
     raise missing_extra("plots", error) from error
 
-BLUE = "#3465a4"
 LONGEST = 24  # characters of a class's name in a figure
 
 
@@ -131,19 +127,18 @@ def features_with_anchors(
     interpolation; or (N, D) and (N,). At most max_points features are drawn, evenly spaced.
     anchors: [K, D]. A row of zeros, the centroid of an absent class, is not drawn.
     """
-    from ._shared.pixels import feature_rows, resize_labels
-
-    stars = _matrix("features_with_anchors", "anchors", anchors)
-    _check_names("features_with_anchors", names, len(stars))
-    check_features("features_with_anchors", features)
-    check_labels("features_with_anchors", labels, features)
-    check_anchors("features_with_anchors", stars.to(features.device), features)
-    ignored = check_ignore_index("features_with_anchors", ignore_index, len(stars))
+    function = "features_with_anchors"
+    stars = _matrix(function, "anchors", anchors)
+    _check_names(function, names, len(stars))
+    check_features(function, features)
+    check_labels(function, labels, features)
+    check_anchors(function, stars.to(features.device), features)
+    ignored = check_ignore_index(function, ignore_index, len(stars))
     keys = resize_labels(labels, features).flatten().cpu()
     valid = ((keys >= 0) & (keys < len(stars)) & (keys != ignored)).nonzero().flatten()
     if len(valid) == 0:
-        fail("features_with_anchors", "labels", "at least one valid pixel", "none")
-    most = check_count("features_with_anchors", "max_points", max_points)
+        fail(function, "labels", "at least one valid pixel", "none")
+    most = check_count(function, "max_points", max_points)
     valid = valid[:: max(1, -(-len(valid) // most))]
     rows = feature_rows(features.detach().cpu())[valid].float()
     drawn = stars.any(1).nonzero().flatten()
@@ -152,26 +147,16 @@ def features_with_anchors(
     figure = Figure(figsize=(6 + 0.05 * longest, 4.5), layout="constrained")
     axes = figure.subplots()
     palette = {"cmap": "tab20", "vmin": 0, "vmax": max(19, len(stars) - 1)}
-    axes.scatter(*points[: len(rows)].T.numpy(), c=keys[valid].numpy(), s=4, alpha=0.5, **palette)
-    axes.scatter(
-        *points[len(rows) :].T.numpy(),
-        c=drawn.numpy(),
-        s=140,
-        marker="*",
-        edgecolors="black",
-        **palette,
-    )
+    dot = {"s": 4, "alpha": 0.5} | palette
+    star = {"s": 140, "marker": "*", "edgecolors": "black"} | palette
+    dots = axes.scatter(*points[: len(rows)].T.numpy(), c=keys[valid].numpy(), **dot)
+    axes.scatter(*points[len(rows) :].T.numpy(), c=drawn.numpy(), **star)
     axes.set(xticks=[], yticks=[], title=f"features and anchors ({method})")
     if names is not None:
-        span = Normalize(palette["vmin"], palette["vmax"])
-        colors = ScalarMappable(span, palette["cmap"]).to_rgba(np.arange(len(names)))
-        dots = [
-            Line2D([], [], color=tuple(color), marker="o", linestyle="", label=plain(name))
-            for color, name in zip(colors, names, strict=True)
-        ]
-        figure.legend(
-            handles=dots, loc="outside right upper", fontsize=7, ncols=-(-len(dots) // 20)
-        )
+        shown = [plain(name) for name in names]
+        of_classes, _ = dots.legend_elements(num=[*range(len(names))], alpha=1)
+        columns = -(-len(names) // 20)
+        figure.legend(of_classes, shown, loc="outside right upper", fontsize=7, ncols=columns)
         labelled = zip(points[len(rows) :].tolist(), map(int, drawn), strict=True)
         _annotate(axes, [((x, y), names[k]) for (x, y), k in labelled])
     return figure
@@ -180,7 +165,7 @@ def features_with_anchors(
 def centroid_similarity(features: Tensor, centroids: Tensor, image: Tensor | None = None) -> Figure:
     """A map of the cosine between every pixel's feature and the centroid of a class.
 
-    features: (D, H, W) of one image; centroids: [D], or [G, D] for one panel each (MVSC's groups);
+    features: (D, H, W) of one image; centroids: [D], or [G, D] for one panel each;
     image: (3, H', W') or (H', W'), values 0 to 1, shown as the first panel.
     """
     if features.dim() != 3:

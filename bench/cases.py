@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import anchorops as ao
-from anchorops.catalogue import Inputs
+from anchorops.doctor.catalogue import Inputs
 from anchorops.measure import example_labels
 
 STEPS, WIDTH, NOISE = 100, 64, 0.5  # of the trained network: Adam's, channels, in its images

@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 
 from record import ROOT, save_counts
 
-from anchorops.verify.run import COMPOSITION
+from anchorops.doctor.verify import COMPOSITION
 
 
 def checks() -> Iterator[tuple[str, str, str, float, float]]:

@@ -18,7 +18,7 @@ from record import ROOT, save_counts
 from torch import Tensor
 
 import anchorops as ao
-from anchorops.catalogue.formulas import sorted_loss
+from anchorops.doctor.catalogue.formulas import sorted_loss
 
 Function = Callable[..., Tensor]
 CLASS_PIXELS, EXAMPLES, BINS = (1, 2, 7, 20, 50), 150, (1024, 8192)

@@ -41,11 +41,11 @@ from triton.runtime import driver, jit
 
 import anchorops as ao
 from anchorops._moments import GRADIENTS, Options, Results, Wanted
-from anchorops.catalogue import ENTRIES, Case, Sample
-from anchorops.catalogue.entry import evaluate
-from anchorops.catalogue.features import Features, centroids, keys_of_classes
-from anchorops.catalogue.masks import Masks
-from anchorops.catalogue.pixels import Pixels
+from anchorops.doctor.catalogue import ENTRIES, Case, Sample
+from anchorops.doctor.catalogue.entry import evaluate
+from anchorops.doctor.catalogue.features import Features, centroids, keys_of_classes
+from anchorops.doctor.catalogue.masks import Masks
+from anchorops.doctor.catalogue.pixels import Pixels
 from anchorops.kernels import class_keys, softmax_moments, softmax_moments_backward
 
 PROGRAMS = Path(triton.__file__).parent / "backends/nvidia/bin"

@@ -22,8 +22,8 @@ from anchorops._backend import select
 from anchorops._moments import ClassMoments
 from anchorops._ops.class_keys import class_keys as operator_of_keys
 from anchorops._shared.pixels import feature_rows
-from anchorops.catalogue import Inputs, usual
-from anchorops.catalogue.formulas import upsampled
+from anchorops.doctor.catalogue import Inputs, usual
+from anchorops.doctor.catalogue.formulas import upsampled
 
 Formula = Callable[..., Any]
 BOUND, GAMMA, SMOOTHING, TEMPERATURE = 0.7, 2.0, 0.1, 0.07
@@ -496,7 +496,7 @@ OPERATIONS = {
     ),
     "divergence from a teacher": pixel_loss(
         our_divergence,
-        lambda logits, labels: usual.kl_divergence(logits, labels, teacher_of(logits)),
+        lambda logits, labels: usual.mean_kl_divergence(logits, labels, teacher_of(logits)),
         "pixel_kl_divergence",
     )._replace(softmaxes=2),
     "confusion matrix": Operation(

@@ -25,9 +25,10 @@ from record import by_case, head_of, ours_and_other, parser_of, save
 from torch import Tensor, nn
 
 import anchorops as ao
-from anchorops._backend import CUDA_MAX_KEYS, OPERATORS, TRITON_ON_HOST
-from anchorops.catalogue import Inputs
-from anchorops.catalogue.entry import tensors_of
+from anchorops._backend import CUDA_MAX_KEYS, OPERATORS
+from anchorops._libraries import TRITON_ON_HOST
+from anchorops.doctor.catalogue import Inputs
+from anchorops.doctor.catalogue.entry import tensors_of
 from anchorops.measure import DISTURBED, Run, in_turns, peak_extra_bytes, summary
 
 LESS_EXACT = 10  # alternatives, as those that upsample in bfloat16

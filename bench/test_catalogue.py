@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import anchorops as ao
-from anchorops._backend import unusable
-from anchorops._doctor_benchmark import TINY, inputs_of, step_of
-from anchorops.catalogue import Case, cases
+from anchorops._libraries import unusable
+from anchorops.doctor.benchmark import TINY, inputs_of, step_of
+from anchorops.doctor.catalogue import Case, cases
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FUSED = ("cuda", "triton") if DEVICE.type == "cuda" else ("cpu",)

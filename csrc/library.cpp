@@ -1,4 +1,4 @@
-// The record of the build, which anchorops._backend.build_info reads. Nothing in csrc/ uses Python:
+// The record of the build, which anchorops._libraries.build_info reads. Nothing in csrc/ uses Python:
 // one library works with all its versions.
 #include <torch/headeronly/version.h>
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import anchorops as ao
 from anchorops import Attachment
-from anchorops.catalogue.features import METHODS
+from anchorops.doctor.catalogue.features import METHODS
 from anchorops.losses import Regularizer
 
 

@@ -15,9 +15,10 @@ import torch
 from torch.torch_version import TorchVersion
 
 import anchorops as ao
-from anchorops import _backend, doctor
-from anchorops._ops import class_moments
-from anchorops.catalogue import cases
+from anchorops import _backend, _libraries
+from anchorops._ops import class_moments, triton_launch
+from anchorops.doctor import __main__ as doctor
+from anchorops.doctor.catalogue import cases
 
 FEATURES, LABELS = torch.zeros(2, 3, 4, 5), torch.zeros(2, 8, 10, dtype=torch.int64)
 select = partial(_backend.select, "f", called=("class_moments",))
@@ -147,7 +148,7 @@ IN_PYTORCH = ["Lovasz of sigmoids"]  # on every backend
 def test_a_chosen_backend_never_gives_way(name: str, monkeypatch):
     """It serves each operator, or says why not."""
     case = CASES[name]
-    monkeypatch.setattr(_backend, "_ON_HOST", {})
+    monkeypatch.setattr(_libraries, "ON_HOST", {})
     for backend in ("cuda", "triton", "cpu"):
         monkeypatch.setattr(_backend._choice, "backend", backend)
         if backend == "cpu" or name in IN_PYTORCH:
@@ -166,7 +167,7 @@ def test_a_cuda_library_of_no_use_says_why(monkeypatch):
         raise OSError(f"Could not load this library: {path}") from OSError("no libcudart.so.13")
 
     built = {"cuda": "13.0"}
-    monkeypatch.setattr(_backend, "build_info", lambda: built)
+    monkeypatch.setattr(_libraries, "build_info", lambda: built)
     monkeypatch.setattr(torch.ops, "load_library", does_not_load)
     for version, reason in (
         (None, "this torch is a CPU build"),
@@ -174,24 +175,26 @@ def test_a_cuda_library_of_no_use_says_why(monkeypatch):
         ("13.2", "anchorops/_cuda.so does not load: no libcudart.so.13"),
     ):
         monkeypatch.setattr(torch.version, "cuda", version)
-        assert str(_backend._load_cuda()).startswith(reason)
+        assert str(_libraries._load_cuda()).startswith(reason)
     built = {"cuda": "", "cuda_choice": ""}
-    assert str(_backend._load_cuda()).startswith("anchorops was built without CUDA: it needs nvcc")
+    assert str(_libraries._load_cuda()).startswith(
+        "anchorops was built without CUDA: it needs nvcc"
+    )
     built = {"cuda": "", "cuda_choice": "", "cuda_obstacle": "nvcc was not found"}
-    assert _backend._load_cuda() == "anchorops was built without CUDA: nvcc was not found"
+    assert _libraries._load_cuda() == "anchorops was built without CUDA: nvcc was not found"
     built = {"cuda": "", "cuda_choice": "0"}
-    assert _backend._load_cuda() == "anchorops was built with ANCHOROPS_CUDA=0"
+    assert _libraries._load_cuda() == "anchorops was built with ANCHOROPS_CUDA=0"
 
 
 def test_a_library_older_than_its_sources(tmp_path, caplog):
     library, source = tmp_path / "_cpu.so", tmp_path / "csrc" / "library.cpp"
     source.parent.mkdir()
     library.touch()
-    _backend._tell_if_older(library, source.parent, "*.cpp")  # an installed wheel
+    _libraries._tell_if_older(library, source.parent, "*.cpp")  # an installed wheel
     source.touch()
     for age, told in ((-1, 0), (1, 1)):
         os.utime(source, (library.stat().st_mtime + age,) * 2)
-        _backend._tell_if_older(library, source.parent, "*.cpp")
+        _libraries._tell_if_older(library, source.parent, "*.cpp")
         assert len(caplog.messages) == told
     assert "_cpu.so is older than its sources in" in caplog.text
 
@@ -200,36 +203,36 @@ def test_triton_that_could_launch_nothing(monkeypatch, tmp_path):
     """As in slim images: Triton is installed, but compiles a C module at its first launch."""
     gcc, header = tmp_path / "gcc", tmp_path / "include/Python.h"
     header.parent.mkdir()
-    monkeypatch.setattr(_backend.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(_backend, "TRITON_ON_HOST", False)
-    monkeypatch.setattr(_backend.sysconfig, "get_path", lambda *_: str(header.parent))
+    monkeypatch.setattr(_libraries.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(_libraries, "TRITON_ON_HOST", False)
+    monkeypatch.setattr(_libraries.sysconfig, "get_path", lambda *_: str(header.parent))
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in ("CC", "CPATH", "C_INCLUDE_PATH"):
         monkeypatch.delenv(name, raising=False)
-    reason = _backend._find_triton()
+    reason = _libraries._find_triton()
     assert reason == "triton found no C compiler (gcc or clang): install one, or name it in CC"
     gcc.touch(0o755)
     reason = f"triton needs the headers of Python, and found no {header}: install them"
-    assert _backend._find_triton() == reason
+    assert _libraries._find_triton() == reason
     gpus = Gpus(monkeypatch, "", "9.0")
-    monkeypatch.setitem(_backend._MISSING, "triton", reason)
+    monkeypatch.setitem(_libraries.MISSING, "triton", reason)
     expected = f"{reason}; until then, pixel losses on a GPU take the reference"
     assert ao.backends()["triton"] == expected and gpus.select(0) == "reference"
     header.touch()
-    assert _backend._find_triton() is None
+    assert _libraries._find_triton() is None
     monkeypatch.setenv("CC", "icc")
-    assert str(_backend._find_triton()).startswith("triton found no C compiler (icc)")
+    assert str(_libraries._find_triton()).startswith("triton found no C compiler (icc)")
     monkeypatch.setenv("CC", str(gcc))
-    assert _backend._find_triton() is None
+    assert _libraries._find_triton() is None
     header.rename(tmp_path / "Python.h")
     monkeypatch.setenv("CPATH", f"/nowhere:{tmp_path}")
-    assert _backend._find_triton() is None
+    assert _libraries._find_triton() is None
 
 
 def test_it_is_said_once_that_triton_is_missing(monkeypatch, caplog):
     """Where a call would have taken it."""
     gpus = Gpus(monkeypatch, "9.0", "9.0", "7.5")
-    monkeypatch.setitem(_backend._MISSING, "triton", "triton is not installed")
+    monkeypatch.setitem(_libraries.MISSING, "triton", "triton is not installed")
     monkeypatch.setattr(_backend, "_told", set())
     pixels = {"called": ("softmax_moments",)}
     assert gpus.select(1, **pixels) == "reference"  # the GPU is too old
@@ -246,7 +249,7 @@ def test_it_is_said_once_that_triton_is_missing(monkeypatch, caplog):
 
 
 def test_torch_compile_traces_what_is_said(monkeypatch, caplog):
-    monkeypatch.setitem(_backend._MISSING, "triton", "triton is not installed")
+    monkeypatch.setitem(_libraries.MISSING, "triton", "triton is not installed")
     monkeypatch.setattr(_backend, "_told", set())
 
     def step(x):
@@ -262,11 +265,11 @@ def test_it_is_said_that_kernels_are_compiled(monkeypatch, caplog):
     """Once for each operator, if it takes long: kernels that are stored load quickly."""
     pytest.importorskip("triton", reason="CPU builds of torch do not include Triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", "/cache")
-    monkeypatch.setattr(_backend, "_launched", set())
-    with _backend.compiling("softmax_moments", 60):
+    monkeypatch.setattr(triton_launch, "_launched", set())
+    with triton_launch.compiling("softmax_moments", 60):
         pass
     for operator in ("confusion", "confusion", "pixel_argmax"):
-        with _backend.compiling(operator, 0.01):
+        with triton_launch.compiling(operator, 0.01):
             time.sleep(0.5)
     assert caplog.messages == [
         f"Triton compiles the kernels of {operator}, which takes seconds, and stores them in /cache"
@@ -295,9 +298,9 @@ class Gpus:
         monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
         monkeypatch.setattr(torch.cuda, "_get_device_properties", gpus.__getitem__, raising=False)
         missing = {"cuda": None, "triton": None, "cpu": None, "reference": None}
-        monkeypatch.setattr(_backend, "_MISSING", missing)
-        monkeypatch.setattr(_backend, "_CUDA_TARGETS", targets)
-        monkeypatch.setattr(_backend, "_CUDA_RANGES", _backend._built_for(targets))
+        monkeypatch.setattr(_libraries, "MISSING", missing)
+        monkeypatch.setattr(_libraries, "_CUDA_TARGETS", targets)
+        monkeypatch.setattr(_libraries, "_CUDA_RANGES", _libraries._built_for(targets))
 
     def select(self, index: int, function: str = "f", **options: Any) -> str:
         features: Any = SimpleNamespace(
@@ -354,7 +357,7 @@ def test_choice_on_a_gpu(monkeypatch, options, auto: str, cuda: str, without_tri
             message = f'^f: backend cuda .* {cuda}: choose "triton" or "auto"$'
             with pytest.raises(ValueError, match=message):
                 gpus.select(0, **options)
-    monkeypatch.setitem(_backend._MISSING, "triton", "not installed")
+    monkeypatch.setitem(_libraries.MISSING, "triton", "not installed")
     assert gpus.select(0, **options) == without_triton
 
 
@@ -403,7 +406,7 @@ def test_gpus_before_8_0_are_for_the_reference(monkeypatch, targets):
     reason = "it needs a GPU of compute capability 8.0 or later, number 0 has 7.5"
     gpus = Gpus(monkeypatch, targets, "7.5")
     if not targets:
-        monkeypatch.setitem(_backend._MISSING, "cuda", "anchorops was built without CUDA")
+        monkeypatch.setitem(_libraries.MISSING, "cuda", "anchorops was built without CUDA")
     assert gpus.select(0) == "reference"
     assert ao.backends() == {"cuda": reason, "triton": reason, "cpu": None, "reference": None}
     for name in ("cuda", "triton"):
@@ -432,7 +435,7 @@ def test_the_choice_among_gpus_is_traced(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", available)  # torch.compile would start CUDA
 
     def served(x):
-        return [x + (_backend._no_code_for(torch.device("cuda", i)) is None) for i in range(2)]
+        return [x + (_libraries.no_code_for(torch.device("cuda", i)) is None) for i in range(2)]
 
     compiled = torch.compile(served, fullgraph=True, backend="eager")
     assert [y.item() for y in compiled(torch.zeros(()))] == [1, 0]

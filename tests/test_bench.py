@@ -23,8 +23,10 @@ import training_step
 from record import compared, head_of, load, save
 
 import anchorops as ao
-from anchorops import _doctor_benchmark, catalogue, doctor
-from anchorops.catalogue import batches
+from anchorops.doctor import __main__ as doctor
+from anchorops.doctor import benchmark as _doctor_benchmark
+from anchorops.doctor import catalogue
+from anchorops.doctor.catalogue import batches
 from anchorops.measure import example_labels, measure, peak_extra_bytes, summary
 
 ROOT = Path(__file__).parents[1]

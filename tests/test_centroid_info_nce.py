@@ -14,9 +14,9 @@ from operators import check, results
 from torch import Generator, Tensor
 
 import anchorops as ao
-from anchorops import catalogue
-from anchorops.catalogue import Case, Entry, Inputs, Sample, formulas
-from anchorops.catalogue.inputs import normal, uniform
+from anchorops.doctor import catalogue
+from anchorops.doctor.catalogue import Case, Entry, Inputs, Sample, formulas
+from anchorops.doctor.catalogue.inputs import normal, uniform
 from tests.helpers.memory import peak_allocated_bytes
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64

@@ -14,9 +14,9 @@ from torch import Tensor
 
 import anchorops as ao
 from anchorops import diagnostics
-from anchorops.catalogue import Case, cases
-from anchorops.catalogue.entry import tensors_of
-from anchorops.catalogue.pixels import Loss
+from anchorops.doctor.catalogue import Case, cases
+from anchorops.doctor.catalogue.entry import tensors_of
+from anchorops.doctor.catalogue.pixels import Loss
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
 on_cpu = pytest.mark.on("reference", "cpu")

@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchorops as ao
 from anchorops import Attachment
-from anchorops.catalogue import cases
-from anchorops.catalogue import features as catalogue
 from anchorops.distributed import all_reduce
+from anchorops.doctor.catalogue import cases
+from anchorops.doctor.catalogue import features as catalogue
 from anchorops.losses import Regularizer, occl, statistics
 from tests.test_messages import ONLY_SIZE
 

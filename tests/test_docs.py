@@ -97,7 +97,7 @@ def test_command_parses(
         assert options.module and options.training_script == "anchorops.train"
         check_train(options.training_script_args, monkeypatch)
     elif program == "anchorops-doctor":
-        from anchorops import doctor
+        from anchorops.doctor import __main__ as doctor
 
         check_options(rest, lambda: doctor.main(["--help"]), capsys)
     elif program == "pytest":

@@ -10,7 +10,7 @@ from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import anchorops as ao
-from anchorops.catalogue.features import METHODS
+from anchorops.doctor.catalogue.features import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 K, D = 4, 5

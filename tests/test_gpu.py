@@ -17,7 +17,7 @@ from softmax_cases import moments
 from torch import Tensor
 
 import anchorops as ao
-from anchorops.catalogue import Inputs
+from anchorops.doctor.catalogue import Inputs
 from anchorops.measure import cuda_graph
 from tests.test_methods import METHODS, classifier_of, labels_of
 

@@ -8,7 +8,7 @@ from cpu_kernels import same_for_all_threads
 from operators import as_dtype, check, each, results, strided
 from torch import Tensor
 
-from anchorops.catalogue import Case
+from anchorops.doctor.catalogue import Case
 
 F64 = torch.float64
 pytestmark = [

@@ -13,7 +13,7 @@ from torch.func import grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.torch_version import TorchVersion
 
-from anchorops.catalogue import Case, Inputs
+from anchorops.doctor.catalogue import Case, Inputs
 from tests.test_guarantees import same_bits
 
 F64 = torch.float64

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import anchorops as ao
 from anchorops import diagnostics
-from anchorops.catalogue import Case, Inputs
-from anchorops.catalogue.entry import tensors_of
+from anchorops.doctor.catalogue import Case, Inputs
+from anchorops.doctor.catalogue.entry import tensors_of
 
 
 def inference(x: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import anchorops as ao
 from anchorops import diagnostics
-from anchorops.catalogue.entry import tensors_of
+from anchorops.doctor.catalogue.entry import tensors_of
 
 K, D = 5, 12
 Number = Callable[[Any], Any]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 
 import anchorops as ao
-from anchorops.catalogue import features as catalogue
+from anchorops.doctor.catalogue import features as catalogue
 
 K, D, DECAY = 3, 8, 0.75
 

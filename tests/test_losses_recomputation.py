@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import anchorops as ao
-from anchorops.catalogue.features import METHODS
+from anchorops.doctor.catalogue.features import METHODS
 
 K, D = 5, 12
 WITH_STATE = ("SAR", "OCCL", "MVSC", "CeCo", "CBP", "combined")

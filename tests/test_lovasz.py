@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import anchorops as ao
 from anchorops import reference
 from anchorops._shared.upsampling import transposed_rows
-from anchorops.catalogue.formulas import lovasz_of_classes, lovasz_of_sigmoids, upsampled
+from anchorops.doctor.catalogue.formulas import lovasz_of_classes, lovasz_of_sigmoids, upsampled
 
 IGNORED = 255
 EVERYWHERE = pytest.mark.on("reference", "cpu", "simulated_triton", "triton")

@@ -16,7 +16,7 @@ from operators import check_loss
 from torch import Tensor
 
 import anchorops as ao
-from anchorops.catalogue.masks import mask_loss
+from anchorops.doctor.catalogue.masks import mask_loss
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "mask_losses.py"
 LOGITS, MASKS = torch.zeros(3, 4, 5), torch.ones(3, 8, 10, dtype=torch.uint8)

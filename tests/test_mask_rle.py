@@ -22,7 +22,7 @@ import anchorops as ao
 from anchorops import reference
 from anchorops._ops import mask_rle as module
 from anchorops._shared.upsampling import upsample
-from anchorops.catalogue.masks import objects
+from anchorops.doctor.catalogue.masks import objects
 from anchorops.measure import peak_extra_bytes
 
 coco = pytest.importorskip("pycocotools.mask", reason="pycocotools is not installed")

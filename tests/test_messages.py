@@ -10,7 +10,7 @@ from torch import Tensor
 
 import anchorops as ao
 from anchorops import diagnostics, plots
-from anchorops.catalogue import ENTRIES, Case, cases
+from anchorops.doctor.catalogue import ENTRIES, Case, cases
 
 FEATURES, LABELS = torch.zeros(2, 3, 4, 5), torch.zeros(2, 8, 10, dtype=torch.int64)
 ANCHORS = torch.zeros(6, 3)

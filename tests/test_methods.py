@@ -14,7 +14,7 @@ from cpu_kernels import in_layout
 from torch import Tensor, nn
 
 import anchorops as ao
-from anchorops.catalogue import features as catalogue
+from anchorops.doctor.catalogue import features as catalogue
 
 BF16, F32 = torch.bfloat16, torch.float32
 

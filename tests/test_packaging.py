@@ -16,8 +16,8 @@ from typing import NamedTuple
 import pytest
 
 import anchorops
-from anchorops import doctor
-from anchorops._backend import CPU_LIBRARY, build_info
+from anchorops._libraries import CPU_LIBRARY, build_info
+from anchorops.doctor import __main__ as doctor
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(anchorops.__file__).parent
@@ -113,7 +113,7 @@ def test_doctor(capsys):
 def test_doctor_without_the_extension():
     code = f"""{WITHOUT_LIBRARIES}
 import anchorops as ao
-from anchorops import doctor
+from anchorops.doctor import __main__ as doctor
 assert ao.ops.class_moments(torch.ones(3, 2), torch.tensor([0, 0, 1]), 2).counts.tolist() == [2, 1]
 sys.exit(doctor.main())"""
     answer = run(sys.executable, "-c", code, CUDA_VISIBLE_DEVICES="")

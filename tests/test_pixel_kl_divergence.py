@@ -13,9 +13,9 @@ from torch import Generator, Tensor
 
 import anchorops as ao
 from anchorops._ops import volumes
-from anchorops.catalogue import Case, Entry, Inputs, Sample, formulas
-from anchorops.catalogue.budget import FLOOR, error_and_limit
-from anchorops.catalogue.pixels import Pixels
+from anchorops.doctor.catalogue import Case, Entry, Inputs, Sample, formulas
+from anchorops.doctor.catalogue.budget import FLOOR, error_and_limit
+from anchorops.doctor.catalogue.pixels import Pixels
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 pytestmark = pytest.mark.on("reference", "cpu", "simulated_triton", "triton")

@@ -15,8 +15,8 @@ from softmax_cases import ALL, BF16, CE, F16, F32, F64, moments, run, run_refere
 from torch import Tensor
 
 import anchorops as ao
-from anchorops.catalogue import Case, formulas
-from anchorops.catalogue.budget import FLOOR, error_and_limit
+from anchorops.doctor.catalogue import Case, formulas
+from anchorops.doctor.catalogue.budget import FLOOR, error_and_limit
 
 cpu = pytest.mark.on("cpu")
 on_cpu = pytest.mark.on("cpu", "reference")

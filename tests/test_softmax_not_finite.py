@@ -12,7 +12,7 @@ import anchorops as ao
 from anchorops._moments import Options, Wanted
 from anchorops._ops.softmax_moments import moments_of
 from anchorops._shared.upsampling import upsample
-from anchorops.catalogue import Case
+from anchorops.doctor.catalogue import Case
 
 on_cpu = pytest.mark.on("cpu", "reference")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the machine for PTX

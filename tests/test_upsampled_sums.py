@@ -16,8 +16,8 @@ from torch import Generator, Tensor
 
 from anchorops import reference
 from anchorops._ops.upsampled_sums import upsampled_sums
-from anchorops.catalogue import Case, Entry, Inputs, Sample, formulas
-from anchorops.catalogue.budget import FLOOR
+from anchorops.doctor.catalogue import Case, Entry, Inputs, Sample, formulas
+from anchorops.doctor.catalogue.budget import FLOOR
 from tests.helpers.memory import peak_allocated_bytes
 
 K = 5

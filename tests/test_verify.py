@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 import anchorops as ao
-from anchorops import _backend, doctor
-from anchorops.catalogue import MODULES, Case, cases
-from anchorops.catalogue.budget import error_and_limit
-from anchorops.catalogue.entry import evaluate
-from anchorops.catalogue.formulas import dice
-from anchorops.verify import run as verify
+from anchorops import _backend
+from anchorops.doctor import __main__ as doctor
+from anchorops.doctor import verify
+from anchorops.doctor.catalogue import MODULES, Case, cases
+from anchorops.doctor.catalogue.budget import error_and_limit
+from anchorops.doctor.catalogue.entry import evaluate
+from anchorops.doctor.catalogue.formulas import dice
 
 CPU = torch.device("cpu")
 BACKEND = "reference" if ao.backends()["cpu"] else "cpu"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import anchorops as ao
 from anchorops._ops import volumes
-from anchorops.catalogue import Case, formulas
+from anchorops.doctor.catalogue import Case, formulas
 
 K = 4
 pytestmark = pytest.mark.on("cpu", "reference")

@@ -27,10 +27,9 @@ from .._checks import (
     check_temperature,
     describe,
     fail,
-    in_transform,
-    savable,
 )
 from .._moments import as_scalar, statistics_dtype
+from .._torch_state import in_transform, savable
 from .registration import Gradient, define, run
 
 LOGITS_AT_ONCE = 2**23  # 32 MiB in float32; more are computed in parts, and again for the gradient

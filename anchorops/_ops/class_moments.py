@@ -30,10 +30,10 @@ from .._checks import (
     check_num_classes,
     check_strided,
     fail,
-    shape_of,
 )
 from .._moments import ClassMoments, statistics_dtype
 from .._shared.sums import fixed_order_sum, sum_by_key
+from .._torch_state import shape_of
 from .class_keys import KeyOptions, class_keys
 from .registration import Gradient, define, run
 

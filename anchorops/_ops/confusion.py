@@ -15,10 +15,10 @@ from .._checks import (
     check_strided,
     describe,
     fail,
-    shape_of,
     without_channel,
 )
 from .._moments import Options, Wanted
+from .._torch_state import shape_of
 from .pixel_argmax import pixel_argmax
 from .registration import define, run
 from .softmax_moments import moments_of

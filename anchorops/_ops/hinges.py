@@ -1,5 +1,6 @@
-"""Histograms of the hinges of sigmoids, and the gradient of losses that are functions of them, for
-one channel: as probability_histograms.py for softmax.
+"""Histograms of the hinges of sigmoids, and the Lovász loss of one channel, a function of them: as
+probability_histograms.py for softmax. It is an operator, because a compiled interpolate may round
+in another way, and put a pixel in another bin than the gradient does.
 
 With z the full-resolution logit and s = 1 for a pixel that is 1, otherwise −1, the error is the
 hinge max(0, 1 − s·z). Hinges are not bounded: a bin is 1/512 of its error, up to errors of 2^40.
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from .._moments import statistics_dtype
 from .._shared.sums import histogram
 from .._shared.upsampling import transposed_rows
+from .probability_histograms import GRADIENT, results_of
 from .registration import define, library, run
 
 # A float's exponent and the first bits of its mantissa number the bins, from 2^-20 to 2^40.
@@ -45,16 +47,7 @@ def _hinges(z: Tensor, labels: Tensor, ignore_index: int) -> _Hinges:
     return _Hinges(errors, slopes, places + BINS * (labels != 1).long(), valid)
 
 
-def hinge_histograms(
-    logits: Tensor, labels: Tensor, *, ignore_index: int, align_corners: bool
-) -> tuple[Tensor, Tensor]:
-    """A scalar, 0 if all errors are finite, otherwise NaN; and int64 [2, BINS]: how many pixels
-    that are 1, and how many others, have an error in each bin. logits: (B, 1, h, w)."""
-    arguments = logits.detach(), labels, ignore_index, align_corners
-    return run("hinge_histograms", "reference", *arguments)
-
-
-def bin_edges(device: torch.device) -> Tensor:
+def _bin_edges(device: torch.device) -> Tensor:
     """float64 [BINS + 1]"""
     places = torch.arange(BINS, dtype=torch.float64, device=device)
     exponents, mantissas = places // 2**MANTISSA, places % 2**MANTISSA
@@ -62,11 +55,11 @@ def bin_edges(device: torch.device) -> Tensor:
     return F.pad(edges, (1, 0))
 
 
-def hinge_gradients(
+def _gradients(
     logits: Tensor, labels: Tensor, slopes: Tensor, ignore_index: int, align_corners: bool
 ) -> Tensor:
-    """The gradient of the logits (B, 1, h, w) for the slopes [2, BINS] of the loss in each error.
-    The full-resolution logits are computed again."""
+    """The gradient of the logits (B, 1, h, w) for the slopes [1, 2, BINS] of the loss in each
+    error. The full-resolution logits are computed again."""
     if labels.numel() == 0:
         return torch.zeros_like(logits)
     z = _upsampled(logits, labels, align_corners)
@@ -94,24 +87,40 @@ def _upsampled(logits: Tensor, labels: Tensor, align_corners: bool) -> Tensor:
     return z
 
 
-def _histograms(
+def _loss(
+    backend: str, logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool
+) -> Any:
+    hinges = _hinges(_upsampled(logits, labels, align_corners), labels, ignore_index)
+    counts = histogram(hinges.places, hinges.valid, 2 * BINS).view(2, -1)
+    dtype = statistics_dtype(logits.dtype)
+    losses, slopes, _ = results_of(counts[None], _bin_edges(logits.device), dtype)
+    not_finite = (0 * hinges.errors).sum()  # NaN if an error is ∞ or NaN, otherwise 0
+    return losses.to(dtype) + not_finite, slopes, counts.sum(1)
+
+
+def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    slopes = logits.new_empty((1, 2, BINS), dtype=statistics_dtype(logits.dtype))
+    return slopes[:, 0, 0].clone(), slopes, slopes.new_empty(2, dtype=torch.int64)
+
+
+define(
+    "hinge_loss",
+    "(Tensor logits, Tensor labels, SymInt ignore_index, bool align_corners) "
+    "-> (Tensor losses, Tensor slopes, Tensor counts)",
+    _fake,
+    backends=("reference",),
+    gradient=GRADIENT,
+    in_python=_loss,
+    any_strides=True,
+)
+library.impl("hinge_loss_backward.reference", _gradients, "CompositeExplicitAutograd")
+
+
+def hinge_loss(
     logits: Tensor, labels: Tensor, ignore_index: int, align_corners: bool
 ) -> tuple[Tensor, Tensor]:
-    hinges = _hinges(_upsampled(logits, labels, align_corners), labels, ignore_index)
-    counts = histogram(hinges.places, hinges.valid, 2 * BINS)
-    return (0 * hinges.errors).sum(), counts.view(2, -1)
-
-
-def _histograms_fake(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    dtype = statistics_dtype(logits.dtype)
-    return logits.new_empty((), dtype=dtype), logits.new_empty((2, BINS), dtype=torch.int64)
-
-
-# Bins are computed here in both passes: a compiled interpolate may round differently.
-define(
-    "hinge_histograms",
-    "(Tensor logits, Tensor labels, SymInt ignore_index, bool align_corners) -> (Tensor, Tensor)",
-    _histograms_fake,
-    backends=("reference",),
-)
-library.impl("hinge_histograms.reference", _histograms, "CompositeExplicitAutograd")
+    """The loss [1] of a channel (B, 1, h, w), NaN if an error is not finite, and its numbers of
+    pixels that are 1, and that are 0, int64 [2]."""
+    arguments = logits, labels, ignore_index, align_corners
+    losses, _, counts = run("hinge_loss", "reference", *arguments)
+    return losses, counts

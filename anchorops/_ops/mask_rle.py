@@ -10,17 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from .._backend import chosen_backend, select, unusable
+from .._backend import chosen_backend, select
 from .._checks import (
-    FLOATING,
     check_flags,
+    check_floating,
+    check_not_empty,
     check_size,
     check_strided,
     check_threshold,
     describe,
     fail,
-    in_transform,
 )
+from .._libraries import unusable
+from .._torch_state import in_transform
 from .registration import define, run
 
 
@@ -182,19 +184,14 @@ def mask_rle(
             does not support the call.
     """
     function = "mask_rle"
-    check_strided(function, "logits", logits)
-    if not isinstance(logits, Tensor) or logits.dim() != 3:
-        fail(function, "logits", "a tensor (N, h, w)", describe(logits))
-    if logits.dtype not in FLOATING:
-        fail(function, "logits", "float32, bfloat16, float16 or float64", logits.dtype)
+    check_floating(function, "logits", logits, (3,), "(N, h, w)")
     if in_transform(logits):
         fail(function, "logits", "a tensor outside of torch.func", "one of a transform")
     height, width = check_size(function, size)
     for argument, shape in (("size", (height, width)), ("logits", logits.shape[1:])):
         if max(shape) > 2**23:  # pixel + 1/2 must be exact
             fail(function, argument, "axes of at most 2^23", tuple(shape))
-    if logits.numel() == 0 and len(logits) * height * width > 0:
-        fail(function, "logits", "at least one pixel per mask", f"shape {tuple(logits.shape)}")
+    check_not_empty(function, "logits", logits, len(logits) * height * width, "mask")
     threshold = check_threshold(function, threshold)
     check_flags(function, align_corners=align_corners)
     limits = None if boxes is None else _pixels_inside(boxes, len(logits), height, width)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import onnx_refusal
-from .._checks import formulas_for_onnx
 from .._moments import RESULTS, is_requested, split_options
+from .._torch_state import formulas_for_onnx
 from .registration import defined
 from .sigmoid import two_classes
 

@@ -13,6 +13,7 @@ from .._checks import (
     check_axes,
     check_flags,
     check_logits,
+    check_not_empty,
     check_size,
     check_threshold,
     describe,
@@ -86,9 +87,7 @@ def pixel_argmax(
     upsampled logits; of a sigmoid p where the class is predicted, 1 − p where it is not.
 
     Args:
-        logits: (B, K, h, w), any strides, or volumes (B, K, d, h, w), which are upsampled with
-            mode="trilinear"; float32, bfloat16, float16 or float64; K from 2 to 65,536 (16,384 on
-            GPU), with `sigmoid` from 1.
+        logits: images or volumes as in `softmax_moments`; with `sigmoid` K is at least 1.
         size: (H, W) of the result, of volumes (D, H, W): a sequence or an array. Here as in all of
             anchorops an int may be anything that operator.index takes, except a bool: of NumPy, of
             torch.export's symbolic sizes, or a tensor of one integer. To read such a tensor of a
@@ -117,9 +116,10 @@ def pixel_argmax(
     check_logits(function, logits, sigmoid=sigmoid, points=False)
     size = check_size(function, size, logits.dim() - 2)
     _check_dtype(dtype, 2 if sigmoid else logits.shape[1])
-    threshold = _check_threshold(threshold, sigmoid)
-    if logits.numel() == 0 and logits.shape[0] * math.prod(size) > 0:
-        fail(function, "logits", "at least one pixel per image", f"shape {tuple(logits.shape)}")
+    threshold = check_threshold(function, threshold)
+    if threshold != 0.5 and not sigmoid:
+        fail(function, "threshold", "0.5 without sigmoid=True", describe(threshold))
+    check_not_empty(function, "logits", logits, logits.shape[0] * math.prod(size))
     logits = logits.detach()
     shape = (*logits.shape[: 2 if sigmoid else 1], *size)
     images = logits.flatten(0, 1)[:, None] if sigmoid else logits
@@ -139,13 +139,6 @@ def _check_dtype(dtype: torch.dtype, num_classes: int) -> None:
     if num_classes - 1 > most:
         expected = f"a dtype that holds {num_classes} classes"
         fail("pixel_argmax", "dtype", expected, f"{dtype}, whose largest number is {most}")
-
-
-def _check_threshold(threshold: object, sigmoid: bool) -> float:
-    number = check_threshold("pixel_argmax", threshold)
-    if number != 0.5 and not sigmoid:
-        fail("pixel_argmax", "threshold", "0.5 without sigmoid=True", describe(threshold))
-    return number
 
 
 def _relative(logits: Tensor, threshold: float) -> Tensor:

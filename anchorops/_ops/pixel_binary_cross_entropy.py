@@ -39,9 +39,7 @@ def pixel_binary_cross_entropy(
         pos_weight: a number of at least 0, or one for each channel: a tensor [C], (C, 1, 1) or
             (1, C, 1, 1), on the logits' device, without a gradient; or an array or a sequence,
             which is copied to the device in each call.
-        ignore_index: the label to ignore, 255 by default; labels other than 0 and 1 are ignored,
-            too.
-        align_corners: of the upsampling, as in F.interpolate.
+        ignore_index, align_corners: as in `softmax_moments`; labels other than 0 and 1 are ignored.
         reduction: "mean" as above; "sum"; or "none", one value for each label, 0 if ignored.
         check_labels: raise an error if a label is not 0, 1 or ignore_index, or if there are labels
             0 and 255 alone and 255 is ignored, as in masks of 0 and 255 that need `mask > 0`; this

@@ -5,17 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import (
-    check_choice,
-    check_pixels,
-    check_share,
-    check_strided,
-    describe,
-    fail,
-    shape_of,
-)
+from .._checks import check_choice, check_pixels, check_share, check_strided, describe, fail
 from .._moments import Options, SoftmaxMoments, Wanted, statistics_dtype
 from .._shared.sums import fixed_order_sum
+from .._torch_state import shape_of
 from .softmax_moments import moments_of, valid_pixels, weighted
 
 

@@ -7,8 +7,7 @@ temperature T, p = softmax t, V the valid pixels q:
     ds_k = T·(e^(s_k − lse s) − p_k)·(dtotal + dD_q),  0 where not valid
     dlogits = the transpose of the upsampling, of ds
 
-The upsampled logits are never stored: the backward pass computes both softmaxes again, from the
-logits and the two lse, or the sums of exponentials.
+The backward pass computes both softmaxes again, from the logits and the two lse.
 """
 
 import math
@@ -24,18 +23,20 @@ from .._checks import (
     FLOATING,
     check_axes,
     check_choice,
+    check_device,
     check_flags,
     check_logits,
+    check_not_empty,
     check_size,
     check_strided,
     check_temperature,
     clean_bools,
     describe,
     fail,
-    savable,
     without_channel,
 )
 from .._moments import as_scalar, statistics_dtype
+from .._torch_state import savable
 from .registration import Gradient, define, run
 
 # logits (B, K, h, w), teacher_logits (B, K, h', w'), valid bool (B, H, W), of any strides;
@@ -121,20 +122,15 @@ def _check_inputs(
         expected = " or ".join(str(x).removeprefix("torch.") for x in dtypes)
         got = f"{teacher_logits.dtype} with logits in {logits.dtype}"
         fail(function, "teacher_logits", expected, got)
-    if teacher_logits.device != logits.device:
-        fail(
-            function, "teacher_logits", f"device {logits.device}, as logits", teacher_logits.device
-        )
+    check_device(function, "teacher_logits", teacher_logits, logits, "logits")
     size = check_size(function, size, logits.dim() - 2)
     for argument, x in (("logits", logits), ("teacher_logits", teacher_logits)):
-        if x.numel() == 0 and batch * math.prod(size) > 0:
-            fail(function, argument, "at least one pixel per image", f"shape {tuple(x.shape)}")
+        check_not_empty(function, argument, x, batch * math.prod(size))
     if valid is not None:
         shape = (batch, *size)
         if not isinstance(valid, Tensor) or valid.shape != shape or valid.dtype != torch.bool:
             fail(function, "valid", f"a bool tensor {shape}, or None", describe(valid))
-        if valid.device != logits.device:
-            fail(function, "valid", f"device {logits.device}, as logits", valid.device)
+        check_device(function, "valid", valid, logits, "logits")
     return size
 
 
@@ -159,9 +155,7 @@ def pixel_kl_divergence(
     softmax(t/T), reduction="none").sum(1), but it never stores the upsampled logits.
 
     Args:
-        logits: (B, K, h, w), any strides; float32, bfloat16, float16 or float64; K from 2 to 65,536
-            (16,384 on GPU). The gradient has its dtype and memory layout. Or volumes
-            (B, K, d, h, w), which are upsampled with mode="trilinear".
+        logits: images or volumes as in `softmax_moments`.
         teacher_logits: (B, K, h', w') or (B, K, d', h', w'), of its own size and strides; float32,
             bfloat16 or float16, with float64 logits float64. Constants: no gradient flows to it, as
             if it were detached. Logarithms of probabilities are logits too. It may be a tensor of
@@ -198,30 +192,16 @@ def pixel_kl_divergence(
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
     backend = select(function, logits, logits.shape[1])
     if backend == "reference":
-        return reference.pixel_kl_divergence(
-            logits,
-            teacher_logits,
-            size,
-            valid=savable(valid),
-            temperature=temperature,
-            align_corners=align_corners,
-            reduction=reduction,
-        )
-    check_axes(function, logits, size)
-    check_axes(function, teacher_logits, size, "teacher_logits")
-    name = "pixel_kl_divergence" if logits.dim() == 4 else "volume_kl_divergence"
-    total, divergences, _, _ = run(
-        name,
-        backend,
-        logits,
-        teacher_logits.detach(),
-        valid,
-        *size,
-        as_scalar(temperature, logits),
-        align_corners,
-        reduction == "none",
-        logits.requires_grad and torch.is_grad_enabled(),
-    )
+        given = logits, teacher_logits, size, savable(valid), temperature, align_corners
+        total, divergences = reference.pixel_kl_divergence(*given)
+    else:
+        check_axes(function, logits, size)
+        check_axes(function, teacher_logits, size, "teacher_logits")
+        name = "pixel_kl_divergence" if logits.dim() == 4 else "volume_kl_divergence"
+        images = logits, teacher_logits.detach(), valid
+        with_lse = logits.requires_grad and torch.is_grad_enabled()
+        options = as_scalar(temperature, logits), align_corners, reduction == "none", with_lse
+        total, divergences, _, _ = run(name, backend, *images, *size, *options)
     if reduction == "none":
         return divergences
     if reduction == "sum":

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .._backend import FUSED, OPERATORS, implement_by_triton
-from .._checks import in_transform, savable
+from .._backend import FUSED, OPERATORS
+from .._torch_state import in_transform, savable
+from .triton_launch import implement_by_triton
 
 
 class _Library(torch.library.Library):
@@ -131,35 +132,24 @@ def define(
             time. Then torch.compile, which makes convolutions channels last, does not copy their
             outputs back to the layout that they have in eager mode.
     """
+    tags = [torch.Tag.flexible_layout] if any_strides else []
+
+    def add(name: str, backend: str, schema: str, fake: Any, launch: Any, in_python: Any) -> Any:
+        library.add(f"{name}.{backend}", schema, fake, *tags)
+        if in_python is not None:
+            implementation = partial(in_python, backend)
+            library.impl(f"{name}.{backend}", implementation, "CompositeExplicitAutograd")
+        elif backend == "triton":
+            implement_by_triton(library, name, launch)
+        return overload_of(name, backend)
+
     for backend in backends or OPERATORS.get(name, FUSED):
-        overload = _define(name, backend, schema, fake, launch, in_python, any_strides)
+        overload = add(name, backend, schema, fake, launch, in_python)
         defined[overload] = name
         if gradient is not None:
-            implementation = gradient.fake, gradient.launch, gradient.in_python
-            backward = _define(
-                f"{name}_backward", backend, gradient.schema, *implementation, any_strides
-            )
+            of_gradient = gradient.schema, gradient.fake, gradient.launch, gradient.in_python
+            backward = add(f"{name}_backward", backend, *of_gradient)
             _register_gradient(name, backend, overload, backward, gradient)
-
-
-def _define(
-    name: str,
-    backend: str,
-    schema: str,
-    fake: Callable[..., Any],
-    launch: Callable[..., Any],
-    in_python: Callable[..., Any] | None,
-    any_strides: bool,
-) -> Callable[..., Any]:
-    """Returns anchorops::NAME.BACKEND."""
-    tags = [torch.Tag.flexible_layout] if any_strides else []
-    library.add(f"{name}.{backend}", schema, fake, *tags)
-    if in_python is not None:
-        implementation = partial(in_python, backend)
-        library.impl(f"{name}.{backend}", implementation, "CompositeExplicitAutograd")
-    elif backend == "triton":
-        implement_by_triton(library, name, launch)
-    return overload_of(name, backend)
 
 
 def _register_gradient(

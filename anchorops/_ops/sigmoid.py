@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import is_jit_traced
+from .._torch_state import is_jit_traced
 
 
 class _Contiguous(torch.autograd.Function):

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import select
-from .._checks import check_axes, check_flags, check_pixels, shape_of
+from .._checks import check_axes, check_flags, check_pixels
 from .._moments import (
     BACKWARD_SCHEMA,
     GRADIENTS,
@@ -40,15 +40,11 @@ from .._moments import (
     Results,
     SoftmaxMoments,
     Wanted,
-    changes_losses,
-    counts_used,
     is_requested,
-    is_unused,
-    plain,
-    selects,
     split_options,
     statistics_dtype,
 )
+from .._torch_state import shape_of
 from .registration import Gradient, define, run
 from .sigmoid import one_batch, two_classes
 
@@ -107,7 +103,7 @@ def backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
     if ctx.needs.logits and any(grad is not None for grad in result_grads):
         if not wanted.with_lse and reads_lse(ctx.backend, logits):
             # torch.vmap and traces without gradients hide that a gradient will be requested
-            lse = again(plain(options), Wanted(with_lse=True)).lse
+            lse = again(options.plain(), Wanted(with_lse=True)).lse
         gradients["logits"] = operator(logits, labels, lse, *result_grads, *options, *wanted)
     if ctx.needs.pixel_weights:
         gradients["pixel_weights"] = _dpixel_weights(
@@ -129,11 +125,11 @@ def _dpixel_weights(
     of_all = options._replace(pixel_weights=None, min_loss=None)
     losses = again(of_all, Wanted(pixel_losses=True)).pixel_losses
     used = valid_pixels(labels, num_classes, options.ignore_index)
-    if selects(options):
+    if options.selects():
         ce = losses
-        if changes_losses(of_all):
-            ce = again(plain(options), Wanted(pixel_losses=True)).pixel_losses
-        used &= ~is_unused(options, ce)
+        if of_all.changes_losses():
+            ce = again(options.plain(), Wanted(pixel_losses=True)).pixel_losses
+        used &= ~options.is_unused(ce)
     classes = torch.where(used, labels.long(), 0).flatten(1)
     gradient = torch.zeros_like(losses)
     for by_class, factor in ((dlosses, torch.where(losses.isfinite(), losses, 0)), (dused, 1)):
@@ -254,12 +250,10 @@ def softmax_moments(
         check_labels: as in `CrossEntropy`.
 
     Returns:
-        SoftmaxMoments(counts, correct, losses, intersections, probability_sums, squares,
-        pixel_losses) and `divisor`, the number of valid pixels but at least 1; None for what was
-        not requested. Statistics of classes are [K], with per_image [B, K]. pixel_losses = −log p_y
-        has the labels' shape and is 0 for ignored pixels. counts, correct and divisor are int64,
-        the others float32 (float64 for float64 logits). Results are bitwise reproducible.
-        For correct, the first of equal logits is the largest, and NaN is larger than all numbers.
+        SoftmaxMoments. pixel_losses = −log p_y is 0 for ignored pixels. counts, correct and divisor
+        are int64, the others float32 (float64 for float64 logits). Results are bitwise
+        reproducible. For correct, the first of equal logits is the largest, and NaN is larger than
+        all numbers.
         A pixel reads only logits whose interpolation weight is not 0, so a NaN affects only the
         pixels that read it. A logit of −inf has p = 0 and gradient 0.
 
@@ -338,20 +332,12 @@ def moments_of(
 
 def _requested(results: Sequence[Any], options: Options, wanted: Wanted) -> SoftmaxMoments:
     """The statistics that were requested, from the operator's results."""
-    losses, intersections, probability_sums, squares, pixel_losses, _, *integers = results
-    counts, correct, used, divisor, labels_out_of_range = integers
-    return SoftmaxMoments(
-        counts,
-        correct if wanted.correct else None,
-        losses,
-        intersections if wanted.probability_sums else None,
-        probability_sums if wanted.probability_sums else None,
-        squares if wanted.squares else None,
-        pixel_losses if wanted.pixel_losses else None,
-        used if counts_used(options) else None,
-        divisor,
-        labels_out_of_range if wanted.labels_out_of_range else None,
-    )
+    named: dict[str, Any] = {
+        name: x if is_requested(name, options, wanted) else None
+        for name, x in zip(RESULTS, results, strict=True)
+        if name != "lse"
+    }
+    return SoftmaxMoments(**named)
 
 
 def in_shape(moments: SoftmaxMoments, shape: Sequence[int]) -> SoftmaxMoments:

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from .. import reference
 from .._backend import select
-from .._checks import in_transform
 from .._moments import UpsampledSums, statistics_dtype
 from .._shared.splats import SPLAT_UNITS, splat_axis, splat_keys, splat_of
+from .._torch_state import in_transform
 from .class_keys import class_keys
 from .registration import Gradient, define, library, run
 

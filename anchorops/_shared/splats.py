@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .upsampling import bilinear_sources
+
 SPLAT_UNITS = 2**30  # the integer that represents a weight of 1
 
 
@@ -26,11 +28,8 @@ class Splat(NamedTuple):
 def splat_axis(size: int, source: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """For each of `size` label rows (or columns): the upper one of the two feature rows around it,
     int64, and the weight of the lower one, float32. If there is no lower row, the weight is 0."""
-    step = (source - 1) / (size - 1) if size > 1 else 0.0
-    scale = torch.full((), step, dtype=torch.float32, device=device)  # a copy would synchronise
-    position = torch.arange(size, device=device, dtype=torch.float32) * scale
-    upper = position.long().clamp(max=source - 1)
-    return upper, torch.where(upper < source - 1, position - upper, 0)
+    upper, lower, weight = bilinear_sources(size, source, True, torch.float32, device)
+    return upper, torch.where(upper < lower, weight, 0)
 
 
 def splat_of(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._checks import is_for_onnx, is_traced
+from .._torch_state import is_for_onnx, is_traced
 
 _RUN = 2**14  # torch divides a sum among threads from 2^15 numbers on
 

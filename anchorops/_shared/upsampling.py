@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import is_for_onnx
 from .._moments import statistics_dtype
+from .._torch_state import is_for_onnx
 
 
 def bilinear_sources(

@@ -6,7 +6,7 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,12 @@ from .._checks import (
     check_num_classes,
     describe,
     fail,
-    in_transform,
-    savable,
 )
 from .._moments import ClassMoments
+from .._ops.recomputation import check_first_pass
+from .._torch_state import in_transform, savable
 from ..distributed import group_name, reduce_moments
 from .initialized_module import InitializedModule
-from .recomputation import check_first_pass
 from .statistics import Request, class_statistics
 
 Classifier = nn.Module | Tensor
@@ -82,19 +81,6 @@ def linear_weight(function: str, classifier: object, num_classes: int, dim: int)
     return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-class Attached(Protocol):
-    """What connects a method to a model: the `Attachment` that `anchorops.attach` returns."""
-
-    classifier_name: str
-    classifier: nn.Module
-
-    def __call__(self, labels: Tensor) -> Tensor: ...
-
-    def forget(self) -> None: ...
-
-    def detach(self) -> None: ...
-
-
 class Regularizer(InitializedModule):
     """A loss on the features before a model's last classifier.
 
@@ -132,7 +118,9 @@ class Regularizer(InitializedModule):
     uses_classifier = False
     replaces_classifier = False
     has_state = False  # whether it has buffers that a training forward updates
-    attachment: Attached | None = None
+    # `attach` sets both: what connects the method to a model, and what eval() calls.
+    attachment: Any = None
+    before_evaluation: Callable[[], None] | None = None
     _frozen_told = False  # whether the warning of frozen parameters was given
     if TYPE_CHECKING:  # torch.jit.script reads annotations
         step: Tensor
@@ -173,14 +161,15 @@ class Regularizer(InitializedModule):
         }
 
     def train(self, mode: bool = True) -> Regularizer:
-        if not mode and self.attachment is not None:
-            self.attachment.forget()
+        if not mode and self.before_evaluation is not None:
+            self.before_evaluation()
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the method alone is not attached, and does not copy the model. That of a model
         # has an attachment, which tells its method.
-        state = {name: x for name, x in super().__getstate__().items() if name != "attachment"}
+        of_model = "attachment", "before_evaluation"
+        state = {name: x for name, x in super().__getstate__().items() if name not in of_model}
         if any(map(in_transform, self._terms.values())):
             state["_terms"] = {}  # tensors of torch.func's transforms cannot be copied
         return state

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from .._checks import FLOATING, check_choice, check_number, check_share, describe, fail, has_values
+from .._checks import FLOATING, check_choice, check_number, check_share, describe, fail
 from .._moments import ClassMoments
+from .._torch_state import has_values
 from ..anchors import category_basis
 from ..distributed import reduce_moments
 from .base import Classifier, Losses, Plan, Regularizer, linear_weight

@@ -14,10 +14,10 @@ from .._checks import (
     check_strided,
     describe,
     fail,
-    has_values,
 )
 from .._moments import ClassMoments
 from .._ops.upsampled_sums import upsampled_sums
+from .._torch_state import has_values
 from ..anchors import simplex_etf
 from ..distributed import all_reduce, reduce_moments
 from .base import Classifier, Losses, Plan, Regularizer

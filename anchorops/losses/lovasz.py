@@ -6,16 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .._checks import check_choice, check_flags, check_int
-from .._ops.hinges import bin_edges, hinge_histograms
-from .._ops.probability_histograms import (
-    count_labels_out_of_range,
-    error_loss,
-    hinge_loss,
-    probability_histograms,
-)
+from .._ops.hinges import hinge_loss
+from .._ops.probability_histograms import count_labels_out_of_range, error_losses
 from .._ops.sigmoid import contiguous
 from .._ops.softmax_moments import as_images
 from .pixel import PixelLoss, Terms, check_chosen_classes, chosen_classes
@@ -102,16 +96,10 @@ class Lovasz(PixelLoss):
     def _softmax(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
         """The loss, and the number of labels of each class."""
         logits, by_image = as_images(logits, labels)
-        labels = by_image(labels)
-        options = {"ignore_index": ignore_index, "align_corners": self.align_corners}
-        counts = probability_histograms("Lovasz", logits, labels, self.bins, **options)
-        edges = torch.linspace(0, 1, self.bins + 1, dtype=torch.float64, device=counts.device)
-        losses, slopes = _losses_and_slopes(counts, edges)
-        share = self._shares(counts[:, 0].sum(-1))
+        arguments = self.bins, ignore_index, self.align_corners
+        losses, counts = error_losses(logits, by_image(labels), *arguments)
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        loss = (losses * share).sum().to(dtype)
-        slopes = slopes * share[:, None, None]
-        return error_loss("Lovasz", loss, logits, labels, slopes, **options), counts[:, 0].sum(-1)
+        return (losses * self._shares(counts)).sum().to(dtype), counts
 
     def _shares(self, counts: Tensor) -> Tensor:
         """The weight of each class in the mean. counts: its number of pixels."""
@@ -128,37 +116,8 @@ class Lovasz(PixelLoss):
         if logits.dim() > 3 and logits.stride(1) < logits.stride(-1):  # channels last
             logits = contiguous(logits)
         channels = zip(logits.split(1, 1), labels.unbind(1), strict=True)
-        losses, counts = zip(*(self._hinge(x, y, ignore_index) for x, y in channels), strict=True)
+        options = ignore_index, self.align_corners
+        losses, counts = zip(*(hinge_loss(x, y, *options) for x, y in channels), strict=True)
         counts = torch.stack(counts)
-        share = self._shares(counts[:, 1])
-        return (torch.stack(losses) * share).sum().to(losses[0].dtype), counts.sum(0)
-
-    def _hinge(self, logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-        """Loss of a channel (B, 1, h, w), and its numbers of pixels that are 0 and 1."""
-        options = {"ignore_index": ignore_index, "align_corners": self.align_corners}
-        not_finite, counts = hinge_histograms(logits, labels, **options)
-        losses, slopes = _losses_and_slopes(counts[None], bin_edges(logits.device))
-        loss = losses[0].to(not_finite.dtype) + not_finite
-        return hinge_loss(loss, logits, labels, slopes[0], **options), counts.sum(1).flip(0)
-
-
-def _losses_and_slopes(counts: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
-    """counts [K, 2, n] of pixels of the class and of others, in bins between edges [n + 1]: the
-    losses [K] by the trapezoid rule, and their slopes [K, 2, n] in the error of a pixel."""
-    class_counts, others = counts.double().unbind(1)
-    total = class_counts.sum(-1, keepdim=True)
-    f, n = (
-        x.flip(-1).cumsum(-1).flip(-1) for x in (class_counts, others)
-    )  # with e ≥ the bin's edge
-    jaccard = (f + n) / (total + n).clamp(min=1)
-    next_jaccard = F.pad(jaccard[:, 1:], (0, 1))
-    losses = ((jaccard + next_jaccard) / 2 * edges.diff()).sum(-1)
-    # F, N of the higher bins; union = G + N, before and after the others of this bin
-    f, n = f - class_counts, n - others
-    union, next_union = (total + n).clamp(min=1), (total + n + others).clamp(min=1)
-    class_slope = (1 / next_union + 1 / union) / 2
-    other_slope = (2 * (total - f) - class_counts) / (2 * union * next_union)
-    # without pixels of the class the loss is the largest error
-    largest = torch.where((n == 0) & (others > 0), 1 / others.clamp(min=1), 0)
-    other_slope = torch.where(total > 0, other_slope, largest)
-    return losses, torch.stack([class_slope, other_slope], 1)
+        share = self._shares(counts[:, 0])
+        return (torch.cat(losses) * share).sum().to(losses[0].dtype), counts.sum(0).flip(0)

@@ -18,12 +18,10 @@ from .._checks import (
     describe,
     fail,
     flat_pos_weight,
-    has_values,
-    in_transform,
-    savable,
 )
 from .._moments import Options, SoftmaxMoments, Wanted, statistics_dtype
 from .._ops.softmax_moments import moments_of, valid_pixels
+from .._torch_state import has_values, in_transform, savable
 from .initialized_module import InitializedModule
 
 

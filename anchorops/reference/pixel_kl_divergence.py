@@ -13,13 +13,12 @@ def pixel_kl_divergence(
     logits: Tensor,
     teacher_logits: Tensor,
     size: Sequence[int],
-    *,
-    valid: Tensor | None = None,
-    temperature: float = 1.0,
-    align_corners: bool = False,
-    reduction: str = "mean",
-) -> Tensor:
-    """Let s and t be the upsampled logits of student and teacher divided by the temperature T:
+    valid: Tensor | None,
+    temperature: float,
+    align_corners: bool,
+) -> tuple[Tensor, Tensor]:
+    """The sum of the divergences D_q, and each, (B, *size). With s and t the upsampled logits of
+    student and teacher divided by the temperature T:
 
     D_q = T²·Σ_k p_k·(log p_k − log_softmax_k s),  p = softmax t;  0 where p_k = 0 or not valid
 
@@ -35,10 +34,4 @@ def pixel_kl_divergence(
     p = log_p.exp()
     divergences = temperature**2 * torch.where(p == 0, 0, p * (log_p - log_q)).sum(1)
     dtype = statistics_dtype(logits.dtype)
-    if reduction == "none":
-        return divergences.to(dtype)
-    total = divergences.sum().to(dtype)
-    if reduction == "sum":
-        return total
-    count = divergences.numel() if valid is None else valid.sum()
-    return total / torch.as_tensor(count, device=total.device).clamp(min=1)
+    return divergences.sum().to(dtype), divergences.to(dtype)

@@ -3,15 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._moments import (
-    Options,
-    SoftmaxMoments,
-    Wanted,
-    counts_used,
-    is_unused,
-    selects,
-    statistics_dtype,
-)
+from .._moments import Options, SoftmaxMoments, Wanted, statistics_dtype
 from .._shared.sums import sum_by_key
 from .._shared.upsampling import upsample
 
@@ -63,10 +55,10 @@ def softmax_moments(
         # Kept above 0, where the derivative of a power below 1 is infinite.
         miss = miss.clamp(min=torch.finfo(dtype).tiny)
         losses = losses * torch.where(finite, miss**options.focal_gamma, 1)
-    if selects(options):
-        used = valid & ~is_unused(options, label_losses)
+    if options.selects():
+        used = valid & ~options.is_unused(label_losses)
     losses = torch.where(used, losses, 0)
-    weighted, shares = losses, used
+    weighted, shares = losses, used.long()
     if pixel_weights is not None:
         shares = torch.where(used, pixel_weights, 0)
         # An infinite loss adds no gradient of its weight: it could be 0 · ∞.
@@ -101,9 +93,7 @@ def softmax_moments(
         probability_sums=probability_sums,
         squares=squares,
         pixel_losses=losses.to(dtype) if wanted.pixel_losses else None,
-        used=by_class(shares.long() if pixel_weights is None else shares)
-        if counts_used(options)
-        else None,
+        used=by_class(shares) if options.counts_used() else None,
         divisor=valid.sum().clamp(min=1),
         labels_out_of_range=(~is_class & ~ignored).sum() if wanted.labels_out_of_range else None,
     )

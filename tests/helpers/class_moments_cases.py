@@ -12,9 +12,9 @@ from torch import Tensor
 import anchorops as ao
 from anchorops import reference
 from anchorops._moments import statistics_dtype
-from anchorops.catalogue import Inputs, formulas
-from anchorops.catalogue.budget import error_and_limit
-from anchorops.catalogue.entry import evaluate
+from anchorops.doctor.catalogue import Inputs, formulas
+from anchorops.doctor.catalogue.budget import error_and_limit
+from anchorops.doctor.catalogue.entry import evaluate
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 # of the largest number; in float64 the formula itself has as many as the backend

@@ -17,7 +17,7 @@ from ptx.triton_launches import launches
 from simulated_gpu import SIMULATED
 from torch.profiler import ProfilerActivity, profile
 
-from anchorops._backend import CUDA_LIBRARY
+from anchorops._libraries import CUDA_LIBRARY
 
 SOURCES = Path(__file__).parents[2] / "csrc"
 KERNEL = re.compile(r"__global__[^;{]*?(\w+_kernel)\(")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import anchorops as ao
-from anchorops.catalogue import features as catalogue
+from anchorops.doctor.catalogue import features as catalogue
 from anchorops.losses import Regularizer
 
 K, D = 5, 12

@@ -10,11 +10,11 @@ from simulated_gpu import SIMULATED
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from anchorops import catalogue
 from anchorops._moments import statistics_dtype
-from anchorops.catalogue import Case, Inputs
-from anchorops.catalogue.budget import FLOOR, error_and_limit
-from anchorops.catalogue.entry import evaluate
+from anchorops.doctor import catalogue
+from anchorops.doctor.catalogue import Case, Inputs
+from anchorops.doctor.catalogue.budget import FLOOR, error_and_limit
+from anchorops.doctor.catalogue.entry import evaluate
 
 FEW = ("class_moments", "CrossEntropy", "Dice", "pixel_argmax")
 

@@ -13,9 +13,9 @@ from torch import Generator, Tensor
 import anchorops as ao
 from anchorops._moments import Options, SoftmaxMoments, Wanted, statistics_dtype
 from anchorops._ops.softmax_moments import moments_of
-from anchorops.catalogue import Case, Entry, Inputs, Sample, formulas
-from anchorops.catalogue.budget import FLOOR
-from anchorops.catalogue.pixels import Pixels
+from anchorops.doctor.catalogue import Case, Entry, Inputs, Sample, formulas
+from anchorops.doctor.catalogue.budget import FLOOR
+from anchorops.doctor.catalogue.pixels import Pixels
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 FLOATING = ("losses", "intersections", "probability_sums", "squares", "pixel_losses", "used")

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="CPU builds of torch do not include Triton"
 
 from kernels_report import CUOBJDUMP, TARGETS
 
-from anchorops._backend import CUDA_LIBRARY
+from anchorops._libraries import CUDA_LIBRARY
 
 pytestmark = pytest.mark.slow
 

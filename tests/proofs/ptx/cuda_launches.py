@@ -223,10 +223,10 @@ def install(arch: int, library: Path | None = None) -> None:
     sources cannot be compiled, it is not usable, for this reason."""
     global machine
     import anchorops._ops  # noqa: F401  the schemas
-    from anchorops import _backend
+    from anchorops import _libraries
 
-    _backend._ON_HOST["cuda"], _backend._MISSING["cuda"] = True, obstacle()
-    if _backend._MISSING["cuda"] is not None:
+    _libraries.ON_HOST["cuda"], _libraries.MISSING["cuda"] = True, obstacle()
+    if _libraries.MISSING["cuda"] is not None:
         return
     path = str(library or build())
     loader = importlib.machinery.ExtensionFileLoader("cuda_sources", path)

@@ -154,7 +154,7 @@ def _missing(config: pytest.Config) -> list[str]:
     """What nothing runs, if everything ran that must run it."""
     if BACKEND == "cuda":
         return _lines_without_a_case() if _has_all_cases_of_cuda(config) else []
-    from anchorops.catalogue import cases
+    from anchorops.doctor.catalogue import cases
 
     all_ran = record.checks >= {str(case) for case in cases("all")}
     places = never_run(record.compiled, record.ran) if all_ran else ()

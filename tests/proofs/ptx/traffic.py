@@ -23,11 +23,11 @@ cuda_launches.install(80)
 from record import ROOT, markdown_table, save_counts  # noqa: E402
 
 import anchorops as ao  # noqa: E402
-from anchorops.catalogue import ENTRIES, Case, Sample  # noqa: E402
-from anchorops.catalogue.entry import evaluate  # noqa: E402
-from anchorops.catalogue.features import Features  # noqa: E402
-from anchorops.catalogue.masks import objects  # noqa: E402
-from anchorops.catalogue.pixels import Pixels  # noqa: E402
+from anchorops.doctor.catalogue import ENTRIES, Case, Sample  # noqa: E402
+from anchorops.doctor.catalogue.entry import evaluate  # noqa: E402
+from anchorops.doctor.catalogue.features import Features  # noqa: E402
+from anchorops.doctor.catalogue.masks import objects  # noqa: E402
+from anchorops.doctor.catalogue.pixels import Pixels  # noqa: E402
 
 ROWS_OF_TRAFFIC = ROOT / "bench/results/counted-traffic.json"
 REQUESTS = ("loads", "stores", "atomics")

@@ -49,7 +49,7 @@ def install(arch: int) -> None:
     import triton.language  # noqa: F401
 
     os.environ["ANCHOROPS_TRITON_ON_HOST"] = "1"
-    import anchorops._backend  # noqa: F401
+    import anchorops._libraries  # noqa: F401
 
     del os.environ["ANCHOROPS_TRITON_ON_HOST"]
     import torch

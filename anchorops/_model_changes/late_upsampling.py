@@ -39,24 +39,23 @@ def late_upsampling(model: nn.Module, *args: Any, **kwargs: Any) -> LateUpsampli
         ao.late_upsampling(model, images)
 
     Heads of segmentation networks upsample maps, join them with torch.cat and apply a 1×1
-    convolution. Upsampling and a 1×1 convolution commute:
+    convolution. Upsampling is linear in space and the same for each channel, the convolution
+    linear in the channels and the same at each pixel. So they commute:
 
         conv(cat(up(x_1), …, up(x_n))) = Σ_i up(conv_i(x_i))
 
-    so the convolution can run at low resolution. Where x_i is a linear layer M_i of tokens without
-    an activation, as in SegFormer, the weights are multiplied: conv_i(x_i) = (W_i·M_i)·f_i. The
-    parameters and their names do not change, nor do outputs and gradients, except by rounding: the
-    products of weights are computed in float32 at least, also under autocast.
+    Where x_i is a linear layer M_i of tokens without an activation, as in SegFormer, the weights
+    are multiplied: conv_i(x_i) = (W_i·M_i)·f_i. The parameters and their names do not change, nor
+    do outputs and gradients, except by rounding: the products of weights are computed in float32
+    at least, also under autocast.
 
-    Two dry runs of a copy of the model, in training and in evaluation mode, find the calls of
-    F.interpolate (nn.Upsample makes them too, in any mode) whose results only a convolution with
-    kernel 1, stride 1, no padding and one group reads, directly or through torch.cat along the
-    channels. During a dry run the parameters are in memory twice. Parameters, gradients,
-    batch-norm statistics and torch's random numbers do not change. After that these calls run
-    later. A map is left as it is where the convolution has so many outputs that upsampling them
-    takes longer, and a convolution where less than a quarter of its multiplications is saved. On a
-    GPU upsampling takes as long as more multiplications, so fewer maps are moved: call it when the
-    model is on the device where it will run (each but the CPU counts as a GPU).
+    Dry runs as those of `low_resolution`, in both modes, find the calls of F.interpolate, in any
+    mode, whose results only a convolution with kernel 1, stride 1, no padding and one group reads,
+    directly or through torch.cat along the channels. After that these calls run later. A map is
+    left as it is where the convolution has so many outputs that upsampling them takes longer, and
+    a convolution where less than a quarter of its multiplications is saved. On a GPU upsampling
+    takes as long as more multiplications, so fewer maps are moved: call it when the model is on
+    the device where it will run (each but the CPU counts as a GPU).
 
     In every forward, the layers that would see a map that is not computed are checked: if one got a
     hook (as by attach), a forward or a compilation of its own, or another class (by an adapter, a
@@ -65,11 +64,10 @@ def late_upsampling(model: nn.Module, *args: Any, **kwargs: Any) -> LateUpsampli
     a checkpoint that begins between the upsampling and the convolution, and a graph break of
     torch.compile there.
 
-    Call it before torch.compile, DDP, FSDP and accelerator.prepare, before or after
-    `low_resolution` and `attach`, and again after layers of PEFT were added or merged.
-    Copies and pickles of the model keep it. The convolution's result is a plain tensor, even where
-    its input is of a subclass. If only an extension, or a hook of all modules, reads an upsampled
-    map, without torch's functions, this is not detected.
+    Call it as early as `low_resolution`, before or after it and `attach`, and again after layers of
+    PEFT were added or merged. The convolution's result is a plain tensor, even where its input is
+    of a subclass. If only an extension, or a hook of all modules, reads an upsampled map, without
+    torch's functions, this is not detected.
 
     Args:
         model: any model.

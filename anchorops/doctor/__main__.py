@@ -17,17 +17,12 @@ from pathlib import Path
 
 import torch
 
-from . import __version__
-from ._backend import (
-    CPU_LIBRARY,
-    NAMES,
-    backends,
-    build_info,
-    unusable,
-)
-from ._doctor_benchmark import benchmark
-from .measure import environment
-from .verify.run import report
+from .. import __version__
+from .._backend import NAMES, backends
+from .._libraries import CPU_LIBRARY, build_info, unusable
+from ..measure import environment
+from .benchmark import benchmark
+from .verify import report
 
 
 def _tool(command: list[str], line: int) -> str:
@@ -71,7 +66,7 @@ def _machine() -> dict[str, list[str]]:
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
     cuda = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     return {
-        "anchorops": [f"{__version__} ({os.path.dirname(__file__)})"],
+        "anchorops": [f"{__version__} ({Path(__file__).parents[1]})"],
         "extension": _extension(),
         "Python": [f"{platform.python_version()} ({sys.executable})"],
         "torch": [f"{torch.__version__}, {cuda}"],

@@ -1,5 +1,6 @@
 """What our calls are compared with: the same by torch's functions, in any floating dtype, with the
-names of our arguments. Labels of −1 are ignored."""
+names of our arguments. Labels of −1 are ignored. Random groups alone are those of the reference: a
+hash has no second formula."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,6 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ... import reference
 
 STATISTICS = (
     *("counts", "correct", "losses", "intersections", "probability_sums", "squares"),
@@ -303,29 +306,6 @@ def confusion(predictions: Tensor, labels: Tensor, *, num_classes: int) -> Tenso
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
-def _mix32(x: Tensor) -> Tensor:
-    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
-    x = ((x ^ (x >> 15)) * 0x735A2D97) & 0xFFFFFFFF
-    return x ^ (x >> 15)
-
-
-def _split(key: Tensor, groups: int, seed: int) -> Tensor:
-    """key·groups + group: the rank of a pixel's hash in its key, modulo the number of groups."""
-    pixel = torch.arange(key.numel(), device=key.device)
-    hashes = _mix32(_mix32(pixel ^ _mix32(torch.full_like(pixel, seed))) ^ _mix32(pixel * 0))
-    order = torch.argsort((key.flatten() << 32) | hashes)
-    sorted_keys = key.flatten()[order]
-    rank = pixel - torch.searchsorted(sorted_keys, sorted_keys)
-    return key * groups + torch.empty_like(rank).scatter(0, order, rank % groups).view_as(key)
-
-
-def split_groups(keys: Tensor, counts: Tensor, *, groups: int, seed: int) -> tuple[Tensor, Tensor]:
-    k, valid = len(counts), keys >= 0
-    split = _split(torch.where(valid, keys.long(), k), groups, seed)
-    new_counts = torch.bincount(split[valid], minlength=k * groups).view(k, groups)
-    return torch.where(valid, split, -1), new_counts
-
-
 def labels_at(labels: Tensor, features: Tensor) -> Tensor:
     """Labels of the features' size, of the nearest ones."""
     if features.dim() < 4:
@@ -351,7 +331,8 @@ def class_moments(
         key = labels + num_classes * torch.arange(len(labels), device=labels.device)[:, None]
     keys = num_classes * (len(labels) if per_image else 1)
     if groups > 1:
-        key = _split(torch.where(valid, key, keys), groups, seed)
+        counts = torch.bincount(key[valid], minlength=keys)
+        key = reference.split_groups(torch.where(valid, key, -1), counts, groups, seed)
     x, k = rows[valid], key[valid]
     size = (len(labels),) * per_image + (num_classes,) + (groups,) * (groups > 1)
     counts = torch.bincount(k, minlength=keys * groups).to(x)

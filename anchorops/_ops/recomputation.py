@@ -1,14 +1,11 @@
-"""Activation checkpointing: torch.utils.checkpoint runs a forward again in the backward pass."""
+"""Activation checkpointing: torch.utils.checkpoint runs a forward again in the backward pass. A
+loss with a state refuses this."""
 
 import torch
 from torch import Tensor
 
-from .._ops.registration import library
-
-
-def recomputing() -> bool:
-    """Whether the current forward is a recomputation, that is, runs during a backward pass."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+from .._torch_state import recomputing
+from .registration import library
 
 
 def recomputation_refused(name: str) -> RuntimeError:
@@ -29,7 +26,7 @@ def check_first_pass(state: Tensor, name: str) -> None:
 
 
 def _first_pass(state: Tensor, name: str) -> None:
-    if torch._C._current_graph_task_id() != -1:
+    if recomputing():
         raise recomputation_refused(name)
 
 

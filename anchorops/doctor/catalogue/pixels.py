@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 
 import anchorops as ao
 
-from .._ops.kth_largest import kth_largest
+from ..._ops.kth_largest import kth_largest
 from . import formulas
 from .budget import FLOOR
 from .entry import Entry, Inputs, Sample, of_options, small
@@ -170,7 +170,7 @@ def statistics(logits: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, 
     return tuple(getattr(moments, name) for name in formulas.STATISTICS)
 
 
-def kl_divergence(logits: Tensor, teacher: Tensor, valid: Tensor, **options: Any) -> Tensor:
+def divergence_of_valid(logits: Tensor, teacher: Tensor, valid: Tensor, **options: Any) -> Tensor:
     return ao.pixel_kl_divergence(logits, teacher, valid.shape[1:], valid=valid, **options)
 
 
@@ -402,7 +402,7 @@ ENTRIES = [
     Entry(
         "pixel_kl_divergence",
         ("pixel_kl_divergence",),
-        kl_divergence,
+        divergence_of_valid,
         formulas.kl_divergence,
         (
             Sample("divergence, temperature 3", BASE._replace(teacher=()), {"temperature": 3.0}),

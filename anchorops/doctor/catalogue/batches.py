@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 import anchorops as ao
 
-from ..measure import example_labels
+from ...measure import example_labels
 from . import usual
 from .entry import Entry, Inputs, Sample
 from .inputs import normal
@@ -80,7 +80,7 @@ def of_features(name: str) -> tuple[Sample, ...]:
     )
 
 
-def kl_divergence(logits: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
+def divergence_of_batch(logits: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
     return ao.pixel_kl_divergence(logits, teacher, labels.shape[1:])
 
 
@@ -120,8 +120,8 @@ ENTRIES = [
     Entry(
         "divergence",
         ("pixel_kl_divergence",),
-        kl_divergence,
-        usual.kl_divergence,
+        divergence_of_batch,
+        usual.mean_kl_divergence,
         of_logits("pixel_kl_divergence", 19, 64, 128, teacher=True),
     ),
     Entry(

@@ -1,13 +1,8 @@
 """How the forward of a module runs with late upsampling: a plan, and the mode that executes it.
 
-Upsampling is linear in space and the same for each channel; a 1×1 convolution is linear in the
-channels and the same at each pixel. So they commute:
-
-    conv(cat(up(x_1), …, up(x_n))) = Σ_i up(conv_i(x_i))
-
-with conv_i the columns of the convolution's weight for the channels of x_i. The weights of every
-mode of F.interpolate add up to 1, so the bias can be added before it. Where x_i = M_i·f_i + b_i is
-a linear layer of tokens f_i, conv_i(x_i) is the linear layer (W_i·M_i)·f_i + W_i·b_i.
+In the formula of `late_upsampling`, conv_i are the columns of the convolution's weight for the
+channels of x_i. The weights of every mode of F.interpolate add up to 1, so the bias can be added
+before it. Where x_i = M_i·f_i + b_i, conv_i(x_i) is the linear layer (W_i·M_i)·f_i + W_i·b_i.
 
 The calls that a plan postpones return *stand-ins*: tensors with the shape and dtype of a result
 that is not computed. Nothing may read their values.
@@ -17,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
@@ -82,7 +76,7 @@ class Plan:
     counts: dict[str, int]
     layers: dict[str, type]
 
-    def run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def __call__(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if not all(_as_planned(module, *layer) for layer in self.layers.items()):
             return forward(*args, **kwargs)
         counts = dict.fromkeys(self.counts, 0)

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._backend import TRITON_ON_HOST, unusable, use_backend
-from .catalogue import Case, Inputs, cases
-from .measure import (
+from .._backend import use_backend
+from .._libraries import TRITON_ON_HOST, unusable
+from ..measure import (
     DISTURBED,
     OtherProcesses,
     duration,
@@ -18,6 +18,7 @@ from .measure import (
     measure,
     peak_extra_bytes,
 )
+from .catalogue import Case, Inputs, cases
 
 Run = Callable[[], tuple[Tensor, Tensor]]  # the loss and the gradient of its first input
 TINY = 1 / 32  # of the height and the width of a batch

@@ -41,7 +41,7 @@ def binary_cross_entropy(logits: Tensor, labels: Tensor, **options: Any) -> Tens
     return F.binary_cross_entropy_with_logits(z, labels.to(z.dtype), **options)
 
 
-def kl_divergence(logits: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
+def mean_kl_divergence(logits: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
     s, t = (upsampled(x, labels).log_softmax(1) for x in (logits, teacher))
     return F.kl_div(s, t, log_target=True, reduction="sum") / labels.numel()
 

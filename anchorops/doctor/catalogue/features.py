@@ -13,9 +13,10 @@ from torch import Generator, Tensor, nn
 import anchorops as ao
 from anchorops.losses import Regularizer
 
-from .._backend import select
-from .._ops import split_groups as groups_of_keys
-from .._ops.upsampled_sums import upsampled_sums
+from ... import reference
+from ..._backend import select
+from ..._ops import split_groups as groups_of_keys
+from ..._ops.upsampled_sums import upsampled_sums
 from . import formulas
 from .entry import Entry, Inputs, Sample, of_options, small
 from .inputs import F32, in_layout, labels_of, normal, uniform
@@ -175,6 +176,11 @@ def split_groups(keys: Tensor, counts: Tensor, *, groups: int, seed: int) -> tup
     return groups_of_keys.split_groups(keys, counts, groups, seed, backend=backend)
 
 
+def reference_groups(keys: Tensor, counts: Tensor, *, groups: int, seed: int) -> tuple[Tensor, ...]:
+    split = reference.split_groups(keys, counts, groups, seed)
+    return split, reference.group_counts(counts, groups)
+
+
 def sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, ...]:
     options = {"per_image": True, "upsample": True, "ignore_index": -1}
     return upsampled_sums(features, labels, num_classes, **options)
@@ -298,7 +304,7 @@ ENTRIES = [
         "split_groups",
         ("split_groups",),
         split_groups,
-        formulas.split_groups,
+        reference_groups,
         (Sample("3 groups of each key", keys_of_classes, {"groups": 3, "seed": 7}),),
         differentiable=False,
     ),

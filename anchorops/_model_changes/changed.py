@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +39,9 @@ GENERATED = (torch.fx.GraphModule, torch.jit.ScriptModule)
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
 
-class Plan(Protocol):
-    """How the forward of a module runs in one mode; it can be copied and pickled."""
-
-    def run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """What forward(*args, **kwargs) returns, from a forward that runs as planned."""
-        ...
+# How the forward of a module runs in one mode; it can be copied and pickled. A call with (module,
+# forward, args, kwargs) gives what forward(*args, **kwargs) returns, if it runs as planned.
+Plan = Callable[[nn.Module, Callable[..., Any], Any, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class Plans:
 
     def run(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         plan = self.training if module.training else self.evaluation
-        return forward(*args, **kwargs) if plan is None else plan.run(module, forward, args, kwargs)
+        return forward(*args, **kwargs) if plan is None else plan(module, forward, args, kwargs)
 
 
 class ForwardMode(TorchFunctionMode):

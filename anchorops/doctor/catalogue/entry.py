@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._backend import OPERATORS
+from ..._backend import OPERATORS
 from .budget import FLOOR
 
 Inputs = dict[str, Tensor]  # by the names of a call's arguments

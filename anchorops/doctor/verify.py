@@ -27,19 +27,13 @@ from torch import Tensor
 
 import anchorops as ao
 
-from .._backend import (
-    NAMES,
-    NOT_AUTO,
-    OPERATORS,
-    TRITON_ON_HOST,
-    excluded,
-    unusable,
-)
-from ..catalogue import Case, Inputs, cases
-from ..catalogue.budget import error_and_limit
-from ..catalogue.entry import evaluate, random_of
-from ..catalogue.pixels import BASE
+from .._backend import NAMES, NOT_AUTO, OPERATORS, excluded
+from .._libraries import TRITON_ON_HOST, unusable
 from ..measure import cuda_graph, environment
+from .catalogue import Case, Inputs, cases
+from .catalogue.budget import error_and_limit
+from .catalogue.entry import evaluate, random_of
+from .catalogue.pixels import BASE
 
 COMPOSITION = "composition"  # of several operators, or of torch's functions
 MOST_WORKERS = 8  # processes that compile Triton's kernels
@@ -56,7 +50,7 @@ class Row(NamedTuple):
     right: bool | None  # None: not checked, for the reason in `note`, or not served by the backend
     note: str
     seconds: float
-    parts: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()  # the operators that it calls
 
     def __str__(self) -> str:
         unchecked = "not checked" if self.note else "not served"
@@ -135,16 +129,11 @@ def _row(
 def run(case: Case, backend: str, device: torch.device) -> Row:
     """One case on the device, whose default is the backend that is verified."""
     compare = partial(_compare, case, backend, device)
-    return _row(_operator(case), backend, str(case), device, compare, _parts(case))
+    return _row(_operator(case), backend, str(case), device, compare, case.entry.operators)
 
 
 def _operator(case: Case) -> str:
     return case.entry.operators[0] if len(case.entry.operators) == 1 else COMPOSITION
-
-
-def _parts(case: Case) -> tuple[str, ...]:
-    """The operators of a composition."""
-    return case.entry.operators if len(case.entry.operators) > 1 else ()
 
 
 def _environments(

@@ -6,7 +6,7 @@ import logging
 import math
 import operator
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
@@ -184,7 +184,7 @@ class _Plan:
     returned: frozenset[int]
     align_corners: bool
 
-    def run(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def __call__(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         calls: list[_Skipped | None] = []
         with _Skip(self, calls, module):
             output = forward(*args, **kwargs)
@@ -364,21 +364,18 @@ def low_resolution(
 
     In training mode the model's output has the same structure as before (a tensor, tuple, dict,
     Hugging Face's ModelOutput; several heads), with low-resolution logits instead of upsampled
-    ones. In evaluation mode the model is unchanged; with always=True it returns low-resolution
-    logits there too, for `pixel_argmax`, `pixel_confusion` and `MeanIoU`. The labels must have the
-    size to which the model upsampled.
+    ones. With always=True so it has in evaluation mode, for `pixel_argmax`, `pixel_confusion` and
+    `MeanIoU`. The labels must have the size to which the model upsampled.
 
     A dry run of a copy of the model, in training mode without gradients (with always=True another
-    one in evaluation mode), finds the calls of F.interpolate whose results the model returns,
-    comparing by object identity. This includes nn.Upsample, also before nn.Identity. Between the
-    upsampling and the output there may be conversions of dtype, device or layout, and views that
-    only add or remove axes of length 1: they are applied to the low-resolution logits. During the
-    dry run the parameters are in memory twice. Parameters, gradients, batch-norm statistics and
+    one in evaluation mode), finds the calls of F.interpolate, also by nn.Upsample, whose results
+    the model returns. In between there may be conversions of dtype, device or layout, and views
+    that only add or remove axes of length 1: they are applied to the low-resolution logits. During
+    the dry run the parameters are in memory twice. Parameters, gradients, batch-norm statistics and
     torch's random numbers do not change. After that, every forward in this mode returns the inputs
-    of these calls instead, and checks that it does. A forward that differs from the dry run raises
-    a RuntimeError: one that calls F.interpolate more often or less (some models do for another
-    image size), or that also reads the upsampled tensor or its size. Parameter names do not change.
-    Copies and pickles of the model keep low_resolution.
+    of these calls instead. A forward that differs from the dry run raises a RuntimeError: one that
+    calls F.interpolate more often or less (some models do for another image size), or that also
+    reads the upsampled tensor or its size. Copies and pickles of the model keep low_resolution.
 
     Call it before torch.compile, DDP, FSDP and accelerator.prepare. Of a PEFT model it changes the
     model inside, which merge_and_unload returns. An upsampling inside a reentrant checkpoint raises
