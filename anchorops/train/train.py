@@ -34,18 +34,13 @@ from .run import (
     Log,
     Stop,
     check_same,
-    check_version,
     going_on,
     only_process,
     save_atomically,
 )
 
 PICTURES = 8  # validation images in predictions.png
-RANDOM_WEIGHTS = (
-    "WARNING: the network starts from random weights; trained ones are usually much better "
-    "(--model.pretrained true: those of ImageNet, a download; --model.backbone_weights FILE; "
-    "--model.weights FILE)"
-)
+RANDOM_WEIGHTS = "WARNING: the network starts from random weights; see --model.pretrained"
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 Measure = Callable[[int, Learner, Tensor, Tensor], Mapping[str, float]]
 
@@ -70,7 +65,6 @@ def train(
         torch.use_deterministic_algorithms(True)
     with ExitStack() as held:
         ranks.on_first(lambda: held.enter_context(only_process(run)))
-        ranks.on_first(lambda: check_version(run))
         data = open_splits(options.data, options.seed)
         ranks.on_first(lambda: _check_run(options, run, data, resume, advice))
         state = read_checkpoint(run / LAST, "optimizer") if (run / LAST).exists() else None
@@ -119,7 +113,7 @@ def fit(
     record = Record(options, run, data, device, parts, state)
     step, due = record.step, record.due
     last = min(steps, options.max_steps or steps)
-    batches = iter(training_batches(options, data, step, pin=device.type == "cuda"))
+    batches = iter(training_batches(options, data.training, step))
     stop.where = f"after step {step}"
     while True:
         if due:
@@ -164,31 +158,21 @@ def fit(
 
 def build(options: Options, data: Splits, device: torch.device, *, from_state: bool) -> Learner:
     """The network with its methods and losses, on its device."""
-    model, training = options.model, data.training
-    assert training is not None
+    model, channels = options.model, options.data.channels
     initial = model.pretrained or model.weights or model.backbone_weights or from_state
     if not initial and options.data.dataset != "digits":
         _say(RANDOM_WEIGHTS)
-    if model.warmup >= options.data.steps:
-        _say(
-            f"--model.warmup {model.warmup} is not shorter than --data.steps {options.data.steps}: "
-            "the whole run is warm-up"
-        )
     torch.manual_seed(options.seed)
+    classes = len(data.training.classes)
     learner = build_learner(
-        model,
-        len(training.classes),
-        training.channels,
-        data.frequencies,
-        data.prior,
-        from_state=from_state,
+        model, classes, channels, data.frequencies, data.prior, from_state=from_state
     )
     layout = torch.channels_last if model.channels_last else torch.preserve_format
     learner.to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     synchronised = ranks.world() if device.type == "cuda" else 1  # batch norm
     batch = options.data.batch_size // (options.accumulate * ranks.world())
     check_sizes(learner.model, options, data.sizes, batch * synchronised)
-    images = torch.zeros(1, training.channels, *options.data.crop)
+    images = torch.zeros(1, channels, *options.data.crop)
     upsample_late(learner.model, as_weights(learner, images, model.channels_last))
     if synchronised > 1:
         convert_sync_batchnorm(learner)
@@ -277,9 +261,7 @@ class Record:
         self.write(step, values_of(figures, "val"))
         if miou > self.best:
             self.best = miou
-            channels = self.options.data.channels
-            weights = {"model": model.state_dict(), "step": step, "channels": channels}
-            save_atomically(weights, self.run / BEST)
+            save_atomically({"model": model.state_dict(), "step": step}, self.run / BEST)
         with attempt("predictions.png"):
             title = f"{self.run.name}, step {step}: mIoU {100 * miou:.1f} %"
             images = self.data.validation

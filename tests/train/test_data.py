@@ -21,6 +21,7 @@ from anchorops.train.data.loading import (
     augmentation,
     evaluation_transform,
 )
+from anchorops.train.options import Data
 
 
 def test_counts_of_masks(folder: Path):
@@ -61,8 +62,8 @@ def test_fingerprint_of_file_names(folder: Path, tmp_path: Path, monkeypatch: An
 
 def test_augmentation_is_a_function_of_the_draw():
     scenes = DigitScenes("train", 4, (40, 48), seed=0)
-    scaled = RandomScale(None, (0.5, 2.0))
-    transform = augmentation(3, (32, 32), scaled=scaled, flip=True, photometric=True)
+    options = Data("folder", crop=(32, 32), scale=(0.5, 2.0), flip=True, photometric=True)
+    transform = augmentation(options)
     data = Training(scenes, transform, seed=5)
     torch.manual_seed(0)
     first = data[1, 10]
@@ -77,7 +78,7 @@ def test_augmentation_is_a_function_of_the_draw():
 
 def test_padding_is_ignored_and_labels_are_not_interpolated():
     scenes = DigitScenes("train", 2, (32, 32), seed=0)
-    transform = augmentation(3, (96, 96), scaled=RandomScale(None, (1.5, 1.5)))
+    transform = augmentation(Data("folder", crop=(96, 96), scale=(1.5, 1.5)))
     _, labels = Training(scenes, transform, seed=0)[0, 0]
     assert (labels == -1).sum() >= 96 * 96 - 48 * 48
     assert set(labels.unique().tolist()) <= set(scenes[0][1].unique().tolist()) | {-1}
@@ -89,10 +90,10 @@ def test_images_of_many_channels(folder: Path):
     path.with_suffix(".jpg").unlink()
     write(path, np.full((6, 9, 5), 65_535, np.uint16))
     data = open_folder(folder, "train", channels=5)
-    transform = augmentation(5, (8, 8), scaled=RandomScale(None, (1.0, 1.0)))
-    image, labels = Training(data, transform, seed=0)[0, 0]
-    assert image.shape == (5, 8, 8) and labels.shape == (8, 8) and image.max() == 2
-    loader = Loader(Unlabelled([path], evaluation_transform(5, 12), 5), 0, sampler=range(1))
+    options = Data("folder", crop=(32, 32), channels=5, short_side=12)
+    image, labels = Training(data, augmentation(options), seed=0)[0, 0]
+    assert image.shape == (5, 32, 32) and labels.shape == (32, 32) and image.max() == 2
+    loader = Loader(Unlabelled([path], evaluation_transform(options), 5), 0, sampler=range(1))
     ((index, image, size),) = loader
     assert index == 0 and image.shape == (1, 5, 12, 18) and (image == 2).all() and size == [6, 9]
 

@@ -45,7 +45,7 @@ def test_tiff_whose_channels_come_first(shape: tuple[int, ...], tmp_path: Path):
     write(tmp_path / "images/train/x.tif", planes)
     write(tmp_path / "masks/train/x.png", mask(0, 1, height=shape[1], width=shape[2]))
     data = open_two(tmp_path, channels=7)
-    assert data[0][0].tolist() == planes.tolist() and data.read_labels(0).shape == shape[1:]
+    assert data[0][0].tolist() == planes.tolist() and data[0][1].shape == shape[1:]
 
 
 def test_label_map_of_colours(tmp_path: Path):
@@ -58,7 +58,7 @@ def test_label_map_of_colours(tmp_path: Path):
     del labels["128,64,0"]
     unknown = r"x.png: colours \['128,64,0'\] are not in --data\.label_map"
     with pytest.raises(ValueError, match=unknown):
-        open_two(tmp_path, label_map=labels).read_labels(0)
+        open_two(tmp_path, label_map=labels)[0]
 
 
 @pytest.mark.parametrize(
@@ -95,16 +95,13 @@ def test_label_map_that_cannot_be(label_map: dict[int | str, int], message: str,
     ],
 )
 def test_wrong_file(name: str, content: np.ndarray, message: str, folder: Path):
-    """All but NaN are found before the first step, when the classes are counted."""
+    """Found before the first step, when the classes are counted."""
     if name.startswith("images"):
         (folder / "images/train/b.png").unlink()
     write(folder / name, content)
     data = open_folder(folder, "train")
-    if "finite" not in message:
-        with pytest.raises(ValueError, match=f"{name}: .*{message}"):
-            class_counts(data)
     with pytest.raises(ValueError, match=f"{name}( cannot be read)?: .*{message}"):
-        data[1]
+        class_counts(data)
 
 
 @pytest.mark.parametrize(
@@ -143,9 +140,6 @@ def test_links_to_folders_are_followed(folder: Path, tmp_path: Path):
         write(tmp_path / f"elsewhere/{kind}/c.png", content)
         (folder / kind / "train/more").symlink_to(tmp_path / "elsewhere" / kind)
     assert len(open_folder(folder, "train")) == 3
-    (folder / "images/train/itself").symlink_to(folder / "images")
-    with pytest.raises(ValueError, match=r"train/itself is a link to a folder that contains it"):
-        open_folder(folder, "train")
 
 
 @pytest.mark.parametrize("forms", [("NFD", "NFC"), ("NFC", "NFD")])
@@ -184,7 +178,6 @@ def oriented(path: Path, array: np.ndarray, orientation: int) -> np.ndarray:
 def assert_shown(root: Path, shown: np.ndarray, labels: np.ndarray) -> None:
     data = open_two(root)
     pixels, read = data[0]
-    assert torch.equal(data.read_labels(0), read)
     assert pixels.permute(1, 2, 0).tolist() == shown.tolist() and read.tolist() == labels.tolist()
 
 
@@ -214,10 +207,8 @@ def test_orientation_that_nothing_tells(orientation: int, size: tuple[int, int],
     oriented(tmp_path / "images/train/x.jpg", image(*size), orientation)
     write(tmp_path / "masks/train/x.png", mask(0, 1, height=size[0], width=size[1]))
     expected = rf"x.jpg: the EXIF orientation is {orientation}, that of .*x.png is 1, and the sizes"
-    data = open_two(tmp_path)
-    for read in (data.__getitem__, data.read_labels):
-        with pytest.raises(ValueError, match=expected):
-            read(0)
+    with pytest.raises(ValueError, match=expected):
+        open_two(tmp_path)[0]
 
 
 # a split, its image and mask, the values in the mask and their labels, the number of classes

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from torchvision import tv_tensors
 import anchorops as ao
 from anchorops.train.data.counts import class_counts
 from anchorops.train.data.digits import DigitScenes
-from anchorops.train.data.loading import BatchSampler, Draws, PhotometricDistort, VariedCrop
+from anchorops.train.data.loading import PhotometricDistort, VariedCrop, draws
 from anchorops.train.data.splits import open_split
 from anchorops.train.evaluation import class_groups, summarize
 from anchorops.train.networks.learner import (
@@ -25,7 +26,7 @@ from anchorops.train.networks.learner import (
     build_regularizer,
 )
 from anchorops.train.networks.models import build_model
-from anchorops.train.options import Data
+from anchorops.train.options import Data, Options
 
 
 def test_scene_is_a_function_of_seed_split_and_index():
@@ -71,10 +72,10 @@ def test_long_tailed_frequencies_and_a_seed():
 
 def test_draws_do_not_depend_on_ranks_or_interruptions():
     def drawn(world: int, accumulate: int, steps: range) -> list[tuple[int, int]]:
-        options = {"batch_size": 8, "accumulate": accumulate, "world": world}
-        options |= {"first_step": steps.start, "steps": steps.stop}
-        samplers = [BatchSampler(Draws(10, seed=1), rank=r, **options) for r in range(world)]
-        return sorted(item for sampler in samplers for batch in sampler for item in batch)
+        data = Data(batch_size=8, steps=steps.stop)
+        options = Options(data=data, accumulate=accumulate, seed=1)
+        batches = [draws(10, options, steps.start, rank, world) for rank in range(world)]
+        return sorted(item for batch in chain(*batches) for item in batch)
 
     everything = drawn(1, 1, range(0, 5))
     assert everything == drawn(2, 2, range(0, 5)) == drawn(4, 1, range(0, 5))
@@ -88,9 +89,7 @@ def test_batch_size_that_ranks_cannot_share():
     with pytest.raises(
         ValueError, match=r"--data.batch_size: expected a multiple of .* = 3, got 8"
     ):
-        BatchSampler(
-            Draws(4, 0), batch_size=8, accumulate=1, rank=0, world=3, first_step=0, steps=1
-        )
+        next(draws(4, Options(), 0, 0, 3))
 
 
 def test_summary_of_a_confusion_matrix():
@@ -123,14 +122,13 @@ def test_weights_start_a_model_with_other_classes(auxiliary: bool, tmp_path: Pat
     torch.save({"state_dict": state}, path)
     model = build_model(name, 9, auxiliary=not auxiliary, weights=path)
     assert torch.equal(next(model.parameters()), next(source.parameters()))
-    with pytest.raises(ValueError, match=r"weights .*weights.pt are of another model: \d+ missing"):
+    with pytest.raises(ValueError, match=r"weights .*weights.pt are not those of this .*: missing"):
         build_model("segformer-b0", 5, weights=path)
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"model": [1]}])
-def test_weights_that_are_none(content: object, tmp_path: Path):
-    torch.save(content, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match=r"weights.pt(: expected a state dict| is damaged)"):
+def test_weights_that_are_none(tmp_path: Path):
+    torch.save([1, 2], tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"weights.pt is damaged"):
         build_model("hrnet-w18-small", 5, weights=tmp_path / "weights.pt")
 
 
@@ -173,17 +171,18 @@ def test_weights_of_another_backbone(tmp_path: Path):
     path = tmp_path / "x.pth"
     torch.save(timm.create_model("resnet18").state_dict(), path)
     name = "fpn:tu-mobilenetv3_small_050"
-    with pytest.raises(
-        ValueError, match=r"--model\.backbone_weights: .*x.pth is of another network: of \d+ tens"
-    ):
+    with pytest.raises(ValueError, match=r"--model\.backbone_weights: .*x.pth .* size mismatch"):
+        build_model(name, 5, backbone_weights=path)
+    torch.save({"x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"x.pth is of another network: \d+ tensors of the"):
         build_model(name, 5, backbone_weights=path)
     torch.save(timm.create_model("mobilenetv3_small_050", in_chans=4).state_dict(), path)
     with pytest.raises(
-        ValueError, match=r"1 have another shape .*conv_stem.weight \[16, 4, 3, 3\] instead of "
+        ValueError, match=r"size mismatch for model.conv_stem.weight: .*16, 4, 3, 3"
     ):
         build_model(name, 5, backbone_weights=path)
     path.write_bytes(b"no weights")
-    with pytest.raises(ValueError, match=r"--model\.backbone_weights: .*x.pth cannot be read: "):
+    with pytest.raises(ValueError, match=r"--model\.backbone_weights: .*x.pth cannot be loaded: "):
         build_model(name, 5, backbone_weights=path)
     with pytest.raises(
         ValueError, match=r"--model\.backbone_weights: expected no --model\.weights"

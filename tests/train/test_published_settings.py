@@ -9,6 +9,7 @@ from anchorops.train.commands import PRESETS, load_preset, parse
 from anchorops.train.data.loading import RandomScale, augmentation, evaluation_transform
 from anchorops.train.networks.learner import Learner, build_regularizer, parameter_groups
 from anchorops.train.networks.models import build_model
+from anchorops.train.options import Data
 
 
 def test_classifiers_start_from_a_given_deviation():
@@ -67,14 +68,15 @@ def test_learning_rates_of_backbone_head_and_methods():
 def test_sides(short_side: int | None, long_side: int | None, size: tuple[int, int]):
     image = tv_tensors.Image(torch.zeros(3, 40, 80, dtype=torch.uint8))
     assert RandomScale(short_side, (1.0, 1.0), long_side)(image).shape[1:] == size
-    assert evaluation_transform(3, short_side, long_side)(image).shape[1:] == size
+    options = Data("folder", short_side=short_side, long_side=long_side)
+    assert evaluation_transform(options)(image).shape[1:] == size
 
 
 def test_padding_comes_after_normalisation():
     """Images are padded at the bottom and at the right, with 0: the mean of normalised images."""
     image = tv_tensors.Image(torch.full((3, 20, 40), 255, dtype=torch.uint8))
     mask = tv_tensors.Mask(torch.ones(20, 40, dtype=torch.int16))
-    padded, labels = augmentation(3, (32, 32), scaled=RandomScale(None, (1.0, 1.0)))(image, mask)
+    padded, labels = augmentation(Data("folder", crop=(32, 32)))(image, mask)
     assert padded.shape == (3, 32, 32) and labels.shape == (32, 32)
     assert (padded[:, :20] > 2).all() and not padded[:, 20:].any()
     assert (labels[:20] == 1).all() and (labels[20:] == -1).all()

@@ -23,13 +23,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import FOLDER, TINY, assert_same_run, figures, small_network, state
 
 from anchorops.train import commands
-from anchorops.train import run as runs
 from anchorops.train import train as training
 from anchorops.train.__main__ import USAGE
 from anchorops.train.commands import fit, main, validate
 from anchorops.train.networks import learner, models
 from anchorops.train.report.compare import comparison, load_results
-from anchorops.train.run import Log, Stop, Stopped, only_process, read_metrics, save_atomically
+from anchorops.train.run import Log, Stopped, only_process, read_metrics, save_atomically
 
 
 @pytest.fixture
@@ -55,7 +54,7 @@ def test_a_run_leaves_everything(straight: Path):
     events = EventAccumulator(str(straight)).Reload()
     assert {"loss", "val/miou"} <= set(events.Tags()["scalars"])
     assert [x.step for x in events.Images("predictions")] == [3, 6]
-    assert state(straight, "best").keys() == {"model", "step", "channels"}
+    assert state(straight, "best").keys() == {"model", "step"}
 
 
 def test_a_finished_run_goes_on_to_nothing(straight: Path, tmp_path: Path, capsys):
@@ -164,19 +163,6 @@ def test_a_demo_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mon
     assert trained[2:] == [(run, run in names[:2]) for run in names]
 
 
-def test_a_second_interrupt_ends_at_once(monkeypatch: pytest.MonkeyPatch):
-    now, ended = time.monotonic(), []
-    monkeypatch.setattr(runs.time, "monotonic", lambda: now)
-    monkeypatch.setattr(runs, "end_at_once", lambda signum, frame: ended.append(signum))
-    stop = Stop()
-    stop._receive(signal.SIGINT, None)
-    stop._receive(signal.SIGINT, None)  # as torchrun forwards it
-    assert stop.asked() and not ended
-    now += 2
-    stop._receive(signal.SIGINT, None)
-    assert ended == [signal.SIGINT]
-
-
 # in place of a library of training: the program waits while it imports it
 LIBRARY = """
 import pathlib, time
@@ -187,7 +173,7 @@ time.sleep(60)
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_signal_while_the_program_starts(signum: signal.Signals, tmp_path: Path):
-    """The handlers are installed before the libraries of training are imported."""
+    """It ends without a traceback."""
     (tmp_path / "jsonargparse.py").write_text(LIBRARY)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
@@ -202,8 +188,7 @@ def test_signal_while_the_program_starts(signum: signal.Signals, tmp_path: Path)
         time.sleep(0.001)
     process.send_signal(signum)
     _, message = process.communicate(timeout=60)
-    assert process.returncode == 128 + signum, message
-    assert message == f"\nanchorops-train: ended by {signum.name}, without saving\n"
+    assert process.returncode == -signum and not message
     assert not (tmp_path / "run").exists()
 
 
@@ -276,8 +261,6 @@ def test_damaged_files(end: int, straight: Path, tmp_path: Path, capsys):
     commands = {
         "best.ckpt": ["validate", "--run", str(run)],
         "last.ckpt": ["fit", "--run", str(run), "--resume"],
-        "metrics.csv": ["compare", str(run)],
-        "config.yaml": ["fit", "--run", str(run), "--resume"],
     }
     for name, command in commands.items():
         cut(name)
@@ -344,7 +327,7 @@ def test_run_on_images_of_any_size(folder: Path, capsys: pytest.CaptureFixture[s
         shutil.rmtree(folder / kind / "train")
     words = ["--run", str(run), "--data.split", "test"]
     assert {"test/miou", "test/iou/<i>thing"} < validate(words).keys()
-    with pytest.raises(ValueError, match=r"^the weights are .* segformer-b1 .* \(--run\)\. \w+"):
+    with pytest.raises(ValueError, match=r"^weights .*best.ckpt are not those of this --model.net"):
         validate([*words, "--model.network", "segformer-b1"])
 
 
@@ -443,14 +426,10 @@ def test_images_that_a_network_cannot_take(tmp_path: Path, capsys):
     words = ["--run", str(tmp_path), "--model.weights", str(tmp_path / "best.ckpt")]
     words += ["--model.network", "pan:resnet18", "--data.crop", "[128, 128]", "--device", "cpu"]
     words += ["--out", str(tmp_path / "out"), "--images", str(tmp_path / "small.png")]
-    for sliding, message in (
-        ([], "give such a --data.crop, and --model.evaluation sliding for"),
-        (["--model.evaluation", "sliding"], "give a --data.short_side with which no side"),
-    ):
+    for sliding in ([], ["--model.evaluation", "sliding"]):
         assert main(["predict", *words, *sliding]) == 1
         said = capsys.readouterr().err
-        assert f"{tmp_path / 'small.png'}: --model.network pan:resnet18 cannot take" in said
-        assert message in said and said.count("\n") == 1
+        assert f"{tmp_path / 'small.png'} of (64, 64): " in said and said.count("\n") == 1
 
 
 @pytest.fixture
@@ -471,10 +450,6 @@ def checkpoint_of_an_earlier_version(straight: Path, tmp_path: Path) -> Iterator
 def test_weights_of_an_earlier_version(checkpoint_of_an_earlier_version: Path, straight: Path):
     old = validate(["--run", str(checkpoint_of_an_earlier_version)])
     assert old == validate(["--run", str(straight)])
-    run = checkpoint_of_an_earlier_version
-    for words in (["--resume"], TINY):
-        with pytest.raises(ValueError, match=rf"of an earlier .* --model.weights {run}/best.ckpt"):
-            fit(["--run", str(run), *words])
 
 
 def test_documented_loop():

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 from unicodedata import normalize
@@ -134,18 +135,10 @@ class MaskFolder:
         the mask was drawn on the upright image or on its stored pixels, which turns both files.
 
         Raises ValueError that names a wrong file, or one whose orientation is not clear."""
-        return self._read(index, header=False)
-
-    def read_labels(self, index: int) -> Tensor:
-        """Only the labels, as in `self[index]`. Of an image that is no PNG file only the header is
-        read. Raises ValueError as `self[index]` does, except for damaged pixels of the image."""
-        return self._read(index, header=True)[1]
-
-    def _read(self, index: int, *, header: bool) -> tuple[Tensor, Tensor]:
         image_path, mask_path = self.pairs[index]
         values, mask_orientation = read_mask(mask_path, colours=self.colours)
         labels = self._labels(values, mask_path)
-        image, orientation = read_image(image_path, self.channels, labels.shape, header=header)
+        image, orientation = read_image(image_path, self.channels, labels.shape)
         image = upright(image, orientation)
         shown = {turn: upright(labels, turn) for turn in (orientation, mask_orientation)}
         fits = [x for x in shown.values() if x.shape == image.shape[1:]]
@@ -309,21 +302,13 @@ def _matched(
 def _by_stem(folder: Path, ends: Sequence[str]) -> dict[str, Path]:
     """Files under a folder, also in linked subfolders, by relative name without its end, in order.
     Hidden ones, such as the `._a.jpg` of macOS, are skipped. Names are in NFC, because macOS writes
-    some in NFD. Raises ValueError for a link to a folder that contains it, for a name that is no
-    UTF-8, and for two files of one name."""
-    paths: list[Path] = []
-    for place, folders, names in os.walk(_existing(folder), followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for link in (Path(place, name) for name in folders):
-            if Path(place).resolve().is_relative_to(link.resolve()):
-                raise ValueError(f"{link} is a link to a folder that contains it: remove the link")
-        paths += [Path(place, name) for name in names if not name.startswith(".")]
+    some in NFD. Raises ValueError for a name that is no UTF-8, and for two files of one name."""
     files: dict[str, Path] = {}
     ends = [normalize("NFC", end.lower()) for end in ends]
-    for path in sorted(paths):
+    for path in sorted(_existing(folder) / x for x in glob("**", root_dir=folder, recursive=True)):
         name = normalize("NFC", str(path.relative_to(folder)))
         end = next((end for end in ends if name.lower().endswith(end)), None)
-        if end is None:
+        if end is None or path.is_dir():
             continue
         if name.encode(errors="replace").decode() != name:
             printable = os.fsencode(path).decode("ascii", "backslashreplace")

@@ -117,7 +117,7 @@ def build_regularizer(
             if from_state:
                 value = nn.init.orthogonal_(torch.empty(num_classes, dim))
             else:
-                value = _read_vectors(option, Path(value[1:]), num_classes, dim)
+                value = _read_vectors(option, Path(value[1:]))
         arguments[method][argument] = value
     if "cr" in arguments:
         arguments["cr"]["embed"] = False
@@ -132,23 +132,17 @@ def build_regularizer(
     return ao.Combined(*regularizers) if len(regularizers) > 1 else next(iter(regularizers), None)
 
 
-def _read_vectors(option: str, path: Path, num_classes: int, dim: int) -> Tensor:
-    """float32 [K, D] from a file of numpy.save. No code in the file is run."""
+def _read_vectors(option: str, path: Path) -> Tensor:
+    """float32 from a file of numpy.save. No code in the file is run."""
     try:
-        rows = torch.from_numpy(np.load(path, allow_pickle=False))
+        rows = torch.from_numpy(np.load(path, allow_pickle=False)).float()
     except (OSError, ValueError, EOFError, TypeError) as error:
         raise ValueError(
             f"--model.method_options {option}: {path} cannot be read: {error}"
         ) from error
-    if not rows.is_floating_point() or rows.shape != (num_classes, dim):
-        raise ValueError(
-            f"--model.method_options {option}: {path}: expected floating numbers of shape "
-            f"[{num_classes}, {dim}] (classes, channels of the features), got {rows.dtype} of "
-            f"shape {list(rows.shape)}"
-        )
-    if not rows.float().isfinite().all():
+    if not rows.isfinite().all():
         raise ValueError(f"--model.method_options {option}: {path}: expected finite numbers")
-    return rows.float()
+    return rows
 
 
 class Learner(nn.Module):

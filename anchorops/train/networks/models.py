@@ -17,7 +17,6 @@ from torchvision.ops import Conv2dNormActivation
 import anchorops as ao
 
 from .. import ranks
-from ..options import Model
 
 HRNETS = {
     "hrnet-w18-small": "hrnet_w18_small",
@@ -171,7 +170,9 @@ def build_model(
     if classifier_std is not None:
         model.draw_classifiers(classifier_std)
     if weights:
-        load_weights(model, Path(weights))
+        loaded = read_checkpoint(Path(weights))
+        found = loaded.get("model", loaded.get("state_dict", loaded))
+        load_weights(model, found, Path(weights))
     if backbone_weights:
         load_backbone(model.backbone, Path(backbone_weights))
     return model
@@ -227,68 +228,46 @@ def read_checkpoint(path: Path, needed: str | None = None) -> dict[str, Any]:
     another kind."""
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        of_earlier_version = [x for x in state.get("state_dict", ()) if x.startswith(OLD_PREFIX)]
-        if of_earlier_version:  # in which the losses have weights too
-            weights = state["state_dict"]
+        weights = state.get("state_dict", {})  # those of an earlier version are also of the losses
+        of_earlier_version = [x for x in weights if x.startswith(OLD_PREFIX)]
+        if of_earlier_version:
             state["model"] = {x.removeprefix(OLD_PREFIX): weights[x] for x in of_earlier_version}
         found = needed is None or needed in state
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{path} is damaged ({reason})") from error
+        raise ValueError(f"{path} is damaged ({shorten(repr(error), 200)})") from error
     if not found:
         raise ValueError(f"{path} is of another kind: it has no {needed}")
     return state
 
 
-def trained_model(options: Model, weights: Mapping[str, Tensor], channels: int) -> Segmenter:
-    """The network of a checkpoint without its methods. CBP has removed the classifier's bias.
-    Raises ValueError for weights of another network."""
-    state = {k: x for k, x in weights.items() if not k.startswith("regularizer.")}
-    if "classifier.weight" not in state:
-        raise ValueError("expected the weights of a run: they have no classifier.weight")
-    weight = state["classifier.weight"]
-    state.setdefault("classifier.bias", weight.new_zeros(len(weight)))
-    model = build_model(
-        options.network,
-        len(weight),
-        channels=channels,
-        auxiliary=options.auxiliary_weight > 0,
-        dropout=options.dropout,
-    )
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        first = " ".join("".join(str(error).splitlines()[1:2]).split())
-        raise ValueError(
-            f"the weights are not those of --model.network {options.network} with "
-            f"--model.auxiliary_weight {options.auxiliary_weight:g}: expected the options of their "
-            f"run (--run). {shorten(first, 200)}"
-        ) from error
+def trained_model(network: str, path: Path, channels: int) -> Segmenter:
+    """The network of a checkpoint without its methods. CBP has removed the classifier's bias."""
+    weights = read_checkpoint(path, "model")["model"]
+    weight = weights["classifier.weight"]
+    model = build_model(network, len(weight), channels=channels)
+    load_weights(model, {"classifier.bias": weight.new_zeros(len(weight)), **weights}, path)
     return model
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Start from the weights in `path`; see build_model."""
-    loaded = read_checkpoint(path)
-    state = loaded.get("model", loaded.get("state_dict", loaded))
-    if not isinstance(state, Mapping):
-        raise ValueError(f"weights {path}: expected a state dict, got {type(state).__name__}")
-    model_state = model.state_dict()
-    state = {
-        key: value
-        for key, value in state.items()
-        if not key.startswith(HEADS)
-        or (key in model_state and model_state[key].shape == value.shape)
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Start from the weights of a file. Those of heads are left out that the model does not have,
+    or has for another number of classes. Raises ValueError for weights of another network."""
+    shapes = {name: x.shape for name, x in model.state_dict().items()}
+    taken = {
+        name: x
+        for name, x in weights.items()
+        if not name.startswith(HEADS) or shapes.get(name) == x.shape
     }
     try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"weights {path}: {error}") from None
-    missing = [key for key in missing if not key.startswith(HEADS)]
-    if missing or unexpected:
+        missing, unknown = model.load_state_dict(taken, strict=False)
+        missing = [name for name in missing if not name.startswith(HEADS)]
+        reason = f"missing {missing[:3]}, unknown {unknown[:3]}" if missing or unknown else ""
+    except RuntimeError as error:  # of other shapes
+        reason = str(error)
+    if reason:
         raise ValueError(
-            f"weights {path} are of another model: {len(missing)} missing {missing[:3]}, "
-            f"{len(unexpected)} unknown {unexpected[:3]}"
+            f"weights {path} are not those of this --model.network and these --data.channels: "
+            f"{shorten(reason, 200)}"
         )
 
 
@@ -303,33 +282,22 @@ def load_backbone(backbone: nn.Module, path: Path) -> None:
     own = {_flat_name(name): name for name in backbone.state_dict()}
     try:
         loaded = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
-        named = {own.get(_flat_name(name), name): value for name, value in loaded.items()}
+        named = {own.get(_flat_name(name)): value for name, value in loaded.items()}
+        taken = {name: value for name, value in named.items() if name is not None}
+        # some encoders of smp have another load_state_dict
+        missing, _ = nn.Module.load_state_dict(backbone, taken, strict=False)
     except Exception as error:
+        reason = shorten(str(error), 300)
+        raise ValueError(f"--model.backbone_weights: {path} cannot be loaded: {reason}") from error
+    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+    if missing:
         raise ValueError(
-            f"--model.backbone_weights: {path} cannot be read: {error!r:.200}"
-        ) from error
-    expected = {
-        name: value
-        for name, value in backbone.state_dict().items()
-        if not name.endswith("num_batches_tracked")
-    }
-    missing = [name for name in expected if name not in named]
-    wrong = [
-        f"{name} {list(named[name].shape)} instead of {list(value.shape)}"
-        for name, value in expected.items()
-        if name in named and named[name].shape != value.shape
-    ]
-    if missing or wrong:
-        raise ValueError(
-            f"--model.backbone_weights: {path} is of another network: of {len(expected)} tensors "
-            f"of the backbone {len(missing)} are missing {missing[:3]}, {len(wrong)} have another "
-            f"shape {wrong[:3]}"
+            f"--model.backbone_weights: {path} is of another network: {len(missing)} tensors of "
+            f"the backbone are missing: {missing[:3]}"
         )
-    taken = {name: value for name, value in named.items() if name in own.values()}
-    nn.Module.load_state_dict(backbone, taken, strict=False)  # some encoders of smp have another
     if ranks.rank() == 0:
         print(
-            f"backbone: {len(taken)} tensors of {path} taken, {len(named) - len(taken)} not used",
+            f"backbone: {len(taken)} tensors of {path} taken, {len(loaded) - len(taken)} not used",
             file=sys.stderr,
         )
 
