@@ -35,7 +35,7 @@ try:
         read_yaml,
         save_atomically,
     )
-    from .train import Measure, train, values_of
+    from .train import Measure, train
 except ModuleNotFoundError as error:
     sys.exit(
         f"anchorops-train: {error}: install what training needs: pip install 'anchorops[train]'"
@@ -224,7 +224,7 @@ def validate(words: Sequence[str]) -> dict[str, float]:
         batches = validation_batches(options.data, data.validation)
         matrix = evaluate(model, batches, options, known, stop)
     figures = summarize(matrix, classes, data.frequencies, options.data.head_tail)
-    return values_of(figures, options.data.split)
+    return {f"{options.data.split}/{name}": figure for name, figure in figures.items()}
 
 
 def _validate(words: Sequence[str]) -> None:

@@ -231,7 +231,7 @@ def class_groups(frequencies: Tensor, head_tail: tuple[float, float]) -> list[st
 
 def summarize(
     confusion: Tensor, classes: Sequence[str], frequencies: Tensor, head_tail: tuple[float, float]
-) -> dict[str, Any]:
+) -> dict[str, float]:
     """Figures of a segmentation.
 
     Args:
@@ -241,32 +241,21 @@ def summarize(
         head_tail: see class_groups.
 
     Returns:
-        miou, macc, accuracy, pixels (their number), miou of head, body and tail (None if a group
-        has no class), and "classes": name, group, frequency, iou and accuracy of each. A class
-        that is neither in the truth nor predicted has None, and is omitted from every mean. A class
-        that is not in the truth is also omitted from the mean of accuracies.
+        miou, macc, accuracy, the miou of head, body and tail, and iou/NAME of each class. Those of
+        a class that is neither in the truth nor predicted, and of a group without such a class, are
+        absent. A class that is not in the truth is also omitted from the mean of accuracies.
     """
     confusion = confusion.double()
     hits, truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
-    iou = hits / (truth + predicted - hits)
-    accuracy = hits / truth
-    groups = class_groups(frequencies, head_tail)
-    members = {g: torch.tensor([group == g for group in groups]) for g in GROUPS}
-    figures = (map(_number, x) for x in (frequencies, iou, accuracy))
-    columns = zip(classes, groups, *figures, strict=True)
-    names = ("name", "group", "frequency", "iou", "accuracy")
-    return {
-        "miou": _number(iou.nanmean()),
-        "macc": _number(accuracy.nanmean()),
-        "accuracy": _number(hits.sum() / truth.sum()),
-        "pixels": int(truth.sum()),
-        **{group: _number(iou[member].nanmean()) for group, member in members.items()},
-        "classes": [dict(zip(names, column, strict=True)) for column in columns],
+    iou, groups = hits / (truth + predicted - hits), class_groups(frequencies, head_tail)
+    figures = {
+        "miou": iou.nanmean(),
+        "macc": (hits / truth).nanmean(),
+        "accuracy": hits.sum() / truth.sum(),
+        **{name: iou[[group == name for group in groups]].nanmean() for name in GROUPS},
+        **{f"iou/{name}": value for name, value in zip(classes, iou, strict=True)},
     }
-
-
-def _number(value: Tensor) -> float | None:
-    return None if value.isnan() else value.item()
+    return {name: value.item() for name, value in figures.items() if not value.isnan()}
 
 
 def check_sizes(

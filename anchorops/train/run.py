@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from . import ranks
@@ -142,11 +143,12 @@ class Log:
             self._lines = {k: line for k, line in read_metrics(self.path).items() if k <= step}
         self.events = SummaryWriter(str(run), purge_step=step + 1)
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Add values to the line of a step."""
-        self._lines.setdefault(step, {}).update(values)
+    def write(self, step: int, values: Mapping[str, float | Tensor]) -> None:
+        """Add values, as float32, to the line of a step."""
         for name, value in values.items():
-            self.events.add_scalar(name, value, step)
+            single = torch.as_tensor(value, dtype=torch.float32).item()
+            self._lines.setdefault(step, {})[name] = single
+            self.events.add_scalar(name, single, step)
         names = dict.fromkeys(name for line in self._lines.values() for name in line)
         file = io.StringIO()
         writer = csv.DictWriter(file, ["step", *names], lineterminator="\n")

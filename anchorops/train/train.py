@@ -206,7 +206,7 @@ class Record:
         self.bar = tqdm(total=options.data.steps, initial=self.step, disable=shown)
         self._begin, self._seconds, self._steps = time.perf_counter(), 0.0, 0
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float | Tensor]) -> None:
         if self.files and values:
             self.files.write(step, values)
 
@@ -221,8 +221,8 @@ class Record:
             values = {"loss": terms.pop("loss"), "lr": lr, **terms}
             values |= {"seconds_per_step": self._seconds / self._steps}
             values |= {"memory_mb": peak_memory_mb(self.device)}
-            self.write(step, {name: single(x) for name, x in values.items()})
-            self.bar.set_postfix(loss=single(values["loss"]))
+            self.write(step, values)
+            self.bar.set_postfix(loss=float(values["loss"]))
         if step % self.options.log_every == 0:
             self._seconds, self._steps = 0.0, 0
 
@@ -255,10 +255,10 @@ class Record:
         ranks.on_first(lambda: self._keep(step, model, figures))
         self._begin = time.perf_counter()
 
-    def _keep(self, step: int, model: nn.Module, figures: dict[str, Any]) -> None:
+    def _keep(self, step: int, model: nn.Module, figures: dict[str, float]) -> None:
         miou = figures["miou"]
         self.bar.write(f"step {step}: mIoU {100 * miou:.1f} %")
-        self.write(step, values_of(figures, "val"))
+        self.write(step, {f"val/{name}": figure for name, figure in figures.items()})
         if miou > self.best:
             self.best = miou
             save_atomically({"model": model.state_dict(), "step": step}, self.run / BEST)
@@ -277,18 +277,6 @@ class Record:
             with attempt("size and speed of the network"):
                 self.write(step, measure_complexity(model.eval(), self.options))
         self.save(step, due=False)
-
-
-def values_of(figures: Mapping[str, Any], split: str) -> dict[str, float]:
-    """The figures of a validation as values of the log."""
-    values = {f"{split}/{k}": v for k, v in figures.items() if isinstance(v, float)}
-    values |= {f"{split}/iou/{c['name']}": c["iou"] for c in figures["classes"]}
-    return {name: single(value) for name, value in values.items() if value is not None}
-
-
-def single(value: float | Tensor) -> float:
-    """The value as float32."""
-    return torch.as_tensor(value, dtype=torch.float32).item()
 
 
 def peak_memory_mb(device: torch.device) -> float:

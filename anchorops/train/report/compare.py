@@ -50,22 +50,26 @@ def load_results(run: Path) -> dict[str, Any]:
 
 def comparison(results: Sequence[dict[str, Any]]) -> str:
     """A table with a row for each data set, network and methods: mean ± standard deviation in %
-    over the seeds. Runs that differ in other settings (if "settings" is given) have separate rows,
-    which show these settings."""
-    header = ["data", "network", "methods", "seeds", *MEASURES, "M params", "s/step", "MB"]
-    rows = [header]
+    over the seeds. Runs that differ in other settings have separate rows, which show these
+    settings."""
+    rows = [["data", "network", "methods", "seeds", *MEASURES, "M params", "s/step", "MB"]]
     for key, runs in grouped(results).items():
-        rows.append(
-            [
-                *key,
-                str(len(runs)),
-                *(_percent([run[name] for run in runs]) for name in MEASURES.values()),
-                _mean([run["parameters"] for run in runs], "{:.2f}", 1e6),
-                _mean([run["seconds_per_step"] for run in runs], "{:.3f}"),
-                _mean([run["memory_mb"] for run in runs], "{:.0f}"),
-            ]
+        rows.append([*key, str(len(runs))])
+        rows[-1] += [_mean(runs, name, "{:.1f}", 100, spread=True) for name in MEASURES.values()]
+        rows[-1] += [
+            _mean(runs, "parameters", "{:.2f}", 1e-6),
+            _mean(runs, "seconds_per_step", "{:.3f}"),
+            _mean(runs, "memory_mb", "{:.0f}"),
+        ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligns = ["<"] * len(NAMES) + [">"] * (len(widths) - len(NAMES))
+    header, *lines = (
+        "  ".join(
+            f"{x:{align}{width}}" for x, align, width in zip(row, aligns, widths, strict=True)
         )
-    return text_table(rows, words=len(NAMES))
+        for row in rows
+    )
+    return "\n".join([header, "-" * len(header), *lines])
 
 
 def grouped(results: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], list[dict[str, Any]]]:
@@ -90,40 +94,20 @@ def grouped(results: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], list[dic
     return groups
 
 
-def text_table(rows: Sequence[Sequence[str]], *, words: int) -> str:
-    """Rows as aligned columns; the first row is the header. The first `words` columns contain words
-    and are aligned to the left, the others contain numbers."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column < words else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
 def _differing(result: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
     """The settings that differ between results on the same data set and network."""
-    alike = [
-        other.get("settings", {})
-        for other in results
-        if all(other[name] == result[name] for name in ("dataset", "model"))
-    ]
-    settings = {x: value for x, value in result.get("settings", {}).items() if x != "model.methods"}
-    names = [name for name in settings if any(other.get(name) != settings[name] for other in alike)]
-    return " ".join(f"{name}={settings[name]}" for name in names)
+    same = ("dataset", "model")
+    alike = [x["settings"] for x in results if all(x[name] == result[name] for name in same)]
+    return " ".join(
+        f"{name}={value}"
+        for name, value in result["settings"].items()
+        if name != "model.methods" and any(other.get(name) != value for other in alike)
+    )
 
 
-def _mean(values: list[float | None], form: str, unit: float = 1.0) -> str:
-    known = [value / unit for value in values if value is not None]
-    return form.format(fmean(known)) if known else "–"
-
-
-def _percent(values: list[float | None]) -> str:
-    known = [100 * value for value in values if value is not None]
-    if not known:
-        return "–"
-    spread = f" ± {stdev(known):.1f}" if len(known) > 1 else ""
-    return f"{fmean(known):.1f}{spread}"
+def _mean(
+    runs: Sequence[dict[str, Any]], name: str, form: str, unit: float = 1.0, spread: bool = False
+) -> str:
+    known = [unit * run[name] for run in runs if run[name] is not None]
+    deviation = f" ± {form.format(stdev(known))}" if spread and len(known) > 1 else ""
+    return form.format(fmean(known)) + deviation if known else "–"
