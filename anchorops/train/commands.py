@@ -21,7 +21,7 @@ try:
     from .data.splits import images_to_predict, open_splits, validation_batches
     from .evaluation import as_weights, check_sizes, evaluate, predict, prediction_of, summarize
     from .networks.models import Segmenter, trained_model, upsample_late
-    from .options import PUBLISHED, Data, Model, Options, expect, flat
+    from .options import PUBLISHED, Options, expect, flat
     from .report.compare import NotEnded, comparison, load_results
     from .run import (
         BEST,
@@ -131,12 +131,10 @@ def parse(command: str, words: Sequence[str]) -> Given:
             parser.parse_string(texts[-1])
         except argparse.ArgumentError as error:
             raise ValueError(f"--config {file}: {' '.join(str(error).split())}") from None
-    given = parser.parse_args([*(x for text in texts for x in ("--config", text)), *rest]).as_dict()
-    for group in ("model", "data"):  # the name of the file that --model FILE gives
-        given[group].pop("__path__", None)
+    values = parser.parse_args([*(x for text in texts for x in ("--config", text)), *rest])
+    given = vars(parser.instantiate(values))
     own = {name: given.pop(name) for name in [*given] if name not in Options.__annotations__}
-    model, data = Model(**given.pop("model")), Data(**given.pop("data"))
-    options = Options(model=model, data=data, **given)
+    options = Options(**given)
     methods = "+".join(options.model.methods) or "plain"
     if options.model.setting != PUBLISHED:
         methods += f"-{options.model.setting}"

@@ -201,8 +201,8 @@ class Data:
         for option in fields(self):  # which other data sets would ignore
             kinds = USED_BY.get(option.name, (self.dataset,))
             if self.dataset not in kinds and getattr(self, option.name) != option.default:
-                kind = "with files" if "digits" not in kinds and len(kinds) > 1 else kinds[0]
-                expect(False, f"data.{option.name}", f"a --data.dataset {kind}", self.dataset)
+                expected = f"--data.dataset among {', '.join(kinds)}"
+                expect(False, f"data.{option.name}", expected, self.dataset)
 
 
 _WITH_FILES = ("folder", *Published.__args__)
@@ -265,9 +265,8 @@ class Options:
 
 
 # options on which no number of a run depends; they may differ where it goes on
-FREE = (
-    *("data.root", "data.workers", "data.eval_batch_size", "save_every", "max_steps", "max_hours"),
-)
+FREE = ["data.root", "data.workers", "data.eval_batch_size"]
+FREE += ["save_every", "max_steps", "max_hours"]
 
 
 def config_of(options: Options) -> dict[str, Any]:

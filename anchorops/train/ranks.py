@@ -1,6 +1,7 @@
 """The processes that torchrun starts, which are the ranks of a run; one without torchrun."""
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -37,6 +38,12 @@ def rank() -> int:
 
 def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(line: str) -> None:
+    """Print a line to stderr, of the first rank."""
+    if rank() == 0:
+        print(line, file=sys.stderr)
 
 
 def on_first(make: Callable[[], T]) -> T:

@@ -75,13 +75,13 @@ def train(
             )
         first, steps = (state["step"] if state else 0), options.data.steps
         if state and first == steps and not state["due"]:
-            _say(f"{run}: no step was done: the run has ended after step {first}")
+            ranks.say(f"{run}: no step was done: the run has ended after step {first}")
             return
         with held.enter_context(Stop(options.max_hours, advice)) as stop:
             last = fit(options, run, data, device, state, stop, measure)
         if last < steps:
             nothing = "no step was done: " if last == first else ""
-            _say(
+            ranks.say(
                 f"{run}: {nothing}a limit ended the run after step {last} of {steps}; go on with: "
                 f"{advice} --max_steps null"
             )
@@ -161,7 +161,7 @@ def build(options: Options, data: Splits, device: torch.device, *, from_state: b
     model, channels = options.model, options.data.channels
     initial = model.pretrained or model.weights or model.backbone_weights or from_state
     if not initial and options.data.dataset != "digits":
-        _say(RANDOM_WEIGHTS)
+        ranks.say(RANDOM_WEIGHTS)
     torch.manual_seed(options.seed)
     classes = len(data.training.classes)
     learner = build_learner(
@@ -310,8 +310,3 @@ def _check_run(options: Options, run: Path, data: Splits, resume: bool, advice: 
         )
     for name, content in ((DATA, data.found), (CONFIG, now)):
         save_atomically(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), run / name)
-
-
-def _say(line: str) -> None:
-    if ranks.rank() == 0:
-        print(line, file=sys.stderr)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from anchorops.train.networks.learner import build_loss, class_weights
+from anchorops.train.options import Model
 
 
 def test_class_weights():
@@ -30,7 +31,7 @@ def test_losses(options, terms):
     logits, labels = torch.randn(2, 4, 5, 5), torch.randint(4, (2, 10, 10))
     labels[0, 0] = -1
     weights = torch.tensor([1.0, 2.0, 0.5, 3.0])
-    loss = build_loss(**options, weights=weights)
+    loss = build_loss(Model(**options), weights)
     value = loss(logits, labels)
     assert set(loss.terms) == {*terms, "accuracy", "labels_out_of_range", "labels_ignored"}
     z = nn.functional.interpolate(logits, (10, 10), mode="bilinear")
@@ -47,7 +48,7 @@ def test_hard_example_mining():
     truth = torch.tensor([0.9, 0.8, 0.2, 0.1])
     logits = torch.stack([truth.log(), (1 - truth).log()])[None, :, None]
     losses = -truth.log()
-    hard = build_loss(ohem_threshold=0.7, ohem_min_kept=1)(logits, labels)
+    hard = build_loss(Model(ohem_threshold=0.7, ohem_min_kept=1))(logits, labels)
     torch.testing.assert_close(hard, losses[2])
-    two = build_loss(ohem_threshold=0.1, ohem_min_kept=2)(logits, labels)
+    two = build_loss(Model(ohem_threshold=0.1, ohem_min_kept=2))(logits, labels)
     torch.testing.assert_close(two, losses[1:3].mean())

@@ -26,7 +26,7 @@ from anchorops.train.networks.learner import (
     build_regularizer,
 )
 from anchorops.train.networks.models import build_model
-from anchorops.train.options import Data, Options
+from anchorops.train.options import Data, Model, Options
 
 
 def test_scene_is_a_function_of_seed_split_and_index():
@@ -115,7 +115,7 @@ def test_weights_start_a_model_with_other_classes(auxiliary: bool, tmp_path: Pat
     weights stay behind."""
     name, path = "hrnet-w18-small", tmp_path / "weights.pt"
     source = build_model(name, 5, auxiliary=auxiliary)
-    loss = build_loss("ce", torch.ones(5))
+    loss = build_loss(Model(), torch.ones(5))
     run = Learner(source, build_regularizer(["sar"], {}, 5, 240), loss)
     state = {f"learner.{key}": value for key, value in run.state_dict().items()}
     assert "learner.pixel_loss.weight" in state

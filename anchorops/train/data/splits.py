@@ -1,6 +1,5 @@
 """The splits that the options name: opened, counted, and as batches of this rank."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -82,9 +81,9 @@ def open_splits(options: Data, seed: int, of_run: dict[str, Any] | None = None) 
     one_size = options.eval_batch_size == 1 or len(sizes) == 1
     several = ", ".join(f"{height}×{width}" for height, width in sizes[:2])
     expect(one_size, "data.eval_batch_size", "1 for images of several sizes", several)
-    classes, found = list(validation.classes), of_run
-    if found is None:
-        found = {"classes": classes}
+    classes, found = list(validation.classes), of_run or {}
+    if of_run is None:
+        found["classes"] = classes
         for name, split, counted in zip(("training", "validation"), splits, counts, strict=True):
             found[f"{name} files"] = fingerprint(split, Path(options.root or ""))
             found[f"{name} pixels"] = counted.pixels.tolist()
@@ -95,11 +94,11 @@ def open_splits(options: Data, seed: int, of_run: dict[str, Any] | None = None) 
         )
     pixels = torch.tensor(found["training pixels"])
     absent = check_classes(classes, pixels, counts[-1].pixels)
-    if of_run is None and ranks.rank() == 0:
+    if of_run is None:
         numbers = f"{len(training)} training and {len(validation)} validation images"
-        print(f"data set {options.dataset}: {numbers}, {len(classes)} classes", file=sys.stderr)
+        ranks.say(f"data set {options.dataset}: {numbers}, {len(classes)} classes")
         if absent:
-            print("no training pixels:", shorten(", ".join(absent), 200), file=sys.stderr)
+            ranks.say(f"no training pixels: {shorten(', '.join(absent), 200)}")
     prior = counts[0].images / counts[0].images.sum().clamp(min=1)
     return Splits(training, validation, sizes, pixels / pixels.sum(), prior, found)
 

@@ -60,26 +60,19 @@ def class_weights(kind: str, frequencies: Tensor) -> Tensor | None:
     return weights.float()
 
 
-def build_loss(
-    loss: str = "ce",
-    weights: Tensor | None = None,
-    *,
-    focal_gamma: float = 2.0,
-    ohem_threshold: float | None = None,
-    ohem_min_kept: int | None = None,
-) -> MomentsLoss:
+def build_loss(options: Model, weights: Tensor | None = None) -> MomentsLoss:
     """The loss of the logits; its `terms` contain the accuracy. weights: [K], of the classes."""
     common: dict[str, Any] = {"ignore_index": IGNORED, "accuracy": True}
-    if loss == "dice":
+    if options.loss == "dice":
         return ao.Dice(weight=weights, **common)
     cross_entropy = ao.CrossEntropy(
         weights,
-        focal_gamma=focal_gamma if loss == "focal" else 0.0,
-        ohem_threshold=ohem_threshold,
-        ohem_min_kept=ohem_min_kept,
+        focal_gamma=options.focal_gamma if options.loss == "focal" else 0.0,
+        ohem_threshold=options.ohem_threshold,
+        ohem_min_kept=options.ohem_min_kept,
         **common,
     )
-    if loss == "ce+dice":
+    if options.loss == "ce+dice":
         return ao.CrossEntropyDice(cross_entropy, ao.Dice(weight=weights, **common))
     return cross_entropy
 
@@ -161,7 +154,7 @@ class Learner(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.auxiliary_weight = model, auxiliary_weight
-        self.pixel_loss = pixel_loss or build_loss()
+        self.pixel_loss = pixel_loss or build_loss(Model())
         self.auxiliary_loss = copy.deepcopy(self.pixel_loss)
         self.auxiliary_loss.accuracy = False
         self.attachment = None if regularizer is None else ao.attach(model, regularizer)
@@ -187,29 +180,22 @@ def parameter_groups(
 ):
     """Parameter groups for an optimizer: no weight decay on vectors (biases, normalisation), and
     another learning rate for everything outside the backbone and the methods."""
-    factors = {parameter: head_lr_factor for parameter in model.parameters()}
-    factors |= dict.fromkeys(model.backbone.parameters(), 1.0)
-    for module in model.modules():
-        if isinstance(module, Regularizer):
-            factors |= dict.fromkeys(module.parameters(), 1.0)
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for parameter, factor in factors.items():
+    methods = [module for module in model.modules() if isinstance(module, Regularizer)]
+    others = {x for module in (model.backbone, *methods) for x in module.parameters()}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            groups.setdefault((factor, parameter.dim() > 1), []).append(parameter)
+            rate = lr * (1.0 if parameter in others else head_lr_factor)
+            decay = weight_decay if parameter.dim() > 1 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
     return [
-        {
-            "params": parameters,
-            "lr": lr * factor,
-            "weight_decay": weight_decay if is_matrix else 0.0,
-        }
-        for (factor, is_matrix), parameters in groups.items()
+        {"params": parameters, "lr": rate, "peak": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
     ]
 
 
 def build_optimizer(options: Model, model: Segmenter) -> torch.optim.Optimizer:
     groups = parameter_groups(model, options.lr, options.weight_decay, options.head_lr_factor)
-    for group in groups:
-        group["peak"] = group["lr"]
     if options.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=0.9, fused=True)
     return torch.optim.AdamW(groups, fused=True)
@@ -258,11 +244,5 @@ def build_learner(
     regularizer = build_regularizer(
         options.methods, arguments, num_classes, dim, prior, from_state=from_state
     )
-    loss = build_loss(
-        options.loss,
-        class_weights(options.class_weights, frequencies),
-        focal_gamma=options.focal_gamma,
-        ohem_threshold=options.ohem_threshold,
-        ohem_min_kept=options.ohem_min_kept,
-    )
+    loss = build_loss(options, class_weights(options.class_weights, frequencies))
     return Learner(model, regularizer, loss, options.auxiliary_weight)

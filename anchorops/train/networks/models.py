@@ -1,7 +1,6 @@
 """Segmentation networks: a body that returns features (B, D, h, w), and a 1×1 convolution."""
 
 import contextlib
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -18,11 +17,8 @@ import anchorops as ao
 
 from .. import ranks
 
-HRNETS = {
-    "hrnet-w18-small": "hrnet_w18_small",
-    "hrnet-w18-small-v2": "hrnet_w18_small_v2",
-    **{f"hrnet-w{width}": f"hrnet_w{width}" for width in (18, 30, 32, 40, 44, 48, 64)},
-}
+SIZES = ("18-small", "18-small-v2", "18", "30", "32", "40", "44", "48", "64")
+HRNETS = {f"hrnet-w{size}": f"hrnet_w{size.replace('-', '_')}" for size in SIZES}
 # the parts that depend on the classes; in a checkpoint, a method is under "regularizer"
 HEADS = ("classifier.", "auxiliary.", "regularizer.")
 OLD_PREFIX = "learner.model."  # of the names of weights in a checkpoint of an earlier version
@@ -295,11 +291,8 @@ def load_backbone(backbone: nn.Module, path: Path) -> None:
             f"--model.backbone_weights: {path} is of another network: {len(missing)} tensors of "
             f"the backbone are missing: {missing[:3]}"
         )
-    if ranks.rank() == 0:
-        print(
-            f"backbone: {len(taken)} tensors of {path} taken, {len(loaded) - len(taken)} not used",
-            file=sys.stderr,
-        )
+    unused = len(loaded) - len(taken)
+    ranks.say(f"backbone: {len(taken)} tensors of {path} taken, {unused} not used")
 
 
 def _flat_name(name: str) -> str:
