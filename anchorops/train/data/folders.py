@@ -190,18 +190,10 @@ def open_published(name: str, root: Path, split: str) -> MaskFolder:
     images, masks = (x.format(layout.splits[split]) for x in (layout.images, layout.masks))
     if layout.listed is None:
         (image_folder, image_end), (mask_folder, mask_end) = images.split("/*"), masks.split("/*")
-        pairs, _ = _matched(root / image_folder, root / mask_folder, [image_end], [mask_end])
+        pairs = _matched(root / image_folder, root / mask_folder, [image_end], [mask_end])
     else:
-        names = _existing(root / layout.listed.format(layout.splits[split]))
-        pairs = [
-            (
-                _existing(root / images.replace("*", name)),
-                _existing(root / masks.replace("*", name)),
-            )
-            for name in _read_text(names).split()
-        ]
-        if not pairs:
-            raise ValueError(f"{names} is empty: expected the names of images")
+        names = _read_text(_existing(root / layout.listed.format(layout.splits[split]))).split()
+        pairs = [(root / images.replace("*", x), root / masks.replace("*", x)) for x in names]
     labels = dict.fromkeys(layout.ignored, IGNORED) | {x: k for k, x in enumerate(layout.values)}
     return MaskFolder(pairs, classes, labels)
 
@@ -242,12 +234,7 @@ def open_folder(
     images, masks = root / "images" / split, root / "masks" / split
     image_ends = [image_suffix] if image_suffix else IMAGES
     mask_ends = [mask_suffix] if mask_suffix else MASKS
-    pairs, alone = _matched(images, masks, image_ends, mask_ends)
-    if alone:
-        raise ValueError(
-            f"{alone[0]} has no image in {images} ({len(alone)} masks have none): give it its "
-            "image or remove it; --data.mask_suffix distinguishes masks from other files"
-        )
+    pairs = _matched(images, masks, image_ends, mask_ends)
     return MaskFolder(pairs, classes, labels, channels, colours)
 
 
@@ -285,9 +272,9 @@ def _existing(path: Path) -> Path:
 
 def _matched(
     images: Path, masks: Path, image_ends: Sequence[str], mask_ends: Sequence[str]
-) -> tuple[list[tuple[Path, Path]], list[Path]]:
-    """Images under a folder, each with the mask of the same relative name without its end; and the
-    masks without an image."""
+) -> list[tuple[Path, Path]]:
+    """Images under a folder, each with the mask of the same relative name without its end. Raises
+    ValueError for an image without a mask, and a mask without an image."""
     images_by_stem, masks_by_stem = _by_stem(images, image_ends), _by_stem(masks, mask_ends)
     if not images_by_stem:
         raise ValueError(f"{images} has no images ({', '.join(image_ends)})")
@@ -296,7 +283,12 @@ def _matched(
             missing = masks / (stem + mask_ends[0])
             raise ValueError(f"{missing} does not exist: the mask of {image}")
     pairs = [(image, masks_by_stem.pop(stem)) for stem, image in images_by_stem.items()]
-    return pairs, [*masks_by_stem.values()]
+    for mask in masks_by_stem.values():
+        raise ValueError(
+            f"{mask} has no image in {images} ({len(masks_by_stem)} masks have none): give it its "
+            "image or remove it; --data.mask_suffix distinguishes masks from other files"
+        )
+    return pairs
 
 
 def _by_stem(folder: Path, ends: Sequence[str]) -> dict[str, Path]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,20 +20,13 @@ from torchvision.transforms.v2 import functional
 from .. import IGNORED
 from ..options import Data, Options, expect
 from ..run import STOPPING
+from .digits import DigitScenes
+from .folders import MaskFolder
 from .images import read_upright
 
 RETRIES = 10  # for a crop that shows mostly one class
+Segmentation = DigitScenes | MaskFolder
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean, standard deviation
-
-
-class Segmentation(Protocol):
-    """A data set. Items: image uint8, or float32 in 0..1, (C, H, W); labels int16 (H, W), −1
-    ignored."""
-
-    classes: Sequence[str]
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> tuple[Tensor, Tensor]: ...
 
 
 class RandomScale(v2.Transform):

@@ -31,13 +31,6 @@ OWN_DROPOUT = {
 SEGFORMERS = {f"segformer-b{size}": f"mit_b{size}" for size in range(6)}
 
 
-def at_first_size(maps: Sequence[Tensor]) -> Tensor:
-    """(B, ΣC, H, W): the maps, resized to the size of the first one and concatenated."""
-    size = maps[0].shape[2:]
-    resized = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in maps[1:]]
-    return torch.cat([maps[0], *resized], dim=1)
-
-
 class Segmenter(nn.Module):
     """Computes logits (B, K, H/s, W/s) of images (B, C, H, W); s is the stride of the body
     (usually 4).
@@ -125,7 +118,10 @@ class HRNetBody(nn.Module):
         self.mix = Conv2dNormActivation(self.dim, self.dim, 1, inplace=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.mix(at_first_size(self.backbone(images)))
+        first, *others = self.backbone(images)
+        size = first.shape[2:]
+        resized = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in others]
+        return self.mix(torch.cat([first, *resized], dim=1))
 
 
 def build_model(
