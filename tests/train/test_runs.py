@@ -278,28 +278,29 @@ def test_a_state_of_another_kind(straight: Path, tmp_path: Path, capsys):
 def test_comparison(straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["compare", str(straight)]) == 0
     assert "hrnet-w18-small" in capsys.readouterr().out
-    assert main(["compare", str(straight), str(straight)]) == 1
-    assert "expected each seed once, got" in capsys.readouterr().err
     assert main(["compare", str(straight.parent)]) == 1
     assert "expected the directory of a run" in capsys.readouterr().err
-    result = dict.fromkeys(("miou", "head", "body", "tail", "macc", "seconds_per_step"), 1.0)
-    result |= {"dataset": "d", "model": "m", "parameters": 1, "memory_mb": None}
-    several = [
-        {**result, "methods": methods, "seed": seed, "settings": {"lr": lr, "methods": methods}}
-        for methods, lr, seed in (("sar", "0.1", 0), ("cr", "0.2", 0), ("sar", "0.1", 1))
-    ]
-    rows = comparison(several).splitlines()[2:]
-    assert [row.split()[2:4] for row in rows] == [["sar", "lr=0.1"], ["cr", "lr=0.2"]]
 
-    def settings(name: str, data: str) -> dict[str, str]:
-        shutil.copytree(straight, tmp_path / name)
+    def results(name: str, seed: int, root: str, data: str, lr: float = 0.1) -> dict[str, Any]:
+        run = shutil.copytree(straight, tmp_path / name)
         config = yaml.safe_load((straight / "config.yaml").read_text())
-        config["data"] |= {"dataset": "folder", "root": name}
-        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(config))
-        (tmp_path / name / "data.yaml").write_text(data)
-        return load_results(tmp_path / name)["settings"]
+        config["data"] |= {"dataset": "folder", "root": root}
+        config["model"]["lr"], config["seed"] = lr, seed
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        (run / "data.yaml").write_text(data)
+        return load_results(run)
 
-    assert settings("first", "a: 1") == settings("moved", "a: 1") != settings("other", "a: 2")
+    runs = [results(f"x-seed{seed}", seed, str(seed), "a: 1") for seed in (0, 1)]
+    runs.append(results("y-seed0", 0, "0", "a: 1", lr=1.0))
+    rows = [row.split() for row in comparison(runs).splitlines()[2:]]
+    assert [[row[0], row[3], row[5]] for row in rows] == [["x", "2", "±"], ["y", "1", rows[1][5]]]
+    for other in (
+        results("0/x-seed0", 0, "0", "a: 1"),
+        results("1/x", 2, "0", "a: 2"),
+        results("2/x-seed3", 3, "0", "a: 1", lr=1.0),
+    ):
+        with pytest.raises(ValueError, match="expected directories of one name to have the same"):
+            comparison([*runs, other])
 
 
 def fit_folder(folder: Path, *options: str) -> Path:

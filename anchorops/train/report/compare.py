@@ -1,15 +1,15 @@
 """Comparison of runs: their figures over seeds."""
 
-import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from ..options import FREE, flat
-from ..run import DATA, METRICS, read_config, read_metrics
+from ..run import DATA, METRICS, read_config, read_metrics, read_yaml
 
-NAMES = ("dataset", "model", "methods")
+WORDS = ("run", "network", "methods")
 MEASURES = {"mIoU": "miou", "head": "head", "body": "body", "tail": "tail", "mAcc": "macc"}
 
 
@@ -30,17 +30,16 @@ def load_results(run: Path) -> dict[str, Any]:
         [line[name] for line in lines.values() if name in line]
         for name in ("seconds_per_step", "memory_mb")
     )
-    settings = {name: str(x) for name, x in options.items() if name not in (*FREE, "seed")}
-    if options["data.dataset"] != "digits":  # whose data depend on the options alone
-        settings["data"] = hashlib.sha256((run / DATA).read_bytes()).hexdigest()[:8]
+    settings = {name: x for name, x in options.items() if name not in (*FREE, "seed")}
+    if options["data.dataset"] != "digits":  # whose images depend on the seed
+        settings["found"] = read_yaml(run / DATA)
     return {
-        "run": str(run),
-        "dataset": options["data.dataset"],
-        "model": options["model.network"],
+        "directory": run,
+        "run": re.sub(r"-seed\d+$", "", run.resolve().name),
+        "network": options["model.network"],
         "methods": "+".join(options["model.methods"]) or "plain",
         "seed": options["seed"],
         "settings": settings,
-        "steps": steps,
         "seconds_per_step": fmean(seconds) if seconds else None,
         "memory_mb": max(memory, default=None),
         "parameters": last.get("cost/trained_parameters"),
@@ -49,12 +48,25 @@ def load_results(run: Path) -> dict[str, Any]:
 
 
 def comparison(results: Sequence[dict[str, Any]]) -> str:
-    """A table with a row for each data set, network and methods: mean ± standard deviation in %
-    over the seeds. Runs that differ in other settings have separate rows, which show these
-    settings."""
-    rows = [["data", "network", "methods", "seeds", *MEASURES, "M params", "s/step", "MB"]]
-    for key, runs in grouped(results).items():
-        rows.append([*key, str(len(runs))])
+    """A table with a row for each run: mean ± standard deviation in % over its seeds. Directories
+    of one name, except for its end -seedN, are one run.
+
+    Raises ValueError if these differ in more than the seed, or not in the seed.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        group = groups.setdefault(result["run"], [])
+        for other in group:
+            differ = [name for name in ("settings", "seed") if other[name] != result[name]]
+            if differ != ["seed"]:
+                raise ValueError(
+                    "compare: expected directories of one name to have the same options and "
+                    f"different seeds, got {other['directory']} and {result['directory']}"
+                )
+        group.append(result)
+    rows = [[*WORDS, "seeds", *MEASURES, "M params", "s/step", "MB"]]
+    for runs in groups.values():
+        rows.append([*(runs[0][name] for name in WORDS), str(len(runs))])
         rows[-1] += [_mean(runs, name, "{:.1f}", 100, spread=True) for name in MEASURES.values()]
         rows[-1] += [
             _mean(runs, "parameters", "{:.2f}", 1e-6),
@@ -62,7 +74,7 @@ def comparison(results: Sequence[dict[str, Any]]) -> str:
             _mean(runs, "memory_mb", "{:.0f}"),
         ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligns = ["<"] * len(NAMES) + [">"] * (len(widths) - len(NAMES))
+    aligns = ["<"] * len(WORDS) + [">"] * (len(widths) - len(WORDS))
     header, *lines = (
         "  ".join(
             f"{x:{align}{width}}" for x, align, width in zip(row, aligns, widths, strict=True)
@@ -70,39 +82,6 @@ def comparison(results: Sequence[dict[str, Any]]) -> str:
         for row in rows
     )
     return "\n".join([header, "-" * len(header), *lines])
-
-
-def grouped(results: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], list[dict[str, Any]]]:
-    """Repetitions of a run, which differ only in their seeds. The key is (data set, network,
-    methods). If runs on the same data set and network differ in other settings, the methods are
-    followed by these settings.
-
-    Raises ValueError if two repetitions have the same seed: they are no sample of the seeds.
-    """
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for result in results:
-        dataset, model, methods = (result[name] for name in NAMES)
-        key = dataset, model, f"{methods} {_differing(result, results)}".rstrip()
-        group = groups.setdefault(key, [])
-        for other in group:
-            if other["seed"] == result["seed"]:
-                raise ValueError(
-                    f"compare: expected each seed once, got {other['run']} and {result['run']} "
-                    f"with the same settings and seed {result['seed']}"
-                )
-        group.append(result)
-    return groups
-
-
-def _differing(result: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
-    """The settings that differ between results on the same data set and network."""
-    same = ("dataset", "model")
-    alike = [x["settings"] for x in results if all(x[name] == result[name] for name in same)]
-    return " ".join(
-        f"{name}={value}"
-        for name, value in result["settings"].items()
-        if name != "model.methods" and any(other.get(name) != value for other in alike)
-    )
 
 
 def _mean(
