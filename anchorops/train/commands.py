@@ -160,7 +160,7 @@ def load_preset(name: str) -> dict[str, Any]:
             f"--config: expected a file or a preset, got {name}. The presets:\n{presets()}"
         )
     content = read_yaml(path)
-    for option in flat(content, ("saving", "trainer", "data")):
+    for option in flat(content):
         _check_renamed(str(option), f"--config {path}: ")
     shared, names = read_yaml(PRESETS / f"{SHARED}.yaml"), content.pop(SHARED, [])
     if not isinstance(names, list) or any(name not in [*shared] for name in names):
@@ -238,23 +238,18 @@ def masks_of(images: Sequence[str], out: Path, resume: bool) -> dict[Path, Path]
     Raises ValueError for an image that is not there, and a mask that exists or would be written
     twice.
     """
+    expect(len(images) > 0, "images", "files of images", "none")
     paths = [Path(os.path.abspath(image)) for image in images]
-    common = os.path.commonpath([path.parent for path in paths]) if paths else ""
-    masks: dict[Path, Path] = {}
+    common = os.path.commonpath([path.parent for path in paths])
+    of_masks: dict[Path, Path] = {}
     for path in paths:
         mask = out / path.relative_to(common).with_suffix(".png")
         expect(path.is_file(), "images", "files", path)
-        if mask in masks.values():
-            raise ValueError(
-                f"--images: {mask} would be written twice: expected images of different names"
-            )
-        if mask.exists() and not resume:
-            raise ValueError(
-                f"--out: {mask} exists: give another directory, or --resume to keep it"
-            )
-        masks[path] = mask
-    expect(len(masks) > 0, "images", "files of images", "none")
-    return {path: mask for path, mask in masks.items() if not mask.exists()}
+        expect(mask not in of_masks, "images", "images of different masks", f"{mask} twice")
+        exists = mask.exists() and not resume
+        expect(not exists, "out", "another directory, or --resume to keep what is there", mask)
+        of_masks[mask] = path
+    return {path: mask for mask, path in of_masks.items() if not mask.exists()}
 
 
 def predict_masks(words: Sequence[str]) -> None:

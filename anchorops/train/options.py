@@ -274,11 +274,11 @@ def config_of(options: Options) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(options)))
 
 
-def flat(options: Mapping[str, Any], groups: Sequence[str] = ("model", "data")) -> dict[str, Any]:
+def flat(options: Mapping[str, Any]) -> dict[str, Any]:
     """{"data.root": …} of {"data": {"root": …}}."""
     flattened: dict[str, Any] = {}
     for name, value in options.items():
-        if name in groups and isinstance(value, Mapping):
+        if isinstance(value, Mapping):
             flattened |= {f"{name}.{option}": x for option, x in value.items()}
         else:
             flattened[name] = value

@@ -114,7 +114,6 @@ def test_wrong_file(name: str, content: np.ndarray, message: str, folder: Path):
         ("classes.txt", None, r"classes.txt does not exist: write the name"),
         ("classes.txt", "Straße".encode("latin-1"), r"expected UTF-8, got .* byte 0xdf"),
         ("classes.txt", "a\nb".encode("utf-16"), r"classes.txt: expected UTF-8"),
-        ("classes.txt", b"\n \n", r"is empty: expected the name of a class on each line"),
         ("classes.txt", b"a\nb\na\n", r"classes.txt: expected each name once, got again: a$"),
         ("classes.txt", b"a\n", r"classes.txt: expected 2 classes or more, got 1"),
     ],

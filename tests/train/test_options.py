@@ -179,8 +179,8 @@ def test_files_to_predict(tmp_path: Path):
     (out / "a.png").touch()
     assert [*masks_of(names, out, resume=True).values()] == [out / "low/a.png"]
     for images, message in (
-        (names, r"^--out: .*out/a.png exists: give another directory, or --resume"),
-        ([names[1]] * 2, "new/a.png would be written twice"),
+        (names, r"^--out: expected another directory, or --resume .* got .*out/a.png$"),
+        ([names[1]] * 2, "images of different masks, got .*new/a.png twice"),
         ([str(tmp_path / "b.png")], r"^--images: expected files, got .*b.png$"),
         ([], r"^--images: expected files of images, got none"),
     ):

@@ -76,7 +76,7 @@ def test_images_that_can_and_cannot_be_predicted(straight: Path, tmp_path: Path)
         mask = out / path.relative_to(tmp_path).with_suffix(".png")
         assert np.array(Image.open(mask)).shape == (height, 9)
     for run, images, message in (
-        (straight, [grey], "--out: .*out/grey.png exists: give another directory, or --resume"),
+        (straight, [grey], "--out: expected another directory, or --resume .*out/grey.png"),
         (straight, [four], "four.tif: expected 3 channels, got 4: save the image"),
         (straight, [tmp_path / "absent.png"], "absent.png"),
         (tmp_path, [grey], "expected the directory of a run"),

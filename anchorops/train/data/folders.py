@@ -256,8 +256,6 @@ def _read_classes(root: Path) -> list[str] | None:
     if not path.exists():
         return None
     classes = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
-    if not classes:
-        raise ValueError(f"{path} is empty: expected the name of a class on each line")
     twice = sorted({name for name in classes if classes.count(name) > 1})
     if twice:
         raise ValueError(f"{path}: expected each name once, got again: {', '.join(twice)}")

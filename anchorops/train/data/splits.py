@@ -51,8 +51,8 @@ def open_split(options: Data, name: str, seed: int) -> Segmentation:
         seed = seed if options.data_seed is None else options.data_seed
         length, exponent = options.train_images, options.zipf
         return DigitScenes("train", length, options.crop, seed=seed, exponent=exponent)
-    if options.root is None:
-        expect(False, "data.root", f"the directory of the data set {options.dataset}", "nothing")
+    needed = f"the directory of the data set {options.dataset}"
+    expect(options.root is not None, "data.root", needed, "nothing")
     root = Path(options.root or "")
     if options.dataset != "folder":
         return open_published(options.dataset, root, name)
