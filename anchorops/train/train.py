@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,11 +163,14 @@ def build(options: Options, data: Splits, device: torch.device, *, from_state: b
     initial = model.pretrained or model.weights or model.backbone_weights or from_state
     if not initial and options.data.dataset != "digits":
         ranks.say(RANDOM_WEIGHTS)
+    if from_state:  # which has what the files of weights and vectors had
+        given = model.method_options or {}
+        given = {name: x for name, x in given.items() if not str(x).startswith("@")}
+        model = replace(model, pretrained=False, weights=None, backbone_weights=None)
+        model = replace(model, method_options=given)
     torch.manual_seed(options.seed)
     classes = len(data.training.classes)
-    learner = build_learner(
-        model, classes, channels, data.frequencies, data.prior, from_state=from_state
-    )
+    learner = build_learner(model, classes, channels, data.frequencies, data.prior)
     layout = torch.channels_last if model.channels_last else torch.preserve_format
     learner.to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     synchronised = ranks.world() if device.type == "cuda" else 1  # batch norm

@@ -83,15 +83,12 @@ def build_regularizer(
     num_classes: int,
     dim: int,
     prior: Tensor | None = None,
-    *,
-    from_state: bool = False,
 ) -> Regularizer | None:
     """The methods as one regulariser, or None if there are none.
 
     options: {"sar.momentum": 0.99}. The arguments that are vectors [K, D] (SAR's and CR's anchors,
         CBP's init) accept "@FILE.npy".
     prior: [K], the share of the training images that contain each class, for CeCo.
-    from_state: its state will be loaded, so files of vectors are not read.
     Raises ValueError for an option that no chosen method has, and for a file that does not fit.
     """
     arguments: dict[str, dict[str, Any]] = {method: {} for method in methods}
@@ -107,10 +104,7 @@ def build_regularizer(
         if argument not in known:
             raise ValueError(f"--model.method_options {option}: {method} has {', '.join(known)}")
         if isinstance(value, str) and value.startswith("@"):
-            if from_state:
-                value = nn.init.orthogonal_(torch.empty(num_classes, dim))
-            else:
-                value = _read_vectors(option, Path(value[1:]))
+            value = _read_vectors(option, Path(value[1:]))
         arguments[method][argument] = value
     if "cr" in arguments:
         arguments["cr"]["embed"] = False
@@ -214,25 +208,17 @@ def set_learning_rates(
 
 
 def build_learner(
-    options: Model,
-    num_classes: int,
-    channels: int,
-    frequencies: Tensor,
-    prior: Tensor,
-    *,
-    from_state: bool,
+    options: Model, num_classes: int, channels: int, frequencies: Tensor, prior: Tensor
 ) -> Learner:
-    """The network with its methods and losses. from_state: its state will be loaded, so files of
-    initial weights are not read."""
-    weights = None if from_state else options.weights
-    backbone_weights = None if from_state else options.backbone_weights
+    """The network with its methods and losses."""
+    from_file = options.weights or options.backbone_weights
     model = build_model(
         options.network,
         num_classes,
         channels=channels,
-        pretrained=options.pretrained and not (from_state or weights or backbone_weights),
-        weights=weights,
-        backbone_weights=backbone_weights,
+        pretrained=options.pretrained and not from_file,
+        weights=options.weights,
+        backbone_weights=options.backbone_weights,
         auxiliary=options.auxiliary_weight > 0,
         dropout=options.dropout,
         classifier_std=options.classifier_std,
@@ -241,8 +227,6 @@ def build_learner(
         options.methods, options.setting, options.paper_options or {}, options.method_options or {}
     )
     dim = model.classifier.in_channels
-    regularizer = build_regularizer(
-        options.methods, arguments, num_classes, dim, prior, from_state=from_state
-    )
+    regularizer = build_regularizer(options.methods, arguments, num_classes, dim, prior)
     loss = build_loss(options, class_weights(options.class_weights, frequencies))
     return Learner(model, regularizer, loss, options.auxiliary_weight)
