@@ -34,7 +34,7 @@ def test_scenes_of_digits():
     scenes, again = (DigitScenes("train", 2000, (64, 96), seed=3) for _ in range(2))
     image, labels = scenes[7]
     scenes[8]
-    assert image.shape == (3, 48, 64) and labels.shape == (64, 96)
+    assert image.shape == (3, 64, 96) and labels.shape == (64, 96)
     assert torch.equal(image, again[7][0]) and torch.equal(labels, again[7][1])
     options = Data(zipf=3.0, data_seed=5, crop=(64, 96), train_images=50)
     train, val = (open_split(options, name, seed=3) for name in ("train", "val"))

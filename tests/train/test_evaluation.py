@@ -1,4 +1,4 @@
-"""Predictions against logits that are stored at full resolution, and their memory."""
+"""Predictions against logits that are stored at full resolution, their memory, and figures."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import anchorops as ao
-from anchorops.train.evaluation import pad_to_multiple, predict
+from anchorops.train.evaluation import pad_to_multiple, predict, summarize
 from tests.helpers.memory import peak_allocated_bytes
 
 Size = tuple[int, int]
@@ -118,3 +118,16 @@ def test_memory_of_many_classes(image_size: Size, window: Size | None, megabytes
 
     assert evaluated()[0, 7] == truth.numel()
     assert peak_allocated_bytes(evaluated) < megabytes * 1e6
+
+
+def test_figures_of_a_confusion_matrix():
+    """A class that is predicted but never true has the IoU 0, one that is neither has none."""
+    confusion = torch.tensor([[8, 2, 0, 0], [1, 3, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]])
+    shares = torch.tensor([0.9, 0.05, 0.0005, 0.0495])
+    figures = summarize(confusion, "abcd", shares, (0.06, 0.001))
+    assert figures["miou"] == pytest.approx((8 / 11 + 3 / 7 + 0) / 3)
+    assert figures["macc"] == pytest.approx((8 / 10 + 3 / 5) / 2)
+    assert figures["accuracy"] == pytest.approx(11 / 15)
+    assert figures["head"] == pytest.approx(8 / 11) and figures["body"] == pytest.approx(3 / 14)
+    assert figures["tail"] is None and figures["classes"][3]["accuracy"] is None
+    assert [c["group"] for c in figures["classes"]] == ["head", "body", "tail", "body"]
