@@ -85,23 +85,6 @@ def test_label_map_of_colours(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("label_map", "message"),
-    [
-        ({"1,2,3": 0, 4: 1}, "expected either values or colours, got both"),
-        ({"1,2,256": 0}, "expected values, or colours 'R,G,B' of 0 to 255, got '1,2,256'"),
-        ({"1,2": 0}, "got '1,2'"),
-        ({"red": 0}, "got 'red'"),
-        ({"1,2,3": 2}, "and classes -1 to 1, got 1,2,3: 2"),
-        ({-1: 1}, "expected values 0 to 65535 and classes -1 to 1, got -1: 1"),
-        ({70_000: 1}, "got 70000: 1"),
-    ],
-)
-def test_label_map_that_cannot_be(label_map: dict[int | str, int], message: str, folder: Path):
-    with pytest.raises(ValueError, match=f"--data.label_map: .*{message}"):
-        open_folder(folder, "train", label_map=label_map)
-
-
-@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("masks/train/b.png", mask(7, height=4, width=5), r"label values \[7\] are not those of"),
