@@ -9,9 +9,7 @@ import torch
 pytest.importorskip("torchvision", reason="the training program needs torchvision")
 
 from image_files import image, mask, write
-from tiny_runs import TINY
-
-from anchorops.train.commands import fit
+from tiny_runs import TINY, fitted
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -34,7 +32,7 @@ def interruptible() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of six steps without interruptions."""
-    return fit([*TINY, "--run", str(tmp_path_factory.mktemp("runs") / "straight")])
+    return fitted(f"{TINY} --run {tmp_path_factory.mktemp('runs')}/straight")
 
 
 @pytest.fixture
