@@ -169,8 +169,10 @@ def load_preset(name: str) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for part in (*(shared[name] for name in names), content):
         for option, value in part.items():
-            nested = isinstance(value, dict)
-            merged[option] = {**merged.get(option, {}), **value} if nested else value
+            if isinstance(value, dict):
+                merged[option] = {**merged.get(option, {}), **value}
+            elif option not in ("model", "data") or value is not None:  # a group may be empty
+                merged[option] = value
     return merged
 
 
@@ -199,7 +201,7 @@ def trained(given: Given) -> Segmenter:
     if not path.exists():
         raise ValueError(f"--run {run}: expected a run with {path.name}, there is none")
     device = ranks.start(options.device)
-    model = trained_model(options.model.network, path, options.data.channels)
+    model = trained_model(options.model, path, options.data.channels)
     layout = torch.channels_last if options.model.channels_last else torch.preserve_format
     model.to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     zeros = torch.zeros(1, options.data.channels, *options.data.crop)

@@ -116,6 +116,10 @@ class Model:
         expect(once, "model.methods", "each at most once", self.methods)
         in_range = len(scales) > 0 and all(0 < scale < math.inf for scale in scales)
         expect(in_range, "model.eval_scales", "finite numbers above 0, at least one", scales)
+        both = self.weights and self.backbone_weights  # the first replaces the backbone too
+        expect(not both, "model.backbone_weights", "no --model.weights beside it", self.weights)
+        no_map = self.auxiliary_weight > 0 and self.network.startswith("dpt:")
+        expect(not no_map, "model.auxiliary_weight", "0 for DPT", self.auxiliary_weight)
         hard = (self.ohem_threshold, self.ohem_min_kept) != (None, None)
         mined = "ce, focal or ce+dice with --model.ohem_threshold or --model.ohem_min_kept"
         expect(self.loss != "dice" or not hard, "model.loss", mined, self.loss)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from anchorops.train.commands import fit
 from anchorops.train.networks.models import Segmenter
+from anchorops.train.options import Model
 from anchorops.train.run import read_metrics
 
 TINY = (
@@ -33,9 +34,9 @@ class Body(nn.Module):
         return self.backbone(images).relu()
 
 
-def small_network(name: str, num_classes: int, *, dropout: float = 0.0, **_: Any) -> Segmenter:
+def small_network(options: Model, num_classes: int, channels: int = 3) -> Segmenter:
     """In place of build_model."""
-    return Segmenter(Body(), 16, num_classes, dropout=dropout)
+    return Segmenter(Body(), 16, num_classes, dropout=options.dropout)
 
 
 def fitted(words: str, measure: Any = None) -> Path:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +17,16 @@ from anchorops.train.data.counts import class_counts
 from anchorops.train.data.digits import DigitScenes
 from anchorops.train.data.folders import open_folder
 from anchorops.train.data.loading import (
-    BatchSampler,
-    Draws,
     PhotometricDistort,
     RandomScale,
     Training,
     VariedCrop,
     augmentation,
+    draws,
     evaluation_transform,
 )
 from anchorops.train.data.splits import images_to_predict, open_split
-from anchorops.train.options import Data
+from anchorops.train.options import Data, Options
 
 
 def test_scenes_of_digits():
@@ -61,12 +61,9 @@ def test_digits_of_train_and_val_are_disjoint():
 
 def test_draws_do_not_depend_on_ranks_or_interruptions():
     def drawn(world: int, accumulate: int, first_step: int = 0) -> list[tuple[int, int]]:
-        options = {"batch_size": 8, "accumulate": accumulate, "world": world, "steps": 5}
-        options["first_step"] = first_step
-        samplers = [BatchSampler(Draws(10, seed=1), rank=r, **options) for r in range(world)]
-        return sorted(
-            (draw, image) for sampler in samplers for part in sampler for image, draw in part
-        )
+        options = Options(data=Data(batch_size=8, steps=5), accumulate=accumulate, seed=1)
+        batches = [draws(10, options, first_step, rank, world) for rank in range(world)]
+        return sorted((draw, image) for part in chain(*batches) for image, draw in part)
 
     everything = drawn(1, 1)
     assert everything == drawn(2, 2) == drawn(4, 1)
@@ -79,9 +76,9 @@ def test_draws_do_not_depend_on_ranks_or_interruptions():
 
 
 def test_augmentation_is_a_function_of_the_draw():
-    scaled = RandomScale(None, (0.5, 2.0))
-    transform = augmentation(3, (32, 32), scaled=scaled, flip=True, photometric=True)
-    data = Training(DigitScenes("train", 4, (40, 48), seed=0), transform, seed=5)
+    options = Data("folder", crop=(32, 32), scale=(0.5, 2.0), flip=True, photometric=True)
+    scenes = DigitScenes("train", 4, (40, 48), seed=0)
+    data = Training(scenes, augmentation(options), seed=5)
     before = torch.get_rng_state()
     image, labels = data[1, 10]
     assert torch.equal(torch.get_rng_state(), before)
@@ -95,7 +92,7 @@ def test_padding_is_ignored_and_labels_are_not_interpolated():
     """Images are padded at the bottom and at the right, with 0: the mean of normalised images."""
     image = tv_tensors.Image(torch.full((3, 20, 40), 255, dtype=torch.uint8))
     mask = tv_tensors.Mask(torch.randint(2, (20, 40)).short() * 7)
-    transform = augmentation(3, (64, 96), scaled=RandomScale(None, (1.5, 1.5)))
+    transform = augmentation(Data("folder", crop=(64, 96), scale=(1.5, 1.5)))
     padded, labels = transform(image, mask)
     assert padded.shape == (3, 64, 96) and labels.shape == (64, 96)
     assert (padded[:, :30, :60] > 2).all()
@@ -119,7 +116,8 @@ def test_sides(short_side: int | None, long_side: int | None, size: tuple[int, i
     height, width = (40, 80) if short_side != 1 else (40, 50)
     image = tv_tensors.Image(torch.zeros(3, height, width, dtype=torch.uint8))
     scale = RandomScale(short_side, (2.0, 2.0), long_side)
-    assert evaluation_transform(3, short_side, long_side)(image).shape[1:] == size
+    options = Data("folder", short_side=short_side, long_side=long_side)
+    assert evaluation_transform(options)(image).shape[1:] == size
     assert short_side == 1 or scale(image).shape[1:] == (2 * size[0], 2 * size[1])
 
 
@@ -158,10 +156,9 @@ def test_images_of_many_channels(folder: Path):
     write(path.with_suffix(".jpg"), None)
     write(path, np.full((6, 9, 5), 65_535, np.uint16))
     data = open_folder(folder, "train", channels=5)
-    transform = augmentation(5, (8, 8), scaled=RandomScale(None, (1.0, 1.0)))
-    image, labels = Training(data, transform, seed=0)[0, 0]
-    assert image.shape == (5, 8, 8) and labels.shape == (8, 8) and image.max() == 2
-    options = Data("folder", str(folder), channels=5, short_side=12)
+    options = Data("folder", str(folder), crop=(32, 32), channels=5, short_side=12)
+    image, labels = Training(data, augmentation(options), seed=0)[0, 0]
+    assert image.shape == (5, 32, 32) and labels.shape == (32, 32) and image.max() == 2
     ((index, image, size),) = images_to_predict(options, [path])
     assert index == 0 and image.shape == (1, 5, 12, 18) and (image == 2).all() and size == [6, 9]
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from anchorops.train.networks.learner import Learner, build_loss, build_regularizer
 from anchorops.train.networks.models import build_model, upsample_late
+from anchorops.train.options import Model
 
 MOBILENET = "fpn:tu-mobilenetv3_small_050"
 
@@ -35,7 +36,9 @@ def test_networks(name: str, dim: int, stride: int, moved: int):
     """Their logits. Late upsampling changes no loss, gradient or method, in float64, at other sizes
     and in evaluation too."""
     images, labels = torch.randn(2, 4, 64, 32).double(), torch.randint(7, (2, 64, 32))
-    network = build_model(name, 7, channels=4, auxiliary="dpt" not in name, dropout=0.1).double()
+    auxiliary_weight = 0.0 if "dpt" in name else 0.4
+    options = Model(name, auxiliary_weight=auxiliary_weight, dropout=0.1)
+    network = build_model(options, 7, 4).double()
     results = []
     for late in (False, True):
         torch.manual_seed(0)
@@ -54,7 +57,7 @@ def test_networks(name: str, dim: int, stride: int, moved: int):
 @pytest.mark.parametrize("architecture", ["fpn", "pspnet", "deeplabv3", "deeplabv3plus"])
 def test_dropout_replaces_that_of_the_architecture(architecture: str):
     def rates(dropout: float) -> list[float]:
-        model = build_model(f"{architecture}:resnet18", 7, dropout=dropout)
+        model = build_model(Model(f"{architecture}:resnet18", dropout=dropout), 7)
         kinds = (nn.Dropout, nn.Dropout2d)
         return [x.p for x in model.modules() if isinstance(x, kinds) and x.p > 0]
 
@@ -62,7 +65,7 @@ def test_dropout_replaces_that_of_the_architecture(architecture: str):
 
 
 def test_methods_see_the_features_before_dropout():
-    model, seen = build_model("hrnet-w18-small", 5, dropout=0.5), list[Tensor]()
+    model, seen = build_model(Model(dropout=0.5), 5), list[Tensor]()
     attachment = Learner(model, build_regularizer(["cr"], {}, 5, 240)).attachment
     assert attachment is not None
     model.classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -73,7 +76,8 @@ def test_methods_see_the_features_before_dropout():
 
 
 def test_classifiers_start_from_a_given_deviation():
-    model = build_model("fpn:resnet18", 50, auxiliary=True, classifier_std=0.01)
+    options = Model("fpn:resnet18", auxiliary_weight=0.4, classifier_std=0.01)
+    model = build_model(options, 50)
     assert model.auxiliary is not None
     for classifier in (model.classifier, model.auxiliary[-1]):
         assert float(classifier.weight.detach().std()) == pytest.approx(0.01, rel=0.05)
@@ -83,7 +87,7 @@ def test_classifiers_start_from_a_given_deviation():
 def test_size_of_the_paper():
     """Parameters and multiply-adds (which papers print as FLOPs) of SAR's Table 20, except those of
     norms."""
-    model = build_model("hrnet-w48", 19).eval().to("meta")
+    model = build_model(Model("hrnet-w48"), 19).eval().to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, 3, 1024, 1024, device="meta"))
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(65.86e6, rel=5e-4)
@@ -94,13 +98,13 @@ def test_size_of_the_paper():
 def test_weights_start_a_model_with_other_classes(auxiliary: bool, tmp_path: Path):
     """Those of a run. An auxiliary head comes and goes; the vectors of a method and the class
     weights stay behind."""
-    source = build_model("hrnet-w18-small", 5, auxiliary=auxiliary)
-    loss = build_loss("ce", torch.ones(5))
+    source = build_model(Model(auxiliary_weight=0.4 * auxiliary), 5)
+    loss = build_loss(Model(), torch.ones(5))
     run = Learner(source, build_regularizer(["sar"], {}, 5, 240), loss).state_dict()
     assert "pixel_loss.weight" in run
     path = tmp_path / "weights.pt"
     torch.save({"state_dict": {f"learner.{name}": x for name, x in run.items()}}, path)
-    model = build_model("hrnet-w18-small", 9, auxiliary=not auxiliary, weights=str(path))
+    model = build_model(Model(weights=str(path), auxiliary_weight=0.4 * (not auxiliary)), 9)
     assert torch.equal(next(model.parameters()), next(source.parameters()))
 
 
@@ -122,7 +126,7 @@ def test_weights_of_a_backbone(
     if kind == "half precision":
         given = {name: x.half() for name, x in given.items() if x.dim()}
     save_file(given, path) if kind == "safetensors" else torch.save({"state_dict": given}, path)
-    backbone = build_model(name, 5, backbone_weights=str(path)).backbone.state_dict()
+    backbone = build_model(Model(name, backbone_weights=str(path)), 5).backbone.state_dict()
     sums = {float(x.double().sum()) for x in given.values()}
     assert all(float(x.double().sum()) in sums for x in backbone.values())
     assert not any(x.dtype == torch.half for x in backbone.values())
@@ -133,9 +137,8 @@ def test_weights_of_a_backbone(
 
 FILES: dict[str, Callable[[], Any]] = {
     "list": lambda: [1, 2],
-    "numbers": lambda: {"model": [1]},
-    "hrnet": lambda: build_model("hrnet-w18-small", 5).state_dict(),
-    "resnet": lambda: timm.create_model("resnet18").state_dict(),
+    "numbers": lambda: {"x": torch.zeros(1)},
+    "hrnet": lambda: build_model(Model(), 5).state_dict(),
     "four channels": lambda: timm.create_model("mobilenetv3_small_050", in_chans=4).state_dict(),
 }
 BACKBONE = r"--model\.backbone_weights: .*"
@@ -147,17 +150,17 @@ BACKBONE = r"--model\.backbone_weights: .*"
         ("alexnet", {}, r"--model.network: expected hrnet-.*, got 'alexnet'"),
         ("unet:alexnet", {}, r"--model.network unet:alexnet: .*encoder name"),
         ("unet:tu-alexnet", {}, r"--model.network unet:tu-alexnet: Unknown model"),
-        ("dpt:tu-vit_tiny_patch16_224", {"auxiliary": True}, r"_weight: expected 0, dpt:.* no map"),
+        ("dpt:tu-vit_tiny_patch16_224", {"auxiliary_weight": 0.4}, r"_weight: expected 0 for DPT"),
         ("hrnet-w18-small", {"weights": "list"}, r"^list is damaged"),
-        ("hrnet-w18-small", {"weights": "numbers"}, r"weights numbers: expected a state dict"),
-        ("segformer-b0", {"weights": "hrnet"}, r"weights hrnet are of another model: \d+ missing"),
-        (MOBILENET, {"backbone_weights": "resnet"}, rf"{BACKBONE} of another network: of \d+ tens"),
+        ("hrnet-w18-small", {"weights": "numbers"}, r"weights numbers are not .*missing"),
+        ("segformer-b0", {"weights": "hrnet"}, r"weights hrnet are not those of this .*missing"),
+        (MOBILENET, {"backbone_weights": "numbers"}, rf"{BACKBONE} of another network: \d+ tens"),
         (
             MOBILENET,
             {"backbone_weights": "four channels"},
-            rf"{BACKBONE} 1 have another shape .*conv_stem.weight \[16, 4, 3, 3\] instead of ",
+            rf"{BACKBONE} size mismatch for model.conv_stem.weight: .*16, 4, 3, 3",
         ),
-        (MOBILENET, {"backbone_weights": "none"}, rf"{BACKBONE}none cannot be read: "),
+        (MOBILENET, {"backbone_weights": "none"}, rf"{BACKBONE}none cannot be loaded: "),
         (
             MOBILENET,
             {"backbone_weights": "list", "weights": "list"},
@@ -172,4 +175,4 @@ def test_networks_that_cannot_be(
     for file in FILES.keys() & set(options.values()):
         torch.save(FILES[file](), file)
     with pytest.raises(ValueError, match=message):
-        build_model(name, 3, **options)
+        build_model(Model(name, **options), 3)

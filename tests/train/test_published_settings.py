@@ -6,7 +6,7 @@ import torch
 from anchorops.train.commands import PRESETS, load_preset, parse
 from anchorops.train.networks.learner import build_regularizer
 from anchorops.train.networks.models import build_model
-from anchorops.train.options import Data
+from anchorops.train.options import Model
 
 NAMES = sorted({path.stem for path in PRESETS.glob("*.yaml")} - {"shared"})
 CONVOLUTIONAL = {load_preset(x)["model"]["network"] for x in NAMES if "segformer" not in x}
@@ -15,7 +15,7 @@ CONVOLUTIONAL = {load_preset(x)["model"]["network"] for x in NAMES if "segformer
 @pytest.mark.parametrize("network", sorted(CONVOLUTIONAL))
 def test_networks_of_presets(network: str):
     with torch.device("meta"):
-        model = build_model(network, 19, auxiliary=True)
+        model = build_model(Model(network, auxiliary_weight=0.4), 19)
         assert model(torch.empty(2, 3, 64, 96)).shape[:2] == (2, 19)
         assert model.auxiliary.logits().shape[:2] == (2, 19)
 

@@ -27,6 +27,7 @@ from anchorops.train import train as training
 from anchorops.train.__main__ import USAGE
 from anchorops.train.commands import fit, main, validate
 from anchorops.train.networks import learner, models
+from anchorops.train.options import Model
 from anchorops.train.report.compare import comparison, load_results
 from anchorops.train.run import Log, Stopped, only_process, read_metrics, save_atomically
 
@@ -312,7 +313,7 @@ def test_run_on_images_of_any_size(folder: Path, capsys: pytest.CaptureFixture[s
     names = [r"Straße $\frac$", "<i>thing", *(f"absent {k}" for k in range(12))]
     (folder / "classes.txt").write_text("\n".join([*names, "", ""]), encoding="utf-8")
     weights = folder / "mit_b0.pth"
-    torch.save(models.build_model("segformer-b0", 2).backbone.state_dict(), weights)
+    torch.save(models.build_model(Model("segformer-b0"), 2).backbone.state_dict(), weights)
     initial = ["--model.pretrained", "true", "--model.backbone_weights", str(weights)]
     with pytest.raises(ValueError, match=r"--data\.split: fit expects val, got test"):
         shutil.copytree(folder / "images/val", folder / "images/test")
@@ -421,7 +422,7 @@ def test_sizes_that_a_network_cannot_take(network: str, options: list[str], mess
 
 
 def test_images_that_a_network_cannot_take(tmp_path: Path, capsys):
-    model = models.build_model("pan:resnet18", 2)
+    model = models.build_model(Model("pan:resnet18"), 2)
     torch.save({"model": model.state_dict(), "channels": 3}, tmp_path / "best.ckpt")
     write(tmp_path / "small.png", image(64, 64))
     words = ["--run", str(tmp_path), "--model.weights", str(tmp_path / "best.ckpt")]

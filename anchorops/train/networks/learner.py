@@ -211,18 +211,7 @@ def build_learner(
     options: Model, num_classes: int, channels: int, frequencies: Tensor, prior: Tensor
 ) -> Learner:
     """The network with its methods and losses."""
-    from_file = options.weights or options.backbone_weights
-    model = build_model(
-        options.network,
-        num_classes,
-        channels=channels,
-        pretrained=options.pretrained and not from_file,
-        weights=options.weights,
-        backbone_weights=options.backbone_weights,
-        auxiliary=options.auxiliary_weight > 0,
-        dropout=options.dropout,
-        classifier_std=options.classifier_std,
-    )
+    model = build_model(options, num_classes, channels)
     arguments = arguments_of(
         options.methods, options.setting, options.paper_options or {}, options.method_options or {}
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -16,6 +17,7 @@ from torchvision.ops import Conv2dNormActivation
 import anchorops as ao
 
 from .. import ranks
+from ..options import Model
 
 SIZES = ("18-small", "18-small-v2", "18", "30", "32", "40", "44", "48", "64")
 HRNETS = {f"hrnet-w{size}": f"hrnet_w{size.replace('-', '_')}" for size in SIZES}
@@ -124,49 +126,27 @@ class HRNetBody(nn.Module):
         return self.mix(torch.cat([first, *resized], dim=1))
 
 
-def build_model(
-    name: str,
-    num_classes: int,
-    *,
-    channels: int = 3,
-    pretrained: bool = False,
-    weights: str | None = None,
-    backbone_weights: str | None = None,
-    auxiliary: bool = False,
-    dropout: float = 0.0,
-    classifier_std: float | None = None,
-) -> Segmenter:
-    """A network by name; the arguments are those of options.Model.
+def build_model(options: Model, num_classes: int, channels: int = 3) -> Segmenter:
+    """The network. channels: of the images. The file of weights may be a checkpoint of this
+    program, or any file of a state dict.
 
-    channels: of the images. weights: a checkpoint of this program, or any file of a state dict.
-    Entries of a classifier are skipped if the number of classes differs. backbone_weights: see
-    load_backbone.
-
-    Raises ValueError for an unknown name, for weights that do not match, for two files of weights,
-    and for an auxiliary head on DPT, whose backbone has no such map.
-    """
-    if weights and backbone_weights:
-        raise ValueError(
-            "--model.backbone_weights: expected no --model.weights beside it, which replaces the "
-            f"backbone too, got {weights}"
-        )
-    if auxiliary and name.startswith("dpt:"):
-        raise ValueError(f"--model.auxiliary_weight: expected 0, {name} has no map for such a head")
-    if name in HRNETS:
-        body = HRNetBody(name, channels, pretrained)
+    Raises ValueError for an unknown name, and for weights that do not match."""
+    from_file = options.weights or options.backbone_weights
+    pretrained = options.pretrained and not from_file
+    if options.network in HRNETS:
+        body = HRNetBody(options.network, channels, pretrained)
         dim, stages = body.dim, body.out_channels
     else:
-        body, dim, stages = _smp_body(name, channels, pretrained, dropout)
-    auxiliary_dim = stages[-2] if auxiliary else None
-    model = Segmenter(body, dim, num_classes, auxiliary_dim, dropout)
-    if classifier_std is not None:
-        model.draw_classifiers(classifier_std)
-    if weights:
-        loaded = read_checkpoint(Path(weights))
-        found = loaded.get("model", loaded.get("state_dict", loaded))
-        load_weights(model, found, Path(weights))
-    if backbone_weights:
-        load_backbone(model.backbone, Path(backbone_weights))
+        body, dim, stages = _smp_body(options.network, channels, pretrained, options.dropout)
+    auxiliary_dim = stages[-2] if options.auxiliary_weight > 0 else None
+    model = Segmenter(body, dim, num_classes, auxiliary_dim, options.dropout)
+    if options.classifier_std is not None:
+        model.draw_classifiers(options.classifier_std)
+    if options.weights:
+        loaded, path = read_checkpoint(Path(options.weights)), Path(options.weights)
+        load_weights(model, loaded.get("model", loaded.get("state_dict", loaded)), path)
+    if options.backbone_weights:
+        load_backbone(model.backbone, Path(options.backbone_weights))
     return model
 
 
@@ -232,11 +212,12 @@ def read_checkpoint(path: Path, needed: str | None = None) -> dict[str, Any]:
     return state
 
 
-def trained_model(network: str, path: Path, channels: int) -> Segmenter:
+def trained_model(options: Model, path: Path, channels: int) -> Segmenter:
     """The network of a checkpoint without its methods. CBP has removed the classifier's bias."""
     weights = read_checkpoint(path, "model")["model"]
     weight = weights["classifier.weight"]
-    model = build_model(network, len(weight), channels=channels)
+    options = replace(options, pretrained=False, weights=None, backbone_weights=None)
+    model = build_model(options, len(weight), channels)
     load_weights(model, {"classifier.bias": weight.new_zeros(len(weight)), **weights}, path)
     return model
 
