@@ -144,11 +144,12 @@ class Log:
         self.events = SummaryWriter(str(run), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float | Tensor]) -> None:
-        """Add values, as float32, to the line of a step."""
+        """Add values, floats as float32, to the line of a step."""
         for name, value in values.items():
-            single = torch.as_tensor(value, dtype=torch.float32).item()
-            self._lines.setdefault(step, {})[name] = single
-            self.events.add_scalar(name, single, step)
+            if not isinstance(value, int):
+                value = torch.as_tensor(value, dtype=torch.float32).item()
+            self._lines.setdefault(step, {})[name] = value
+            self.events.add_scalar(name, value, step)
         names = dict.fromkeys(name for line in self._lines.values() for name in line)
         file = io.StringIO()
         writer = csv.DictWriter(file, ["step", *names], lineterminator="\n")
