@@ -34,16 +34,16 @@ class Programs:
                 text=True,
             )
 
-    def run(self, *words: object, ranks: int = 1, **at: Any) -> tuple[list[int], str]:
+    def run(self, words: str, ranks: int = 1, **at: Any) -> tuple[list[int], str]:
         """The exit status of each rank, and what they print.
 
         at: place (of PLACES), call (the number of the call, from 0), signum, and rank, or None for
-        all processes of all ranks.
+        all processes of all ranks; without a place nothing disturbs them.
         """
         before = len(self.log.read_text())
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin and stdout
-        stdin.write(json.dumps({"words": [*map(str, words)], "ranks": ranks, "at": at}) + "\n")
+        stdin.write(json.dumps({"words": words.split(), "ranks": ranks, "at": at}) + "\n")
         stdin.flush()
         status = json.loads(stdout.readline())
         return status, self.log.read_text()[before:]
