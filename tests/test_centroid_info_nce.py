@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from host_time import Operators
-from operators import check, results
 from torch import Generator, Tensor
 
 import anchorops as ao
@@ -18,6 +17,7 @@ from anchorops import catalogue
 from anchorops.catalogue import Case, Entry, Inputs, Sample, formulas
 from anchorops.catalogue.inputs import normal, uniform
 from tests.helpers.memory import peak_allocated_bytes
+from tests.helpers.operators import check, results
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 REDUCTIONS = ("mean", "sum", "none")

@@ -4,7 +4,12 @@ import math
 
 import pytest
 import torch
-from class_moments_cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import anchorops as ao
+from anchorops._backend import CUDA_MAX_KEYS
+from tests.helpers.class_moments_cases import (
     BF16,
     F16,
     F32,
@@ -18,12 +23,7 @@ from class_moments_cases import (
     pixel_keys,
     run,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from simulated_gpu import BACKEND
-
-import anchorops as ao
-from anchorops._backend import CUDA_MAX_KEYS
+from tests.helpers.simulated_gpu import BACKEND
 from tests.test_guarantees import far
 
 cpu = pytest.mark.on("cpu")

@@ -4,11 +4,11 @@ torch needs of an operator. The cases and peculiarities of an operator are in it
 
 import pytest
 import torch
-from cpu_kernels import same_for_all_threads
-from operators import as_dtype, check, each, results, strided
 from torch import Tensor
 
 from anchorops.catalogue import Case
+from tests.helpers.cpu_kernels import same_for_all_threads
+from tests.helpers.operators import as_dtype, check, each, results, strided
 
 F64 = torch.float64
 pytestmark = [

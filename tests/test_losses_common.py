@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from host_time import Operators
-from methods import METHODS, D, K, batch, each_method, each_on_pixels, open_gate
-from slow import slow_but
 from torch import nn
 
 import anchorops as ao
 from anchorops.losses import Regularizer
+from tests.helpers.methods import METHODS, D, K, batch, each_method, each_on_pixels, open_gate
+from tests.helpers.slow import slow_but
 
 
 @each_method

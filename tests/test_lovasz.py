@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from memory import peak_allocated_bytes
-from small_networks import NO_TORCHVISION
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,6 +12,8 @@ import anchorops as ao
 from anchorops import reference
 from anchorops._shared.upsampling import transposed_rows
 from anchorops.catalogue.formulas import lovasz_of_classes, lovasz_of_sigmoids, upsampled
+from tests.helpers.memory import peak_allocated_bytes
+from tests.helpers.small_networks import NO_TORCHVISION
 
 IGNORED = 255
 EVERYWHERE = pytest.mark.on("reference", "cpu", "simulated_triton", "triton")

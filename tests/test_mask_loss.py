@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from operators import check_loss
 from torch import Tensor
 
 import anchorops as ao
 from anchorops.catalogue.masks import mask_loss
+from tests.helpers.operators import check_loss
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "mask_losses.py"
 LOGITS, MASKS = torch.zeros(3, 4, 5), torch.ones(3, 8, 10, dtype=torch.uint8)
@@ -250,9 +250,7 @@ def run_rank(rank: int, folder: str) -> None:
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
-def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="it is not installed")
     example()
-    # the ranks import this file as tests.test_mask_loss, and inherit the path
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
     multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=2)  # pyright: ignore

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cpu_kernels import same_for_all_threads
 from torch import Tensor
 
 import anchorops as ao
@@ -24,6 +23,7 @@ from anchorops._ops import mask_rle as module
 from anchorops._shared.upsampling import upsample
 from anchorops.catalogue.masks import objects
 from anchorops.measure import peak_extra_bytes
+from tests.helpers.cpu_kernels import same_for_all_threads
 
 coco = pytest.importorskip("pycocotools.mask", reason="pycocotools is not installed")
 ON_CPU = pytest.mark.on("reference", "cpu")

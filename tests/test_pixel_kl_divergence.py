@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_kernels import in_layout
-from operators import check, results
 from torch import Generator, Tensor
 
 import anchorops as ao
@@ -16,6 +14,8 @@ from anchorops._ops import volumes
 from anchorops.catalogue import Case, Entry, Inputs, Sample, formulas
 from anchorops.catalogue.budget import FLOOR, error_and_limit
 from anchorops.catalogue.pixels import Pixels
+from tests.helpers.cpu_kernels import in_layout
+from tests.helpers.operators import check, results
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 pytestmark = pytest.mark.on("reference", "cpu", "simulated_triton", "triton")

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from operators import check_loss
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import anchorops as ao
 from anchorops._ops.kth_largest import kth_largest
+from tests.helpers.operators import check_loss
 
 K = 5
 both_backends = pytest.mark.on("cpu", "reference")

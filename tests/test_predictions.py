@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from memory import peak_allocated_bytes
 from torch import Tensor
 
 import anchorops as ao
+from tests.helpers.memory import peak_allocated_bytes
 
 DTYPES = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64)
 SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {

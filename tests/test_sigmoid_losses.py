@@ -5,10 +5,10 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from operators import check_loss
 from torch import Tensor
 
 import anchorops as ao
+from tests.helpers.operators import check_loss
 
 POS = torch.tensor([1.0, 3.0, 0.5])
 both_backends = pytest.mark.on("cpu", "reference")

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from softmax_cases import ALL, BF16, CE, F16, F32, F64, moments, run, run_reference
 from torch import Tensor
 
 import anchorops as ao
@@ -13,6 +12,7 @@ from anchorops._moments import Options, Wanted
 from anchorops._ops.softmax_moments import moments_of
 from anchorops._shared.upsampling import upsample
 from anchorops.catalogue import Case
+from tests.helpers.softmax_cases import ALL, BF16, CE, F16, F32, F64, moments, run, run_reference
 
 on_cpu = pytest.mark.on("cpu", "reference")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the machine for PTX

@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cpu_kernels import same_for_all_threads
-from operators import results
 from torch import Tensor
 
 import anchorops as ao
 from anchorops._ops.kth_largest import kth_largest
+from tests.helpers.cpu_kernels import same_for_all_threads
+from tests.helpers.operators import results
 
 F32, F64 = torch.float32, torch.float64
 LOGITS = {

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from memory import peak_allocated_bytes
-from operators import check
-from softmax_cases import BF16, CE, F64, moments
 from torch import Tensor
 
 import anchorops as ao
 from anchorops._ops import volumes
 from anchorops.catalogue import Case, formulas
+from tests.helpers.memory import peak_allocated_bytes
+from tests.helpers.operators import check
+from tests.helpers.softmax_cases import BF16, CE, F64, moments
 
 K = 4
 pytestmark = pytest.mark.on("cpu", "reference")
