@@ -8,10 +8,9 @@ import torch
 # before the training program is imported; it skips this directory
 pytest.importorskip("torchvision", reason="the training program needs torchvision")
 
-from image_files import image, mask, write
-from tiny_runs import TINY
-
 from anchorops.train.commands import fit
+from tests.helpers.image_files import image, mask, write
+from tests.helpers.tiny_runs import TINY
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from image_files import write
 from torchvision import tv_tensors
 
 from anchorops.train.data.counts import check_classes, class_counts, fingerprint
@@ -21,6 +20,7 @@ from anchorops.train.data.loading import (
     augmentation,
     evaluation_transform,
 )
+from tests.helpers.image_files import write
 
 
 def test_counts_of_masks(folder: Path):

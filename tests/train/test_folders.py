@@ -8,11 +8,11 @@ from unicodedata import normalize
 import numpy as np
 import pytest
 import torch
-from image_files import image, mask, write
 from PIL import Image, ImageOps
 
 from anchorops.train.data.counts import class_counts
 from anchorops.train.data.folders import MaskFolder, open_folder, open_published
+from tests.helpers.image_files import image, mask, write
 
 
 def open_two(root: Path, **options: Any) -> MaskFolder:

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from gradient_ratios import gradient_ratios, measure
-from tiny_runs import TINY, assert_equal, figures, state
 
 from anchorops.train.commands import fit
 from anchorops.train.networks.learner import Learner, build_regularizer
 from anchorops.train.networks.models import build_model
+from tests.helpers.tiny_runs import TINY, assert_equal, figures, state
 
 
 @pytest.mark.slow

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_runs import TINY
 
 from anchorops.train import ranks
 from anchorops.train.commands import COMMANDS, PRESETS, RENAMED, main, masks_of, parse, presets
 from anchorops.train.data.splits import images_to_predict, open_split, open_splits
 from anchorops.train.options import FREE, Data, Model, Options
+from tests.helpers.tiny_runs import TINY
 
 MODEL_VALUES = {
     "auxiliary_weight": [-0.4, math.inf],

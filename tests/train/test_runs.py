@@ -17,10 +17,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from image_files import image, mask, write
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import FOLDER, TINY, assert_same_run, figures, small_network, state
 
 from anchorops.train import commands
 from anchorops.train import run as runs
@@ -30,6 +28,8 @@ from anchorops.train.commands import fit, main, validate
 from anchorops.train.networks import learner, models
 from anchorops.train.report.compare import comparison, load_results
 from anchorops.train.run import Log, Stop, Stopped, only_process, read_metrics, save_atomically
+from tests.helpers.image_files import image, mask, write
+from tests.helpers.tiny_runs import FOLDER, TINY, assert_same_run, figures, small_network, state
 
 
 @pytest.fixture

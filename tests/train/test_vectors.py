@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_runs import TINY, state
 
 import anchorops as ao
 from anchorops.train.commands import fit
 from anchorops.train.networks.learner import build_regularizer
+from tests.helpers.tiny_runs import TINY, state
 
 K, D = 11, 240
 
