@@ -117,56 +117,6 @@ def test_every_list_of_classes(classes: Any) -> None:
         )
 
 
-REFUSED = {
-    "5.0": (5.0, "5.0 of type float"),
-    "text": ("5", "'5' of type str"),
-    "bool": (True, "True of type bool"),
-    "np.bool": (np.bool_(True), f"{np.bool_(True)!r} of type "),
-    "np.float64": (np.float64(5), f"{np.float64(5)!r} of type float64"),
-    "bool tensor": (torch.tensor(True), "torch.bool tensor of shape () on cpu"),
-    "float tensor": (torch.tensor(5.0), "torch.float32 tensor of shape () on cpu"),
-    "several": (torch.tensor([5, 5]), "torch.int64 tensor of shape (2,) on cpu"),
-    "array": (np.array([5]), "array([5]) of type ndarray"),
-}
-TAKES_ONE: dict[str, Callable[[Any], Any]] = {
-    "num_classes": lambda v: ao.class_centroids(FEATURES, LABELS, v),
-    "groups": lambda v: ao.ops.class_moments(FEATURES, LABELS, K, groups=v, seed=1),
-    "seed": lambda v: ao.OCCL(K, D, seed=v),
-    "dim": lambda v: ao.SAR(K, v),
-    "layers": lambda v: ao.SAR(K, D, layers=v),
-    "bins": lambda v: ao.Lovasz(bins=v),
-    "ohem_min_kept": lambda v: ao.CrossEntropy(ohem_min_kept=v),
-    "ignore_index": lambda v: ao.pixel_cross_entropy(LOGITS, LABELS, ignore_index=v),
-}
-MATRIX_CLASSES = {
-    "confusion": lambda v: ao.confusion(LABELS, LABELS, v),
-    "MeanIoU": lambda v: ao.MeanIoU(v),
-}
-
-
-@pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_no_integer(kind: str) -> None:
-    """The message shows its type."""
-    value, got = REFUSED[kind]
-    calls = [*TAKES_ONE.items(), *(("num_classes", call) for call in MATRIX_CLASSES.values())]
-    for argument, call in calls:
-        with pytest.raises(ValueError) as error:
-            call(value)
-        assert f": {argument}: expected " in str(error.value)
-        assert f", got {got}" in str(error.value)
-    for size in ((value, 8), [8, value]):
-        with pytest.raises(ValueError, match=r"^pixel_argmax: size: expected \(H, W\), two ints"):
-            ao.pixel_argmax(LOGITS, size)
-    with pytest.raises(ValueError, match=r"^Dice: classes: expected different ints"):
-        ao.Dice(classes=[value])
-
-
-@pytest.mark.parametrize("size", [8, "88", {8: 1, 12: 2}, {8, 12}, torch.tensor(8), np.array(8)])
-def test_what_is_no_size(size: Any) -> None:
-    with pytest.raises(ValueError, match=r"size: expected \(H, W\), two ints of at least 0, got "):
-        ao.pixel_argmax(LOGITS, size)
-
-
 class Calls(nn.Module):
     def __init__(self, call: Callable[..., Any]) -> None:
         super().__init__()
@@ -279,8 +229,3 @@ def test_every_number(name: str, kind: str) -> None:
     actual = tensors_of(OF_NUMBERS[name](NUMBERS[kind](0.5)))
     for ours, right in zip(actual, expected, strict=True):
         assert torch.equal(ours, right)
-
-
-def test_a_size_of_more_than_64_bits_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"pixel_argmax: size: expected \(H, W\), two ints"):
-        ao.pixel_argmax(torch.randn(1, 3, 4, 4), (10**30, 12))

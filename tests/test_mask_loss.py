@@ -117,44 +117,6 @@ def test_compiled() -> None:
             torch.testing.assert_close(compiled(*given), loss(*given))
 
 
-WRONG: list[tuple[tuple, dict[str, Any], str]] = [
-    ((LOGITS[0], MASKS), {}, r"logits: expected a tensor \(N, h, w\), got .* \(4, 5\)"),
-    ((LOGITS.int(), MASKS), {}, r"logits: expected float32, .*, got torch.int32"),
-    ((LOGITS, MASKS[0]), {}, r"labels: expected a tensor \(N, H, W\) of masks, or .*\(8, 10\)"),
-    ((LOGITS, MASKS[:2]), {}, r"labels: expected 3 masks, as logits .*, got .* \(2, 8, 10\)"),
-    ((LOGITS, MASKS.float()), {}, "labels: expected an integer dtype, got torch.float32"),
-    ((LOGITS, MAPS.float(), IDS, IMAGES), {}, "labels: expected an integer dtype, got torch.float"),
-    ((LOGITS, MAPS, IDS[:2], IMAGES), {}, r"ids: expected a tensor \[3\], .*, got .* \(2,\)"),
-    ((LOGITS, MAPS, [1, 1, 1], IMAGES), {}, r"ids: expected a tensor \[3\], .*, got \[1, 1, 1\]"),
-    ((LOGITS, MAPS, IDS.float(), IMAGES), {}, "ids: expected an integer dtype, got torch.float32"),
-    ((LOGITS, MAPS, IDS, IMAGES[:2]), {}, r"images: expected a tensor \[3\], .*, got .* \(2,\)"),
-    ((LOGITS, MAPS, IDS, IMAGES > 0), {}, "images: expected an integer dtype, got torch.bool"),
-    ((LOGITS, MAPS, IDS), {}, "images: expected the number of each mask's map, of 2 maps, got No"),
-    ((LOGITS, MASKS, None, IMAGES), {}, "images: expected None without ids, got "),
-    ((LOGITS, MASKS), {"num_masks": 0}, "num_masks: expected a finite float or int, above 0, got"),
-    ((LOGITS, MASKS), {"num_masks": -1.0}, "num_masks: expected a finite .*, above 0, got -1.0"),
-    ((LOGITS, MASKS), {"num_masks": torch.ones(2)}, r"num_masks: expected one number, .* \(2,\)"),
-]
-CHECKED: list[tuple[tuple, dict[str, Any], str]] = [
-    ((LOGITS, MASKS + 1), {}, r"labels: expected values in \[0, 2\) or .*, got \[2\]"),
-    ((LOGITS, MAPS, IDS * 5, IMAGES), {}, r"ids: expected ids that are in their maps, got \[5, 5,"),
-    ((LOGITS, MAPS, IDS, IMAGES + 1), {}, r"images: expected numbers from 0 to 1, .*got \[1, 2\]"),
-    ((LOGITS, MASKS), {"num_masks": torch.tensor(0.0)}, "num_masks: expected a number above 0, go"),
-]
-
-
-@pytest.mark.parametrize(("given", "options", "message"), WRONG)
-def test_messages(given: tuple, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^MaskLoss: {message}"):
-        ao.MaskLoss()(*given, **options)
-
-
-@pytest.mark.parametrize(("given", "options", "message"), CHECKED)
-def test_messages_of_check_labels(given: tuple, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^MaskLoss: {message}"):
-        ao.MaskLoss(check_labels=True)(*given, **options)
-
-
 SIZES = {
     "padded": ([3, 5], [(64, 96), (90, 70)]),
     "odd sizes": ([4, 2], [(61, 83), (61, 83)]),

@@ -156,29 +156,6 @@ def test_a_masked_class_of_weight_0_has_no_part_in_label_smoothing():
     check_loss(loss, 0.95 * four, masked)
 
 
-def test_wrong_inputs():
-    logits, _, labels = inputs()
-    with pytest.raises(ValueError, match="CrossEntropy: weight: expected one number"):
-        ao.CrossEntropy(torch.ones(4))(logits, labels)
-    with pytest.raises(ValueError, match="Dice: pixel_weights: expected None"):
-        ao.Dice()(logits, labels, torch.ones(labels.shape))
-    with pytest.raises(ValueError, match="Dice: logits: expected at least 8 classes"):
-        ao.Dice(classes=[7])(logits, labels)
-
-
-def test_a_message_shows_what_was_wrong():
-    logits, _, labels = inputs()
-    for weight, got in ((19, "19 of type int"), (torch.tensor([1.0, -3.0]), "-3.0")):
-        with pytest.raises(ValueError, match=f"for each class, got {got}$"):
-            ao.CrossEntropy(weight)
-    with pytest.raises(ValueError, match="got a dict with the keys 'out', 'aux'"):
-        ao.pixel_cross_entropy({"out": logits, "aux": logits}, labels)
-    with pytest.raises(ValueError, match=r"got a tuple of torch.float64 tensor of shape"):
-        ao.CrossEntropy()((logits, logits), labels)
-    with pytest.raises(ValueError, match=r"of one image \(K, h, w\) give logits\[None\]"):
-        ao.CrossEntropy()(logits[0], labels[0])
-
-
 @both_backends
 @pytest.mark.parametrize("options", [{}, {"ohem_threshold": 0.9}, {"focal_gamma": 2.0}])
 def test_infinite_loss_of_a_class_of_weight_0(options, backend):

@@ -166,20 +166,6 @@ def test_empty(size: tuple[int, ...], label_size: tuple[int, ...], backend: str)
     assert loss == 0 and logits.grad.shape == logits.shape and not logits.grad.any()
 
 
-def test_messages() -> None:
-    logits, labels = inputs()
-    for function in (ao.pixel_cross_entropy, ao.ops.softmax_moments, ao.pixel_confusion):
-        name = function.__name__
-        with pytest.raises(ValueError, match=rf"^{name}: labels: expected a tensor \(2, D, H, W\)"):
-            function(logits, labels[:, 0, 0])
-        with pytest.raises(ValueError, match=rf"^{name}: labels: expected a tensor \(2, D, H, W\)"):
-            function(logits, labels[:, None].expand(-1, 2, -1, -1, -1))
-        with pytest.raises(ValueError, match=rf"^{name}: labels: expected a tensor \(2, H, W\)"):
-            function(logits[:, :, 0], labels)
-    with pytest.raises(ValueError, match=r"^pixel_argmax: size: expected \(D, H, W\), three ints"):
-        ao.pixel_argmax(logits, (9, 11))
-
-
 def test_memory(slab: int) -> None:
     """lse, and some slabs: no full-resolution map for each class."""
     logits = torch.randn(1, 30, 16, 8, 8, requires_grad=True)
