@@ -355,15 +355,6 @@ def test_no_classes_or_no_groups(reduction: str, backend: str):
 
 
 @every_backend
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_nothing_present(reduction: str, backend: str):
-    nan = {name: torch.full((6, 5), torch.nan) for name in ("queries", "keys")}
-    options = {"present": torch.zeros(6) > 0, "reduction": reduction}
-    found = results(lambda **x: ao.ops.centroid_info_nce(**x, **options), nan)
-    assert not any(x.any() for x in found)
-
-
-@every_backend
 def test_one_class_has_nothing_to_be_told_from(backend: str):
     one = {name: torch.randn(1, 5) for name in ("queries", "keys")}
     loss, dqueries, _ = results(ao.ops.centroid_info_nce, one)

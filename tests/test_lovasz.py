@@ -320,12 +320,6 @@ def test_sigmoids_that_are_not_finite():
     assert value.isfinite() and gradient.isfinite().all() and gradient[0, 0, 0, 1] == 0
 
 
-def test_no_labels():
-    logits, labels = torch.randn(2, 1, 4, 5), torch.zeros(2, 1, 0, 20, dtype=torch.int64)
-    value, gradient = value_and_gradient(ao.Lovasz(sigmoid=True), logits, labels)
-    assert value == 0 and not gradient.any()
-
-
 def test_upsampled_volumes_are_for_the_reference():
     logits, labels = example(5, 2, 6, 7)
     with ao.use_backend("cpu"), pytest.raises(ValueError, match='choose "reference" or "auto"'):

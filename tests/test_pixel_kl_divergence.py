@@ -267,23 +267,6 @@ def test_gradients_of_logits_far_apart(spread: float, stride: int, backend: str)
     assert error <= limit
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_nothing_to_compare(backend: str, reduction: str) -> None:
-    """No pixel of the labels."""
-    for size, pixels in (
-        ((2, 5, 3, 4), (0, 16)),
-        ((2, 3, 2, 3, 3), (0, 4, 4)),
-        ((2, 3, 2, 3, 3), (4, 0, 4)),
-    ):
-        x = torch.randn(size, requires_grad=True)
-        valid = torch.zeros(size[0], *pixels, dtype=torch.bool)
-        options = {"valid": valid, "reduction": reduction}
-        actual = ao.pixel_kl_divergence(x, torch.randn(size), pixels, **options)
-        assert not actual.any() and actual.shape == (valid.shape if reduction == "none" else ())
-        (gradient,) = torch.autograd.grad(actual.sum(), x)
-        assert gradient.shape == x.shape and not gradient.any()
-
-
 @pytest.mark.on("simulated_triton", "triton")
 @pytest.mark.parametrize("pixels", [(8, 12), (16, 24), (9, 13), (4, 6)])
 def test_equal_logits_have_no_gradient(pixels: tuple[int, int], backend: str):

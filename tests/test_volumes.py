@@ -147,25 +147,6 @@ def test_what_is_not_finite(backend: str) -> None:
     assert torch.equal(classes == 0, (classes == 0) | reads) and not (classes == 3).any()
 
 
-@pytest.mark.parametrize(
-    ("size", "label_size"),
-    [
-        ((0, K, 2, 3, 3), (4, 4, 4)),
-        ((2, K, 2, 3, 3), (0, 4, 4)),
-        ((2, K, 2, 3, 3), (4, 4, 0)),
-        pytest.param((2, K, 0, 3, 3), (4, 0, 4), marks=pytest.mark.on("cpu")),
-    ],
-)
-def test_empty(size: tuple[int, ...], label_size: tuple[int, ...], backend: str) -> None:
-    logits = torch.randn(size, requires_grad=True)
-    labels = torch.zeros(size[0], *label_size, dtype=torch.int64)
-    loss = ao.CrossEntropyDice()(logits, labels)
-    loss.backward()
-    assert ao.pixel_argmax(logits, label_size).shape == labels.shape
-    assert ao.pixel_confusion(logits, labels).sum() == 0
-    assert loss == 0 and logits.grad.shape == logits.shape and not logits.grad.any()
-
-
 def test_memory(slab: int) -> None:
     """lse, and some slabs: no full-resolution map for each class."""
     logits = torch.randn(1, 30, 16, 8, 8, requires_grad=True)
