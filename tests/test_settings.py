@@ -13,8 +13,8 @@ import anchorops as ao
 from anchorops import diagnostics
 
 K, D = 5, 12
-LOGITS, LABELS = torch.zeros(2, K, 4, 6), torch.zeros(2, 16, 24, dtype=torch.int64)
-FEATURES, ROWS = torch.zeros(2, D, 4, 6), torch.zeros(K, D)
+LOGITS, LABELS = torch.randn(2, K, 4, 6), torch.randint(0, 2, (2, 16, 24))
+FEATURES, ROWS = torch.randn(2, D, 4, 6), torch.randn(K, D)
 INFINITE, NAN = float("inf"), float("nan")
 
 LARGE = 2**63  # an int of more than 64 bits
@@ -139,9 +139,9 @@ RIGHT: dict[Callable[..., Any], dict[str, Any]] = {  # what the calls need besid
     ao.pixel_binary_cross_entropy: {"logits": LOGITS[:, :1], "labels": LABELS},
     ao.confusion: {"predictions": LABELS, "labels": LABELS, "num_classes": K},
     ao.pixel_argmax: {"logits": LOGITS, "size": (16, 24)},
-    ao.pixel_kl_divergence: {"logits": LOGITS, "teacher_logits": LOGITS, "size": (16, 24)},
+    ao.pixel_kl_divergence: {"logits": LOGITS, "teacher_logits": LOGITS.sin(), "size": (16, 24)},
     ao.mask_rle: {"logits": LOGITS[0], "size": (16, 24), "boxes": None},
-    ao.ops.centroid_info_nce: {"queries": ROWS, "keys": ROWS}
+    ao.ops.centroid_info_nce: {"queries": ROWS, "keys": ROWS.sin()}
     | dict.fromkeys(("positives", "present", "present_keys")),
 }
 # CBP's classifier is made, and its arguments are checked, by a public function
