@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_networks import D, K, Net, backward, batch
 from torch import Tensor, nn
 
 import anchorops as ao
 from anchorops import Attachment
 from anchorops.doctor.catalogue.features import METHODS
 from anchorops.losses import Regularizer
+from tests.helpers.small_networks import D, K, Net, backward, batch
 
 
 def test_features_are_the_classifiers_input_before_dropout() -> None:

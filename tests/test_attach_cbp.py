@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_networks import D, K, Net, backward, batch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import anchorops as ao
+from tests.helpers.small_networks import D, K, Net, backward, batch
 
 REPARAMETRIZED: dict[str, Callable[[nn.Module], Any]] = {
     "weight_norm": parametrizations.weight_norm,

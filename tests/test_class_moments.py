@@ -4,7 +4,12 @@ import math
 
 import pytest
 import torch
-from class_moments_cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import anchorops as ao
+from anchorops._backend import CUDA_MAX_KEYS
+from tests.helpers.class_moments_cases import (
     BF16,
     F16,
     F32,
@@ -18,13 +23,7 @@ from class_moments_cases import (
     pixel_keys,
     run,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from simulated_gpu import BACKEND
-
-import anchorops as ao
-from anchorops._backend import CUDA_MAX_KEYS
-from tests.test_guarantees import far
+from tests.helpers.simulated_gpu import BACKEND
 
 cpu = pytest.mark.on("cpu")
 on_cpu = pytest.mark.on("cpu", "reference")
@@ -368,16 +367,6 @@ def test_not_finite_element_spoils_its_gradient_alone(layout: str, backend: str)
     assert torch.equal(ours, clean)
 
 
-@pytest.mark.on("cpu", "simulated_triton", "simulated_cuda")
-@pytest.mark.parametrize("axis", [0, 1])
-def test_offsets_of_points_are_64_bit(axis: int, backend: str):
-    torch.use_deterministic_algorithms(False)  # otherwise torch.empty would write all of it
-    case = Case((61, 4) if axis else (4, 61), 2, F16)
-    inputs = make_inputs(case)
-    moved = inputs | {"features": far(inputs["features"], axis, torch.contiguous_format)}
-    torch.testing.assert_close(run(case, moved), run(case, inputs))
-
-
 @simulated_cuda
 @pytest.mark.parametrize("size", [(2, 250, 10, 136), (2, 250, 11, 125)])
 def test_not_finite_pixel_of_a_tile_of_one_key(size, backend: str):
@@ -436,32 +425,6 @@ def test_anchors_without_pixels(dtype: torch.dtype, backend: str, path: None):
 def test_squared_distances_alone(dtype: torch.dtype, anchors: str, backend: str, path: None):
     case = Case((2, 33, 6, 45), 7, dtype, labels="long runs", anchors=anchors)
     check_distances_alone(case, backend)
-
-
-@pytest.mark.parametrize(
-    ("size", "labels"),
-    [
-        ((0, 5), (0,)),
-        ((0, 5, 7), (0, 7)),
-        ((2, 5, 0), (2, 0)),
-        ((0, 5, 3, 4), (0, 6, 8)),
-        ((2, 5, 0, 4), (2, 0, 4)),
-        ((2, 5, 3, 0), (2, 3, 8)),
-        ((2, 5, 3, 4), (2, 6, 8)),
-        ((9, 5), (9,)),
-    ],
-)
-@pytest.mark.parametrize("per_image", [False, True])
-def test_nothing_valid(size, labels, backend: str, per_image: bool, path: None, poisoned: None):
-    features = torch.full(size, torch.nan, requires_grad=True)
-    anchors = torch.randn(3, 5, requires_grad=True)
-    ignored = torch.full(labels, 255)
-    statistics = ao.ops.class_moments(features, ignored, 3, anchors=anchors, per_image=per_image)
-    images = (1 if len(size) == 2 else size[0],) if per_image else ()
-    assert [tuple(s.shape) for s in statistics] == [(*images, 3), (*images, 3, 5), (*images, 3)]
-    assert not any(s.any() for s in statistics)
-    (statistics.sums.sum() + statistics.sqdists.sum()).backward()
-    assert features.grad.shape == size and not features.grad.any() and not anchors.grad.any()
 
 
 @st.composite

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from slow import slow_but
 from torch import Tensor
 from torch._inductor import aoti_compile_and_package, aoti_load_package
 from torch._inductor import config as inductor_config
@@ -18,6 +17,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.export import ExportedProgram
 
 import anchorops as ao
+from tests.helpers.slow import slow_but
 
 K, D = 4, 6
 SEED = torch.tensor(3)

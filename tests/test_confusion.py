@@ -4,11 +4,11 @@ almost equal. The catalogue compares them with torch."""
 import pytest
 import torch
 import torch.nn.functional as F
-from softmax_cases import BF16, F16, F32
 
 import anchorops as ao
 from anchorops import reference
 from anchorops._shared.upsampling import upsample
+from tests.helpers.softmax_cases import BF16, F16, F32
 from tests.test_class_keys import INTEGERS
 
 both_backends = pytest.mark.on("cpu", "reference")

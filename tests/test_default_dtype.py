@@ -6,10 +6,8 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import methods
 import pytest
 import torch
-from operators import each, results
 from torch import Tensor
 
 import anchorops as ao
@@ -17,6 +15,8 @@ from anchorops import diagnostics
 from anchorops.doctor.catalogue import Case, cases
 from anchorops.doctor.catalogue.entry import tensors_of
 from anchorops.doctor.catalogue.pixels import Loss
+from tests.helpers import methods
+from tests.helpers.operators import each, results
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
 on_cpu = pytest.mark.on("reference", "cpu")

@@ -389,9 +389,5 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_ranks_equal_one_process(
-    ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # the ranks import this file as tests.test_distributed, and inherit the path
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+def test_ranks_equal_one_process(ranks: int, tmp_path: Path) -> None:
     multiprocessing.spawn(run_rank, (ranks, str(tmp_path)), nprocs=ranks)  # pyright: ignore

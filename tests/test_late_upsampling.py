@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from small_networks import NO_TORCHVISION, K, transformers_segformer
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations
@@ -20,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import anchorops as ao
+from tests.helpers.small_networks import NO_TORCHVISION, K, transformers_segformer
 
 smp = pytest.importorskip("segmentation_models_pytorch", reason=NO_TORCHVISION)
 torchvision = pytest.importorskip("torchvision", reason=NO_TORCHVISION)

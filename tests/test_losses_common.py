@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from host_time import Operators
-from methods import METHODS, D, K, batch, each_method, each_on_pixels, open_gate
-from slow import slow_but
 from torch import nn
 
 import anchorops as ao
 from anchorops.losses import Regularizer
+from tests.helpers.methods import METHODS, D, K, batch, each_method, each_on_pixels, open_gate
+from tests.helpers.slow import slow_but
 
 
 @each_method
@@ -285,16 +285,3 @@ def test_gradient_of_ceco_in_evaluation() -> None:
     labels = torch.randint(0, K, (2, 1, 3))
     ceco = METHODS["CeCo"]().double().eval()
     assert torch.autograd.gradcheck(lambda f: ceco(f, labels), features)
-
-
-@each_method
-def test_label_values_are_checked_on_request(build: Callable[[], Regularizer]) -> None:
-    features, labels, classifier = batch()
-    labels = labels.clone()
-    labels.view(-1)[0] = K
-    method = build()
-    method(features, labels, classifier)  # the pixel is ignored
-    for module in (method, *getattr(method, "methods", ())):
-        module.check_labels = True
-    with pytest.raises(ValueError, match=rf"^{type(method).__name__}: labels: expected values in"):
-        method(features, labels, classifier)

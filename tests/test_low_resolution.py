@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from small_networks import K, smp_model, torchvision_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import anchorops as ao
+from tests.helpers.small_networks import K, smp_model, torchvision_model
 
 D = 8
 

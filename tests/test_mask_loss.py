@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from operators import check_loss
 from torch import Tensor
 
 import anchorops as ao
 from anchorops.doctor.catalogue.masks import mask_loss
+from tests.helpers.operators import check_loss
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "mask_losses.py"
 LOGITS, MASKS = torch.zeros(3, 4, 5), torch.ones(3, 8, 10, dtype=torch.uint8)
@@ -99,33 +99,6 @@ def test_compiled() -> None:
             z = torch.randn(n, 9, 13)
             given = z, maps, ids[:n].clone(), images[:n].clone()
             torch.testing.assert_close(compiled(*given), loss(*given))
-
-
-WRONG: list[tuple[tuple, dict[str, Any], str]] = [
-    ((LOGITS[0], MASKS), {}, r"logits: expected a tensor \(N, h, w\), got .* \(4, 5\)"),
-    ((LOGITS.int(), MASKS), {}, r"logits: expected float32, .*, got torch.int32"),
-    ((LOGITS, MASKS[0]), {}, r"labels: expected a tensor \(N, H, W\) of masks, or .*\(8, 10\)"),
-    ((LOGITS, MASKS[:2]), {}, r"labels: expected 3 masks, as logits .*, got .* \(2, 8, 10\)"),
-    ((LOGITS, MASKS.float()), {}, "labels: expected an integer dtype, got torch.float32"),
-    ((LOGITS, MAPS.float(), IDS, IMAGES), {}, "labels: expected an integer dtype, got torch.float"),
-    ((LOGITS, MAPS, IDS[:2], IMAGES), {}, r"ids: expected a tensor \[3\], .*, got .* \(2,\)"),
-    ((LOGITS, MAPS, IDS, IMAGES[:2]), {}, r"images: expected a tensor \[3\], .*, got .* \(2,\)"),
-    ((LOGITS, MAPS, IDS, IMAGES > 0), {}, "images: expected an integer dtype, got torch.bool"),
-    ((LOGITS, MAPS, IDS), {}, "images: expected the number of each mask's map, of 2 maps, got No"),
-    ((LOGITS, MASKS, None, IMAGES), {}, "images: expected None without ids, got "),
-    ((LOGITS, MASKS), {"num_masks": 0}, "num_masks: expected a finite float or int, above 0, got"),
-    ((LOGITS, MASKS), {"num_masks": torch.ones(2)}, r"num_masks: expected one number, .* \(2,\)"),
-    ((LOGITS, MASKS + 1), {}, r"labels: expected values in \[0, 2\) or .*, got \[2\]"),
-    ((LOGITS, MAPS, IDS * 5, IMAGES), {}, r"ids: expected ids that are in their maps, got \[5, 5,"),
-    ((LOGITS, MAPS, IDS, IMAGES + 1), {}, r"images: expected numbers from 0 to 1, .*got \[1, 2\]"),
-    ((LOGITS, MASKS), {"num_masks": torch.tensor(0.0)}, "num_masks: expected a number above 0, go"),
-]
-
-
-@pytest.mark.parametrize(("given", "options", "message"), WRONG)
-def test_messages(given: tuple, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^MaskLoss: {message}"):
-        ao.MaskLoss(check_labels=True)(*given, **options)
 
 
 SIZES = {
@@ -223,9 +196,7 @@ def run_rank(rank: int, folder: str) -> None:
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
-def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="it is not installed")
     example()
-    # the ranks import this file as tests.test_mask_loss, and inherit the path
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
     multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=2)  # pyright: ignore

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cpu_kernels import same_for_all_threads
 from torch import Tensor
 
 import anchorops as ao
@@ -24,6 +23,7 @@ from anchorops._ops import mask_rle as module
 from anchorops._shared.upsampling import upsample
 from anchorops.doctor.catalogue.masks import objects
 from anchorops.measure import peak_extra_bytes
+from tests.helpers.cpu_kernels import same_for_all_threads
 
 coco = pytest.importorskip("pycocotools.mask", reason="pycocotools is not installed")
 ON_CPU = pytest.mark.on("reference", "cpu")
@@ -433,33 +433,6 @@ def test_memory():
 
 
 Z = torch.zeros(2, 4, 5)
-MOST = 2**23
-LONG = Z[:, :1, :1].expand(2, MOST + 1, 1)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"logits": [1.0]}, r"logits: expected a tensor \(N, h, w\), got \[1.0\]"),
-        ({"logits": Z.int()}, "logits: expected float32, .* or float64, got torch.int32"),
-        ({"logits": Z.to_sparse()}, "logits: expected a strided tensor"),
-        ({"logits": Z[:, :0]}, r"logits: expected at least one pixel per mask, got .*\(2, 0, 5\)"),
-        ({"logits": LONG}, r"logits: expected axes of at most 2\^23, got \(8388609, 1\)"),
-        ({"size": (8,)}, r"size: expected \(H, W\), two ints of at least 0, got \(8,\)"),
-        ({"size": (MOST + 1, 1)}, r"size: expected axes of at most 2\^23, got \(8388609, 1\)"),
-        ({"threshold": 1}, r"threshold: expected a float in \(0, 1\), got 1 of type int"),
-        ({"align_corners": 1}, "align_corners: expected True or False, got 1"),
-        ({"boxes": [[0, 0, 1, 1]] * 2}, r"boxes: expected a tensor \(2, 4\), as logits, got \[\["),
-        ({"boxes": torch.zeros(1, 4)}, r"boxes: expected a tensor \(2, 4\), .* shape \(1, 4\)"),
-        ({"boxes": torch.zeros(2, 4).bool()}, "boxes: expected a real dtype, got torch.bool"),
-        ({"boxes": torch.zeros(2, 4) * 1j}, "boxes: expected a real dtype, got torch.complex64"),
-        ({"boxes": Z[:, 0, :4] / torch.tensor([[1], [0]])}, "boxes: expected numbers, .* in box 1"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_messages(arguments: dict[str, Any], message: str):
-    with pytest.raises(ValueError, match=f"^mask_rle: {message}"):
-        ao.mask_rle(**({"logits": Z, "size": (8, 10)} | arguments))
 
 
 def test_cpu_for_logits_of_another_device():

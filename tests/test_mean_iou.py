@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import anchorops as ao
 
@@ -160,52 +159,6 @@ def test_as_a_metric() -> None:
     assert torch.equal(copy.deepcopy(restored).compute(), both.compute())
     collection = MetricCollection({"miou": ao.MeanIoU(K), "copy": ao.MeanIoU(K)})
     assert collection(logits, labels)["miou"] == collection.compute()["copy"]
-
-
-LOGITS, LABELS = torch.zeros(2, K, 4, 5), torch.zeros(2, 8, 10, dtype=torch.int64)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"predictions": None}, "predictions: expected a tensor of logits or classes, got None"),
-        ({"predictions": LOGITS[:, 1:]}, "predictions: expected 6 channels .*, as num_classes"),
-        ({"predictions": LOGITS[:, :1]}, r"predictions: expected 6 .*MeanIoU\(1, sigmoid=True\)"),
-        ({"predictions": LOGITS[..., 0]}, r"predictions: expected logits \(B, K, h, w\)"),
-        ({"predictions": LABELS[1:]}, r"predictions: expected an int64 tensor of shape \(2, 8, 10"),
-        ({"predictions": LABELS * 1j}, "predictions: expected an integer dtype, got"),
-        ({"labels": LABELS.float()}, "labels: expected an integer dtype, got torch.float32"),
-        ({"labels": LABELS[1:]}, r"labels: expected a tensor \(2, H, W\), as logits, got"),
-        ({"labels": LABELS + K}, r"labels: expected values in \[0, 6\) .*\[6\]"),
-    ],
-    ids=str,
-)
-def test_messages_of_update(arguments: dict[str, Any], message: str) -> None:
-    inputs: dict[str, Tensor] = {"predictions": LOGITS, "labels": LABELS} | arguments
-    with pytest.raises(ValueError, match=f"^MeanIoU: {message}"):
-        ao.MeanIoU(K, check_labels=True).update(**inputs)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            {"num_classes": 1},
-            r"num_classes: expected 2 to 4096 classes .*MeanIoU\(1, sigmoid=True\).*, got 1",
-        ),
-        ({"num_classes": 0, "sigmoid": True}, "num_classes: expected an int of at least 1, got 0"),
-        ({"num_classes": 3, "sigmoid": 1}, "sigmoid: expected True or False, got 1"),
-        ({"num_classes": 3, "align_corners": None}, "align_corners: expected True or False"),
-        (
-            {"num_classes": 3, "average": "mean"},
-            "average: expected 'macro' or 'micro' or 'weighted' or 'none', got 'mean'",
-        ),
-    ],
-    ids=str,
-)
-def test_messages_of_arguments(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^MeanIoU: {message}"):
-        ao.MeanIoU(**arguments)
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 9), (2, 1, 8, 9), (2, 3, 4, 5), (2, 1, 3, 4, 5)])

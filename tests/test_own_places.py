@@ -7,9 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import own_places
 import pytest
-from own_places import ROOT, Untouched
+
+from tests.helpers import own_places
+from tests.helpers.own_places import ROOT, Untouched
 
 
 def test_directory_home_and_caches() -> None:

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_kernels import in_layout
-from operators import check, results
 from torch import Generator, Tensor
 
 import anchorops as ao
@@ -16,6 +14,8 @@ from anchorops._ops import volumes
 from anchorops.doctor.catalogue import Case, Entry, Inputs, Sample, formulas
 from anchorops.doctor.catalogue.budget import FLOOR, error_and_limit
 from anchorops.doctor.catalogue.pixels import Pixels
+from tests.helpers.cpu_kernels import in_layout
+from tests.helpers.operators import check, results
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 pytestmark = pytest.mark.on("reference", "cpu", "simulated_triton", "triton")
@@ -267,23 +267,6 @@ def test_gradients_of_logits_far_apart(spread: float, stride: int, backend: str)
     assert error <= limit
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_nothing_to_compare(backend: str, reduction: str) -> None:
-    """No pixel of the labels."""
-    for size, pixels in (
-        ((2, 5, 3, 4), (0, 16)),
-        ((2, 3, 2, 3, 3), (0, 4, 4)),
-        ((2, 3, 2, 3, 3), (4, 0, 4)),
-    ):
-        x = torch.randn(size, requires_grad=True)
-        valid = torch.zeros(size[0], *pixels, dtype=torch.bool)
-        options = {"valid": valid, "reduction": reduction}
-        actual = ao.pixel_kl_divergence(x, torch.randn(size), pixels, **options)
-        assert not actual.any() and actual.shape == (valid.shape if reduction == "none" else ())
-        (gradient,) = torch.autograd.grad(actual.sum(), x)
-        assert gradient.shape == x.shape and not gradient.any()
-
-
 @pytest.mark.on("simulated_triton", "triton")
 @pytest.mark.parametrize("pixels", [(8, 12), (16, 24), (9, 13), (4, 6)])
 def test_equal_logits_have_no_gradient(pixels: tuple[int, int], backend: str):
@@ -319,61 +302,3 @@ def test_terms_of_a_row_that_may_be_lost(of_student: float | None, backend: str)
     valid = torch.ones(1, 8, 8, dtype=torch.bool)
     exact = formulas.kl_divergence(student.double(), teacher.double(), valid, reduction="none")
     torch.testing.assert_close(values, exact, rtol=1e-5, atol=5e-5)
-
-
-LOGITS, VALID = torch.zeros(2, 5, 4, 6), torch.ones(2, 16, 24, dtype=torch.bool)
-VOLUME = {"logits": LOGITS[:, :, None], "teacher_logits": LOGITS[:, :, None], "size": (4, 16, 24)}
-WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"logits": None}, r"logits: expected a tensor .*, got None of type NoneType"),
-    (
-        {"logits": LOGITS[0]},
-        r"logits: expected a tensor \(B, K, h, w\) or \(B, K, d, h, w\), got .*\(5, 4, 6\) on cpu",
-    ),
-    ({"logits": LOGITS[:, :1]}, r"logits: expected at least 2 classes .*torch.cat.*, got shape"),
-    ({"logits": LOGITS.int()}, "logits: expected float32, .*, got torch.int32"),
-    ({"logits": LOGITS[:, :, :0]}, "logits: expected at least one pixel per image, got shape"),
-    ({"teacher_logits": None}, r"teacher_logits: expected a tensor \(2, 5, h, w\), .*, got None"),
-    (
-        {"teacher_logits": LOGITS[:, :4]},
-        r"teacher_logits: expected .*\(2, 5, h, w\).*\(2, 4, 4, 6\)",
-    ),
-    ({"teacher_logits": LOGITS.long()}, "teacher_logits: expected float32 or .*, got torch.int64"),
-    (
-        {"teacher_logits": LOGITS.double()},
-        "teacher_logits: expected float32 or bfloat16 or float16, got torch.float64 with logits in",
-    ),
-    (
-        {"logits": LOGITS.double()},
-        "teacher_logits: expected float64, got torch.float32 with logits",
-    ),
-    ({"teacher_logits": LOGITS[..., :0]}, "teacher_logits: expected at least one pixel per image"),
-    ({"size": 16}, r"size: expected \(H, W\), two ints of at least 0, got 16 of type int"),
-    ({"size": (16, -1)}, r"size: expected \(H, W\), two ints of at least 0, got \(16, -1\)"),
-    (
-        {"valid": VALID[:1]},
-        r"valid: expected a bool tensor \(2, 16, 24\), or None, got .*\(1, 16, 24",
-    ),
-    ({"valid": VALID.int()}, r"valid: expected a bool tensor .*, got torch.int32 tensor"),
-    ({"valid": VALID.to("meta")}, "valid: expected device cpu, as logits, got meta"),
-    ({"valid": [True]}, r"valid: expected a bool tensor .*, got \[True\] of type list"),
-    ({"temperature": 0.0}, "temperature: expected a finite float or int, above 0, got 0.0"),
-    ({"temperature": "1"}, "temperature: expected a finite float or int, above 0, got '1'"),
-    ({"temperature": 1e-40}, "temperature: expected a normal number of float32, .*, got 1e-40"),
-    ({"align_corners": 1}, "align_corners: expected True or False, got 1 of type int"),
-    ({"reduction": "batchmean"}, "reduction: expected 'mean' or 'sum' or 'none', got 'batchmean'"),
-    (
-        VOLUME | {"teacher_logits": LOGITS},
-        r"teacher_logits: expected a tensor \(2, 5, d, h, w\)",
-    ),
-    (VOLUME | {"size": (16, 24)}, r"size: expected \(D, H, W\), three ints"),
-    ({"size": (4, 16, 24)}, r"size: expected \(H, W\), two ints"),
-    (VOLUME | {"valid": VALID}, r"valid: expected a bool tensor \(2, 4, 16, 24\)"),
-]
-
-
-@pytest.mark.on("cpu", "reference")
-@pytest.mark.parametrize(("changed", "message"), WRONG, ids=lambda v: str(v)[:50])
-def test_messages(backend: str, changed: dict[str, Any], message: str) -> None:
-    arguments = {"logits": LOGITS, "teacher_logits": LOGITS, "size": (16, 24)} | changed
-    with pytest.raises(ValueError, match=f"^pixel_kl_divergence: {message}"):
-        ao.pixel_kl_divergence(**arguments)

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from operators import check_loss
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import anchorops as ao
 from anchorops._ops.kth_largest import kth_largest
+from tests.helpers.operators import check_loss
 
 K = 5
 both_backends = pytest.mark.on("cpu", "reference")
@@ -154,29 +154,6 @@ def test_a_masked_class_of_weight_0_has_no_part_in_label_smoothing():
         z, labels.clamp(max=3), weight[kept].double(), label_smoothing=0.2 / 0.95
     )
     check_loss(loss, 0.95 * four, masked)
-
-
-def test_wrong_inputs():
-    logits, _, labels = inputs()
-    with pytest.raises(ValueError, match="CrossEntropy: weight: expected one number"):
-        ao.CrossEntropy(torch.ones(4))(logits, labels)
-    with pytest.raises(ValueError, match="Dice: pixel_weights: expected None"):
-        ao.Dice()(logits, labels, torch.ones(labels.shape))
-    with pytest.raises(ValueError, match="Dice: logits: expected at least 8 classes"):
-        ao.Dice(classes=[7])(logits, labels)
-
-
-def test_a_message_shows_what_was_wrong():
-    logits, _, labels = inputs()
-    for weight, got in ((19, "19 of type int"), (torch.tensor([1.0, -3.0]), "-3.0")):
-        with pytest.raises(ValueError, match=f"for each class, got {got}$"):
-            ao.CrossEntropy(weight)
-    with pytest.raises(ValueError, match="got a dict with the keys 'out', 'aux'"):
-        ao.pixel_cross_entropy({"out": logits, "aux": logits}, labels)
-    with pytest.raises(ValueError, match=r"got a tuple of torch.float64 tensor of shape"):
-        ao.CrossEntropy()((logits, logits), labels)
-    with pytest.raises(ValueError, match=r"of one image \(K, h, w\) give logits\[None\]"):
-        ao.CrossEntropy()(logits[0], labels[0])
 
 
 @both_backends

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operators import check, results
-from softmax_cases import ALL, BF16, CE, F16, F32, F64, moments, run, run_reference
 from torch import Tensor
 
 import anchorops as ao
 from anchorops.doctor.catalogue import Case, formulas
 from anchorops.doctor.catalogue.budget import FLOOR, error_and_limit
+from tests.helpers.operators import check, results
+from tests.helpers.softmax_cases import ALL, BF16, CE, F16, F32, F64, moments, run, run_reference
 
 cpu = pytest.mark.on("cpu")
 on_cpu = pytest.mark.on("cpu", "reference")

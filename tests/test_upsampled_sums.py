@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from operators import check
-from simulated_gpu import BACKEND
 from torch import Generator, Tensor
 
 from anchorops import reference
@@ -19,6 +17,8 @@ from anchorops._ops.upsampled_sums import upsampled_sums
 from anchorops.doctor.catalogue import Case, Entry, Inputs, Sample, formulas
 from anchorops.doctor.catalogue.budget import FLOOR
 from tests.helpers.memory import peak_allocated_bytes
+from tests.helpers.operators import check
+from tests.helpers.simulated_gpu import BACKEND
 
 K = 5
 Size = tuple[int, int]

@@ -5,8 +5,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from cpu_kernels import in_layout
-from operators import as_dtype
 from torch import Tensor
 
 import anchorops as ao
@@ -15,6 +13,8 @@ from anchorops._moments import statistics_dtype
 from anchorops.doctor.catalogue import Inputs, formulas
 from anchorops.doctor.catalogue.budget import error_and_limit
 from anchorops.doctor.catalogue.entry import evaluate
+from tests.helpers.cpu_kernels import in_layout
+from tests.helpers.operators import as_dtype
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 # of the largest number; in float64 the formula itself has as many as the backend

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from simulated_gpu import SIMULATED
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,6 +14,7 @@ from anchorops.doctor import catalogue
 from anchorops.doctor.catalogue import Case, Inputs
 from anchorops.doctor.catalogue.budget import FLOOR, error_and_limit
 from anchorops.doctor.catalogue.entry import evaluate
+from tests.helpers.simulated_gpu import SIMULATED
 
 FEW = ("class_moments", "CrossEntropy", "Dice", "pixel_argmax")
 

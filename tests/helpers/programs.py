@@ -52,10 +52,10 @@ class Programs:
 def _serve() -> None:
     import torch
     from matplotlib.figure import Figure
-    from tiny_runs import small_network
 
     from anchorops.train import __main__, commands, evaluation, train
     from anchorops.train.networks import learner, models
+    from tests.helpers.tiny_runs import small_network
 
     learner.build_model = models.build_model = small_network
     train.draw_predictions = lambda *_, **__: Figure(figsize=(1, 1))

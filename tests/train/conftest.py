@@ -9,10 +9,9 @@ import torch
 # before the training program is imported; it skips this directory
 pytest.importorskip("torchvision", reason="the training program needs torchvision")
 
-from image_files import image, mask, write
-from tiny_runs import TINY, fitted
-
 from anchorops.train.commands import main
+from tests.helpers.image_files import image, mask, write
+from tests.helpers.tiny_runs import TINY, fitted
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_files import write
 from torch import Tensor
 from torchvision import tv_tensors
 
@@ -27,6 +26,7 @@ from anchorops.train.data.loading import (
 )
 from anchorops.train.data.splits import images_to_predict, open_split
 from anchorops.train.options import Data, Options
+from tests.helpers.image_files import write
 
 
 def test_scenes_of_digits():

@@ -10,12 +10,12 @@ from unicodedata import normalize
 import numpy as np
 import pytest
 import torch
-from image_files import image, mask, write
 from PIL import Image, ImageOps
 
 from anchorops.train.data.counts import check_classes, class_counts, fingerprint
 from anchorops.train.data.digits import DigitScenes
 from anchorops.train.data.folders import MaskFolder, open_folder, open_published
+from tests.helpers.image_files import image, mask, write
 
 
 def open_two(root: Path, **options: Any) -> MaskFolder:

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
-from image_files import chunk, image, mask, png, tiff, write
 from PIL import Image
 from scipy.io import savemat
 
 from anchorops.train.data.images import read_image, read_mask, read_upright
+from tests.helpers.image_files import chunk, image, mask, png, tiff, write
 
 BINARY = np.array([[0, 1, 1, 0], [1, 1, 0, 0]])
 GREY = np.array([[0, 1, 2, 3], [3, 2, 1, 0]])

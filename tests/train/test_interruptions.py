@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from image_files import image, write
-from programs import Programs
-from tiny_runs import FOLDER, TINY, assert_same_run, figures, state
+
+from tests.helpers.image_files import image, write
+from tests.helpers.programs import Programs
+from tests.helpers.tiny_runs import FOLDER, TINY, assert_same_run, figures, state
 
 RUN = (  # batches of two images for each of three ranks, too
     f"fit {TINY} --data.steps 7 --data.workers 1 --data.val_images 8 --data.batch_size 12 "

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from gradient_ratios import gradient_ratios, measure
-from tiny_runs import TINY, assert_equal, figures, fitted, state
 from torch import Tensor
 
 import anchorops as ao
@@ -24,6 +23,7 @@ from anchorops.train.networks.learner import (
 )
 from anchorops.train.networks.models import build_model
 from anchorops.train.options import Model
+from tests.helpers.tiny_runs import TINY, assert_equal, figures, fitted, state
 
 K, D = 11, 240  # of HRNet-W18-small on digits
 

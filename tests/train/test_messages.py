@@ -8,12 +8,12 @@ from string import Template
 import numpy as np
 import pytest
 import torch
-from image_files import image, write
-from tiny_runs import TINY
 
 from anchorops.train.commands import COMMANDS, RENAMED
 from anchorops.train.networks.models import build_model
 from anchorops.train.options import FREE, Model
+from tests.helpers.image_files import image, write
+from tests.helpers.tiny_runs import TINY
 
 Refused = Callable[..., None]
 

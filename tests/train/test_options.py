@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from image_files import write
 
 from anchorops.train.commands import PRESETS, Given, main, masks_of, parse, presets
 from anchorops.train.options import Options
+from tests.helpers.image_files import write
 
 
 def parsed(words: str) -> Given:

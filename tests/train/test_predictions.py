@@ -6,15 +6,15 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from image_files import image, write
 from PIL import Image
-from tiny_runs import FOLDER
 
 import anchorops as ao
 from anchorops.train import commands
 from anchorops.train.commands import fit, predict_masks
 from anchorops.train.networks.models import upsample_late
 from anchorops.train.run import read_metrics
+from tests.helpers.image_files import image, write
+from tests.helpers.tiny_runs import FOLDER
 
 
 def predict(run: Path, images: list[Path], out: Path, *options: str) -> None:

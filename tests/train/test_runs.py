@@ -17,10 +17,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from image_files import mask, write
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import FOLDER, TINY, assert_same_run, figures, fitted, small_network, state
 
 from anchorops.train import commands
 from anchorops.train import train as training
@@ -30,6 +28,16 @@ from anchorops.train.networks import learner, models
 from anchorops.train.options import Model
 from anchorops.train.report.compare import comparison, load_results
 from anchorops.train.run import Log, Stopped, only_process, read_metrics, save_atomically
+from tests.helpers.image_files import mask, write
+from tests.helpers.tiny_runs import (
+    FOLDER,
+    TINY,
+    assert_same_run,
+    figures,
+    fitted,
+    small_network,
+    state,
+)
 
 PLAIN = f"{TINY} --model.methods []"
 Refused = Callable[..., None]
