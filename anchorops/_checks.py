@@ -137,12 +137,12 @@ def check_not_empty(
         fail(function, argument, f"at least one pixel per {of}", f"shape {tuple(x.shape)}")
 
 
-def check_features(function: str, features: Tensor, argument: str = "features") -> None:
+def check_features(function: str, features: Tensor) -> None:
     """features: floating, (N, D), (B, D, N) or (B, D, H, W), D at least 1."""
     shapes = "(N, D), (B, D, N) or (B, D, H, W)"
-    check_floating(function, argument, features, (2, 3, 4), shapes)
+    check_floating(function, "features", features, (2, 3, 4), shapes)
     if features.shape[1] == 0:
-        fail(function, argument, "at least one channel", f"shape {tuple(features.shape)}")
+        fail(function, "features", "at least one channel", f"shape {tuple(features.shape)}")
 
 
 def check_labels(function: str, labels: Tensor, features: Tensor) -> None:
