@@ -1,12 +1,9 @@
 """Runs the cases of the catalogue on each usable backend, compares, and reports.
 
 A case calls public functions, on tensors that lie between NaN, and compares values and gradients
-with torch's functions in float64. An error may be twice that of torch's functions in float32, plus
-2⁻²⁰ of the largest number; a gradient in half precision may be rounded once more. A second call
-must give the same bits. Only the methods have no formula here: they are compared with themselves in
-float64, by the backend `reference`.
-
-What is wrong can be taken out of "auto": `report` prints how.
+with torch's functions in float64, within the error budget (catalogue/budget.py). A second call must
+give the same bits. The methods alone are compared with themselves, by the backend `reference`. What
+is wrong can be taken out of "auto": `report` prints how.
 """
 
 import json
