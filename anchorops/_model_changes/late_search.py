@@ -185,15 +185,9 @@ class _Watch(TorchFunctionMode):
         tokens = call.result()
         if tokens is None or v != call.version or not tokens.is_contiguous():
             return []
-        b, length, c = tokens.shape
-        spatial = [c * math.prod(x.shape[i + 1 :]) for i in range(2, x.dim())]
-        strides = [length * c, 1, *spatial]
-        same = x.shape[:2] == (b, c) and all(
-            n == 1 or a == e for n, a, e in zip(x.shape, x.stride(), strides, strict=True)
-        )
-        if not same or not _is_plain(call.weight) or x.data_ptr() != tokens.data_ptr():
-            return []
-        return [*chain, call]
+        size = x.shape[2:]
+        same = size.numel() == tokens.shape[1] and x.is_set_to(tokens.mT.unflatten(2, size))
+        return [*chain, call] if same and _is_plain(call.weight) else []
 
 
 def _is_plain(weight: Tensor | None) -> bool:
