@@ -4,7 +4,6 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -97,10 +96,8 @@ def exclude_from_auto(backend: str, *operators: str) -> None:
 
     Args:
         backend: "cuda", "triton" or "cpu".
-        operators: at least one of "class_moments" (with their keys), "split_groups" (random groups
-            of pixels), "upsampled_sums" and "kth_largest" (each with its keys), "softmax_moments",
-            "pixel_kl_divergence", "pixel_argmax", "confusion", "probability_histograms",
-            "mask_rle" and "centroid_info_nce".
+        operators: at least one name, such as "softmax_moments"; the message about an unknown one
+            lists all. "class_moments", "upsampled_sums" and "kth_largest" include their keys.
 
     Raises ValueError for an unknown name, and for an operator that the backend does not have.
     """
@@ -158,12 +155,7 @@ class use_backend:
         self._entered = True
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         _choice.backend = self._previous.pop()
 
 

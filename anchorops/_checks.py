@@ -74,13 +74,8 @@ def as_ints(values: Any) -> tuple[int, ...] | None:
     """`as_int` of each value of a sequence or an array; None if it is neither, or one is no int."""
     if not isinstance(values, (tuple, list, Sequence)) and getattr(values, "ndim", 0) != 1:
         return None
-    ints: list[int] = []
-    for value in values:
-        number = as_int(value)
-        if number is None:
-            return None
-        ints.append(number)
-    return tuple(ints)
+    ints = [number for number in map(as_int, values) if number is not None]
+    return tuple(ints) if len(ints) == len(values) else None
 
 
 def check_int(
@@ -137,12 +132,12 @@ def check_not_empty(
         fail(function, argument, f"at least one pixel per {of}", f"shape {tuple(x.shape)}")
 
 
-def check_features(function: str, features: Tensor, argument: str = "features") -> None:
+def check_features(function: str, features: Tensor) -> None:
     """features: floating, (N, D), (B, D, N) or (B, D, H, W), D at least 1."""
     shapes = "(N, D), (B, D, N) or (B, D, H, W)"
-    check_floating(function, argument, features, (2, 3, 4), shapes)
+    check_floating(function, "features", features, (2, 3, 4), shapes)
     if features.shape[1] == 0:
-        fail(function, argument, "at least one channel", f"shape {tuple(features.shape)}")
+        fail(function, "features", "at least one channel", f"shape {tuple(features.shape)}")
 
 
 def check_labels(function: str, labels: Tensor, features: Tensor) -> None:
@@ -195,22 +190,17 @@ def without_channel(labels: Tensor, axes: int) -> Tensor:
     return labels
 
 
-def labels_of_logits(function: str, labels: Tensor, logits: Tensor) -> Tensor:
-    """The labels: integer, on the logits' device, (N,) or (B, N) as logits, or (B, H, W) or
-    (B, D, H, W) of any size. Those of images and volumes may have a channel, which is removed."""
-    check_strided(function, "labels", labels)
+def _labels_of_logits(function: str, labels: Tensor, logits: Tensor) -> Tensor:
+    """The labels: (N,) or (B, N) as logits, or (B, H, W) or (B, D, H, W) of any size. Those of
+    images and volumes may have a channel, which is removed."""
     axes = logits.dim() - 1
     images = axes > 2
     if not isinstance(labels, Tensor) or labels.dim() != axes:
         labels = without_channel(labels, axes)
         if not isinstance(labels, Tensor) or labels.dim() != axes:
             _fail_labels(function, labels, logits)
-    check_integers(function, "labels", labels)
-    check_device(function, "labels", labels, logits, "logits")
     if labels.shape[0] != logits.shape[0] or not (images or labels.shape[1:] == logits.shape[2:]):
         _fail_labels(function, labels, logits)
-    if images:
-        check_not_empty(function, "logits", logits, labels.numel())
     return labels
 
 
@@ -219,10 +209,9 @@ def clean_bools(x: Tensor) -> Tensor:
     return x.view(torch.uint8) != 0
 
 
-def labels_of_channels(function: str, labels: Tensor, logits: Tensor) -> Tensor:
-    """The labels as (B, C, H, W), or the logits' shape if these are not images; integers. With one
-    channel, its axis may be absent."""
-    check_strided(function, "labels", labels)
+def _labels_of_channels(function: str, labels: Tensor, logits: Tensor) -> Tensor:
+    """The labels as (B, C, H, W), or the logits' shape if these are not images. With one channel,
+    its axis may be absent."""
     images, shape = logits.dim() >= 4, logits.shape
     axes = ", ".join("DHW"[5 - logits.dim() :]) if images else str(tuple(shape[2:]))[1:-1]
     if isinstance(labels, Tensor) and labels.dim() == logits.dim() - 1 and shape[1] == 1:
@@ -235,13 +224,7 @@ def labels_of_channels(function: str, labels: Tensor, logits: Tensor) -> Tensor:
     ):
         expected = f"a tensor ({shape[0]}, {shape[1]}, {axes})".replace(", )", ")")
         fail(function, "labels", f"{expected}, one for each channel of logits", describe(labels))
-    if labels.dtype == torch.bool:
-        labels = clean_bools(labels).view(torch.uint8)
-    check_integers(function, "labels", labels)
-    check_device(function, "labels", labels, logits, "logits")
-    if images:
-        check_not_empty(function, "logits", logits, labels.numel())
-    return labels
+    return clean_bools(labels).view(torch.uint8) if labels.dtype == torch.bool else labels
 
 
 def _fail_labels(function: str, labels: object, logits: Tensor) -> NoReturn:
@@ -353,10 +336,15 @@ def check_pixels(
     points: bool = True,
     **flags: bool,
 ) -> tuple[Tensor, int]:
-    """What all pixel losses take: the labels of `labels_of_logits`, with sigmoids those of
-    `labels_of_channels`, and the label to ignore."""
+    """What all pixel losses take: integer labels on the logits' device, as (B, …) without a
+    channel, or with sigmoids (B, C, …), and the label to ignore."""
     check_logits(function, logits, sigmoid=sigmoid, points=points)
-    labels = (labels_of_channels if sigmoid else labels_of_logits)(function, labels, logits)
+    check_strided(function, "labels", labels)
+    labels = (_labels_of_channels if sigmoid else _labels_of_logits)(function, labels, logits)
+    check_integers(function, "labels", labels)
+    check_device(function, "labels", labels, logits, "logits")
+    if logits.dim() > 3:
+        check_not_empty(function, "logits", logits, labels.numel())
     num_classes = 2 if sigmoid else logits.shape[1]
     ignore_index = check_ignore_index(function, ignore_index, num_classes)
     check_flags(function, check_labels=check_labels, **flags)

@@ -121,16 +121,14 @@ def norm_correlation(weight: Tensor, counts: Tensor) -> Tensor:
 
 def gradient_ratio(features: Tensor, loss: Tensor, other: Tensor) -> Tensor:
     """‖∂loss/∂features‖ / ‖∂other/∂features‖, Euclidean norms: compares the gradient of a method
-    on the features with that of the cross-entropy. A detached scalar, float32 (float64 for float64
-    features).
+    on the features with that of the cross-entropy. A detached scalar, float32 or float64.
 
         features = sar.features  # sar = anchorops.attach(…); None after sar(labels)
         extra = sar(labels)
         ratio = gradient_ratio(features, extra, cross_entropy)  # before the backward pass
 
-    It runs two backward passes, from each loss to the features. It does not change graphs or
-    `.grad`. With float16 features, multiply the losses by the scaler's factor; otherwise gradients
-    underflow.
+    It runs a backward pass from each loss to the features, and changes neither graphs nor `.grad`.
+    With float16 features, multiply the losses by the scaler's factor, or gradients underflow.
 
     Args:
         features: any shape, usually not a leaf; the losses are computed from them.

@@ -57,11 +57,8 @@ def all_reduce(x: Tensor, group: str | None) -> Tensor:
 
 
 def reduce_moments(moments: ClassMoments, group: str | None) -> ClassMoments:
-    """Class moments over all ranks: sums and counts are reduced, never means.
-
-    There are always two collectives, for the counts and for all other statistics, whichever classes
-    a rank has.
-    """
+    """Class moments over all ranks: sums and counts are reduced, never means. There are always two
+    collectives, for the counts and for the rest, whichever classes a rank has."""
     if group is None or not (dist.is_available() and dist.is_initialized()):
         return moments
     counts, sums, sqdists = moments

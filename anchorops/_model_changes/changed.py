@@ -1,10 +1,9 @@
 """Models whose forward runs differently: what `low_resolution` and `late_upsampling` share.
 
-A dry run of a copy of the model finds the calls of torch's functions that are to run differently.
-After that, the class of a module is replaced by a subclass of the same name, whose forward runs in
-a TorchFunctionMode, which counts these calls. Parameter names, copies, pickles and the signature of
-forward stay the same. In eager mode this takes about a microsecond for each call of a function of
-torch in this forward; in compiled code it takes none.
+After a dry run, the class of a module is replaced by a subclass of the same name, whose forward
+runs in a TorchFunctionMode, which counts the calls of torch's functions that run differently.
+Parameter names, copies, pickles and the signature of forward stay the same. In eager mode this
+takes about a microsecond for each call in this forward; in compiled code it takes none.
 """
 
 from __future__ import annotations

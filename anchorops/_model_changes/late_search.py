@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from . import late_plan
 from .changed import (
     GENERATED,
     METADATA_READS,
@@ -23,20 +24,6 @@ from .changed import (
     made_by_call,
     tensors,
     version,
-)
-from .late_plan import (
-    KINDS,
-    SIZES,
-    VIEWS,
-    GraphState,
-    Move,
-    Part,
-    Plan,
-    convolution_arguments,
-    graph_state,
-    has_hooks,
-    input_of,
-    linear_weights,
 )
 
 # A value that is upsampled and added takes as long as this number of multiplications and additions
@@ -52,14 +39,14 @@ class _Run:
 
     name: str
     counts: Counter[str] = field(default_factory=Counter)
-    graph_state: GraphState = field(default_factory=graph_state)
+    graph_state: late_plan.GraphState = field(default_factory=late_plan.graph_state)
 
 
 class _Call:
     """One call of the dry run that made a tensor.
 
     Attributes:
-        kind: of KINDS, "view" or "".
+        kind: of late_plan.KINDS, "view" or "".
         place: the runs of modules around it, the outermost first, each with the call's number.
         sources: the calls that made its inputs, None where no call did; shapes: of its inputs.
         read: its inputs, until the dry run ends, and their versions.
@@ -85,7 +72,7 @@ class _Call:
         self.readers: list[_Call] = []
         self.layers: set[str] = set()
         self.changed = False
-        self.graph_state = graph_state()
+        self.graph_state = late_plan.graph_state()
         self.weight: Tensor | None = None  # of a convolution or a linear layer
         self.objection: str | None = None  # why it commutes with no upsampling
         self.tokens: list[_Call] = []  # of an upsampling: the views after a linear layer, and it
@@ -139,13 +126,13 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func in METADATA_READS or func in SIZES:
+        if func in METADATA_READS or func in late_plan.SIZES:
             return result
         read = [tensor for _, tensor in tensors([args, kwargs])]
         made = made_by_call(result, read)
         if not made and isinstance(result, Tensor):  # given back as it was
             return result
-        kind = KINDS.get(func) or ("view" if func in VIEWS else "")
+        kind = late_plan.KINDS.get(func) or ("view" if func in late_plan.VIEWS else "")
         place = [(run, run.counts[kind]) for run in self._stack]
         for run in self._stack:
             run.counts[kind] += 1
@@ -156,7 +143,7 @@ class _Watch(TorchFunctionMode):
                 maker.readers.append(call)
                 maker.changed |= version(x) != maker.version
         if kind:
-            input = input_of(kind, args, kwargs) if kind != "view" else read[0]
+            input = late_plan.input_of(kind, args, kwargs) if kind != "view" else read[0]
             inputs = list(input) if kind == "cat" else [input]
             call.sources = [self._maker(x) for x in inputs]
             call.shapes = [x.shape for x in inputs]
@@ -169,7 +156,7 @@ class _Watch(TorchFunctionMode):
 
     def _describe(self, call: _Call, args: Any, kwargs: Any) -> None:
         if call.kind == "conv":
-            _, call.weight, _, call.objection = convolution_arguments(*args, **kwargs)
+            _, call.weight, _, call.objection = late_plan.convolution_arguments(*args, **kwargs)
             if not _is_plain(call.weight):
                 call.objection = f"a convolution with a weight of type {type(call.weight).__name__}"
             late = [call.sources[0], *(call.sources[0].sources if call.sources[0] else [])]
@@ -181,7 +168,7 @@ class _Watch(TorchFunctionMode):
             if dim % len(call.shape) != 1:
                 call.objection = f"torch.cat along dimension {dim}"
         elif call.kind == "linear":
-            call.weight, _ = linear_weights(*args, **kwargs)
+            call.weight, _ = late_plan.linear_weights(*args, **kwargs)
         elif call.kind == "up":
             call.tokens = self._tokens(call)
 
@@ -198,15 +185,9 @@ class _Watch(TorchFunctionMode):
         tokens = call.result()
         if tokens is None or v != call.version or not tokens.is_contiguous():
             return []
-        b, length, c = tokens.shape
-        spatial = [c * math.prod(x.shape[i + 1 :]) for i in range(2, x.dim())]
-        strides = [length * c, 1, *spatial]
-        same = x.shape[:2] == (b, c) and all(
-            n == 1 or a == e for n, a, e in zip(x.shape, x.stride(), strides, strict=True)
-        )
-        if not same or not _is_plain(call.weight) or x.data_ptr() != tokens.data_ptr():
-            return []
-        return [*chain, call]
+        size = x.shape[2:]
+        same = size.numel() == tokens.shape[1] and x.is_set_to(tokens.mT.unflatten(2, size))
+        return [*chain, call] if same and _is_plain(call.weight) else []
 
 
 def _is_plain(weight: Tensor | None) -> bool:
@@ -260,7 +241,7 @@ def _parts(conv: _Call, modules: dict[str, nn.Module]) -> list[_Choice]:
 
 def _plain(call: _Call, modules: dict[str, nn.Module]) -> bool:
     """Whether nothing else sees the result: no other reader, and no hooks."""
-    return call.alone and not any(has_hooks(modules[name]) for name in call.layers)
+    return call.alone and not any(late_plan.has_hooks(modules[name]) for name in call.layers)
 
 
 def _read_by(call: _Call) -> str:
@@ -297,7 +278,7 @@ class LatePlans(NamedTuple):
     """plans: by the name of the module. moved: a line for each convolution. left: a line for each
     upsampling that is left as it is."""
 
-    plans: dict[str, Plan]
+    plans: dict[str, late_plan.Plan]
     moved: list[str]
     left: list[str]
 
@@ -329,7 +310,7 @@ def find(model: nn.Module, args: Any, kwargs: Any, training: bool) -> LatePlans:
             moves.setdefault(run, []).append(conv)
         else:
             objections.update(dict.fromkeys(_later(conv, choices[conv]), objection))
-    plans: dict[str, Plan] = {}
+    plans: dict[str, late_plan.Plan] = {}
     moved: dict[_Call, str] = {}
     for name in dict.fromkeys(run.name for run in moves):
         runs = [run for run in watch.runs if run.name == name]
@@ -372,7 +353,7 @@ def _objection(
         return f"in {run.name}, whose forward was replaced"
     inside = {*modules[run.name].modules()}
     for name in sorted(name for call in calls for name in call.layers):
-        if has_hooks(modules[name]):
+        if late_plan.has_hooks(modules[name]):
             return f"which the hooks of {name} would see"
         if modules[name] not in inside:
             return f"which {name} sees, outside of {run.name}"
@@ -384,7 +365,7 @@ def _plan(
     convs: list[_Call],
     choices: dict[_Call, list[_Choice]],
     modules: dict[str, nn.Module],
-) -> Plan:
+) -> late_plan.Plan:
     moves, postponed, layers = {}, set(), set()
 
     def number(call: _Call | None) -> int | None:
@@ -393,8 +374,8 @@ def _plan(
     for conv in convs:
         source = conv.sources[0]
         cat = number(source) if source is not None and source.kind == "cat" else None
-        parts = tuple(Part(number(up), number(linear)) for up, linear in choices[conv])
-        moves[number(conv)] = Move(cat, parts)
+        parts = tuple(late_plan.Part(number(up), number(linear)) for up, linear in choices[conv])
+        moves[number(conv)] = late_plan.Move(cat, parts)
         for call in _later(conv, choices[conv]):
             layers |= {modules[name] for name in call.layers}
             if call.kind != "view":
@@ -404,8 +385,8 @@ def _plan(
         for name, layer in modules[run.name].named_modules()
         if name and layer in layers
     }
-    counts = {kind: run.counts[kind] for kind in sorted({*KINDS.values()})}
-    return Plan(moves, frozenset(postponed), counts, classes)
+    counts = {kind: run.counts[kind] for kind in sorted({*late_plan.KINDS.values()})}
+    return late_plan.Plan(moves, frozenset(postponed), counts, classes)
 
 
 def _line(conv: _Call, parts: list[_Choice]) -> str:

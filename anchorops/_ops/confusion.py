@@ -122,9 +122,8 @@ def pixel_confusion(
 ) -> Tensor:
     """The confusion matrix of low-resolution logits, compared with labels at their own size.
 
-    Equal to confusion(pixel_argmax(logits, labels.shape[1:]), labels, K). In addition to the logits
-    it needs memory for the predictions, 8 bytes a pixel, and the matrix. Its diagonal is `correct`
-    of `softmax_moments`.
+    Equal to confusion(pixel_argmax(logits, labels.shape[1:]), labels, K): it needs memory for the
+    predictions, 8 bytes a pixel. Its diagonal is `correct` of `softmax_moments`.
 
     With sigmoid=True, each channel is a binary problem of its own, with a matrix of its own, as in
     torchmetrics' MultilabelConfusionMatrix; a prediction is positive if its logit is above 0.

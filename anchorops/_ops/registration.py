@@ -63,17 +63,15 @@ def like_the_first(x: Tensor, *_: Any) -> Tensor:
 class Gradient(NamedTuple):
     """The operator NAME_backward, and the functions that call it.
 
-    schema, fake: as in `define`; by default the result is dense and has the dtype and layout of the
-        first argument.
+    schema, fake, launch, in_python: as in `define`; by default the result is dense and has the
+        dtype and layout of the first argument.
     setup_context: (ctx, inputs, results) saves what the backward pass needs. Inputs and results
         have the names of NAME's schema; ctx.needs says by name which inputs need a gradient.
     backward: (operator, ctx, grads) → the gradients of arguments of NAME, by name; `operator` is
         NAME_backward of the backend that ran the forward pass, and ctx.forward is NAME. `grads`
-        have the names of the results. Absent gradients are None; the gradient of an empty output is
-        an empty tensor. Whether a gradient will be requested is not always known when NAME is
-        called (torch.vmap hides it, and a traced graph is used again): `backward` computes again
-        what was not saved.
-    launch, in_python: as in `define`.
+        have the names of the results. Absent gradients are None; that of an empty output is an
+        empty tensor. torch.vmap and a graph that is used again hide that a gradient will be
+        requested: `backward` computes again what was not saved.
     function: the only one that calls NAME, if its reference has no other derivatives either.
     """
 
@@ -119,9 +117,8 @@ def define(
         backends: by default those of OPERATORS, or FUSED for what only other operators call. The
             reference is one only where it has a gradient of its own, because a trace without
             gradients does not record an autograd.Function.
-        schema: "(Tensor features, …) -> (Tensor sums, …)". Floating-point results come first
-            (opcheck accumulates into the first one). A result that was not requested is an empty
-            tensor (0,).
+        schema: "(Tensor features, …) -> (Tensor sums, …)". Floating-point results come first, for
+            opcheck. A result that was not requested is an empty tensor (0,).
         fake: returns results without values, from the arguments.
         gradient: None if no result is differentiable.
         launch: calls Triton's function NAME, its first argument, with the operator's arguments.

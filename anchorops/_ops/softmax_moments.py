@@ -250,10 +250,9 @@ def softmax_moments(
         check_labels: as in `CrossEntropy`.
 
     Returns:
-        SoftmaxMoments. pixel_losses = −log p_y is 0 for ignored pixels. counts, correct and divisor
-        are int64, the others float32 (float64 for float64 logits). Results are bitwise
-        reproducible. For correct, the first of equal logits is the largest, and NaN is larger than
-        all numbers.
+        SoftmaxMoments. counts, correct and divisor are int64, the others float32 (float64 for
+        float64 logits). Results are bitwise reproducible.
+        For correct, the first of equal logits is the largest, and NaN is larger than all numbers.
         A pixel reads only logits whose interpolation weight is not 0, so a NaN affects only the
         pixels that read it. A logit of −inf has p = 0 and gradient 0.
 

@@ -5,10 +5,9 @@ mean and variance of each channel, which its batch norm needs.
     mean = Σ_q f_q / N    variance = Σ_q (f_q − mean)² / N
     df_q = Σ_k W[k, q]·dsums[k] + (dmean + 2·dvariance·(f_q − mean)) / N
 
-The upsampled features are never stored, and neither is W, which has an entry for each class and
-each pixel of the features. Triton's kernels compute the weights of a tile of features from the keys
-of the labels around it. On CPU only a part of W exists at a time: some rows, which fit into the
-cache. The rest is plain PyTorch.
+W, which has an entry for each class and each pixel of the features, is never stored. Triton's
+kernels compute the weights of a tile of features from the keys of the labels around it. On CPU, in
+plain PyTorch, only a part of W exists at a time: some rows, which fit into the cache.
 """
 
 import itertools
@@ -188,15 +187,11 @@ def upsampled_sums(
     upsample: bool,
     ignore_index: int,
 ) -> UpsampledSums:
-    """Counts and sums of each class, mean and variance of each channel, of features (B, C, H, W).
+    """Counts and sums of each class, mean and variance of each channel, of checked features
+    (B, C, H, W) and labels (B, H', W').
 
-    Args:
-        labels: (B, H', W'). With `upsample` the features are upsampled to H'×W' with
-            align_corners=True; otherwise the labels are resized to H×W by nearest-neighbour
-            interpolation.
-        per_image: counts [B, K] and sums [B, K, C] of each image, instead of [K] and [K, C].
-
-    The arguments must already be checked.
+    With `upsample` the features are upsampled to H'×W' with align_corners=True; otherwise the
+    labels are resized to H×W by nearest-neighbour interpolation.
     """
     function = "upsampled_sums"
     backend = select(function, features, num_classes)

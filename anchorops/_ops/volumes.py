@@ -7,8 +7,7 @@ read. They are computed some at a time, a slab, and computed again in the backwa
     z_q = (1 − t_q)·x_l(q) + t_q·x_u(q)     dx_l(q) += (1 − t_q)·dz_q     dx_u(q) += t_q·dz_q
 
 for each slice q of the labels, with l and u the two slices of the logits around it. The arguments
-are those of `softmax_moments`, `pixel_argmax` and `pixel_kl_divergence`, with logits
-(B, K, d, h, w) and labels (B, D, H, W).
+are those of the operators of images.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,12 +1,9 @@
 """Runs the cases of the catalogue on each usable backend, compares, and reports.
 
 A case calls public functions, on tensors that lie between NaN, and compares values and gradients
-with torch's functions in float64. An error may be twice that of torch's functions in float32, plus
-2⁻²⁰ of the largest number; a gradient in half precision may be rounded once more. A second call
-must give the same bits. Only the methods have no formula here: they are compared with themselves in
-float64, by the backend `reference`.
-
-What is wrong can be taken out of "auto": `report` prints how.
+with torch's functions in float64, within the error budget (catalogue/budget.py). A second call must
+give the same bits. The methods alone are compared with themselves, by the backend `reference`. What
+is wrong can be taken out of "auto": `report` prints how.
 """
 
 import json
@@ -45,11 +42,11 @@ class Row(NamedTuple):
     operator: str  # or COMPOSITION, or "environment"
     backend: str
     check: str
-    error: float
-    limit: float
-    right: bool | None  # None: not checked, for the reason in `note`, or not served by the backend
-    note: str
-    seconds: float
+    error: float = 0.0
+    limit: float = 0.0
+    right: bool | None = None  # not checked, for the reason in `note`, or not served by the backend
+    note: str = ""
+    seconds: float = 0.0
     parts: tuple[str, ...] = ()  # the operators that it calls
 
     def __str__(self) -> str:
@@ -102,13 +99,8 @@ def _alive(device: torch.device) -> bool:
         return False
 
 
-def _row(
-    operator: str,
-    backend: str,
-    name: str,
-    device: torch.device,
-    compare: Callable[[], tuple[float, float, str]],
-    parts: tuple[str, ...] = (),
+def _checked(
+    row: Row, device: torch.device, compare: Callable[[], tuple[float, float, str]]
 ) -> Row:
     """What `compare` finds. Everything that it raises is a result, which the user must see."""
     start, error, limit = time.monotonic(), torch.inf, 0.0
@@ -123,17 +115,19 @@ def _row(
                 note = ""
             elif not isinstance(raised, torch.OutOfMemoryError) and "unavailable" not in note:
                 right = False
-    return Row(operator, backend, name, error, limit, right, note, time.monotonic() - start, parts)
+    found = {"error": error, "limit": limit, "right": right, "note": note}
+    return row._replace(**found, seconds=time.monotonic() - start)
+
+
+def _row_of(case: Case, backend: str) -> Row:
+    operators = case.entry.operators
+    operator = operators[0] if len(operators) == 1 else COMPOSITION
+    return Row(operator, backend, str(case), parts=operators)
 
 
 def run(case: Case, backend: str, device: torch.device) -> Row:
     """One case on the device, whose default is the backend that is verified."""
-    compare = partial(_compare, case, backend, device)
-    return _row(_operator(case), backend, str(case), device, compare, case.entry.operators)
-
-
-def _operator(case: Case) -> str:
-    return case.entry.operators[0] if len(case.entry.operators) == 1 else COMPOSITION
+    return _checked(_row_of(case, backend), device, partial(_compare, case, backend, device))
 
 
 def _environments(
@@ -215,7 +209,7 @@ def environment_rows(backend: str, device: torch.device) -> Iterator[Row]:
         return (0.0, 0.0, "") if equal else (torch.inf, 0.0, "other bits than a plain call")
 
     for name, way in _environments(backend, device).items():
-        yield _row("environment", backend, name, device, partial(same, way))
+        yield _checked(Row("environment", backend, name), device, partial(same, way))
 
 
 def _run_number(number: int, backend: str) -> Row:
@@ -251,8 +245,7 @@ def _in_processes(backend: str, everything: bool) -> Iterator[Row]:
             try:
                 yield future.result()
             except BrokenProcessPool:
-                note = "a process that ran checks ended:"
-                yield Row(_operator(case), backend, str(case), 0.0, 0.0, None, note, 0.0)
+                yield _row_of(case, backend)._replace(note="a process that ran checks ended:")
 
 
 def not_auto(rows: Sequence[Row]) -> list[str]:

@@ -20,10 +20,9 @@ class Sample(NamedTuple):
     Attributes:
         make: the inputs, on the CPU, of n and a random generator: n² as many pixels as for n = 1.
         options: of our call and of the formula.
-        tags: where it is used; "all", "quick": by --verify (also without --all), "small": by the
-            tests of the guarantees, "options": by those of options, both on the CPU alone with
-            "cpu"; "kernels": with the small ones it launches every kernel, with "cuda" those of
-            CUDA's library; "bench": by --benchmark, n may be any number.
+        tags: where it is used; "all", "quick": by --verify (also without --all); by tests:
+            "small" of the guarantees, "options" of options, both on the CPU alone with "cpu",
+            "kernels" of every kernel, with "cuda" those of CUDA; "bench": by --benchmark.
         floor: of the limit, relative to the largest number (budget.py).
     """
 

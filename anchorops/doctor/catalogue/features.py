@@ -13,7 +13,6 @@ from torch import Generator, Tensor, nn
 import anchorops as ao
 from anchorops.losses import Regularizer
 
-from ... import reference
 from ..._backend import select
 from ..._ops import split_groups as groups_of_keys
 from ..._ops.upsampled_sums import upsampled_sums
@@ -176,11 +175,6 @@ def split_groups(keys: Tensor, counts: Tensor, *, groups: int, seed: int) -> tup
     return groups_of_keys.split_groups(keys, counts, groups, seed, backend=backend)
 
 
-def reference_groups(keys: Tensor, counts: Tensor, *, groups: int, seed: int) -> tuple[Tensor, ...]:
-    split = reference.split_groups(keys, counts, groups, seed)
-    return split, reference.group_counts(counts, groups)
-
-
 def sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, ...]:
     options = {"per_image": True, "upsample": True, "ignore_index": -1}
     return upsampled_sums(features, labels, num_classes, **options)
@@ -304,7 +298,7 @@ ENTRIES = [
         "split_groups",
         ("split_groups",),
         split_groups,
-        reference_groups,
+        partial(groups_of_keys.split_groups, backend="reference"),
         (Sample("3 groups of each key", keys_of_classes, {"groups": 3, "seed": 7}),),
         differentiable=False,
     ),
