@@ -1,6 +1,8 @@
 """Class moments: count, sum and squared distance to an anchor, over the pixels of each class.
 
-    counts[k] = #{p : key_p = k}    sums[k] = Σ f_p    sqdists[k] = Σ ‖f_p − anchors[k]‖²
+`ClassMoments` defines the results. Their gradients are, with the key of each pixel in place of the
+class,
+
     dfeatures[p] = 2·dsqdists[k]·(f_p − anchors[k]) + dsums[k],  k = key_p;  0 where ignored
     danchors[k]  = −2·dsqdists[k]·(sums[k] − counts[k]·anchors[k])
 
