@@ -22,7 +22,7 @@ from .._moments import ClassMoments
 from .._ops.upsampled_sums import upsampled_sums
 from ..anchors import simplex_etf
 from ..distributed import all_reduce, reduce_moments
-from .base import Classifier, Losses, Plan, Regularizer, classification_loss, weighted
+from .base import Classifier, Losses, Plan, Regularizer, classification_loss
 from .batch_norm import batch_norm
 
 
@@ -157,12 +157,10 @@ class CeCo(Regularizer):
             x.to(centers.dtype)
             for x in (self.projection.weight, self.projection.bias, self.etf, self.prior)
         )
-        hidden = F.linear(centers, weight, bias).relu()
-        # √C·ẑ_k: normalised, to the length √C; one operator, where F.normalize has four
-        size = self.center_dim
-        hidden = F.dropout(
-            F.rms_norm(hidden, (size,), eps=1e-24 / size), self.dropout, self.training
-        )
+        hidden, size = F.linear(centers, weight, bias).relu(), self.center_dim
+        # normalised, to the length √C: one operator, where F.normalize has four
+        hidden = F.rms_norm(hidden, (size,), eps=1e-24 / size)
+        hidden = F.dropout(hidden, self.dropout, self.training)  # √C·ẑ_k
         temperature, present = math.sqrt(size) / self.scale, counts > 0
         loss = classification_loss(
             hidden.transpose(0, -2),
@@ -175,4 +173,4 @@ class CeCo(Regularizer):
         if self.per_image:  # every rank has its own images
             loss, present = (all_reduce(x, self.process_group) for x in (loss, present.sum()))
             loss = loss / present.clamp(min=1)
-        return Losses({"center": weighted(self.loss_weight, loss)}, {"present": present})
+        return Losses({"center": self.loss_weight * loss}, {"present": present})

@@ -100,13 +100,12 @@ class MVSC(Regularizer):
             means = sums / counts.clamp(min=1)[..., None]  # r_kg, 0 where absent
             present = counts > 0
             prototypes = self.prototypes.to(torch.promote_types(weight.dtype, sums.dtype))
-            total = prototypes.sum(0)
             visual = prototypes.transpose(0, 1)  # V', with a gradient of r (Eq. 4)
             if self.enhance:
                 visual = visual + (means - means.detach())
             classified = classification_loss(visual, weight, bias, present, temperature=1.0)
             terms = {
-                "fca": weighted(self.fca_weight, self._alignment(means, total, present)),
+                "fca": weighted(self.fca_weight, self._alignment(means, prototypes, present)),
                 "cos": weighted(self.cos_weight, self._consistency(prototypes, seed)),
                 "visual": weighted(self.visual_weight, classified),
             }
@@ -114,15 +113,12 @@ class MVSC(Regularizer):
 
         return Plan(Request(groups=self.groups, seed=seed), losses)
 
-    def _alignment(self, means: Tensor, total: Tensor, present: Tensor) -> Tensor:
+    def _alignment(self, means: Tensor, prototypes: Tensor, present: Tensor) -> Tensor:
         """L_fca (Eq. 2) of the global centroids v'_k. Their sums, once normalised, are the same, if
         they are longer than eps."""
+        total, temperature = prototypes.sum(0), self.temperature
         return centroid_info_nce(
-            means,
-            total,
-            present=present,
-            temperature=self.temperature,
-            normalize=EPS,
+            means, total, present=present, temperature=temperature, normalize=EPS
         )
 
     def _consistency(self, prototypes: Tensor, seed: Tensor) -> Tensor:
@@ -133,6 +129,6 @@ class MVSC(Regularizer):
         half = random_halves(self.groups, seed + (1 << 31), prototypes)
         halves = torch.stack((half, 1 - half)).to(prototypes.dtype)
         sums = (halves @ prototypes.flatten(1)).view(2, self.num_classes, self.dim)
-        # normalised, to the length √D; one operator, where F.normalize has four
+        # normalised, to the length √D: one operator, where F.normalize has four
         a, b = F.rms_norm(sums, (self.dim,), eps=EPS**2 / self.dim)
         return 1 - (a * b).mean()
