@@ -201,7 +201,9 @@ class SAR(Regularizer):
             assert moments is not None and moments.sqdists is not None
             counts, sqdists = moments.counts, moments.sqdists
             if gate is not None:
-                counts, sqdists = torch.where(gate, counts, 0), torch.where(gate, sqdists, 0)
+                sqdists = torch.where(gate, sqdists, 0)
+                if self.gate == "per_class":  # of all, a closed one makes the sum 0
+                    counts = torch.where(gate, counts, 0)
             total = self.loss_weight / self.dim * fixed_order_sum(sqdists)
             return Losses(terms | {"p2a": total / counts.sum().clamp(min=1)}, logs)
 
