@@ -139,6 +139,8 @@ def check(case: Case, backend: str, **changed: Tensor) -> None:
         factors[4] = 1 + terms * 2 * case.groups * float(
             exact[1].abs().max() / exact[4].abs().max().clamp(min=1e-30)
         )
+        if dtype == F64:  # there the formula adds the pixels' gradients: 12 roundings of 100 pixels
+            factors[4] = max(factors[4], 2.0)
     for actual, right, factor in list(zip(ours, exact, factors, strict=True))[1:]:
         if actual is None:
             assert right is None
@@ -146,23 +148,3 @@ def check(case: Case, backend: str, **changed: Tensor) -> None:
         rounding = torch.finfo(actual.dtype).eps / (2 if actual is dfeatures else 1)
         error, limit = error_and_limit(actual, right, right, factor * floor, rounding)
         assert error <= limit
-
-
-def check_distances_alone(case: Case, backend: str) -> None:
-    """pixel_to_anchor_mse, which needs no sums of features where the anchors are fixed: the loss
-    and its gradients."""
-
-    def anchored(call, features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
-        return call(features, labels, anchors.detach() if case.anchors == "fixed" else anchors)
-
-    inputs = make_inputs(case)
-    labels = inputs["labels"]
-    valid = (labels >= 0) & (labels < case.num_classes)
-    wide = as_dtype(inputs | {"labels": torch.where(valid, labels, -1)}, F64)
-    ours = evaluate(partial(anchored, ao.pixel_to_anchor_mse), inputs)
-    exact = evaluate(partial(anchored, formulas.pixel_to_anchor_mse), wide)
-    for actual, right in zip(ours, exact, strict=True):
-        assert (actual is None) == (right is None)
-        if actual is not None and right is not None:
-            error, limit = error_and_limit(actual, right, right, 1e-5)
-            assert error <= limit
