@@ -302,6 +302,9 @@ def test_no_operator_of_the_reference_that_adds_in_any_order(monkeypatch):
     assert not [x for x in names if "index" in x or "scatter" in x or "put" in x]
 
 
+EMPTY_OPTIONS = [{"normalize": EPS}, *({"reduction": name} for name in REDUCTIONS)]
+
+
 @every_backend
 @pytest.mark.parametrize("options", EMPTY_OPTIONS)
 def test_no_channels_classes_or_groups(options: dict[str, Any], backend: str):
