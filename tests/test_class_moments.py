@@ -16,7 +16,6 @@ from tests.helpers.class_moments_cases import (
     F64,
     Case,
     check,
-    check_distances_alone,
     make_features,
     make_inputs,
     make_labels,
@@ -81,25 +80,18 @@ LAYOUTS = [  # where planes, rows or elements begin at 16 bytes, and where not
 ]
 CASES_OF_CPU = [  # beside those of test_any_shape_and_strides
     Case((1, 1, 1, 1), 1),
-    Case((2, 33, 3, 17), 5, F16, anchors=None),
     Case((3, 16, 4, 32), 3, F32, labels="one class"),
     Case((2, 40, 24, 64), 7, F32, labels="coherent"),
     Case((1, 36, 24, 64), 7, BF16, labels="coherent"),
     Case((1, 36, 24, 64), 150, F16),
     Case((2, 20, 9, 16), 5, F64, "channels_last", "coherent"),
     Case((2, 64, 9, 20), 40, BF16, "channels_last", "coherent"),
-    Case((2, 17, 6, 10), 5, F16, "channels_last", anchors=None),
     Case((2, 18, 5, 33), 9, F32, "channels_last cropped", "coherent"),
-    Case((2, 18, 5, 17), 3, F16, "every other", "coherent"),
     Case((2, 5, 12, 10), 4, F64, "transposed", "coherent", per_image=True),
     Case((3, 17, 6, 20), 4, F32, "expanded batch"),
     Case((2, 17, 6, 20), 4, BF16, "expanded channels"),
     Case((2, 17, 6, 20), 4, F32, "expanded rows", "coherent"),
-    Case((130, 24), 10, F16, "every other"),
-    Case((70, 17), 3, BF16, "transposed", "coherent"),
     Case((50, 1), 4, F32, "expanded batch", groups=4),
-    Case((3, 17, 40), 6, F64, "transposed", anchors=None),
-    Case((2, 9, 8, 12), 5, BF16, "channels_last", labels_size=(21, 5), per_image=True, groups=2),
     Case((2, 3, 100, 100), 3, F32),  # work is split: 20,000 pixels of few keys
     Case((2, 3, 100, 100), 2, F16, "channels_last", "coherent"),
     Case((60, 3), 65_536, F32),
@@ -418,13 +410,6 @@ def test_anchors_without_pixels(dtype: torch.dtype, backend: str, path: None):
     _, sums, sqdists, _, danchors = run(case, inputs)
     for result in (sums, sqdists, danchors):
         assert not result[40:].any() and result.isfinite().all()
-
-
-@pytest.mark.parametrize("anchors", ["fixed", "learnable"])
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_squared_distances_alone(dtype: torch.dtype, anchors: str, backend: str, path: None):
-    case = Case((2, 33, 6, 45), 7, dtype, labels="long runs", anchors=anchors)
-    check_distances_alone(case, backend)
 
 
 @st.composite

@@ -12,10 +12,10 @@ from torch import Generator, Tensor
 import anchorops as ao
 from anchorops._ops import volumes
 from anchorops.doctor.catalogue import Case, Entry, Inputs, Sample, formulas
-from anchorops.doctor.catalogue.budget import FLOOR, error_and_limit
+from anchorops.doctor.catalogue.budget import FLOOR
 from anchorops.doctor.catalogue.pixels import Pixels
 from tests.helpers.cpu_kernels import in_layout
-from tests.helpers.operators import check, results
+from tests.helpers.operators import check, gradient_errors, gradient_of, results
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 pytestmark = pytest.mark.on("reference", "cpu", "simulated_triton", "triton")
@@ -159,41 +159,36 @@ def test_invalid_pixels_change_nothing(backend: str, case: Case, spoilt: str) ->
 
 def test_classes_of_probability_0(backend: str) -> None:
     """0 where the teacher has none; inf where only the student has none."""
+    each = partial(ao.pixel_kl_divergence, size=(12, 16), reduction="none")
     logits, teacher = torch.randn(2, 1, 5, 3, 4)
-    expected = ao.pixel_kl_divergence(logits[:, :4], teacher[:, :4], (12, 16), reduction="none")
+    expected = each(logits[:, :4], teacher[:, :4])
     teacher[:, 4] = -torch.inf
-    logits.requires_grad_()
-    actual = ao.pixel_kl_divergence(logits, teacher, (12, 16), reduction="none")
-    (gradient,) = torch.autograd.grad(actual.sum(), logits)
-    assert actual.isfinite().all() and gradient.isfinite().all() and (gradient[:, 4] > 0).all()
-    masked = logits.detach().clone()
+    gradient = gradient_of(each, logits, teacher)
+    assert each(logits, teacher).isfinite().all()
+    assert gradient.isfinite().all() and (gradient[:, 4] > 0).all()
+    masked = logits.clone()
     masked[:, 4] = -torch.inf
-    masked.requires_grad_()
-    actual = ao.pixel_kl_divergence(masked, teacher, (12, 16), reduction="none")
-    (gradient,) = torch.autograd.grad(actual.sum(), masked)
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    gradient = gradient_of(each, masked, teacher)
+    torch.testing.assert_close(each(masked, teacher), expected, rtol=1e-5, atol=1e-6)
     assert gradient.isfinite().all() and not gradient[:, 4].any()
-    teacher = torch.randn(1, 5, 3, 4)
-    assert (ao.pixel_kl_divergence(masked, teacher, (12, 16), reduction="none") == torch.inf).all()
+    assert (each(masked, torch.randn(1, 5, 3, 4)) == torch.inf).all()
 
 
 def test_nan_is_never_lost(backend: str) -> None:
     for place in ("logits", "teacher"):
         inputs = {"logits": torch.randn(2, 5, 3, 4), "teacher": torch.randn(2, 5, 3, 4)}
         inputs[place][0, 2, 1, 1] = torch.nan
-        x = inputs["logits"].requires_grad_()
-        actual = ao.pixel_kl_divergence(x, inputs["teacher"], (12, 16), reduction="none")
-        (gradient,) = torch.autograd.grad(actual.sum(), x)
-        assert actual[0].isnan().any() and gradient[0].isnan().any()
-        assert actual[1].isfinite().all() and gradient[1].isfinite().all()
+        each = partial(ao.pixel_kl_divergence, size=(12, 16), reduction="none")
+        found = each(*inputs.values()), gradient_of(each, *inputs.values())
+        assert all(x[0].isnan().any() and x[1].isfinite().all() for x in found)
 
 
 def test_equal_logits(backend: str) -> None:
     """Divergence and gradient are 0."""
-    x = (5 * torch.randn(2, 7, 5, 6)).requires_grad_()
-    actual = ao.pixel_kl_divergence(x, x, (20, 24), temperature=2.0, reduction="none")
-    (gradient,) = torch.autograd.grad(actual.sum(), x)
-    assert (actual >= 0).all() and actual.max() < 1e-5 and gradient.abs().max() < 1e-4
+    x = 5 * torch.randn(2, 7, 5, 6)
+    each = partial(ao.pixel_kl_divergence, size=(20, 24), temperature=2.0, reduction="none")
+    assert (each(x, x) >= 0).all() and each(x, x).max() < 1e-5
+    assert gradient_of(each, x, x).abs().max() < 1e-4
 
 
 @pytest.mark.on("reference", "simulated_triton", "cpu")
@@ -205,26 +200,14 @@ def test_equal_logits_far_from_zero(backend: str, value: float) -> None:
     torch.testing.assert_close(divergence, torch.tensor(0.0))
 
 
-def error_of_gradient(
-    logits: Tensor, teacher: Tensor, size: tuple[int, int], backend: str, temperature: float = 1.0
-) -> tuple[float, float]:
-    """Ours and torch's, relative to the largest entry."""
-
-    def gradient(x: Tensor, of_torch: bool) -> Tensor:
-        x = x.detach().clone().requires_grad_()
-        options: dict[str, Any] = {"temperature": temperature, "reduction": "mean"}
-        if of_torch:
-            valid = torch.ones(len(x), *size, dtype=torch.bool)
-            loss = formulas.kl_divergence(x, teacher.to(x), valid, **options)
-        else:
-            with ao.use_backend(backend):
-                loss = ao.pixel_kl_divergence(x, teacher, size, **options)
-        return torch.autograd.grad(loss, x)[0].double()
-
-    exact = gradient(logits.double(), True)
-    errors = [(gradient(logits, of_torch) - exact).abs().max() for of_torch in (False, True)]
-    ours, plain = (float(error / exact.abs().max()) for error in errors)
-    return ours, plain
+def errors(student: Tensor, teacher: Tensor, size: tuple[int, ...], **options: Any) -> Any:
+    """Of our gradient and of torch's."""
+    valid = torch.ones(len(student), *size, dtype=torch.bool)
+    return gradient_errors(
+        lambda x: ao.pixel_kl_divergence(x, teacher, size, **options),
+        lambda x: formulas.kl_divergence(x, teacher.to(x), valid, **options),
+        student,
+    )
 
 
 @pytest.mark.on("reference", "cpu")
@@ -235,7 +218,7 @@ def test_logits_that_spread_widely(
     backend: str, spread: float, size: tuple[int, int], temperature: float
 ) -> None:
     logits, teacher = (spread * (torch.rand(2, 5, 16, 16) - 0.5) for _ in range(2))
-    ours, plain = error_of_gradient(logits, teacher, size, backend, temperature)
+    ours, plain = errors(logits, teacher, size, temperature=temperature)
     assert ours <= 2 * plain + FLOOR
 
 
@@ -245,8 +228,7 @@ def test_logits_that_spread_widely_near_the_teacher(backend: str, spread: float,
     """A small difference of large numbers."""
     logits = spread * (torch.rand(2, 5, 16, 16) - 0.5)
     teacher = logits + torch.randn(logits.shape)
-    ours, _ = error_of_gradient(logits, teacher, (64, 64), backend)
-    assert ours < limit
+    assert errors(logits, teacher, (64, 64))[0] < limit
 
 
 @pytest.mark.on("reference", "simulated_triton", "triton")
@@ -256,15 +238,8 @@ def test_gradients_of_logits_far_apart(spread: float, stride: int, backend: str)
     """Probabilities are 0 or 1, however large the logits of which exponents are differences."""
     size = 1, 3, 3, 4
     logits, teacher = spread * torch.randn(2, *size)
-    pixels = torch.ones(1, 3 * stride, 4 * stride, dtype=torch.bool)
-    inputs = {"logits": logits, "teacher": teacher, "valid": pixels}
-    wide = inputs | {"logits": logits.double(), "teacher": teacher.double()}
-    found, exact, plain = (
-        results(partial(call, masked=False), x)[1]
-        for call, x in ((ours, inputs), (formula, wide), (formula, inputs))
-    )
-    error, limit = error_and_limit(found, exact, plain, FLOOR)
-    assert error <= limit
+    ours, plain = errors(logits, teacher, (3 * stride, 4 * stride), reduction="none")
+    assert ours <= 2 * plain + FLOOR
 
 
 @pytest.mark.on("simulated_triton", "triton")
@@ -272,9 +247,7 @@ def test_gradients_of_logits_far_apart(spread: float, stride: int, backend: str)
 def test_equal_logits_have_no_gradient(pixels: tuple[int, int], backend: str):
     """Not even a rounding error, which Adam would scale up."""
     logits = 3 * torch.randn(2, 5, 4, 6)
-    student = logits.clone().requires_grad_()
-    ao.pixel_kl_divergence(student, logits, pixels).backward()
-    assert student.grad is not None and not student.grad.any()
+    assert not gradient_of(partial(ao.pixel_kl_divergence, size=pixels), logits, logits).any()
 
 
 @pytest.mark.parametrize("gradient", [math.inf, math.nan])

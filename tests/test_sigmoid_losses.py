@@ -55,19 +55,19 @@ def test_bools_with_bytes_of_255(backend):
 
 
 def test_parts_are_of_sigmoids():
-    pair = ao.CrossEntropyDice(dice=ao.Dice(sigmoid=True))
-    assert isinstance(pair.cross_entropy, ao.BinaryCrossEntropy)
-    assert ao.CrossEntropyDice(ao.BinaryCrossEntropy()).dice.sigmoid
-
-
-def test_parts_take_the_ignored_label_of_the_whole():
+    """And have the corners and the ignored label of the whole."""
+    pair = ao.CrossEntropyDice(dice=ao.Dice(sigmoid=True, align_corners=True))
+    assert (
+        isinstance(pair.cross_entropy, ao.BinaryCrossEntropy) and pair.cross_entropy.align_corners
+    )
+    pair = ao.CrossEntropyDice(ao.BinaryCrossEntropy(align_corners=True))
+    assert pair.dice.sigmoid and pair.dice.align_corners
     logits, _, labels = inputs()
     whole = ao.CrossEntropyDice(dice=ao.Dice(sigmoid=True), ignore_index=0)
     assert whole.dice.ignore_index == whole.cross_entropy.ignore_index == whole.ignore_index == 0
     expected = ao.BinaryCrossEntropy(ignore_index=0)(logits, labels)
-    torch.testing.assert_close(
-        whole(logits, labels), expected + ao.Dice(sigmoid=True, ignore_index=0)(logits, labels)
-    )
+    expected = expected + ao.Dice(sigmoid=True, ignore_index=0)(logits, labels)
+    torch.testing.assert_close(whole(logits, labels), expected)
 
 
 @pytest.mark.parametrize("shape", [(6, 1), (6, 4), (2, 3, 10), (2, 1, 8, 9), (2, 3, 2, 4, 5)])

@@ -126,11 +126,9 @@ def test_dtypes_and_layouts(backend: str, label_size: Size, dtype: torch.dtype):
     check_sums(backend, features.contiguous(memory_format=torch.channels_last), labels)
 
 
-def test_several_blocks_of_channels(backend: str):
+def test_many_channels_or_keys(backend: str):
+    """Several blocks of channels, and many keys in a tile."""
     check_sums(backend, *example((2, 2), (3, 4), 140), per_image=True)
-
-
-def test_many_keys_in_a_tile(backend: str):
     features, labels = example((1, 9), (2, 18))[0], torch.arange(72).view(2, 2, 18)
     check_sums(backend, features, labels, num_classes=72)
     check_sums(backend, features, labels % 36, num_classes=36, per_image=True)
