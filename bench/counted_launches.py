@@ -22,10 +22,10 @@ if __name__ == "__main__":
     os.environ["ANCHOROPS_TRITON_ON_HOST"] = "1"  # which anchorops asks when it is imported
 
 import torch
-from kernels_report import instead_of_launches
 from record import ROOT, load, save_counts
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from without_gpu.machine_code import instead_of_launches
 
 import anchorops as ao
 from anchorops.losses import Regularizer

@@ -24,22 +24,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from networks import COUNTED, IGNORE_INDEX, Network
+from cases.networks import COUNTED, IGNORE_INDEX, Network
 from record import STEP_NAMES, save_counts
-from storages import Storages, as_on_cuda, largest_batch, make_fake
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
+from without_gpu.storages import Storages, as_on_cuda, largest_batch, make_fake
 
 import anchorops as ao
-from anchorops.losses import Regularizer
 
-METHODS: dict[str, Callable[..., Regularizer]] = {
-    "SAR": ao.SAR,
-    "OCCL": ao.OCCL,
-    "CeCo": ao.CeCo,
-    "MVSC": ao.MVSC,
-}
+METHODS = ("SAR", "OCCL", "CeCo", "MVSC")
 CAPACITIES = (24, 40, 80)  # GB: 10⁹ bytes
 LARGEST = 3  # storages that a row lists
 
@@ -72,7 +66,7 @@ def settings_of(late: bool) -> list[Setting]:
 
 def attach(network: Network, model: Any, method: str) -> Callable[[Tensor], Tensor]:
     """The loss of a method, a function of the labels."""
-    regularizer = METHODS[method](network.num_classes, network.dim, ignore_index=IGNORE_INDEX)
+    regularizer = getattr(ao, method)(network.num_classes, network.dim, ignore_index=IGNORE_INDEX)
     if not network.volumes:
         return ao.attach(model, regularizer)
     features: list[Tensor] = []

@@ -32,13 +32,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import evidence_report
 import numpy as np
 import torch
-from evidence_report import MEASURES, PREDICTIONS
-from gradient_ratios import measure
 from PIL import Image
 from record import commit
+from trainings import report as evidence_report
+from trainings.gradient_ratios import measure
+from trainings.report import MEASURES, PREDICTIONS
 
 from anchorops.measure import environment
 from anchorops.train.commands import DEMO, fit, predict_masks, validate

@@ -93,7 +93,7 @@ def rows_of(backend: str, rounds: int) -> list[dict]:
     with ExitStack() as stack:
         stack.enter_context(ao.use_backend(backend))
         if backend == "triton":
-            from kernels_report import instead_of_launches
+            from without_gpu.machine_code import instead_of_launches
 
             def bind(self: Any, *args: Any, **kwargs: Any) -> None:
                 self.run(*args, grid=None, warmup=True, **kwargs)

@@ -1,4 +1,4 @@
-"""Time and memory of every case of cases.py: our backends and the alternatives take turns.
+"""Time and memory of every case of cases/listed.py: our backends and the alternatives take turns.
 
     python bench/operator_times.py --case 'cross-entropy, *SegFormer*' [--rows ROWS.json]
 
@@ -19,10 +19,10 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
-from cases import BACKWARD, FORWARD, Case, cases_on
-from operations import OPERATIONS, Library, alternatives_of, counted_bytes, counted_exponentials
+from cases.listed import BACKWARD, FORWARD, Case, cases_on
+from cases.operations import OPERATIONS, Library, alternatives_of, counted_bytes
 from record import by_case, head_of, ours_and_other, parser_of, save
-from torch import Tensor, nn
+from torch import Tensor
 
 import anchorops as ao
 from anchorops._backend import CUDA_MAX_KEYS, OPERATORS, TRITON_ON_HOST
@@ -49,8 +49,7 @@ def backends(case: Case, kinds: Sequence[str]) -> dict[str, str]:
     """Those of these kinds that have the operation, by their names in tables."""
     groups = 4 if "4 groups" in case.operation else 1
     few = case.shape.num_classes * groups <= CUDA_MAX_KEYS
-    operator = OPERATIONS[case.operation].operator
-    of_operator = OPERATORS[operator] if operator else ()
+    of_operator = OPERATORS[OPERATIONS[case.operation].operator]
     names = [kind for kind in kinds if kind in of_operator and (few or kind != "cuda")]
     return {f"anchorops ({name})": name for name in names or ["reference"]}
 
@@ -83,24 +82,21 @@ def keep_pages() -> None:
 
 
 def run_of(formula: Callable[..., Any], inputs: Inputs, direction: str) -> Run:
-    """The results, or where they have gradients those of the first input and the parameters."""
+    """The results, or where they have gradients that of the first input."""
     name, x = next(iter(inputs.items()))
     leaf = x.detach().requires_grad_(direction != FORWARD)
     inputs = inputs | {name: leaf}
-    leaves = [leaf, *(formula.parameters() if isinstance(formula, nn.Module) else ())]
-    leaves = [x for x in leaves if x.requires_grad]
     weights: list[Tensor] = []
 
-    def gradients(results: list[Tensor], **options: Any) -> list[Tensor]:
+    def gradients(results: list[Tensor], **options: Any) -> tuple[Tensor, ...]:
         if not weights:
             generator = torch.Generator(leaf.device).manual_seed(2)
             for y in results:
                 drawn = torch.rand(y.shape, device=y.device, generator=generator)
                 weights.append(torch.ones_like(y) if y.dim() == 0 else drawn.to(y.dtype))
-        found = torch.autograd.grad(results, leaves, weights, allow_unused=True, **options)
-        return [x for x in found if x is not None]
+        return torch.autograd.grad(results, leaf, weights, **options)
 
-    def run() -> list[Tensor]:
+    def run() -> Sequence[Tensor]:
         with contextlib.nullcontext() if direction != FORWARD else torch.no_grad():
             results = tensors_of(formula(**inputs))
         return gradients(results) if results[0].requires_grad else results
@@ -111,8 +107,8 @@ def run_of(formula: Callable[..., Any], inputs: Inputs, direction: str) -> Run:
     return lambda: gradients(made, retain_graph=True)
 
 
-def built(formula: Any, inputs: Inputs) -> Callable[..., Any]:
-    return formula.build(inputs) if hasattr(formula, "build") else formula
+def built(formula: Any) -> Callable[..., Any]:
+    return formula.build() if hasattr(formula, "build") else formula
 
 
 def relative_error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
@@ -126,15 +122,11 @@ def relative_error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 
 
 def exact_results(case: Case, inputs: Inputs) -> list[Tensor]:
-    """Those of the first alternative in float32, or of the reference where there is none."""
-    operation = OPERATIONS[case.operation]
-    wide = inputs
-    if operation.alternatives:
-        wide = {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
-    formula = next(iter(operation.alternatives.values()), operation.ours)
-    with ao.use_backend("reference"):
-        run: Any = run_of(built(formula, inputs), wide, case.direction)
-        return [x.detach() for x in run()]
+    """Those of the first alternative in float32."""
+    formula = next(iter(OPERATIONS[case.operation].alternatives.values()))
+    wide = {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
+    run: Any = run_of(built(formula), wide, case.direction)
+    return [x.detach() for x in run()]
 
 
 class WrongResults(Exception):
@@ -171,7 +163,7 @@ class Timer:
 
     def checked(self, one: Implementation, row: dict[str, Any]) -> Run:
         """Calls it: the first call compiles."""
-        formula = built(one.formula, self.inputs)
+        formula = built(one.formula)
         if one.compiled:
             run_of(formula, self.inputs, self.case.direction)()  # what it imports is not traced
             backend = "eager" if self.tiny else "inductor"
@@ -200,8 +192,7 @@ class Timer:
         x = next(iter(self.inputs.values())).detach()
         target = torch.empty_like(x)
         turns = [*runs.values(), lambda: target.copy_(x), lambda: x.sum()]
-        case = (self.case.operation, self.case.direction, self.inputs)
-        counted = counted_bytes(*case)
+        counted = counted_bytes(self.case.operation, self.case.direction, self.inputs)
         tries = []
         for _ in range(1 if self.tiny else MOST_TRIES):
             gc.collect()
@@ -213,7 +204,7 @@ class Timer:
             if unsteady <= (False, MOST_SPREAD):
                 break
         _, rows, others = min(tries, key=lambda one: one[0])
-        fields = {"bytes": counted, "exponentials": counted_exponentials(*case), "others": others}
+        fields = {"bytes": counted, "others": others}
         return {name: row._asdict() | fields for name, row in zip(runs, rows, strict=True)}
 
 

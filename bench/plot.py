@@ -14,7 +14,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
-from cases import IMAGES, VOLUMES
+from cases.listed import IMAGES, VOLUMES
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -123,11 +123,7 @@ def caption(run: dict) -> str:
             "counted on fake tensors, not measured: parameters, Adam's state, gradients, "
             f"activations, loss; torch {run['torch']}, commit {run['commit']}"
         )
-    rates = {row["name"]: row["per_second"] / 1e9 for row in run.get("roofs", [])}
-    bandwidth = (
-        f"; copies {rates['copy']:,.0f} GB/s, reads {rates['read']:,.0f} GB/s" if rates else ""
-    )
-    return f"{machine(run)}; medians{bandwidth}"
+    return f"{machine(run)}; medians"
 
 
 def draw(path: Path) -> None:

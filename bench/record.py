@@ -19,7 +19,7 @@ from statistics import quantiles
 from typing import Any
 
 import torch
-from cases import GRID, OF_USERS
+from cases.listed import GRID, OF_USERS
 
 from anchorops.measure import environment, in_turns, peak_extra_bytes
 
@@ -29,7 +29,6 @@ CASES = {  # what identifies a case: its rows are measured together
     "operators": ("case",),
     "training_steps": ("network", "compiled"),
     "inference": ("network",),
-    "batches": ("network",),
     "export": ("volume", "dtype"),
     "masks": ("masks", "threads"),
     "masks_in_frameworks": ("case",),

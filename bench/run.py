@@ -36,7 +36,7 @@ import operator_times
 import plot
 import torch
 import training_step
-from cases import cases_on
+from cases.listed import cases_on
 from record import CASES, DEVICE, ROOT, commit, file_name, head_of, json_of, load, save
 
 from anchorops.measure import DISTURBED, OtherProcesses
@@ -118,7 +118,6 @@ class Plan(NamedTuple):
         every = sorted(cases_on("cpu"), key=lambda case: case.operation)
         grouped = itertools.groupby(every, lambda case: case.operation)
         return [
-            Item("roofs", "roofs", self.script("roofs.py", "roofs"), 600),
             *(self.operators(cases, 7200) for _, cases in grouped),
             *self.steps("training_steps", 3600),
             *self.steps("training_steps", 3600, compiled=True),
@@ -135,15 +134,12 @@ class Plan(NamedTuple):
         verify += ["--json", str(verified)]
         cases = cases_on("cuda")
         operators = [self.operators([case], 90) for case in cases]
-        steps, batches = self.steps("training_steps", 90), self.steps("batches", 90)
+        steps = self.steps("training_steps", 90)
         compiled = self.steps("training_steps", 150, compiled=True)
         return [
             Item("verify", "verify", verify, 150),
-            Item("roofs", "roofs", self.script("roofs.py", "roofs"), 40),
             *operators[:7],
-            *steps[:3],
-            *batches,
-            *steps[3:],
+            *steps,
             *operators[7:20],
             *compiled,
             *operators[20:],
@@ -152,12 +148,11 @@ class Plan(NamedTuple):
     def items(self) -> list[Item]:
         if not self.dry:
             return self.of_cpu() if self.device == "cpu" else self.of_gpu()
-        sections = {"cpu": ("training_steps", "inference"), "cuda": ("training_steps", "batches")}
         return [
             self.operators(cases_on(self.device, tiny=True), 600),
-            *(item for section in sections[self.device] for item in self.steps(section, 600)),
+            *self.steps("training_steps", 600),
             *self.steps("training_steps", 600, compiled=True),
-            Item("roofs", "roofs", self.script("roofs.py", "roofs"), 600),
+            *(self.steps("inference", 600) if self.device == "cpu" else []),
         ]
 
 
@@ -278,7 +273,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=DEVICE)
     parser.add_argument("--minutes", type=float, help="begin nothing later, and end by then")
     parser.add_argument("--out", type=Path, help="a directory (default build/bench)")
-    parser.add_argument("--only", choices=("roofs", "verify", *CASES), action="append")
+    parser.add_argument("--only", choices=("verify", *CASES), action="append")
     parser.add_argument("--list", action="store_true", help="the rows that would be written")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU")
     options = parser.parse_args()

@@ -1,7 +1,7 @@
 """Time and memory of training steps with our losses and late_upsampling, compared with the plain
-step with torch's; time of inference; and the largest batches that fit into 24 GB.
+step with torch's; and time of inference.
 
-    python bench/training_step.py [--network SegFormer-B0] [--section batches] [--rows ROWS.json]
+    python bench/training_step.py [--network SegFormer-B0] [--section inference] [--rows ROWS.json]
 
 A step is forward, backward and AdamW; on a GPU with bf16 autocast and channels last. The baseline
 is the network with F.interpolate and F.cross_entropy; compiled is the network together with its
@@ -11,14 +11,13 @@ which the host does not decide. The ratio is the time divided by the median of t
 """
 
 import copy
-import gc
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from networks import BATCHES, COMPILED, IGNORE_INDEX, ON_CPU, ON_GPU, Network
-from record import BASELINE, OWN, STEP_NAMES, head_of, parser_of, save, spread
+from cases.networks import COMPILED, IGNORE_INDEX, ON_CPU, ON_GPU, Network
+from record import BASELINE, STEP_NAMES, head_of, parser_of, save, spread
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -34,8 +33,8 @@ METHODS = {
     "CeCo": ("ceco",),
     "MVSC": ("mvsc",),
 }
-SECTIONS = ("training_steps", "inference", "batches")
-CAPACITY, ROUNDS, PROFILED = 24e9, 10, 3  # bytes; of timing; steps
+SECTIONS = ("training_steps", "inference")
+ROUNDS, PROFILED = 10, 3  # of timing; steps
 PLAIN, LATER, EXPORTED = "plain", "late", "late, exported"  # names of inference
 Step = Callable[[], object]
 
@@ -74,15 +73,14 @@ def candidates_of(network: Network, late: bool, compiled: bool) -> list[Candidat
 def plan(device: str, section: str, compiled: bool = False) -> list[tuple[Network, list[str]]]:
     """The networks of a section, and the names of the rows that are known before late_upsampling
     was tried."""
-    networks = ON_CPU if device == "cpu" else BATCHES if section == "batches" else ON_GPU
+    networks = ON_CPU if device == "cpu" else ON_GPU
     if compiled and device == "cuda":
         networks = tuple(network for network in ON_GPU if network.name in COMPILED)
-    known = {"inference": [PLAIN], "batches": [BASELINE, OWN]}
     planned = []
     for network in networks:
         candidates = candidates_of(network, False, compiled)
         names = [one.name for one in candidates if one.compiled == compiled]
-        planned.append((network, known.get(section, names)))
+        planned.append((network, [PLAIN] if section == "inference" else names))
     return planned
 
 
@@ -219,32 +217,6 @@ class Bench(NamedTuple):
         steps: dict[str, Step] = {name: partial(run, one) for name, one in networks.items()}
         yield from self.measured(steps, rounds)
 
-    def batches(self, _: int) -> Iterator[dict[str, Any]]:
-        """The largest batch of each candidate with which two steps fit into 24 GB."""
-        if self.device.type == "cuda":
-            memory = torch.cuda.get_device_properties(self.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(CAPACITY / memory)
-        for late in (False, True)[: 1 + self.runs_later()]:
-            for ours in (True,) if late else (False, True):
-                candidate = Candidate(ours, late)
-                fits = partial(self.fits, self.prepared(candidate))
-                largest = largest_batch(fits, self.network.batch)
-                yield {"network": str(self.network), "name": candidate.name, "images": largest}
-
-    def fits(self, step: Callable[[Tensor, Tensor], None], size: int) -> bool:
-        """In a dry run, if there are at most two images."""
-        try:
-            if self.dry and size > 2:
-                raise torch.OutOfMemoryError
-            for _ in range(2):  # Adam's state exists in the second
-                step(*self.batch(size))
-            return True
-        except torch.OutOfMemoryError:
-            return False
-        finally:
-            gc.collect()
-            torch.cuda.empty_cache()
-
 
 def allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated() if device.type == "cuda" else 0
@@ -268,17 +240,6 @@ def seconds_of_kernels(step: Step, device: torch.device) -> float | None:
             step()
     total = sum(event.self_device_time_total for event in profiled.key_averages())
     return total / 1e6 / PROFILED
-
-
-def largest_batch(fits: Callable[[int], bool], start: int) -> int:
-    """By doubling and bisection."""
-    least, most = 0, start
-    while fits(most):
-        least, most = most, 2 * most
-    while most - least > 1:
-        middle = (least + most) // 2
-        least, most = (middle, most) if fits(middle) else (least, middle)
-    return least
 
 
 def main() -> None:
@@ -312,8 +273,6 @@ def main() -> None:
 
 
 def line(row: dict[str, Any]) -> str:
-    if "images" in row:
-        return f"{row['network']}: {row['name']}: {row['images']} images in 24 GB"
     middle, share = row["seconds"]["median"], row["ratio"]["median"]
     return f"{row['network']}: {row['name']:<36}{1e3 * middle:9.1f} ms{share:7.0%}"
 

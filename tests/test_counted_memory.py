@@ -1,4 +1,4 @@
-"""The memory that bench/storages.py counts, compared with what torch's allocator reports on the
+"""The memory that without_gpu/storages.py counts, compared with what torch's allocator reports on a
 CPU, and with fake tensors on "cuda"."""
 
 import json
@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from memory import peak_allocated_bytes
 from record import BASELINE, BOTH, LATE, OWN, compared
-from storages import Storages, as_on_cuda, largest_batch, make_fake
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
+from without_gpu.storages import Storages, as_on_cuda, largest_batch, make_fake
 
 import anchorops as ao
 

@@ -5,9 +5,9 @@ import runpy
 import sys
 from pathlib import Path
 
-import evidence_report
 import numpy as np
 import pytest
+from trainings import report as evidence_report
 
 BENCH = Path(__file__).parents[2] / "bench"
 

@@ -1,175 +1,16 @@
-"""What is measured: shapes that users have, their inputs, and cases in the order of their worth.
+"""What is measured: operations with shapes that users have, in the order of their worth, and a grid
+of options."""
 
-Inputs are random numbers; logits may also be those of a small network that was trained on the
-labels: few errors, and steep between classes. No label of a pixel loss is ignored, because MONAI
-cannot ignore any.
-"""
-
-import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from cases.shapes import Centroids, Features, Logits
 
-import anchorops as ao
 from anchorops.catalogue import Inputs
-from anchorops.measure import example_labels
 
-STEPS, WIDTH, NOISE = 100, 64, 0.5  # of the trained network: Adam's, channels, in its images
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORWARD, BACKWARD, TRAINING = "forward", "backward", "forward + backward"
-IMAGES, VOLUMES = "images", "volumes"  # names of the shapes of a grid of options
-
-
-class Features(NamedTuple):
-    """A feature map (B, D, H, W) or points (N, D), with K classes. On CPU the batch is smaller.
-    Labels of a map have four times its height and width."""
-
-    name: str
-    size: tuple[int, ...]
-    num_classes: int
-    cpu_batch: int = 2
-
-    stride = None
-
-    def on(self, device: torch.device, tiny: bool = False) -> "Features":
-        size = list(self.size)
-        if device.type == "cpu":
-            size[0] = min(self.cpu_batch, size[0])
-        if tiny:
-            largest = (2, 24, 8, 12) if len(size) == 4 else (500, 24)
-            size = [min(pair) for pair in zip(size, largest, strict=True)]
-            num_classes = min(self.num_classes, size[1])  # as CBP needs
-            return self._replace(size=tuple(size), num_classes=num_classes)
-        return self._replace(size=tuple(size))
-
-    @property
-    def sizes(self) -> str:
-        axes = "BDHW" if len(self.size) == 4 else "ND"
-        sizes = " ".join(f"{axis}{size:,}" for axis, size in zip(axes, self.size, strict=True))
-        return f"{sizes} K{self.num_classes:,}"
-
-    def inputs(self, dtype: str, labels: str, device: torch.device) -> Inputs:
-        generator = torch.Generator(device).manual_seed(0)
-        features = torch.randn(self.size, dtype=DTYPES[dtype], device=device, generator=generator)
-        pixels = (self.size[0], *self.size[2:])
-        classes = example_labels(pixels, self.num_classes, labels).to(device)
-        if len(self.size) == 4:
-            classes = classes.repeat_interleave(4, 1).repeat_interleave(4, 2)
-        anchors = (self.num_classes, self.size[1])
-        return {
-            "features": features,
-            "labels": classes,
-            "anchors": torch.randn(anchors, device=device, generator=generator),
-        }
-
-
-class Centroids(NamedTuple):
-    """Queries and keys [K, D]."""
-
-    num_classes: int
-    dim: int
-
-    name, stride = "centroids", None
-
-    def on(self, device: torch.device, tiny: bool = False) -> "Centroids":
-        return Centroids(min(self.num_classes, 20), 24) if tiny else self
-
-    @property
-    def sizes(self) -> str:
-        return f"N{self.num_classes:,} D{self.dim:,} K{self.num_classes:,}"
-
-    def inputs(self, dtype: str, labels: str, device: torch.device) -> Inputs:
-        generator = torch.Generator(device).manual_seed(0)
-        drawn = torch.randn(2, self.num_classes, self.dim, device=device, generator=generator)
-        queries, keys = F.normalize(drawn, dim=2)
-        return {"queries": queries.clone(), "keys": keys.clone()}
-
-
-class Logits(NamedTuple):
-    """Logits (B, K, h, w), or a volume (B, K, d, h, w), and the size of their labels. With `dim`
-    they are cosines of features (B, D, h, w) to anchors [K, D]. sigmoid: labels have the logits'
-    channels, 0 or 1."""
-
-    name: str
-    size: tuple[int, ...]
-    label_size: tuple[int, ...]
-    channels_last: bool = False
-    cpu_batch: int = 2
-    dim: int = 0
-    sigmoid: bool = False
-
-    @property
-    def num_classes(self) -> int:
-        return self.size[1]
-
-    @property
-    def stride(self) -> int:
-        return round(self.label_size[-1] / self.size[-1])
-
-    @property
-    def sizes(self) -> str:
-        axes = "BKhw" if len(self.size) == 4 else "BKdhw"
-        sizes = " ".join(f"{axis}{size:,}" for axis, size in zip(axes, self.size, strict=True))
-        features = f", D{self.dim:,}" if self.dim else ""
-        return f"{sizes}{features}, labels {'×'.join(map(str, self.label_size))}"
-
-    def on(self, device: torch.device, tiny: bool = False) -> "Logits":
-        batch, num_classes, *space = self.size
-        if device.type == "cpu":
-            batch = min(self.cpu_batch, batch)
-        if tiny:
-            batch, num_classes = min(batch, 2), min(num_classes, 20 if num_classes <= 255 else 256)
-            space = [max(4, 32 // self.stride) if len(space) == 2 else 5] * len(space)
-        label_size = tuple(n * self.stride for n in space) if tiny else self.label_size
-        dim = min(self.dim, 24) if tiny else self.dim
-        return self._replace(size=(batch, num_classes, *space), label_size=label_size, dim=dim)
-
-    def inputs(self, dtype: str, labels: str, device: torch.device) -> Inputs:
-        generator = torch.Generator(device).manual_seed(0)
-        size = (self.size[0], self.dim or self.num_classes, *self.size[2:])
-        logits = torch.randn(size, dtype=DTYPES[dtype], device=device, generator=generator)
-        if self.channels_last:
-            logits = logits.contiguous(memory_format=torch.channels_last)
-        batch = self.size[0] * (self.num_classes if self.sigmoid else 1)
-        flat = (batch, math.prod(self.label_size[:-1]), self.label_size[-1])
-        num_classes = 2 if self.sigmoid else self.num_classes
-        kind = "random" if labels == "random" else "coherent"
-        classes = example_labels(flat, num_classes, kind).clamp(min=0)
-        channels = [self.num_classes] if self.sigmoid else []
-        classes = classes.view(self.size[0], *channels, *self.label_size)
-        if labels == "trained":
-            logits = trained_logits(classes, num_classes, self.stride)
-        classes = classes.to(device, torch.uint8 if labels == "uint8" else torch.int64)
-        inputs = {"logits": logits.to(device), "labels": classes}
-        if self.dim:
-            anchors = torch.randn(num_classes, self.dim, device=device, generator=generator)
-            inputs = {"features": logits, "labels": classes, "anchors": F.normalize(anchors, dim=1)}
-        return inputs
-
-
-def trained_logits(labels: Tensor, num_classes: int, ratio: int) -> Tensor:
-    """Logits of a network that was trained on images of low resolution, whose noisy colours are
-    those of the classes."""
-    generator = torch.Generator().manual_seed(0)
-    colours = torch.randn(num_classes, 3, generator=generator)
-    images = colours[labels[:, ::ratio, ::ratio]].movedim(-1, 1)
-    images = images + NOISE * torch.randn(images.shape, generator=generator)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = nn.Sequential(
-            *(nn.Conv2d(3, WIDTH, 3, padding=1), nn.ReLU()),
-            *(nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.ReLU()),
-            nn.Conv2d(WIDTH, num_classes, 1),
-        )
-    optimizer = torch.optim.Adam(network.parameters(), 0.01)
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        ao.pixel_cross_entropy(network(images), labels).backward()
-        optimizer.step()
-    return network(images).detach()
+IMAGES, VOLUMES = "images", "volumes"  # names of the shapes of the grid
 
 
 class Case(NamedTuple):
@@ -246,10 +87,6 @@ LARGE_MATCHED = MATCHED._replace(
 )
 ROW = Logits("points, 150 classes", (2, 150, 1, 8192), (1, 8192))
 LONG_ROW = Logits("points, 2 classes", (2, 2, 1, 2**20), (1, 2**20))
-TEXT = Logits("LSeg, ADE20K", (8, 150, 128, 128), (512, 512), cpu_batch=1, dim=512)
-PIXELS = TEXT._replace(name="LSeg, ADE20K, labels of the features' size", label_size=(128, 128))
-
-METHODS = ("SAR", "OCCL", "CBP, moving average", "CeCo", "CeCo at label size", "MVSC", "SAR + OCCL")
 
 OF_USERS = [
     Case("cross-entropy", SEGFORMER, compiled=True),
@@ -282,12 +119,10 @@ OF_USERS = [
     Case("class moments with anchors", HRNET, FORWARD, compiled=True),
     Case("class centroids", OCRNET),
     Case("class moments in 4 groups", OCRNET),
-    *(Case(method, OCRNET) for method in METHODS),
     Case("cross-entropy, aligned corners", DEEPLAB),
     *(Case("cross-entropy", shape) for shape in (COCO, LAST, ONE, MANY)),
     Case("cross-entropy + Dice", PATCH),
     Case("confusion matrix", SEGFORMER, FORWARD),
-    *(Case("cross-entropy of cosines", shape) for shape in (TEXT, PIXELS)),
     *(Case("divergence from a teacher", shape) for shape in (SEGFORMER, ROW, LONG_ROW)),
     Case("class moments with anchors", HRNET, BACKWARD),
     Case("class moments", HRNET, FORWARD),
@@ -297,7 +132,6 @@ OF_USERS = [
     *(Case("class moments with anchors", HRNET, dtype=dtype) for dtype in ("bf16", "fp32")),
     Case("class moments with anchors", IMAGENET, labels="random"),
     Case("class moments with anchors", MANY_KEYS),
-    *(Case("class keys", HRNET, FORWARD, labels=labels) for labels in ("coherent", "random")),
     *(
         Case("centroid InfoNCE", Centroids(*size), direction, "fp32", compiled=True)
         for size in ((19, 720), (150, 768), (1000, 512), (1000, 2048))

@@ -218,7 +218,6 @@ ON_GPU = (
     Network("SegFormer-B2", partial(segformer, 2), (512, 512), 16, 150, small=segformer_b0),
     HRNET_W48,
 )
-BATCHES = (SEGFORMER_B0, SEGFORMER_B5, UNET)
 COMPILED = [network.name for network in (SEGFORMER_B0, HRNET_W18, UNET)]
 small_segformer = partial(of_training_program, "segformer-b0")
 ON_CPU = (
