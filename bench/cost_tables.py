@@ -26,6 +26,7 @@ def committed(name: str) -> dict:
 
 
 CPU = committed("amd-epyc-avx512-2-threads")  # of `make bench BENCH=bench/results`
+HOST_TIME = committed("host-time")["host_time"]
 GPU = committed("nvidia-h100-80gb-hbm3-132-multiprocessors")
 
 
@@ -267,13 +268,6 @@ def beside(section: str, case: str, seconds: str, **fields: object) -> str:
     return pivot(rows, case, "name", seconds + ", {MB:,.0f} MB")
 
 
-def host_time() -> str:
-    """Times of each call by each backend, also as multiples of torch's formula."""
-    rows = committed("host-time")["host_time"]
-    rows = [row | {"call": f"{row['name']}, {row['operators']} operators"} for row in rows]
-    return pivot(rows, "call", "backend", "{us:.0f} ({ratio:.1f})")
-
-
 def counted_memory() -> str:
     """For each network and checkpointing: memory in GB and the largest batches. "→":
     baseline, with our cross-entropy, and with late upsampling too. What a method adds to the last
@@ -319,13 +313,14 @@ OF_A_MACHINE = {
 }
 TABLES: dict[str, Callable[[], str | list[str]]] = {
     **{table.__name__: table for table in (gains, uses, speedups, slower, bandwidth)},
-    **{table.__name__: table for table in (steps_with_methods, host_time, counted_memory)},
+    **{table.__name__: table for table in (steps_with_methods, counted_memory)},
     **{table.__name__: table for table in (launches, lovasz_precision)},
     "cases": partial(cases, CPU),
     "cases_on_a_gpu": partial(cases, GPU),
     "training_steps": partial(of_networks, CPU),
     "steps_on_a_gpu": partial(of_networks, GPU),
     "inference": partial(of_networks, CPU, "inference"),
+    "host_time": partial(pivot, HOST_TIME, "name", "backend", "{us:.0f} ({ratio:.1f})"),
     "masks_in_frameworks": partial(beside, "masks_in_frameworks", "case", "{ms:,.0f} ms"),
     "export": partial(beside, "export", "volume", "{seconds:.2f} s", dtype="float16"),
 }

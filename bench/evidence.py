@@ -25,23 +25,20 @@ import argparse
 import fnmatch
 import json
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from record import commit
 from trainings import report
 from trainings.gradient_ratios import measure
-from trainings.plan import CAMVID, SCENES, Run, plan
-from trainings.report import MEASURES, PREDICTIONS
+from trainings.plan import CAMVID, Run, plan
+from trainings.report import MEASURES
 
 from anchorops.measure import environment
-from anchorops.train.commands import fit, predict_masks, validate
+from anchorops.train.commands import fit, validate
 from anchorops.train.report.compare import load_results
 from anchorops.train.run import BEST, LAST, METRICS, Stopped, read_metrics, save_atomically
 
@@ -77,9 +74,8 @@ def train_one(run: Run, out: Path) -> None:
     if run.scenes == CAMVID:
         row |= {"classes": _classes(lines[run.steps], "val"), "test": _on_test(directory)}
     save_atomically(json.dumps(row) + "\n", row_file(run, out))
-    (directory / LAST).unlink(missing_ok=True)  # 50 to 100 MB a run
-    if run.scenes != CAMVID:  # whose predictions are drawn
-        (directory / BEST).unlink(missing_ok=True)
+    for weights in (LAST, BEST):  # 50 to 100 MB a run
+        (directory / weights).unlink(missing_ok=True)
 
 
 def _on_test(directory: Path) -> dict[str, Any]:
@@ -114,30 +110,6 @@ def finished(out: Path, known: dict[str, Any]) -> dict[Run, dict[str, Any]]:
     return {run: found[run] for run in plan() if run in found}
 
 
-def draw_predictions(done: Sequence[Run], out: Path, directory: Path) -> bool:
-    """The picture of the photographs' predictions after 1,000 steps, if the weights of seed 0 are
-    in `out`."""
-    runs = [run for run in done if (run.scenes, run.steps, run.seed) == (CAMVID, 1_000, 0)]
-    if not runs or not all((out / run.name / BEST).exists() for run in runs):
-        return False
-    root = Path(SCENES[CAMVID]["root"])
-    images = sorted((root / "images/test").iterdir())[::60]
-    maps = {"labels": _maps(root / "masks/test", images)}
-    for run in runs:
-        words = ["--run", str(out / run.name), "--images", *map(str, images)]
-        with tempfile.TemporaryDirectory() as folder:
-            predict_masks([*words, "--out", folder])
-            maps[report.label(run.methods, run.setting)] = _maps(Path(folder), images)
-    classes = (root / "classes.txt").read_text().split()
-    figure = report.predictions(maps, classes)
-    figure.savefig(directory / PREDICTIONS, dpi=80)
-    return True
-
-
-def _maps(folder: Path, images: Sequence[Path]) -> list[np.ndarray]:
-    return [np.array(Image.open(folder / f"{image.stem}.png")) for image in images]
-
-
 def evidence(rows: list[dict[str, Any]], known: dict[str, Any]) -> dict[str, Any]:
     """The contents of evidence.json. Its device and version of torch are those of the rows that do
     not have their own."""
@@ -146,7 +118,6 @@ def evidence(rows: list[dict[str, Any]], known: dict[str, Any]) -> dict[str, Any
         "device": known.get("device", _device()),
         "torch": known.get("torch", torch.__version__),
         "planned": [list(run) for run in plan()],
-        "predictions": known.get("predictions", []),
         "rows": rows,
     }
 
@@ -173,10 +144,7 @@ def main() -> None:
     done = finished(out, known)
     if arguments.report:
         arguments.report.mkdir(parents=True, exist_ok=True)
-        written = evidence([*done.values()], known)
-        if draw_predictions([*done], out, arguments.report):
-            written["predictions"] = [CAMVID]
-        report.write(written, arguments.report)
+        report.write(evidence([*done.values()], known), arguments.report)
         return
     if arguments.list:
         for run in chosen:

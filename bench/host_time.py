@@ -6,7 +6,7 @@ Tensors are so small that the kernels take no time: what remains is Python, auto
 dispatcher and Triton. All calls take turns, as in a training step, and the least time of each is
 kept. The backends are `cpu`, with one thread; `triton` with a driver that names an H100, where
 instead of a launch Triton only binds the arguments and looks the compiled kernel up; and on a GPU
-what "auto" chooses, with its launches. The numbers of operators are those that torch dispatches.
+what "auto" chooses, with its launches.
 """
 
 import argparse
@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ["ANCHOROPS_TRITON_ON_HOST"] = "1"  # which anchorops asks when it is imported
@@ -43,18 +42,6 @@ class Call(NamedTuple):
     def step(self) -> None:
         self.leaf.grad = None
         self.loss().backward()
-
-
-class Operators(TorchDispatchMode):
-    """Notes the operators that torch dispatches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None):
-        self.names.append(str(operator))
-        return operator(*args, **(kwargs or {}))
 
 
 def calls(device: str) -> list[Call]:
@@ -99,12 +86,7 @@ def rows_of(backend: str, rounds: int) -> list[dict]:
                 self.run(*args, grid=None, warmup=True, **kwargs)
 
             stack.enter_context(instead_of_launches("sm_90", bind))
-        all_calls, operators = calls(DEVICE), []
-        for call in all_calls:
-            call.step()
-            with Operators() as counted:
-                call.step()
-            operators.append(len(counted.names))
+        all_calls = calls(DEVICE)
         steps = [call.step for call in all_calls]
         if DEVICE == "cuda":
             steps.append(torch.cuda.synchronize)  # otherwise the host waits for a full queue
@@ -115,11 +97,10 @@ def rows_of(backend: str, rounds: int) -> list[dict]:
         {
             "backend": backend,
             "name": call.name,
-            "operators": number,
             "us": round(least[call.name], 1),
             "ratio": round(least[call.name] / least[call.formula or call.name], 2),
         }
-        for call, number in zip(all_calls, operators, strict=True)
+        for call in all_calls
     ]
 
 
@@ -131,7 +112,7 @@ def main() -> None:
     torch.set_num_threads(1)
     backends = ("auto",) if DEVICE == "cuda" else ("cpu", "triton")
     rows = [row for backend in backends for row in rows_of(backend, args.rounds)]
-    columns = ("backend", "name", "us", "ratio", "operators")
+    columns = ("backend", "name", "us", "ratio")
     print(markdown_table(columns, [[row[x] for x in columns] for row in rows], words=(0, 1)))
     if args.out:
         save(args.out, "host_time", head_of(torch.device(DEVICE)), rows)

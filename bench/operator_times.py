@@ -214,18 +214,13 @@ def lines_of(rows: list[dict[str, Any]]) -> Iterator[str]:
     for case in by_case(rows):
         ours, _ = ours_and_other(case)
         for row in case:
-            text = f"  {row['name']:<34}{row['median'] * 1e3:>10.3f} ms"
-            text += f"  [{row['q20'] * 1e3:.3f}, {row['q80'] * 1e3:.3f}]".ljust(22)
-            text += f"{row['median'] / ours['median']:>7.1f}×" if ours else " " * 8
-            text += f"{row['gbps']:>8.1f} GB/s {row['copy_share']:>5.0%} of copy"
+            low, middle, high = (1e3 * row[name] for name in ("q20", "median", "q80"))
+            text = f"  {row['name']:<34}{middle:>10.3f} ms  [{low:.3f}, {high:.3f}]".ljust(70)
+            text += f"{row['median'] / ours['median']:>7.1f}×" if ours else ""
             if row["extra_bytes"] is not None:
                 text += f"  +{row['extra_bytes'] / 2**20:,.0f} MiB"
-            if (row["others"] or 0) > DISTURBED:
-                text += f"  disturbed: {row['others']:.1f} cores busy with other processes"
-            yield text
-    for row in rows:
-        if "absent" in row:
-            yield f"  {row['name']}: {row['absent']}"
+            yield text + "  disturbed" * ((row["others"] or 0) > DISTURBED)
+    yield from (f"  {row['name']}: {row['absent']}" for row in rows if "absent" in row)
 
 
 def rows_of(case: Case, compiled: bool, of: str, device: torch.device, tiny: bool) -> list[dict]:

@@ -2,19 +2,16 @@
 evidence.json."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any, NamedTuple
 
-import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from record import grouped, json_of, markdown_table
 
 from anchorops.train.networks.learner import CLASSES
 from anchorops.train.options import PUBLISHED
-from anchorops.train.report.pictures import palette
 from anchorops.train.run import save_atomically
 
 MEASURES = {"miou": "mIoU", "head": "head", "body": "body", "tail": "tail"}  # and their titles
@@ -45,7 +42,6 @@ class DataSet(NamedTuple):
     steps: int
 
 
-PREDICTIONS = "evidence-camvid-predictions.png"
 DATA_SETS = [
     DataSet(
         "digit scenes",
@@ -145,12 +141,6 @@ def page(evidence: dict[str, Any]) -> str:
         parts.append(table(group, seeds))
         if tested := [row | row["test"] for row in group if "test" in row]:
             parts.append(f"The same on the test split:\n\n{table(tested, seeds)}")
-        if scenes in evidence.get("predictions", ()):
-            parts.append(
-                "Every 60th image of the test split, by the best weights of seed 0 in 1,000 steps:"
-                "\n\n"
-                f"![Labels and predictions]({PREDICTIONS})\n"
-            )
     if ratios := _gradient_ratios(rows, data_sets):
         parts.append(ratios)
     return "\n".join(parts)
@@ -252,25 +242,6 @@ def curves(rows: Sequence[Row]) -> Figure:
         axis.set_xlabel("step")
     columns = math.ceil(len(lines) / math.ceil(len(lines) / 6))  # of rows of equal length
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=columns, frameon=False)
-    return figure
-
-
-def predictions(maps: Mapping[str, Sequence[np.ndarray]], classes: Sequence[str]) -> Figure:
-    """A row of label maps for each name."""
-    columns, colors = len(next(iter(maps.values()))), palette(len(classes))
-    figure = Figure(figsize=(2.4 * columns, 1.8 * len(maps) + 0.8), layout="constrained")
-    no_ticks = {"xticks": [], "yticks": []}
-    grid = figure.subplots(len(maps), columns, squeeze=False, subplot_kw=no_ticks)
-    for axes, (name, row) in zip(grid, maps.items(), strict=True):
-        axes[0].set_ylabel(name)
-        for axis, labels in zip(axes, row, strict=True):
-            known = np.where(labels < len(classes), labels, len(classes))
-            axis.imshow(colors[known], interpolation="nearest")
-    handles = [
-        Patch(facecolor=color / 255, edgecolor="0.5", label=name)
-        for color, name in zip(colors, [*classes, "ignored"], strict=True)
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 

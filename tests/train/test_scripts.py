@@ -5,7 +5,6 @@ import runpy
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from trainings import report as evidence_report
 
@@ -87,21 +86,9 @@ def test_report_of_evidence(tmp_path: Path):
     assert "| SAR | 1,000 | +4.0 ± 2.8 (n = 2) | +0.4 ± 0.3 (n = 2) |" in on_test
     assert "3 of the 3 runs planned on digit scenes are missing" in page
     assert "All 1 runs planned on photographs are here." in page
-    assert evidence_report.PREDICTIONS not in page
-    page = evidence_report.page(evidence | {"predictions": ["camvid"]})
-    assert evidence_report.PREDICTIONS in page.split("## Photographs, ")[1]
     for name in ("digits-segformer-b0", "camvid-efficientnet-lite0"):
         picture = (tmp_path / f"evidence-{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
-
-
-def test_picture_of_predictions():
-    """Ignored pixels (255) are white."""
-    labels = np.array([[0, 1], [2, 255]], np.uint8)
-    figure = evidence_report.predictions({"labels": [labels], "SAR": [labels % 3]}, ["a", "b", "c"])
-    assert [axes.get_ylabel() for axes in figure.axes] == ["labels", "SAR"]
-    colors = figure.axes[0].images[0].get_array()
-    assert colors is not None and (colors[1, 1] == 255).all() and not (colors[0] == 255).all()
 
 
 def test_evidence_with_a_row_is_not_repeated(
