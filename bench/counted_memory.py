@@ -37,10 +37,11 @@ import anchorops as ao
 METHODS = ("SAR", "OCCL", "CeCo", "MVSC")
 CAPACITIES = (24, 40, 80)  # GB: 10⁹ bytes
 LARGEST = 3  # storages that a row lists
+Loss = Callable[[Tensor], Tensor]  # of the labels
 
 
-def attach(network: Network, model: Any, method: str) -> Callable[[Tensor], Tensor]:
-    """The loss of a method, a function of the labels."""
+def attach(network: Network, model: Any, method: str) -> Loss:
+    """The loss of a method."""
     regularizer = network.regularizer(method)
     if not network.volumes:
         return ao.attach(model, regularizer)
@@ -55,15 +56,13 @@ def attach(network: Network, model: Any, method: str) -> Callable[[Tensor], Tens
     return loss
 
 
-def prepare(
-    network: Network, model: nn.Module, candidate: Candidate, checkpointing: bool
-) -> Callable[..., Tensor] | None:
+def prepare(network: Network, model: nn.Module, candidate: Candidate) -> Loss | None:
     """Remove the last upsampling of a model on "meta", or let it run later, attach the method,
     checkpoint the blocks. Returns the method's loss."""
     model.train()
     network.arrange(model, network.images(), candidate)
     for module in model.modules():
-        if checkpointing and type(module).__name__ in network.blocks:
+        if candidate.checkpointing and type(module).__name__ in network.blocks:
             module.forward = functools.partial(  # the states of random numbers are not counted
                 checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False
             )
@@ -73,7 +72,7 @@ def prepare(
 def step(
     network: Network,
     model: nn.Module,
-    regularizer: Callable[..., Tensor] | None,
+    regularizer: Loss | None,
     ours: bool,
     batch: int,
     storages: Storages,
@@ -101,12 +100,12 @@ def step(
 
 
 def count(
-    network: Network, model: nn.Module, candidate: Candidate, checkpointing: bool, batch: int
+    network: Network, model: nn.Module, candidate: Candidate, batch: int
 ) -> tuple[Storages, set[int]]:
     """The storages of a step, and which of them are gradients of parameters. The model, on "meta",
     is not changed."""
     model = copy.deepcopy(model)
-    regularizer = prepare(network, model, candidate, checkpointing)
+    regularizer = prepare(network, model, candidate)
     gc.collect()
     gc.disable()  # so that every count frees the same storages at the same time
     try:
@@ -124,10 +123,8 @@ def count(
 IMAGES = 101  # images in a count: a prime that divides no size of the networks' tensors
 
 
-def row_of(
-    network: Network, model: nn.Module, candidate: Candidate, checkpointing: bool
-) -> dict[str, Any]:
-    storages, gradients = count(network, model, candidate, checkpointing, IMAGES)
+def row_of(network: Network, model: nn.Module, candidate: Candidate) -> dict[str, Any]:
+    storages, gradients = count(network, model, candidate, IMAGES)
     fixed, per_image = storages.by_image(IMAGES)
     alive = fixed + network.batch * per_image
     peak = int(alive.argmax())
@@ -145,20 +142,15 @@ def row_of(
         "network": network.name,
         "sizes": f"{'×'.join(map(str, network.size))} B{network.batch} K{network.num_classes}",
         "name": candidate.method or candidate.name,
-        "checkpointing": checkpointing,
+        "checkpointing": candidate.checkpointing,
         "loss": "anchorops" if candidate.ours else "torch",
         "late": candidate.late,
         "method": candidate.method,
         "peak_bytes": int(alive[peak]),
         "parts": parts,
         "largest": [
-            {
-                "bytes": in_batch(made.bytes),
-                "phase": made.phase,
-                "operator": made.operator,
-                "shape": [in_batch(size) for size in made.shape],
-                "dtype": made.dtype,
-            }
+            made._asdict()
+            | {"bytes": in_batch(made.bytes), "shape": [in_batch(size) for size in made.shape]}
             for made in largest
         ],
         "largest_batches": {
@@ -172,18 +164,13 @@ def rows_of(network: Network) -> Iterator[dict[str, Any]]:
     model = network.build().to("meta")
     every = candidates(network.runs_later(model), METHODS)
     for checkpointing, candidate in product((False, True), every):
-        yield row_of(network, model, candidate, checkpointing)
+        yield row_of(network, model, candidate._replace(checkpointing=checkpointing))
 
 
 def line(row: dict[str, Any]) -> str:
     checkpointing = "checkpointing" if row["checkpointing"] else ""
     batches = ", ".join(f"{batch} in {gb}" for gb, batch in row["largest_batches"].items())
-    first = row["largest"][0]
-    return (
-        f"  {checkpointing:<14}{row['name']:<31}"
-        f"{row['peak_bytes'] / 1e9:7.2f} GB; {batches}; "
-        f"{first['operator']} {first['shape']} {first['dtype']}"
-    )
+    return f"  {checkpointing:<14}{row['name']:<31}{row['peak_bytes'] / 1e9:7.2f} GB; {batches}"
 
 
 def main() -> None:

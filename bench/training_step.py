@@ -11,6 +11,7 @@ which the host does not decide. The ratio is the time divided by the median of t
 """
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -53,13 +54,12 @@ def plan(device: str, section: str, compiled: bool = False) -> list[tuple[Networ
     """The networks of a section, and the names of the rows that are known before late_upsampling
     was tried."""
     networks = ON_CPU if device == "cpu" else ON_GPU
-    if compiled and device == "cuda":
-        networks = tuple(network for network in ON_GPU if network.name in COMPILED)
     planned = []
     for network in networks:
-        every = candidates_of(network, False, compiled)
-        names = [one.name for one in every if one.compiled == compiled]
-        planned.append((network, [PLAIN] if section == "inference" else names))
+        every = [x for x in candidates_of(network, False, compiled) if x.compiled == compiled]
+        names = [PLAIN] if section == "inference" else [one.name for one in every]
+        if device == "cpu" or not compiled or network.name in COMPILED:
+            planned.append((network, names))
     return planned
 
 
@@ -131,22 +131,22 @@ class Bench(NamedTuple):
 
     def measured(self, steps: dict[str, Step], rounds: int) -> Iterator[dict[str, Any]]:
         """Time and memory of calls that take turns. The first is the baseline."""
-        own = {}
-        for name, step in steps.items():
+        peaks, kernels = [], []
+        for step in steps.values():
             step()  # Adam's state exists then
-            own[name] = peak_of(step, self.device)
-        kernels = {name: seconds_of_kernels(step, self.device) for name, step in steps.items()}
+            peaks.append(peak_of(step, self.device))
+            kernels.append(seconds_of_kernels(step, self.device))
         times, others = in_turns([*steps.values()], self.device, seconds=0.0, rounds=rounds)
         spreads = [spread(seconds) for seconds in times]
-        for name, seconds in zip(steps, spreads, strict=True):
+        for name, seconds, peak, of_kernels in zip(steps, spreads, peaks, kernels, strict=True):
             yield {
                 "network": str(self.network),
                 "name": name,
                 "seconds": seconds,
-                "kernels": kernels[name],
+                "kernels": of_kernels,
                 "rounds": len(times[0]),
                 "ratio": {x: value / spreads[0]["median"] for x, value in seconds.items()},
-                "peak_bytes": own[name],
+                "peak_bytes": peak,
                 "others": others,
             }
 
@@ -221,9 +221,8 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="steps by torch.compile")
     arguments = parser.parse_args()
     device, dry = torch.device(arguments.device), arguments.dry_run
-    for network, names in plan(
-        arguments.networks_of or device.type, arguments.section, arguments.compiled
-    ):
+    of = arguments.networks_of or device.type
+    for network, _ in plan(of, arguments.section, arguments.compiled):
         if arguments.network and network.name not in arguments.network:
             continue
         bench = Bench(network.tiny() if dry else network, device, dry, arguments.compiled)
@@ -233,12 +232,7 @@ def main() -> None:
                 rows.append(row)
                 print(line(row), flush=True)
         except ImportError as error:
-            absent = {
-                "network": str(network),
-                "compiled": arguments.compiled,
-                "absent": f"{error.name} is not there",
-            }
-            rows = [absent | {"name": name} for name in names]
+            print(f"{network}: {error.name} is not installed", file=sys.stderr)
         if arguments.rows:
             save(arguments.rows, arguments.section, head_of(device), rows)
 

@@ -27,12 +27,13 @@ METHODS = {  # names in tables: those of the training program
 
 class Candidate(NamedTuple):
     """How a network is trained. ours: with our cross-entropy. late: with late_upsampling. method:
-    of METHODS, or "" for none. compiled: with torch.compile."""
+    of METHODS, or "" for none. compiled: with torch.compile. checkpointing: of activations."""
 
     ours: bool
     late: bool
     method: str = ""
     compiled: bool = False
+    checkpointing: bool = False
 
     @property
     def name(self) -> str:
