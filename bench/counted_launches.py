@@ -10,7 +10,6 @@ is counted.
 --earlier: the rows of an earlier commit, whose counts stand beside the new ones.
 """
 
-import argparse
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +21,7 @@ if __name__ == "__main__":
     os.environ["ANCHOROPS_TRITON_ON_HOST"] = "1"  # which anchorops asks when it is imported
 
 import torch
-from record import ROOT, load, save_counts
+from record import load, parser_of_counts, save_counts
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from without_gpu.machine_code import instead_of_launches
@@ -138,18 +137,16 @@ def row_of(name: str, make: Callable[[], Step]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    parser = parser_of_counts(__doc__, "counted-launches")
     parser.add_argument("--steps", nargs="*", choices=STEPS, default=list(STEPS))
     parser.add_argument("--earlier", type=Path)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/counted-launches.json")
     args = parser.parse_args()
     rows = [row_of(name, STEPS[name]) for name in args.steps]
     if args.earlier:
         earlier = {row["name"]: row["launches"] for row in load(args.earlier)["rows"]}
         rows = [row | {"earlier": earlier[row["name"]]} for row in rows]
     save_counts(args.out, rows)
-    for row in rows:
-        print(row)
+    print(*rows, sep="\n")
 
 
 if __name__ == "__main__":

@@ -175,9 +175,9 @@ def line(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="write the rows to this JSON file")
     names = sorted({network.name for network in COUNTED})
     parser.add_argument("--networks", nargs="+", default=names, choices=names)
-    parser.add_argument("--out", type=Path, help="write the rows to this JSON file")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for network in COUNTED:

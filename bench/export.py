@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from record import ROOT, head_of, parser_of, rows_of_ways, save
+from record import ROOT, finish, parser_of, rows_of_ways
 from torch import Tensor
 
 import anchorops as ao
@@ -107,9 +107,7 @@ def main() -> None:
                 command = [python, __file__, "--cell", way, volume, dtype]
                 run = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
                 rows.append(json.loads(run.stdout))
-                print(rows[-1], file=sys.stderr)
-    if arguments.rows:
-        save(arguments.rows, "export", head_of(CPU), rows)
+    finish(arguments, "export", rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The host's time of a call, forward and backward, beside that of torch's formula.
 
-    python bench/host_time.py [--rounds 2000] [--out bench/results/host-time.json]
+    python bench/host_time.py [--rows bench/results/host-time.json]
 
 Tensors are so small that the kernels take no time: what remains is Python, autograd, torch's
 dispatcher and Triton. All calls take turns, as in a training step, and the least time of each is
@@ -9,11 +9,9 @@ instead of a launch Triton only binds the arguments and looks the compiled kerne
 what "auto" chooses, with its launches.
 """
 
-import argparse
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +21,7 @@ from torch import Tensor
 if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ["ANCHOROPS_TRITON_ON_HOST"] = "1"  # which anchorops asks when it is imported
 
-from record import DEVICE, head_of, markdown_table, save
+from record import DEVICE, finish, parser_of
 
 import anchorops as ao
 from anchorops.measure import in_turns
@@ -105,17 +103,11 @@ def rows_of(backend: str, rounds: int) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=2000)
-    parser.add_argument("--out", type=Path, help="a file of rows")
-    args = parser.parse_args()
+    arguments = parser_of(__doc__, devices=(DEVICE,)).parse_args()
     torch.set_num_threads(1)
     backends = ("auto",) if DEVICE == "cuda" else ("cpu", "triton")
-    rows = [row for backend in backends for row in rows_of(backend, args.rounds)]
-    columns = ("backend", "name", "us", "ratio")
-    print(markdown_table(columns, [[row[x] for x in columns] for row in rows], words=(0, 1)))
-    if args.out:
-        save(args.out, "host_time", head_of(torch.device(DEVICE)), rows)
+    rounds = 20 if arguments.dry_run else 2000
+    finish(arguments, "host_time", [row for x in backends for row in rows_of(x, rounds)])
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pycocotools.mask import encode
-from record import ROOT, Ways, head_of, parser_of, rows_of_ways, save
+from record import ROOT, Ways, finish, parser_of, rows_of_ways
 from torch import Tensor
 
 import anchorops as ao
@@ -194,9 +194,7 @@ def main() -> None:
     for section in [arguments.section] if arguments.section else SECTIONS:
         with torch.no_grad():
             rows = list(SECTIONS[section](device, arguments.dry_run))
-        print(*rows, sep="\n", flush=True)
-        if arguments.rows:
-            save(arguments.rows, section, head_of(device), rows)
+        finish(arguments, section, rows)
 
 
 if __name__ == "__main__":

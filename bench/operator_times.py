@@ -40,20 +40,6 @@ SECONDS = 0.6  # of timing: at least
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's <malloc.h>
 
 
-def usable(device: torch.device) -> list[str]:
-    kinds = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}[device.type]
-    return [kind for kind in kinds if ao.backends()[kind] is None and not TRITON_ON_HOST]
-
-
-def backends(case: Case, kinds: Sequence[str]) -> dict[str, str]:
-    """Those of these kinds that have the operation, by their names in tables."""
-    groups = 4 if "4 groups" in case.operation else 1
-    few = case.shape.num_classes * groups <= CUDA_MAX_KEYS
-    of_operator = OPERATORS[OPERATIONS[case.operation].operator]
-    names = [kind for kind in kinds if kind in of_operator and (few or kind != "cuda")]
-    return {f"anchorops ({name})": name for name in names or ["reference"]}
-
-
 class Implementation(NamedTuple):
     """What a row is about. backend: of ours."""
 
@@ -63,13 +49,22 @@ class Implementation(NamedTuple):
     compiled: bool = False
 
 
+def usable(device: torch.device) -> list[str]:
+    kinds = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}[device.type]
+    return [kind for kind in kinds if ao.backends()[kind] is None and not TRITON_ON_HOST]
+
+
 def implementations(device: str, case: Case, kinds: Sequence[str]) -> list[Implementation]:
-    """Ours first, the fastest backend first."""
-    ours = OPERATIONS[case.operation].ours
-    found = [Implementation(name, ours, kind) for name, kind in backends(case, kinds).items()]
-    for name, formula in alternatives_of(case, libraries=device == "cuda").items():
-        found.append(Implementation(name, formula, compiled=name.startswith("compiled ")))
-    return found
+    """Ours first: by the backends of these kinds that have the operation, the fastest first."""
+    operation = OPERATIONS[case.operation]
+    keys = case.shape.num_classes * (4 if "4 groups" in case.operation else 1)
+    kinds = [x for x in kinds if x in OPERATORS[operation.operator]]
+    kinds = [x for x in kinds if x != "cuda" or keys <= CUDA_MAX_KEYS] or ["reference"]
+    alternatives = alternatives_of(case, libraries=device == "cuda").items()
+    return [
+        *(Implementation(f"anchorops ({kind})", operation.ours, kind) for kind in kinds),
+        *(Implementation(name, x, None, name.startswith("compiled ")) for name, x in alternatives),
+    ]
 
 
 def keep_pages() -> None:
@@ -90,10 +85,9 @@ def run_of(formula: Callable[..., Any], inputs: Inputs, direction: str) -> Run:
 
     def gradients(results: list[Tensor], **options: Any) -> tuple[Tensor, ...]:
         if not weights:
-            generator = torch.Generator(leaf.device).manual_seed(2)
             for y in results:
-                drawn = torch.rand(y.shape, device=y.device, generator=generator)
-                weights.append(torch.ones_like(y) if y.dim() == 0 else drawn.to(y.dtype))
+                sizes = torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype, device=y.device)
+                weights.append(sizes.view(y.shape))
         return torch.autograd.grad(results, leaf, weights, **options)
 
     def run() -> Sequence[Tensor]:
@@ -113,12 +107,8 @@ def built(formula: Any) -> Callable[..., Any]:
 
 def relative_error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """The largest ‖result − exact‖ / ‖exact‖."""
-    errors = []
-    for y, right in zip(results, exact, strict=True):
-        right = right.double() if right.numel() < 1 << 20 else right.float()
-        difference = y.detach().to(right.dtype) - right
-        errors.append(float(difference.norm() / right.norm().clamp(min=1e-30)))
-    return max(errors)
+    pairs = [(x.detach().float(), y.float()) for x, y in zip(results, exact, strict=True)]
+    return max(float((x - y).norm() / y.norm().clamp(min=1e-30)) for x, y in pairs)
 
 
 def exact_results(case: Case, inputs: Inputs) -> list[Tensor]:

@@ -126,9 +126,6 @@ class Plan(NamedTuple):
             *operators[20:],
         ]
 
-    def items(self) -> list[Item]:
-        return self.of_cpu() if self.device == "cpu" else self.of_gpu()
-
 
 def rehearsed(device: str, out: Path) -> list[str]:
     """Runs what measures operators and steps on this device, with tiny inputs on the CPU, two at a
@@ -222,9 +219,7 @@ def take_out_disturbed(path: Path) -> list[str]:
         disturbed = [row for row in rows if (row.get("others") or 0) > DISTURBED]
         for row in disturbed:
             rows.remove(row)
-            names.append(
-                f"{section}: {', '.join(str(row[x]) for x in (*fields, 'name'))}: disturbed"
-            )
+            names.append(", ".join(str(row[x]) for x in (*fields, "name")) + ": disturbed")
     path.write_text(json_of(run))
     return names
 
@@ -250,11 +245,9 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     device = torch.device("cpu" if options.list else options.device)
     path = (options.out or Path("build/bench")).resolve() / file_name(device)
-    items = [
-        item
-        for item in Plan(path, options.device).items()
-        if options.only is None or item.section in options.only
-    ]
+    plan = Plan(path, options.device)
+    items = plan.of_cpu() if plan.device == "cpu" else plan.of_gpu()
+    items = [x for x in items if options.only is None or x.section in options.only]
     if options.list:
         for item in items:
             print(f"{item.name}: {', '.join(row['name'] for row in item.rows) or item.section}")

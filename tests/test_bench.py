@@ -228,7 +228,7 @@ def test_dry_run_of_training_steps_on_a_cpu(tmp_path):
 
 def test_plan_of_a_day():
     """The check first, then what users call most; each row is known before, and written once."""
-    plan = bench.Plan(Path("rows.json"), "cuda").items()
+    plan = bench.Plan(Path("rows.json"), "cuda").of_gpu()
     assert [item.section for item in plan[:2]] == ["verify", "operators"]
     assert "SegFormer" in plan[1].name and sum(item.limit for item in plan[:8]) < 60 * 15
     rows = [(item.section, *row.items()) for item in plan for row in item.rows]
@@ -258,7 +258,7 @@ def test_state_of_an_item(tmp_path, monkeypatch):
     assert second == rows[1] | {"absent": "exit 1", "commit": "1"}
     assert bench.state(item, load(path), "1") == bench.DONE
     assert bench.state(item, load(path), "2") == bench.OLD
-    assert bench.take_out_disturbed(path) == ["training_steps: a, False, plain: disturbed"]
+    assert bench.take_out_disturbed(path) == ["a, False, plain: disturbed"]
     assert load(path)["training_steps"] == [other, second]
 
 

@@ -5,7 +5,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from cases.shapes import Centroids, Features, Logits
+from cases.shapes import Features, Logits
 
 from anchorops.catalogue import Inputs
 
@@ -24,7 +24,7 @@ class Case(NamedTuple):
     """
 
     operation: str
-    shape: Any  # Features, Centroids or Logits
+    shape: Features | Logits
     direction: str = TRAINING
     dtype: str = ""  # float32 on CPU, bfloat16 on GPU
     labels: str = "coherent"
@@ -133,8 +133,14 @@ OF_USERS = [
     Case("class moments with anchors", IMAGENET, labels="random"),
     Case("class moments with anchors", MANY_KEYS),
     *(
-        Case("centroid InfoNCE", Centroids(*size), direction, "fp32", compiled=True)
-        for size in ((19, 720), (150, 768), (1000, 512), (1000, 2048))
+        Case(
+            "centroid InfoNCE",
+            Features("centroids", (k, d), k, k),
+            direction,
+            "fp32",
+            compiled=True,
+        )
+        for k, d in ((19, 720), (150, 768), (1000, 512), (1000, 2048))
         for direction in (TRAINING, FORWARD)
     ),
 ]

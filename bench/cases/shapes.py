@@ -21,8 +21,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Features(NamedTuple):
-    """A feature map (B, D, H, W) or points (N, D), with K classes. On CPU the batch is smaller.
-    Labels of a map have four times its height and width."""
+    """A feature map (B, D, H, W), points (N, D) or centroids [K, D], with K classes. On CPU the
+    batch is smaller. Labels of a map have four times its height and width."""
 
     name: str
     size: tuple[int, ...]
@@ -32,15 +32,14 @@ class Features(NamedTuple):
     stride = None
 
     def on(self, device: torch.device, tiny: bool = False) -> "Features":
-        size = list(self.size)
+        size, num_classes = list(self.size), self.num_classes
         if device.type == "cpu":
             size[0] = min(self.cpu_batch, size[0])
         if tiny:
-            largest = (2, 24, 8, 12) if len(size) == 4 else (500, 24)
+            largest = (2, 24, 8, 12) if len(size) == 4 else (20, 24)
             size = [min(pair) for pair in zip(size, largest, strict=True)]
-            num_classes = min(self.num_classes, size[1])  # as CBP needs
-            return self._replace(size=tuple(size), num_classes=num_classes)
-        return self._replace(size=tuple(size))
+            num_classes = min(num_classes, 20)
+        return self._replace(size=tuple(size), num_classes=num_classes)
 
     @property
     def sizes(self) -> str:
@@ -51,38 +50,16 @@ class Features(NamedTuple):
     def inputs(self, dtype: str, labels: str, device: torch.device) -> Inputs:
         generator = torch.Generator(device).manual_seed(0)
         features = torch.randn(self.size, dtype=DTYPES[dtype], device=device, generator=generator)
+        anchors = (self.num_classes, self.size[1])
+        anchors = torch.randn(anchors, device=device, generator=generator)
+        if self.name == "centroids":
+            queries, keys = (F.normalize(x, dim=1) for x in (features, anchors))
+            return {"queries": queries, "keys": keys}
         pixels = (self.size[0], *self.size[2:])
         classes = example_labels(pixels, self.num_classes, labels).to(device)
         if len(self.size) == 4:
             classes = classes.repeat_interleave(4, 1).repeat_interleave(4, 2)
-        anchors = (self.num_classes, self.size[1])
-        return {
-            "features": features,
-            "labels": classes,
-            "anchors": torch.randn(anchors, device=device, generator=generator),
-        }
-
-
-class Centroids(NamedTuple):
-    """Queries and keys [K, D]."""
-
-    num_classes: int
-    dim: int
-
-    name, stride = "centroids", None
-
-    def on(self, device: torch.device, tiny: bool = False) -> "Centroids":
-        return Centroids(min(self.num_classes, 20), 24) if tiny else self
-
-    @property
-    def sizes(self) -> str:
-        return f"N{self.num_classes:,} D{self.dim:,} K{self.num_classes:,}"
-
-    def inputs(self, dtype: str, labels: str, device: torch.device) -> Inputs:
-        generator = torch.Generator(device).manual_seed(0)
-        drawn = torch.randn(2, self.num_classes, self.dim, device=device, generator=generator)
-        queries, keys = F.normalize(drawn, dim=2)
-        return {"queries": queries.clone(), "keys": keys.clone()}
+        return {"features": features, "labels": classes, "anchors": anchors}
 
 
 class Logits(NamedTuple):
