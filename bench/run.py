@@ -40,7 +40,7 @@ from record import CASES, DEVICE, ROOT, commit, file_name, head_of, json_of, loa
 
 from anchorops.measure import DISTURBED, OtherProcesses
 
-HERE = Path(__file__).parent
+HERE, NNUNET = Path(__file__).parent, ROOT / "build/nnunet/bin/python"
 THREADS, WATCH = 2, 5.0  # seconds before the start
 LEAST = 20.0  # seconds: with fewer left nothing is begun
 MISSING, OLD, DONE = range(3)
@@ -63,8 +63,8 @@ class Plan(NamedTuple):
     path: Path
     device: str
 
-    def script(self, name: str, *options: str) -> list[str]:
-        command = [sys.executable, str(HERE / name), "--rows", str(self.path)]
+    def script(self, name: str, *options: str, python: str = sys.executable) -> list[str]:
+        command = [python, str(HERE / name), "--rows", str(self.path)]
         return [*command, "--device", self.device, *options]
 
     def operators(self, cases: Iterable[Any], limit: float) -> Item:
@@ -98,12 +98,13 @@ class Plan(NamedTuple):
         """An item for all cases of an operation."""
         every = sorted(cases_on("cpu"), key=lambda case: case.operation)
         grouped = itertools.groupby(every, lambda case: case.operation)
+        with_nnunet = str(NNUNET) if NNUNET.exists() else sys.executable
         return [
             *(self.operators(cases, 7200) for _, cases in grouped),
             *self.steps("training_steps", 3600),
             *self.steps("training_steps", 3600, "--compiled"),
             *self.steps("inference", 3600),
-            Item("export", "export", self.script("export.py"), 3600),
+            Item("export", "export", self.script("export.py", python=with_nnunet), 3600),
             *(Item(x, x, self.script("masks.py", "--section", x), 3600) for x in masks.SECTIONS),
         ]
 
