@@ -110,18 +110,6 @@ def finished(out: Path, known: dict[str, Any]) -> dict[Run, dict[str, Any]]:
     return {run: found[run] for run in plan() if run in found}
 
 
-def evidence(rows: list[dict[str, Any]], known: dict[str, Any]) -> dict[str, Any]:
-    """The contents of evidence.json. Its device and version of torch are those of the rows that do
-    not have their own."""
-    return {
-        "command": "python bench/evidence.py",
-        "device": known.get("device", _device()),
-        "torch": known.get("torch", torch.__version__),
-        "planned": [list(run) for run in plan()],
-        "rows": rows,
-    }
-
-
 def _device() -> str:
     processor, _, _ = str(environment(torch.device("cpu"))["device"]).partition(",")
     return f"{processor}, 1 thread a run"
@@ -144,7 +132,15 @@ def main() -> None:
     done = finished(out, known)
     if arguments.report:
         arguments.report.mkdir(parents=True, exist_ok=True)
-        report.write(evidence([*done.values()], known), arguments.report)
+        written = {
+            "command": "python bench/evidence.py",
+            # of the rows that do not have their own
+            "device": known.get("device", _device()),
+            "torch": known.get("torch", torch.__version__),
+            "planned": [list(run) for run in plan()],
+            "rows": [*done.values()],
+        }
+        report.write(written, arguments.report)
         return
     if arguments.list:
         for run in chosen:

@@ -158,7 +158,7 @@ OF_SIGMOIDS = (
     *("sigmoid: cross-entropy", "sigmoid: pos_weight", "sigmoid: label smoothing"),
     *("sigmoid: OHEM, threshold", "sigmoid: pixel weights", "sigmoid: focal", "sigmoid: Dice"),
 )
-ONLY_EAGER = OF_SIGMOIDS[1:5]
+ONLY_EAGER, DIRECTIONS = OF_SIGMOIDS[1:5], {"pseudo-labels": FORWARD}
 OF_VOLUMES = {  # K and stride; volumes of the second are several slabs
     "cross-entropy": ((14, 4), (30, 2)),
     "Dice": ((14, 4),),
@@ -169,17 +169,16 @@ OF_VOLUMES = {  # K and stride; volumes of the second are several slabs
 
 def image(option: str, num_classes: int, stride: int, labels: str = "coherent") -> Case:
     batch = max(1, min(MOST_IMAGES, int(MOST_LOGITS / (num_classes * SIZE**2))))
-    size, sigmoid = (batch, num_classes, SIZE // stride, SIZE // stride), option in OF_SIGMOIDS
-    shape = Logits(IMAGES, size, (SIZE, SIZE), cpu_batch=batch, sigmoid=sigmoid)
+    size = (batch, num_classes, SIZE // stride, SIZE // stride)
+    shape = Logits(IMAGES, size, (SIZE, SIZE), cpu_batch=batch, sigmoid=option in OF_SIGMOIDS)
     compiled = (num_classes, stride) in COMPILED and option not in ONLY_EAGER
-    direction = FORWARD if option == "pseudo-labels" else TRAINING
-    return Case(option, shape, direction, "fp32", labels, compiled and labels != "trained")
+    compiled &= labels != "trained"
+    return Case(option, shape, DIRECTIONS.get(option, TRAINING), "fp32", labels, compiled)
 
 
 def volume(option: str, num_classes: int, stride: int, dtype: str) -> Case:
-    size = (1, num_classes, *(SIZE // 4 // stride,) * 3)
-    direction = FORWARD if option == "pseudo-labels" else TRAINING
-    return Case(option, Logits(VOLUMES, size, (SIZE // 4,) * 3), direction, dtype)
+    shape = Logits(VOLUMES, (1, num_classes, *(128 // stride,) * 3), (128,) * 3)
+    return Case(option, shape, DIRECTIONS.get(option, TRAINING), dtype)
 
 
 GRID = [
