@@ -10,9 +10,10 @@ what "auto" chooses, with its launches.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,55 +27,45 @@ from record import DEVICE, finish, parser_of
 import anchorops as ao
 from anchorops.measure import in_turns
 
-CROSS_ENTROPY, SQUARED_DISTANCE = "F.interpolate + F.cross_entropy", "F.mse_loss of anchors[labels]"
+Loss = Callable[[], Tensor]
 
 
-class Call(NamedTuple):
-    """formula: the name of the call that takes part as torch's own; None: it is one."""
-
-    name: str
-    loss: Callable[[], Tensor]
-    leaf: Tensor
-    formula: str | None
-
-    def step(self) -> None:
-        self.leaf.grad = None
-        self.loss().backward()
-
-
-def calls(device: str) -> list[Call]:
-    """Of logits (1, 3, 2, 2) and features (1, 3, 4, 4), with labels (1, 4, 4)."""
+def calls(device: str) -> Iterator[tuple[Tensor, dict[str, Loss]]]:
+    """Calls that compute the gradient of the same tensor, torch's formula first: of logits
+    (1, 3, 2, 2) and of features (1, 3, 4, 4), with labels (1, 4, 4)."""
     torch.manual_seed(0)
     x = torch.randn(1, 3, 2, 2, device=device).requires_grad_()
     f = torch.randn(1, 3, 4, 4, device=device).requires_grad_()
     y = torch.arange(16, device=device).view(1, 4, 4) % 3
     anchors = torch.randn(3, 3, device=device)
-
-    def formula() -> Tensor:
-        return F.cross_entropy(F.interpolate(x, (4, 4), mode="bilinear"), y)
-
-    def squared_distance() -> Tensor:
-        return F.mse_loss(f.movedim(1, -1).flatten(0, 2), anchors[y.flatten()])
-
-    def of(loss: Any) -> Callable[[], Tensor]:
-        return lambda: loss(x, y)
-
-    return [
-        Call(CROSS_ENTROPY, formula, x, None),
-        Call("pixel_cross_entropy", of(ao.pixel_cross_entropy), x, CROSS_ENTROPY),
-        Call("CrossEntropy", of(ao.CrossEntropy()), x, CROSS_ENTROPY),
-        Call("CrossEntropyDice", of(ao.CrossEntropyDice()), x, CROSS_ENTROPY),
-        Call(SQUARED_DISTANCE, squared_distance, f, None),
-        Call(
-            "pixel_to_anchor_mse",
-            lambda: ao.pixel_to_anchor_mse(f, y, anchors),
-            f,
-            SQUARED_DISTANCE,
-        ),
-    ]
+    cross_entropy, both = ao.CrossEntropy(), ao.CrossEntropyDice()
+    yield (
+        x,
+        {
+            "F.interpolate + F.cross_entropy": lambda: F.cross_entropy(
+                F.interpolate(x, (4, 4), mode="bilinear"), y
+            ),
+            "pixel_cross_entropy": lambda: ao.pixel_cross_entropy(x, y),
+            "CrossEntropy": lambda: cross_entropy(x, y),
+            "CrossEntropyDice": lambda: both(x, y),
+        },
+    )
+    yield (
+        f,
+        {
+            "F.mse_loss of anchors[labels]": lambda: F.mse_loss(
+                f.movedim(1, -1).flatten(0, 2), anchors[y.flatten()]
+            ),
+            "pixel_to_anchor_mse": lambda: ao.pixel_to_anchor_mse(f, y, anchors),
+        },
+    )
 
 
-def rows_of(backend: str, rounds: int) -> list[dict]:
+def rows_of(backend: str, rounds: int) -> Iterator[dict[str, Any]]:
+    def step(leaf: Tensor, loss: Loss) -> None:
+        leaf.grad = None
+        loss().backward()
+
     with ExitStack() as stack:
         stack.enter_context(ao.use_backend(backend))
         if backend == "triton":
@@ -84,22 +75,20 @@ def rows_of(backend: str, rounds: int) -> list[dict]:
                 self.run(*args, grid=None, warmup=True, **kwargs)
 
             stack.enter_context(instead_of_launches("sm_90", bind))
-        all_calls = calls(DEVICE)
-        steps = [call.step for call in all_calls]
+        groups = [*calls(DEVICE)]
+        steps: list[Any] = [
+            partial(step, x, loss) for x, group in groups for loss in group.values()
+        ]
         if DEVICE == "cuda":
             steps.append(torch.cuda.synchronize)  # otherwise the host waits for a full queue
-        host = torch.device("cpu")
-        times, _ = in_turns(steps, host, seconds=0, rounds=rounds)
-    least = {call.name: 1e6 * min(seconds) for call, seconds in zip(all_calls, times, strict=False)}
-    return [
-        {
-            "backend": backend,
-            "name": call.name,
-            "us": round(least[call.name], 1),
-            "ratio": round(least[call.name] / least[call.formula or call.name], 2),
-        }
-        for call in all_calls
-    ]
+        times, _ = in_turns(steps, torch.device("cpu"), seconds=0, rounds=rounds)
+    least = iter([1e6 * min(seconds) for seconds in times])
+    for _, group in groups:
+        of_group = dict(zip(group, least, strict=False))
+        first = next(iter(of_group.values()))
+        for name, us in of_group.items():
+            ratio = round(us / first, 2)
+            yield {"backend": backend, "name": name, "us": round(us, 1), "ratio": ratio}
 
 
 def main() -> None:

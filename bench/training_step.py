@@ -26,6 +26,7 @@ from cases.networks import (
     Candidate,
     Network,
     candidates,
+    names_of,
 )
 from record import head_of, parser_of, save, spread
 from torch import Tensor, nn
@@ -166,7 +167,7 @@ class Bench(NamedTuple):
             if row["peak_bytes"] is not None:
                 row["peak_bytes"] -= sum(kept.values()) - kept[one.name]
             if one.compiled == self.compiled:
-                methods = "+".join(METHODS.get(one.method, ("plain",)))
+                methods = "+".join(names_of(one.method or "plain"))
                 yield row | {"methods": methods, "late": one.late, "compiled": one.compiled}
 
     def inference(self, rounds: int) -> Iterator[dict[str, Any]]:

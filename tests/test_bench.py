@@ -207,7 +207,7 @@ def test_dry_run(tmp_path):
     for row in rows:
         assert row["minimum"] <= row["q20"] <= row["median"] <= row["q80"]
         assert row["bytes"] > 0 and row["copy_share"] > 0
-    assert len({row["network"] for row in run["training_steps"]}) == 8
+    assert len({row["network"] for row in run["training_steps"]}) == 5
     assert "torch.compile" in cost_tables.of_networks(run)
     assert cost_tables.cases(run).startswith("| operation |")
     plot.draw(tmp_path / "operators.json")
@@ -235,7 +235,7 @@ def test_plan_of_a_day():
     assert len(rows) == len({*rows}) > 500
     assert len({item.name for item in plan}) == len(plan)
     networks = {row["network"] for item in plan for row in item.rows if "network" in row}
-    assert len(networks) == 8
+    assert len(networks) == 5
 
 
 def test_state_of_an_item(tmp_path, monkeypatch):

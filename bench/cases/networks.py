@@ -14,15 +14,12 @@ import anchorops as ao
 from anchorops.losses import Regularizer
 
 IGNORE_INDEX = 255
-METHODS = {  # names in tables: those of the training program
-    "CR": ("cr",),
-    "SAR": ("sar",),
-    "CBP": ("cbp",),
-    "OCCL": ("occl",),
-    "CBP + OCCL": ("cbp", "occl"),
-    "CeCo": ("ceco",),
-    "MVSC": ("mvsc",),
-}
+METHODS = ("CR", "SAR", "CBP", "OCCL", "CBP + OCCL", "CeCo", "MVSC")
+
+
+def names_of(method: str) -> list[str]:
+    """Those of the training program."""
+    return method.lower().split(" + ")
 
 
 class Candidate(NamedTuple):
@@ -112,7 +109,7 @@ class Network(NamedTuple):
         """With the options of its paper."""
         from anchorops.train.networks.learner import build_regularizer
 
-        names = METHODS[method]
+        names = names_of(method)
         options = {f"{name}.ignore_index": IGNORE_INDEX for name in names}
         regularizer = build_regularizer(names, options, self.num_classes, self.dim)
         assert regularizer is not None
@@ -252,22 +249,8 @@ COUNTED = (
     VOLUMES,
 )
 UNET = Network("U-Net-R34", partial(of_smp, "Unet", "resnet34"), (512, 512), 16, 20)
-HRNET_W18 = Network(
-    *("HRNet-W18", partial(of_training_program, "hrnet-w18"), (512, 1024), 8, 19),
-    small=small_hrnet,
-)
-deeplab_plus = partial(of_smp, "DeepLabV3Plus", "resnet50")
-ON_GPU = (
-    SEGFORMER_B0,
-    UNET,
-    SEGFORMER_B5,
-    HRNET_W18,
-    VOLUMES,
-    Network("DeepLabV3+-R50", deeplab_plus, (512, 512), 16, 21, upsamples=True),
-    Network("SegFormer-B2", partial(segformer, 2), (512, 512), 16, 150, small=segformer_b0),
-    HRNET_W48,
-)
-COMPILED = [network.name for network in (SEGFORMER_B0, HRNET_W18, UNET)]
+ON_GPU = (SEGFORMER_B0, UNET, SEGFORMER_B5, VOLUMES, HRNET_W48)
+COMPILED = (SEGFORMER_B0.name, UNET.name)  # on a GPU
 small_segformer = partial(of_training_program, "segformer-b0")
 ON_CPU = (
     Network("hrnet-w18-small", small_hrnet, (512, 1024), 2, 19, 240),
