@@ -67,12 +67,6 @@ def gains_of(run: dict, **fields: object) -> list[float]:
     return [gain(case) for case in by_case(run["operators"]) if fields.items() <= case[0].items()]
 
 
-def of_images(operation: str, num_classes: int, stride: int, labels: str) -> list[float]:
-    """Those of the grid of options; nothing if the case is not in it."""
-    fields = {"operation": operation, "num_classes": num_classes, "stride": stride}
-    return gains_of(CPU, **fields, labels=labels, dtype="fp32", direction=TRAINING, shape=IMAGES)
-
-
 def between(values: Iterable[float], digits: str = ".0f") -> str:
     lowest, *_, highest = sorted(values)
     return f"{lowest:{digits}} to {highest:,.0f}"
@@ -104,8 +98,9 @@ def gains() -> list[str]:
 
     fields = {"operation": "cross-entropy", "direction": TRAINING, "dtype": "bf16"}
     hrnet, segformer = (gains_of(GPU, **fields, shape=shape)[0] for shape in OF_README)
-    (trained,) = of_images("cross-entropy", 19, 4, "trained")
-    (best,) = of_images("cross-entropy", 150, 8, "coherent")
+    fields = {"operation": "cross-entropy", "shape": IMAGES}
+    (trained,) = gains_of(CPU, **fields, num_classes=19, labels="trained")
+    (best,) = gains_of(CPU, **fields, num_classes=150, stride=8)
     return [
         *(f"{hrnet:.0f}×: 19 classes", f"{segformer:.0f}×: 150 classes"),
         *(f"{step('hrnet', GPU)}: HRNet", f"{step('segformer', GPU)}: SegFormer"),
@@ -298,11 +293,10 @@ def launches() -> str:
 
 
 def lovasz_precision() -> str:
-    rows = [
-        row | {"kind": f"{'trained' if row['trained'] else 'random'}, {row['bins']:,} bins"}
-        for row in committed("counted-precision")["rows"]
-    ]
-    rows = [row | {"pixels of the class": row["pixels"]} for row in rows]
+    rows = []
+    for row in committed("counted-precision")["rows"]:
+        kind = f"{'trained' if row['trained'] else 'random'}, {row['bins']:,} bins"
+        rows.append(row | {"kind": kind, "pixels of the class": row["pixels"]})
     return pivot(rows, "pixels of the class", "kind", "{median:.2%} ({worst:.1%})")
 
 

@@ -159,12 +159,10 @@ OF_SIGMOIDS = (
     *("sigmoid: OHEM, threshold", "sigmoid: pixel weights", "sigmoid: focal", "sigmoid: Dice"),
 )
 ONLY_EAGER, DIRECTIONS = OF_SIGMOIDS[1:5], {"pseudo-labels": FORWARD}
-OF_VOLUMES = {  # K and stride; volumes of the second are several slabs
-    "cross-entropy": ((14, 4), (30, 2)),
-    "Dice": ((14, 4),),
-    "cross-entropy + Dice": ((14, 4),),
-    "pseudo-labels": ((14, 4), (30, 2)),
-}
+OF_VOLUMES = (  # K and stride; volumes of the last two are several slabs
+    *(("cross-entropy", 14, 4), ("Dice", 14, 4), ("cross-entropy + Dice", 14, 4)),
+    *(("pseudo-labels", 14, 4), ("cross-entropy", 30, 2), ("pseudo-labels", 30, 2)),
+)
 
 
 def image(option: str, num_classes: int, stride: int, labels: str = "coherent") -> Case:
@@ -182,12 +180,7 @@ def volume(option: str, num_classes: int, stride: int, dtype: str) -> Case:
 
 
 GRID = [
-    *(
-        volume(option, num_classes, stride, dtype)
-        for dtype in ("fp32", "bf16")
-        for option, every in OF_VOLUMES.items()
-        for num_classes, stride in every
-    ),
+    *(volume(*option, dtype) for dtype in ("fp32", "bf16") for option in OF_VOLUMES),
     *(
         image(option, num_classes, stride)
         for option in OPTIONS

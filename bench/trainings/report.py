@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.figure import Figure
 from record import grouped, json_of, markdown_table
 
@@ -218,21 +219,19 @@ def curves(rows: Sequence[Row]) -> Figure:
     for axes, ((steps,), schedule_rows) in zip(grid, schedules, strict=True):
         for (methods, setting), runs in grouped(schedule_rows, "methods", "setting").items():
             style = "-" if setting == PUBLISHED else "--"
-            points = list(zip(*(run["curve"] for run in runs), strict=False))
-            x = [at_step[0][0] for at_step in points]
+            length = min(len(run["curve"]) for run in runs)
+            points = np.array([run["curve"][:length] for run in runs], float)  # None: NaN
+            x, means = points[0, :, 0], 100 * points.mean(0)
             for place, axis in zip(places, axes, strict=True):
-                values = [[100 * point[place] for point in at_step] for at_step in points]
-                means = [fmean(value) for value in values]
-                color = COLORS[methods]
-                (line,) = axis.plot(x, means, style, color=color, linewidth=1.3)
-                lines[label(methods, setting)] = line
+                y, color = means[:, place], COLORS[methods]
+                (lines[label(methods, setting)],) = axis.plot(
+                    x, y, style, color=color, linewidth=1.3
+                )
                 if len(runs) > 1:
-                    spreads = [stdev(value) for value in values]
-                    low, high = (
-                        [mean + sign * spread for mean, spread in zip(means, spreads, strict=True)]
-                        for sign in (-1, 1)
+                    spread = 100 * points[:, :, place].std(0, ddof=1)
+                    axis.fill_between(
+                        x, y - spread, y + spread, color=color, alpha=0.12, linewidth=0
                     )
-                    axis.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
         for axis, title in zip(axes, titles, strict=True):
             axis.set_title(f"{title}, {steps:,} steps", fontsize=10)
             axis.xaxis.set_major_formatter("{x:,.0f}")
