@@ -93,14 +93,11 @@ def _launches_alone(name: str) -> bool | None:
 
 
 def _count(event: Any, found: Counter[str]) -> None:
-    inner = event.cpu_children
-    if event.name.startswith("aten::"):
-        name = event.name.removeprefix("aten::")
-        alone = _launches_alone(name)
-        if alone or name in FILLS:
-            found[name] += 1
-            return
-    for child in inner:
+    name = event.name.removeprefix("aten::")
+    if name != event.name and (_launches_alone(name) or name in FILLS):
+        found[name] += 1
+        return
+    for child in event.cpu_children:
         _count(child, found)
 
 
