@@ -194,17 +194,9 @@ def sizes(row: dict, seen: set[str], usual: str) -> str:
     return text + dtype + (", random labels" if named and row["labels"] == "random" else "")
 
 
-def slower() -> str:
+def slower() -> list[str]:
     """Losses that take longer than the fastest alternative."""
-    texts = []
-    for case in by_case(CPU["operators"]):
-        row, number = case[0], case[0]["num_classes"]
-        if row["shape"] in (IMAGES, VOLUMES) and gain(case) < 1:
-            assert row["stride"] == 1, f"docs/losses.md says otherwise of {row['case']}"
-            logits = "channels" if "sigmoid" in row["operation"] else "classes"
-            text = f"{record.variant_of(row)}, {logits}: {number} ({gain(case):.2f})"
-            texts.append(text)
-    return "; ".join(texts) + "."
+    return [f"{x:.2f}" for shape in (VOLUMES, IMAGES) for x in gains_of(CPU, shape=shape) if x < 1]
 
 
 def bandwidth() -> str:
@@ -227,12 +219,12 @@ def pivot(rows: Iterable[dict], line: str, column: str, cell: str) -> str:
     return markdown_table([line, *columns], table)
 
 
-def of_networks(run: dict, section: str = "training_steps") -> str:
-    """Time and memory of every candidate without a method, as shares of the first: the ratio of
-    the medians, and of the quartiles to the first's median."""
+def of_networks(run: dict, section: str = "training_steps", methods: bool = True) -> str:
+    """Time and memory of every candidate, as shares of the first: the ratio of the medians, and of
+    the quartiles to the first's median."""
     rows = []
     for row in run[section]:
-        if row.get("methods", "plain") == "plain" and "absent" not in row:
+        if "absent" not in row and (methods or row["methods"] == "plain"):
             first = next(x for x in run[section] if x["network"] == row["network"])
             median, q1, q3 = (100 * row["ratio"][x] for x in ("median", "q1", "q3"))
             text = f"{1e3 * row['seconds']['median']:,.0f} ms ({median:.0f}%; {q1:.0f}–{q3:.0f})"
@@ -242,18 +234,6 @@ def of_networks(run: dict, section: str = "training_steps") -> str:
                 text += f", {peak / 2**20:,.0f} MiB ({peak / first['peak_bytes']:.0%})"
             rows.append({"candidate": row["name"], "network": row["network"], "text": text})
     return pivot(rows, "candidate", "network", "{text}")
-
-
-def steps_with_methods() -> str:
-    """The time that a method adds to a step."""
-    added: dict[str, list[float]] = {}
-    for rows in compared(CPU["training_steps"], "network").values():
-        for name, row in rows.items():
-            if name.endswith(", both"):
-                share = row["ratio"]["median"] / rows[BOTH]["ratio"]["median"] - 1
-                added.setdefault(row["methods"], []).append(share)
-    ceco, others = max(added.pop("ceco")), max(map(max, added.values()))
-    return f"On a CPU a method adds at most {others:.0%} to the time of a step (CeCo {ceco:.0%})."
 
 
 def beside(section: str, case: str, seconds: str, **fields: object) -> str:
@@ -307,12 +287,11 @@ OF_A_MACHINE = {
 }
 TABLES: dict[str, Callable[[], str | list[str]]] = {
     **{table.__name__: table for table in (gains, uses, speedups, slower, bandwidth)},
-    **{table.__name__: table for table in (steps_with_methods, counted_memory)},
-    **{table.__name__: table for table in (launches, lovasz_precision)},
+    **{table.__name__: table for table in (counted_memory, launches, lovasz_precision)},
     "cases": partial(cases, CPU),
     "cases_on_a_gpu": partial(cases, GPU),
     "training_steps": partial(of_networks, CPU),
-    "steps_on_a_gpu": partial(of_networks, GPU),
+    "steps_on_a_gpu": partial(of_networks, GPU, methods=False),
     "inference": partial(of_networks, CPU, "inference"),
     "host_time": partial(pivot, HOST_TIME, "name", "backend", "{us:.0f} ({ratio:.1f})"),
     "masks_in_frameworks": partial(beside, "masks_in_frameworks", "case", "{ms:,.0f} ms"),

@@ -46,15 +46,12 @@ class Library(NamedTuple):
         return formula
 
 
-def smp(name: str, mode: str = "", **options: Any) -> Library:
+def smp(
+    name: str, mode: str = "", labels: Callable[[Tensor], Tensor] = lambda y: y, **options: Any
+) -> Library:
     """mode: of softmax or sigmoid, if the loss has one."""
-    floats = "BCE" in name
-    return Library(
-        "segmentation_models_pytorch",
-        name,
-        ({"mode": mode} if mode else {}) | options,
-        (lambda labels: labels.float()) if floats else (lambda labels: labels),
-    )
+    options |= {"mode": mode} if mode else {}
+    return Library("segmentation_models_pytorch", name, options, labels)
 
 
 def monai(name: str, **options: Any) -> Library:
@@ -218,11 +215,6 @@ def class_keys(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     return torch.where((labels >= 0) & (labels < num_classes), labels, num_classes)
 
 
-def class_counts(keys: Tensor, num_keys: int) -> Tensor:
-    keys = keys.flatten()
-    return keys.new_zeros(num_keys + 1).scatter_add(0, keys, torch.ones_like(keys))[:-1]
-
-
 def class_moments(
     alternative: Alternative,
     features: Tensor,
@@ -236,7 +228,9 @@ def class_moments(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`anchorops.class_moments` from an alternative's statistics; random groups are the same."""
     keys = class_keys(features, labels, num_classes)
-    counts = class_counts(keys, num_classes)
+    flat_keys = keys.flatten()
+    ones = torch.ones_like(flat_keys)
+    counts = keys.new_zeros(num_classes + 1).scatter_add(0, flat_keys, ones)[:-1]
     if groups > 1:
         split = torch.where(keys < num_classes, keys, -1)
         split = reference.split_groups(split, counts, groups, seed)
@@ -380,7 +374,7 @@ OPERATIONS = {
         {"bincount": bincount_confusion, "torchmetrics": torchmetrics_confusion},
     ),
     "sigmoid: cross-entropy": pixel_loss(
-        ao.BinaryCrossEntropy(), bce, smp=smp("SoftBCEWithLogitsLoss")
+        ao.BinaryCrossEntropy(), bce, smp=smp("SoftBCEWithLogitsLoss", labels=Tensor.float)
     ),
     "sigmoid: pos_weight": pixel_loss(
         ao.BinaryCrossEntropy(2.0),
@@ -389,7 +383,7 @@ OPERATIONS = {
     "sigmoid: label smoothing": pixel_loss(
         ao.BinaryCrossEntropy(label_smoothing=SMOOTHING),
         binary_smoothed,
-        smp=smp("SoftBCEWithLogitsLoss", smooth_factor=SMOOTHING / 2),
+        smp=smp("SoftBCEWithLogitsLoss", "", Tensor.float, smooth_factor=SMOOTHING / 2),
     ),
     "sigmoid: OHEM, threshold": pixel_loss(
         ao.BinaryCrossEntropy(ohem_threshold=BOUND), partial(ohem, of=bce)
