@@ -10,7 +10,6 @@ is counted. RMS norms, which a CPU composes, run as on a GPU.
 --earlier: the rows of an earlier commit, whose counts stand beside the new ones.
 """
 
-import argparse
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -22,10 +21,10 @@ if __name__ == "__main__":
     os.environ["ANCHOROPS_TRITON_ON_HOST"] = "1"  # which anchorops asks when it is imported
 
 import torch
-from kernels_report import instead_of_launches
-from record import ROOT, load, save_counts
+from record import load, parser_of_counts, save_counts
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from without_gpu.machine_code import instead_of_launches
 
 import anchorops as ao
 from anchorops.losses import Regularizer
@@ -111,14 +110,11 @@ def _launches_alone(name: str) -> bool | None:
 
 
 def _count(event: Any, found: Counter[str]) -> None:
-    inner = event.cpu_children
-    if event.name.startswith("aten::"):
-        name = event.name.removeprefix("aten::")
-        alone = _launches_alone(name)
-        if alone or name in FILLS:
-            found[name] += 1
-            return
-    for child in inner:
+    name = event.name.removeprefix("aten::")
+    if name != event.name and (_launches_alone(name) or name in FILLS):
+        found[name] += 1
+        return
+    for child in event.cpu_children:
         _count(child, found)
 
 
@@ -155,18 +151,16 @@ def row_of(name: str, make: Callable[[], Step]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    parser = parser_of_counts(__doc__, "counted-launches")
     parser.add_argument("--steps", nargs="*", choices=STEPS, default=list(STEPS))
     parser.add_argument("--earlier", type=Path)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/counted-launches.json")
     args = parser.parse_args()
     rows = [row_of(name, STEPS[name]) for name in args.steps]
     if args.earlier:
         earlier = {row["name"]: row["launches"] for row in load(args.earlier)["rows"]}
         rows = [row | {"earlier": earlier[row["name"]]} for row in rows]
     save_counts(args.out, rows)
-    for row in rows:
-        print(row)
+    print(*rows, sep="\n")
 
 
 if __name__ == "__main__":

@@ -20,59 +20,29 @@ import functools
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from networks import COUNTED, IGNORE_INDEX, Network
-from record import STEP_NAMES, save_counts
-from storages import Storages, as_on_cuda, largest_batch, make_fake
+from cases.networks import COUNTED, Candidate, Network, candidates
+from record import save_counts
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
+from without_gpu.storages import Storages, as_on_cuda, largest_batch, make_fake
 
 import anchorops as ao
-from anchorops.losses import Regularizer
 
-METHODS: dict[str, Callable[..., Regularizer]] = {
-    "SAR": ao.SAR,
-    "OCCL": ao.OCCL,
-    "CeCo": ao.CeCo,
-    "MVSC": ao.MVSC,
-}
+METHODS = ("SAR", "OCCL", "CeCo", "MVSC")
 CAPACITIES = (24, 40, 80)  # GB: 10⁹ bytes
 LARGEST = 3  # storages that a row lists
+Loss = Callable[[Tensor], Tensor]  # of the labels
 
 
-class Setting(NamedTuple):
-    """loss: "torch", as the network's users write it, or "anchorops". late: with late_upsampling.
-    method: of METHODS, or "" for none."""
-
-    checkpointing: bool
-    loss: str
-    late: bool
-    method: str
-
-    @property
-    def name(self) -> str:
-        return self.method or STEP_NAMES[self.loss, self.late]
-
-
-def settings_of(late: bool) -> list[Setting]:
-    """late: late_upsampling can be applied; then the methods are counted with it."""
-    losses = [("torch", False), ("anchorops", False)]
-    losses += [("torch", True), ("anchorops", True)] if late else []
-    candidates = [(*loss, "") for loss in losses] + [("anchorops", late, m) for m in METHODS]
-    return [
-        Setting(checkpointing, *candidate)
-        for checkpointing in (False, True)
-        for candidate in candidates
-    ]
-
-
-def attach(network: Network, model: Any, method: str) -> Callable[[Tensor], Tensor]:
-    """The loss of a method, a function of the labels."""
-    regularizer = METHODS[method](network.num_classes, network.dim, ignore_index=IGNORE_INDEX)
+def attach(network: Network, model: Any, method: str) -> Loss:
+    """The loss of a method."""
+    regularizer = network.regularizer(method)
     if not network.volumes:
         return ao.attach(model, regularizer)
     features: list[Tensor] = []
@@ -86,24 +56,24 @@ def attach(network: Network, model: Any, method: str) -> Callable[[Tensor], Tens
     return loss
 
 
-def prepare(network: Network, model: nn.Module, setting: Setting) -> Callable[..., Tensor] | None:
+def prepare(network: Network, model: nn.Module, candidate: Candidate) -> Loss | None:
     """Remove the last upsampling of a model on "meta", or let it run later, attach the method,
     checkpoint the blocks. Returns the method's loss."""
     model.train()
-    network.arrange(model, network.images(), setting.loss == "anchorops", setting.late)
+    network.arrange(model, network.images(), candidate)
     for module in model.modules():
-        if setting.checkpointing and type(module).__name__ in network.blocks:
+        if candidate.checkpointing and type(module).__name__ in network.blocks:
             module.forward = functools.partial(  # the states of random numbers are not counted
                 checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False
             )
-    return attach(network, model, setting.method) if setting.method else None
+    return attach(network, model, candidate.method) if candidate.method else None
 
 
 def step(
     network: Network,
     model: nn.Module,
-    regularizer: Callable[..., Tensor] | None,
-    setting: Setting,
+    regularizer: Loss | None,
+    ours: bool,
     batch: int,
     storages: Storages,
 ) -> None:
@@ -117,7 +87,6 @@ def step(
     storages.phase = "images and labels"
     images = torch.empty(batch, network.channels, *network.size)
     labels = torch.empty(batch, *network.size, dtype=torch.int64)
-    ours = setting.loss == "anchorops"
     with torch.autocast("cpu", torch.bfloat16):
         storages.phase = "network, forward"
         outputs = network.outputs(model, images, low=ours)
@@ -131,19 +100,19 @@ def step(
 
 
 def count(
-    network: Network, model: nn.Module, setting: Setting, batch: int
+    network: Network, model: nn.Module, candidate: Candidate, batch: int
 ) -> tuple[Storages, set[int]]:
     """The storages of a step, and which of them are gradients of parameters. The model, on "meta",
     is not changed."""
     model = copy.deepcopy(model)
-    regularizer = prepare(network, model, setting)
+    regularizer = prepare(network, model, candidate)
     gc.collect()
     gc.disable()  # so that every count frees the same storages at the same time
     try:
         with FakeTensorMode(), as_on_cuda(), ao.use_backend("cpu"):
             make_fake(model)
             with Storages() as storages:
-                step(network, model, regularizer, setting, batch, storages)
+                step(network, model, regularizer, candidate.ours, batch, storages)
             gradients = [parameter.grad for parameter in model.parameters()]
             indices = {storages.see(x, "") for x in gradients if x is not None}
     finally:
@@ -154,8 +123,8 @@ def count(
 IMAGES = 101  # images in a count: a prime that divides no size of the networks' tensors
 
 
-def row_of(network: Network, model: nn.Module, setting: Setting) -> dict[str, Any]:
-    storages, gradients = count(network, model, setting, IMAGES)
+def row_of(network: Network, model: nn.Module, candidate: Candidate) -> dict[str, Any]:
+    storages, gradients = count(network, model, candidate, IMAGES)
     fixed, per_image = storages.by_image(IMAGES)
     alive = fixed + network.batch * per_image
     peak = int(alive.argmax())
@@ -172,18 +141,16 @@ def row_of(network: Network, model: nn.Module, setting: Setting) -> dict[str, An
     return {
         "network": network.name,
         "sizes": f"{'×'.join(map(str, network.size))} B{network.batch} K{network.num_classes}",
-        "name": setting.name,
-        **setting._asdict(),
+        "name": candidate.method or candidate.name,
+        "checkpointing": candidate.checkpointing,
+        "loss": "anchorops" if candidate.ours else "torch",
+        "late": candidate.late,
+        "method": candidate.method,
         "peak_bytes": int(alive[peak]),
         "parts": parts,
         "largest": [
-            {
-                "bytes": in_batch(made.bytes),
-                "phase": made.phase,
-                "operator": made.operator,
-                "shape": [in_batch(size) for size in made.shape],
-                "dtype": made.dtype,
-            }
+            made._asdict()
+            | {"bytes": in_batch(made.bytes), "shape": [in_batch(size) for size in made.shape]}
             for made in largest
         ],
         "largest_batches": {
@@ -195,26 +162,22 @@ def row_of(network: Network, model: nn.Module, setting: Setting) -> dict[str, An
 
 def rows_of(network: Network) -> Iterator[dict[str, Any]]:
     model = network.build().to("meta")
-    for setting in settings_of(network.runs_later(model)):
-        yield row_of(network, model, setting)
+    every = candidates(network.runs_later(model), METHODS)
+    for checkpointing, candidate in product((False, True), every):
+        yield row_of(network, model, candidate._replace(checkpointing=checkpointing))
 
 
 def line(row: dict[str, Any]) -> str:
     checkpointing = "checkpointing" if row["checkpointing"] else ""
     batches = ", ".join(f"{batch} in {gb}" for gb, batch in row["largest_batches"].items())
-    first = row["largest"][0]
-    return (
-        f"  {checkpointing:<14}{row['name']:<31}"
-        f"{row['peak_bytes'] / 1e9:7.2f} GB; {batches}; "
-        f"{first['operator']} {first['shape']} {first['dtype']}"
-    )
+    return f"  {checkpointing:<14}{row['name']:<31}{row['peak_bytes'] / 1e9:7.2f} GB; {batches}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="write the rows to this JSON file")
     names = sorted({network.name for network in COUNTED})
     parser.add_argument("--networks", nargs="+", default=names, choices=names)
-    parser.add_argument("--out", type=Path, help="write the rows to this JSON file")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for network in COUNTED:

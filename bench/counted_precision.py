@@ -5,16 +5,14 @@
 In float64, on a CPU; some seconds.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from record import ROOT, save_counts
+from record import parser_of_counts, save_counts
 from torch import Tensor
 
 import anchorops as ao
@@ -54,9 +52,7 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/counted-precision.json")
-    args = parser.parse_args()
+    args = parser_of_counts(__doc__, "counted-precision").parse_args()
     save_counts(args.out, list(rows()))
 
 

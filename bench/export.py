@@ -3,30 +3,28 @@
     python bench/export.py [--rows ROWS.json]
 
 The ways are pixel_argmax, F.interpolate and argmax of torch, zoom and argmax of SciPy, and what
-nnU-Net does by default, if `make build/nnunet` has made its environment. Each cell is a process of
-its own: the fastest of some calls, after a first one for which the memory is measured. `memory` is
-what the process needed at most beyond the logits and the labels. Nothing else may run.
+nnU-Net does by default, if it is installed: in the environment of `make build/nnunet`, with whose
+Python run.py calls this program. A row has the fastest of some calls, which take turns. `memory` is
+what a call needed at most beyond the logits and the labels. Nothing else may run.
 """
 # pyright: reportMissingImports=false
 
-import argparse
-import json
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from record import ROOT, head_of, parser_of, rows_of_ways, save
+from record import Ways, finish, parser_of, rows_of_ways
 from torch import Tensor
 
 import anchorops as ao
 
 CPU = torch.device("cpu")
 THREADS, SECONDS = 2, 5.0  # of the calls of a cell
-NNUNET = ROOT / "build/nnunet/bin/python"
 SIZES = {
     "5 classes, 128³ to 256³": (5, (128, 128, 128), (256, 256, 256)),
     "30 classes, 96³ to 160×170×150": (30, (96, 96, 96), (160, 170, 150)),
@@ -72,44 +70,24 @@ WAYS: dict[str, Callable[[Tensor, Size], Tensor]] = {
 }
 
 
-def cell(way: str, volume: str, dtype: str) -> dict[str, Any]:
-    """Measures in this process."""
-    torch.set_num_threads(THREADS)
+def rows_of(volume: str, dtype: str) -> Iterator[dict[str, Any]]:
     num_classes, low, size = (SIZES | TINY)[volume]
-    run = WAYS[way]
-    run(torch.randn(1, 2, 2, 2, 2).to(DTYPES[dtype]), (4, 4, 4))  # imports, threads
     logits = torch.randn(1, num_classes, *low).to(DTYPES[dtype])
-    labels: list[Tensor] = []
-
-    def call() -> Tensor:
-        labels[:] = [run(logits, size)]
-        return labels[0]
-
+    there = {name: way for name, way in WAYS.items() if name != "nnU-Net" or find_spec("nnunetv2")}
+    ways: Ways = {name: partial(way, logits, size) for name, way in there.items()}
+    labels: Any = {name: way() for name, way in ways.items()}
     case = {"volume": volume, "dtype": dtype}
-    (row,) = rows_of_ways(case, {way: call}, CPU, rounds=1, seconds=SECONDS)
-    return row | {"differ": (labels[0] != our_labels(logits, size)).double().mean().item()}
+    for row in rows_of_ways(case, ways, CPU, rounds=1, seconds=SECONDS):
+        differ = labels[row["name"]] != labels["anchorops"]
+        yield row | {"differ": differ.double().mean().item()}
 
 
 def main() -> None:
-    parser = parser_of(__doc__, devices=("cpu",))
-    parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.cell:
-        print(json.dumps(cell(*arguments.cell)))
-        return
-    pythons = {way: sys.executable for way in WAYS if way != "nnU-Net"}
-    if NNUNET.exists():
-        pythons["nnU-Net"] = str(NNUNET)
-    rows = []
-    for volume in TINY if arguments.dry_run else SIZES:
-        for dtype in DTYPES:
-            for way, python in pythons.items():
-                command = [python, __file__, "--cell", way, volume, dtype]
-                run = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
-                rows.append(json.loads(run.stdout))
-                print(rows[-1], file=sys.stderr)
-    if arguments.rows:
-        save(arguments.rows, "export", head_of(CPU), rows)
+    arguments = parser_of(__doc__, devices=("cpu",)).parse_args()
+    torch.set_num_threads(THREADS)
+    volumes = TINY if arguments.dry_run else SIZES
+    cases = product(volumes, DTYPES)
+    finish(arguments, "export", [row for case in cases for row in rows_of(*case)])
 
 
 if __name__ == "__main__":

@@ -1,140 +1,102 @@
 """The host's time of a call, forward and backward, beside that of torch's formula.
 
-    python bench/host_time.py [--rounds 2000] [--out bench/results/host-time.json]
+    python bench/host_time.py [--rows bench/results/host-time.json]
 
 Tensors are so small that the kernels take no time: what remains is Python, autograd, torch's
 dispatcher and Triton. All calls take turns, as in a training step, and the least time of each is
 kept. The backends are `cpu`, with one thread; `triton` with a driver that names an H100, where
 instead of a launch Triton only binds the arguments and looks the compiled kernel up; and on a GPU
-what "auto" chooses, with its launches. The numbers of operators are those that torch dispatches.
+what "auto" chooses, with its launches.
 """
 
-import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ["ANCHOROPS_TRITON_ON_HOST"] = "1"  # which anchorops asks when it is imported
 
-from record import DEVICE, head_of, markdown_table, save
+from record import DEVICE, finish, parser_of
 
 import anchorops as ao
 from anchorops.measure import in_turns
 
-CROSS_ENTROPY, SQUARED_DISTANCE = "F.interpolate + F.cross_entropy", "F.mse_loss of anchors[labels]"
+Loss = Callable[[], Tensor]
 
 
-class Call(NamedTuple):
-    """formula: the name of the call that takes part as torch's own; None: it is one."""
-
-    name: str
-    loss: Callable[[], Tensor]
-    leaf: Tensor
-    formula: str | None
-
-    def step(self) -> None:
-        self.leaf.grad = None
-        self.loss().backward()
-
-
-class Operators(TorchDispatchMode):
-    """Notes the operators that torch dispatches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None):
-        self.names.append(str(operator))
-        return operator(*args, **(kwargs or {}))
-
-
-def calls(device: str) -> list[Call]:
-    """Of logits (1, 3, 2, 2) and features (1, 3, 4, 4), with labels (1, 4, 4)."""
+def calls(device: str) -> Iterator[tuple[Tensor, dict[str, Loss]]]:
+    """Calls that compute the gradient of the same tensor, torch's formula first: of logits
+    (1, 3, 2, 2) and of features (1, 3, 4, 4), with labels (1, 4, 4)."""
     torch.manual_seed(0)
     x = torch.randn(1, 3, 2, 2, device=device).requires_grad_()
     f = torch.randn(1, 3, 4, 4, device=device).requires_grad_()
     y = torch.arange(16, device=device).view(1, 4, 4) % 3
     anchors = torch.randn(3, 3, device=device)
-
-    def formula() -> Tensor:
-        return F.cross_entropy(F.interpolate(x, (4, 4), mode="bilinear"), y)
-
-    def squared_distance() -> Tensor:
-        return F.mse_loss(f.movedim(1, -1).flatten(0, 2), anchors[y.flatten()])
-
-    def of(loss: Any) -> Callable[[], Tensor]:
-        return lambda: loss(x, y)
-
-    return [
-        Call(CROSS_ENTROPY, formula, x, None),
-        Call("pixel_cross_entropy", of(ao.pixel_cross_entropy), x, CROSS_ENTROPY),
-        Call("CrossEntropy", of(ao.CrossEntropy()), x, CROSS_ENTROPY),
-        Call("CrossEntropyDice", of(ao.CrossEntropyDice()), x, CROSS_ENTROPY),
-        Call(SQUARED_DISTANCE, squared_distance, f, None),
-        Call(
-            "pixel_to_anchor_mse",
-            lambda: ao.pixel_to_anchor_mse(f, y, anchors),
-            f,
-            SQUARED_DISTANCE,
-        ),
-    ]
+    cross_entropy, both = ao.CrossEntropy(), ao.CrossEntropyDice()
+    yield (
+        x,
+        {
+            "F.interpolate + F.cross_entropy": lambda: F.cross_entropy(
+                F.interpolate(x, (4, 4), mode="bilinear"), y
+            ),
+            "pixel_cross_entropy": lambda: ao.pixel_cross_entropy(x, y),
+            "CrossEntropy": lambda: cross_entropy(x, y),
+            "CrossEntropyDice": lambda: both(x, y),
+        },
+    )
+    yield (
+        f,
+        {
+            "F.mse_loss of anchors[labels]": lambda: F.mse_loss(
+                f.movedim(1, -1).flatten(0, 2), anchors[y.flatten()]
+            ),
+            "pixel_to_anchor_mse": lambda: ao.pixel_to_anchor_mse(f, y, anchors),
+        },
+    )
 
 
-def rows_of(backend: str, rounds: int) -> list[dict]:
+def rows_of(backend: str, rounds: int) -> Iterator[dict[str, Any]]:
+    def step(leaf: Tensor, loss: Loss) -> None:
+        leaf.grad = None
+        loss().backward()
+
     with ExitStack() as stack:
         stack.enter_context(ao.use_backend(backend))
         if backend == "triton":
-            from kernels_report import instead_of_launches
+            from without_gpu.machine_code import instead_of_launches
 
             def bind(self: Any, *args: Any, **kwargs: Any) -> None:
                 self.run(*args, grid=None, warmup=True, **kwargs)
 
             stack.enter_context(instead_of_launches("sm_90", bind))
-        all_calls, operators = calls(DEVICE), []
-        for call in all_calls:
-            call.step()
-            with Operators() as counted:
-                call.step()
-            operators.append(len(counted.names))
-        steps = [call.step for call in all_calls]
+        groups = [*calls(DEVICE)]
+        steps: list[Any] = [
+            partial(step, x, loss) for x, group in groups for loss in group.values()
+        ]
         if DEVICE == "cuda":
             steps.append(torch.cuda.synchronize)  # otherwise the host waits for a full queue
-        host = torch.device("cpu")
-        times, _ = in_turns(steps, host, seconds=0, rounds=rounds)
-    least = {call.name: 1e6 * min(seconds) for call, seconds in zip(all_calls, times, strict=False)}
-    return [
-        {
-            "backend": backend,
-            "name": call.name,
-            "operators": number,
-            "us": round(least[call.name], 1),
-            "ratio": round(least[call.name] / least[call.formula or call.name], 2),
-        }
-        for call, number in zip(all_calls, operators, strict=True)
-    ]
+        times, _ = in_turns(steps, torch.device("cpu"), seconds=0, rounds=rounds)
+    least = iter([1e6 * min(seconds) for seconds in times])
+    for _, group in groups:
+        of_group = dict(zip(group, least, strict=False))
+        first = next(iter(of_group.values()))
+        for name, us in of_group.items():
+            ratio = round(us / first, 2)
+            yield {"backend": backend, "name": name, "us": round(us, 1), "ratio": ratio}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=2000)
-    parser.add_argument("--out", type=Path, help="a file of rows")
-    args = parser.parse_args()
+    arguments = parser_of(__doc__, devices=(DEVICE,)).parse_args()
     torch.set_num_threads(1)
     backends = ("auto",) if DEVICE == "cuda" else ("cpu", "triton")
-    rows = [row for backend in backends for row in rows_of(backend, args.rounds)]
-    columns = ("backend", "name", "us", "ratio", "operators")
-    print(markdown_table(columns, [[row[x] for x in columns] for row in rows], words=(0, 1)))
-    if args.out:
-        save(args.out, "host_time", head_of(torch.device(DEVICE)), rows)
+    rounds = 20 if arguments.dry_run else 2000
+    finish(arguments, "host_time", [row for x in backends for row in rows_of(x, rounds)])
 
 
 if __name__ == "__main__":

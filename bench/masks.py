@@ -1,4 +1,4 @@
-"""Time and memory of the run lengths of instance masks; and of the steps of a COCO evaluation.
+"""Time and memory of the run lengths of instance masks.
 
     python bench/masks.py [--device cuda] [--rows ROWS.json]
 
@@ -12,18 +12,11 @@ with one thread and with two; pycocotools has one. `differ` is the share of diff
 Ultralytics (if they are installed) with pycocotools, and by the functions of
 examples/transformers_masks.py and ultralytics_validator.py. The pipeline of SAM 2 has codes of its
 own.
-
-`coco_steps`: seconds of each step for 5,000 generated images of 480 × 640 pixels. Each has 7
-ellipses, and 20 predictions: each is one of these, moved and scaled by up to a tenth, with mask
-logits of 120 × 160 and a random score. There are 80 classes. Nothing else may run.
 """
 # pyright: reportMissingImports=false
 
-import contextlib
-import io
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -31,19 +24,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from pycocotools.mask import encode
-from record import ROOT, Ways, head_of, parser_of, rows_of_ways, save
+from record import ROOT, Ways, finish, parser_of, rows_of_ways
 from torch import Tensor
 
 import anchorops as ao
-from anchorops.measure import duration
 
 sys.path.insert(0, str(ROOT / "examples"))
 
 CHUNK, CLASSES, ROUNDS = 8, 80, 3
-IMAGES, OBJECTS, PREDICTIONS = 5000, 7, 20
 OURS, BY_TORCH, THEIRS = "anchorops", "torch, pycocotools", "the library"
 Size = tuple[int, int]
 Rows = Iterator[dict[str, Any]]
@@ -193,52 +182,7 @@ def masks_in_frameworks(device: torch.device, tiny: bool) -> Rows:
         yield from rows_of_ways({"case": case}, ways, device, ROUNDS)
 
 
-def coco_steps(device: torch.device, tiny: bool) -> Rows:
-    images, seconds = 20 if tiny else IMAGES, defaultdict[str, float](float)
-
-    def timed(step: str, run: Callable[[], Any]) -> Any:
-        results: list[Any] = []
-        seconds[step] += duration(lambda: results.append(run()))
-        return results[0]
-
-    size, annotations, predictions = (480, 640), [], []
-    for image in range(1, images + 1):
-        centers, radii = drawn_ellipses(OBJECTS)
-        labels = torch.randint(1, CLASSES + 1, (OBJECTS,))
-        masks = ao.mask_rle(ellipses(centers, radii, (120, 160)), size)
-        objects = zip(masks.coco(), masks.areas().tolist(), labels.tolist(), strict=True)
-        for code, area, label in objects:
-            annotation = {"id": len(annotations) + 1, "image_id": image, "category_id": label}
-            annotations.append(annotation | {"segmentation": code, "area": area, "iscrowd": 0})
-        chosen = torch.randint(0, OBJECTS, (PREDICTIONS,))
-        moved = centers[chosen] + 0.1 * (torch.rand(PREDICTIONS, 2) - 0.5)
-        scaled = radii[chosen] * (0.9 + 0.2 * torch.rand(PREDICTIONS, 2))
-        logits = ellipses(moved, scaled, (120, 160)).to(device)
-        codes = timed("codes, by mask_rle", lambda z=logits: ao.mask_rle(z, size).coco())
-        scores = torch.rand(PREDICTIONS).tolist()
-        for code, score, label in zip(codes, scores, labels[chosen].tolist(), strict=True):
-            prediction = {"image_id": image, "category_id": label, "score": score}
-            predictions.append(prediction | {"segmentation": code})
-    truth: Any = COCO()
-    truth.dataset = {
-        "info": {},
-        "images": [{"id": i, "height": 480, "width": 640} for i in range(1, images + 1)],
-        "categories": [{"id": i} for i in range(1, CLASSES + 1)],
-        "annotations": annotations,
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
-        found = timed("COCO.loadRes", lambda: truth.loadRes(predictions))
-        evaluation = COCOeval(truth, found, "segm")
-        timed("COCOeval.evaluate", evaluation.evaluate)
-        timed("COCOeval.accumulate", evaluation.accumulate)
-        evaluation.summarize()
-    precision = float(evaluation.stats[0])
-    for step, s in seconds.items():
-        yield {"images": images, "step": step, "seconds": s, "mean average precision": precision}
-
-
-SECTIONS = {x.__name__: x for x in (masks, masks_in_frameworks, coco_steps)}
+SECTIONS = {x.__name__: x for x in (masks, masks_in_frameworks)}
 
 
 def main() -> None:
@@ -250,9 +194,7 @@ def main() -> None:
     for section in [arguments.section] if arguments.section else SECTIONS:
         with torch.no_grad():
             rows = list(SECTIONS[section](device, arguments.dry_run))
-        print(*rows, sep="\n", flush=True)
-        if arguments.rows:
-            save(arguments.rows, section, head_of(device), rows)
+        finish(arguments, section, rows)
 
 
 if __name__ == "__main__":

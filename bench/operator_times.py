@@ -1,4 +1,4 @@
-"""Time and memory of every case of cases.py: our backends and the alternatives take turns.
+"""Time and memory of every case of cases/listed.py: our backends and the alternatives take turns.
 
     python bench/operator_times.py --case 'cross-entropy, *SegFormer*' [--rows ROWS.json]
 
@@ -19,10 +19,10 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
-from cases import BACKWARD, FORWARD, Case, cases_on
-from operations import OPERATIONS, Library, alternatives_of, counted_bytes, counted_exponentials
+from cases.listed import BACKWARD, FORWARD, Case, cases_on
+from cases.operations import OPERATIONS, Library, alternatives_of, counted_bytes
 from record import by_case, head_of, ours_and_other, parser_of, save
-from torch import Tensor, nn
+from torch import Tensor
 
 import anchorops as ao
 from anchorops._backend import CUDA_MAX_KEYS, OPERATORS
@@ -41,21 +41,6 @@ SECONDS = 0.6  # of timing: at least
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's <malloc.h>
 
 
-def usable(device: torch.device) -> list[str]:
-    kinds = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}[device.type]
-    return [kind for kind in kinds if ao.backends()[kind] is None and not TRITON_ON_HOST]
-
-
-def backends(case: Case, kinds: Sequence[str]) -> dict[str, str]:
-    """Those of these kinds that have the operation, by their names in tables."""
-    groups = 4 if "4 groups" in case.operation else 1
-    few = case.shape.num_classes * groups <= CUDA_MAX_KEYS
-    operator = OPERATIONS[case.operation].operator
-    of_operator = OPERATORS[operator] if operator else ()
-    names = [kind for kind in kinds if kind in of_operator and (few or kind != "cuda")]
-    return {f"anchorops ({name})": name for name in names or ["reference"]}
-
-
 class Implementation(NamedTuple):
     """What a row is about. backend: of ours."""
 
@@ -65,13 +50,22 @@ class Implementation(NamedTuple):
     compiled: bool = False
 
 
+def usable(device: torch.device) -> list[str]:
+    kinds = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}[device.type]
+    return [kind for kind in kinds if ao.backends()[kind] is None and not TRITON_ON_HOST]
+
+
 def implementations(device: str, case: Case, kinds: Sequence[str]) -> list[Implementation]:
-    """Ours first, the fastest backend first."""
-    ours = OPERATIONS[case.operation].ours
-    found = [Implementation(name, ours, kind) for name, kind in backends(case, kinds).items()]
-    for name, formula in alternatives_of(case, libraries=device == "cuda").items():
-        found.append(Implementation(name, formula, compiled=name.startswith("compiled ")))
-    return found
+    """Ours first: by the backends of these kinds that have the operation, the fastest first."""
+    operation = OPERATIONS[case.operation]
+    keys = case.shape.num_classes * (4 if "4 groups" in case.operation else 1)
+    kinds = [x for x in kinds if x in OPERATORS[operation.operator]]
+    kinds = [x for x in kinds if x != "cuda" or keys <= CUDA_MAX_KEYS] or ["reference"]
+    alternatives = alternatives_of(case, libraries=device == "cuda").items()
+    return [
+        *(Implementation(f"anchorops ({kind})", operation.ours, kind) for kind in kinds),
+        *(Implementation(name, x, None, name.startswith("compiled ")) for name, x in alternatives),
+    ]
 
 
 def keep_pages() -> None:
@@ -84,24 +78,20 @@ def keep_pages() -> None:
 
 
 def run_of(formula: Callable[..., Any], inputs: Inputs, direction: str) -> Run:
-    """The results, or where they have gradients those of the first input and the parameters."""
+    """The results, or where they have gradients that of the first input."""
     name, x = next(iter(inputs.items()))
     leaf = x.detach().requires_grad_(direction != FORWARD)
     inputs = inputs | {name: leaf}
-    leaves = [leaf, *(formula.parameters() if isinstance(formula, nn.Module) else ())]
-    leaves = [x for x in leaves if x.requires_grad]
     weights: list[Tensor] = []
 
-    def gradients(results: list[Tensor], **options: Any) -> list[Tensor]:
+    def gradients(results: list[Tensor], **options: Any) -> tuple[Tensor, ...]:
         if not weights:
-            generator = torch.Generator(leaf.device).manual_seed(2)
             for y in results:
-                drawn = torch.rand(y.shape, device=y.device, generator=generator)
-                weights.append(torch.ones_like(y) if y.dim() == 0 else drawn.to(y.dtype))
-        found = torch.autograd.grad(results, leaves, weights, allow_unused=True, **options)
-        return [x for x in found if x is not None]
+                sizes = torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype, device=y.device)
+                weights.append(sizes.view(y.shape))
+        return torch.autograd.grad(results, leaf, weights, **options)
 
-    def run() -> list[Tensor]:
+    def run() -> Sequence[Tensor]:
         with contextlib.nullcontext() if direction != FORWARD else torch.no_grad():
             results = tensors_of(formula(**inputs))
         return gradients(results) if results[0].requires_grad else results
@@ -112,30 +102,18 @@ def run_of(formula: Callable[..., Any], inputs: Inputs, direction: str) -> Run:
     return lambda: gradients(made, retain_graph=True)
 
 
-def built(formula: Any, inputs: Inputs) -> Callable[..., Any]:
-    return formula.build(inputs) if hasattr(formula, "build") else formula
-
-
 def relative_error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """The largest ‖result − exact‖ / ‖exact‖."""
-    errors = []
-    for y, right in zip(results, exact, strict=True):
-        right = right.double() if right.numel() < 1 << 20 else right.float()
-        difference = y.detach().to(right.dtype) - right
-        errors.append(float(difference.norm() / right.norm().clamp(min=1e-30)))
-    return max(errors)
+    pairs = [(x.detach().float(), y.float()) for x, y in zip(results, exact, strict=True)]
+    return max(float((x - y).norm() / y.norm().clamp(min=1e-30)) for x, y in pairs)
 
 
 def exact_results(case: Case, inputs: Inputs) -> list[Tensor]:
-    """Those of the first alternative in float32, or of the reference where there is none."""
-    operation = OPERATIONS[case.operation]
-    wide = inputs
-    if operation.alternatives:
-        wide = {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
-    formula = next(iter(operation.alternatives.values()), operation.ours)
-    with ao.use_backend("reference"):
-        run: Any = run_of(built(formula, inputs), wide, case.direction)
-        return [x.detach() for x in run()]
+    """Those of the first alternative in float32."""
+    formula = next(iter(OPERATIONS[case.operation].alternatives.values()))
+    wide = {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
+    run: Any = run_of(formula, wide, case.direction)
+    return [x.detach() for x in run()]
 
 
 class WrongResults(Exception):
@@ -172,7 +150,7 @@ class Timer:
 
     def checked(self, one: Implementation, row: dict[str, Any]) -> Run:
         """Calls it: the first call compiles."""
-        formula = built(one.formula, self.inputs)
+        formula = one.formula.build() if isinstance(one.formula, Library) else one.formula
         if one.compiled:
             run_of(formula, self.inputs, self.case.direction)()  # what it imports is not traced
             backend = "eager" if self.tiny else "inductor"
@@ -201,8 +179,7 @@ class Timer:
         x = next(iter(self.inputs.values())).detach()
         target = torch.empty_like(x)
         turns = [*runs.values(), lambda: target.copy_(x), lambda: x.sum()]
-        case = (self.case.operation, self.case.direction, self.inputs)
-        counted = counted_bytes(*case)
+        counted = counted_bytes(self.case.operation, self.case.direction, self.inputs)
         tries = []
         for _ in range(1 if self.tiny else MOST_TRIES):
             gc.collect()
@@ -214,7 +191,7 @@ class Timer:
             if unsteady <= (False, MOST_SPREAD):
                 break
         _, rows, others = min(tries, key=lambda one: one[0])
-        fields = {"bytes": counted, "exponentials": counted_exponentials(*case), "others": others}
+        fields = {"bytes": counted, "others": others}
         return {name: row._asdict() | fields for name, row in zip(runs, rows, strict=True)}
 
 
@@ -224,18 +201,13 @@ def lines_of(rows: list[dict[str, Any]]) -> Iterator[str]:
     for case in by_case(rows):
         ours, _ = ours_and_other(case)
         for row in case:
-            text = f"  {row['name']:<34}{row['median'] * 1e3:>10.3f} ms"
-            text += f"  [{row['q20'] * 1e3:.3f}, {row['q80'] * 1e3:.3f}]".ljust(22)
-            text += f"{row['median'] / ours['median']:>7.1f}×" if ours else " " * 8
-            text += f"{row['gbps']:>8.1f} GB/s {row['copy_share']:>5.0%} of copy"
+            low, middle, high = (1e3 * row[name] for name in ("q20", "median", "q80"))
+            text = f"  {row['name']:<34}{middle:>10.3f} ms  [{low:.3f}, {high:.3f}]".ljust(70)
+            text += f"{row['median'] / ours['median']:>7.1f}×" if ours else ""
             if row["extra_bytes"] is not None:
                 text += f"  +{row['extra_bytes'] / 2**20:,.0f} MiB"
-            if (row["others"] or 0) > DISTURBED:
-                text += f"  disturbed: {row['others']:.1f} cores busy with other processes"
-            yield text
-    for row in rows:
-        if "absent" in row:
-            yield f"  {row['name']}: {row['absent']}"
+            yield text + "  disturbed" * ((row["others"] or 0) > DISTURBED)
+    yield from (f"  {row['name']}: {row['absent']}" for row in rows if "absent" in row)
 
 
 def rows_of(case: Case, compiled: bool, of: str, device: torch.device, tiny: bool) -> list[dict]:

@@ -7,14 +7,14 @@ to the rows.
 """
 
 import argparse
-from math import isnan, nan
+from math import nan
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
-from cases import IMAGES, VOLUMES
+from cases.listed import IMAGES, VOLUMES
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -34,12 +34,13 @@ def options(run: dict) -> Figure | None:
     cases = [case for case in by_case(run["operators"]) if case[0]["shape"] in (IMAGES, VOLUMES)]
     if not cases:
         return None
-    groups: dict[str, list[list[dict]]] = {"classes": [], "channels": [], "classes\n3-D": []}
+    gains: dict[str, dict[tuple, float]] = {"classes": {}, "channels": {}, "classes\n3-D": {}}
     for case in cases:
-        sigmoid = "sigmoid" in case[0]["operation"]
-        volume = case[0]["shape"] == VOLUMES
-        groups["classes\n3-D" if volume else "channels" if sigmoid else "classes"].append(case)
-    heights = [len({variant_of(case[0]) for case in group}) for group in groups.values()]
+        row = case[0]
+        what = "channels" if "sigmoid" in row["operation"] else "classes"
+        what += "\n3-D" * (row["shape"] == VOLUMES)
+        gains[what][variant_of(row), row["num_classes"], row["stride"]] = gain(case)
+    heights = [len({name for name, *_ in group}) for group in gains.values()]
     figure, axes = plt.subplot_mosaic(
         [["classes", "classes"], ["channels", "classes\n3-D"], ["channels", "."]],
         figsize=(10, 8.4),
@@ -47,34 +48,26 @@ def options(run: dict) -> Figure | None:
         height_ratios=[heights[0], heights[2], max(heights[1] - heights[2], 1)],
         width_ratios=(4, 1),
     )
-    for what, group in groups.items():
+    for what, group in gains.items():
         axis = axes[what]
-        gains = {
-            (variant_of(case[0]), case[0]["num_classes"], case[0]["stride"]): gain(case)
-            for case in group
-        }
-        names = list(dict.fromkeys(name for name, *_ in gains))
-        columns = sorted({(number, stride) for _, number, stride in gains})
-        table = [[gains.get((name, *column), nan) for column in columns] for name in names]
+        names = list(dict.fromkeys(name for name, *_ in group))
+        columns = sorted({(number, stride) for _, number, stride in group})
+        table = [[group.get((name, *column), nan) for column in columns] for name in names]
         axis.imshow(table, norm=LogNorm(1 / 40, 40), cmap="BrBG", aspect="auto")
-        for i, line in enumerate(table):
-            for j, value in enumerate(line):
-                if isnan(value):  # was not measured
-                    continue
-                digits = 2 if value < 1 else 1 if value < 10 else 0
-                dark = value > 10 or value < 0.1
-                colour = "white" if dark else "black"
-                axis.text(
-                    j, i, f"{value:.{digits}f}", ha="center", va="center", fontsize=9, color=colour
-                )
+        for (name, *column), value in group.items():
+            digits = 2 if value < 1 else 1 if value < 10 else 0
+            axis.text(
+                columns.index(tuple(column)),
+                names.index(name),
+                f"{value:.{digits}f}",
+                ha="center",
+                va="center",
+                fontsize=9,
+                color="white" if value > 10 or value < 0.1 else "black",
+            )
+        heads = [f"{k} {what if k > 1 else 'channel'}\nstride {ratio}" for k, ratio in columns]
         axis.set_yticks(range(len(names)), names)
-        axis.set_xticks(
-            range(len(columns)),
-            [
-                f"{number} {what if number > 1 else 'channel'}\nstride {ratio}"
-                for number, ratio in columns
-            ],
-        )
+        axis.set_xticks(range(len(columns)), heads)
         axis.tick_params(length=0, labelsize=7)
     figure.suptitle(
         "Time of the fastest alternative divided by ours, forward and backward "
@@ -123,11 +116,7 @@ def caption(run: dict) -> str:
             "counted on fake tensors, not measured: parameters, Adam's state, gradients, "
             f"activations, loss; torch {run['torch']}, commit {run['commit']}"
         )
-    rates = {row["name"]: row["per_second"] / 1e9 for row in run.get("roofs", [])}
-    bandwidth = (
-        f"; copies {rates['copy']:,.0f} GB/s, reads {rates['read']:,.0f} GB/s" if rates else ""
-    )
-    return f"{machine(run)}; medians{bandwidth}"
+    return f"{machine(run)}; medians"
 
 
 def draw(path: Path) -> None:

@@ -19,7 +19,7 @@ from statistics import quantiles
 from typing import Any
 
 import torch
-from cases import GRID, OF_USERS
+from cases.listed import GRID, OF_USERS
 
 from anchorops.measure import environment, in_turns, peak_extra_bytes
 
@@ -29,7 +29,6 @@ CASES = {  # what identifies a case: its rows are measured together
     "operators": ("case",),
     "training_steps": ("network", "compiled"),
     "inference": ("network",),
-    "batches": ("network",),
     "export": ("volume", "dtype"),
     "masks": ("masks", "threads"),
     "masks_in_frameworks": ("case",),
@@ -37,11 +36,11 @@ CASES = {  # what identifies a case: its rows are measured together
 # names of training steps, measured or counted
 BASELINE, OWN = "baseline, torch's cross-entropy", "baseline, ours"
 LATE, BOTH = "late upsampling alone", "late upsampling, ours (both)"
-STEP_NAMES = {  # whose cross-entropy, and whether with late upsampling
-    ("torch", False): BASELINE,
-    ("anchorops", False): OWN,
-    ("torch", True): LATE,
-    ("anchorops", True): BOTH,
+STEP_NAMES = {  # whether with our cross-entropy, and with late upsampling
+    (False, False): BASELINE,
+    (True, False): OWN,
+    (False, True): LATE,
+    (True, True): BOTH,
 }
 
 
@@ -103,6 +102,13 @@ def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def finish(arguments: argparse.Namespace, section: str, rows: list[dict]) -> None:
+    """Prints the rows of a program, and saves them where its options say."""
+    print(*rows, sep="\n", flush=True)
+    if arguments.rows:
+        save(arguments.rows, section, head_of(torch.device(arguments.device)), rows)
+
+
 def save(path: Path, section: str, head: dict[str, Any], rows: list[dict]) -> None:
     """Writes rows, with the present commit unless they have one, instead of earlier ones of the
     same cases. All others stay.
@@ -136,6 +142,13 @@ def json_of(run: dict[str, Any]) -> str:
             text = f"[{','.join(rows)}\n ]"
         entries.append(f"\n {json.dumps(name)}: {text}")
     return f"{{{','.join(entries)}\n}}\n"
+
+
+def parser_of_counts(doc: str | None, name: str) -> argparse.ArgumentParser:
+    """name: of the file of committed rows."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / f"bench/results/{name}.json")
+    return parser
 
 
 def save_counts(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -1,7 +1,7 @@
 """Time and memory of training steps with our losses and late_upsampling, compared with the plain
-step with torch's; time of inference; and the largest batches that fit into 24 GB.
+step with torch's; and time of inference.
 
-    python bench/training_step.py [--network SegFormer-B0] [--section batches] [--rows ROWS.json]
+    python bench/training_step.py [--network SegFormer-B0] [--section inference] [--rows ROWS.json]
 
 A step is forward, backward and AdamW; on a GPU with bf16 autocast and channels last. The baseline
 is the network with F.interpolate and F.cross_entropy; compiled is the network together with its
@@ -11,78 +11,56 @@ which the host does not decide. The ratio is the time divided by the median of t
 """
 
 import copy
-import gc
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from networks import BATCHES, COMPILED, IGNORE_INDEX, ON_CPU, ON_GPU, Network
-from record import BASELINE, OWN, STEP_NAMES, head_of, parser_of, save, spread
+from cases.networks import (
+    COMPILED,
+    IGNORE_INDEX,
+    METHODS,
+    ON_CPU,
+    ON_GPU,
+    Candidate,
+    Network,
+    candidates,
+    names_of,
+)
+from record import head_of, parser_of, save, spread
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import anchorops as ao
 from anchorops.measure import example_labels, in_turns, peak_extra_bytes
 
-METHODS = {
-    "CR": ("cr",),
-    "SAR": ("sar",),
-    "CBP": ("cbp",),
-    "OCCL": ("occl",),
-    "CBP + OCCL": ("cbp", "occl"),
-    "CeCo": ("ceco",),
-    "MVSC": ("mvsc",),
-}
-SECTIONS = ("training_steps", "inference", "batches")
-CAPACITY, ROUNDS, PROFILED = 24e9, 10, 3  # bytes; of timing; steps
+SECTIONS = ("training_steps", "inference")
+ROUNDS, PROFILED = 10, 3  # of timing; steps
 PLAIN, LATER, EXPORTED = "plain", "late", "late, exported"  # names of inference
 Step = Callable[[], object]
 
 
-class Candidate(NamedTuple):
-    """ours: with our cross-entropy. late: with late_upsampling. method: of METHODS."""
-
-    ours: bool
-    late: bool = False
-    method: str = ""
-    compiled: bool = False
-
-    @property
-    def name(self) -> str:
-        if self.method:
-            return f"{self.method}, {'both' if self.late else 'ours'}"
-        name = STEP_NAMES["anchorops" if self.ours else "torch", self.late]
-        if self.compiled:
-            return f"{'baseline' if name == BASELINE else name}, torch.compile"
-        return name
-
-
 def candidates_of(network: Network, late: bool, compiled: bool) -> list[Candidate]:
-    """The baseline first. late: late_upsampling finds something to move. compiled: those that are,
-    beside the baseline. On the CPU with methods, too."""
-    every = [
-        Candidate(ours, moved) for moved in (False, True)[: 1 + late] for ours in (False, True)
-    ]
+    """compiled: those that are, beside the baseline. On the CPU with methods, too."""
     on_cpu = network.name in [x.name for x in ON_CPU]
-    if compiled:
-        some = every[:1] if on_cpu else [one for one in every if one.ours or not one.late]
-        return [every[0], *(one._replace(compiled=True) for one in some)]
-    return [*every, *(Candidate(True, late, method) for method in METHODS if on_cpu)]
+    if not compiled:
+        return candidates(late, METHODS if on_cpu else ())
+    baseline, *every = candidates(late)
+    some = [] if on_cpu else [one for one in every if one.ours]
+    return [baseline, *(one._replace(compiled=True) for one in (baseline, *some))]
 
 
 def plan(device: str, section: str, compiled: bool = False) -> list[tuple[Network, list[str]]]:
     """The networks of a section, and the names of the rows that are known before late_upsampling
     was tried."""
-    networks = ON_CPU if device == "cpu" else BATCHES if section == "batches" else ON_GPU
-    if compiled and device == "cuda":
-        networks = tuple(network for network in ON_GPU if network.name in COMPILED)
-    known = {"inference": [PLAIN], "batches": [BASELINE, OWN]}
+    networks = ON_CPU if device == "cpu" else ON_GPU
     planned = []
     for network in networks:
-        candidates = candidates_of(network, False, compiled)
-        names = [one.name for one in candidates if one.compiled == compiled]
-        planned.append((network, known.get(section, names)))
+        every = [x for x in candidates_of(network, False, compiled) if x.compiled == compiled]
+        names = [PLAIN] if section == "inference" else [one.name for one in every]
+        if device == "cpu" or not compiled or network.name in COMPILED:
+            planned.append((network, names))
     return planned
 
 
@@ -118,7 +96,9 @@ class Bench(NamedTuple):
     def step(self, candidate: Candidate, model: nn.Module) -> Callable[[Tensor, Tensor], None]:
         """One training step of a model in training mode."""
         network, ours = self.network, candidate.ours
-        attached = self.attached(candidate.method, model) if candidate.method else None
+        attached = None
+        if candidate.method:
+            attached = ao.attach(model, network.regularizer(candidate.method).to(self.device))
         loss_of_outputs = network.loss
         if candidate.compiled and self.dry:
             loss_of_outputs = torch.compile(network.loss, dynamic=False, backend="eager")
@@ -141,19 +121,9 @@ class Bench(NamedTuple):
 
         return step
 
-    def attached(self, method: str, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The loss of a method with the options of its paper."""
-        from anchorops.train.networks.learner import build_regularizer
-
-        names, network = METHODS[method], self.network
-        options = {f"{name}.ignore_index": IGNORE_INDEX for name in names}
-        regularizer = build_regularizer(names, options, network.num_classes, network.dim)
-        assert regularizer is not None
-        return ao.attach(model, regularizer.to(self.device))
-
     def prepared(self, candidate: Candidate) -> Callable[[Tensor, Tensor], None]:
         model = self.model().train()
-        self.network.arrange(model, self.batch(2)[0], candidate.ours, candidate.late)
+        self.network.arrange(model, self.batch(2)[0], candidate)
         return self.step(candidate, model)
 
     def runs_later(self) -> bool:
@@ -162,22 +132,22 @@ class Bench(NamedTuple):
 
     def measured(self, steps: dict[str, Step], rounds: int) -> Iterator[dict[str, Any]]:
         """Time and memory of calls that take turns. The first is the baseline."""
-        own = {}
-        for name, step in steps.items():
+        peaks, kernels = [], []
+        for step in steps.values():
             step()  # Adam's state exists then
-            own[name] = peak_of(step, self.device)
-        kernels = {name: seconds_of_kernels(step, self.device) for name, step in steps.items()}
+            peaks.append(peak_of(step, self.device))
+            kernels.append(seconds_of_kernels(step, self.device))
         times, others = in_turns([*steps.values()], self.device, seconds=0.0, rounds=rounds)
         spreads = [spread(seconds) for seconds in times]
-        for name, seconds in zip(steps, spreads, strict=True):
+        for name, seconds, peak, of_kernels in zip(steps, spreads, peaks, kernels, strict=True):
             yield {
                 "network": str(self.network),
                 "name": name,
                 "seconds": seconds,
-                "kernels": kernels[name],
+                "kernels": of_kernels,
                 "rounds": len(times[0]),
                 "ratio": {x: value / spreads[0]["median"] for x, value in seconds.items()},
-                "peak_bytes": own[name],
+                "peak_bytes": peak,
                 "others": others,
             }
 
@@ -186,18 +156,18 @@ class Bench(NamedTuple):
         images, labels = self.batch(self.network.batch)
         steps: dict[str, Step] = {}
         kept: dict[str, int] = {}
-        candidates = candidates_of(self.network, self.runs_later(), self.compiled)
-        for candidate in candidates:
+        every = candidates_of(self.network, self.runs_later(), self.compiled)
+        for candidate in every:
             before = allocated(self.device)
             step = partial(self.prepared(candidate), images, labels)
             step()
             steps[candidate.name] = step
             kept[candidate.name] = allocated(self.device) - before
-        for one, row in zip(candidates, self.measured(steps, rounds), strict=True):
+        for one, row in zip(every, self.measured(steps, rounds), strict=True):
             if row["peak_bytes"] is not None:
                 row["peak_bytes"] -= sum(kept.values()) - kept[one.name]
             if one.compiled == self.compiled:
-                methods = "+".join(METHODS.get(one.method, ("plain",)))
+                methods = "+".join(names_of(one.method or "plain"))
                 yield row | {"methods": methods, "late": one.late, "compiled": one.compiled}
 
     def inference(self, rounds: int) -> Iterator[dict[str, Any]]:
@@ -218,32 +188,6 @@ class Bench(NamedTuple):
 
         steps: dict[str, Step] = {name: partial(run, one) for name, one in networks.items()}
         yield from self.measured(steps, rounds)
-
-    def batches(self, _: int) -> Iterator[dict[str, Any]]:
-        """The largest batch of each candidate with which two steps fit into 24 GB."""
-        if self.device.type == "cuda":
-            memory = torch.cuda.get_device_properties(self.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(CAPACITY / memory)
-        for late in (False, True)[: 1 + self.runs_later()]:
-            for ours in (True,) if late else (False, True):
-                candidate = Candidate(ours, late)
-                fits = partial(self.fits, self.prepared(candidate))
-                largest = largest_batch(fits, self.network.batch)
-                yield {"network": str(self.network), "name": candidate.name, "images": largest}
-
-    def fits(self, step: Callable[[Tensor, Tensor], None], size: int) -> bool:
-        """In a dry run, if there are at most two images."""
-        try:
-            if self.dry and size > 2:
-                raise torch.OutOfMemoryError
-            for _ in range(2):  # Adam's state exists in the second
-                step(*self.batch(size))
-            return True
-        except torch.OutOfMemoryError:
-            return False
-        finally:
-            gc.collect()
-            torch.cuda.empty_cache()
 
 
 def allocated(device: torch.device) -> int:
@@ -270,17 +214,6 @@ def seconds_of_kernels(step: Step, device: torch.device) -> float | None:
     return total / 1e6 / PROFILED
 
 
-def largest_batch(fits: Callable[[int], bool], start: int) -> int:
-    """By doubling and bisection."""
-    least, most = 0, start
-    while fits(most):
-        least, most = most, 2 * most
-    while most - least > 1:
-        middle = (least + most) // 2
-        least, most = (middle, most) if fits(middle) else (least, middle)
-    return least
-
-
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--network", action="append", help="by name (default: all)")
@@ -289,9 +222,8 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="steps by torch.compile")
     arguments = parser.parse_args()
     device, dry = torch.device(arguments.device), arguments.dry_run
-    for network, names in plan(
-        arguments.networks_of or device.type, arguments.section, arguments.compiled
-    ):
+    of = arguments.networks_of or device.type
+    for network, _ in plan(of, arguments.section, arguments.compiled):
         if arguments.network and network.name not in arguments.network:
             continue
         bench = Bench(network.tiny() if dry else network, device, dry, arguments.compiled)
@@ -301,19 +233,12 @@ def main() -> None:
                 rows.append(row)
                 print(line(row), flush=True)
         except ImportError as error:
-            absent = {
-                "network": str(network),
-                "compiled": arguments.compiled,
-                "absent": f"{error.name} is not there",
-            }
-            rows = [absent | {"name": name} for name in names]
+            print(f"{network}: {error.name} is not installed", file=sys.stderr)
         if arguments.rows:
             save(arguments.rows, arguments.section, head_of(device), rows)
 
 
 def line(row: dict[str, Any]) -> str:
-    if "images" in row:
-        return f"{row['network']}: {row['name']}: {row['images']} images in 24 GB"
     middle, share = row["seconds"]["median"], row["ratio"]["median"]
     return f"{row['network']}: {row['name']:<36}{1e3 * middle:9.1f} ms{share:7.0%}"
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from host_time import Operators
 from torch import Generator, Tensor
 
 import anchorops as ao
@@ -17,7 +16,7 @@ from anchorops.doctor import catalogue
 from anchorops.doctor.catalogue import Case, Entry, Inputs, Sample, formulas
 from anchorops.doctor.catalogue.inputs import normal, uniform
 from tests.helpers.memory import peak_allocated_bytes
-from tests.helpers.operators import check, results
+from tests.helpers.operators import Operators, check, results
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 REDUCTIONS = ("mean", "sum", "none")

@@ -1,4 +1,4 @@
-"""The memory that bench/storages.py counts, compared with what torch's allocator reports on the
+"""The memory that without_gpu/storages.py counts, compared with what torch's allocator reports on a
 CPU, and with fake tensors on "cuda"."""
 
 import json
@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from record import BASELINE, BOTH, LATE, OWN, compared
-from storages import Storages, as_on_cuda, largest_batch, make_fake
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
+from without_gpu.storages import Storages, as_on_cuda, largest_batch, make_fake
 
 import anchorops as ao
 from tests.helpers.memory import peak_allocated_bytes

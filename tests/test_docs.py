@@ -237,7 +237,7 @@ def test_every_argument_is_explained(method: type):
 def test_evidence_is_that_of_the_rows():
     pytest.importorskip("jsonargparse", reason="the packages for training are not installed")
     evidence = json.loads((ROOT / "docs/evidence.json").read_text())
-    page = importlib.import_module("evidence_report").page(evidence)
+    page = importlib.import_module("trainings.report").page(evidence)
     assert (ROOT / "docs/evidence.md").read_text() == page
 
 

@@ -7,7 +7,9 @@ import host_time
 import pytest
 import torch
 
-CALLS = {call.name: call for call in host_time.calls("cpu")}
+from tests.helpers.operators import Operators
+
+CALLS = {name: loss for _, group in host_time.calls("cpu") for name, loss in group.items()}
 MOST = {  # operators, forward and backward
     "pixel_cross_entropy": 8,
     "CrossEntropy": 10,
@@ -19,8 +21,8 @@ MOST = {  # operators, forward and backward
 @pytest.mark.on("cpu")
 @pytest.mark.parametrize("name", MOST)
 def test_operators(name: str, backend: str) -> None:
-    with host_time.Operators() as operators:
-        CALLS[name].step()
+    with Operators() as operators:
+        CALLS[name]().backward()
     assert len(operators.names) <= MOST[name], operators.names
     assert any(operator.startswith("anchorops.") for operator in operators.names)
 
@@ -28,14 +30,14 @@ def test_operators(name: str, backend: str) -> None:
 def names_of_profiler(**options: bool) -> set[str]:
     config = torch._C._profiler._ExperimentalConfig(**options)  # pyright: ignore
     with torch.profiler.profile(experimental_config=config) as profile:
-        CALLS["CrossEntropy"].step()
+        CALLS["CrossEntropy"]().backward()
     return {event.name for event in profile.events() or ()}
 
 
 def names_of_trace(path: Path) -> set[str]:
     observer = torch.profiler.ExecutionTraceObserver().register_callback(str(path))
     observer.start()
-    CALLS["CrossEntropy"].step()
+    CALLS["CrossEntropy"]().backward()
     observer.unregister_callback()
     return {node["name"] for node in json.loads(path.read_text())["nodes"]}
 
@@ -54,7 +56,7 @@ def test_profilers_name_the_operators(profiler: str, backend: str, tmp_path: Pat
 @pytest.mark.parametrize("name", MOST)
 def test_kernels_make_their_outputs_without_the_dispatcher(name: str, backend: str) -> None:
     with torch.autograd.profiler.profile() as profile:
-        CALLS[name].step()
+        CALLS[name]().backward()
     events = profile.function_events or ()
     operators = [event for event in events if event.name.startswith("anchorops::")]
     inside = {part.name for event in operators for part in event.cpu_children}
@@ -67,6 +69,6 @@ def test_launches(name: str, backend: str) -> None:
     from ptx.triton_launches import launches
 
     before = launches.total()
-    CALLS[name].step()
+    CALLS[name]().backward()
     # the moments and their gradient; those of classes also make keys and list them by tile
     assert launches.total() - before == (5 if name == "pixel_to_anchor_mse" else 2)

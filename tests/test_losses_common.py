@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from host_time import Operators
 from torch import Tensor, nn
 
 import anchorops as ao
 from anchorops.losses import Regularizer
 from tests.helpers.methods import METHODS, D, K, batch, each_method, each_on_pixels, open_gate
+from tests.helpers.operators import Operators
 from tests.helpers.slow import slow_but
 
 

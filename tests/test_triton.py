@@ -12,7 +12,8 @@ pytest.importorskip("triton", reason="CPU builds of torch do not include Triton"
 def test_sizes_share_variants(stride: int):
     """Images are evaluated, and some are trained, in their own sizes. Each variant takes seconds to
     compile."""
-    from kernels_report import launch_keys, launch_loss, native_sizes, variants
+    from without_gpu.machine_code import variants
+    from without_gpu.variants import launch_keys, launch_loss, native_sizes
 
     for sums in (False, True):
         found = variants("sm_90", native_sizes(stride, launch_loss, sums))
@@ -76,6 +77,6 @@ MACHINE_CODE = """
 def test_loops_of_machine_code():
     """The innermost one, of four instructions with one exponential. The load of R4 and R5 is used
     three instructions later, in the next iteration; UR4 is another register."""
-    from kernels_report import loops_of
+    from without_gpu.machine_code import loops_of
 
     assert loops_of(MACHINE_CODE) == [(4, 1, 1, 3)]

@@ -1,7 +1,9 @@
-"""`anchorops-doctor --benchmark`: losses and operators beside torch's own formulas."""
+"""`anchorops-doctor --benchmark`: losses and operators beside torch's own formulas. By the same
+calls bench/ compares two versions of a kernel."""
 
 import contextlib
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from statistics import median
 from typing import NamedTuple
 
@@ -33,24 +35,45 @@ MB      peak memory of both passes without inputs and gradient, and of torch's f
 error   of loss and gradient, relative to torch's formula in float32"""
 
 
-def inputs_of(case: Case, n: float, device: torch.device) -> Inputs:
-    """On a GPU images are bfloat16; on a CPU all is float32."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {
-        name: x.to(device, dtype if x.is_floating_point() and x.dim() > 2 else x.dtype)
-        for name, x in case.sample.inputs(n).items()
-    }
+class Call(NamedTuple):
+    """A case of the catalogue, by a backend of ours or by torch's formula ("torch")."""
+
+    case: Case
+    backend: str
+
+    def __str__(self) -> str:
+        return f"{self.case}, {self.backend}"
+
+    def inputs(self, n: float, device: torch.device) -> Inputs:
+        """On a GPU images are bfloat16; on a CPU all is float32."""
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        return {
+            name: x.to(device, dtype if x.is_floating_point() and x.dim() > 2 else x.dtype)
+            for name, x in self.case.sample.inputs(n).items()
+        }
+
+    def step(self, inputs: Inputs) -> Run:
+        """Forward and backward; to be called with this backend."""
+        loss = self.case.formula if self.backend == "torch" else self.case.ours
+        first, x = next(iter(inputs.items()))
+
+        def run() -> tuple[Tensor, Tensor]:
+            leaf = x.detach().requires_grad_()
+            value = loss(**inputs | {first: leaf})
+            return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+        return run
 
 
-def step_of(loss: Callable[..., Tensor], inputs: Inputs) -> Run:
-    first, x = next(iter(inputs.items()))
-
-    def run() -> tuple[Tensor, Tensor]:
-        leaf = x.detach().requires_grad_()
-        value = loss(**inputs | {first: leaf})
-        return value.detach(), torch.autograd.grad(value, leaf)[0]
-
-    return run
+def calls(device: torch.device) -> Iterator[Call]:
+    """Of each case torch's formula, and every fused backend that is usable and has it, or the
+    reference where there is none."""
+    fused = ("cuda", "triton") if device.type == "cuda" else ("cpu",)
+    usable = [name for name in fused if unusable()[name] is None and not TRITON_ON_HOST]
+    for case in cases("bench"):
+        ours = [name for name in usable if name in case.entry.backends]
+        for backend in ("torch", *(ours or ["reference"])):
+            yield Call(case, backend)
 
 
 class Cost(NamedTuple):
@@ -100,8 +123,6 @@ def benchmark(size: float | None = None, seconds: float = 0.2) -> bool:
     """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    on_device = ("cuda", "triton") if cuda else ("cpu",)
-    usable = [name for name in on_device if unusable()[name] is None and not TRITON_ON_HOST]
     host = "until the calls return" if cuda else "of tiny inputs, with one thread"
     print(f"\n{environment(device)['device']}, {'bfloat16' if cuda else 'float32'}")
     print(LEGEND.format(host=host))
@@ -111,24 +132,24 @@ def benchmark(size: float | None = None, seconds: float = 0.2) -> bool:
     )
     right, processes = True, OtherProcesses(device)
     tolerance = 1e-2 if cuda else 1e-4  # a gradient in bfloat16 is rounded
-    for case in cases("bench"):
+    for case, (formula, *ours) in groupby(calls(device), lambda call: str(call.case)):
         n = size or (2 if cuda else 1)
-        inputs, tiny = (inputs_of(case, x, device) for x in (n, TINY * n))
+        inputs, tiny = (formula.inputs(x, device) for x in (n, TINY * n))
         wide = {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
-        exact = step_of(case.formula, wide)()
-        theirs = _cost(step_of(case.formula, inputs), step_of(case.formula, tiny), device, seconds)
-        call, _, kind = str(case).rpartition(", ")
-        for backend in [x for x in usable if x in case.entry.backends] or ["reference"]:
-            run, tiny_run = (step_of(case.ours, x) for x in (inputs, tiny))
-            with use_backend(backend):
+        exact = formula.step(wide)()
+        theirs = _cost(formula.step(inputs), formula.step(tiny), device, seconds)
+        name, _, kind = case.rpartition(", ")
+        for call in ours:
+            run, tiny_run = (call.step(x) for x in (inputs, tiny))
+            with use_backend(call.backend):
                 error = _error(run(), exact)
-                ours = _cost(run, tiny_run, device, seconds)
+                cost = _cost(run, tiny_run, device, seconds)
             right &= error <= tolerance
             print(
-                f"{backend:<10}{call:<31}{kind:<10}{ours.seconds * 1e3:>9.3f}"
-                f"{theirs.seconds * 1e3:>9.3f}{theirs.seconds / ours.seconds:>8.1f}"
-                f"{_megabytes(ours.peak):>7}{_megabytes(theirs.peak):>7}"
-                f"{ours.host * 1e6:>7.0f}{theirs.host * 1e6:>7.0f}{error:>8.0e}"
+                f"{call.backend:<10}{name:<31}{kind:<10}{cost.seconds * 1e3:>9.3f}"
+                f"{theirs.seconds * 1e3:>9.3f}{theirs.seconds / cost.seconds:>8.1f}"
+                f"{_megabytes(cost.peak):>7}{_megabytes(theirs.peak):>7}"
+                f"{cost.host * 1e6:>7.0f}{theirs.host * 1e6:>7.0f}{error:>8.0e}"
                 f"{'' if error <= tolerance else '  WRONG'}",
                 flush=True,
             )

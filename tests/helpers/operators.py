@@ -19,6 +19,18 @@ from tests.helpers.simulated_gpu import SIMULATED
 FEW = ("class_moments", "CrossEntropy", "Dice", "pixel_argmax")
 
 
+class Operators(TorchDispatchMode):
+    """Notes the operators that torch dispatches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None):
+        self.names.append(str(operator))
+        return operator(*args, **(kwargs or {}))
+
+
 def places_of(case: Case) -> list[str]:
     """Where its tests run. A function of torch is the same on every backend."""
     simulated = () if "cpu" in case.sample.tags else ("triton", "cuda")

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton", reason="CPU builds of torch do not include Triton")
 
-from kernels_report import CUOBJDUMP, TARGETS
+from without_gpu.machine_code import CUOBJDUMP, TARGETS
 
 from anchorops._libraries import CUDA_LIBRARY
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gradient_ratios import gradient_ratios, measure
 from torch import Tensor
+from trainings.gradient_ratios import measure
 
 import anchorops as ao
 from anchorops.train.networks.learner import (
@@ -185,7 +185,7 @@ def test_measuring_gradients_changes_no_run(tmp_path: Path):
 def test_ratios_are_those_of_the_gradients():
     learner, (images, labels) = learner_of("cbp", "occl", "mvsc"), batch()
     before, random = copy.deepcopy(learner.state_dict()), torch.get_rng_state()
-    ratios = gradient_ratios(learner, images, labels)
+    ratios = [*measure(("cbp", "occl", "mvsc"), 0, learner, images, labels).values()]
     assert torch.equal(torch.get_rng_state(), random)
     assert_equal(dict(learner.state_dict()), dict(before))
     assert all(parameter.grad is None for parameter in learner.parameters())

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import evidence_report
-import numpy as np
 import pytest
+from trainings import report as evidence_report
 
 SCRIPT = Path(__file__).parents[2] / "bench/evidence.py"
 # the mIoU of seed 0, 1, …
@@ -84,20 +83,8 @@ def test_report_of_evidence(tmp_path: Path):
     place = 0
     for line in PAGE.splitlines():
         place = page.index(line, place)
-    assert evidence_report.PREDICTIONS not in page
-    page = evidence_report.page(evidence | {"predictions": ["camvid"]})
-    assert evidence_report.PREDICTIONS in page.split("## Photographs, ")[1]
     for name in ("digits-segformer-b0", "camvid-efficientnet-lite0"):
         assert (tmp_path / f"evidence-{name}.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_picture_of_predictions():
-    """Ignored pixels (255) are white."""
-    labels = np.array([[0, 1], [2, 255]], np.uint8)
-    figure = evidence_report.predictions({"labels": [labels], "SAR": [labels % 3]}, ["a", "b", "c"])
-    assert [axes.get_ylabel() for axes in figure.axes] == ["labels", "SAR"]
-    colors = figure.axes[0].images[0].get_array()
-    assert colors is not None and (colors[1, 1] == 255).all() and not (colors[0] == 255).all()
 
 
 @pytest.fixture
@@ -112,13 +99,9 @@ def evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 
 
 def test_wrong_options_of_evidence(evidence: Callable[[str], None], capsys):
-    for words, message in (
-        ("--only nothing-*", "--only nothing-*: no run"),
-        ("--jobs 0", "at least 1, got 0"),
-    ):
-        with pytest.raises(SystemExit):
-            evidence(words)
-        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evidence("--only nothing-*")
+    assert "--only nothing-*: no run" in capsys.readouterr().err
 
 
 def test_evidence_with_a_row_is_not_repeated(

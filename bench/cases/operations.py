@@ -9,24 +9,20 @@ import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from cases import FORWARD, TRAINING, Case
-from torch import Tensor, nn
+from cases.listed import BACKWARD, FORWARD, Case
+from torch import Tensor
 
 import anchorops as ao
 from anchorops import reference
-from anchorops._backend import select
-from anchorops._moments import ClassMoments
-from anchorops._ops.class_keys import class_keys as operator_of_keys
 from anchorops._shared.pixels import feature_rows
 from anchorops.doctor.catalogue import Inputs, usual
 from anchorops.doctor.catalogue.formulas import upsampled
 
 Formula = Callable[..., Any]
-BOUND, GAMMA, SMOOTHING, TEMPERATURE = 0.7, 2.0, 0.1, 0.07
+BOUND, GAMMA, SMOOTHING = 0.7, 2.0, 0.1
 
 
 class Library(NamedTuple):
@@ -39,7 +35,7 @@ class Library(NamedTuple):
     labels: Callable[[Tensor], Tensor] = lambda labels: labels
     added: Formula = lambda logits, labels: 0.0
 
-    def build(self, inputs: Inputs) -> Formula:
+    def build(self) -> Formula:
         loss = getattr(importlib.import_module(f"{self.package}.losses"), self.name)
         module = loss(**self.options)
 
@@ -50,15 +46,12 @@ class Library(NamedTuple):
         return formula
 
 
-def smp(name: str, mode: str = "", **options: Any) -> Library:
+def smp(
+    name: str, mode: str = "", labels: Callable[[Tensor], Tensor] = lambda y: y, **options: Any
+) -> Library:
     """mode: of softmax or sigmoid, if the loss has one."""
-    floats = "BCE" in name
-    return Library(
-        "segmentation_models_pytorch",
-        name,
-        ({"mode": mode} if mode else {}) | options,
-        (lambda labels: labels.float()) if floats else (lambda labels: labels),
-    )
+    options |= {"mode": mode} if mode else {}
+    return Library("segmentation_models_pytorch", name, options, labels)
 
 
 def monai(name: str, **options: Any) -> Library:
@@ -121,20 +114,6 @@ def matched_masks(logits: Tensor, labels: Tensor) -> Tensor:
     return (20 * losses.mean(1) + dice).mean()
 
 
-class OfTransformers(NamedTuple):
-    """The functions of MaskFormer, which take masks of floats."""
-
-    def build(self, inputs: Inputs) -> Formula:
-        module = importlib.import_module("transformers.models.maskformer.modeling_maskformer")
-
-        def formula(logits: Tensor, labels: Tensor) -> Tensor:
-            z, y = (x.flatten(1) for x in (usual.upsampled(logits, labels), labels.float()))
-            focal, dice = (f(z, y, len(z)) for f in (module.sigmoid_focal_loss, module.dice_loss))
-            return 20 * focal + dice
-
-        return formula
-
-
 def our_matched_masks(logits: Tensor, labels: Tensor) -> Tensor:
     loss = ao.MaskLoss(ce_weight=20.0, focal_alpha=0.25, focal_gamma=GAMMA)
     return loss(logits[:, 0], labels[:, 0])
@@ -163,26 +142,6 @@ def torchmetrics_confusion(logits: Tensor, labels: Tensor) -> Tensor:
     functional = importlib.import_module("torchmetrics.functional.classification")
     predictions = usual.upsampled(logits, labels).argmax(1)
     return functional.multiclass_confusion_matrix(predictions, labels, logits.shape[1])
-
-
-def cosines(features: Tensor, anchors: Tensor) -> Tensor:
-    weight = (anchors / TEMPERATURE).to(features.dtype)[:, :, None, None]
-    return F.conv2d(F.normalize(features, dim=1), weight)
-
-
-def of_cosines(loss: Formula) -> Formula:
-    return lambda features, labels, anchors: loss(cosines(features, anchors), labels)
-
-
-def linear_cross_entropy(
-    features: Tensor, labels: Tensor, anchors: Tensor, chunked: bool
-) -> Tensor:
-    """torch's, from unit features at full resolution. Its logits equal the upsampled cosines,
-    because both the upsampling and the product are linear."""
-    rows = usual.upsampled(F.normalize(features, dim=1), labels).movedim(1, -1).flatten(0, -2)
-    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
-    weight = (anchors / TEMPERATURE).to(rows.dtype)
-    return F.linear_cross_entropy(rows, weight, labels.flatten(), options=options)
 
 
 def aligned(logits: Tensor, labels: Tensor) -> Tensor:
@@ -256,11 +215,6 @@ def class_keys(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     return torch.where((labels >= 0) & (labels < num_classes), labels, num_classes)
 
 
-def class_counts(keys: Tensor, num_keys: int) -> Tensor:
-    keys = keys.flatten()
-    return keys.new_zeros(num_keys + 1).scatter_add(0, keys, torch.ones_like(keys))[:-1]
-
-
 def class_moments(
     alternative: Alternative,
     features: Tensor,
@@ -269,46 +223,40 @@ def class_moments(
     *,
     anchors: Tensor | None = None,
     groups: int = 1,
-    per_image: bool = False,
-    seed: int | Tensor | None = None,
+    seed: int = 0,
     ignore_index: int = -1,
-    with_sums: bool = True,
-) -> ClassMoments:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """`anchorops.class_moments` from an alternative's statistics; random groups are the same."""
-    assert not per_image
     keys = class_keys(features, labels, num_classes)
-    counts = class_counts(keys, num_classes)
+    flat_keys = keys.flatten()
+    ones = torch.ones_like(flat_keys)
+    counts = keys.new_zeros(num_classes + 1).scatter_add(0, flat_keys, ones)[:-1]
     if groups > 1:
-        assert seed is not None
         split = torch.where(keys < num_classes, keys, -1)
         split = reference.split_groups(split, counts, groups, seed)
         keys = torch.where(split >= 0, split, num_classes * groups)
         counts = reference.group_counts(counts, groups)
-        anchors = None if anchors is None else anchors.repeat_interleave(groups, 0)
     flat = features.T[None] if features.dim() == 2 else features.flatten(2)
     sums, sqdists = alternative(flat, keys, counts.numel(), anchors)
-    shape = counts.shape
-    return ClassMoments(
-        counts,
-        sums.reshape(*shape, features.shape[1]),
-        None if sqdists is None else sqdists.view(shape),
-    )
+    return counts, sums.reshape(*counts.shape, features.shape[1]), sqdists
 
 
-def statistics(operation: str, moments: Callable[..., ClassMoments]) -> Formula:
-    """The results of an operation with one implementation of class moments."""
+Moments = Callable[..., tuple[Tensor, Tensor, Tensor | None]]
 
-    def formula(features: Tensor, labels: Tensor, anchors: Tensor) -> tuple[Tensor, ...]:
-        options = {
-            "class moments with anchors": {"anchors": anchors},
-            "class moments in 4 groups": {"groups": 4, "seed": 0},
-        }.get(operation, {})
-        counts, sums, sqdists = moments(features, labels, len(anchors), ignore_index=-1, **options)
-        if operation == "class centroids":
-            return (sums / counts.clamp(min=1)[:, None],)
-        return (sums,) if sqdists is None else (sums, sqdists)
 
-    return formula
+def with_anchors(moments: Moments, features: Tensor, labels: Tensor, anchors: Tensor) -> Any:
+    return moments(features, labels, len(anchors), anchors=anchors, ignore_index=-1)[1:]
+
+
+def sums(
+    moments: Moments, features: Tensor, labels: Tensor, anchors: Tensor, **groups: int
+) -> Tensor:
+    return moments(features, labels, len(anchors), ignore_index=-1, **groups)[1]
+
+
+def centroids(moments: Moments, features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
+    counts, sums, _ = moments(features, labels, len(anchors))
+    return sums / counts.clamp(min=1)[:, None]
 
 
 def gather_mse(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
@@ -325,72 +273,6 @@ def our_centroids(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
     return ao.class_centroids(features, labels, len(anchors), ignore_index=-1)[0]
 
 
-Keys = tuple[Tensor, Tensor]  # −1 if ignored, and their counts
-
-
-def our_keys(features: Tensor, labels: Tensor, anchors: Tensor) -> Keys:
-    num_classes = len(anchors)
-    backend = select("class_moments", features, num_classes)
-    if backend == "reference":
-        return reference.class_keys(features, labels, num_classes, False, -1)
-    return operator_of_keys(features, labels, num_classes, ignore_index=-1, backend=backend)
-
-
-def usual_keys(features: Tensor, labels: Tensor, anchors: Tensor) -> Keys:
-    keys = class_keys(features, labels, len(anchors))
-    return torch.where(keys < len(anchors), keys, -1), class_counts(keys, len(anchors))
-
-
-class Method(NamedTuple):
-    """A method as `attach` calls it, with class statistics of ours or of an alternative."""
-
-    method: Callable[..., nn.Module]
-    alternative: Alternative | None = None
-
-    def build(self, inputs: Inputs) -> nn.Module:
-        num_classes, dim = inputs["anchors"].shape
-        torch.manual_seed(0)
-        method = self.method(num_classes, dim, ignore_index=-1)
-        return _MethodStep(method, nn.Conv2d(dim, num_classes, 1), self.alternative).to(
-            inputs["features"].device
-        )
-
-
-class _MethodStep(nn.Module):
-    def __init__(
-        self, method: nn.Module, classifier: nn.Conv2d, alternative: Alternative | None
-    ) -> None:
-        super().__init__()
-        self.method, self.classifier, self.alternative = method, classifier, alternative
-        for part in self.modules():
-            if isinstance(part, ao.SAR):
-                open_gate(part, classifier)
-
-    def forward(self, features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
-        """The loss, or the centroids of CBP, whose loss is constant."""
-        if self.alternative is None:
-            loss = self.method(features, labels, self.classifier)
-        else:
-            moments = partial(class_moments, self.alternative)
-            with patch("anchorops.losses.statistics.unchecked_moments", moments):
-                loss = self.method(features, labels, self.classifier)
-        return self.method.centroids if isinstance(self.method, ao.CBP) else loss
-
-
-@torch.no_grad()
-def open_gate(sar: ao.SAR, classifier: nn.Conv2d) -> None:
-    """SAR pulls pixels only if the classifier recognises all anchors: set the weights for this."""
-    weight = 20 * torch.linalg.pinv(sar.embedding(sar.anchors)).T
-    classifier.weight.copy_(weight[..., None, None])
-    if classifier.bias is not None:
-        classifier.bias.zero_()
-
-
-def sar_and_occl(num_classes: int, dim: int, ignore_index: int) -> nn.Module:
-    classes = (ao.SAR, ao.OCCL)
-    return ao.Combined(*(make(num_classes, dim, ignore_index=ignore_index) for make in classes))
-
-
 def info_nce_with_masks(queries: Tensor, keys: Tensor) -> Tensor:
     """What absent classes need, as it is written by hand, where all are present."""
     present = torch.ones(len(keys), dtype=torch.bool, device=keys.device)
@@ -405,19 +287,16 @@ class Operation(NamedTuple):
     """An operation's implementations.
 
     Attributes:
-        operator: the first of ours that it calls (_backend.OPERATORS), which says what backends
-            there are. None: ours is a function of torch.
-        ours, alternatives: formulas, or what builds one of the inputs.
-        softmaxes: how many it computes of each pixel, for the count of exponentials.
+        operator: the first of ours that it calls, which says what backends there are.
+        ours, alternatives: formulas; an alternative may also be what builds one.
         compares: whether results are compared. Not if equal losses are chosen otherwise, or errors
             rounded to bins.
         rounds: of timing, at least.
     """
 
-    operator: str | None
-    ours: Any
+    operator: str
+    ours: Formula
     alternatives: dict[str, Any]
-    softmaxes: int = 0
     compares: bool = True
     rounds: int = 10
 
@@ -425,26 +304,16 @@ class Operation(NamedTuple):
 def pixel_loss(
     ours: Formula, torch: Formula, operator: str = "softmax_moments", **others: Any
 ) -> Operation:
-    return Operation(operator, ours, {"torch": torch, **others}, softmaxes=1)
+    return Operation(operator, ours, {"torch": torch, **others})
 
 
-def of_statistics(name: str) -> Operation:
-    ours: Any = (
-        our_centroids if name == "class centroids" else statistics(name, ao.ops.class_moments)
-    )
+def of_statistics(results: Formula, ours: Formula | None = None) -> Operation:
+    """results: of an implementation of class moments."""
     alternatives = {
-        key: statistics(name, partial(class_moments, alternative))
-        for key, alternative in STATISTICS.items()
+        name: partial(results, partial(class_moments, alternative))
+        for name, alternative in STATISTICS.items()
     }
-    return Operation("class_moments", ours, alternatives)
-
-
-def of_method(method: Callable[..., nn.Module], own_pass: bool = False) -> Operation:
-    """own_pass: over the features, which no class statistics replace."""
-    if own_pass:
-        return Operation("upsampled_sums", Method(method), {})
-    others = {name: Method(method, STATISTICS[name]) for name in ("index_add", "one_hot bmm")}
-    return Operation("class_moments", Method(method), others)
+    return Operation("class_moments", ours or partial(results, ao.ops.class_moments), alternatives)
 
 
 dice = ao.Dice(absent="keep")  # as the formula; smp and MONAI differ for absent classes
@@ -482,7 +351,7 @@ OPERATIONS = {
     ),
     "Lovász": pixel_loss(
         ao.Lovasz(), usual.lovasz, "probability_histograms", smp=smp("LovaszLoss", multiclass)
-    )._replace(softmaxes=0, compares=False, rounds=5),  # rounds of up to half a minute
+    )._replace(compares=False, rounds=5),  # rounds of up to half a minute
     "cross-entropy + Dice": pixel_loss(
         ao.CrossEntropyDice(dice=dice),
         usual.cross_entropy_dice,
@@ -498,26 +367,14 @@ OPERATIONS = {
         our_divergence,
         lambda logits, labels: usual.mean_kl_divergence(logits, labels, teacher_of(logits)),
         "pixel_kl_divergence",
-    )._replace(softmaxes=2),
+    ),
     "confusion matrix": Operation(
         "pixel_argmax",
         ao.pixel_confusion,
         {"bincount": bincount_confusion, "torchmetrics": torchmetrics_confusion},
     ),
-    "cross-entropy of cosines": Operation(
-        "softmax_moments",
-        of_cosines(ao.pixel_cross_entropy),
-        {"product": of_cosines(usual.cross_entropy)}
-        | {
-            f"linear_cross_entropy{', chunked' * chunked}": partial(
-                linear_cross_entropy, chunked=chunked
-            )
-            for chunked in (False, True)
-            if hasattr(F, "linear_cross_entropy")  # older versions have none
-        },
-    ),
     "sigmoid: cross-entropy": pixel_loss(
-        ao.BinaryCrossEntropy(), bce, smp=smp("SoftBCEWithLogitsLoss")
+        ao.BinaryCrossEntropy(), bce, smp=smp("SoftBCEWithLogitsLoss", labels=Tensor.float)
     ),
     "sigmoid: pos_weight": pixel_loss(
         ao.BinaryCrossEntropy(2.0),
@@ -526,7 +383,7 @@ OPERATIONS = {
     "sigmoid: label smoothing": pixel_loss(
         ao.BinaryCrossEntropy(label_smoothing=SMOOTHING),
         binary_smoothed,
-        smp=smp("SoftBCEWithLogitsLoss", smooth_factor=SMOOTHING / 2),
+        smp=smp("SoftBCEWithLogitsLoss", "", Tensor.float, smooth_factor=SMOOTHING / 2),
     ),
     "sigmoid: OHEM, threshold": pixel_loss(
         ao.BinaryCrossEntropy(ohem_threshold=BOUND), partial(ohem, of=bce)
@@ -546,19 +403,11 @@ OPERATIONS = {
         smp=smp("DiceLoss", multilabel),
         MONAI=monai("DiceLoss", sigmoid=True, batch=True),
     ),
-    "matched masks: focal + Dice": pixel_loss(
-        our_matched_masks, matched_masks, transformers=OfTransformers()
-    ),
-    **{
-        name: of_statistics(name)
-        for name in (
-            "class moments with anchors",
-            "class moments",
-            "class moments in 4 groups",
-            "class centroids",
-        )
-    },
-    "class keys": Operation("class_moments", our_keys, {"interpolate + scatter_add": usual_keys}),
+    "matched masks: focal + Dice": pixel_loss(our_matched_masks, matched_masks),
+    "class moments with anchors": of_statistics(with_anchors),
+    "class moments": of_statistics(sums),
+    "class moments in 4 groups": of_statistics(partial(sums, groups=4, seed=0)),
+    "class centroids": of_statistics(centroids, our_centroids),
     "pixel-to-anchor MSE": Operation(
         "class_moments",
         partial(ao.pixel_to_anchor_mse, ignore_index=-1),
@@ -569,29 +418,19 @@ OPERATIONS = {
         ao.ops.centroid_info_nce,
         {"cross_entropy": usual.centroid_info_nce, "torch, with masks": info_nce_with_masks},
     ),
-    "SAR": of_method(ao.SAR),
-    "OCCL": of_method(ao.OCCL),
-    "CBP, moving average": of_method(partial(ao.CBP, update="ema")),
-    "CeCo": of_method(partial(ao.CeCo, resolution="feature", dropout=0), own_pass=True),
-    "CeCo at label size": of_method(partial(ao.CeCo, dropout=0), own_pass=True),
-    "MVSC": of_method(ao.MVSC),
-    "SAR + OCCL": of_method(sar_and_occl),
 }
 
 
-def _moments_bytes(
+def moments_bytes(
     features: Tensor, num_keys: int, direction: str, *, sums: bool = True, sqdists: bool = False
 ) -> int:
-    """Bytes that class moments must move if each input is read and each output written once.
+    """Bytes that class moments must move, without those of class keys, which are 1/D of it.
 
     forward:  features, a 4-byte key per pixel, anchors if sqdists are requested; the statistics.
     backward: keys, the statistics' gradients, anchors and features for sqdists; dfeatures.
-    The bytes of class keys are not included (see `_keys_bytes`): they are 1/D of this.
 
     Args:
-        features: (N, D), (B, D, N) or (B, D, H, W); only its shape and dtype are used.
         num_keys: rows of the statistics: classes × images × groups.
-        direction: "forward", "backward" or "forward + backward".
         sums, sqdists: which statistics are requested.
     """
     keys = 4 * features.numel() // features.shape[1]
@@ -599,13 +438,7 @@ def _moments_bytes(
     anchors = 4 * num_keys * features.shape[1] * sqdists
     forward = features.nbytes + keys + anchors + statistics
     backward = (1 + sqdists) * features.nbytes + keys + anchors + statistics
-    counted = {"forward": forward, "backward": backward, "forward + backward": forward + backward}
-    return counted[direction]
-
-
-def _keys_bytes(pixels: int, num_keys: int, itemsize: int = 8) -> int:
-    """Bytes of class keys: a label read and a 4-byte key written per pixel; the counts."""
-    return pixels * (itemsize + 4) + 8 * num_keys
+    return forward * (direction != BACKWARD) + backward * (direction != FORWARD)
 
 
 def counted_bytes(operation: str, direction: str, inputs: Inputs) -> int:
@@ -613,47 +446,20 @@ def counted_bytes(operation: str, direction: str, inputs: Inputs) -> int:
 
     Pixel losses: forward reads logits and labels and writes lse; backward reads these three and
     writes the logits' gradient. The divergence reads two logits and labels, and writes two lse.
-    Cosines count as their features. Centroids are read once; for the gradients again, and these
+    Centroids are read once; for the gradients again, and these
     are written.
     """
     first, labels = next(iter(inputs.values())), inputs.get("labels", torch.empty(0))
-    if operation == "class keys":
-        return _keys_bytes(first[:, 0].numel(), len(inputs["anchors"]))
     if operation == "centroid InfoNCE":
         return 2 * first.nbytes * (1 if direction == FORWARD else 3)
-    if "features" in inputs and operation != "cross-entropy of cosines":
+    if "features" in inputs:
         num_keys = len(inputs["anchors"]) * (4 if operation == "class moments in 4 groups" else 1)
-        sqdists = operation in (
-            "class moments with anchors",
-            "pixel-to-anchor MSE",
-            "SAR",
-            "SAR + OCCL",
-        )
-        direction = FORWARD if operation.startswith("CBP") else direction
-        sums = operation not in ("pixel-to-anchor MSE", "SAR")
-        return _moments_bytes(first, num_keys, direction, sums=sums, sqdists=sqdists)
+        sqdists = operation in ("class moments with anchors", "pixel-to-anchor MSE")
+        sums = operation != "pixel-to-anchor MSE"
+        return moments_bytes(first, num_keys, direction, sums=sums, sqdists=sqdists)
     maps = 2 if operation == "divergence from a teacher" else 1
     forward = maps * (first.nbytes + 4 * labels.numel()) + labels.nbytes
     return forward if direction == FORWARD else 2 * forward + first.nbytes
-
-
-def counted_exponentials(operation: str, direction: str, inputs: Inputs) -> float | None:
-    """What the loops over the classes compute, for each 16 pixels and class: forward 17 and
-    backward 16, at output strides 4, 8, 16, … 9 and 8 (kernels/softmax.py), for a divergence one
-    less forward; 16 more in each direction for sums of probabilities. None where nobody counted."""
-    softmaxes = OPERATIONS[operation].softmaxes
-    if not softmaxes or "logits" not in inputs:
-        return None
-    logits, labels = inputs["logits"], inputs["labels"]
-    pixels = labels.numel() if labels.dim() < logits.dim() else labels[:, 0].numel()
-    stride = labels.shape[-1] / logits.shape[-1]
-    few = stride >= 4 and math.log2(stride).is_integer()
-    forward, backward = (9, 8) if few else (17, 16)
-    if operation == "divergence from a teacher":
-        forward -= 1  # its maximum is found before
-    sums = 16 if "Dice" in operation else 0
-    of_16 = forward + sums + (backward + sums) * (direction == TRAINING)
-    return softmaxes * pixels * logits.shape[1] * of_16 / 16
 
 
 def alternatives_of(case: Case, libraries: bool) -> dict[str, Any]:
@@ -670,9 +476,8 @@ def alternatives_of(case: Case, libraries: bool) -> dict[str, Any]:
         )
     if not case.compiled:
         return eager
-    left_out = Method if libraries else (Method, Library)
     return eager | {
         f"compiled {name}": other
         for name, other in eager.items()
-        if not isinstance(other, left_out)
+        if libraries or not isinstance(other, Library)
     }

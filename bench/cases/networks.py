@@ -1,17 +1,53 @@
 """The networks whose training steps are counted or measured, and how their users train them."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from record import BASELINE, STEP_NAMES
 from torch import Tensor, nn
 
 import anchorops as ao
+from anchorops.losses import Regularizer
 
 IGNORE_INDEX = 255
+METHODS = ("CR", "SAR", "CBP", "OCCL", "CBP + OCCL", "CeCo", "MVSC")
+
+
+def names_of(method: str) -> list[str]:
+    """Those of the training program."""
+    return method.lower().split(" + ")
+
+
+class Candidate(NamedTuple):
+    """How a network is trained. ours: with our cross-entropy. late: with late_upsampling. method:
+    of METHODS, or "" for none. compiled: with torch.compile. checkpointing: of activations."""
+
+    ours: bool
+    late: bool
+    method: str = ""
+    compiled: bool = False
+    checkpointing: bool = False
+
+    @property
+    def name(self) -> str:
+        if self.method:
+            return f"{self.method}, {'both' if self.late else 'ours'}"
+        name = STEP_NAMES[self.ours, self.late]
+        if self.compiled:
+            return f"{'baseline' if name == BASELINE else name}, torch.compile"
+        return name
+
+
+def candidates(late: bool, methods: Iterable[str] = ()) -> list[Candidate]:
+    """The baseline first. late: late_upsampling finds something to move; methods are with it."""
+    every = [
+        Candidate(ours, moved) for moved in (False, True)[: 1 + late] for ours in (False, True)
+    ]
+    return [*every, *(Candidate(True, late, method) for method in methods)]
 
 
 class Network(NamedTuple):
@@ -62,12 +98,22 @@ class Network(NamedTuple):
             return False
         return True
 
-    def arrange(self, model: nn.Module, images: Tensor, ours: bool, late: bool) -> None:
+    def arrange(self, model: nn.Module, images: Tensor, candidate: Candidate) -> None:
         """Remove the last upsampling, if the loss is ours, and let an earlier one run later."""
-        if self.upsamples and ours:
+        if self.upsamples and candidate.ours:
             ao.low_resolution(model, images)
-        if late:
+        if candidate.late:
             ao.late_upsampling(model, images)
+
+    def regularizer(self, method: str) -> Regularizer:
+        """With the options of its paper."""
+        from anchorops.train.networks.learner import build_regularizer
+
+        names = names_of(method)
+        options = {f"{name}.ignore_index": IGNORE_INDEX for name in names}
+        regularizer = build_regularizer(names, options, self.num_classes, self.dim)
+        assert regularizer is not None
+        return regularizer
 
     def outputs(self, model: nn.Module, images: Tensor, low: bool) -> Sequence[Tensor]:
         """Logits of all heads; low: at their own resolution."""
@@ -204,23 +250,8 @@ COUNTED = (
     VOLUMES,
 )
 UNET = Network("U-Net-R34", partial(of_smp, "Unet", "resnet34"), (512, 512), 16, 20)
-HRNET_W18 = Network(
-    *("HRNet-W18", partial(of_training_program, "hrnet-w18"), (512, 1024), 8, 19),
-    small=small_hrnet,
-)
-deeplab_plus = partial(of_smp, "DeepLabV3Plus", "resnet50")
-ON_GPU = (
-    SEGFORMER_B0,
-    UNET,
-    SEGFORMER_B5,
-    HRNET_W18,
-    VOLUMES,
-    Network("DeepLabV3+-R50", deeplab_plus, (512, 512), 16, 21, upsamples=True),
-    Network("SegFormer-B2", partial(segformer, 2), (512, 512), 16, 150, small=segformer_b0),
-    HRNET_W48,
-)
-BATCHES = (SEGFORMER_B0, SEGFORMER_B5, UNET)
-COMPILED = [network.name for network in (SEGFORMER_B0, HRNET_W18, UNET)]
+ON_GPU = (SEGFORMER_B0, UNET, SEGFORMER_B5, VOLUMES, HRNET_W48)
+COMPILED = (SEGFORMER_B0.name, UNET.name)  # on a GPU
 small_segformer = partial(of_training_program, "segformer-b0")
 ON_CPU = (
     Network("hrnet-w18-small", small_hrnet, (512, 1024), 2, 19, 240),

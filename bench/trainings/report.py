@@ -2,19 +2,17 @@
 evidence.json."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from record import grouped, json_of, markdown_table
 
 from anchorops.train.networks.learner import CLASSES
 from anchorops.train.options import PUBLISHED
-from anchorops.train.report.pictures import palette
 from anchorops.train.run import save_atomically
 
 MEASURES = {"miou": "mIoU", "head": "head", "body": "body", "tail": "tail"}  # and their titles
@@ -45,7 +43,6 @@ class DataSet(NamedTuple):
     steps: int
 
 
-PREDICTIONS = "evidence-camvid-predictions.png"
 DATA_SETS = [
     DataSet(
         "digit scenes",
@@ -122,7 +119,8 @@ def page(evidence: dict[str, Any]) -> str:
     titles = {name: title for data in data_sets for name, title in data.scenes.items()}
     commits = ", ".join(f"`{commit}`" for commit in dict.fromkeys(row["commit"] for row in rows))
     machines = dict.fromkeys(f"{row['device']}; torch {row['torch']}" for row in rows)
-    seeds = _seeds(rows)
+    names = "scenes", "model", "methods", "setting", "steps"
+    seeds = max(map(len, grouped(rows, *names).values()))  # that anything was run with, at most
     parts = [
         INTRODUCTION.format(
             command=evidence["command"],
@@ -144,12 +142,6 @@ def page(evidence: dict[str, Any]) -> str:
         parts.append(table(group, seeds))
         if tested := [row | row["test"] for row in group if "test" in row]:
             parts.append(f"The same on the test split:\n\n{table(tested, seeds)}")
-        if scenes in evidence.get("predictions", ()):
-            parts.append(
-                "Every 60th image of the test split, by the best weights of seed 0 in 1,000 steps:"
-                "\n\n"
-                f"![Labels and predictions]({PREDICTIONS})\n"
-            )
     if ratios := _gradient_ratios(rows, data_sets):
         parts.append(ratios)
     return "\n".join(parts)
@@ -166,58 +158,53 @@ def table(rows: Sequence[Row], seeds: int) -> str:
     ]
     if classes := rows[0].get("classes"):
         header = ["", "steps", "mIoU", "tail", *classes]
-        lines = [
-            [_label_of(choice), f"{steps:,}", *_spreads(choice, runs, seeds), *_means(chosen)]
-            for steps, runs in schedules
-            for choice, chosen in grouped(runs, "methods", "setting").items()
-        ]
+        lines = []
+        for steps, runs in schedules:
+            for choice, chosen in grouped(runs, "methods", "setting").items():
+                means = (fmean(run["classes"][name] for run in chosen) for name in classes)
+                cells = [label(*choice), f"{steps:,}", *_spreads(choice, runs, seeds)]
+                lines.append([*cells, *(f"{100 * mean:.1f}" for mean in means)])
     else:
         header = ["", *(x for steps, _ in schedules for x in (f"{steps:,} steps: mIoU", "tail"))]
         lines = [
-            [
-                _label_of(choice),
-                *(x for _, runs in schedules for x in _spreads(choice, runs, seeds)),
-            ]
+            [label(*choice), *(x for _, runs in schedules for x in _spreads(choice, runs, seeds))]
             for choice in grouped(rows, "methods", "setting")
         ]
     return markdown_table(header, lines) + "\n"
 
 
 def _spreads(choice: tuple[str, ...], runs: Sequence[Row], seeds: int) -> list[str]:
-    """mIoU and tail of the runs of a choice of methods, among those of a schedule."""
+    """mIoU and tail of the runs of a choice of methods, among those of a schedule: the differences
+    to the baseline of the same seed."""
+    plain = choice[0] == "plain"
     baseline = {row["seed"]: row for row in runs if row["methods"] == "plain"}
     chosen = grouped(runs, "methods", "setting").get(choice, [])
-    if choice[0] == "plain":
-        return [_spread([run[name] for run in chosen], seeds=seeds) for name in ("miou", "tail")]
     pairs = [(run, same) for run in chosen if (same := baseline.get(run["seed"]))]
     return [
-        _spread([run[name] - same[name] for run, same in pairs], "+", seeds)
+        _spread([run[name] - same[name] * (not plain) for run, same in pairs], plain, seeds)
         for name in ("miou", "tail")
     ]
 
 
-def _means(runs: Sequence[Row]) -> list[str]:
-    """Of the IoU of each class."""
-    return [
-        f"{100 * fmean(run['classes'][name] for run in runs):.1f}" for name in runs[0]["classes"]
-    ]
+def _spread(values: Sequence[float], plain: bool, seeds: int) -> str:
+    """Mean and standard deviation in percent, with a sign unless plain. Their number is added if it
+    is neither 1 nor seeds."""
+    if not values:
+        return ""
+    percent = [100 * value for value in values]
+    spread = f" ± {stdev(percent):.1f}" if len(percent) > 1 else ""
+    number = f" (n = {len(values)})" if len(values) not in (1, seeds) else ""
+    return f"{_signed(fmean(percent), '' if plain else '+')}{spread}{number}"
 
 
-def _label_of(choice: tuple[str, ...]) -> str:
-    return label(dict(zip(("methods", "setting"), choice, strict=True)))
+def _signed(value: float, sign: str = "+") -> str:
+    return f"{round(value, 1) + 0.0:{sign}.1f}".replace("-", "−")  # not −0
 
 
-def _seeds(rows: Sequence[Row]) -> int:
-    """The most seeds that anything was run with."""
-    names = "scenes", "model", "methods", "setting", "steps"
-    return max(map(len, grouped(rows, *names).values()))
-
-
-def label(row: Row) -> str:
-    methods: list[str] = row["methods"].split("+")
+def label(methods: str, setting: str) -> str:
     names = {**CLASSES, "cr": "CR", "plain": "baseline"}
-    name = " + ".join(names.get(method, method) for method in methods)
-    return name if row["setting"] == PUBLISHED else f"{name}, {row['setting'].replace('-', ' ')}"
+    name = " + ".join(names.get(method, method) for method in methods.split("+"))
+    return name if setting == PUBLISHED else f"{name}, {setting.replace('-', ' ')}"
 
 
 def curves(rows: Sequence[Row]) -> Figure:
@@ -230,23 +217,21 @@ def curves(rows: Sequence[Row]) -> Figure:
     grid = figure.subplots(len(schedules), len(titles), squeeze=False, sharey="col")
     lines: dict[str, Any] = {}
     for axes, ((steps,), schedule_rows) in zip(grid, schedules, strict=True):
-        for runs in grouped(schedule_rows, "methods", "setting").values():
-            style = "-" if runs[0]["setting"] == PUBLISHED else "--"
-            points = list(zip(*(run["curve"] for run in runs), strict=False))
-            x = [at_step[0][0] for at_step in points]
+        for (methods, setting), runs in grouped(schedule_rows, "methods", "setting").items():
+            style = "-" if setting == PUBLISHED else "--"
+            length = min(len(run["curve"]) for run in runs)
+            points = np.array([run["curve"][:length] for run in runs], float)  # None: NaN
+            x, means = points[0, :, 0], 100 * points.mean(0)
             for place, axis in zip(places, axes, strict=True):
-                values = [[100 * point[place] for point in at_step] for at_step in points]
-                means = [fmean(value) for value in values]
-                color = COLORS[runs[0]["methods"]]
-                (line,) = axis.plot(x, means, style, color=color, linewidth=1.3)
-                lines[label(runs[0])] = line
+                y, color = means[:, place], COLORS[methods]
+                (lines[label(methods, setting)],) = axis.plot(
+                    x, y, style, color=color, linewidth=1.3
+                )
                 if len(runs) > 1:
-                    spreads = [stdev(value) for value in values]
-                    low, high = (
-                        [mean + sign * spread for mean, spread in zip(means, spreads, strict=True)]
-                        for sign in (-1, 1)
+                    spread = 100 * points[:, :, place].std(0, ddof=1)
+                    axis.fill_between(
+                        x, y - spread, y + spread, color=color, alpha=0.12, linewidth=0
                     )
-                    axis.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
         for axis, title in zip(axes, titles, strict=True):
             axis.set_title(f"{title}, {steps:,} steps", fontsize=10)
             axis.xaxis.set_major_formatter("{x:,.0f}")
@@ -259,39 +244,8 @@ def curves(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def predictions(maps: Mapping[str, Sequence[np.ndarray]], classes: Sequence[str]) -> Figure:
-    """A row of label maps for each name."""
-    columns, colors = len(next(iter(maps.values()))), palette(len(classes))
-    figure = Figure(figsize=(2.4 * columns, 1.8 * len(maps) + 0.8), layout="constrained")
-    no_ticks = {"xticks": [], "yticks": []}
-    grid = figure.subplots(len(maps), columns, squeeze=False, subplot_kw=no_ticks)
-    for axes, (name, row) in zip(grid, maps.items(), strict=True):
-        axes[0].set_ylabel(name)
-        for axis, labels in zip(axes, row, strict=True):
-            known = np.where(labels < len(classes), labels, len(classes))
-            axis.imshow(colors[known], interpolation="nearest")
-    handles = [
-        Patch(facecolor=color / 255, edgecolor="0.5", label=name)
-        for color, name in zip(colors, [*classes, "ignored"], strict=True)
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
-    return figure
-
-
 def _picture(scenes: str, model: str) -> str:
     return f"evidence-{scenes}-{model}.png"
-
-
-def _spread(values: Sequence[float], sign: str = "", seeds: int = 0) -> str:
-    """Mean and standard deviation. Their number is added if it is neither 1 nor seeds."""
-    if not values:
-        return ""
-    percent = [100 * value for value in values]
-    spread = f" ± {stdev(percent):.1f}" if len(percent) > 1 else ""
-    if len(values) not in (1, seeds):
-        spread += f" (n = {len(values)})"
-    mean = round(fmean(percent), 1) + 0.0  # not −0
-    return f"{mean:{sign}.1f}{spread}".replace("-", "−")
 
 
 def _baseline_by_schedule(rows: Sequence[Row]) -> str:
@@ -306,8 +260,7 @@ def _baseline_by_schedule(rows: Sequence[Row]) -> str:
         if not gains:
             continue
         seeds = " (one seed)" if len(gains) == 1 else ""
-        gain = f"{100 * fmean(gains):+.1f}".replace("-", "−")
-        added.append(f"{gain} from {steps:,} to {more:,} steps{seeds}")
+        added.append(f"{_signed(100 * fmean(gains))} from {steps:,} to {more:,} steps{seeds}")
         if 100 * fmean(gains) < CONVERGED:
             converged.append(f"{steps:,}")
     if not added:
@@ -331,9 +284,9 @@ def _gradient_ratios(rows: Sequence[Row], data_sets: Sequence[DataSet]) -> str:
         return ""
     columns = list(grouped(single, "scenes", "model"))
     lines = []
-    for runs in grouped(single, "methods", "setting").values():
+    for choice, runs in grouped(single, "methods", "setting").items():
         by_column = grouped(runs, "scenes", "model")
-        lines.append([label(runs[0]), *(_range(by_column.get(column, [])) for column in columns)])
+        lines.append([label(*choice), *(_range(by_column.get(column, [])) for column in columns)])
     present = grouped(single, "scenes", "steps")
     return GRADIENTS.format(
         runs=" and ".join(f"{key[1]:,} steps on {shown[key]}" for key in present),
@@ -343,12 +296,7 @@ def _gradient_ratios(rows: Sequence[Row], data_sets: Sequence[DataSet]) -> str:
 
 def _range(runs: Sequence[Row]) -> str:
     """Median, smallest and largest gradient ratio of runs with one method."""
-    ratios = [
-        ratio
-        for run in runs
-        for method_ratios in run["gradient_ratios"].values()
-        for ratio in method_ratios
-    ]
+    ratios = [ratio for run in runs for of in run["gradient_ratios"].values() for ratio in of]
     if not ratios:
         return ""
     return f"{median(ratios):.2g} ({min(ratios):.2g}–{max(ratios):.2g})"
