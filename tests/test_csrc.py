@@ -73,8 +73,9 @@ def test_headers_include_what_they_use(vector_bytes: int):
     command = [compiler, "-fsyntax-only", "-std=c++20", "-xc++", "-"]
     command += ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL", f"-DVECTOR_BYTES={vector_bytes}"]
     command += [x for path in include_paths("cpu") for x in ("-isystem", path)]
-    assert HEADERS
-    for header in HEADERS:
+    under_a_target = [path for path in HEADERS if "BEGIN_TARGET" in path.read_text()]
+    assert under_a_target
+    for header in HEADERS if vector_bytes == 16 else under_a_target:
         source = f'#include "{header}"\n'
         run = subprocess.run(command, input=source, text=True, capture_output=True)
         assert run.returncode == 0, run.stderr
