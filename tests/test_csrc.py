@@ -13,7 +13,7 @@ import torch
 from anchorops._backend import CPU_LIBRARY
 
 CSRC = Path(__file__).parents[1] / "csrc"
-HEADERS = sorted(path for path in (CSRC / "cpu").glob("*.h"))
+HEADERS = sorted([*CSRC.glob("*.h"), *(CSRC / "cpu").glob("*.h")])
 SOURCES = {str(path.relative_to(CSRC)): path.read_text() for path in CSRC.rglob("*.c[pu]*")}
 VECTOR_BYTES = (16, 32, 64) if platform.machine() == "x86_64" else (16,)
 OPERATORS = [
@@ -44,6 +44,10 @@ def test_arguments_have_the_names_of_the_schema(source: str, operator: str, func
     schema = getattr(getattr(torch.ops.anchorops, name), overload)._schema
     names = parameters(SOURCES[source], function.split("::")[-1])
     assert names == [argument.name for argument in schema.arguments]
+
+
+def test_every_operator_is_compared():
+    assert len(OPERATORS) == sum(text.count(".impl(") for text in SOURCES.values())
 
 
 def test_results_have_the_names_of_the_schema():
