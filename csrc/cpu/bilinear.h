@@ -24,6 +24,20 @@ struct Axis {
   const Stat* weight;
 };
 
+// Label i of an axis. The last logit is its own neighbour.
+template <class Stat>
+struct Position {
+  int64_t lower, upper;
+  Stat weight;
+};
+
+template <class Stat>
+Position<Stat> position(const Axis<Stat>& axis, int64_t i) {
+  if (!axis.lower) return {i, i, 0};
+  const int64_t lower = axis.lower[i];
+  return {lower, std::min(lower + 1, axis.source - 1), axis.weight[i]};
+}
+
 // Cell c of an axis lies between logits c and c + 1, where logit -1 is logit 0 and the one after
 // the last is the last. Its labels are begin[c + 1] to begin[c + 2] - 1, from cell -1 on.
 struct Cells {

@@ -36,10 +36,6 @@ struct Kernels {
                    const Layout& dlayout, T* dfeatures, Range tiles, Range channels);
 };
 
-// clang-format off
-namespace baseline { template <class T> Kernels<T> kernels(); }
-namespace avx2 { template <class T> Kernels<T> kernels(); }
-namespace avx512 { template <class T> Kernels<T> kernels(); }
-// clang-format on
+IN_EVERY_INSTRUCTION_SET(template <class T> Kernels<T> kernels();)
 
 }  // namespace anchorops::cpu

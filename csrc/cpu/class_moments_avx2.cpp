@@ -1,29 +1,5 @@
-// The vector kernels for AVX2.
+// The vector kernels of class moments for AVX2.
 #ifdef __x86_64__
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cstring>
-#include <utility>
-
-#include "class_moments.h"
-
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-
 #define VECTOR_BYTES 32
-namespace anchorops::cpu::avx2 {
-#include "simd.h"
 #include "class_moments_kernel.h"
-}  // namespace anchorops::cpu::avx2
-
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
 #endif

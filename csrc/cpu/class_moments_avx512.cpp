@@ -1,31 +1,5 @@
-// The vector kernels for AVX-512.
+// The vector kernels of class moments for AVX-512.
 #ifdef __x86_64__
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cstring>
-#include <utility>
-
-#include "class_moments.h"
-
-#ifdef __clang__
-#pragma clang attribute push(                                                    \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
-    apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
-#endif
-
 #define VECTOR_BYTES 64
-namespace anchorops::cpu::avx512 {
-#include "simd.h"
 #include "class_moments_kernel.h"
-}  // namespace anchorops::cpu::avx512
-
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
 #endif

@@ -1,4 +1,4 @@
-// The vector kernels of class moments. Included once per instruction set, in its namespace.
+// The vector kernels of class moments.
 //
 // The kernel processes tiles of LANES pixels × LANES channels, as one vector of channels per pixel.
 // If channels are contiguous, a tile is loaded like this; if pixels are contiguous, it is
@@ -8,6 +8,18 @@
 //
 // Bytes: forward reads the features once; backward writes dfeatures once and reads the features
 // once if dsqdists is given. Keys and totals stay in cache.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "class_moments.h"
+#include "simd.h"
+
+BEGIN_TARGET
+namespace anchorops::cpu::INSTRUCTION_SET {
 
 enum class Contiguous { PIXELS, CHANNELS, NEITHER };
 
@@ -312,3 +324,6 @@ template Kernels<float> kernels();
 template Kernels<double> kernels();
 template Kernels<BFloat16> kernels();
 template Kernels<Half> kernels();
+
+}  // namespace anchorops::cpu::INSTRUCTION_SET
+END_TARGET

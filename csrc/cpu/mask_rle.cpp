@@ -24,16 +24,10 @@
 #include <utility>
 #include <vector>
 
+#include "bilinear.h"
 #include "operators.h"
-#include "softmax_moments.h"
 
-#define VECTOR_BYTES 16
 namespace anchorops::cpu::masks {
-
-using softmax::ColumnMemory;
-using softmax::TwoRows;
-#include "upsampling.h"
-
 namespace {
 
 struct Box {
@@ -208,6 +202,11 @@ class Encoder {
       ones = !ones;
     }
   };
+
+  // As in upsampling.h: with weight 0, high is not used.
+  static Stat blend(Stat low, Stat high, Stat weight) {
+    return weight == 0 ? low : (1 - weight) * low + weight * high;
+  }
 
   static bool is_one(Stat z) { return !(z <= 0); }  // NaN is, as in pixel_argmax
 

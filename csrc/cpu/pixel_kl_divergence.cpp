@@ -127,23 +127,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pixel_kl_divergence(
 }
 
 Tensor pixel_kl_divergence_backward(Tensor logits, Tensor teacher_logits,
-                                    std::optional<Tensor> valid, Tensor totals,
-                                    Tensor teacher_totals, std::optional<Tensor> dtotal,
+                                    std::optional<Tensor> valid, Tensor lse, Tensor teacher_lse,
+                                    std::optional<Tensor> dtotal,
                                     std::optional<Tensor> ddivergences, Tensor temperature,
                                     bool align_corners) {
   Tensor dlogits = dense_like(logits);
   if (dlogits.numel() == 0) return dlogits;
-  if (totals.numel() == 0) return torch::stable::zero_(dlogits);
+  if (lse.numel() == 0) return torch::stable::zero_(dlogits);
   for_dtype(NAME, logits.scalar_type(), [&](auto element) {
     using T = decltype(element);
     using Stat = StatOf<T>;
     const DivergenceGradients<Stat> gradients = {
         dtotal ? *dtotal->template const_data_ptr<Stat>() : Stat(0), map_of<Stat>(ddivergences),
-        totals.const_data_ptr<Stat>(), teacher_totals.const_data_ptr<Stat>()};
+        lse.const_data_ptr<Stat>(), teacher_lse.const_data_ptr<Stat>()};
     const Output<Stat> output = output_of<T>(dlogits);
     const auto kernels = best_divergence_kernels<Stat>();
-    const Arguments arguments = {logits,         teacher_logits, valid,        totals.size(1),
-                                 totals.size(2), temperature,    align_corners};
+    const Arguments arguments = {logits,      teacher_logits, valid,        lse.size(1),
+                                 lse.size(2), temperature,    align_corners};
     for_tiles<Stat>(arguments, true,
                     [&](const Divergence<Stat>& divergence, int64_t, const TwoTiles& tiles) {
                       kernels.backward(divergence, tiles, gradients, output);

@@ -59,14 +59,6 @@ struct DivergenceKernels {
                    const DivergenceGradients<Stat>& gradients, const Output<Stat>& output);
 };
 
-#define KERNELS_OF(instruction_set)             \
-  namespace instruction_set {                   \
-  template <class Stat>                         \
-  DivergenceKernels<Stat> divergence_kernels(); \
-  }
-KERNELS_OF(baseline)
-KERNELS_OF(avx2)
-KERNELS_OF(avx512)
-#undef KERNELS_OF
+IN_EVERY_INSTRUCTION_SET(template <class Stat> DivergenceKernels<Stat> divergence_kernels();)
 
 }  // namespace anchorops::cpu::softmax

@@ -1,12 +1,21 @@
-// The vector kernels of pixel_kl_divergence. Included once per instruction set, in its namespace,
-// after the kernels of softmax moments.
+// The vector kernels of pixel_kl_divergence.
 //
 // Logits are upsampled along the row first. Between two lines, e^(z / T) is a geometric sequence
 // down a column: up to DOWN rows of labels need two powers. Exponents are z * log2(e) / T. If
 // logits are large, this product is rounded too much, so their shift is subtracted before.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "pixel_kl_divergence.h"
 #include "softmax_pixels.h"
+
+BEGIN_TARGET
+namespace anchorops::cpu::softmax::INSTRUCTION_SET {
 
 constexpr int DOWN = 4;
 constexpr float LN_2 = 0.693147181f,
@@ -442,3 +451,6 @@ DivergenceKernels<Stat> divergence_kernels() {
 
 template DivergenceKernels<float> divergence_kernels();
 template DivergenceKernels<double> divergence_kernels();
+
+}  // namespace anchorops::cpu::softmax::INSTRUCTION_SET
+END_TARGET

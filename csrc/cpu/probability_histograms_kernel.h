@@ -1,11 +1,17 @@
 // Histograms of the errors of softmax probabilities, and the gradient of a loss that is a function
-// of the errors. Included once per instruction set, after softmax_pixels.h.
+// of the errors.
 //
 // The error of a pixel for a class is 1 - p if it is of the class, and p if it is not. p is
 // computed pixel by pixel, from the upsampled logits.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+
 #include "softmax_pixels.h"
+
+BEGIN_TARGET
+namespace anchorops::cpu::softmax::INSTRUCTION_SET {
 
 // Replaces workspace.group.upsampled by scale * p of the group's pixels, 0 where a pixel is
 // ignored.
@@ -128,3 +134,6 @@ void error_gradients(const Problem<Stat>& problem, const Tile& tile,
     });
   });
 }
+
+}  // namespace anchorops::cpu::softmax::INSTRUCTION_SET
+END_TARGET

@@ -1,7 +1,16 @@
-// Vectors of one instruction set. The kernels include it inside the namespace and under the target
-// of that instruction set, with VECTOR_BYTES defined. They include only one another: functions that
-// other headers define under a target would be linked into portable code.
+// Vectors of one instruction set.
 #pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "instruction_set.h"
+#include "types.h"
+
+BEGIN_TARGET
+namespace anchorops::cpu::INSTRUCTION_SET {
 
 #define INLINE_LAMBDA __attribute__((always_inline))
 #define ALWAYS_INLINE inline INLINE_LAMBDA
@@ -214,3 +223,6 @@ ALWAYS_INLINE void accumulate(double* target, Vec v) {
     target += LANES;
   }
 }
+
+}  // namespace anchorops::cpu::INSTRUCTION_SET
+END_TARGET

@@ -1,7 +1,14 @@
 // The blocks of a row of cells: their logits, their pixels, and sums over classes.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
 #include "softmax_cells.h"
+
+BEGIN_TARGET
+namespace anchorops::cpu::softmax::INSTRUCTION_SET {
 
 // A bit for each of some classes. Classes that differ by 64 * CLASS_WORDS have the same bit.
 ALWAYS_INLINE void add_class(uint64_t* bits, int32_t k) {
@@ -290,3 +297,6 @@ __attribute__((noinline)) void find_label_powers(const Block& block, const Block
           classes.put(k, (first + j) * WIDTH + i, v, powers);
         });
 }
+
+}  // namespace anchorops::cpu::softmax::INSTRUCTION_SET
+END_TARGET

@@ -13,7 +13,13 @@
 // pixel by pixel, forward and backward. The same holds for a row of cells with a NaN or +inf.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+
 #include "softmax_pixels.h"
+
+BEGIN_TARGET
+namespace anchorops::cpu::softmax::INSTRUCTION_SET {
 
 constexpr int WIDTH = 4, PIXELS = WIDTH * LANES<float>;  // PIXELS: in a row of a block
 constexpr int HEIGHT = VECTOR_BYTES == 64 ? 4 : 2;       // their sums fit into the registers
@@ -199,3 +205,6 @@ struct CellRow {
       for_pixels(j, {0, tile.label_columns.end - tile.label_columns.begin}, visit);
   }
 };
+
+}  // namespace anchorops::cpu::softmax::INSTRUCTION_SET
+END_TARGET

@@ -1,7 +1,14 @@
 // The class of the largest logit of each pixel, over the cells of a tile.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
 #include "softmax_blocks.h"
+
+BEGIN_TARGET
+namespace anchorops::cpu::softmax::INSTRUCTION_SET {
 
 // l + w (r - l), but (1 - w) l + w r if both are infinite.
 ALWAYS_INLINE Floats between(Floats l, Floats r, Floats w) {
@@ -70,3 +77,6 @@ void argmax_cells(const Problem<float>& problem, const Tile& tile,
     }
   }
 }
+
+}  // namespace anchorops::cpu::softmax::INSTRUCTION_SET
+END_TARGET

@@ -1,7 +1,93 @@
 // The gradient of softmax moments over the cells of a tile.
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+
 #include "softmax_blocks.h"
+
+BEGIN_TARGET
+namespace anchorops::cpu::softmax::INSTRUCTION_SET {
+
+// What the backward pass keeps of each pixel: numbers of a vector of pixels in Block::factors.
+enum Factor {
+  OF_CLASSES,  // dz_k / e^z of the other classes, without the slopes of a class
+  OF_LABEL,    // the same of the true class, without the derivative of its -log p
+  LABEL_LOSS,  // that derivative / TOTAL
+  TOTAL,       // the sum of e^z
+  OF_SLOPES,   // 1 / TOTAL
+  OF_WEIGHTS   // dz of the sum of v_k z_k
+};
+
+// Writes the factors of a block's pixels. Returns false if the block must be processed pixel by
+// pixel.
+bool factors_of_block(const Block& block, const BlockClasses& classes,
+                      const LossesOfImage<float>& losses, const Gradients<float>& gradients,
+                      const float* dprobability_sums, const float* dsquares) {
+  const CellRow& row = block.row;
+  using V = Simd<float>;
+  constexpr int L = LANES<float>;
+  const int64_t image_offset = row.tile.image * gradients.stride_b;
+  const auto class_values = [&](const float* by_class, Ints k) INLINE_LAMBDA {
+    return by_class ? pick(by_class + image_offset, k) : Floats{};
+  };
+  const bool any_valid = any(classes.cell_classes >= 0);
+  const float scale = gradients.slope_scale;
+  const bool needs_power = gradients.dintersections || losses.needs_c();
+  float powers[ROWS * PIXELS] = {};
+  if (needs_power) find_label_powers(block, classes, powers);
+  Floats slopes[HEIGHT * WIDTH] = {}, squares[HEIGHT * WIDTH] = {};
+  Ints steep = {};
+  for (int64_t j = 0; j < row.rows; ++j) {
+    if (any_valid && j % HEIGHT == 0) {
+      if (dprobability_sums) sum_weighted<false>(block, j, dprobability_sums, scale, slopes);
+      if (dsquares) sum_weighted<true>(block, j, dsquares, scale, squares);
+    }
+    Floats totals[WIDTH], weights[WIDTH], dpixel_losses[WIDTH];
+    block.load_map(j, row.totals_map(gradients.totals), totals);
+    block.load_map(j, losses.options.pixel_weights, weights);
+    block.load_map(j, gradients.dpixel_losses, dpixel_losses);
+#pragma GCC unroll 8
+    for (int i = 0; i < WIDTH; ++i) {
+      const int64_t n = j * WIDTH + i, in_sums = j % HEIGHT * WIDTH + i;
+      const Ints k = classes.pixel_classes(n), valid = k >= 0;
+      const Floats total = totals[i], power = V::load(powers + n * L);
+      steep |= valid & ~((total >= STEEP) & (total <= 1e38f));
+      const Floats q = 1 / total;
+      Floats label_term = class_values(gradients.dlosses, k), smoothing_term = {};
+      if (losses.options.pixel_weights.data) label_term *= weights[i];
+      label_term += dpixel_losses[i];
+      if (!losses.options.plain) {
+        Floats c = {}, alpha, beta;
+        if (losses.needs_c()) c = block.label_losses(classes, n, power, total);
+        const auto p = [c]() INLINE_LAMBDA { return probabilities_of<float>(c); };
+        losses.derivatives(k, c, block.losses_of_all_classes(losses, j, i, log(total)), p, alpha,
+                           beta);
+        smoothing_term = label_term * beta;
+        label_term *= alpha;
+      }
+      Floats rest = losses.total * smoothing_term;
+      rest -= (slopes[in_sums] + 2 * q * squares[in_sums]) * q / scale;
+      Floats of_label = {};
+      if (gradients.dintersections) {
+        of_label = class_values(gradients.dintersections, k);
+        rest -= power * q * of_label;
+      }
+      const auto store = [&](Factor factor, Floats value) INLINE_LAMBDA {
+        V::store(block.factors(factor, j, i), valid ? value : Floats{});
+      };
+      store(OF_CLASSES, (label_term + rest) * q);
+      store(OF_LABEL, (of_label + rest) * q);
+      store(LABEL_LOSS, label_term * q);
+      store(TOTAL, total);
+      if (dprobability_sums || dsquares) store(OF_SLOPES, q);
+      if (losses.all_weights) store(OF_WEIGHTS, -smoothing_term);
+      std::memcpy(block.pixel_classes(j, i), &k, sizeof k);
+    }
+  }
+  std::memcpy(block.class_bits(), classes.bits, sizeof classes.bits);
+  return !any(steep);
+}
 
 // Sums of dz over the pixels of each cell of a block: unweighted, and with the weights of the right
 // logits, of the lower logits, and of both.
@@ -93,16 +179,6 @@ WeightedSums sums_of_factors(const Block& block, int factor) {
   return sums;
 }
 
-// What the backward pass keeps of each pixel: numbers of a vector of pixels in Block::factors.
-enum Factor {
-  OF_CLASSES,  // dz_k / e^z of the other classes, without the slopes of a class
-  OF_LABEL,    // the same of the true class, without the derivative of its -log p
-  LABEL_LOSS,  // that derivative / TOTAL
-  TOTAL,       // the sum of e^z
-  OF_SLOPES,   // 1 / TOTAL
-  OF_WEIGHTS   // dz of the sum of v_k z_k
-};
-
 // gradients += the sum over pixels of weight * dz, with
 // dz = e^z * (OF_CLASSES + OF_SLOPES * (dprobability_sums + 2 * p * dsquares)), p = OF_SLOPES *
 // e^z. For the true class OF_LABEL takes the place of OF_CLASSES, and LABEL_LOSS * (e^z - TOTAL) is
@@ -176,76 +252,6 @@ void add_gradients(const CellRow& row, const float* dprobability_sums, const flo
   }
 }
 
-// Writes the factors of a block's pixels. Returns false if the block must be processed pixel by
-// pixel.
-bool factors_of_block(const Block& block, const BlockClasses& classes,
-                      const LossesOfImage<float>& losses, const Gradients<float>& gradients,
-                      const float* dprobability_sums, const float* dsquares) {
-  const CellRow& row = block.row;
-  using V = Simd<float>;
-  constexpr int L = LANES<float>;
-  const int64_t image_offset = row.tile.image * gradients.stride_b;
-  const auto class_values = [&](const float* by_class, Ints k) INLINE_LAMBDA {
-    return by_class ? pick(by_class + image_offset, k) : Floats{};
-  };
-  const bool any_valid = any(classes.cell_classes >= 0);
-  const float scale = gradients.slope_scale;
-  const bool needs_power = gradients.dintersections || losses.needs_c();
-  float powers[ROWS * PIXELS] = {};
-  if (needs_power) find_label_powers(block, classes, powers);
-  Floats slopes[HEIGHT * WIDTH] = {}, squares[HEIGHT * WIDTH] = {};
-  Ints steep = {};
-  for (int64_t j = 0; j < row.rows; ++j) {
-    if (any_valid && j % HEIGHT == 0) {
-      if (dprobability_sums) sum_weighted<false>(block, j, dprobability_sums, scale, slopes);
-      if (dsquares) sum_weighted<true>(block, j, dsquares, scale, squares);
-    }
-    Floats totals[WIDTH], weights[WIDTH], dpixel_losses[WIDTH];
-    block.load_map(j, row.totals_map(gradients.totals), totals);
-    block.load_map(j, losses.options.pixel_weights, weights);
-    block.load_map(j, gradients.dpixel_losses, dpixel_losses);
-#pragma GCC unroll 8
-    for (int i = 0; i < WIDTH; ++i) {
-      const int64_t n = j * WIDTH + i, in_sums = j % HEIGHT * WIDTH + i;
-      const Ints k = classes.pixel_classes(n), valid = k >= 0;
-      const Floats total = totals[i], power = V::load(powers + n * L);
-      steep |= valid & ~((total >= STEEP) & (total <= 1e38f));
-      const Floats q = 1 / total;
-      Floats label_term = class_values(gradients.dlosses, k), smoothing_term = {};
-      if (losses.options.pixel_weights.data) label_term *= weights[i];
-      label_term += dpixel_losses[i];
-      if (!losses.options.plain) {
-        Floats c = {}, alpha, beta;
-        if (losses.needs_c()) c = block.label_losses(classes, n, power, total);
-        const auto p = [c]() INLINE_LAMBDA { return probabilities_of<float>(c); };
-        losses.derivatives(k, c, block.losses_of_all_classes(losses, j, i, log(total)), p, alpha,
-                           beta);
-        smoothing_term = label_term * beta;
-        label_term *= alpha;
-      }
-      Floats rest = losses.total * smoothing_term;
-      rest -= (slopes[in_sums] + 2 * q * squares[in_sums]) * q / scale;
-      Floats of_label = {};
-      if (gradients.dintersections) {
-        of_label = class_values(gradients.dintersections, k);
-        rest -= power * q * of_label;
-      }
-      const auto store = [&](Factor factor, Floats value) INLINE_LAMBDA {
-        V::store(block.factors(factor, j, i), valid ? value : Floats{});
-      };
-      store(OF_CLASSES, (label_term + rest) * q);
-      store(OF_LABEL, (of_label + rest) * q);
-      store(LABEL_LOSS, label_term * q);
-      store(TOTAL, total);
-      if (dprobability_sums || dsquares) store(OF_SLOPES, q);
-      if (losses.all_weights) store(OF_WEIGHTS, -smoothing_term);
-      std::memcpy(block.pixel_classes(j, i), &k, sizeof k);
-    }
-  }
-  std::memcpy(block.class_bits(), classes.bits, sizeof classes.bits);
-  return !any(steep);
-}
-
 template <class Begin>
 void backward_cells(const Problem<float>& problem, const Tile& tile,
                     const Workspace<float>& workspace, const Gradients<float>& gradients,
@@ -286,3 +292,6 @@ void backward_cells(const Problem<float>& problem, const Tile& tile,
     add(row, dprobability_sums, dsquares, losses.all_weights != nullptr);
   }
 }
+
+}  // namespace anchorops::cpu::softmax::INSTRUCTION_SET
+END_TARGET

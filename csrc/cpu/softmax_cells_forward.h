@@ -1,7 +1,13 @@
 // The statistics of softmax moments over the cells of a tile.
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+
 #include "softmax_cells_argmax.h"
+
+BEGIN_TARGET
+namespace anchorops::cpu::softmax::INSTRUCTION_SET {
 
 // probability_sums[k] += the sum over pixels of p = factors * e^z; squares[k] += the sum of p^2, if
 // requested. Sums of one block are float: where p is the same everywhere, each addition to a long
@@ -177,3 +183,6 @@ void forward_cells(const Problem<float>& problem, const Tile& tile,
   }
   *sums.labels_out_of_range += row.labels_out_of_range;
 }
+
+}  // namespace anchorops::cpu::softmax::INSTRUCTION_SET
+END_TARGET

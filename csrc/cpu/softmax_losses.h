@@ -3,7 +3,22 @@
 // returns {e^-c, 1 - e^-c}, and is called where m is needed.
 #pragma once
 
-#include "softmax_vectors.h"
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "softmax_exponentials.h"
+#include "softmax_moments.h"
+
+BEGIN_TARGET
+namespace anchorops::cpu::softmax::INSTRUCTION_SET {
+
+// A loss without its rounding error below 0; NaN remains NaN.
+template <class Value>
+ALWAYS_INLINE Value not_below_0(Value x) {
+  return x < 0 ? Value{} : x;
+}
 
 // The probability of the true class and that of the others together.
 template <class Stat>
@@ -58,7 +73,7 @@ struct LossesOfImage {
       : options(options), true_weights(nullptr), all_weights(nullptr), total(0) {
     if (!options.true_weights) return;
     true_weights = options.true_weights + image * options.stride_b;
-    all_weights = options.all_weights + image * options.stride_b;
+    all_weights = options.all_weights_of(image);
     total = options.sums_of_all_weights[options.stride_b ? image : 0];
   }
 
@@ -121,3 +136,6 @@ struct LossesOfImage {
     return {c - c == 0 ? lower * x : one, options.focal_gamma * lower * p.true_class};
   }
 };
+
+}  // namespace anchorops::cpu::softmax::INSTRUCTION_SET
+END_TARGET

@@ -47,13 +47,13 @@ class Partials {
   std::vector<Value> values_;
 };
 
-// RESULTS of anchorops/_moments.py. Empty if not requested.
+// RESULTS of anchorops/_moments.py. Empty if not requested. lse: Maps::totals.
 struct Results {
-  Tensor losses, intersections, probability_sums, squares, pixel_losses, totals, counts, correct,
-      used, divisor, labels_out_of_range;
+  Tensor losses, intersections, probability_sums, squares, pixel_losses, lse, counts, correct, used,
+      divisor, labels_out_of_range;
 };
 
-// Options of anchorops/_moments.py, in its order.
+// Options and Wanted of anchorops/_moments.py, in the order of the schema.
 struct Options {
   std::optional<Tensor> true_weights, all_weights, pixel_weights, min_loss, focal_gamma;
   int64_t ignore_index;
@@ -133,19 +133,19 @@ void forward(const Tensor& logits, const Tensor& labels, const Options& options,
   Partials<int64_t> counts(true, items, num_classes);
   Partials<int64_t> correct(out.correct.numel() > 0, items, num_classes);
   Partials<int64_t> labels_out_of_range(true, items, 1);
-  const Maps<Stat> maps = {data_or_null<Stat>(out.pixel_losses), data_or_null<Stat>(out.totals)};
+  const Maps<Stat> maps = {data_or_null<Stat>(out.pixel_losses), data_or_null<Stat>(out.lse)};
 
   for_items(tiles, items, num_classes, false,
             out.probability_sums.numel() + out.squares.numel() > 0,
             [&](int64_t first, int64_t last, const Workspace<Stat>& workspace) {
               for (int64_t item = first; item < last; ++item) {
-                Sums sums = {{},
-                             intersections.at(item),
-                             probability_sums.at(item),
-                             squares.at(item),
-                             counts.at(item),
-                             correct.at(item),
-                             labels_out_of_range.at(item)};
+                Sums sums = {.loss_sums = {},
+                             .intersections = intersections.at(item),
+                             .probability_sums = probability_sums.at(item),
+                             .squares = squares.at(item),
+                             .counts = counts.at(item),
+                             .correct = correct.at(item),
+                             .labels_out_of_range = labels_out_of_range.at(item)};
                 for (int s = 0; s < LOSS_SUMS; ++s) sums.loss_sums[s] = loss_sums[s].at(item);
                 const int64_t start = item / splits * tiles_of_group, split = item % splits;
                 for (int64_t i = tiles_of_group * split / splits;
@@ -195,7 +195,7 @@ Results softmax_moments(const Tensor& logits, const Tensor& labels, const Option
       .probability_sums = by_class(options.probability_sums, stat),
       .squares = by_class(options.squares, stat),
       .pixel_losses = by_pixel(options.pixel_losses),
-      .totals = by_pixel(options.with_lse),
+      .lse = by_pixel(options.with_lse),
       .counts = by_class(true, ScalarType::Long),
       .correct = by_class(options.correct, ScalarType::Long),
       .used = by_class(weighted || options.min_loss, weighted ? stat : ScalarType::Long),
@@ -210,10 +210,10 @@ Results softmax_moments(const Tensor& logits, const Tensor& labels, const Option
   return results;
 }
 
-// The gradients of the results, None if there is none, and the totals of the forward pass.
+// The gradients of the results, None if there is none, and lse of the forward pass.
 struct ResultGradients {
   std::optional<Tensor> losses, intersections, probability_sums, squares, pixel_losses;
-  Tensor totals;
+  Tensor lse;
 };
 
 // Gradients::slope_scale, of slopes [K] or [B, K].
@@ -251,7 +251,7 @@ void backward(const Tensor& logits, const Tensor& labels, const Options& options
   gradients.dsquares = by_class(d.squares);
   gradients.dpixel_losses = map_of<Stat>(d.pixel_losses);
   gradients.slope_scale = slope_scale<Stat>({&d.probability_sums, &d.squares});
-  gradients.totals = d.totals.const_data_ptr<Stat>();
+  gradients.totals = d.lse.const_data_ptr<Stat>();
   const ClassWeights<Stat> weights(options);
   const Layout layout = layout_of(logits);
   const Tiles<Stat> tiles(layout, labels.size(1), labels.size(2), options.align_corners);
@@ -277,22 +277,28 @@ Tensor softmax_moments_backward(const Tensor& logits, const Tensor& labels,
   return dlogits;
 }
 
-// The operators: TORCH_BOX needs one parameter for each argument. Options, of these types, are the
-// last arguments of both.
+// The operators: TORCH_BOX needs one parameter for each argument. The fields of Options, of these
+// types, are the last arguments of both. tests/test_csrc.py compares their names with the schema.
 template <class... OptionTypes>
 struct Operators {
-  static auto forward(Tensor logits, Tensor labels, OptionTypes... options) {
+  static auto moments(Tensor logits, Tensor labels, OptionTypes... options) {
     const Results x = softmax_moments(logits, labels, Options{options...});
     return std::make_tuple(x.losses, x.intersections, x.probability_sums, x.squares, x.pixel_losses,
-                           x.totals, x.counts, x.correct, x.used, x.divisor, x.labels_out_of_range);
+                           x.lse, x.counts, x.correct, x.used, x.divisor, x.labels_out_of_range);
   }
 
-  static Tensor backward(Tensor logits, Tensor labels, Tensor totals, std::optional<Tensor> dlosses,
-                         std::optional<Tensor> dintersections,
-                         std::optional<Tensor> dprobability_sums, std::optional<Tensor> dsquares,
-                         std::optional<Tensor> dpixel_losses, OptionTypes... options) {
-    const ResultGradients d = {dlosses,  dintersections, dprobability_sums,
-                               dsquares, dpixel_losses,  totals};
+  static Tensor moments_backward(Tensor logits, Tensor labels, Tensor lse,
+                                 std::optional<Tensor> dlosses,
+                                 std::optional<Tensor> dintersections,
+                                 std::optional<Tensor> dprobability_sums,
+                                 std::optional<Tensor> dsquares,
+                                 std::optional<Tensor> dpixel_losses, OptionTypes... options) {
+    const ResultGradients d = {.losses = dlosses,
+                               .intersections = dintersections,
+                               .probability_sums = dprobability_sums,
+                               .squares = dsquares,
+                               .pixel_losses = dpixel_losses,
+                               .lse = lse};
     return softmax_moments_backward(logits, labels, d, Options{options...});
   }
 };
@@ -305,6 +311,6 @@ using Boxed = Operators<OptionalTensor, OptionalTensor, OptionalTensor, Optional
 
 STABLE_TORCH_LIBRARY_IMPL(anchorops, CPU, library) {
   using namespace anchorops::cpu::softmax;
-  library.impl("softmax_moments.cpu", TORCH_BOX(&Boxed::forward));
-  library.impl("softmax_moments_backward.cpu", TORCH_BOX(&Boxed::backward));
+  library.impl("softmax_moments.cpu", TORCH_BOX(&Boxed::moments));
+  library.impl("softmax_moments_backward.cpu", TORCH_BOX(&Boxed::moments_backward));
 }

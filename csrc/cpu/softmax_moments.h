@@ -3,6 +3,8 @@
 // set).
 #pragma once
 
+#include <cstdint>
+
 #include "bilinear.h"
 #include "types.h"
 
@@ -36,6 +38,11 @@ struct LossOptions {
   Stat focal_gamma = 0;
   bool plain = true;  // nothing but -log p
   Map<Stat> pixel_weights = {};
+
+  // v of an image; null: 0
+  const Stat* all_weights_of(int64_t image) const {
+    return all_weights ? all_weights + image * stride_b : nullptr;
+  }
 };
 
 // The unit of work: rows × columns of logits of one image, and their labels. In the forward pass
@@ -266,18 +273,8 @@ struct Rows {
   decltype(Output<StatOf<T>>::write_columns) write_columns;
 };
 
-#define KERNELS_OF(instruction_set)      \
-  namespace instruction_set {            \
-  template <class Label>                 \
-  decltype(Labels::read) label_reader(); \
-  template <class T>                     \
-  Rows<T> rows();                        \
-  template <class Stat>                  \
-  Kernels<Stat> kernels();               \
-  }
-KERNELS_OF(baseline)
-KERNELS_OF(avx2)
-KERNELS_OF(avx512)
-#undef KERNELS_OF
+IN_EVERY_INSTRUCTION_SET(template <class Label> decltype(Labels::read) label_reader();)
+IN_EVERY_INSTRUCTION_SET(template <class T> Rows<T> rows();)
+IN_EVERY_INSTRUCTION_SET(template <class Stat> Kernels<Stat> kernels();)
 
 }  // namespace anchorops::cpu::softmax

@@ -1,10 +1,25 @@
-// The vector kernels of softmax moments. Included once per instruction set, in its namespace.
+// The vector kernels of softmax moments. To read in the order of the data: labels and logits are
+// loaded (softmax_rows.h) and upsampled (upsampling.h), then come exponentials
+// (softmax_exponentials.h), losses and their derivatives (softmax_losses.h), and the gradients of
+// logits (softmax_gradients.h). All of this is used pixel by pixel (softmax_pixels.h), in cells
+// (softmax_cells.h, softmax_blocks.h, softmax_cells_*.h) and for two classes
+// (softmax_two_classes.h).
+#pragma once
 
+#include <cstdint>
+#include <type_traits>
+
+#include "probability_histograms_kernel.h"
 #include "softmax_cells_argmax.h"
 #include "softmax_cells_backward.h"
 #include "softmax_cells_forward.h"
+#include "softmax_moments.h"
+#include "softmax_pixels.h"
+#include "softmax_rows.h"
 #include "softmax_two_classes.h"
-#include "probability_histograms_kernel.h"
+
+BEGIN_TARGET
+namespace anchorops::cpu::softmax::INSTRUCTION_SET {
 
 template <class Stat>
 void forward(const Problem<Stat>& problem, const Tile& tile, const Workspace<Stat>& workspace,
@@ -78,4 +93,5 @@ template Rows<double> rows();
 template Rows<BFloat16> rows();
 template Rows<Half> rows();
 
-#include "pixel_kl_divergence_kernel.h"
+}  // namespace anchorops::cpu::softmax::INSTRUCTION_SET
+END_TARGET

@@ -2,9 +2,21 @@
 // pixel and class, after subtracting the exact maximum of the pixel.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "bilinear.h"
+#include "softmax_gradients.h"
 #include "softmax_losses.h"
+#include "softmax_moments.h"
 #include "softmax_rows.h"
 #include "upsampling.h"
+
+BEGIN_TARGET
+namespace anchorops::cpu::softmax::INSTRUCTION_SET {
 
 template <class Stat>
 using MaskOf = decltype(VecOf<Stat>{} < VecOf<Stat>{});
@@ -116,15 +128,6 @@ ALWAYS_INLINE void largest_of_group(const Problem<Stat>& problem, const Workspac
     const auto narrow = __builtin_convertvector(index, Indices<Stat>);
     std::memcpy(classes + t, &narrow, sizeof narrow);
   }
-}
-
-// log x for x of at least 0, also if x is not finite.
-template <class Vec>
-ALWAYS_INLINE Vec log_of_sum(Vec x) {
-  if constexpr (std::is_same_v<Vec, VecOf<float>>)
-    if (!any(~((x >= 1e-37f) & (x <= 3e38f)))) return log(x);
-  for (size_t lane = 0; lane < sizeof x / sizeof x[0]; ++lane) x[lane] = std::log(x[lane]);
-  return x;
 }
 
 // The sum of e^(z - largest) over the classes of each pixel. If values are not finite, results are
@@ -415,18 +418,5 @@ ALWAYS_INLINE int64_t for_groups(const Problem<Stat>& problem, const Tile& tile,
   return labels_out_of_range;
 }
 
-// Calls visit(finish_until), which adds to the tile's dlogits, and calls finish_until(the first row
-// to which it still adds) on the way: the rows before that are written.
-template <class Stat, class Visit>
-ALWAYS_INLINE void for_rows_of_gradients(const Problem<Stat>& problem, const Tile& tile,
-                                         const Workspace<Stat>& workspace,
-                                         const Output<Stat>& output, Visit visit) {
-  int64_t next = std::max<int64_t>(tile.rows.begin - 1, 0);  // the first row that is not finished
-  const auto finish_until = [&](int64_t row) {
-    for (; next < row; ++next)
-      output.finish_row(problem, output, tile, next, workspace.gradients[next],
-                        workspace.packed.stride);
-  };
-  visit(finish_until);
-  if (problem.upsampled) finish_until(std::min(tile.rows.end + 1, problem.logits.layout.height));
-}
+}  // namespace anchorops::cpu::softmax::INSTRUCTION_SET
+END_TARGET

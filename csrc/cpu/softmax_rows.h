@@ -1,13 +1,22 @@
-// Reading rows of logits and writing rows of gradients, for the kernels of softmax moments. Only
-// this code depends on strides, dtypes and layouts.
+// Reading rows of labels and logits. Only this code and that which writes rows of gradients
+// (softmax_gradients.h) depend on strides, dtypes and layouts.
 //
 // A packed row contains, for each class, the tile's columns minus the largest logit of their
 // position, the shift. The first and the last column are copied once more at the sides.
-// Full-resolution logits are not packed, but read and written in groups of pixels, or of two
-// classes in rows.
+// Full-resolution logits are not packed, but read in groups of pixels, or of two classes in rows.
 #pragma once
 
-#include "softmax_losses.h"
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "softmax_moments.h"
+#include "softmax_vectors.h"
+
+BEGIN_TARGET
+namespace anchorops::cpu::softmax::INSTRUCTION_SET {
 
 template <class Label>
 int64_t read_labels(const Labels& labels, int64_t image, int64_t row, Range columns,
@@ -78,41 +87,6 @@ ALWAYS_INLINE void read_columns(const T* source, const Layout& layout, int64_t c
     }
 }
 
-// Writes neighbouring columns of dlogits, beginning with `target`: column j of class k is
-// source[k * stride + j], where whole vectors can be read.
-template <class T>
-ALWAYS_INLINE void write_columns(T* target, const Layout& layout, int64_t columns,
-                                 const StatOf<T>* source, int64_t stride) {
-  using V = Simd<T>;
-  using Vec = VecOf<StatOf<T>>;
-  constexpr int L = V::LANES;
-  const auto read = [&](int64_t k, int64_t j)
-                        INLINE_LAMBDA { return Simd<StatOf<T>>::load(source + k * stride + j); };
-  if (layout.stride_w == 1 || columns == 1) {
-    for (int64_t k = 0; k < layout.dim; ++k)
-      for (int64_t j = 0; j < columns; j += L)
-        V::store(target + k * layout.stride_d + j, read(k, j), std::min<int64_t>(L, columns - j));
-    return;
-  }
-  for (int64_t j = 0; j < columns; j += L)
-    for (int64_t k = 0; k < layout.dim; k += L) {
-      const int64_t classes = std::min<int64_t>(L, layout.dim - k);
-      Vec square[L] = {};
-      for (int64_t c = 0; c < classes; ++c) square[c] = read(k + c, j);
-      V::transpose(square);
-      for (int64_t p = 0; p < std::min<int64_t>(L, columns - j); ++p) {
-        T* pixel = target + (j + p) * layout.stride_w + k * layout.stride_d;
-        if (layout.stride_d == 1) {
-          V::store(pixel, square[p], classes);
-        } else {
-          T scattered[L];
-          V::store(scattered, square[p]);
-          for (int64_t c = 0; c < classes; ++c) pixel[c * layout.stride_d] = scattered[c];
-        }
-      }
-    }
-}
-
 // The first logit of a row's columns from `column` on.
 template <class T, class Element>
 ALWAYS_INLINE T* logit_at(Element* logits, const Layout& layout, int64_t image, int64_t row,
@@ -175,31 +149,6 @@ bool pack_row(const Logits<StatOf<T>>& logits, const Tile& tile, int64_t row,
 }
 
 template <class T>
-void finish_row(const Problem<StatOf<T>>& problem, const Output<StatOf<T>>& output,
-                const Tile& tile, int64_t row, StatOf<T>* gradients, int64_t stride) {
-  using Stat = StatOf<T>;
-  const Layout& dlayout = output.layout;
-  const int64_t num_classes = problem.logits.num_classes;
-  Stat* source = gradients + 1;
-  const int64_t columns = tile.columns.end - tile.columns.begin;
-  if (row >= tile.rows.begin && row < tile.rows.end) {
-    const LossesOfImage<Stat> losses(problem.loss_options, tile.image);
-    const Stat* sum_gradients = gradients + num_classes * stride;
-    for (int64_t k = 0; losses.all_weights && k < num_classes; ++k)
-      for (int64_t j = 0; losses.all_weights[k] != 0 && j < stride; ++j)
-        gradients[k * stride + j] += losses.all_weights[k] * sum_gradients[j];
-    for (int64_t k = 0; k < num_classes; ++k) {  // the copies at the sides
-      Stat* line = source + k * stride;
-      if (tile.columns.begin == 0) line[0] += line[-1];
-      if (tile.columns.end == dlayout.width) line[columns - 1] += line[columns];
-    }
-    write_columns(logit_at<T>(output.dlogits, dlayout, tile.image, row, tile.columns.begin),
-                  dlayout, columns, source + (num_classes - dlayout.dim) * stride, stride);
-  }
-  std::memset(gradients, 0, (num_classes + 1) * stride * sizeof(Stat));
-}
-
-template <class T>
 void read_row(const Logits<StatOf<T>>& logits, int64_t image, int64_t row, Range columns,
               StatOf<T>* target, int64_t stride) {
   using Vec = VecOf<StatOf<T>>;
@@ -213,25 +162,17 @@ void read_row(const Logits<StatOf<T>>& logits, int64_t image, int64_t row, Range
                });
 }
 
-template <class T>
-void write_row(const Output<StatOf<T>>& output, int64_t num_classes, int64_t image, int64_t row,
-               Range columns, const StatOf<T>* source, int64_t stride) {
-  const int64_t first_class = num_classes - output.layout.dim;
-  write_columns(logit_at<T>(output.dlogits, output.layout, image, row, columns.begin),
-                output.layout, columns.end - columns.begin, source + first_class * stride, stride);
-}
-
 // Appends the sum of v_k z_k to a packed row.
 template <class Stat>
 void mix_row(const Problem<Stat>& problem, int64_t image, Stat* packed, int64_t stride) {
   const int64_t num_classes = problem.logits.num_classes;
-  const LossesOfImage<Stat> losses(problem.loss_options, image);
-  if (!losses.all_weights) return;
+  const Stat* weights = problem.loss_options.all_weights_of(image);
+  if (!weights) return;
   Stat* sum = packed + num_classes * stride;
   std::memset(sum, 0, stride * sizeof(Stat));
   for (int64_t k = 0; k < num_classes; ++k)
-    for (int64_t j = 0; losses.all_weights[k] != 0 && j < stride; ++j)
-      sum[j] += losses.all_weights[k] * packed[k * stride + j];
+    for (int64_t j = 0; weights[k] != 0 && j < stride; ++j)
+      sum[j] += weights[k] * packed[k * stride + j];
 }
 
 // The packed rows of logits.
@@ -248,3 +189,6 @@ struct PackedRows {
     kept[row] = row;
   }
 };
+
+}  // namespace anchorops::cpu::softmax::INSTRUCTION_SET
+END_TARGET

@@ -6,7 +6,14 @@
 // finite.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
 #include "softmax_pixels.h"
+
+BEGIN_TARGET
+namespace anchorops::cpu::softmax::INSTRUCTION_SET {
 
 // The differences of the logits at the labels of a tile, row by row.
 class DifferenceRows {
@@ -393,3 +400,6 @@ void argmax_two_classes(const Problem<float>& problem, const Tile& tile,
   };
   for_differences(problem, tile, workspace, [](int64_t) {}, visit);
 }
+
+}  // namespace anchorops::cpu::softmax::INSTRUCTION_SET
+END_TARGET

@@ -1,5 +1,4 @@
-// Types for operators and vector kernels on the CPU. Kernels are compiled once per instruction set,
-// so this header contains no functions: they would be defined several times.
+// Types for operators and vector kernels on the CPU.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -7,6 +6,18 @@
 
 #include <cstdint>
 #include <type_traits>
+
+// Declares functions in the namespaces of all instruction sets (instruction_set.h).
+#define IN_EVERY_INSTRUCTION_SET(...) \
+  namespace baseline {                \
+  __VA_ARGS__                         \
+  }                                   \
+  namespace avx2 {                    \
+  __VA_ARGS__                         \
+  }                                   \
+  namespace avx512 {                  \
+  __VA_ARGS__                         \
+  }
 
 namespace anchorops::cpu {
 
