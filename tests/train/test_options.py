@@ -36,13 +36,17 @@ def test_names_of_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert (model.lr, model.power) == (0.5, 1)
 
 
-def test_the_options_of_a_run_come_first(straight: Path):
+def test_the_options_of_a_run_come_first(straight: Path, tmp_path: Path):
     data = parsed(f"validate --run {straight} --data.workers 2").options.data
     assert (data.crop, data.val_images, data.workers) == ((32, 32), 10, 2)
     options = yaml.safe_load((straight / "config.yaml").read_text())
     assert list(options) == [*Options.__annotations__]
     given = parsed(f"fit --config digits --run {straight} --resume")
     assert given.others["resume"] and given.run == straight
+    options["model"]["weights"] = "first.pt"  # its network is not that of the run's end
+    write(tmp_path / "config.yaml", yaml.safe_dump(options).encode())
+    for command, weights in (("validate", None), ("predict", None), ("fit", "first.pt")):
+        assert parsed(f"{command} --run {tmp_path}").options.model.weights == weights
 
 
 def test_files_to_predict(tmp_path: Path):
