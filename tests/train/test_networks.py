@@ -104,17 +104,17 @@ def test_weights_start_a_model_with_other_classes(auxiliary: bool, tmp_path: Pat
     assert torch.equal(next(model.parameters()), next(source.parameters()))
 
 
-@pytest.mark.parametrize("kind", ["pth", "safetensors", "half precision"])
 @pytest.mark.parametrize(
-    ("name", "make"),
+    ("name", "kind", "make"),
     [
-        (MOBILENET, lambda: timm.create_model("mobilenetv3_small_050")),
-        ("fpn:mit_b0", lambda: smp.create_model("fpn", "mit_b0", encoder_weights=None)),
-        ("fpn:tu-convnext_atto", lambda: timm.create_model("convnext_atto")),
+        (MOBILENET, "pth", lambda: timm.create_model("mobilenetv3_small_050")),
+        (MOBILENET, "half precision", lambda: timm.create_model("mobilenetv3_small_050")),
+        ("fpn:mit_b0", "pth", lambda: smp.create_model("fpn", "mit_b0", encoder_weights=None)),
+        ("fpn:tu-convnext_atto", "safetensors", lambda: timm.create_model("convnext_atto")),
     ],
 )
 def test_weights_of_a_backbone(
-    name: str, make: Callable[[], Any], kind: str, tmp_path: Path, capsys: Any
+    name: str, kind: str, make: Callable[[], Any], tmp_path: Path, capsys: Any
 ):
     """Under the names of timm, which may number stages otherwise, or of smp, here with the rest of
     its network. A head is not used; batch norm's counters may be missing."""
@@ -129,47 +129,3 @@ def test_weights_of_a_backbone(
     taken = sum(kind != "half precision" or x.dim() > 0 for x in backbone.values())
     said = f"backbone: {taken} tensors of {path} taken, {len(given) - taken} not used"
     assert said in capsys.readouterr().err
-
-
-FILES: dict[str, Callable[[], Any]] = {
-    "list": lambda: [1, 2],
-    "numbers": lambda: {"model": [1]},
-    "hrnet": lambda: build_model("hrnet-w18-small", 5).state_dict(),
-    "resnet": lambda: timm.create_model("resnet18").state_dict(),
-    "four channels": lambda: timm.create_model("mobilenetv3_small_050", in_chans=4).state_dict(),
-}
-BACKBONE = r"--model\.backbone_weights: .*"
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("alexnet", {}, r"--model.network: expected hrnet-.*, got 'alexnet'"),
-        ("unet:alexnet", {}, r"--model.network unet:alexnet: .*encoder name"),
-        ("unet:tu-alexnet", {}, r"--model.network unet:tu-alexnet: Unknown model"),
-        ("dpt:tu-vit_tiny_patch16_224", {"auxiliary": True}, r"_weight: expected 0, dpt:.* no map"),
-        ("hrnet-w18-small", {"weights": "list"}, r"^list is damaged"),
-        ("hrnet-w18-small", {"weights": "numbers"}, r"weights numbers: expected a state dict"),
-        ("segformer-b0", {"weights": "hrnet"}, r"weights hrnet are of another model: \d+ missing"),
-        (MOBILENET, {"backbone_weights": "resnet"}, rf"{BACKBONE} of another network: of \d+ tens"),
-        (
-            MOBILENET,
-            {"backbone_weights": "four channels"},
-            rf"{BACKBONE} 1 have another shape .*conv_stem.weight \[16, 4, 3, 3\] instead of ",
-        ),
-        (MOBILENET, {"backbone_weights": "none"}, rf"{BACKBONE}none cannot be read: "),
-        (
-            MOBILENET,
-            {"backbone_weights": "list", "weights": "list"},
-            r"--model\.backbone_weights: expected no --model\.weights",
-        ),
-    ],
-)
-def test_networks_that_cannot_be(
-    name: str, options: dict[str, Any], message: str, tmp_path: Path, monkeypatch: Any
-):
-    monkeypatch.chdir(tmp_path)
-    for file in FILES.keys() & set(options.values()):
-        torch.save(FILES[file](), file)
-    with pytest.raises(ValueError, match=message):
-        build_model(name, 3, **options)
