@@ -146,29 +146,6 @@ def test_a_run_goes_on_without_the_file(rows: Path, tmp_path: Path):
     assert torch.equal(state(run)["model"]["regularizer.anchors"], anchors)
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [
-        ("sar.detla", 0.5, r"sar has .*delta"),
-        ("sar.momentum", "foo", r"SAR: momentum: expected .* got 'foo'"),
-        ("occl.temperature", 1, r"METHOD among --model.methods \['sar'\]"),
-        ("sar.anchors", np.zeros((K, D + 1)), r"anchors: expected .* \[11, 240\], got .*, 241\)"),
-        ("sar.anchors", np.full((K, D), np.nan), "x.npy: expected finite numbers"),
-        ("sar.anchors", np.full((K, D), 1e300), "x.npy: expected finite"),  # too large for float32
-        ("sar.anchors", np.array([[{}]]), r"sar.anchors: .*x.npy cannot be read: .*pickle"),
-        ("sar.anchors", "@nowhere.npy", r"nowhere.npy cannot be read: .*No such file"),
-        ("sar.anchors", {"a": np.zeros(1), "b": np.zeros(1)}, r"x.npy cannot be read"),
-    ],
-)
-def test_arguments_that_do_not_fit(option: str, value: Any, message: str, tmp_path: Path):
-    if not isinstance(value, str | float):
-        with open(tmp_path / "x.npy", "wb") as file:
-            np.savez(file, **value) if isinstance(value, dict) else np.save(file, value)
-        value = f"@{tmp_path}/x.npy"
-    with pytest.raises(ValueError, match=message):
-        build_regularizer(["sar"], {option: value}, K, D)
-
-
 @pytest.mark.slow
 def test_measuring_gradients_changes_no_run(tmp_path: Path):
     """With accumulated batches and automatic mixed precision too."""

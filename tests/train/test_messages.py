@@ -7,6 +7,7 @@ from string import Template
 
 import numpy as np
 import pytest
+import timm
 import torch
 from image_files import image, write
 from tiny_runs import TINY
@@ -54,12 +55,18 @@ def test_values_out_of_range(value: str, refused: Refused):
 
 FIT = "fit --device cpu --config folder --data.root $folder --data.crop [32,32] --run $new"
 PREDICT = "predict --run $run --out $new"
+DIGITS = f"fit {TINY} --run $new --model.network"
+MOBILENET = f"{DIGITS} fpn:tu-mobilenetv3_small_050 --model.backbone_weights"
+SAR = f"{DIGITS} hrnet-w18-small --model.method_options"
 COMMAND_LINES = {
     "": "expected one of the commands fit, ",
     "trian": "expected one of the commands fit, validate, predict, demo, compare, presets, got",
     "demo --threads 0": "--threads: expected at least 1, got 0",
     "fit --trainer.profiler=foo": "--trainer.profiler is now an option that fit --help lists",
     **{f"fit --{name} 1": f"--{name} is now {re.escape(new)}" for name, new in RENAMED.items()},
+    "fit --model.lr a": 'Parser key "model.lr": Expected a',
+    "fit --model.lrr 1": "nrecognized arguments: --model.lrr",
+    "fit --see 1": "nrecognized arguments: --see",
     # options that do not fit each other
     "fit --model.loss dice --model.ohem_min_kept 9": "--model.loss: expected ce, .* --model.ohem_m",
     f"{FIT} --data.zipf 2": "--data.zipf: expected .*, got folder",
@@ -76,12 +83,38 @@ COMMAND_LINES = {
     f'{FIT} --data.label_map {{"1,2,3":2}}': "classes -1 to 1, got 1,2,3: 2",
     f'{FIT} --data.label_map {{"-1":1}}': "values 0 to 65535 and classes -1 to 1, got -1: 1",
     f'{FIT} --data.label_map {{"70000":1}}': "got 70000: 1",
-    f"fit {TINY} --run $new --model.network pan:resnet18": (
-        r"pan:resnet18 cannot take images of 32×32 \(.*\); of squares .* it takes 128×128,"
-    ),
-    f"fit {TINY} --run $new --model.network deeplabv3:resnet18 --data.batch_size 1": (
-        "--data.batch_size: batch norm needs"
-    ),
+    f'{FIT} --data.label_map {{"1":-1}}': "pixels of ground only: .*; 255 is ignored unless",
+    f'{FIT} --data.label_map {{"0":-1,"1":-1}}': "validation split has no valid pixel",
+    # networks
+    f"{DIGITS} pan:resnet18": r"cannot take images of 32×32 \(.*\); of squares .* 128×128,",
+    f"{DIGITS} deeplabv3:resnet18 --data.batch_size 1": "--data.batch_size: batch norm needs",
+    f"{DIGITS} alexnet": "--model.network: expected hrnet-.*, got 'alexnet'",
+    f"{DIGITS} unet:alexnet": "--model.network unet:alexnet: .*encoder name",
+    f"{DIGITS} unet:tu-alexnet": "--model.network unet:tu-alexnet: Unknown model",
+    f"{DIGITS} dpt:tu-vit_tiny_patch16_224 --model.auxiliary_weight 1": "expected 0, dpt:.* no map",
+    f"{DIGITS} hrnet-w18-small --model.weights $files/list": "list is damaged",
+    f"{DIGITS} hrnet-w18-small --model.weights $files/numbers": "numbers: expected a state dict",
+    f"{DIGITS} segformer-b0 --model.weights $run/best.ckpt": r"another model: \d+ missing",
+    f"{MOBILENET} $files/resnet": r"backbone_weights: .*resnet is of another network: of \d+ tens",
+    f"{MOBILENET} $files/channels": r" 1 have another shape .*stem.weight \[16, 4, 3, 3\] instead",
+    f"{MOBILENET} $files/nan.npy": r"--model.backbone_weights: .*nan.npy cannot be read: ",
+    f"{MOBILENET} x --model.weights y": r"backbone_weights: expected no --model\.weights",
+    # arguments of methods
+    f'{SAR} {{"sar.detla":0.5}}': "sar has .*delta",
+    f'{SAR} {{"sar.momentum":"foo"}}': "SAR: momentum: expected .* got 'foo'",
+    f'{SAR} {{"occl.temperature":1}}': r"METHOD among --model.methods \['sar'\]",
+    **{
+        f'{SAR} {{"sar.anchors":"@$files/{name}"}}': f"{name}.*{message}"
+        for name, message in {
+            "wide.npy": r": expected floating numbers of shape \[11, 240\] .* \[11, 241\]",
+            "integers.npy": ": expected floating numbers .*, got torch.int64",
+            "nan.npy": ": expected finite numbers",
+            "large.npy": ": expected finite numbers",  # for float32
+            "objects.npy": " cannot be read: .*pickle",
+            "nowhere.npy": " cannot be read: .*No such file",
+            "two.npz": " cannot be read",
+        }.items()
+    },
     # runs
     f"fit {TINY} --run $run": "holds a run: go on with it by `anchorops-train fit --run .*",
     f"fit {TINY} --run $run --resume --model.lr 1": r"--model.lr is 1.0, .*config.yaml has 0.004: ",
@@ -106,23 +139,33 @@ COMMAND_LINES = {
 }
 
 
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of weights and vectors."""
+    folder, mobilenet = tmp_path_factory.mktemp("files"), "mobilenetv3_small_050"
+    torch.save([1, 2], folder / "list")
+    torch.save({"model": [1]}, folder / "numbers")
+    torch.save(timm.create_model("resnet18").state_dict(), folder / "resnet")
+    torch.save(timm.create_model(mobilenet, in_chans=4).state_dict(), folder / "channels")
+    vectors = np.zeros((11, 240))
+    np.save(folder / "wide.npy", np.zeros((11, 241)))
+    np.save(folder / "integers.npy", vectors.astype(int))
+    np.save(folder / "nan.npy", vectors + np.nan)
+    np.save(folder / "large.npy", vectors + 1e300)
+    np.save(folder / "objects.npy", np.array([[{}]]))
+    np.savez(folder / "two.npz", a=vectors, b=vectors)
+    return folder
+
+
 @pytest.mark.parametrize("words", COMMAND_LINES)
-def test_command_lines(words: str, straight: Path, folder: Path, tmp_path: Path, refused: Refused):
+def test_command_lines(
+    words: str, straight: Path, files: Path, folder: Path, tmp_path: Path, refused: Refused
+):
     write(folder / "four.tif", np.zeros((5, 6, 4), np.uint8))
-    line = Template(words).substitute(folder=folder, run=straight, new=tmp_path / "new")
-    refused(line, COMMAND_LINES[words])
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("fit --model.lr a", 'Parser key "model.lr": Expected a'),
-        ("fit --model.lrr 1", "nrecognized arguments: --model.lrr"),
-        ("fit --see 1", "nrecognized arguments: --see"),
-    ],
-)
-def test_usage(words: str, message: str, refused: Refused):
-    refused(words, message, status=2)
+    places = {"run": straight, "files": files, "folder": folder, "new": tmp_path / "new"}
+    message = COMMAND_LINES[words]
+    of_parser = "Parser key" in message or "nrecognized" in message
+    refused(Template(words).substitute(places), message, status=2 if of_parser else 1)
 
 
 OPTIONS = {

@@ -108,17 +108,17 @@ def test_weights_start_a_model_with_other_classes(auxiliary: bool, tmp_path: Pat
     assert torch.equal(next(model.parameters()), next(source.parameters()))
 
 
-@pytest.mark.parametrize("kind", ["pth", "safetensors", "half precision"])
 @pytest.mark.parametrize(
-    ("name", "make"),
+    ("name", "kind", "make"),
     [
-        (MOBILENET, lambda: timm.create_model("mobilenetv3_small_050")),
-        ("fpn:mit_b0", lambda: smp.create_model("fpn", "mit_b0", encoder_weights=None)),
-        ("fpn:tu-convnext_atto", lambda: timm.create_model("convnext_atto")),
+        (MOBILENET, "pth", lambda: timm.create_model("mobilenetv3_small_050")),
+        (MOBILENET, "half precision", lambda: timm.create_model("mobilenetv3_small_050")),
+        ("fpn:mit_b0", "pth", lambda: smp.create_model("fpn", "mit_b0", encoder_weights=None)),
+        ("fpn:tu-convnext_atto", "safetensors", lambda: timm.create_model("convnext_atto")),
     ],
 )
 def test_weights_of_a_backbone(
-    name: str, make: Callable[[], Any], kind: str, tmp_path: Path, capsys: Any
+    name: str, kind: str, make: Callable[[], Any], tmp_path: Path, capsys: Any
 ):
     """Under the names of timm, which may number stages otherwise, or of smp, here with the rest of
     its network. A head is not used; batch norm's counters may be missing."""
@@ -133,46 +133,3 @@ def test_weights_of_a_backbone(
     taken = sum(kind != "half precision" or x.dim() > 0 for x in backbone.values())
     said = f"backbone: {taken} tensors of {path} taken, {len(given) - taken} not used"
     assert said in capsys.readouterr().err
-
-
-FILES: dict[str, Callable[[], Any]] = {
-    "list": lambda: [1, 2],
-    "numbers": lambda: {"x": torch.zeros(1)},
-    "hrnet": lambda: build_model(Model(), 5).state_dict(),
-    "four channels": lambda: timm.create_model("mobilenetv3_small_050", in_chans=4).state_dict(),
-}
-BACKBONE = r"--model\.backbone_weights: .*"
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("alexnet", {}, r"--model.network: expected hrnet-.*, got 'alexnet'"),
-        ("unet:alexnet", {}, r"--model.network unet:alexnet: .*encoder name"),
-        ("unet:tu-alexnet", {}, r"--model.network unet:tu-alexnet: Unknown model"),
-        ("dpt:tu-vit_tiny_patch16_224", {"auxiliary_weight": 0.4}, r"_weight: expected 0 for DPT"),
-        ("hrnet-w18-small", {"weights": "list"}, r"^list is damaged"),
-        ("hrnet-w18-small", {"weights": "numbers"}, r"weights numbers are not .*missing"),
-        ("segformer-b0", {"weights": "hrnet"}, r"weights hrnet are not those of this .*missing"),
-        (MOBILENET, {"backbone_weights": "numbers"}, rf"{BACKBONE} of another network: \d+ tens"),
-        (
-            MOBILENET,
-            {"backbone_weights": "four channels"},
-            rf"{BACKBONE} size mismatch for model.conv_stem.weight: .*16, 4, 3, 3",
-        ),
-        (MOBILENET, {"backbone_weights": "none"}, rf"{BACKBONE}none cannot be loaded: "),
-        (
-            MOBILENET,
-            {"backbone_weights": "list", "weights": "list"},
-            r"--model\.backbone_weights: expected no --model\.weights",
-        ),
-    ],
-)
-def test_networks_that_cannot_be(
-    name: str, options: dict[str, Any], message: str, tmp_path: Path, monkeypatch: Any
-):
-    monkeypatch.chdir(tmp_path)
-    for file in FILES.keys() & set(options.values()):
-        torch.save(FILES[file](), file)
-    with pytest.raises(ValueError, match=message):
-        build_model(Model(name, **options), 3)
