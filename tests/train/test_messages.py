@@ -93,7 +93,7 @@ COMMAND_LINES = {
     f"{DIGITS} unet:tu-alexnet": "--model.network unet:tu-alexnet: Unknown model",
     f"{DIGITS} dpt:tu-vit_tiny_patch16_224 --model.auxiliary_weight 1": "expected 0 for DPT, got 1",
     f"{DIGITS} hrnet-w18-small --model.weights $files/list": "list is damaged",
-    f"{DIGITS} hrnet-w18-small --model.weights $files/numbers": "numbers are not those of .*missing",
+    f"{DIGITS} hrnet-w18-small --model.weights $files/numbers": "numbers are not those .*missing",
     f"{DIGITS} segformer-b0 --model.weights $run/best.ckpt": "best.ckpt are not those of .*missing",
     f"{MOBILENET} $files/numbers": r"backbone_weights: .*numbers is of another network: \d+ tens",
     f"{MOBILENET} $files/channels": r"size mismatch for model.conv_stem.weight: .*16, 4, 3, 3",
