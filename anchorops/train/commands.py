@@ -125,7 +125,7 @@ def parse(command: str, words: Sequence[str]) -> Given:
         if needed or (files.run / CONFIG).exists():
             saved = read_config(files.run)
             if command != "fit":
-                saved["model"]["weights"] = None  # with which it began
+                saved.setdefault("model", {})["weights"] = None  # with which it began
             configs.insert(0, (files.run / CONFIG, saved))
     texts = []
     for file, content in configs:
