@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from image_files import mask, write
+from image_files import image, mask, write
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import FOLDER, TINY, assert_same_run, figures, fitted, small_network, state
@@ -339,45 +339,30 @@ def test_an_error_in_a_worker(
     refused(words, expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "found", "status"),
-    [
-        ("classes.txt", b"thing\nground\n", "classes", 1),
-        ("classes.txt", b"ground\nthing\nmore\n", "classes", 1),
-        ("masks/train/b.png", mask(0, height=4, width=5), "training pixels", 0),
-        ("masks/val/b.png", mask(0, height=4, width=5), "validation pixels", 0),
-        ("images/val", None, "validation files", 0),
-        ("", None, "", 0),
-    ],
-)
-def test_other_data(
-    name: str,
-    content: Any,
-    found: str,
-    status: int,
-    small: None,
-    folder: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    refused: Refused,
-):
+def test_other_data(small: None, folder: Path, tmp_path_factory, monkeypatch, refused: Refused):
     """Moved data are the same; the printed command remembers where they are."""
     run = tmp_path_factory.mktemp("runs") / "run"
     fitted(f"{FOLDER} --data.root {folder} --run {run} --max_steps 1 --val_every 1")
-    root = Path(shutil.move(folder, run.with_name("moved")))
-    if content is not None:
+    changes: dict[str, tuple[str, Any]] = {
+        "classes": ("classes.txt", b"thing\nground\n"),
+        "training pixels": ("masks/train/b.png", mask(0, height=4, width=5)),
+        "validation pixels": ("masks/val/b.png", mask(0, height=4, width=5)),
+        "validation files": ("images/val/c.png", image(4, 5)),
+    }
+    for found, (name, content) in changes.items():
+        root = Path(shutil.copytree(folder, run.with_name(found.replace(" ", "-"))))
         write(root / name, content)
-    elif name:
-        for kind in ("images", "masks"):
-            (root / kind / "val/b.png").rename(root / kind / "val/c.png")
-    words, moved = f"fit --run {run} --resume", f"--data.root {root}"
-    if found:
+        if found == "validation files":
+            write(root / "images/val/b.png", None)
+            (root / "masks/val/b.png").rename(root / "masks/val/c.png")
+        words = f"--run {run} --data.root {root}"
         message = f"the data are not those of the run: other {found}"
-        refused(f"{words} {moved} --max_steps null", message)
-    else:
-        assert main([*words.split(), *moved.split()]) == 0  # to no step
-        assert main([*words.split(), "--max_steps", "null"]) == 0
-        assert state(run)["step"] == 2
-    assert main(f"validate --run {run} {moved}".split()) == status
+        refused(f"fit {words} --resume --max_steps null", message)
+        assert main(["validate", *words.split()]) == (found == "classes")
+    monkeypatch.chdir(shutil.move(folder, run.with_name("moved")))
+    fitted(f"--run {run} --resume --data.root .")  # to no step
+    fitted(f"--run {run} --resume --max_steps null")
+    assert state(run)["step"] == 2
 
 
 def test_weights_of_an_earlier_version(straight: Path, tmp_path: Path):
