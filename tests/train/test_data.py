@@ -12,18 +12,10 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from anchorops.train import ranks
+from anchorops.train.data import loading
 from anchorops.train.data.counts import class_counts
 from anchorops.train.data.digits import SPLITS, DigitScenes, _digit_images
-from anchorops.train.data.loading import (
-    BatchSampler,
-    Draws,
-    PhotometricDistort,
-    RandomScale,
-    Training,
-    VariedCrop,
-    augmentation,
-    evaluation_transform,
-)
+from anchorops.train.data.loading import RandomScale, Training, augmentation
 from anchorops.train.data.splits import images_to_predict, open_split
 from anchorops.train.options import Data
 
@@ -54,7 +46,9 @@ def test_draws_do_not_depend_on_ranks_or_interruptions():
     def drawn(world: int, accumulate: int, first_step: int = 0) -> list[tuple[int, int]]:
         options = {"batch_size": 8, "accumulate": accumulate, "world": world, "steps": 5}
         options["first_step"] = first_step
-        samplers = [BatchSampler(Draws(10, seed=1), rank=r, **options) for r in range(world)]
+        samplers = [
+            loading.BatchSampler(loading.Draws(10, seed=1), rank=r, **options) for r in range(world)
+        ]
         return sorted(
             (draw, image) for sampler in samplers for part in sampler for image, draw in part
         )
@@ -108,7 +102,7 @@ def test_padding_is_ignored_and_labels_are_not_interpolated():
 )
 def test_sides(short_side: int | None, long_side: int | None, size: tuple[int, int]):
     image = tv_tensors.Image(torch.zeros(3, 40, 80, dtype=torch.uint8))
-    assert evaluation_transform(3, short_side, long_side)(image).shape[1:] == size
+    assert loading.evaluation_transform(3, short_side, long_side)(image).shape[1:] == size
 
 
 def test_crop_that_shows_one_class_is_drawn_again():
@@ -118,7 +112,7 @@ def test_crop_that_shows_one_class_is_drawn_again():
 
     def shares(cat_max_ratio: float) -> Tensor:
         torch.manual_seed(0)
-        crop = VariedCrop((8, 16), cat_max_ratio)
+        crop = loading.VariedCrop((8, 16), cat_max_ratio)
         crops = torch.stack([crop(tv_tensors.Mask(labels)) for _ in range(50)])
         zeros, ones = ((crops == k).sum((1, 2, 3)) for k in (0, 1))
         return torch.maximum(zeros, ones) / (zeros + ones)
@@ -127,13 +121,13 @@ def test_crop_that_shows_one_class_is_drawn_again():
     assert (shares(1.0) == 1).sum() > 25
     # one of eleven draws fails with probability (1 − 9/49)^11 = 0.11
     assert (shares(0.75) < 0.75).sum() > 35
-    small = VariedCrop((16, 96), 0.75)(tv_tensors.Mask(labels[..., :8]))
+    small = loading.VariedCrop((16, 96), 0.75)(tv_tensors.Mask(labels[..., :8]))
     assert small.shape == (1, 8, 8)  # only one class: it stops after some repetitions
 
 
 def test_photometric_distortion_keeps_the_order_of_channels():
     red = tv_tensors.Image(torch.tensor([200, 60, 20], dtype=torch.uint8).view(3, 1, 1))
-    distort = PhotometricDistort()
+    distort = loading.PhotometricDistort()
     seen = torch.stack([distort(red).flatten() for _ in range(100)])
     assert (seen[:, 0] == seen.amax(1)).all() and len(seen.unique(dim=0)) > 50
     with pytest.raises(ValueError, match=r"--data.photometric: expected .* 0 to 1, got 0 to 5"):
