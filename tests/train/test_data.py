@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -45,13 +46,10 @@ def test_scenes_of_digits():
 def test_draws_do_not_depend_on_ranks_or_interruptions():
     def drawn(world: int, accumulate: int, first_step: int = 0) -> list[tuple[int, int]]:
         options = {"batch_size": 8, "accumulate": accumulate, "world": world, "steps": 5}
-        options["first_step"] = first_step
-        samplers = [
-            loading.BatchSampler(loading.Draws(10, seed=1), rank=r, **options) for r in range(world)
-        ]
-        return sorted(
-            (draw, image) for sampler in samplers for part in sampler for image, draw in part
-        )
+        options |= {"draws": loading.Draws(10, seed=1), "first_step": first_step}
+        samplers = [loading.BatchSampler(rank=rank, **options) for rank in range(world)]
+        items = chain.from_iterable(batch for sampler in samplers for batch in sampler)
+        return sorted((draw, image) for image, draw in items)
 
     everything = drawn(1, 1)
     assert everything == drawn(2, 2) == drawn(4, 1)
