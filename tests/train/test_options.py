@@ -59,6 +59,11 @@ def test_values_out_of_range(value: str, refused: Refused):
 
 FIT = "fit --device cpu --config folder --data.root $folder --data.crop [32,32] --run $new"
 PREDICT = "predict --run $run --out $new"
+PAN = (
+    f"{PREDICT} --model.weights $files/pan --model.network pan:resnet18 --data.crop [128,128] "
+    "--images $files/small.png"
+)
+CANNOT_TAKE = "/small.png: --model.network pan:resnet18 cannot take .*"
 DIGITS = f"fit {TINY} --run $new --model.network"
 MOBILENET = f"{DIGITS} fpn:tu-mobilenetv3_small_050 --model.backbone_weights"
 SAR = f"{DIGITS} hrnet-w18-small --model.method_options"
@@ -136,7 +141,9 @@ COMMAND_LINES = {
     PREDICT: "--images: expected files of images, got none",
     f"{PREDICT} --images $new.png": "--images: expected files, got .*new.png",
     f"{PREDICT} --images $folder/images/val/b.png $folder/images/val/b.png": "written twice",
-    f"{PREDICT} --images $folder/four.tif": "four.tif: expected 3 channels, got 4: save the image",
+    f"{PREDICT} --images $files/four.tif": "four.tif: expected 3 channels, got 4: save the image",
+    PAN: f"{CANNOT_TAKE}: give such a --data.crop, and --model.evaluation sliding for",
+    f"{PAN} --model.evaluation sliding": f"{CANNOT_TAKE}: give a --data.short_side with which no",
     "predict --run $run --out $folder/masks/val --images $folder/images/val/b.png": (
         "--out: .*masks/val/b.png exists: give another directory, or --resume"
     ),
@@ -145,8 +152,12 @@ COMMAND_LINES = {
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files of weights and vectors."""
+    """Images, weights and vectors."""
     folder, mobilenet = tmp_path_factory.mktemp("files"), "mobilenetv3_small_050"
+    write(folder / "four.tif", np.zeros((5, 6, 4), np.uint8))
+    write(folder / "small.png", image(64, 64))
+    pan = build_model("pan:resnet18", 2).state_dict()
+    torch.save({"model": pan, "channels": 3}, folder / "pan")
     torch.save([1, 2], folder / "list")
     torch.save({"model": [1]}, folder / "numbers")
     torch.save(timm.create_model("resnet18").state_dict(), folder / "resnet")
@@ -165,7 +176,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_command_lines(
     words: str, straight: Path, files: Path, folder: Path, tmp_path: Path, refused: Refused
 ):
-    write(folder / "four.tif", np.zeros((5, 6, 4), np.uint8))
     places = {"run": straight, "files": files, "folder": folder, "new": tmp_path / "new"}
     message = COMMAND_LINES[words]
     of_parser = "Parser key" in message or "nrecognized" in message
@@ -191,21 +201,7 @@ OPTIONS = {
 def test_a_wrong_file_of_options(content: str, tmp_path: Path, refused: Refused):
     path = tmp_path / "own.yaml"
     path.write_text(content)
-    refused(f"fit -c {path}", f"--config {path}: .*{OPTIONS[content]}|{path} is damaged")
-
-
-def test_images_that_a_network_cannot_take(tmp_path: Path, refused: Refused):
-    small, weights = tmp_path / "small.png", tmp_path / "weights.pt"
-    torch.save({"model": build_model("pan:resnet18", 2).state_dict(), "channels": 3}, weights)
-    write(small, image(64, 64))
-    words = f"predict --run {tmp_path} --model.weights {weights} --model.network pan:resnet18"
-    words += f" --data.crop [128,128] --device cpu --out {tmp_path}/out --images {small}"
-    for sliding, advice in (
-        ("", "give such a --data.crop, and --model.evaluation sliding for"),
-        (" --model.evaluation sliding", "give a --data.short_side with which no side"),
-    ):
-        message = f"{small}: --model.network pan:resnet18 cannot take .*{advice}"
-        refused(words + sliding, message)
+    refused(f"fit -c {path}", f"{path}.*{OPTIONS[content]}")
 
 
 @pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "Connection reset")])
