@@ -123,7 +123,10 @@ def parse(command: str, words: Sequence[str]) -> Given:
     if files.run and (command != "fit" or not configs):
         needed = "--resume" in rest if command == "fit" else "--model.weights" not in rest
         if needed or (files.run / CONFIG).exists():
-            configs.insert(0, (files.run / CONFIG, read_config(files.run)))
+            saved = read_config(files.run)
+            if command != "fit":
+                saved.setdefault("model", {})["weights"] = None  # with which it began
+            configs.insert(0, (files.run / CONFIG, saved))
     texts = []
     for file, content in configs:
         texts.append(json.dumps(content, default=str))  # YAML has dates

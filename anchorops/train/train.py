@@ -43,6 +43,7 @@ from .run import (
 PICTURES = 8  # validation images in predictions.png
 RANDOM_WEIGHTS = "WARNING: the network starts from random weights; see --model.pretrained"
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# of the step, the learner, and a batch's images and labels
 Measure = Callable[[int, Learner, Tensor, Tensor], Mapping[str, float]]
 
 
@@ -98,7 +99,7 @@ def fit(
     measure: Measure | None = None,
 ) -> int:
     """Train from a state, or from the beginning, to the end or to a limit; returns the last step.
-    measure: more values for the log, of the step, the learner, and a batch's images and labels."""
+    measure: more values for the log."""
     steps, dtype = options.data.steps, PRECISIONS[options.precision]
     learner = build(options, data, device, from_state=state is not None)
     # with unused parameters DDP keeps its buckets, so that gradients are summed in one order, also

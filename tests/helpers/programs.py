@@ -15,7 +15,7 @@ from typing import Any
 PLACES = {  # a function, and the place of its call that gets the signal
     "start": ("train", "build"),
     "step": ("train", "set_learning_rates"),
-    "validation": ("evaluation", "predict"),
+    "validation": ("evaluation", "as_weights"),
     "prediction": ("commands", "predict"),
 }
 

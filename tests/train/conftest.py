@@ -49,6 +49,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
     """Runs a command that has this exit status, and says one line, its last one."""
 
     def run(words: str, message: str, status: int = 1) -> None:
+        capsys.readouterr()
         assert main(words.split()) == status
         said = capsys.readouterr().err
         (line,) = re.findall("^anchorops-train: .*", said, re.MULTILINE)

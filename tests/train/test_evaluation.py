@@ -1,5 +1,7 @@
 """Predictions against logits that are stored at full resolution, their memory, and figures."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,8 +49,9 @@ def assert_largest(classes: Tensor, logits: Tensor) -> None:
     torch.testing.assert_close(chosen, logits.amax(1))
 
 
+# sizes of the image and the labels, window, stride, scales, and whether it is flipped too
 @pytest.mark.parametrize(
-    ("image_size", "size", "window", "stride", "scales", "flip"),
+    "case",
     [
         ((64, 96), (64, 96), None, None, (1,), False),
         ((40, 60), (40, 60), None, None, (1,), True),  # padded
@@ -63,16 +66,10 @@ def assert_largest(classes: Tensor, logits: Tensor) -> None:
         ((64, 128), (64, 128), (64, 64), None, (0.5, 1, 2), True),
     ],
 )
-def test_classes_of_stored_logits(
-    image_size: Size,
-    size: Size,
-    window: Size | None,
-    stride: Size | None,
-    scales: tuple[float, ...],
-    flip: bool,
-):
+def test_classes_of_stored_logits(case: tuple[Any, ...]):
     """With several scales or mirror images, of the mean of their probabilities, as in
     mmsegmentation: logits are upsampled to the image's size, then to the labels' size."""
+    image_size, size, window, stride, scales, flip = case
     model, images = nn.Conv2d(3, 7, 4, 4), torch.randn(2, 3, *image_size)
     maps = []
     with torch.no_grad():

@@ -1,7 +1,6 @@
 """Data sets in directories that the tests write: pairing, label values, orientations, messages."""
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from anchorops.train.data.counts import check_classes, class_counts, fingerprint
-from anchorops.train.data.digits import DigitScenes
+from anchorops.train.data.counts import class_counts
 from anchorops.train.data.folders import MaskFolder, open_folder, open_published
 from tests.helpers.image_files import image, mask, write
 
@@ -33,34 +31,6 @@ def test_folder(split: str, folder: Path):
     counts = class_counts(data)
     assert counts.pixels.tolist() == [18, 18 + 20] and counts.images.tolist() == [1, 2]
     assert counts.sizes == [(4, 5), (6, 9)] and list(data.classes) == ["ground", "thing"]
-
-
-def test_foreground_that_is_ignored():
-    classes, some, none = ["ground", "thing"], torch.tensor([5, 0]), torch.tensor([0, 0])
-    for training, validation, message in (
-        (some, some, "pixels of ground only: .*; 255 is ignored unless"),
-        (none, some, "pixels of no class only"),
-        (some + 1, none, "validation split has no valid pixel"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            check_classes(classes, training, validation)
-    assert check_classes([*classes, "rare"], torch.tensor([5, 1, 0]), some) == ["rare"]
-
-
-def test_fingerprint_of_file_names(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Wherever the root is."""
-
-    def found(root: Path) -> str:
-        return fingerprint(open_folder(root, "train"), root)
-
-    before = found(folder)
-    assert len(before) == 16 and found(shutil.copytree(folder, tmp_path / "moved")) == before
-    monkeypatch.chdir(folder)
-    assert found(Path()) == before
-    for kind in ("images", "masks"):
-        (folder / f"{kind}/train/b.png").rename(folder / f"{kind}/train/c.png")
-    assert found(folder) != before
-    assert fingerprint(DigitScenes("val", 9, (32, 32), seed=0), folder) == ""
 
 
 def test_label_map_and_suffixes(tmp_path: Path):

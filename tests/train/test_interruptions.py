@@ -56,12 +56,12 @@ def stopped(status: list[int], signum: int) -> bool:
 
 
 def slow(*case: Any) -> Any:
-    return pytest.param(*case, marks=pytest.mark.slow)
+    return pytest.param(case, marks=pytest.mark.slow)
 
 
-# a step calls once; a validation once for each batch of a rank
+# ranks, place, call, signal and rank; a step calls once, a validation for each batch of a rank
 @pytest.mark.parametrize(
-    ("ranks", "place", "call", "signum", "rank"),
+    "case",
     [
         (1, "step", 4, TERM, None),
         (1, "step", 5, KILL, None),
@@ -77,17 +77,11 @@ def slow(*case: Any) -> Any:
     ],
 )
 def test_a_run_goes_on_bit_for_bit(
-    ranks: int,
-    place: str,
-    call: int,
-    signum: signal.Signals,
-    rank: int | None,
-    programs: Programs,
-    straight: Straight,
-    tmp_path: Path,
+    case: tuple[Any, ...], programs: Programs, straight: Straight, tmp_path: Path
 ):
-    run, at = tmp_path / "run", {"place": place, "call": call, "signum": signum, "rank": rank}
-    status, said = programs.run(f"{RUN} --run {run}", ranks, **at)
+    run, (ranks, place, call, signum, rank) = tmp_path / "run", case
+    words = f"{RUN} --run {run}"
+    status, said = programs.run(words, ranks, place=place, call=call, signum=signum, rank=rank)
     program = f"torchrun --standalone --nproc-per-node {ranks} -m anchorops.train --"
     command = f"{program if ranks > 1 else 'anchorops-train'} fit --run {run} --resume"
     if signum == KILL:
@@ -112,14 +106,14 @@ def test_one_of_two_ranks_is_stopped_where_nothing_is_saved(
     assert status[0] not in (0, -KILL) and "Traceback" not in said
 
 
-@pytest.mark.parametrize("ranks", [1, slow(2)])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_predictions_go_on(ranks: int, programs: Programs, straight: Straight, tmp_path: Path):
     images, out = [f"{tmp_path}/{name}.png" for name in "abcd"], tmp_path / "out"
     for path in images:
         write(Path(path), image(40, 50))
     words = f"predict --run {straight(1)} --out {out} --images {' '.join(images)}"
-    at = {"place": "prediction", "call": 0, "signum": TERM, "rank": ranks - 1}
-    status, said = programs.run(words, ranks, **at)
+    last = ranks - 1
+    status, said = programs.run(words, ranks, place="prediction", call=0, signum=TERM, rank=last)
     assert stopped(status, TERM), said
     assert f"after {ranks} of 4 masks; go on with: the same command and --resume" in said
     assert len([*out.iterdir()]) == ranks

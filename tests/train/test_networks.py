@@ -1,10 +1,12 @@
-"""Networks by name, and the weights from which they start."""
+"""Networks by name, their weights, losses, methods and learning rates."""
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import timm
@@ -12,11 +14,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from trainings.gradient_ratios import measure
 
+import anchorops as ao
+from anchorops.train.networks import learner as losses
 from anchorops.train.networks.learner import Learner, build_loss, build_regularizer
 from anchorops.train.networks.models import build_model, upsample_late
 from anchorops.train.options import Model
+from tests.helpers.tiny_runs import TINY, assert_equal, figures, fitted, state
 
+K, D = 11, 240  # of HRNet-W18-small on digits
 MOBILENET = "fpn:tu-mobilenetv3_small_050"
 
 
@@ -108,17 +115,17 @@ def test_weights_start_a_model_with_other_classes(auxiliary: bool, tmp_path: Pat
     assert torch.equal(next(model.parameters()), next(source.parameters()))
 
 
-@pytest.mark.parametrize("kind", ["pth", "safetensors", "half precision"])
 @pytest.mark.parametrize(
-    ("name", "make"),
+    ("name", "kind", "make"),
     [
-        (MOBILENET, lambda: timm.create_model("mobilenetv3_small_050")),
-        ("fpn:mit_b0", lambda: smp.create_model("fpn", "mit_b0", encoder_weights=None)),
-        ("fpn:tu-convnext_atto", lambda: timm.create_model("convnext_atto")),
+        (MOBILENET, "pth", lambda: timm.create_model("mobilenetv3_small_050")),
+        (MOBILENET, "half precision", lambda: timm.create_model("mobilenetv3_small_050")),
+        ("fpn:mit_b0", "pth", lambda: smp.create_model("fpn", "mit_b0", encoder_weights=None)),
+        ("fpn:tu-convnext_atto", "safetensors", lambda: timm.create_model("convnext_atto")),
     ],
 )
 def test_weights_of_a_backbone(
-    name: str, make: Callable[[], Any], kind: str, tmp_path: Path, capsys: Any
+    name: str, kind: str, make: Callable[[], Any], tmp_path: Path, capsys: Any
 ):
     """Under the names of timm, which may number stages otherwise, or of smp, here with the rest of
     its network. A head is not used; batch norm's counters may be missing."""
@@ -135,44 +142,149 @@ def test_weights_of_a_backbone(
     assert said in capsys.readouterr().err
 
 
-FILES: dict[str, Callable[[], Any]] = {
-    "list": lambda: [1, 2],
-    "numbers": lambda: {"x": torch.zeros(1)},
-    "hrnet": lambda: build_model(Model(), 5).state_dict(),
-    "four channels": lambda: timm.create_model("mobilenetv3_small_050", in_chans=4).state_dict(),
-}
-BACKBONE = r"--model\.backbone_weights: .*"
+def learner_of(*methods: str, **options: Any) -> Learner:
+    model = build_model(Model(auxiliary_weight=0.4 * bool(options)), K)
+    return Learner(model, build_regularizer(methods, {}, K, D), **options)
+
+
+def batch(side: int = 32) -> tuple[Tensor, Tensor]:
+    return torch.randn(2, 3, side, side), torch.randint(K, (2, side, side))
+
+
+@pytest.mark.parametrize(("kind", "power"), [("inverse-sqrt", 0.5), ("inverse", 1)])
+def test_class_weights(kind: str, power: float):
+    weights = losses.class_weights(kind, torch.tensor([0.64, 0.32, 0.04, 0]).double())
+    expected = torch.tensor([0.64, 0.32, 0.04]) ** -power
+    torch.testing.assert_close(weights[:3], expected / expected.mean())
+    assert weights[3] == 1 and losses.class_weights("none", torch.ones(3)) is None
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "message"),
+    ("options", "terms"),
     [
-        ("alexnet", {}, r"--model.network: expected hrnet-.*, got 'alexnet'"),
-        ("unet:alexnet", {}, r"--model.network unet:alexnet: .*encoder name"),
-        ("unet:tu-alexnet", {}, r"--model.network unet:tu-alexnet: Unknown model"),
-        ("dpt:tu-vit_tiny_patch16_224", {"auxiliary_weight": 0.4}, r"_weight: expected 0 for DPT"),
-        ("hrnet-w18-small", {"weights": "list"}, r"^list is damaged"),
-        ("hrnet-w18-small", {"weights": "numbers"}, r"weights numbers are not .*missing"),
-        ("segformer-b0", {"weights": "hrnet"}, r"weights hrnet are not those of this .*missing"),
-        (MOBILENET, {"backbone_weights": "numbers"}, rf"{BACKBONE} of another network: \d+ tens"),
-        (
-            MOBILENET,
-            {"backbone_weights": "four channels"},
-            rf"{BACKBONE} size mismatch for model.conv_stem.weight: .*16, 4, 3, 3",
-        ),
-        (MOBILENET, {"backbone_weights": "none"}, rf"{BACKBONE}none cannot be loaded: "),
-        (
-            MOBILENET,
-            {"backbone_weights": "list", "weights": "list"},
-            r"--model\.backbone_weights: expected no --model\.weights",
-        ),
+        ({}, [ao.CrossEntropy]),
+        ({"loss": "focal", "focal_gamma": 1.0}, [partial(ao.CrossEntropy, focal_gamma=1.0)]),
+        ({"ohem_threshold": 0.3}, [partial(ao.CrossEntropy, ohem_threshold=0.3)]),
+        ({"ohem_min_kept": 9}, [partial(ao.CrossEntropy, ohem_min_kept=9)]),
+        ({"loss": "dice"}, [ao.Dice]),
+        ({"loss": "ce+dice"}, [ao.CrossEntropy, ao.Dice]),
     ],
 )
-def test_networks_that_cannot_be(
-    name: str, options: dict[str, Any], message: str, tmp_path: Path, monkeypatch: Any
-):
-    monkeypatch.chdir(tmp_path)
-    for file in FILES.keys() & set(options.values()):
-        torch.save(FILES[file](), file)
-    with pytest.raises(ValueError, match=message):
-        build_model(Model(name, **options), 3)
+def test_losses(options: dict[str, Any], terms: list[Any]):
+    logits, labels = torch.randn(2, 4, 5, 5), torch.randint(4, (2, 10, 10))
+    labels[0, 0] = -1
+    weights = torch.tensor([1.0, 2.0, 0.5, 3.0])
+    loss = build_loss(Model(**options), weights)
+    expected = [term(weight=weights, ignore_index=-1)(logits, labels) for term in terms]
+    torch.testing.assert_close(loss(logits, labels), sum(expected))
+    right = (ao.pixel_argmax(logits, (10, 10)) == labels).sum() / (labels >= 0).sum()
+    torch.testing.assert_close(loss.terms["accuracy"], right)
+
+
+@pytest.mark.parametrize(
+    "methods", [(), ("cr",), ("sar",), ("cbp", "occl"), ("ceco", "mvsc")], ids="+".join
+)
+def test_a_step(methods: tuple[str, ...]):
+    """With an auxiliary head, on the backbone's second last map."""
+    learner, (images, labels) = learner_of(*methods, auxiliary_weight=0.4), batch(64)
+    model, seen = learner.model, list[Tensor]()
+    model.auxiliary.register_forward_hook(lambda _, inputs, logits: seen.append(logits))
+    loss, terms = learner(images, labels)
+    assert seen[0].shape == (2, K, 4, 4)
+    auxiliary = 0.4 * learner.pixel_loss(seen[0], labels).detach()
+    torch.testing.assert_close(terms["auxiliary"], auxiliary)
+    assert all(value.isfinite() for value in terms.values())
+    parts = [terms[name] for name in ("ce", "auxiliary", "aux", "p2a") if name in terms]
+    if {*methods} <= {"cr", "sar"}:
+        torch.testing.assert_close(loss.detach(), sum(parts))
+    else:
+        assert loss > sum(parts)
+    loss.backward()
+    trained = [*model.body.parameters(), *model.auxiliary.parameters()]
+    assert all(parameter.grad is not None for parameter in trained)
+    assert len(learner.state_dict()) == len(model.state_dict())  # each entry once
+    model(images)  # in training, without reading the logits
+    model.eval()(images)
+    copy.deepcopy(model)  # nothing of the graph is kept
+
+
+def test_learning_rates_of_backbone_head_and_methods():
+    model = learner_of("sar", "mvsc").model
+    groups = losses.parameter_groups(model, 0.1, 0.01, head_lr_factor=10.0)
+    rates = {p: group["lr"] for group in groups for p in group["params"]}
+    assert len(rates) == sum(len(group["params"]) for group in groups)
+    slow = {*model.body.backbone.parameters(), *model.regularizer.parameters()}
+    assert rates == pytest.approx({p: 0.1 if p in slow else 1.0 for p in model.parameters()})
+    decays = {(p.dim() > 1, group["weight_decay"]) for group in groups for p in group["params"]}
+    assert decays == {(True, 0.01), (False, 0.0)}
+
+
+def test_settings():
+    """The named arguments of the chosen methods; options override them, and they override those of
+    the preset's paper."""
+    paper = {"occl.category_weight": 0.1, "ceco.loss_weight": 0.5}
+    methods, options = ["sar", "ceco"], {"ceco.loss_weight": 0.3}
+    assert losses.arguments_of(methods, "from-scratch", paper, {}) == {"ceco.loss_weight": 0.2}
+    assert losses.arguments_of(methods, "from-scratch", paper, options) == options
+    assert losses.arguments_of(methods, "published", paper, {}) == {"ceco.loss_weight": 0.5}
+    for arguments in losses.SETTINGS.values():
+        build_regularizer(["occl", "ceco"], arguments, K, D)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "clip.npy"
+    np.save(path, np.random.default_rng(0).normal(size=(K, D)))
+    return path
+
+
+def test_arguments_of_methods(rows: Path):
+    """Vectors come from files; CBP's are orthogonalised, so the first row keeps its direction."""
+    options = {"sar.delta": 0.5, "sar.gate": "per_class", "sar.anchors": f"@{rows}"}
+    expected = torch.from_numpy(np.load(rows)).float()
+    sar = build_regularizer(["sar"], options, K, D)
+    cr = build_regularizer(["cr"], {"cr.anchors": f"@{rows}"}, K, D)
+    assert (sar.delta, sar.gate) == (0.5, "per_class")
+    assert torch.equal(sar.anchors, expected) and torch.equal(cr.anchors, expected)
+    basis = build_regularizer(["cbp"], {"cbp.init": f"@{rows}", "cbp.length": 1}, K, D).basis
+    torch.testing.assert_close(basis[0], expected[0] / expected[0].norm())
+    torch.testing.assert_close(basis @ basis.T, torch.eye(K))
+
+
+def test_a_run_goes_on_without_the_file(rows: Path, tmp_path: Path):
+    options = f'{{"sar.anchors":"@{rows}"}}'
+    words = f"{TINY} --run {tmp_path}/run --model.method_options {options}"
+    fitted(f"{words} --max_steps 1")
+    anchors = torch.from_numpy(np.load(rows)).float()
+    rows.unlink()
+    run = fitted(f"{words} --max_steps 2 --resume")
+    assert torch.equal(state(run)["model"]["regularizer.anchors"], anchors)
+
+
+@pytest.mark.slow
+def test_measuring_gradients_changes_no_run(tmp_path: Path):
+    """With accumulated batches and automatic mixed precision too."""
+    methods = ["sar", "occl", "ceco", "mvsc"]
+    words = f"{TINY} --data.steps 4 --model.methods [{','.join(methods)}] --accumulate 2"
+    plain = fitted(f"{words} --precision bf16 --run {tmp_path}/plain")
+    run = fitted(f"{words} --precision bf16 --run {tmp_path}/run", partial(measure, methods))
+    assert_equal(state(plain)["model"], state(run)["model"])
+    for name in methods:
+        ratios = [x for line in figures(run).values() if (x := line.get(f"{name}.gradient_ratio"))]
+        assert name == "sar" or (len(ratios) == 1 and min(ratios) > 0)
+
+
+def test_ratios_are_those_of_the_gradients():
+    learner, (images, labels) = learner_of("cbp", "occl", "mvsc"), batch()
+    before, random = copy.deepcopy(learner.state_dict()), torch.get_rng_state()
+    ratios = [*measure(("cbp", "occl", "mvsc"), 0, learner, images, labels).values()]
+    assert torch.equal(torch.get_rng_state(), random)
+    assert_equal(dict(learner.state_dict()), dict(before))
+    assert all(parameter.grad is None for parameter in learner.parameters())
+    learner.train().model(images)
+    features = learner.attachment.features.detach().requires_grad_()
+    classifier, combined = learner.model.classifier, learner.attachment.regularizer
+    terms = [learner.pixel_loss(classifier(features), labels)]
+    terms += [method(features, labels, classifier) for method in combined.methods[1:]]
+    norms = [float(torch.autograd.grad(term, features)[0].norm()) for term in terms]
+    assert ratios == pytest.approx([0, *(norm / norms[0] for norm in norms[1:])], rel=1e-4)

@@ -1,13 +1,217 @@
-"""Where options come from: presets, files, runs, command lines."""
+"""Where options come from; and options and files that cannot be, which end with one line."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
+from string import Template
 
+import numpy as np
 import pytest
+import timm
+import torch
 import yaml
 
-from anchorops.train.commands import PRESETS, Given, main, masks_of, parse, presets
-from anchorops.train.options import Options
-from tests.helpers.image_files import write
+from anchorops.train.commands import COMMANDS, PRESETS, RENAMED, Given, main, parse, presets
+from anchorops.train.networks.models import build_model
+from anchorops.train.options import FREE, Model, Options
+from tests.helpers.image_files import image, write
+from tests.helpers.tiny_runs import TINY
+
+Refused = Callable[..., None]
+
+OUT_OF_RANGE = {
+    "-1": """model.auxiliary_weight model.classifier_std model.lr model.head_lr_factor model.warmup
+        model.power data.workers data.data_seed seed clip max_hours""",
+    "0": """data.steps data.batch_size data.channels data.eval_batch_size data.train_images
+        data.val_images data.short_side data.long_side accumulate val_every log_every save_every
+        max_steps""",
+    "1": "data.channels",  # for other data sets
+    "5": "model.focal_gamma",
+    "512": "data.short_side",
+    ".inf": "model.auxiliary_weight clip",
+    ".nan": "model.classifier_std model.lr",
+    "[]": "model.eval_scales",
+    "[0.0]": "model.eval_scales",
+    "[1.0,.inf]": "model.eval_scales data.scale",
+    "[0.0,0.0]": "data.scale",
+    "[2.0,0.5]": "data.scale",
+    "[0.5,2.0]": "data.scale",
+    "[sar,sar]": "model.methods",
+    "[50,64]": "data.crop",
+    "[0,32]": "data.crop",
+    "[0.001,0.01]": "data.head_tail",
+    "[1.1,0.1]": "data.head_tail",
+    "[0.1,-0.1]": "data.head_tail",
+    "data": "data.root",
+    '{"1":0}': "data.label_map",
+}
+
+
+@pytest.mark.parametrize("value", OUT_OF_RANGE)
+def test_values_out_of_range(value: str, refused: Refused):
+    for name in OUT_OF_RANGE[value].split():
+        refused(f"fit --{name}={value}", f"-train: --{name}: expected .*, got .*$")
+    assert len(FREE) <= 10
+
+
+FIT = "fit --device cpu --config folder --data.root $folder --data.crop [32,32] --run $new"
+PREDICT = "predict --run $run --out $new"
+PAN = (
+    f"{PREDICT} --model.weights $files/pan --model.network pan:resnet18 --data.crop [128,128] "
+    "--images $files/small.png"
+)
+CANNOT_TAKE = r"/small.png of \(64, 64\): Given input size"
+DIGITS = f"fit {TINY} --run $new --model.network"
+MOBILENET = f"{DIGITS} fpn:tu-mobilenetv3_small_050 --model.backbone_weights"
+SAR = f"{DIGITS} hrnet-w18-small --model.method_options"
+COMMAND_LINES = {
+    "": "expected one of the commands fit, ",
+    "trian": "expected one of the commands fit, validate, predict, demo, compare, presets, got",
+    "demo --threads 0": "--threads: expected at least 1, got 0",
+    "fit --trainer.profiler=foo": "--trainer.profiler is now an option that fit --help lists",
+    **{f"fit --{name} 1": f"--{name} is now {re.escape(new)}" for name, new in RENAMED.items()},
+    "fit --model.lr a": 'Parser key "model.lr": Expected a',
+    "fit --model.lrr 1": "nrecognized arguments: --model.lrr",
+    "fit --see 1": "nrecognized arguments: --see",
+    # options that do not fit each other
+    "fit --model.loss dice --model.ohem_min_kept 9": "--model.loss: expected ce, .* --model.ohem_m",
+    f"{FIT} --data.zipf 2": "--data.zipf: expected .*, got folder",
+    "fit --data.dataset ade20k --data.root . --data.val_images 2": "val_images: .*, got ade20k",
+    "fit --data.dataset ade20k --data.root . --data.channels 4": "channels: .*, got ade20k",
+    f"{FIT} --model.evaluation sliding --model.window_stride [32,40]": "_stride: expected 1 to the",
+    "fit --config digits --data.split test": "--data.split: expected .* train or val, got test",
+    # what the data or the network cannot be
+    f"{FIT} --data.eval_batch_size 2": "size: expected 1 for images of several sizes, got 4×5, 6×9",
+    f'{FIT} --data.label_map {{"1,2,3":0,"4":1}}': "expected either values or colours, got both",
+    f'{FIT} --data.label_map {{"1,2,256":0}}': "values, or colours 'R,G,B' .*255, got '1,2,256'",
+    f'{FIT} --data.label_map {{"1,2":0}}': "got '1,2'",
+    f'{FIT} --data.label_map {{"red":0}}': "--data.label_map: expected .* got 'red'",
+    f'{FIT} --data.label_map {{"1,2,3":2}}': "classes -1 to 1, got 1,2,3: 2",
+    f'{FIT} --data.label_map {{"-1":1}}': "values 0 to 65535 and classes -1 to 1, got -1: 1",
+    f'{FIT} --data.label_map {{"70000":1}}': "got 70000: 1",
+    f'{FIT} --data.label_map {{"1":-1}}': "pixels of ground only: .*; 255 is ignored unless",
+    f'{FIT} --data.label_map {{"0":-1,"1":-1}}': "validation split has no valid pixel",
+    # networks
+    f"{DIGITS} pan:resnet18": r"cannot take images of 32×32 \(.*\); of squares .* 128×128,",
+    f"{DIGITS} deeplabv3:resnet18 --data.batch_size 1": "--data.batch_size: batch norm needs",
+    f"{DIGITS} alexnet": "--model.network: expected hrnet-.*, got 'alexnet'",
+    f"{DIGITS} unet:alexnet": "--model.network unet:alexnet: .*encoder name",
+    f"{DIGITS} unet:tu-alexnet": "--model.network unet:tu-alexnet: Unknown model",
+    f"{DIGITS} dpt:tu-vit_tiny_patch16_224 --model.auxiliary_weight 1": "expected 0 for DPT, got 1",
+    f"{DIGITS} hrnet-w18-small --model.weights $files/list": "list is damaged",
+    f"{DIGITS} hrnet-w18-small --model.weights $files/numbers": "numbers are not those .*missing",
+    f"{DIGITS} segformer-b0 --model.weights $run/best.ckpt": "best.ckpt are not those of .*missing",
+    f"{MOBILENET} $files/numbers": r"backbone_weights: .*numbers is of another network: \d+ tens",
+    f"{MOBILENET} $files/channels": r"size mismatch for model.conv_stem.weight: .*16, 4, 3, 3",
+    f"{MOBILENET} $files/nan.npy": r"--model.backbone_weights: .*nan.npy cannot be loaded: ",
+    f"{MOBILENET} x --model.weights y": r"backbone_weights: expected no --model\.weights",
+    # arguments of methods
+    f'{SAR} {{"sar.detla":0.5}}': "sar has .*delta",
+    f'{SAR} {{"sar.momentum":"foo"}}': "SAR: momentum: expected .* got 'foo'",
+    f'{SAR} {{"occl.temperature":1}}': r"METHOD among --model.methods \['sar'\]",
+    **{
+        f'{SAR} {{"sar.anchors":"@$files/{name}"}}': f"{name}.*{message}"
+        for name, message in {
+            "nan.npy": ": expected finite numbers",
+            "large.npy": ": expected finite numbers",  # for float32
+            "objects.npy": " cannot be read: .*pickle",
+            "nowhere.npy": " cannot be read: .*No such file",
+            "two.npz": " cannot be read",
+        }.items()
+    },
+    f'{SAR} {{"sar.anchors":"@$files/wide.npy"}}': r"anchors: expected .*, 240\], got .*, 241\)",
+    # runs
+    f"fit {TINY} --run $run": "holds a run: go on with it by `anchorops-train fit --run .*",
+    f"fit {TINY} --run $run --resume --model.lr 1": r"--model.lr is 1.0, .*config.yaml has 0.004: ",
+    f"fit {TINY} --run $run --resume --data.steps 12": "--data.steps is 12, .* has 6",
+    f"fit {TINY} --run $run --resume --seed 1": "--seed is 1, .* has 0",
+    f"fit {TINY} --run $run --resume --ema 0.9": "--ema is 0.9, .* has None",
+    f'fit {TINY} --run $run --resume --model.method_options {{"sar.tau":0.5}}': (
+        "--model.method_options is {'sar.tau': 0.5}, .* has None"
+    ),
+    "validate --run $run --model.network segformer-b1": "weights .*best.ckpt are not those of this",
+    "predict --run nowhere": "nowhere: expected the directory of a run",
+    "compare $folder": "expected the directory of a run",
+    "compare $run $run": "the same options and different seeds, got",
+    # images to predict
+    PREDICT: "--images: expected files of images, got none",
+    f"{PREDICT} --images $new.png": "--images: expected files, got .*new.png",
+    f"{PREDICT} --images $folder/images/val/b.png $folder/images/val/b.png": "masks, got .* twice",
+    f"{PREDICT} --images $files/four.tif": "four.tif: expected 3 channels, got 4: save the image",
+    PAN: CANNOT_TAKE,
+    f"{PAN} --model.evaluation sliding": CANNOT_TAKE,
+    "predict --run $run --out $folder/masks/val --images $folder/images/val/b.png": (
+        "--out: expected another directory, or --resume .*masks/val/b.png"
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images, weights and vectors."""
+    folder, mobilenet = tmp_path_factory.mktemp("files"), "mobilenetv3_small_050"
+    write(folder / "four.tif", np.zeros((5, 6, 4), np.uint8))
+    write(folder / "small.png", image(64, 64))
+    pan = build_model(Model("pan:resnet18"), 2).state_dict()
+    torch.save({"model": pan, "channels": 3}, folder / "pan")
+    torch.save([1, 2], folder / "list")
+    torch.save({"x": torch.zeros(1)}, folder / "numbers")
+    torch.save(timm.create_model(mobilenet, in_chans=4).state_dict(), folder / "channels")
+    vectors = np.zeros((11, 240))
+    np.save(folder / "wide.npy", np.zeros((11, 241)))
+    np.save(folder / "nan.npy", vectors + np.nan)
+    np.save(folder / "large.npy", vectors + 1e300)
+    np.save(folder / "objects.npy", np.array([[{}]]))
+    np.savez(folder / "two.npz", a=vectors, b=vectors)
+    return folder
+
+
+@pytest.mark.parametrize("words", COMMAND_LINES)
+def test_command_lines(
+    words: str, straight: Path, files: Path, folder: Path, tmp_path: Path, refused: Refused
+):
+    places = {"run": straight, "files": files, "folder": folder, "new": tmp_path / "new"}
+    message = COMMAND_LINES[words]
+    of_parser = "Parser key" in message or "nrecognized" in message
+    refused(Template(words).substitute(places), message, status=2 if of_parser else 1)
+
+
+OPTIONS = {
+    "model: {lrr: 1}": "does not accept option 'lrr'",
+    "model: {lr: a}": "Expected a",
+    "trainer: {max_steps: 1}": "--trainer.max_steps is now --max_steps",
+    "seed_everything: 1": "--seed_everything is now --seed",
+    "{": "is damaged",
+    "shared: [foo]": "shared: expected a list of ",
+    "shared: digits": "shared: expected a list of ",
+    "shared:": "got None",
+    "1: 2": "",
+}
+
+
+@pytest.mark.parametrize("content", OPTIONS)
+def test_a_wrong_file_of_options(content: str, tmp_path: Path, refused: Refused):
+    path = tmp_path / "own.yaml"
+    path.write_text(content)
+    refused(f"fit -c {path}", f"{path}.*{OPTIONS[content]}")
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "Connection reset")])
+def test_a_worker_that_was_killed(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, refused: Refused
+):
+    """What its process leaves to read is a matter of chance."""
+
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "fit", fail)
+    refused("fit", "a process that loads images was ended from outside")
+
+
+def test_a_demo_is_one_process(monkeypatch: pytest.MonkeyPatch, refused: Refused):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused("demo", "demo: expected one process: start it without torchrun")
 
 
 def parsed(words: str) -> Given:
@@ -36,22 +240,14 @@ def test_names_of_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert (model.lr, model.power) == (0.5, 1)
 
 
-def test_the_options_of_a_run_come_first(straight: Path):
+def test_the_options_of_a_run_come_first(straight: Path, tmp_path: Path):
     data = parsed(f"validate --run {straight} --data.workers 2").options.data
     assert (data.crop, data.val_images, data.workers) == ((32, 32), 10, 2)
     options = yaml.safe_load((straight / "config.yaml").read_text())
     assert list(options) == [*Options.__annotations__]
     given = parsed(f"fit --config digits --run {straight} --resume")
     assert given.others["resume"] and given.run == straight
-
-
-def test_files_to_predict(tmp_path: Path):
-    out, names = tmp_path / "out", [str(tmp_path / x) for x in ("[a].jpg", "low/ö😀.jpg")]
-    for name in names:
-        write(Path(name), b"")
-    given = parse("predict", ["--config", "digits", "--images", *names, "--out", "o"])
-    assert given.others["images"] == names
-    masks = masks_of(names, out, resume=False)
-    assert [*masks.values()] == [out / "[a].png", out / "low/ö😀.png"]
-    write(out / "[a].png", b"")
-    assert [*masks_of(names, out, resume=True).values()] == [out / "low/ö😀.png"]
+    options["model"]["weights"] = "first.pt"  # its network is not that of the run's end
+    write(tmp_path / "config.yaml", yaml.safe_dump(options).encode())
+    for command, weights in (("validate", None), ("predict", None), ("fit", "first.pt")):
+        assert parsed(f"{command} --run {tmp_path}").options.model.weights == weights

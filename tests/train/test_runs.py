@@ -28,7 +28,7 @@ from anchorops.train.networks import learner, models
 from anchorops.train.options import Model
 from anchorops.train.report.compare import comparison, load_results
 from anchorops.train.run import Log, Stopped, only_process, read_metrics, save_atomically
-from tests.helpers.image_files import mask, write
+from tests.helpers.image_files import image, mask, write
 from tests.helpers.tiny_runs import (
     FOLDER,
     TINY,
@@ -92,41 +92,41 @@ def test_a_finished_run_goes_on_to_nothing(straight: Path, copied: Path, capsys)
     assert yaml.safe_load((copied / "config.yaml").read_text())["save_every"] == 1
 
 
-def test_limits_of_a_run(small: None, tmp_path: Path, refused: Refused, capsys):
+def test_limits_of_a_run(small: None, tmp_path: Path, capsys):
     """The printed commands go on, also after a limit of time."""
     words, run = f"{PLAIN} --log_every 1 --val_every 2", tmp_path / "run"
-
-    def said(words: str) -> str:
-        assert main(words.split()) == 0
-        return capsys.readouterr().err
-
     straight = fitted(f"{words} --run {tmp_path}/straight")
-    (command,) = re.findall(
-        r"a limit ended the run after step 3 of 6; go on with: anchorops-train (.*)",
-        said(f"fit {words} --run {run} --max_steps 3"),
-    )
+
+    def printed(command: str, reason: str) -> str:
+        assert main(command.split()) == 0
+        said = capsys.readouterr().err
+        (line,) = re.findall(rf"{reason}; go on with: anchorops-train (.*)", said)
+        return line
+
+    ended = "a limit ended the run after step 3 of 6"
+    command = printed(f"fit {words} --run {run} --max_steps 3", ended)
     assert command == f"fit --run {run} --resume --max_steps null"
-    nothing = "no step was done: a limit ended the run after step 3"
-    assert nothing in said(f"fit --run {run} --resume")
+    printed(f"fit --run {run} --resume", f"no step was done: {ended}")
     main(["compare", str(run), str(straight)])
     out, err = capsys.readouterr()
     assert f"{run} has not ended: 3 of 6 steps are in its metrics.csv; it is left out" in err
     assert out.splitlines()[-1].split()[3] == "1"  # seeds
     for step in (4, 5):  # the second validates, then does a step
-        (command,) = re.findall(
-            rf"stopped by --max_hours after step {step}; go on with: anchorops-train (.*)",
-            said(f"{command} --max_hours 0"),
-        )
-    said(f"{command} --max_hours 9")
+        command = printed(f"{command} --max_hours 0", f"stopped by --max_hours after step {step}")
+    assert main([*command.split(), "--max_hours", "9"]) == 0
     assert_same_run(run, straight)
 
 
-def test_best_weights_are_those_that_were_validated(small: None, tmp_path: Path):
-    """Averaged ones, also where a run goes on that has moved."""
+def test_best_weights_are_those_that_were_validated(
+    small: None, tmp_path: Path, monkeypatch, capsys
+):
+    """Averaged ones, also where a run goes on that has moved. Pictures may fail."""
+    monkeypatch.setattr(training, "draw_predictions", lambda *_, **__: 1 / 0)
     run = fitted(f"{PLAIN} --ema 0.5 --model.lr 0.1 --run {tmp_path}/before --max_steps 3")
     last, best = state(run), state(run, "best")["model"]["classifier.weight"]
     assert torch.equal(best, last["average"]["module.classifier.weight"])
     assert not torch.equal(best, last["model"]["classifier.weight"])
+    assert "predictions.png could not be made: division by zero" in capsys.readouterr().err
     run = Path(shutil.move(run, tmp_path / "after"))
     fitted(f"--run {run} --resume --max_steps null")
     line = figures(run)[state(run, "best")["step"]]
@@ -236,6 +236,8 @@ def test_log_of_a_run_that_goes_on(tmp_path: Path):
 
 @pytest.mark.parametrize("end", [0, 40, -1000])
 def test_damaged_files(end: int, copied: Path, refused: Refused):
+    shutil.copy(copied / "best.ckpt", copied / "last.ckpt")
+    refused(f"fit --run {copied} --resume", "last.ckpt is of another kind: it has no optimizer")
     for command, name in (
         ("validate --run", "best.ckpt"),
         ("fit --resume --run", "last.ckpt"),
@@ -244,13 +246,10 @@ def test_damaged_files(end: int, copied: Path, refused: Refused):
         refused(f"{command} {copied}", rf"{copied / name} is damaged \(")
 
 
-def test_a_state_of_another_kind(copied: Path, refused: Refused):
-    shutil.copy(copied / "best.ckpt", copied / "last.ckpt")
-    refused(f"fit --run {copied} --resume", "last.ckpt is of another kind: it has no optimizer")
-
-
-def test_comparison(straight: Path, tmp_path: Path):
+def test_comparison(straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Directories of one name but for the seed are one run, of one setting and one data set."""
+    assert main(["compare", str(straight)]) == 0
+    assert "hrnet-w18-small" in capsys.readouterr().out
 
     def results(name: str, seed: int, data: bytes = b"a: 1", lr: float = 0.1) -> dict[str, Any]:
         run = Path(shutil.copytree(straight, tmp_path / name))
@@ -296,20 +295,10 @@ def test_run_on_images_of_any_size(folder: Path, refused: Refused, capsys):
     assert {"test/miou", "test/iou/<i>thing"} < found.keys()
 
 
-def test_pictures_may_fail(small: None, folder: Path, monkeypatch, capsys):
-    monkeypatch.setattr(training, "draw_predictions", lambda *_, **__: 1 / 0)
-    run = fitted(f"{FOLDER} --data.root {folder} --run {folder}/run")
-    said = capsys.readouterr().err
-    assert "predictions.png could not be made: division by zero" in said
-    assert said.count("WARNING: the network starts from random weights") == 1
-    assert (run / "last.ckpt").exists()
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_files_are_checked_before_a_run(split: str, folder: Path, refused: Refused):
-    write(folder / f"masks/{split}/b.png", mask(9, height=4, width=5))
+def test_files_of_the_validation_are_checked_before_a_run(folder: Path, refused: Refused):
+    write(folder / "masks/val/b.png", mask(9, height=4, width=5))
     words = f"fit {FOLDER} --data.root {folder} --run {folder}/run"
-    refused(words, rf"masks/{split}/b.png: label values \[9\]")
+    refused(words, r"masks/val/b.png: label values \[9\]")
 
 
 def die(*_: Any) -> Any:
@@ -331,45 +320,34 @@ def test_an_error_in_a_worker(
     refused(words, expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "found", "status"),
-    [
-        ("classes.txt", b"thing\nground\n", "classes", 1),
-        ("classes.txt", b"ground\nthing\nmore\n", "classes", 1),
-        ("masks/train/b.png", mask(0, height=4, width=5), "training pixels", 0),
-        ("masks/val/b.png", mask(0, height=4, width=5), "validation pixels", 0),
-        ("images/val", None, "validation files", 0),
-        ("", None, "", 0),
-    ],
-)
 def test_other_data(
-    name: str,
-    content: Any,
-    found: str,
-    status: int,
-    small: None,
-    folder: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    refused: Refused,
+    small: None, folder: Path, tmp_path_factory, monkeypatch, capsys, refused: Refused
 ):
     """Moved data are the same; the printed command remembers where they are."""
     run = tmp_path_factory.mktemp("runs") / "run"
     fitted(f"{FOLDER} --data.root {folder} --run {run} --max_steps 1 --val_every 1")
-    root = Path(shutil.move(folder, run.with_name("moved")))
-    if content is not None:
+    said = capsys.readouterr().err
+    assert said.count("WARNING: the network starts from random weights") == 1
+    changes: dict[str, tuple[str, Any]] = {
+        "classes": ("classes.txt", b"thing\nground\n"),
+        "training pixels": ("masks/train/b.png", mask(0, height=4, width=5)),
+        "validation pixels": ("masks/val/b.png", mask(0, height=4, width=5)),
+        "validation files": ("images/val/c.png", image(4, 5)),
+    }
+    for found, (name, content) in changes.items():
+        root = Path(shutil.copytree(folder, run.with_name(found.replace(" ", "-"))))
         write(root / name, content)
-    elif name:
-        for kind in ("images", "masks"):
-            (root / kind / "val/b.png").rename(root / kind / "val/c.png")
-    words, moved = f"fit --run {run} --resume", f"--data.root {root}"
-    if found:
+        if found == "validation files":
+            write(root / "images/val/b.png", None)
+            (root / "masks/val/b.png").rename(root / "masks/val/c.png")
+        words = f"--run {run} --data.root {root}"
         message = f"the data are not those of the run: other {found}"
-        refused(f"{words} {moved} --max_steps null", message)
-    else:
-        assert main([*words.split(), *moved.split()]) == 0  # to no step
-        assert main([*words.split(), "--max_steps", "null"]) == 0
-        assert state(run)["step"] == 2
-    assert main(f"validate --run {run} {moved}".split()) == status
+        refused(f"fit {words} --resume --max_steps null", message)
+        assert main(["validate", *words.split()]) == (found == "classes")
+    monkeypatch.chdir(shutil.move(folder, run.with_name("moved")))
+    fitted(f"--run {run} --resume --data.root .")  # to no step
+    fitted(f"--run {run} --resume --max_steps null")
+    assert state(run)["step"] == 2
 
 
 def test_weights_of_an_earlier_version(straight: Path, tmp_path: Path):
