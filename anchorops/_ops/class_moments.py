@@ -370,17 +370,11 @@ def pixel_to_anchor_mse(
         function, features, labels, num_classes, ignore_index, check_labels
     )
     check_choice(function, "reduction", reduction, ("mean", "sum"))
+    options: KeyOptions
+    options = {"groups": 1, "per_image": False, "seed": None, "ignore_index": ignored}
+    pixels = features, labels, num_classes
     counts, _, sqdists = unchecked_moments(
-        features,
-        labels,
-        num_classes,
-        anchors=anchors,
-        with_sums=False,
-        function=function,
-        groups=1,
-        per_image=False,
-        seed=None,
-        ignore_index=ignored,
+        *pixels, anchors=anchors, with_sums=False, function=function, **options
     )
     assert sqdists is not None
     total = fixed_order_sum(sqdists)
