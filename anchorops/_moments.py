@@ -25,7 +25,10 @@ def as_scalar(number: float, logits: Tensor) -> Tensor:
 
 
 class ClassMoments(NamedTuple):
-    """Count, sum and squared distance to an anchor, over the features of each class.
+    """Count, sum and squared distance to an anchor, over the features f_p of the valid pixels p of
+    each class k:
+
+        counts[k] = #{p}    sums[k] = Σ f_p    sqdists[k] = Σ ‖f_p − anchors[k]‖²
 
     Shapes are [K], [K, D], [K]; with groups [K, G, …]; with per_image [B, K, …]; with both
     [B, K, G, …]. `sqdists` is None if no anchors were given.
@@ -47,12 +50,20 @@ class UpsampledSums(NamedTuple):
 
 
 class SoftmaxMoments(NamedTuple):
-    """Statistics of each class, from p = the softmax of the logits upsampled to full resolution.
+    """Statistics of each class, over the valid pixels q. y is the label of a pixel, z are the
+    logits upsampled to the labels' size, p = softmax z:
 
-    `counts`, `correct`, `losses`, `intersections`, `probability_sums`, `squares` and `used` are
-    [K], with per_image [B, K]. `pixel_losses` has the labels' shape. `divisor`, the
-    number of valid pixels but at least 1, and `labels_out_of_range` are scalars. What was not
-    requested is None.
+        counts[k] = #{q : y = k}            correct[k] = #{q : y = k = argmax z}
+        losses[k] = Σ_{y = k} ω_q·L_q       intersections[k] = Σ_{y = k} p_k(q)
+        squares[k] = Σ_q p_k(q)²            probability_sums[k] = Σ_q p_k(q)
+        pixel_losses[q] = L_q;  0 where ignored
+        used[k] = Σ_{y = k} ω_q over the pixels that are used in `losses`
+        divisor = max(number of valid pixels, 1)
+        labels_out_of_range = number of labels that are neither a class nor ignore_index
+
+    L_q = −log p_y, ω_q = 1, and all pixels are used, unless a loss has other options
+    (`losses.pixel.Options`). Statistics of classes are [K], with per_image [B, K]; `pixel_losses`
+    has the labels' shape; the last two are scalars. What was not requested is None.
     """
 
     counts: Tensor
@@ -68,14 +79,17 @@ class SoftmaxMoments(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What the loss of a pixel is, and which pixels there are: the arguments of the operator
+    """What the loss L of a pixel is, and which pixels there are: the arguments of the operator
     `softmax_moments` after logits and labels, in its order, up to those of Wanted.
 
-    true_weights, all_weights: a and v, both or none: [K], or of each image, [B, K]; of at least 0,
-        in the statistics' dtype. Classes of v_k = 0 are left out of the sum over the classes.
-    pixel_weights: ω, of the labels' shape and any strides, in the statistics' dtype.
-    min_loss: pixels of smaller −log p_y are not used in the losses; NaN is not smaller. None: all
-        are used.
+        L = m·(a_y·c + Σ_k v_k·(−log p_k)),  c = −log p_y,  m = (1 − e^{−c})^γ;  0 if not used
+
+    A pixel of weight 0 adds nothing to a sum, even if its L is ∞.
+
+    true_weights, all_weights: a and v, both or none (then 1 and 0): [K], or of each image, [B, K];
+        of at least 0, in the statistics' dtype. Classes of v_k = 0 are left out of the sum.
+    pixel_weights: ω, of the labels' shape and any strides, in the statistics' dtype. None: 1.
+    min_loss: pixels of c < min_loss are not used; NaN is not smaller. None: all are used.
     focal_gamma: γ above 0, or None for 0.
 
     The operator takes the two numbers as tensors ().

@@ -6,7 +6,7 @@ A step (forward, backward) runs on tensors of the CPU with the Triton backend, w
 counted instead of made. What torch launches beside them is counted in the tree of the profiler's
 events: an operator that has a kernel for CUDA launches one, views and new memory none, and the
 others call operators. Copies, batch norms, sorts and scans count as one launch. The gradient's seed
-is counted.
+is counted. RMS norms, which a CPU composes, run as on a GPU.
 --earlier: the rows of an earlier commit, whose counts stand beside the new ones.
 """
 
@@ -14,7 +14,7 @@ import argparse
 import os
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,23 @@ from torch.profiler import ProfilerActivity, profile
 
 import anchorops as ao
 from anchorops.losses import Regularizer
+
+library = torch.library.Library("aten", "IMPL")
+
+
+@partial(library.impl, "_fused_rms_norm", dispatch_key="CPU")
+def _rms_norm(x: Tensor, shape: list[int], weight: None, eps: float) -> tuple[Tensor, Tensor]:
+    inverse = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return x * inverse, inverse
+
+
+@partial(library.impl, "_fused_rms_norm_backward", dispatch_key="CPU")
+def _rms_norm_backward(
+    dy: Tensor, x: Tensor, shape: list[int], inverse: Tensor, weight: None, mask: list[bool]
+) -> tuple[Tensor, None]:
+    y = x * inverse
+    return inverse * (dy - y * (dy * y).mean(-1, keepdim=True)), None
+
 
 BATCH, K, D, LOW, HIGH = 2, 19, 64, 16, 64
 FILLS = ("copy_", "scalar_tensor")  # they launch one kernel, though not one of this name

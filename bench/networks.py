@@ -158,8 +158,9 @@ def unet_of_volumes(num_classes: int, levels: int = 6) -> nn.Module:
 
 def of_training_program(name: str, num_classes: int) -> nn.Module:
     from anchorops.train.networks.models import build_model
+    from anchorops.train.options import Model
 
-    return build_model(name, num_classes)
+    return build_model(Model(name), num_classes)
 
 
 segformer_b0 = partial(segformer, 0)

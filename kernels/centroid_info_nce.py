@@ -27,7 +27,7 @@ class Problem(NamedTuple):
     queries: Any  # [R, D], contiguous
     keys: Any  # [K, D], contiguous
     positives: Any  # [R, D], contiguous, or None
-    present: Any  # uint8 [R // groups, groups], or None: all
+    present: Any  # uint8 [R // groups, groups] by strides, or None: all
     present_c: int
     present_g: int
     present_keys: Any  # uint8 [K], or None: the classes with a present query
@@ -62,9 +62,11 @@ def problem_of(
     temperature: Tensor,
     eps: float | None,
 ) -> Problem:
-    """queries, positives [C, G, D]; keys [K, D]; present bool [C, G]; present_keys bool [K]."""
-    classes, groups, dim = queries.shape
-    strides = (0, 0) if present is None else present.stride()
+    """queries, positives [C, D] or [C, G, D]; keys [K, D]; present bool [C] or [C, G]; present_keys
+    bool [K]."""
+    *shape, dim = queries.shape
+    classes, groups = (*shape, 1)[:2]
+    strides = (0, 0) if present is None else (*present.stride(), 0)[:2]
     return Problem(
         queries.contiguous(),
         keys.contiguous(),
@@ -296,7 +298,7 @@ def centroid_info_nce(
     """losses; logits [R, pitch], rows [4, R], key_lengths [K] as in `Saved`; factor."""
     masks = present, present_keys
     p = problem_of(queries, keys, positives, *masks, first, temperature, normalize)
-    pitch, shape = ceil_div(p.num_keys, 16) * 16, queries.shape[:2]
+    pitch, shape = ceil_div(p.num_keys, 16) * 16, queries.shape[:-1]
 
     def new(*size: int) -> Tensor:
         return queries.new_empty(size, dtype=torch.float32)

@@ -182,7 +182,7 @@ def centroid_info_nce_backward(
     few = _tiles(of_rows, p, LARGE) + _tiles(of_classes, p, LARGE) < ENOUGH
     is_amd = not architecture().startswith("sm_")  # whose compiler spills registers of large tiles
     tile = SMALL if few or is_amd else LARGE
-    flat = dlosses.expand(queries.shape[:2]).reshape(-1)
+    flat = dlosses.expand(queries.shape[:-1]).reshape(-1)
     upstream = Upstream(flat, flat.stride(0), factor)
     programs = _tiles(of_rows, p, tile) + _tiles(of_classes, p, tile)
     _gradients_kernel[(programs,)](

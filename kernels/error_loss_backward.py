@@ -1,10 +1,7 @@
-"""The gradient of a loss with given slopes in the errors of probability_histograms.py:
-
-    dz_k = p_k·(u_k − Σ_j p_j u_j)
-
-with u_k the slope of the error's bin, with a minus for the pixel's class, and the transpose of the
-upsampling (upsampling_transposed.py), of dz. One loop over the classes computes Σ_k e^(z_k) of the
-pixels, as for the histograms, a second one Σ_j p_j u_j, a third one dz.
+"""The gradient of a loss with given slopes u_k in errors of probability_histograms.py: dz, as in
+reference/probability_histograms.py, and the transpose of the upsampling (upsampling_transposed.py),
+of dz. One loop over the classes computes Σ_k e^(z_k) of the pixels, as for the histograms, a second
+one Σ_j p_j u_j, a third one dz.
 """
 
 import torch

@@ -1,12 +1,9 @@
-"""The gradient of softmax moments. With the terms of loss_options.py, for each valid pixel
+"""The gradient of softmax moments: for each valid pixel dz, as in _ops/softmax_moments.py, and the
+transpose of the upsampling (upsampling_transposed.py), of dz. There α is d·∂L/∂c and β is d·∂L/∂u,
+with c and u of loss_options.py.
 
-    dz_k = α·(p_k − [y = k]) + β·(V·p_k − v_k) + p_k·(u_k − Σ_j p_j u_j)
-    α    = d·∂L/∂c,   β = d·∂L/∂u,   d = ω·dlosses[y] + dpixel_losses
-    u_k  = dprobability_sums[k] + [y = k]·dintersections[k] + 2·p_k·dsquares[k]
-
-and the transpose of the upsampling (upsampling_transposed.py), of dz. First the terms of a pixel
-that are the same for all classes are computed; then dz, for one class after the other. The
-transpose of β·v_k is v_k times the transpose of β, which is computed once.
+First the terms of a pixel that are the same for all classes are computed; then dz, for one class
+after the other. The transpose of β·v_k is v_k times the transpose of β, which is computed once.
 
 z and lse are less a reference, as in softmax.py. For a pixel of its class −α·(1 − p_y) is computed
 from lse = −log p_y, because 1 − p_y of a rounded p_y has few digits where p_y is almost 1.

@@ -190,5 +190,6 @@ def upsampled_sums(
     counts, means, squares = moments.unbind(1)
     pixels = features.numel() // channels
     mean = (counts * means).sum(0) / pixels
-    variance = (squares + counts * (means - mean).square()).sum(0) / pixels
+    shifts = means - mean
+    variance = torch.addcmul(squares, counts * shifts, shifts).sum(0) / pixels
     return sums, mean, variance

@@ -19,10 +19,12 @@ from importlib import metadata
 
 import pytest
 import torch
-from own_places import ROOT, Untouched, move_home
-from simulated_gpu import BACKEND, PTX_ARCH, SIMULATED
 
-import anchorops as ao
+from tests.helpers.own_places import ROOT, Untouched, move_home
+from tests.helpers.simulated_gpu import BACKEND, PTX_ARCH, SIMULATED
+
+# isort: split
+import anchorops as ao  # after simulated_gpu: it asks once where Triton's kernels run
 
 M_PERTURB = -6  # glibc's <malloc.h>
 GPU = ("cuda", "triton")

@@ -61,26 +61,3 @@ def test_generators_repeat() -> None:
         first, second = (make(4, 6, generator=torch.Generator().manual_seed(1)) for _ in range(2))
         assert torch.equal(first, second)
         assert not torch.equal(first, make(4, 6, generator=torch.Generator().manual_seed(2)))
-
-
-def test_errors() -> None:
-    with pytest.raises(
-        ValueError, match="orthogonal_anchors: dim: expected at least num_classes = 5"
-    ):
-        ao.anchors.orthogonal_anchors(5, 4)
-    with pytest.raises(ValueError, match="simplex_etf: dim: expected at least num_classes - 1 = 5"):
-        ao.anchors.simplex_etf(6, 4)
-    with pytest.raises(ValueError, match="simplex_etf: num_classes"):
-        ao.anchors.simplex_etf(1, 4)
-    with pytest.raises(ValueError, match="category_basis: dim: expected at least num_classes = 5"):
-        ao.anchors.category_basis(5, 4)
-    with pytest.raises(ValueError, match="category_basis: length"):
-        ao.anchors.category_basis(3, 4, length=0.0)
-    with pytest.raises(ValueError, match="category_basis: init: expected a tensor"):
-        ao.anchors.category_basis(3, 4, init=torch.zeros(3, 5))
-    with pytest.raises(
-        ValueError, match="category_basis: init: expected linearly independent rows"
-    ):
-        ao.anchors.category_basis(3, 4, init=torch.ones(3, 4))
-    with pytest.raises(ValueError, match="random_anchors: dim"):
-        ao.anchors.random_anchors(3, 0)

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_networks import D, K, Net, backward, batch
 from torch import Tensor, nn
 
 import anchorops as ao
 from anchorops import Attachment
 from anchorops.doctor.catalogue.features import METHODS
 from anchorops.losses import Regularizer
+from tests.helpers.small_networks import D, K, Net, backward, batch
 
 
 def test_features_are_the_classifiers_input_before_dropout() -> None:
@@ -221,27 +221,23 @@ def test_compiled_before_attach_is_told() -> None:
 
 def test_errors() -> None:
     x, labels = batch()
-    model, occl = Net(), ao.OCCL(K, D)
+    model, occl, wider = Net(), ao.OCCL(K, D), Net()
+    wider.aux_head = nn.Conv2d(D + 1, K, 1)  # an auxiliary head is not taken
     others = r"none like it; layers with 5 outputs: classifier \(16 → 5\), aux_head"
-    with pytest.raises(ValueError, match=others):
-        ao.attach(model, ao.OCCL(K, D + 1))
-    model.aux_head = nn.Conv2d(D + 1, K, 1)  # an auxiliary head is not taken
-    with pytest.raises(ValueError, match=r'no "aux", or module, .* aux_head \(17 → 5\)$'):
-        ao.attach(model, ao.OCCL(K, D + 1))
-    with pytest.raises(ValueError, match=r"got none like it$"):
-        ao.attach(model, ao.OCCL(K + 1, D))
-    with pytest.raises(
-        ValueError, match="module: expected a module of the model or its name, got 'head'"
-    ):
-        ao.attach(model, occl, "head")
-    with pytest.raises(ValueError, match="attach: module: expected a module of the model"):
-        ao.attach(model, occl, nn.Conv2d(D, K, 1))
-    with pytest.raises(ValueError, match=r"attach: module: .* 16 → 5, got body"):
-        ao.attach(model, occl, "body")
-    with pytest.raises(ValueError, match="attach: regularizer"):
-        ao.attach(model, nn.ReLU())  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"attach: model: .* threads"):
-        ao.attach(nn.DataParallel(model), occl)
+    a_module = "module: expected a module of the model"
+    arguments: list[tuple[tuple[Any, ...], str]] = [
+        ((model, ao.OCCL(K, D + 1)), others),
+        ((wider, ao.OCCL(K, D + 1)), r'no "aux", or module, .* aux_head \(17 → 5\)$'),
+        ((wider, ao.OCCL(K + 1, D)), r"got none like it$"),
+        ((model, occl, "head"), f"{a_module} or its name, got 'head'"),
+        ((model, occl, nn.Conv2d(D, K, 1)), f"attach: {a_module}"),
+        ((model, occl, "body"), r"attach: module: .* 16 → 5, got body"),
+        ((model, nn.ReLU()), "attach: regularizer"),
+        ((nn.DataParallel(model), occl), r"attach: model: .* threads"),
+    ]
+    for given, message in arguments:
+        with pytest.raises(ValueError, match=message):
+            ao.attach(*given)
     attached = ao.attach(model, occl)
     with pytest.raises(ValueError, match="not attached, got one on classifier"):
         ao.attach(Net(), occl)

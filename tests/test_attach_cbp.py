@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_networks import D, K, Net, backward, batch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import anchorops as ao
+from tests.helpers.small_networks import D, K, Net, backward, batch
 
 REPARAMETRIZED: dict[str, Callable[[nn.Module], Any]] = {
     "weight_norm": parametrizations.weight_norm,
@@ -78,18 +78,6 @@ def test_cbp_does_not_replace_a_quantised_weight() -> None:
         ao.attach(model, ao.CBP(K, D))
     with pytest.raises(ValueError, match="OCCL: classifier: expected a weight that is not quant"):
         ao.OCCL(K, D)(torch.zeros(2, D, 4, 4), torch.zeros(2, 4, 4).long(), model.classifier)
-
-
-def test_a_classifier_without_bias() -> None:
-    for update in ("frozen", "gradient", "ema", "penalty"):
-        model = Net()
-        model.classifier = nn.Conv2d(D, K, 1, bias=False)
-        before = {name: value.clone() for name, value in model.state_dict().items()}
-        cbp = ao.attach(model, ao.CBP(K, D, update=update))
-        backward(model, cbp)
-        cbp.detach()
-        assert torch.equal(model.classifier.weight, before["classifier.weight"])
-        assert isinstance(model.classifier.weight, nn.Parameter) and model.classifier.bias is None
 
 
 def test_lora() -> None:
@@ -202,15 +190,19 @@ def test_a_frozen_basis_stays_frozen_and_detach_restores_the_order() -> None:
 
 
 @pytest.mark.parametrize("update", ["frozen", "gradient", "ema", "penalty"])
-def test_installed_and_uninstalled_twice(update: str) -> None:
-    classifier, cbp = nn.Conv2d(D, K, 1), ao.CBP(K, D, update=update)
+@pytest.mark.parametrize("bias", [False, True])
+def test_installed_and_uninstalled_twice(update: str, bias: bool) -> None:
+    model, cbp = Net(), ao.CBP(K, D, update=update)
+    classifier = model.classifier = nn.Conv2d(D, K, 1, bias=bias)
     before = {name: x.clone() for name, x in classifier.state_dict().items()}
-    cbp.install(classifier)
+    attached = ao.attach(model, cbp)
     with pytest.raises(ValueError, match=r"^CBP: classifier: expected the first one: call unins"):
         cbp.install(classifier)
-    for _ in range(2):
-        cbp.uninstall(classifier)
-        assert all(torch.equal(x, before[name]) for name, x in classifier.state_dict().items())
+    backward(model, attached)
+    attached.detach()
+    cbp.uninstall(classifier)
+    assert isinstance(classifier.weight, nn.Parameter) and (classifier.bias is not None) == bias
+    assert all(torch.equal(x, before[name]) for name, x in classifier.state_dict().items())
 
 
 def test_one_cbp_in_combined() -> None:

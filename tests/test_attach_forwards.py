@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from small_networks import D, K, Net, batch
 from torch import Tensor
 
 import anchorops as ao
+from tests.helpers.small_networks import D, K, Net, batch
 
 
 def test_the_labels_of_several_forwards_are_refused() -> None:

@@ -6,7 +6,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from small_networks import (
+from torch import Tensor, nn
+
+import anchorops as ao
+from tests.helpers.small_networks import (
     NO_TORCHVISION,
     D,
     K,
@@ -16,9 +19,6 @@ from small_networks import (
     torchvision_model,
     transformers_segformer,
 )
-from torch import Tensor, nn
-
-import anchorops as ao
 
 
 def test_a_segmentation_model_trains_with_sar() -> None:

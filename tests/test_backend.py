@@ -37,33 +37,21 @@ def test_auto_takes_the_cpu_kernels():
     assert select(FEATURES.to("meta"), 6) == "reference"
 
 
-def test_use_backend_as_a_context():
-    with ao.use_backend("reference"):
+def test_use_backend():
+    context = ao.use_backend("reference")
+    with context:
         assert select(FEATURES, 6) == "reference"
         with ao.use_backend("cpu"):
             assert select(FEATURES, 6) == "cpu"
-        assert select(FEATURES, 6) == "reference"
+            with context:  # in itself
+                assert _backend._choice.backend == "reference"
+            assert select(FEATURES, 6) == "cpu"
         with pytest.raises(KeyError), ao.use_backend("auto"):
             raise KeyError
-        assert select(FEATURES, 6) == "reference"
-    assert select(FEATURES, 6) == "cpu"
-
-
-def test_one_context_in_itself():
-    context = ao.use_backend("reference")
-    with context:
-        with context:
-            assert _backend._choice.backend == "reference"
         assert _backend._choice.backend == "reference"
     assert _backend._choice.backend == "auto"
-    with context, ao.use_backend("cpu"), context:
-        assert _backend._choice.backend == "reference"
-    assert _backend._choice.backend == "auto"
-
-
-def test_use_backend_for_good():
     try:
-        ao.use_backend("reference")
+        ao.use_backend("reference")  # for good
         assert select(FEATURES, 6) == "reference"
     finally:
         ao.use_backend("auto")
@@ -96,8 +84,9 @@ def test_each_thread_chooses_for_itself():
     assert select(FEATURES, 6) == "cpu"
 
 
-def test_a_compiled_function_follows_the_choice_of_its_thread():
-    graphs = []
+def compiled_centroids() -> tuple[Any, list[str]]:
+    """A compiled function, and the codes of its graphs."""
+    graphs: list[str] = []
 
     def keep(graph, inputs):
         graphs.append(str(graph.code))
@@ -107,12 +96,15 @@ def test_a_compiled_function_follows_the_choice_of_its_thread():
     def centroids(features):
         return ao.class_centroids(features, LABELS, 6)[0]
 
-    def operator_of(backend):
+    return centroids, graphs
+
+
+def test_a_compiled_function_follows_the_choice_of_its_thread():
+    centroids, graphs = compiled_centroids()
+    for backend in ("cpu", "reference"):
         with ao.use_backend(backend):
             centroids(FEATURES)
-            return "class_moments_cpu" in graphs[-1]
-
-    assert operator_of("cpu") and not operator_of("reference")
+            assert ("class_moments_cpu" in graphs[-1]) == (backend == "cpu")
     with ao.use_backend("reference"):
         thread = threading.Thread(target=centroids, args=(FEATURES,))
         thread.start()
@@ -332,18 +324,16 @@ def test_auto_takes_triton_on_a_gpu_without_code(monkeypatch, targets, served, n
 FEW, MANY = (partial(class_moments.refusal, keys) for keys in (1024, 1025))
 
 
+NOT_THERE = "it does not have this operator"
+
+
 @pytest.mark.parametrize(
     ("options", "auto", "cuda", "without_triton"),
     [
         ({"refusal": FEW}, "cuda", "cuda", "cuda"),
         ({"refusal": MANY}, "triton", "at most 1024 keys .*", "reference"),
         ({"faster": "triton"}, "triton", "cuda", "cuda"),
-        (
-            {"called": ("softmax_moments",)},
-            "triton",
-            "it does not have this operator",
-            "reference",
-        ),
+        ({"called": ("softmax_moments",)}, "triton", NOT_THERE, "reference"),
     ],
 )
 def test_choice_on_a_gpu(monkeypatch, options, auto: str, cuda: str, without_triton: str):
@@ -367,22 +357,6 @@ def test_where_triton_was_faster_than_cuda():
     assert [faster(points, keys, True) for keys in (199, 200, 1000)] == [None, "triton", "triton"]
     assert faster(images, 200, True) is faster(points, 200, False) is None
     assert faster(points.float(), 200, True) is None
-
-
-def test_keys_are_images_times_classes_times_groups(monkeypatch):
-    num_keys = []
-
-    def select(function, tensor, num_classes, *, called, refusal, faster=None):
-        num_keys.append(refusal.args[0])
-        return "reference"
-
-    monkeypatch.setattr("anchorops._ops.class_moments.select", select)
-    features, labels = torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 4).long()
-    for options in ({}, {"per_image": True}, {"groups": 4, "seed": 1}):
-        ao.ops.class_moments(features, labels, 60, **options)
-    ao.ops.class_moments(torch.zeros(2, 3), torch.zeros(2).long(), 60, per_image=True)
-    ao.pixel_to_anchor_mse(features, labels, torch.zeros(70, 3))
-    assert num_keys == [60, 120, 240, 60, 70]
 
 
 def test_a_gpu_without_code_says_why(monkeypatch):
@@ -410,17 +384,14 @@ def test_gpus_before_8_0_are_for_the_reference(monkeypatch, targets):
     assert gpus.select(0) == "reference"
     assert ao.backends() == {"cuda": reason, "triton": reason, "cpu": None, "reference": None}
     for name in ("cuda", "triton"):
-        with pytest.raises(
-            RuntimeError, match=f"^use_backend: {name} is not usable here: {reason}$"
-        ):
+        message = f"^use_backend: {name} is not usable here: {reason}$"
+        with pytest.raises(RuntimeError, match=message):
             ao.use_backend(name)
     gpus = Gpus(monkeypatch, "8.0", "7.5", "8.6")
     assert ao.backends()["cuda"] is ao.backends()["triton"] is None
     for name in ("cuda", "triton"):
-        with (
-            ao.use_backend(name),
-            pytest.raises(ValueError, match=rf"^f: backend {name} does not .*: {reason}$"),
-        ):
+        message = rf"^f: backend {name} does not .*: {reason}$"
+        with ao.use_backend(name), pytest.raises(ValueError, match=message):
             gpus.select(0)
 
 
@@ -502,16 +473,7 @@ def test_names_that_cannot_be_excluded():
 @pytest.mark.usefixtures("nothing_excluded")
 def test_the_exclusion_is_traced():
     """The choice is made when the function is traced, and traced again if it has changed."""
-    graphs = []
-
-    def keep(graph, inputs):
-        graphs.append(str(graph.code))
-        return graph
-
-    @torch.compile(fullgraph=True, backend=keep)
-    def centroids(features):
-        return ao.class_centroids(features, LABELS, 6)[0]
-
+    centroids, graphs = compiled_centroids()
     expected = centroids(FEATURES)
     assert "class_moments_cpu" in graphs[-1]
     ao.exclude_from_auto("cpu", "class_moments")

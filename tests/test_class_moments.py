@@ -4,27 +4,25 @@ import math
 
 import pytest
 import torch
-from class_moments_cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import anchorops as ao
+from anchorops._backend import CUDA_MAX_KEYS
+from tests.helpers.class_moments_cases import (
     BF16,
     F16,
     F32,
     F64,
     Case,
     check,
-    check_distances_alone,
     make_features,
     make_inputs,
     make_labels,
     pixel_keys,
     run,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from simulated_gpu import BACKEND
-
-import anchorops as ao
-from anchorops._backend import CUDA_MAX_KEYS
-from tests.test_guarantees import far
+from tests.helpers.simulated_gpu import BACKEND
 
 cpu = pytest.mark.on("cpu")
 on_cpu = pytest.mark.on("cpu", "reference")
@@ -82,25 +80,18 @@ LAYOUTS = [  # where planes, rows or elements begin at 16 bytes, and where not
 ]
 CASES_OF_CPU = [  # beside those of test_any_shape_and_strides
     Case((1, 1, 1, 1), 1),
-    Case((2, 33, 3, 17), 5, F16, anchors=None),
     Case((3, 16, 4, 32), 3, F32, labels="one class"),
     Case((2, 40, 24, 64), 7, F32, labels="coherent"),
     Case((1, 36, 24, 64), 7, BF16, labels="coherent"),
     Case((1, 36, 24, 64), 150, F16),
     Case((2, 20, 9, 16), 5, F64, "channels_last", "coherent"),
     Case((2, 64, 9, 20), 40, BF16, "channels_last", "coherent"),
-    Case((2, 17, 6, 10), 5, F16, "channels_last", anchors=None),
     Case((2, 18, 5, 33), 9, F32, "channels_last cropped", "coherent"),
-    Case((2, 18, 5, 17), 3, F16, "every other", "coherent"),
     Case((2, 5, 12, 10), 4, F64, "transposed", "coherent", per_image=True),
     Case((3, 17, 6, 20), 4, F32, "expanded batch"),
     Case((2, 17, 6, 20), 4, BF16, "expanded channels"),
     Case((2, 17, 6, 20), 4, F32, "expanded rows", "coherent"),
-    Case((130, 24), 10, F16, "every other"),
-    Case((70, 17), 3, BF16, "transposed", "coherent"),
     Case((50, 1), 4, F32, "expanded batch", groups=4),
-    Case((3, 17, 40), 6, F64, "transposed", anchors=None),
-    Case((2, 9, 8, 12), 5, BF16, "channels_last", labels_size=(21, 5), per_image=True, groups=2),
     Case((2, 3, 100, 100), 3, F32),  # work is split: 20,000 pixels of few keys
     Case((2, 3, 100, 100), 2, F16, "channels_last", "coherent"),
     Case((60, 3), 65_536, F32),
@@ -368,16 +359,6 @@ def test_not_finite_element_spoils_its_gradient_alone(layout: str, backend: str)
     assert torch.equal(ours, clean)
 
 
-@pytest.mark.on("cpu", "simulated_triton", "simulated_cuda")
-@pytest.mark.parametrize("axis", [0, 1])
-def test_offsets_of_points_are_64_bit(axis: int, backend: str):
-    torch.use_deterministic_algorithms(False)  # otherwise torch.empty would write all of it
-    case = Case((61, 4) if axis else (4, 61), 2, F16)
-    inputs = make_inputs(case)
-    moved = inputs | {"features": far(inputs["features"], axis, torch.contiguous_format)}
-    torch.testing.assert_close(run(case, moved), run(case, inputs))
-
-
 @simulated_cuda
 @pytest.mark.parametrize("size", [(2, 250, 10, 136), (2, 250, 11, 125)])
 def test_not_finite_pixel_of_a_tile_of_one_key(size, backend: str):
@@ -429,39 +410,6 @@ def test_anchors_without_pixels(dtype: torch.dtype, backend: str, path: None):
     _, sums, sqdists, _, danchors = run(case, inputs)
     for result in (sums, sqdists, danchors):
         assert not result[40:].any() and result.isfinite().all()
-
-
-@pytest.mark.parametrize("anchors", ["fixed", "learnable"])
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_squared_distances_alone(dtype: torch.dtype, anchors: str, backend: str, path: None):
-    case = Case((2, 33, 6, 45), 7, dtype, labels="long runs", anchors=anchors)
-    check_distances_alone(case, backend)
-
-
-@pytest.mark.parametrize(
-    ("size", "labels"),
-    [
-        ((0, 5), (0,)),
-        ((0, 5, 7), (0, 7)),
-        ((2, 5, 0), (2, 0)),
-        ((0, 5, 3, 4), (0, 6, 8)),
-        ((2, 5, 0, 4), (2, 0, 4)),
-        ((2, 5, 3, 0), (2, 3, 8)),
-        ((2, 5, 3, 4), (2, 6, 8)),
-        ((9, 5), (9,)),
-    ],
-)
-@pytest.mark.parametrize("per_image", [False, True])
-def test_nothing_valid(size, labels, backend: str, per_image: bool, path: None, poisoned: None):
-    features = torch.full(size, torch.nan, requires_grad=True)
-    anchors = torch.randn(3, 5, requires_grad=True)
-    ignored = torch.full(labels, 255)
-    statistics = ao.ops.class_moments(features, ignored, 3, anchors=anchors, per_image=per_image)
-    images = (1 if len(size) == 2 else size[0],) if per_image else ()
-    assert [tuple(s.shape) for s in statistics] == [(*images, 3), (*images, 3, 5), (*images, 3)]
-    assert not any(s.any() for s in statistics)
-    (statistics.sums.sum() + statistics.sqdists.sum()).backward()
-    assert features.grad.shape == size and not features.grad.any() and not anchors.grad.any()
 
 
 @st.composite

@@ -4,11 +4,12 @@ almost equal. The catalogue compares them with torch."""
 import pytest
 import torch
 import torch.nn.functional as F
-from softmax_cases import BF16, F16, F32
 
 import anchorops as ao
 from anchorops import reference
 from anchorops._shared.upsampling import upsample
+from tests.helpers.cpu_kernels import same_for_all_threads
+from tests.helpers.softmax_cases import BF16, F16, F32
 from tests.test_class_keys import INTEGERS
 
 both_backends = pytest.mark.on("cpu", "reference")
@@ -125,15 +126,12 @@ def test_classes_of_confusion(backend, num_classes):
 @pytest.mark.parametrize("num_classes", [19, 257])
 def test_threads_with_and_without_a_matrix(backend, num_classes: int):
     """Of two threads, the second counts one pixel less than the matrix of 257 classes has cells."""
-    threads = torch.get_num_threads()
     labels = torch.randint(0, num_classes, (2 * 257**2 - 1,))
-    torch.set_num_threads(2)
-    try:
-        for _ in range(50):
-            matrix = ao.confusion(labels, labels, num_classes, ignore_index=-1)
-            assert torch.equal(matrix.diagonal(), labels.bincount(minlength=num_classes))
-    finally:
-        torch.set_num_threads(threads)
+    expected = labels.bincount(minlength=num_classes).diag()
+    same_for_all_threads(
+        lambda: [ao.confusion(labels, labels, num_classes, ignore_index=-1) - expected]
+    )
+    assert torch.equal(ao.confusion(labels, labels, num_classes, ignore_index=-1), expected)
 
 
 def test_values_outside_are_left_out(backend):

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from memory import peak_allocated_bytes
 from record import BASELINE, BOTH, LATE, OWN, compared
 from storages import Storages, as_on_cuda, largest_batch, make_fake
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import anchorops as ao
+from tests.helpers.memory import peak_allocated_bytes
 
 ROWS = Path(__file__).parents[1] / "bench/results/counted-memory.json"
 CASE = ("network", "sizes", "checkpointing")

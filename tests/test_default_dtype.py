@@ -6,17 +6,17 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import methods
 import pytest
 import torch
-from operators import each, results
 from torch import Tensor
 
 import anchorops as ao
 from anchorops import diagnostics
-from anchorops.doctor.catalogue import Case, cases
+from anchorops.doctor.catalogue import Case, Inputs
 from anchorops.doctor.catalogue.entry import tensors_of
 from anchorops.doctor.catalogue.pixels import Loss
+from tests.helpers import methods
+from tests.helpers.operators import each, results
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
 on_cpu = pytest.mark.on("reference", "cpu")
@@ -54,21 +54,12 @@ def test_operators(case: Case, backend: str, default_dtype: Callable[[], None]) 
 # Large numbers of pixels, and what the operators above do not have.
 CALLS: dict[str, Callable[[], Any]] = {
     "confusion": lambda: ao.confusion(LABELS, LABELS.flip(1), K),
-    "pixel_confusion": lambda: ao.pixel_confusion(LOGITS, LABELS),
     "pixel_confusion of sigmoids": lambda: ao.pixel_confusion(LOGITS, MAPS, sigmoid=True),
-    "pixel_argmax": lambda: ao.pixel_argmax(LOGITS, (SIZE, SIZE), confidence=True),
     "sigmoids": lambda: ao.pixel_argmax(
         LOGITS, (SIZE, SIZE), sigmoid=True, threshold=0.3, confidence=True
     ),
-    "softmax_moments": lambda: ao.ops.softmax_moments(LOGITS, LABELS, squares=True),
-    "class_centroids": lambda: ao.class_centroids(LABELS[:, None].float(), LABELS, K),
-    "pixel_cross_entropy": lambda: ao.pixel_cross_entropy(LOGITS, LABELS, label_smoothing=0.1),
     "pos_weight": lambda: ao.pixel_binary_cross_entropy(LOGITS, MAPS, pos_weight=1e5),
     "pos_weights": lambda: ao.pixel_binary_cross_entropy(LOGITS, MAPS, pos_weight=WEIGHTS),
-    "divergence": lambda: ao.pixel_kl_divergence(LOGITS, LOGITS.sin(), (SIZE, SIZE)),
-    "valid": lambda: ao.pixel_kl_divergence(
-        LOGITS, LOGITS.sin(), (SIZE, SIZE), valid=LABELS > 1, temperature=0.3
-    ),
     "class_separability": lambda: diagnostics.class_separability(FEATURES[0, :, :3, 0]),
     "equiangularity": lambda: diagnostics.equiangularity(FEATURES[0, :, :3, 0]),
     "maximal_angle": lambda: diagnostics.maximal_angle(FEATURES[0, :, :3, 0]),
@@ -79,9 +70,6 @@ CALLS: dict[str, Callable[[], Any]] = {
         FEATURES[0, :, :3, 0], torch.arange(12) * 10_000
     ),
 }
-
-
-OPTIONS_OF_LOSSES = [case for case in cases("options") if isinstance(case.entry.ours, Loss)]
 
 
 @on_cpu
@@ -99,19 +87,31 @@ def loss_gradient_and_terms(loss: Any, *inputs: Tensor) -> list[Tensor]:
     return [value.detach(), gradient, *loss.terms.values()]
 
 
-@on_cpu
-@pytest.mark.parametrize("case", OPTIONS_OF_LOSSES, ids=str)
-def test_losses(case: Case, backend: str, default_dtype: Callable[[], None]) -> None:
-    def results() -> list[Tensor]:
+def of_many_pixels(case: Case) -> Inputs:
+    """More than the largest float16."""
+    pixels = case.sample.inputs()["labels" if "labels" in case.sample.inputs() else "valid"].numel()
+    return case.sample.inputs(1 + math.isqrt(65_504 // pixels))
+
+
+@each("reference", "cpu", options=True)
+def test_many_pixels(case: Case, backend: str, default_dtype: Callable[[], None]) -> None:
+    """Also the terms of a loss."""
+    if len(case.entry.tables) > 1:
+        pytest.skip("it has no pixels")
+    inputs = of_many_pixels(case)
+
+    def values() -> list[Tensor]:
+        found = results(case.ours, inputs)
+        if not isinstance(case.entry.ours, Loss):
+            return found
         loss: Any = case.entry.ours.module(**case.sample.options)
         loss.accuracy = True
-        return loss_gradient_and_terms(loss, *inputs.values())
+        loss(*inputs.values())
+        return [*found, *loss.terms.values()]
 
-    labels = case.sample.inputs()["labels"].numel()
-    inputs = case.sample.inputs(1 + math.isqrt(65_504 // labels))  # more than float16's largest
-    expected = results()
+    expected = values()
     default_dtype()
-    same(results(), expected, 1e-6)
+    same(values(), expected, 1e-6)
 
 
 @on_cpu

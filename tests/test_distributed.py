@@ -200,21 +200,19 @@ def check_wrapped(rank: int) -> None:
 
 def check_refusals_of_sharded_models(rank: int) -> None:
     x, labels = batch_of(rank, 0)
-    model, attached = build("SAR", None)
-    fully_shard(model.classifier)
-    fully_shard(model)
-    model(x)
-    with pytest.raises(ValueError, match=r"SAR: classifier: .* not sharded .* got a DTensor"):
-        attached(labels)
-    model, attached = build("CeCo", None)
-    fully_shard(model, reshard_after_forward=True)
-    model(x)
-    with pytest.raises(ValueError, match=r"CeCo: state: .* reshard_after_forward=True, got DTens"):
-        attached(labels)
-    model, _ = build("CBP penalty", None)  # rows would be made equal in a copy that is thrown away
-    fully_shard(model)
-    with pytest.raises(ValueError, match=r'CBP: classifier: .* update="penalty" .*use DDP'):
-        model(x)
+    for method, reshard, message in (
+        ("SAR", None, r"SAR: classifier: .* not sharded .* got a DTensor"),
+        ("CeCo", True, r"CeCo: state: .* reshard_after_forward=True, got DTens"),
+        # rows would be made equal in a copy that is thrown away
+        ("CBP penalty", None, r'CBP: classifier: .* update="penalty" .*use DDP'),
+    ):
+        model, attached = build(method, None)
+        if method == "SAR":
+            fully_shard(model.classifier)
+        fully_shard(model, reshard_after_forward=reshard)
+        with pytest.raises(ValueError, match=message):
+            model(x)
+            attached(labels)
     model, attached = build("CBP gradient", None)
     fully_shard(model)
     with pytest.raises(ValueError, match=r"CBP: classifier: .* not sharded: call detach\(\)"):
@@ -389,9 +387,5 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_ranks_equal_one_process(
-    ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # the ranks import this file as tests.test_distributed, and inherit the path
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+def test_ranks_equal_one_process(ranks: int, tmp_path: Path) -> None:
     multiprocessing.spawn(run_rank, (ranks, str(tmp_path)), nprocs=ranks)  # pyright: ignore

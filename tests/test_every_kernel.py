@@ -6,12 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from launches import kernels_of, launched_by
 
 import anchorops as ao
 from anchorops.doctor.catalogue import ENTRIES, Case, Sample, cases
 from anchorops.doctor.catalogue.features import Features
 from anchorops.doctor.verify import run
+from tests.helpers.launches import kernels_of, launched_by
 
 pytestmark = pytest.mark.on("simulated_triton", "simulated_cuda", "gpu")
 SEVERAL_RANGES = Features(3, (2, 20, 320), ratio=1)

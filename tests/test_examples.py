@@ -12,12 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import mmseg_stand_in
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
+
+from tests.helpers import mmseg_stand_in
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

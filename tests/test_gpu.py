@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from class_moments_cases import BF16, Case, make_inputs, run
-from operators import results as results_of
-from softmax_cases import moments
 from torch import Tensor
 
 import anchorops as ao
 from anchorops.doctor.catalogue import Inputs
 from anchorops.measure import cuda_graph
+from tests.helpers.class_moments_cases import BF16, Case, make_inputs, run
+from tests.helpers.operators import results as results_of
+from tests.helpers.softmax_cases import moments
 from tests.test_methods import METHODS, classifier_of, labels_of
 
 pytestmark = pytest.mark.on("gpu")

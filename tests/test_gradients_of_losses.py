@@ -2,6 +2,7 @@
 functions, compiled autograd."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,25 +12,11 @@ from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import checkpoint
 
 import anchorops as ao
+from anchorops.doctor.catalogue import Case
+from anchorops.doctor.catalogue.pixels import Loss
+from tests.helpers.operators import each
 
 WEIGHT = torch.tensor([0.5, 0, 2, 1])
-LOSSES: dict[str, Any] = {
-    "mean": ao.pixel_cross_entropy,
-    "sum": lambda x, y: ao.pixel_cross_entropy(x, y, reduction="sum"),
-    "weights": ao.CrossEntropy(WEIGHT, accuracy=True),
-    "smoothing of hard pixels": ao.CrossEntropy(WEIGHT, label_smoothing=0.1, ohem_threshold=0.3),
-    "hardest pixels": ao.CrossEntropy(ohem_min_kept=9, focal_gamma=2.0),
-    "Dice": ao.Dice(),
-    "Dice of images": ao.Dice(weight=WEIGHT, per_image=True, absent="zero"),
-    "Tversky": ao.Dice(alpha=0.3, beta=0.6, smooth=0.5, smooth_denominator=1.0),
-    "squares": ao.Dice(squared=True),
-    "keep": ao.Dice(absent="keep", smooth=1.0),
-    "logarithms": ao.Dice(log=True),
-    "no false negatives": ao.Dice(alpha=1.0, beta=0.0),
-    "both": ao.CrossEntropyDice(
-        ao.CrossEntropy(WEIGHT), ao.Dice(per_image=True), ce_weight=0.7, dice_weight=0.2
-    ),
-}
 
 
 def inputs(*shape: int) -> tuple[Tensor, Tensor]:
@@ -38,16 +25,18 @@ def inputs(*shape: int) -> tuple[Tensor, Tensor]:
     return torch.randn(shape, requires_grad=True), torch.randint(0, 3, size)
 
 
-@pytest.mark.on("cpu", "reference")
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("shape", [(2, 4, 3, 5), (1, 4, 2, 3, 2), (20, 4)], ids=str)
-def test_checkpoint_under_a_mode(name: str, shape: tuple, backend: str) -> None:
+@each("cpu", "reference", options=True, differentiable=True)
+def test_checkpoint_under_a_mode(case: Case, backend: str) -> None:
     """torch.device, as a context manager, is a mode of torch functions. It has ended before the
     backward pass."""
-    x, labels = inputs(*shape)
-    (expected,) = torch.autograd.grad(LOSSES[name](x, labels), x)
+    if not isinstance(case.entry.ours, Loss):
+        pytest.skip("it is no loss")
+    x, *others = case.sample.inputs(1).values()
+    x.requires_grad_()
+    run = partial(case.entry.ours, **case.sample.options)
+    (expected,) = torch.autograd.grad(run(x, *others), x)
     with torch.device("cpu"):
-        loss: Any = checkpoint(LOSSES[name], x, labels, use_reentrant=False)
+        loss: Any = checkpoint(run, x, *others, use_reentrant=False)
     assert torch.equal(torch.autograd.grad(loss, x)[0], expected)
     assert expected.any()
 

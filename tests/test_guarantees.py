@@ -2,13 +2,21 @@
 equal bits, any strides, 64-bit offsets, and what is ignored. test_guarantees_of_torch.py has what
 torch needs of an operator. The cases and peculiarities of an operator are in its own file."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
-from cpu_kernels import same_for_all_threads
-from operators import as_dtype, check, each, results, strided
 from torch import Tensor
 
-from anchorops.doctor.catalogue import Case
+import anchorops as ao
+from anchorops._ops.kth_largest import kth_largest
+from anchorops.doctor import catalogue
+from anchorops.doctor.catalogue import Case, Inputs
+from anchorops.doctor.catalogue.entry import random_of
+from tests.helpers.cpu_kernels import same_for_all_threads
+from tests.helpers.operators import as_dtype, check, each, results, strided
 
 F64 = torch.float64
 pytestmark = [
@@ -90,8 +98,8 @@ def test_offsets_are_64_bit(case: Case, backend: str):
     }
     for axis in range(max(x.dim() for x in changed.values())):
         for images in (torch.contiguous_format, torch.channels_last):
-            if images == torch.channels_last and backend != "cpu":
-                continue
+            if images == torch.channels_last and backend != "cpu" and "features" not in inputs:
+                continue  # Triton copies such logits
             moved = {
                 name: far(x, axis, images if x.dim() == 4 else torch.contiguous_format)
                 for name, x in changed.items()
@@ -119,16 +127,90 @@ def test_what_nothing_valid_reads_changes_nothing(case: Case, backend: str):
     torch.testing.assert_close(actual, expected)
 
 
+NOTHING: dict[str, Callable[[str, Tensor], Tensor]] = {  # of an input by its name
+    "no image": lambda name, x: x[:0],
+    "no row": lambda name, x: x[..., :0, :],
+    "no column": lambda name, x: x[..., :0],
+    "no label": lambda name, x: x if name in ("logits", "teacher") else x[..., :0, :],
+    "all ignored": lambda name, x: torch.full_like(
+        x, {torch.float32: torch.nan, torch.bool: False}.get(x.dtype, -1)
+    ),
+}
+
+
 @each(options=True, ignores=True)
-@pytest.mark.parametrize("images", [0, 2])
-def test_nothing_valid(images: int, case: Case, backend: str, poisoned: None):
-    """No image; or all are ignored, and NaN. Results and gradients are 0."""
-    ignored = {torch.float32: torch.nan, torch.bool: False}
-    inputs = {
-        name: torch.full_like(x, ignored.get(x.dtype, -1)) if images else x
-        for name, x in case.sample.inputs(1).items()
-    }
-    inputs = {name: x if name in case.entry.tables else x[:images] for name, x in inputs.items()}
-    if images == 0 and len(case.entry.tables) == len(inputs):
+@pytest.mark.parametrize("what", NOTHING)
+def test_nothing_valid(what: str, case: Case, backend: str, poisoned: None):
+    """What is ignored is NaN. Results and gradients are 0."""
+    given, tables = case.sample.inputs(1), () if what == "all ignored" else case.entry.tables
+    if len(tables) == len(given):
         pytest.skip("the inputs are tables of classes")
-    assert not any(x.any() for x in results(case.ours, inputs))
+    if what == "no label" and "features" in given:
+        pytest.skip("features have at least one label")
+    inputs = {name: x if name in tables else NOTHING[what](name, x) for name, x in given.items()}
+    found = results(case.ours, inputs)
+    assert not any(x.any() for x in found)
+    with ao.use_backend("reference"):
+        assert [x.shape for x in found] == [x.shape for x in results(case.ours, inputs)]
+
+
+LONG = {  # numbers of images and classes, sizes of the logits and of the labels
+    "points of a batch": (1, 4, (40_001,), (40_001,)),
+    "points": (40_001, 4, (), ()),
+    "one row": (1, 4, (1, 10_000), (1, 40_001)),
+    "short rows": (33_000, 4, (2,), (2,)),
+    "one column": (1, 4, (10_000, 1), (40_001, 1)),
+    "volume": (1, 4, (8, 70, 91), (8, 70, 91)),
+    "cells": (1, 4, (24, 33), (96, 132)),
+    "any size": (2, 4, (20, 33), (65, 129)),
+    "many classes": (1, 40_000, (1, 2), (3, 5)),
+}
+LONG_DTYPES = [*((shapes, torch.float32) for shapes in LONG), ("points", F64)]
+PIXEL_LOSSES = [
+    case
+    for case in catalogue.cases("small") + catalogue.cases("options")
+    if case.entry.name in ("CrossEntropy", "Dice", "CrossEntropyDice")
+    and "sigmoid" not in case.sample.options
+]
+
+
+def of_another_size(case: Case, **size: Any) -> Inputs:
+    maker: Any = case.sample.make
+    return maker._replace(half=False, **size)(1, random_of(str(size)))
+
+
+@pytest.mark.on("cpu")
+@pytest.mark.parametrize(("shapes", "dtype"), LONG_DTYPES, ids=str)
+def test_threads_where_torch_divides_a_sum(shapes: str, dtype: torch.dtype, backend: str):
+    """Long rows, many rows or many classes, which torch's own sums would divide among threads."""
+    size = dict(zip(("batch", "num_classes", "logits", "labels"), LONG[shapes], strict=True))
+    for case in PIXEL_LOSSES:
+        if shapes != "many classes" or "weight" not in case.sample.options:
+            inputs = as_dtype(of_another_size(case, **size), dtype)
+            same_for_all_threads(lambda case=case, inputs=inputs: results(case.ours, inputs))
+
+
+@pytest.mark.on("cpu", "reference")
+@pytest.mark.parametrize(
+    ("shape", "num_classes"),
+    [
+        ((1, 7, 40_001), 3),
+        ((1, 60, 20_001), 19),
+        ((40_001, 9), 4),
+        ((2, 3, 40, 51), 65_536),
+        ((6, 40, 12, 13), 150),
+    ],
+)
+def test_threads_of_class_moments(shape: tuple[int, ...], num_classes: int, backend: str):
+    for name in ("class_moments", "class_moments of groups", "pixel_to_anchor_mse"):
+        (case,) = (x for x in catalogue.cases("small") if str(x) == name)
+        inputs = of_another_size(case, shape=shape, num_classes=num_classes, ratio=1)
+        options = {key: x for key, x in case.sample.options.items() if key != "num_classes"}
+        options |= {} if name == "pixel_to_anchor_mse" else {"num_classes": num_classes}
+        run = partial(case.entry.ours, **options)
+        same_for_all_threads(lambda run=run, inputs=inputs: results(run, inputs))
+
+
+def test_threads_of_the_kth_largest():
+    values = torch.rand(100_000)
+    same_for_all_threads(lambda: (kth_largest(values, 33_333),))

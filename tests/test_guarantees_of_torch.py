@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from operators import Calls, as_dtype, each, results, strided
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
@@ -14,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.torch_version import TorchVersion
 
 from anchorops.doctor.catalogue import Case, Inputs
+from tests.helpers.operators import Calls, as_dtype, each, results, strided
 from tests.test_guarantees import same_bits
 
 F64 = torch.float64

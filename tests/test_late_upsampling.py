@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from small_networks import NO_TORCHVISION, K, transformers_segformer
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations
@@ -20,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import anchorops as ao
+from tests.helpers.small_networks import NO_TORCHVISION, K, transformers_segformer
 
 smp = pytest.importorskip("segmentation_models_pytorch", reason=NO_TORCHVISION)
 torchvision = pytest.importorskip("torchvision", reason=NO_TORCHVISION)
@@ -56,10 +56,11 @@ class MLP(nn.Module):
 
 
 class Head(nn.Module):
-    """Maps of 32 channels, upsampled, joined and mixed; linear: they are linear layers of tokens,
-    otherwise, as in mmsegmentation's SegformerHead, batch norm and ReLU follow a convolution."""
+    """Maps of 32 channels. linear: they are linear layers of tokens, otherwise, as in
+    mmsegmentation's SegformerHead, batch norm and ReLU follow a convolution. `after` makes the
+    features from the head and the maps."""
 
-    def __init__(self, linear: bool = True) -> None:
+    def __init__(self, linear: bool = True, after: Callable[..., Any] | None = None) -> None:
         super().__init__()
         layers = [
             MLP(width, 32)
@@ -69,13 +70,20 @@ class Head(nn.Module):
         ]
         self.layers = nn.ModuleList(layers)
         self.mix = nn.Conv2d(3 * 32, 16, 1)
+        self.after = after or (lambda head, maps: head.mix(cat(head, maps)).relu())
+
+    def reduced(self, maps: list[Tensor]) -> list[Tensor]:
+        return [layer(x) for layer, x in zip(self.layers, maps, strict=True)]
 
     def upsampled(self, maps: list[Tensor]) -> list[Tensor]:
-        reduced = [layer(x) for layer, x in zip(self.layers, maps, strict=True)]
-        return [up(x, maps[0].shape[2:]) for x in reduced]
+        return [up(x, maps[0].shape[2:]) for x in self.reduced(maps)]
 
-    def forward(self, maps: list[Tensor]) -> Tensor:
-        return self.mix(torch.cat(self.upsampled(maps), dim=1)).relu()
+    def forward(self, maps: list[Tensor]) -> Any:
+        return self.after(self, maps)
+
+
+def cat(head: Any, maps: list[Tensor]) -> Tensor:
+    return torch.cat(head.upsampled(maps), dim=1)
 
 
 class Net(nn.Module):
@@ -204,14 +212,13 @@ def test_equals_the_unchanged_model(build: Callable[[], nn.Module], lines: list[
 @pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "bilinear", "bicubic"])
 @pytest.mark.parametrize("linear", [False, True])
 def test_modes_and_maps_that_are_not_upsampled(mode: str, linear: bool) -> None:
-    class Mixed(Head):
-        def forward(self, maps: list[Tensor]) -> Tensor:
-            a, b, c = (layer(x) for layer, x in zip(self.layers, maps, strict=True))
-            scale = nn.Upsample(scale_factor=4, mode=mode)
-            resized = F.interpolate(size=a.shape[2:], input=b, mode=mode)
-            return self.mix(input=torch.cat(tensors=(scale(c), a, resized), dim=-3))
+    def mixed(head: Any, maps: list[Tensor]) -> Tensor:
+        a, b, c = head.reduced(maps)
+        scale = nn.Upsample(scale_factor=4, mode=mode)
+        resized = F.interpolate(size=a.shape[2:], input=b, mode=mode)
+        return head.mix(input=torch.cat(tensors=(scale(c), a, resized), dim=-3))
 
-    model = Net(Mixed(linear)).double().to(memory_format=torch.channels_last)
+    model = Net(Head(linear, mixed)).double().to(memory_format=torch.channels_last)
     plain, handle = moved(model, images().double())
     line = "head.mix before the upsampling of 2 maps"
     assert handle.moved == [line + ", 2 multiplied with a linear layer" * linear]
@@ -327,31 +334,29 @@ def test_checkpoint_of_the_loss() -> None:
         torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-4, atol=1e-6)
 
 
-class Between(Head):
-    """A checkpoint, or torch.no_grad, around a part of the forward."""
-
-    how = "nothing"
-
-    def forward(self, maps: list[Tensor]) -> Tensor:
-        if self.how == "inside":
-            return checkpoint(super().forward, maps, use_reentrant=False)
-        with torch.set_grad_enabled(self.how != "no_grad"):
-            joined = torch.cat(self.upsampled(maps), dim=1)
-        if self.how in ("checkpoint", "reentrant"):
-            return checkpoint(self.mix, joined, use_reentrant=self.how == "reentrant")
-        return self.mix(joined)
+def without_gradients(head: Any, maps: list[Tensor]) -> Tensor:
+    with torch.no_grad():
+        joined = cat(head, maps)
+    return head.mix(joined)
 
 
-@pytest.mark.parametrize("how", ["checkpoint", "reentrant", "no_grad", "inside"])
+BETWEEN: dict[str, Callable[..., Any]] = {  # a checkpoint, or torch.no_grad, around a part
+    "checkpoint": lambda head, maps: checkpoint(head.mix, cat(head, maps), use_reentrant=False),
+    "reentrant": lambda head, maps: checkpoint(head.mix, cat(head, maps), use_reentrant=True),
+    "no_grad": without_gradients,
+    "inside": lambda head, maps: checkpoint(Head().after, head, maps, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("how", BETWEEN)
 def test_what_begins_between(how: str) -> None:
-    model = Net(Between()).train()
-    model.head.how = how
+    model = Net(Head(after=BETWEEN[how])).train()
     why = "requires_grad" if how == "reentrant" else "where a checkpoint or torch.no_grad begins"
     with pytest.raises(ValueError, match=why):
         ao.late_upsampling(model, images())
-    model.head.how = "nothing"
+    model.head.after = Head().after
     ao.late_upsampling(model, images())
-    model.head.how = how
+    model.head.after = BETWEEN[how]
     with pytest.raises(RuntimeError, match=r"checkpoint or torch.no_grad begins or ends between"):
         model(images())
 
@@ -410,29 +415,9 @@ class LoRA(nn.Module):
         return self.base_layer(x) + 0.5 * self.lora_A(x) - 0.25 * self.lora_B(x)
 
 
-def adapt_mix(head: Any) -> None:
-    head.mix = LoRA(head.mix)
-
-
-def adapt_linear(head: Any) -> None:
-    head.layers[0].linear = LoRA(head.layers[0].linear)
-
-
 def parametrize(head: Any) -> None:
     for layer in (head.mix, head.layers[0].linear):
         parametrizations.weight_norm(layer)
-
-
-def old_weight_norm(head: Any) -> None:
-    nn.utils.weight_norm(head.layers[0].linear)
-
-
-def compile_mix(head: Any) -> None:
-    head.mix.compile(backend="eager")
-
-
-def hook_mix(head: Any) -> None:
-    head.mix.register_forward_pre_hook(lambda *_: None)
 
 
 def freeze(head: Any) -> None:
@@ -441,50 +426,51 @@ def freeze(head: Any) -> None:
 
 
 def tie(head: Any) -> None:
-    head.layers[1].linear = nn.Linear(16, 32).double()
-    head.layers[0].linear = nn.Linear(8, 32).double()
-    head.layers[0].linear.bias = head.layers[1].linear.bias
-    head.layers[2].linear.bias = head.layers[1].linear.bias
+    for layer, width in zip(head.layers[:2], WIDTHS, strict=False):
+        layer.linear = nn.Linear(width, 32).double()
+    for layer in (head.layers[0], head.layers[2]):
+        layer.linear.bias = head.layers[1].linear.bias
 
 
-CHANGES = [
-    adapt_mix,
-    compile_mix,
-    hook_mix,
-    adapt_linear,
-    parametrize,
-    old_weight_norm,
-    freeze,
-    tie,
-]
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "adapt mix": lambda head: setattr(head, "mix", LoRA(head.mix)),
+    "compile mix": lambda head: head.mix.compile(backend="eager"),
+    "hook mix": lambda head: head.mix.register_forward_pre_hook(lambda *_: None),
+    "adapt linear": lambda head: setattr(head.layers[0], "linear", LoRA(head.layers[0].linear)),
+    "parametrize": parametrize,
+    "old weight norm": lambda head: nn.utils.weight_norm(head.layers[0].linear),
+    "freeze": freeze,
+    "tie": tie,
+}
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("how", CHANGES, ids=lambda how: how.__name__)
-def test_changed_layers(how: Callable[[Any], None], after: bool) -> None:
+@pytest.mark.parametrize("how", CHANGES)
+def test_changed_layers(how: str, after: bool) -> None:
     """Results do not depend on whether layers are changed before late_upsampling or after it."""
     model, plain = Net().double(), Net().double()
     plain.load_state_dict(model.state_dict())
-    torch.manual_seed(0)
-    how(plain.head)
-    if after:
-        ao.late_upsampling(model, images().double())
-    torch.manual_seed(0)
-    how(model.head)
-    if not after and how is adapt_mix:  # three convolutions read the joined map
-        with pytest.raises(ValueError, match=r"read by torch.cat, read by .* and 2 more"):
+    for network in (plain, model):
+        if after and network is model:
             ao.late_upsampling(model, images().double())
-        return
-    if not after and how in (compile_mix, hook_mix):
-        with pytest.raises(ValueError, match=r"16, 24\), which the hooks of head.mix would see"):
+        torch.manual_seed(0)
+        CHANGES[how](network.head)
+    refused = {  # three convolutions read the joined map
+        "adapt mix": r"read by torch.cat, read by .* and 2 more",
+        **dict.fromkeys(
+            ("compile mix", "hook mix"), r"16, 24\), which the hooks of head.mix would"
+        ),
+    }
+    if not after and how in refused:
+        with pytest.raises(ValueError, match=refused[how]):
             ao.late_upsampling(model, images().double())
         return
     if not after:
-        line = ao.late_upsampling(model, images().double()).moved
-        products = 2 if how in (adapt_linear, old_weight_norm) else 3
-        assert line == [
-            f"head.mix before the upsampling of 3 maps, {products} multiplied with a linear layer"
+        products = 2 if how in ("adapt linear", "old weight norm") else 3
+        line = "head.mix before the upsampling of 3 maps"
+        assert ao.late_upsampling(model, images().double()).moved == [
+            f"{line}, {products} multiplied with a linear layer"
         ]
     check(plain, model, images().double(), rtol=1e-9, atol=1e-9)
 
@@ -523,8 +509,8 @@ def test_low_resolution_beside(late_first: bool, remove_late_first: bool) -> Non
     class Flat(Net):
         def forward(self, x: Tensor) -> Tensor:
             maps = self.body(x)
-            joined = torch.cat(self.head.upsampled(maps), dim=1)
-            return up(self.classifier(self.head.mix(joined).relu()), x.shape[2:])
+            joined = self.head.mix(cat(self.head, maps)).relu()
+            return up(self.classifier(joined), x.shape[2:])
 
     for build in (Net, Flat):
         model, x = build(), images()
@@ -564,50 +550,42 @@ class Shared(Net):
         return first + up(self.classifier(self.head(self.body(small))), first.shape[2:])
 
 
-class Skipping(Head):
-    def upsampled(self, maps: list[Tensor]) -> list[Tensor]:
-        a, b, c = super().upsampled(maps)
-        return [a, b, torch.zeros_like(c) if self.skips else c]
+def skipping(head: Any, maps: list[Tensor]) -> Tensor:
+    a, b, c = head.upsampled(maps)
+    return head.mix(torch.cat([a, b, torch.zeros_like(c) if head.skips else c], 1))
 
 
 @pytest.mark.parametrize("differs", [False, True])
 def test_a_head_that_runs_twice(differs: bool) -> None:
-    model = Shared(Skipping()).double()
+    model = Shared(Head(after=skipping)).double()
     model.differs = differs  # type: ignore[assignment]
     x = images().double()
     if differs:
-        with pytest.raises(
-            ValueError, match="in head, which runs several times, not always the same"
-        ):
+        with pytest.raises(ValueError, match="in head, which runs several times, not always the"):
             ao.late_upsampling(model, x)
         return
     plain, _ = moved(model, x)
     check(plain, model, x, rtol=1e-9, atol=1e-9)
 
 
-class Mixing(Net):
-    """`after` makes the features of the maps."""
-
-    def __init__(self, after: Callable[[Any, list[Tensor]], Tensor]) -> None:
-        super().__init__()
-        self.head.after = after
-        self.head.wide, self.head.strided = nn.Conv2d(96, 16, 3), nn.Conv2d(96, 16, 1, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        maps = self.head.upsampled(self.body(x))
-        return self.classifier(self.head.after(self.head, maps))
-
-
 def kept(head: Any, maps: list[Tensor]) -> Tensor:
-    head.last = torch.cat(maps, 1)
+    head.last = cat(head, maps)
     return head.mix(head.last)
 
 
 def changed_source(head: Any, maps: list[Tensor]) -> Tensor:
-    source = maps[0].tanh()
-    joined = torch.cat([up(source, (16, 24)), *maps[1:]], 1)
+    source = head.reduced(maps)[0].tanh()
+    joined = torch.cat([up(source, (16, 24)), *head.upsampled(maps)[1:]], 1)
     source.zero_()
     return head.mix(joined)
+
+
+def three_by_three(head: Any, maps: list[Tensor]) -> Tensor:
+    return F.conv2d(cat(head, maps), head.mix.weight.expand(-1, -1, 3, 3), padding=1)
+
+
+def strided(head: Any, maps: list[Tensor]) -> Tensor:
+    return F.conv2d(cat(head, maps), head.mix.weight, stride=2)
 
 
 class Subclass(nn.Parameter):
@@ -615,32 +593,33 @@ class Subclass(nn.Parameter):
 
 
 def of_another_class(head: Any, maps: list[Tensor]) -> Tensor:
-    return F.conv2d(torch.cat(maps, 1), Subclass(head.mix.weight.detach()))
+    return F.conv2d(cat(head, maps), Subclass(head.mix.weight.detach()))
+
+
+def of_rows(head: Any, maps: list[Tensor]) -> Tensor:
+    return head.mix(torch.cat(head.upsampled(maps), 2).reshape(2, 96, 16, 24))
 
 
 @pytest.mark.parametrize(
     ("after", "got"),
     [
-        (lambda head, maps: head.wide(torch.cat(maps, 1)), "read by .*cat, read by a 3×3 conv"),
-        (lambda head, maps: head.strided(torch.cat(maps, 1)), "with stride, padding or groups"),
-        (
-            lambda head, maps: head.mix(torch.cat(maps, 2).reshape(2, 96, 16, 24)),
-            r"read by torch.cat along dimension 2",
-        ),
-        (lambda head, maps: head.mix(torch.cat(maps, 1).relu()), "read by .*cat, read by .*relu"),
+        (three_by_three, "read by .*cat, read by a 3×3 conv"),
+        (strided, "with stride, padding or groups"),
+        (of_rows, r"read by torch.cat along dimension 2"),
+        (lambda head, maps: head.mix(cat(head, maps).relu()), "read by .*cat, read by .*relu"),
         (of_another_class, "a convolution with a weight of type Subclass"),
         (kept, r"read by .*cat, read by .*conv2d, and kept"),
-        (lambda head, maps: head.mix(torch.cat(maps, 1).relu_()), "cat, which is changed in place"),
+        (lambda head, maps: head.mix(cat(head, maps).relu_()), "cat, which is changed in place"),
         (changed_source, "convolution after a change of the maps in place"),
     ],
     ids=["3×3", "stride", "dimension", "relu", "class", "kept", "in-place", "source"],
 )
 def test_models_it_refuses(after: Callable[..., Tensor], got: str) -> None:
-    model = Mixing(after)
+    model = Net(Head(after=after))
     before = copy.deepcopy(vars(model))
     with pytest.raises(ValueError, match=f"late_upsampling: model: expected a 1×1 .*{got}"):
         ao.late_upsampling(model, images())
-    assert type(model) is Mixing and vars(model).keys() == before.keys()
+    assert type(model) is Net and vars(model).keys() == before.keys()
     assert type(model.head) is Head
 
 
@@ -682,69 +661,71 @@ def test_what_gains_little_stays() -> None:
         ao.late_upsampling(nn.Conv2d(3, 4, 1), images())
 
 
-class Unlike(Head):
-    """`how` is what a forward does unlike the dry run."""
+def of_an_absolute_map(head: Any, maps: list[Tensor]) -> Tensor:
+    first, *others = head.upsampled(maps)
+    return head.mix(torch.cat([first.abs(), *others], 1))
 
-    how = ""
 
-    def upsampled(self, maps: list[Tensor]) -> list[Tensor]:
-        a, b, c = (layer(x) for layer, x in zip(self.layers, maps, strict=True))
-        reduced = (a, c, b) if self.how == "linear order" else (a, b, c)
-        return [up(x, maps[0].shape[2:]) for x in reduced]
+def in_another_order(head: Any, maps: list[Tensor]) -> Tensor:
+    a, b, c = head.reduced(maps)
+    return head.mix(torch.cat([up(x, maps[0].shape[2:]) for x in (a, c, b)], 1))
 
-    def forward(self, maps: list[Tensor]) -> Any:
-        upsampled = self.upsampled(maps)
-        if self.how == "reads":
-            upsampled[0] = upsampled[0].abs()
-        if self.how == "order":
-            upsampled = upsampled[::-1]
-        if self.how == "fewer":
-            upsampled = [upsampled[0], torch.cat(upsampled[1:], 1)]
-        joined = torch.cat(upsampled, dim=1)
-        if self.how == "returned":
-            return joined
-        if self.how == "kernel":
-            return F.conv2d(joined, self.mix.weight.expand(-1, -1, 3, 3), padding=1)
-        if self.how == "stride":
-            return F.conv2d(joined, self.mix.weight, stride=2)
-        if self.how == "source":
-            maps[2].zero_()
-        if self.how == "values":
-            joined.tolist()
-        if self.how == "kept":
-            self.last = joined
-        if self.how == "also returned":
-            return self.mix(joined), joined
-        other = self.mix(maps[1].repeat(1, 6, 1, 1)) if self.how == "other" else 0
-        return self.mix(joined) + other
+
+def joined_twice(head: Any, maps: list[Tensor]) -> Tensor:
+    first, *others = head.upsampled(maps)
+    return head.mix(torch.cat([first, torch.cat(others, 1)], 1))
+
+
+def of_changed_maps(head: Any, maps: list[Tensor]) -> Tensor:
+    joined = cat(head, maps)
+    maps[2].zero_()
+    return head.mix(joined)
+
+
+def also_returned(head: Any, maps: list[Tensor]) -> Any:
+    joined = cat(head, maps)
+    return head.mix(joined), joined
+
+
+def read_as_numbers(head: Any, maps: list[Tensor]) -> Tensor:
+    joined = cat(head, maps)
+    joined.tolist()
+    return head.mix(joined)
+
+
+def mixed_twice(head: Any, maps: list[Tensor]) -> Tensor:
+    other = head.mix(maps[1].repeat(1, 6, 1, 1))
+    return head.mix(cat(head, maps)) + other
+
+
+def reversed_maps(head: Any, maps: list[Tensor]) -> Tensor:
+    return head.mix(torch.cat(head.upsampled(maps)[::-1], 1))
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("after", "message"),
     [
-        ("reads", r"torch.Tensor.abs reads a map that the convolution reads"),
-        ("order", "another map than in the dry run"),
-        ("linear order", "the upsampling reads another map than in the dry run"),
-        ("fewer", "torch.cat"),
-        ("values", r"torch.Tensor.tolist reads a map"),
-        ("returned", r"calls .*'conv': 0.* where the dry run had .*'conv': 1"),
-        ("also returned", "an upsampled map is returned, or no convolution reads it"),
-        ("source", "a map is changed in place between its upsampling and the convolution"),
-        ("kept", "something keeps a map"),
-        ("kernel", "a 3×3 convolution, unlike in the dry run"),
-        ("stride", "a convolution with stride, padding or groups, unlike in the dry run"),
-        ("other", "another map than in the dry run"),
+        (of_an_absolute_map, r"torch.Tensor.abs reads a map that the convolution reads"),
+        (reversed_maps, "another map than in the dry run"),
+        (in_another_order, "the upsampling reads another map than in the dry run"),
+        (joined_twice, "torch.cat"),
+        (read_as_numbers, r"torch.Tensor.tolist reads a map"),
+        (cat, r"calls .*'conv': 0.* where the dry run had .*'conv': 1"),
+        (also_returned, "an upsampled map is returned, or no convolution reads it"),
+        (of_changed_maps, "a map is changed in place between its upsampling and the convolution"),
+        (kept, "something keeps a map"),
+        (three_by_three, "a 3×3 convolution, unlike in the dry run"),
+        (strided, "a convolution with stride, padding or groups, unlike in the dry run"),
+        (mixed_twice, "another map than in the dry run"),
     ],
 )
-def test_a_forward_unlike_the_dry_run_raises(how: str, message: str) -> None:
-    model = Net(Unlike()).eval()
+def test_a_forward_unlike_the_dry_run_raises(after: Callable[..., Any], message: str) -> None:
+    model = Net().eval()
     ao.late_upsampling(model, images())
     model(images())
-    model.head.how = how
-    advice = (
-        r"remove\(\) the handle, and call late_upsampling again, with arguments as in this forward"
-    )
-    with torch.no_grad(), pytest.raises(RuntimeError, match=f"Unlike: .*{message}.*{advice}"):
+    model.head.after = after
+    advice = r"remove\(\) the handle, and call late_upsampling again, with arguments as in this for"
+    with torch.no_grad(), pytest.raises(RuntimeError, match=f"Head: .*{message}.*{advice}"):
         model(images())
 
 
@@ -769,12 +750,12 @@ def test_inference_mode() -> None:
 
 
 def test_maps_of_two_dtypes() -> None:
-    class Promoted(Head):
-        def upsampled(self, maps: list[Tensor]) -> list[Tensor]:
-            a, b, _ = super().upsampled(maps)
-            return [a.double(), b, up(maps[2].float().repeat(1, 4, 1, 1)[:, :32], a.shape[2:])]
+    def promoted(head: Any, maps: list[Tensor]) -> Tensor:
+        a, b, _ = head.upsampled(maps)
+        last = up(maps[2].float().repeat(1, 4, 1, 1)[:, :32], a.shape[2:])
+        return head.mix(torch.cat([a.double(), b, last], 1))
 
-    model = Net(Promoted())
+    model = Net(Head(after=promoted))
     model.head.mix.double()
     model.classifier.double()
     plain, handle = moved(model)
@@ -785,15 +766,9 @@ def test_maps_of_two_dtypes() -> None:
 def test_dropout_switched_on_alone() -> None:
     """In evaluation a dropout gives back the joined map; switched on, the head runs as before."""
 
-    class Dropping(Head):
-        def __init__(self) -> None:
-            super().__init__()
-            self.dropout = nn.Dropout(0.5)
-
-        def forward(self, maps: list[Tensor]) -> Tensor:
-            return self.mix(self.dropout(torch.cat(self.upsampled(maps), dim=1)))
-
-    model = Net(Dropping()).eval()
+    head: Any = Head(after=lambda head, maps: head.mix(head.dropout(cat(head, maps))))
+    head.dropout = nn.Dropout(0.5)
+    model = Net(head).eval()
     plain, _ = moved(model)
     x = images()
     assert operations(model, x) < operations(plain, x)

@@ -119,20 +119,6 @@ def test_dropout_only_in_training() -> None:
     assert ceco(features, labels) != ceco(features, labels)
 
 
-@pytest.mark.parametrize(
-    ("per_image", "size", "expected"),
-    [
-        (True, (7, 16), "images"),
-        (False, (2, 16, 0, 3), "at least one pixel per image"),
-        (False, (1, 16, 1, 1), "more than one pixel"),  # for the variance
-    ],
-)
-def test_wrong_features(per_image: bool, size: tuple[int, ...], expected: str) -> None:
-    labels = torch.zeros(size[:1] + size[2:], dtype=torch.long)
-    with pytest.raises(ValueError, match=f"CeCo: features: expected {expected}"):
-        ao.CeCo(10, 16, per_image=per_image)(torch.randn(size), labels)
-
-
 def test_synchronized_batch_norm_of_one_process() -> None:
     torch.manual_seed(0)
     features, labels = torch.randn(2, 6, 4, 4), torch.randint(0, 5, (2, 8, 8))

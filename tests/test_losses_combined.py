@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from methods import METHODS, D, K, batch, open_gate
 from torch import nn
 
 import anchorops as ao
 from anchorops._ops import class_moments as class_moments_module
 from anchorops.losses import Regularizer
 from anchorops.losses.statistics import Request, class_statistics
+from tests.helpers.methods import METHODS, D, K, batch, open_gate
 
 
 def methods_of(together: Regularizer) -> nn.ModuleList:

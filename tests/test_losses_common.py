@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from host_time import Operators
-from methods import METHODS, D, K, batch, each_method, each_on_pixels, open_gate
-from slow import slow_but
-from torch import nn
+from torch import Tensor, nn
 
 import anchorops as ao
 from anchorops.losses import Regularizer
+from tests.helpers.methods import METHODS, D, K, batch, each_method, each_on_pixels, open_gate
+from tests.helpers.slow import slow_but
 
 
 @each_method
@@ -95,21 +95,6 @@ def test_nothing_waits_for_the_device(build: Callable[[], Regularizer], backend:
     assert called and not called & waits
 
 
-@each_on_pixels
-def test_no_points(build: Callable[[], Regularizer]) -> None:
-    _, _, classifier = batch()
-    method = open_gate(build())
-    if "images" in getattr(method, "split", ""):
-        pytest.skip("points are in no images")
-    points = torch.zeros(0, D, requires_grad=True)
-    loss = method(points, torch.zeros(0, dtype=torch.long), classifier)
-    assert loss.isfinite()
-    loss.backward()
-    assert points.grad is not None
-    for value in method.state_dict().values():
-        assert value.isfinite().all()
-
-
 @each_method
 def test_nothing_valid_is_finite(build: Callable[[], Regularizer]) -> None:
     features, labels, classifier = batch()
@@ -154,15 +139,23 @@ def test_any_ignore_index(build: Callable[[], Regularizer]) -> None:
         torch.testing.assert_close(loss, expected)
 
 
-@each_method
-def test_one_image_and_one_class(build: Callable[[], Regularizer]) -> None:
-    features, labels, classifier = batch(images=1)
-    method = build()
+FEW: dict[str, tuple[Tensor, Tensor]] = {
+    "no point": (torch.zeros(0, D), torch.zeros(0, dtype=torch.long)),
+    "one image of one class": (torch.randn(1, D, 6, 7), torch.full((1, 24, 28), 3)),
+}
+
+
+@each_on_pixels
+@pytest.mark.parametrize("few", FEW)
+def test_few_pixels(few: str, build: Callable[[], Regularizer]) -> None:
+    method, classifier = open_gate(build()), batch()[2]
     if "images" in getattr(method, "split", ""):
         pytest.skip("halves of the batch's images need two of them")
-    loss = method(features, torch.full_like(labels, 3), classifier)
-    assert loss.isfinite()
+    features = FEW[few][0].clone().requires_grad_()
+    loss = method(features, FEW[few][1], classifier)
     loss.backward()
+    assert loss.isfinite() and features.grad is not None
+    assert all(value.isfinite().all() for value in method.state_dict().values())
 
 
 @each_on_pixels
@@ -238,26 +231,32 @@ def every_loss() -> Regularizer:
     ),
 )
 def test_compiles_as_one_graph(build: Callable[[], Regularizer]) -> None:
+    """Once for all numbers of images."""
     torch.compiler.reset()
     backend = "inductor" if build is every_loss else "aot_eager"
-    features, labels, classifier = batch()
     method = open_gate(build())
     eager = copy.deepcopy(method)
     compiled = torch.compile(method, fullgraph=True, backend=backend)
-    for _ in range(2):
-        loss, expected = compiled(features, labels, classifier), eager(features, labels, classifier)
+    for images in (3, 2, 4):
+        features, labels, classifier = batch(images)
+        for tensor in (features, labels):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        with torch._dynamo.config.patch(error_on_recompile=images != 3):
+            loss = compiled(features, labels, classifier)
+        expected = eager(features, labels, classifier)
         torch.testing.assert_close(loss, expected)
-    inputs = [p for p in (features, *method.parameters()) if p.requires_grad]
-    others = [p for p in (features, *eager.parameters()) if p.requires_grad]
-    for got, want in zip(
-        torch.autograd.grad(loss, inputs, allow_unused=True),
-        torch.autograd.grad(expected, others, allow_unused=True),
-        strict=True,
-    ):
-        if want is None or got is None:
-            assert (got is None or not got.any()) and (want is None or not want.any())
-        else:
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+        inputs, others = ([features, *x.parameters()] for x in (method, eager))
+        for got, want in zip(
+            torch.autograd.grad(loss, [p for p in inputs if p.requires_grad], allow_unused=True),
+            torch.autograd.grad(
+                expected, [p for p in others if p.requires_grad], allow_unused=True
+            ),
+            strict=True,
+        ):
+            if want is None or got is None:
+                assert (got is None or not got.any()) and (want is None or not want.any())
+            else:
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(method.state_dict(), eager.state_dict())
     assert method.terms.keys() == eager.terms.keys()
 
@@ -285,16 +284,3 @@ def test_gradient_of_ceco_in_evaluation() -> None:
     labels = torch.randint(0, K, (2, 1, 3))
     ceco = METHODS["CeCo"]().double().eval()
     assert torch.autograd.gradcheck(lambda f: ceco(f, labels), features)
-
-
-@each_method
-def test_label_values_are_checked_on_request(build: Callable[[], Regularizer]) -> None:
-    features, labels, classifier = batch()
-    labels = labels.clone()
-    labels.view(-1)[0] = K
-    method = build()
-    method(features, labels, classifier)  # the pixel is ignored
-    for module in (method, *getattr(method, "methods", ())):
-        module.check_labels = True
-    with pytest.raises(ValueError, match=rf"^{type(method).__name__}: labels: expected values in"):
-        method(features, labels, classifier)

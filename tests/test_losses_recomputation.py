@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from slow import slow_but
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import anchorops as ao
 from anchorops.doctor.catalogue.features import METHODS
+from tests.helpers.slow import slow_but
 
 K, D = 5, 12
 WITH_STATE = ("SAR", "OCCL", "MVSC", "CeCo", "CBP", "combined")

@@ -1,9 +1,12 @@
-"""The message of every wrong argument; which labels are ignored."""
+"""What the messages of wrong arguments say. test_settings.py has every argument that is no tensor,
+test_check_labels.py the labels' values."""
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,224 +15,341 @@ import anchorops as ao
 from anchorops import diagnostics, plots
 from anchorops.doctor.catalogue import ENTRIES, Case, cases
 
-FEATURES, LABELS = torch.zeros(2, 3, 4, 5), torch.zeros(2, 8, 10, dtype=torch.int64)
-ANCHORS = torch.zeros(6, 3)
+LOGITS, LABELS = torch.zeros(2, 5, 4, 6), torch.zeros(2, 16, 24, dtype=torch.int64)
+CHANNELS = LABELS[:, None].expand(2, 5, 16, 24)
+VOLUME, VOLUME_LABELS = LOGITS[:, :, None], LABELS[:, None].expand(2, 4, 16, 24)
+FEATURES, ANCHORS, COUNTS = torch.zeros(2, 3, 4, 6), torch.zeros(5, 3), torch.arange(3)
 POINTS, POINT_LABELS = torch.zeros(7, 3), torch.zeros(7, dtype=torch.int64)
-
-
-def call(function: str, **arguments: Any) -> Any:
-    defaults: dict[str, Any] = {"features": FEATURES, "labels": LABELS}
-    if function == "pixel_to_anchor_mse":
-        defaults["anchors"] = ANCHORS
-    else:
-        defaults["num_classes"] = 6
-    module = ao.ops if function in ao.ops.__all__ else ao
-    return getattr(module, function)(**(defaults | arguments))
-
-
-EVERYWHERE: list[tuple[dict[str, Any], str]] = [
+MASKS, MAPS = torch.ones(3, 8, 10, dtype=torch.uint8), torch.ones(2, 8, 10, dtype=torch.int32)
+IDS, IMAGES = torch.ones(3, dtype=torch.int64), torch.tensor([0, 1, 1])
+MATCHED = {"labels": MAPS, "ids": IDS, "images": IMAGES}
+VALID, LONG = LABELS > 0, LOGITS[0, :, :1, :1].expand(5, 2**23 + 1, 1)
+Rows = list[tuple[dict[str, Any], str]]
+METHOD = {"num_classes": 5, "dim": 3, "features": FEATURES, "labels": LABELS, "classifier": ANCHORS}
+RIGHT: dict[str, dict[str, Any]] = {  # by the names of what is called
+    "class_moments class_centroids": {"features": FEATURES, "labels": LABELS, "num_classes": 5},
+    "pixel_to_anchor_mse": {"features": FEATURES, "labels": LABELS, "anchors": ANCHORS},
+    "softmax_moments pixel_cross_entropy pixel_confusion": {"logits": LOGITS, "labels": LABELS},
+    "CrossEntropy Dice CrossEntropyDice Lovasz": {"logits": LOGITS, "labels": LABELS},
+    "pixel_binary_cross_entropy BinaryCrossEntropy": {"logits": LOGITS, "labels": CHANNELS},
+    "pixel_argmax": {"logits": LOGITS, "size": (16, 24)},
+    "pixel_kl_divergence": {"logits": LOGITS, "teacher_logits": LOGITS, "size": (16, 24)},
+    "mask_rle": {"logits": LOGITS[0], "size": (8, 10)},
+    "confusion": {"predictions": LABELS, "labels": LABELS, "num_classes": 5},
+    "MeanIoU": {"num_classes": 5, "predictions": LOGITS, "labels": LABELS},
+    "centroid_info_nce": {"queries": ANCHORS, "keys": ANCHORS},
+    "MaskLoss": {"logits": torch.zeros(3, 4, 5), "labels": MASKS},
+    "SAR CeCo": METHOD,
+    "CentroidGeometry": {"num_classes": 3, "dim": 2},
+    "LabelImbalance": {"num_classes": 3},
+    "features_with_anchors": {"features": FEATURES, "labels": LABELS, "anchors": ANCHORS},
+    "orthogonal_anchors simplex_etf": {"num_classes": 5},
+    "category_basis": {"num_classes": 3, "dim": 4},
+}
+OF_FEATURES: Rows = [
     ({"features": [1.0]}, r"features: expected a tensor \(N, D\), .*, got \[1.0\] of type list"),
     ({"features": [[1.0] * 99] * 9}, r"features: expected .*, got \[\[1.0, .{,80} … of type list$"),
     ({"features": torch.zeros(3)}, r"features: expected a tensor .*, got .* of shape \(3,\) on"),
     ({"features": FEATURES.int()}, "features: expected float32, .* or float64, got torch.int32"),
-    (
-        {"features": FEATURES.to(torch.complex64)},
-        "features: expected float32, .*, got torch.complex64",
-    ),
-    (
-        {"features": FEATURES[:, :0], "labels": LABELS[:, :0]},
-        r"features: expected at least one channel, got shape \(2, 0, 4, 5\)",
-    ),
-    ({"labels": LABELS.float()}, "labels: expected an integer dtype, got torch.float32"),
+    ({"features": FEATURES[:, :0]}, r"features: expected at least one channel, got .*\(2, 0, 4, 6"),
     ({"labels": LABELS.bool()}, "labels: expected an integer dtype, got torch.bool"),
-    ({"labels": None}, r"labels: expected \(B, H', W'\) for .* \(2, 3, 4, 5\), got None"),
-    ({"labels": LABELS[0]}, r"labels: expected \(B, H', W'\) for .*, got .* \(8, 10\) on cpu"),
+    ({"labels": None}, r"labels: expected \(B, H', W'\) for .* \(2, 3, 4, 6\), got None"),
+    ({"labels": LABELS[0]}, r"labels: expected \(B, H', W'\) for .*, got .* \(16, 24\) on cpu"),
     ({"labels": LABELS[:1]}, "labels: expected batch size 2, as features, got 1"),
-    (
-        {"labels": LABELS[:, :0]},
-        r"labels: expected at least one label per image, got shape \(2, 0, 10\)",
-    ),
+    ({"labels": LABELS[:, :0]}, r"labels: expected at least one label per image, got .*\(2, 0, 24"),
     (
         {"features": FEATURES.flatten(2), "labels": LABELS.flatten(1)},
-        "labels: expected 20 points, as features, got 80",
+        "labels: expected 24 points, as features, got 384",
     ),
-    (
-        {"features": FEATURES.flatten(2), "labels": LABELS},
-        r"labels: expected \(B, N\) for features of shape \(2, 3, 20\), got .* \(2, 8, 10\)",
-    ),
+    ({"features": FEATURES.flatten(2)}, r"labels: expected \(B, N\) for features of shape \(2, 3,"),
     ({"features": POINTS, "labels": POINT_LABELS[:6]}, "labels: expected 7 points, .*, got 6"),
     ({"features": POINTS}, r"labels: expected \(N,\) for features of shape \(7, 3\), got .*"),
-    ({"ignore_index": 1.0}, "ignore_index: expected an int of 64 bits, got 1.0 of type float"),
-    ({"ignore_index": True}, "ignore_index: expected an int of 64 bits, got True of type bool"),
-    ({"ignore_index": 2**63}, "ignore_index: expected an int of 64 bits, got 9223372036854775808"),
-    ({"check_labels": 1}, "check_labels: expected True or False, got 1 of type int"),
-    (
-        {"labels": LABELS + 6, "check_labels": True},
-        r"labels: expected values in \[0, 6\) or ignore_index = 255, got \[6\]",
-    ),
 ]
-
-
-NUM_CLASSES: list[tuple[dict[str, Any], str]] = [
-    ({"num_classes": 0}, "num_classes: expected 1 to 65536, got 0"),
-    ({"num_classes": 65_537}, "num_classes: expected 1 to 65536, got 65537"),
-    ({"num_classes": 6.0}, "num_classes: expected an int, got 6.0 of type float"),
-    ({"num_classes": True}, "num_classes: expected an int, got True of type bool"),
-]
-
-
-PER_IMAGE = ({"per_image": 1}, "per_image: expected True or False, got 1 of type int")
-
-
-ANCHOR_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
+OF_ANCHORS: Rows = [
     ({"anchors": ANCHORS[:, :2]}, r"anchors: expected \[.*, 3\] \(features have D = 3\), got .*"),
-    ({"anchors": ANCHORS[0]}, r"anchors: expected \[.*, 3\] .*, got .* of shape \(3,\) on cpu"),
     ({"anchors": [0.0]}, r"anchors: expected \[.*, 3\] .*, got \[0.0\] of type list"),
     ({"anchors": ANCHORS.long()}, "anchors: expected a floating dtype, got torch.int64"),
 ]
-
-
-MOMENTS_ONLY: list[tuple[dict[str, Any], str]] = [
-    ({"anchors": ANCHORS[:5]}, "anchors: expected 6 rows, as num_classes, got 5"),
-    ({"groups": 0}, "groups: expected an int of at least 1, got 0 of type int"),
-    ({"groups": True}, "groups: expected an int of at least 1, got True of type bool"),
-    ({"groups": 2.0}, "groups: expected an int of at least 1, got 2.0 of type float"),
-    ({"groups": 2}, "seed: expected an int of 64 bits or an int64 tensor .*, got None"),
-    ({"groups": 2, "seed": 1.0}, "seed: expected an int of 64 bits or .*, got 1.0 of type float"),
-    ({"groups": 2, "seed": 2**63}, "seed: expected an int of 64 bits or .*, got 92233720368547758"),
-    ({"groups": 2, "seed": torch.zeros(1)}, "seed: expected one int64 on cpu, got torch.float32"),
-    ({"groups": 2, "seed": torch.zeros(2).long()}, r"seed: expected one int64 .* \(2,\) on cpu"),
+OF_LOGITS: Rows = [
+    ({"logits": None}, r"logits: expected a tensor .*\(B, K, h, w\) .*, got None of type NoneType"),
+    ({"logits": LOGITS[0, 0, 0]}, r"logits: expected a tensor .*, got .* of shape \(6,\) on cpu"),
+    ({"logits": LOGITS.int()}, "logits: expected float32, .* or float64, got torch.int32"),
+    ({"logits": LOGITS[:, :0]}, r"logits: expected 2 to 65536 classes .*, got .*\(2, 0, 4, 6\)"),
+    ({"logits": LOGITS[:, :1]}, r"logits: expected at least 2 .*torch.cat.*, got shape"),
+    ({"logits": LOGITS[:, :, :0]}, "logits: expected at least one pixel per image, got shape"),
+    ({"labels": None}, r"labels: expected a tensor \(2, H, W\), as logits, got None of type"),
+    ({"labels": LABELS[0]}, r"labels: expected .*, as logits, got .* \(16, 24\) on cpu"),
+    ({"labels": LABELS[:1]}, r"labels: expected .*, as logits, got .* \(1, 16, 24\) on cpu"),
+    ({"labels": LABELS.float()}, "labels: expected an integer dtype, got torch.float32"),
+    ({"labels": LABELS.bool()}, "labels: expected an integer dtype, got torch.bool"),
+    ({"labels": VOLUME_LABELS}, r"labels: expected a tensor \(2, H, W\)"),
+    ({"labels": LABELS.byte().view(torch.bits8)}, "labels: expected an integer dtype, got torch."),
+]
+OF_VOLUMES: Rows = [
+    ({"logits": VOLUME, "labels": LABELS[:, 0]}, r"labels: expected a tensor \(2, D, H, W\)"),
     (
-        {
-            "groups": 2**15,
-            "seed": 1,
-            "num_classes": 2**15,
-            "per_image": True,
-            "ignore_index": -1,
-        },
-        r"num_classes: expected fewer than 2\^31 images × classes × groups, got 2147483648",
+        {"logits": VOLUME, "labels": VOLUME_LABELS[:, None].expand(-1, 2, -1, -1, -1)},
+        r"labels: expected a tensor \(2, D, H, W\)",
     ),
 ]
-
-
-CASES = [
-    *(
-        (function, *case)
-        for function in ("class_moments", "class_centroids", "pixel_to_anchor_mse")
-        for case in EVERYWHERE
-    ),
-    *((f, *case) for f in ("class_moments", "class_centroids") for case in NUM_CLASSES),
-    *((f, *PER_IMAGE) for f in ("class_moments", "class_centroids")),
-    *((f, *case) for f in ("class_moments", "pixel_to_anchor_mse") for case in ANCHOR_ARGUMENTS),
-    *(("class_moments", *case) for case in MOMENTS_ONLY),
-    (
-        "pixel_to_anchor_mse",
-        {"reduction": "none"},
-        "reduction: expected 'mean' or 'sum', got 'none'",
-    ),
+NO_POINTS: Rows = [
+    ({"logits": x}, r"logits: expected a tensor \(B, K, h, w\) or \(B, K, d, h, w\), got")
+    for x in (None, LOGITS[0, 0, 0], LOGITS[0])
 ]
-
-
-@pytest.mark.parametrize(("function", "arguments", "message"), CASES, ids=lambda v: str(v)[:50])
-def test_messages(function: str, arguments: dict[str, Any], message: str):
-    with pytest.raises(ValueError, match=f"^{function}: {message}"):
-        call(function, **arguments)
-
-
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.uint8, torch.int8, torch.int64, torch.uint16, torch.uint32, torch.uint64],
-    ids=str,
-)
-def test_check_labels(dtype: torch.dtype):
-    labels = torch.arange(80).remainder(6).view(1, 8, 10).expand(2, 8, 10).to(dtype)
-    call("class_moments", labels=labels, check_labels=True)
-    call("class_moments", labels=labels, check_labels=True, ignore_index=5, num_classes=5)
-    message = r"labels: expected values in \[0, 4\) or ignore_index = 255, got \[4, 5\]$"
-    with pytest.raises(ValueError, match=message):
-        call("class_moments", labels=labels, check_labels=True, num_classes=4)
-    with pytest.raises(ValueError, match=r"got \[4, 5\]$"):  # of another image only
-        ones = torch.ones_like(labels)
-        call(
-            "class_moments", labels=torch.cat([ones, labels])[1:3], check_labels=True, num_classes=4
+EACH_NUMBER = "a finite float or int, above 0"
+# Names of what is called, changes of its right arguments, and what the message says.
+TABLE: dict[str, Rows] = {
+    "class_moments class_centroids pixel_to_anchor_mse": OF_FEATURES,
+    "class_moments pixel_to_anchor_mse": OF_ANCHORS,
+    "class_moments": [
+        ({"anchors": ANCHORS[:4]}, "anchors: expected 5 rows, as num_classes, got 4"),
+        ({"groups": 0}, "groups: expected an int of at least 1, got 0 of type int"),
+        ({"groups": 2}, "seed: expected an int of 64 bits or an int64 tensor .*, got None"),
+        ({"groups": 2, "seed": 1.0}, "seed: expected an int of 64 bits or .*, got 1.0 of type"),
+        ({"groups": 2, "seed": torch.zeros(1)}, "seed: expected one int64 on cpu, got torch.float"),
+        (
+            {"num_classes": 2**15, "groups": 2**15, "seed": 1, "per_image": True}
+            | {"ignore_index": -1},
+            r"num_classes: expected fewer than 2\^31 images × classes × groups, got 2147483648",
+        ),
+        ({"num_classes": 0}, "num_classes: expected 1 to 65536, got 0"),
+        ({"num_classes": 6.0}, "num_classes: expected an int, got 6.0 of type float"),
+        ({"ignore_index": 1.0}, "ignore_index: expected an int of 64 bits, got 1.0 of type fl"),
+    ],
+    "pixel_to_anchor_mse": [({"reduction": 1}, "reduction: expected 'mean' or 'sum', got 1")],
+    "softmax_moments pixel_cross_entropy CrossEntropy Dice CrossEntropyDice": OF_LOGITS,
+    "softmax_moments pixel_cross_entropy pixel_confusion": OF_VOLUMES,
+    "pixel_argmax pixel_kl_divergence pixel_confusion": NO_POINTS,
+    "pixel_argmax pixel_kl_divergence": OF_LOGITS[4:5],
+    "pixel_cross_entropy": [
+        ({"weight": [1.0] * 5}, r"weight: expected a tensor \[5\], got \[1.0, .* of type list"),
+        ({"weight": torch.ones(4)}, r"weight: expected a tensor \[5\], got .* of shape \(4,\)"),
+        ({"weight": torch.ones(5).int()}, "weight: expected a floating dtype on cpu, got torch"),
+        ({"label_smoothing": -0.1}, r"label_smoothing: expected .* in \[0, 1\], got -0.1"),
+        ({"reduction": None}, "reduction: expected 'mean' or 'sum' or 'none', got None"),
+        ({"align_corners": "yes"}, "align_corners: expected True or False, got 'yes' of type"),
+        ({"logits": {"out": LOGITS, "aux": LOGITS}}, ".* got a dict with the keys 'out', 'aux'"),
+    ],
+    "CrossEntropy": [
+        ({"weight": torch.ones(4)}, "weight: expected one number"),
+        ({"weight": 19}, "weight: .* for each class, got 19 of type int$"),
+        ({"weight": torch.tensor([1.0, -3.0])}, "weight: .* for each class, got -3.0$"),
+        ({"logits": (LOGITS, LOGITS)}, "logits: .* got a tuple of torch.float32 tensor of sha"),
+        ({"logits": LOGITS[0], "labels": LABELS[0]}, r"labels: .* of one image \(K, h, w\) give l"),
+        ({"pixel_weights": torch.ones(1, 16, 24)}, "pixel_weights: expected a floating tensor .*,"),
+    ],
+    "Dice Lovasz": [
+        ({"pixel_weights": torch.ones(2, 16, 24)}, "pixel_weights: expected None"),
+        ({"classes": [7]}, "logits: expected at least 8 classes"),
+    ],
+    "Dice": [({"per_image": True, "process_group": "world"}, "process_group: expected")],
+    "CrossEntropyDice": [
+        (
+            {"cross_entropy": ao.CrossEntropy(ignore_index=0), "ignore_index": 1},
+            r"ignore_index: expected one label for all parts, got \[0, 1\]",
+        ),
+        (
+            {"cross_entropy": ao.BinaryCrossEntropy(), "dice": ao.Dice()},
+            "dice: expected sigmoid=True, as BinaryCrossEntropy has it",
+        ),
+        (
+            {"cross_entropy": ao.CrossEntropy(), "dice": ao.Dice(sigmoid=True)},
+            "dice: expected sigmoid=False, as CrossEntropy has it",
+        ),
+    ],
+    "pixel_binary_cross_entropy BinaryCrossEntropy": [
+        ({"labels": LABELS}, r"labels: expected a tensor \(2, 5, H, W\)"),
+        *(
+            ({"pos_weight": x}, "pos_weight: expected a")
+            for x in ([-1.0], [[1.0, 2.0]], torch.ones(1, 2, 1), torch.ones(2, 2, 1, 1))
+        ),
+    ],
+    "pixel_binary_cross_entropy": [
+        *(
+            ({"pos_weight": x}, "pos_weight: expected numbers that float32 can hold")
+            for x in (1e300, [1.0, 1e300, 1.0, 1.0, 1.0])
+        ),
+        ({"pos_weight": torch.ones(5).requires_grad_()}, "pos_weight: expected no gradient"),
+    ],
+    "pixel_confusion": [
+        *OF_LOGITS[1:],
+        ({"logits": LOGITS[:, :1]}, r"logits: .* 2 classes .*_confusion\(sigmoid=True\)"),
+    ],
+    "pixel_argmax": [
+        ({"size": 16}, r"size: expected \(H, W\), two ints of at least 0, got 16 of type int"),
+        ({"logits": VOLUME}, r"size: expected \(D, H, W\), three ints of at least 0, got \(16"),
+        ({"dtype": torch.bool}, "dtype: expected uint8, .* or int64, got torch.bool"),
+        ({"threshold": 0.3}, "threshold: expected 0.5 without sigmoid=True, got 0.3"),
+        *(
+            ({"sigmoid": True, "threshold": x}, r"threshold: expected a float in \(0, 1\), got")
+            for x in (0.0, 1.0, "a")
+        ),
+    ],
+    "pixel_kl_divergence": [
+        ({"teacher_logits": None}, r"teacher_logits: expected a tensor \(2, 5, h, w\), .* None"),
+        ({"teacher_logits": LOGITS[:, :4]}, r"teacher_logits: expected .*\(2, 5, h, w\).*\(2, 4, "),
+        ({"teacher_logits": LOGITS.double()}, "teacher_logits: expected float32 or bfloat16 or fl"),
+        ({"logits": LOGITS.double()}, "teacher_logits: expected float64, got torch.float32 wit"),
+        ({"teacher_logits": LOGITS[..., :0]}, "teacher_logits: expected at least one pixel per"),
+        ({"logits": VOLUME}, r"teacher_logits: expected a tensor \(2, 5, d, h, w\)"),
+        ({"valid": VALID[:1]}, r"valid: expected a bool tensor \(2, 16, 24\), or None, got .*1"),
+        ({"valid": VALID.int()}, r"valid: expected a bool tensor .*, got torch.int32 tensor"),
+        ({"valid": VALID.to("meta")}, "valid: expected device cpu, as logits, got meta"),
+        ({"temperature": 0.0}, f"temperature: expected {EACH_NUMBER}, got 0.0"),
+        ({"temperature": 1e-40}, "temperature: expected a normal number of float32, 1.2e-38 t"),
+        ({"reduction": "batchmean"}, "reduction: expected 'mean' or 'sum' or 'none', got 'bat"),
+    ],
+    "mask_rle": [
+        ({"logits": [1.0]}, r"logits: expected a tensor \(N, h, w\), got \[1.0\]"),
+        ({"logits": LOGITS[0].int()}, "logits: expected float32, .* or float64, got torch.int32"),
+        ({"logits": LOGITS[0].to_sparse()}, "logits: expected a strided tensor"),
+        ({"logits": LOGITS[0, :, :0]}, r"logits: expected at least one pixel per mask, got .*5"),
+        ({"logits": LONG}, r"logits: expected axes of at most 2\^23, got \(8388609, 1\)"),
+        ({"size": (2**23 + 1, 1)}, r"size: expected axes of at most 2\^23, got \(8388609, 1\)"),
+        ({"boxes": [[0, 0, 1, 1]]}, r"boxes: expected a tensor \(5, 4\), as logits, got \[\[0"),
+        ({"boxes": torch.zeros(1, 4)}, r"boxes: expected a tensor \(5, 4\), .* shape \(1, 4\)"),
+        ({"boxes": torch.zeros(5, 4).bool()}, "boxes: expected a real dtype, got torch.bool"),
+        ({"boxes": torch.zeros(5, 4) * 1j}, "boxes: expected a real dtype, got torch.complex"),
+        ({"boxes": torch.zeros(5, 4).fill_(math.nan)}, "boxes: expected numbers, .* in box 0"),
+    ],
+    "confusion": [
+        ({"labels": None}, "labels: expected a tensor of at least one axis, got None"),
+        ({"labels": LABELS.float()}, "labels: expected an integer dtype, got torch.float32"),
+        *(
+            ({"predictions": x}, "predictions: expected an int64 tensor of shape .*, as lab")
+            for x in (LABELS.int(), None, LABELS[:, None].expand(2, 2, 16, 24))
+        ),
+        ({"num_classes": 1}, "num_classes: expected 2 to 4096 classes .*two.*, got 1"),
+    ],
+    "MeanIoU": [
+        ({"predictions": None}, "predictions: expected a tensor of logits or classes, got None"),
+        ({"predictions": LOGITS[:, 1:]}, "predictions: expected 5 channels .*, as num_classes"),
+        ({"predictions": LOGITS[:, :1]}, r"predictions: expected 5 .*MeanIoU\(1, sigmoid=True"),
+        ({"predictions": LOGITS[..., 0]}, r"predictions: expected logits \(B, K, h, w\)"),
+        ({"predictions": LABELS[1:]}, r"predictions: expected an int64 tensor of shape \(2, 16"),
+        ({"predictions": LABELS * 1j}, "predictions: expected an integer dtype, got"),
+        ({"labels": LABELS.float()}, "labels: expected an integer dtype, got torch.float32"),
+        ({"labels": LABELS[1:]}, r"labels: expected a tensor \(2, H, W\), as logits, got"),
+        ({"num_classes": 1}, r"num_classes: expected 2 to 4096 .*MeanIoU\(1, sigmoid=True\).*, "),
+        ({"num_classes": 0, "sigmoid": True}, "num_classes: expected an int of at least 1, got"),
+        ({"average": "mean"}, "average: expected 'macro' or 'micro' or 'weighted' or 'none', "),
+    ],
+    "centroid_info_nce": [
+        ({"queries": [1.0]}, r"queries: expected a tensor \[K, D\] or \[K, G, D\], got \[1.0\]"),
+        ({"queries": torch.zeros(3)}, r"queries: .* got torch.float32 tensor of shape \(3,\)"),
+        ({"keys": torch.zeros(5, 2)}, r"keys: expected \(5, 3\) on cpu, got .* \(5, 2\) on cpu"),
+        ({"keys": None}, r"keys: expected \(5, 3\) on cpu, got None"),
+        ({"positives": torch.zeros(4)}, r"positives: expected \(5, 3\) on cpu, got .* \(4,\)"),
+        ({"present": torch.ones(3) > 0}, r"present: expected \(5,\) on cpu, got .* \(3,\)"),
+        ({"present": torch.ones(5)}, "present: expected a bool tensor, got torch.float32"),
+        ({"present_keys": torch.ones(5, 1) > 0}, r"present_keys: expected \(5,\) on cpu"),
+        ({"present_keys": torch.ones(5)}, "present_keys: expected a bool tensor"),
+        ({"normalize": 0.0}, f"normalize: expected {EACH_NUMBER}, got 0.0"),
+        ({"normalize": 1e-39}, "normalize: expected a normal number of float32, 1.2e-38 to"),
+    ],
+    "MaskLoss": [
+        ({"logits": LOGITS[0, 0]}, r"logits: expected a tensor \(N, h, w\), got .* \(4, 6\)"),
+        ({"labels": MASKS[0]}, r"labels: expected a tensor \(N, H, W\) of masks, or .*\(8, 10"),
+        ({"labels": MASKS[:2]}, r"labels: expected 3 masks, as logits .*, got .* \(2, 8, 10\)"),
+        (MATCHED | {"labels": MAPS.float()}, "labels: expected an integer dtype, got torch.fl"),
+        (MATCHED | {"ids": IDS[:2]}, r"ids: expected a tensor \[3\], .*, got .* \(2,\)"),
+        (MATCHED | {"ids": [1, 1, 1]}, r"ids: expected a tensor \[3\], .*, got \[1, 1, 1\]"),
+        (MATCHED | {"ids": IDS.float()}, "ids: expected an integer dtype, got torch.float32"),
+        (MATCHED | {"images": IMAGES[:2]}, r"images: expected a tensor \[3\], .* \(2,\)"),
+        (MATCHED | {"images": IMAGES > 0}, "images: expected an integer dtype, got torch.bool"),
+        (MATCHED | {"images": None}, "images: expected the number of each mask's map, of 2 ma"),
+        ({"images": IMAGES}, "images: expected None without ids, got "),
+        ({"num_masks": -1.0}, f"num_masks: expected {EACH_NUMBER}, got -1.0"),
+        ({"num_masks": torch.ones(2)}, r"num_masks: expected one number, .* \(2,\)"),
+        *(
+            (row | {"check_labels": True}, message)
+            for row, message in (
+                ({"labels": MASKS + 1}, r"labels: expected values in \[0, 2\) or .*, got \[2\]"),
+                (MATCHED | {"ids": IDS * 5}, r"ids: expected ids that are in their maps, got "),
+                (MATCHED | {"images": IMAGES + 1}, r"images: .* from 0 to 1, .*got \[1, 2\]"),
+                ({"num_masks": torch.tensor(0.0)}, "num_masks: expected a number above 0, got"),
+            )
+        ),
+    ],
+    "SAR": [
+        ({"num_classes": 1}, "num_classes"),  # without batch statistics
+        ({"loss_weight": 2**70}, "loss_weight: .* an int of 64 bits, got an int of 71 bits"),
+    ],
+    "CeCo": [
+        ({"center_dim": 3}, "center_dim: .* at least num_classes - 1 = 4, the rank of a simpl"),
+        ({"per_image": True, "features": POINTS, "labels": POINT_LABELS}, "features: .* images"),
+        ({"features": FEATURES[:, :, :0], "labels": LABELS[:, :0]}, "features: expected at least "),
+        (
+            {"features": FEATURES[:1, :, :1, :1], "labels": LABELS[:1]},
+            "features: expected more than one pixel",
+        ),
+    ],
+    "orthogonal_anchors": [({"dim": 4}, "dim: expected at least num_classes = 5")],
+    "simplex_etf": [({"dim": 3}, "dim: expected at least num_classes - 1 = 4")],
+    "category_basis": [
+        ({"dim": 2}, "dim: expected at least num_classes = 3"),
+        ({"init": torch.zeros(3, 5)}, "init: expected a tensor"),
+        ({"init": torch.ones(3, 4)}, "init: expected linearly independent rows"),
+    ],
+    "CentroidGeometry": [
+        ({"anchors": torch.eye(3)}, r"anchors: .* \[3, 2\]"),
+        ({"features": torch.zeros(4, 3), "labels": COUNTS}, "features: expected 2 channels, as"),
+        ({"anchors": ANCHORS[:3, :2].long()}, "anchors: .* a floating tensor"),
+        ({"features": torch.zeros(3, 2, 1, 1), "labels": COUNTS[:, None]}, "labels: expected"),
+    ],
+    "LabelImbalance": [({"labels": x}, "labels: expected") for x in (torch.eye(3), COUNTS)],
+    "features_with_anchors": [
+        (
+            {"features": FEATURES.flatten(2), "labels": LABELS[:1, 0]},
+            "labels: expected batch size 2",
         )
-
-
-def test_check_labels_compares_values_not_bits():
-    """255 as int8 would be −1, and −1 as uint8 would be 255."""
-    labels = torch.full_like(LABELS, -1, dtype=torch.int8)
-    with pytest.raises(ValueError, match=r"got \[-1\]"):
-        call("class_moments", labels=labels, check_labels=True)
-    labels = torch.full_like(LABELS, 255, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"got \[255\]"):
-        call("class_moments", labels=labels, check_labels=True, ignore_index=-1)
-
-
-NONE_GIVEN = "ignore_index: expected a value where num_classes > 255 .*, got none, with .* = 256$"
-
-
-ANY_IGNORE_INDEX: dict[str, Callable[..., Any]] = {
-    "class_moments": lambda k, **i: ao.ops.class_moments(FEATURES, LABELS, k, **i),
-    "class_centroids": lambda k, **i: ao.class_centroids(FEATURES, LABELS, k, **i),
-    "pixel_to_anchor_mse": lambda k, **i: ao.pixel_to_anchor_mse(
-        FEATURES, LABELS, torch.zeros(k, 3), **i
-    ),
-    **{
-        function.__name__: lambda k, function=function, **i: function(
-            torch.zeros(2, k, 4, 5), LABELS, **i
-        )
-        for function in (ao.ops.softmax_moments, ao.pixel_cross_entropy, ao.pixel_confusion)
-    },
-    **{
-        loss.__name__: lambda k, loss=loss, **i: loss(**i)(torch.zeros(2, k, 4, 5), LABELS)
-        for loss in (ao.CrossEntropy, ao.Dice, ao.CrossEntropyDice, ao.Lovasz)
-    },
-    "confusion": lambda k, **i: ao.confusion(LABELS, LABELS, k, **i),
-    "MeanIoU": lambda k, **i: ao.MeanIoU(k, **i),
-    "SAR": lambda k, **i: ao.SAR(k, 3, **i),
-    "CBP": lambda k, **i: ao.CBP(k, 256, **i),
-    "OCCL": lambda k, **i: ao.OCCL(k, 3, **i),
-    "CeCo": lambda k, **i: ao.CeCo(k, 3, **i),
-    "MVSC": lambda k, **i: ao.MVSC(k, 3, **i),
-    "CentroidGeometry": lambda k, **i: diagnostics.CentroidGeometry(k, 3, **i),
-    "LabelImbalance": lambda k, **i: diagnostics.LabelImbalance(k, **i),
-    "features_with_anchors": lambda k, **i: plots.features_with_anchors(
-        FEATURES, LABELS, torch.zeros(k, 3), **i
-    ),
+    ],
+    "imbalance_factor": [({"counts": np.arange(3)}, "counts: expected a re")],
+    "pearson": [
+        ({"x": COUNTS, "y": np.arange(3)}, r"y: expected a real tensor \[K\]"),
+        ({"x": COUNTS, "y": COUNTS[:2]}, r"y: expected a tensor \[3\], as x, got"),
+        ({"x": COUNTS * 1j, "y": COUNTS}, "x: expected a real tensor"),
+    ],
+    "norm_correlation": [
+        ({"weight": torch.eye(3), "counts": None}, "counts: exp"),
+        ({"weight": torch.eye(3), "counts": COUNTS[:2]}, r"counts: expected a tensor \[3\]"),
+    ],
+    "class_separability": [
+        ({"weight": x}, "weight: expected") for x in (COUNTS, torch.eye(3) * 1j)
+    ],
+    "equiangularity maximal_angle": [
+        ({"vectors": torch.eye(3), "mean": x}, r"mean: expected a real tensor \[3\] on")
+        for x in (COUNTS[:2], [0.0] * 3, COUNTS * 1j)
+    ],
 }
 
 
-@pytest.mark.parametrize("function", ANY_IGNORE_INDEX)
-def test_the_default_ignore_index_never_is_a_class(function: str):
-    call = ANY_IGNORE_INDEX[function]
-    call(255)
-    with pytest.raises(ValueError, match=f"^{function}: {NONE_GIVEN}"):
-        call(256)
-    for ignored in (-1, 255):  # a class is ignored if it is given explicitly
-        call(256, ignore_index=ignored)
-    with pytest.raises(ValueError, match=f"^{function}: ignore_index: expected an int of 64 bits"):
-        call(6, ignore_index=2.0)
+def call(name: str, arguments: dict[str, Any]) -> None:
+    """A function; or a loss, method or metric, which is made of its settings first."""
+    modules = (ao, ao.ops, ao.anchors, diagnostics, plots)
+    function = next(getattr(module, name) for module in modules if hasattr(module, name))
+    if not isinstance(function, type):
+        function(**arguments)
+        return
+    inputs = ("logits", "labels", "pixel_weights", "ids", "images", "num_masks", "predictions")
+    given = {x: arguments.pop(x) for x in (*inputs, "features", "classifier") if x in arguments}
+    module = function(**arguments)
+    getattr(module, "update", module)(**given)
 
 
-def test_class_255_counts():
-    labels = torch.full_like(LABELS, 255)
-    for ignored, count in ((-1, 40), (255, 0)):
-        assert (
-            ao.ops.class_moments(FEATURES, labels, 256, ignore_index=ignored).counts[255] == count
-        )
-    both = ao.Combined(ao.OCCL(256, 3, ignore_index=-1), ao.SAR(256, 3, ignore_index=-1))
-    assert both.ignore_index == -1
-    both(FEATURES, labels, torch.randn(256, 3))
-    assert both.terms["occl.present"] == 1
-
-
-def test_check_labels_shows_eight_values():
-    with pytest.raises(ValueError, match=r"got \[6, 7, 8, 9, 10, 11, 12, 13, '…'\]"):
-        call(
-            "class_moments",
-            labels=torch.arange(80).view(1, 8, 10).repeat(2, 1, 1),
-            check_labels=True,
-        )
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    [
+        pytest.param(name, *row, id=f"{name}: {row[1][:50]}")
+        for names, rows in TABLE.items()
+        for name in names.split()
+        for row in rows
+    ],
+)
+def test_messages(name: str, changed: dict[str, Any], message: str):
+    right = next((given for names, given in RIGHT.items() if name in names.split()), {})
+    with pytest.raises(ValueError, match=f"^{name}: {message}"):
+        call(name, right | changed)
 
 
 def nested(x: Tensor, **options: Any) -> Tensor:
@@ -252,11 +372,11 @@ ONLY_SIZE = {  # what a call of the catalogue reads only the size of; CeCo check
 }
 
 
-MAPS = Case(ENTRIES["confusion"], ENTRIES["confusion"].samples[0])
+MAPS_OF_CLASSES = Case(ENTRIES["confusion"], ENTRIES["confusion"].samples[0])
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
-@pytest.mark.parametrize("case", [*cases("small"), MAPS], ids=str)
+@pytest.mark.parametrize("case", [*cases("small"), MAPS_OF_CLASSES], ids=str)
 @pytest.mark.parametrize("change", CHANGES)
 def test_wrong_tensors(case: Case, change: str):
     """Each tensor of another kind is named; if it is unlike the others, one of them."""
@@ -288,9 +408,3 @@ def test_class_weights_on_the_meta_device():
         loss(FEATURES, LABELS)
     loss.load_state_dict(state)
     assert torch.equal(loss(FEATURES, LABELS), expected)
-
-
-def test_labels_of_bits() -> None:
-    labels = torch.zeros(2, 8, 8, dtype=torch.uint8).view(torch.bits8)
-    with pytest.raises(ValueError, match="labels: expected an integer dtype, got"):
-        ao.pixel_cross_entropy(torch.randn(2, 3, 4, 4), labels)

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cpu_kernels import in_layout
 from torch import Tensor, nn
 
 import anchorops as ao
 from anchorops.doctor.catalogue import features as catalogue
+from tests.helpers.cpu_kernels import in_layout
 
 BF16, F32 = torch.bfloat16, torch.float32
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from monai import losses as monai
-from small_networks import NO_TORCHVISION
 from torch import Tensor, nn
 
 import anchorops as ao
+from tests.helpers.small_networks import NO_TORCHVISION
 
 smp = pytest.importorskip("segmentation_models_pytorch", reason=NO_TORCHVISION).losses
 ROOT = Path(__file__).parents[1]

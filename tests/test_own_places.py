@@ -7,9 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import own_places
 import pytest
-from own_places import ROOT, Untouched
+
+from tests.helpers import own_places
+from tests.helpers.own_places import ROOT, Untouched
 
 
 def test_directory_home_and_caches() -> None:
@@ -54,16 +55,3 @@ def test_changes_are_noticed(
     untouched.pytest_sessionfinish(session)
     assert untouched.changed == ([name] if name else [])
     assert session.exitstatus == bool(name)
-
-
-def test_suite_that_changes_the_checkout_fails(
-    checkout: Path, capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # it starts faster
-    code = f"from pathlib import Path\ndef test(): Path('{checkout}/runs/demo/best.ckpt').unlink()"
-    (checkout / "test_that_deletes.py").write_text(code)
-    (checkout / "pytest.ini").write_text("[pytest]")
-    words = ["-c", f"{checkout}/pytest.ini", "-p", "no:cacheprovider", str(checkout)]
-    assert pytest.main(words, plugins=[Untouched(checkout)]) == pytest.ExitCode.TESTS_FAILED
-    printed = capsys.readouterr().out
-    assert "1 passed" in printed and "\nruns/demo\nruns/demo/best.ckpt\n" in printed

@@ -7,10 +7,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from small_networks import D, K, Net
 from torch import Tensor, nn
 
 import anchorops as ao
+from tests.helpers.small_networks import D, K, Net
 
 METHODS = {"SAR": ao.SAR, "MVSC": ao.MVSC, "CeCo": ao.CeCo}
 

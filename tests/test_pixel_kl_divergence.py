@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_kernels import in_layout
-from operators import check, results
 from torch import Generator, Tensor
 
 import anchorops as ao
 from anchorops._ops import volumes
 from anchorops.doctor.catalogue import Case, Entry, Inputs, Sample, formulas
-from anchorops.doctor.catalogue.budget import FLOOR, error_and_limit
+from anchorops.doctor.catalogue.budget import FLOOR
 from anchorops.doctor.catalogue.pixels import Pixels
+from tests.helpers.cpu_kernels import in_layout
+from tests.helpers.operators import check, gradient_errors, gradient_of, results
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 pytestmark = pytest.mark.on("reference", "cpu", "simulated_triton", "triton")
@@ -159,41 +159,36 @@ def test_invalid_pixels_change_nothing(backend: str, case: Case, spoilt: str) ->
 
 def test_classes_of_probability_0(backend: str) -> None:
     """0 where the teacher has none; inf where only the student has none."""
+    each = partial(ao.pixel_kl_divergence, size=(12, 16), reduction="none")
     logits, teacher = torch.randn(2, 1, 5, 3, 4)
-    expected = ao.pixel_kl_divergence(logits[:, :4], teacher[:, :4], (12, 16), reduction="none")
+    expected = each(logits[:, :4], teacher[:, :4])
     teacher[:, 4] = -torch.inf
-    logits.requires_grad_()
-    actual = ao.pixel_kl_divergence(logits, teacher, (12, 16), reduction="none")
-    (gradient,) = torch.autograd.grad(actual.sum(), logits)
-    assert actual.isfinite().all() and gradient.isfinite().all() and (gradient[:, 4] > 0).all()
-    masked = logits.detach().clone()
+    gradient = gradient_of(each, logits, teacher)
+    assert each(logits, teacher).isfinite().all()
+    assert gradient.isfinite().all() and (gradient[:, 4] > 0).all()
+    masked = logits.clone()
     masked[:, 4] = -torch.inf
-    masked.requires_grad_()
-    actual = ao.pixel_kl_divergence(masked, teacher, (12, 16), reduction="none")
-    (gradient,) = torch.autograd.grad(actual.sum(), masked)
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    gradient = gradient_of(each, masked, teacher)
+    torch.testing.assert_close(each(masked, teacher), expected, rtol=1e-5, atol=1e-6)
     assert gradient.isfinite().all() and not gradient[:, 4].any()
-    teacher = torch.randn(1, 5, 3, 4)
-    assert (ao.pixel_kl_divergence(masked, teacher, (12, 16), reduction="none") == torch.inf).all()
+    assert (each(masked, torch.randn(1, 5, 3, 4)) == torch.inf).all()
 
 
 def test_nan_is_never_lost(backend: str) -> None:
     for place in ("logits", "teacher"):
         inputs = {"logits": torch.randn(2, 5, 3, 4), "teacher": torch.randn(2, 5, 3, 4)}
         inputs[place][0, 2, 1, 1] = torch.nan
-        x = inputs["logits"].requires_grad_()
-        actual = ao.pixel_kl_divergence(x, inputs["teacher"], (12, 16), reduction="none")
-        (gradient,) = torch.autograd.grad(actual.sum(), x)
-        assert actual[0].isnan().any() and gradient[0].isnan().any()
-        assert actual[1].isfinite().all() and gradient[1].isfinite().all()
+        each = partial(ao.pixel_kl_divergence, size=(12, 16), reduction="none")
+        found = each(*inputs.values()), gradient_of(each, *inputs.values())
+        assert all(x[0].isnan().any() and x[1].isfinite().all() for x in found)
 
 
 def test_equal_logits(backend: str) -> None:
     """Divergence and gradient are 0."""
-    x = (5 * torch.randn(2, 7, 5, 6)).requires_grad_()
-    actual = ao.pixel_kl_divergence(x, x, (20, 24), temperature=2.0, reduction="none")
-    (gradient,) = torch.autograd.grad(actual.sum(), x)
-    assert (actual >= 0).all() and actual.max() < 1e-5 and gradient.abs().max() < 1e-4
+    x = 5 * torch.randn(2, 7, 5, 6)
+    each = partial(ao.pixel_kl_divergence, size=(20, 24), temperature=2.0, reduction="none")
+    assert (each(x, x) >= 0).all() and each(x, x).max() < 1e-5
+    assert gradient_of(each, x, x).abs().max() < 1e-4
 
 
 @pytest.mark.on("reference", "simulated_triton", "cpu")
@@ -205,26 +200,14 @@ def test_equal_logits_far_from_zero(backend: str, value: float) -> None:
     torch.testing.assert_close(divergence, torch.tensor(0.0))
 
 
-def error_of_gradient(
-    logits: Tensor, teacher: Tensor, size: tuple[int, int], backend: str, temperature: float = 1.0
-) -> tuple[float, float]:
-    """Ours and torch's, relative to the largest entry."""
-
-    def gradient(x: Tensor, of_torch: bool) -> Tensor:
-        x = x.detach().clone().requires_grad_()
-        options: dict[str, Any] = {"temperature": temperature, "reduction": "mean"}
-        if of_torch:
-            valid = torch.ones(len(x), *size, dtype=torch.bool)
-            loss = formulas.kl_divergence(x, teacher.to(x), valid, **options)
-        else:
-            with ao.use_backend(backend):
-                loss = ao.pixel_kl_divergence(x, teacher, size, **options)
-        return torch.autograd.grad(loss, x)[0].double()
-
-    exact = gradient(logits.double(), True)
-    errors = [(gradient(logits, of_torch) - exact).abs().max() for of_torch in (False, True)]
-    ours, plain = (float(error / exact.abs().max()) for error in errors)
-    return ours, plain
+def errors(student: Tensor, teacher: Tensor, size: tuple[int, ...], **options: Any) -> Any:
+    """Of our gradient and of torch's."""
+    valid = torch.ones(len(student), *size, dtype=torch.bool)
+    return gradient_errors(
+        lambda x: ao.pixel_kl_divergence(x, teacher, size, **options),
+        lambda x: formulas.kl_divergence(x, teacher.to(x), valid, **options),
+        student,
+    )
 
 
 @pytest.mark.on("reference", "cpu")
@@ -235,7 +218,7 @@ def test_logits_that_spread_widely(
     backend: str, spread: float, size: tuple[int, int], temperature: float
 ) -> None:
     logits, teacher = (spread * (torch.rand(2, 5, 16, 16) - 0.5) for _ in range(2))
-    ours, plain = error_of_gradient(logits, teacher, size, backend, temperature)
+    ours, plain = errors(logits, teacher, size, temperature=temperature)
     assert ours <= 2 * plain + FLOOR
 
 
@@ -245,8 +228,7 @@ def test_logits_that_spread_widely_near_the_teacher(backend: str, spread: float,
     """A small difference of large numbers."""
     logits = spread * (torch.rand(2, 5, 16, 16) - 0.5)
     teacher = logits + torch.randn(logits.shape)
-    ours, _ = error_of_gradient(logits, teacher, (64, 64), backend)
-    assert ours < limit
+    assert errors(logits, teacher, (64, 64))[0] < limit
 
 
 @pytest.mark.on("reference", "simulated_triton", "triton")
@@ -256,32 +238,8 @@ def test_gradients_of_logits_far_apart(spread: float, stride: int, backend: str)
     """Probabilities are 0 or 1, however large the logits of which exponents are differences."""
     size = 1, 3, 3, 4
     logits, teacher = spread * torch.randn(2, *size)
-    pixels = torch.ones(1, 3 * stride, 4 * stride, dtype=torch.bool)
-    inputs = {"logits": logits, "teacher": teacher, "valid": pixels}
-    wide = inputs | {"logits": logits.double(), "teacher": teacher.double()}
-    found, exact, plain = (
-        results(partial(call, masked=False), x)[1]
-        for call, x in ((ours, inputs), (formula, wide), (formula, inputs))
-    )
-    error, limit = error_and_limit(found, exact, plain, FLOOR)
-    assert error <= limit
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_nothing_to_compare(backend: str, reduction: str) -> None:
-    """No pixel of the labels."""
-    for size, pixels in (
-        ((2, 5, 3, 4), (0, 16)),
-        ((2, 3, 2, 3, 3), (0, 4, 4)),
-        ((2, 3, 2, 3, 3), (4, 0, 4)),
-    ):
-        x = torch.randn(size, requires_grad=True)
-        valid = torch.zeros(size[0], *pixels, dtype=torch.bool)
-        options = {"valid": valid, "reduction": reduction}
-        actual = ao.pixel_kl_divergence(x, torch.randn(size), pixels, **options)
-        assert not actual.any() and actual.shape == (valid.shape if reduction == "none" else ())
-        (gradient,) = torch.autograd.grad(actual.sum(), x)
-        assert gradient.shape == x.shape and not gradient.any()
+    ours, plain = errors(logits, teacher, (3 * stride, 4 * stride), reduction="none")
+    assert ours <= 2 * plain + FLOOR
 
 
 @pytest.mark.on("simulated_triton", "triton")
@@ -289,9 +247,7 @@ def test_nothing_to_compare(backend: str, reduction: str) -> None:
 def test_equal_logits_have_no_gradient(pixels: tuple[int, int], backend: str):
     """Not even a rounding error, which Adam would scale up."""
     logits = 3 * torch.randn(2, 5, 4, 6)
-    student = logits.clone().requires_grad_()
-    ao.pixel_kl_divergence(student, logits, pixels).backward()
-    assert student.grad is not None and not student.grad.any()
+    assert not gradient_of(partial(ao.pixel_kl_divergence, size=pixels), logits, logits).any()
 
 
 @pytest.mark.parametrize("gradient", [math.inf, math.nan])
@@ -319,61 +275,3 @@ def test_terms_of_a_row_that_may_be_lost(of_student: float | None, backend: str)
     valid = torch.ones(1, 8, 8, dtype=torch.bool)
     exact = formulas.kl_divergence(student.double(), teacher.double(), valid, reduction="none")
     torch.testing.assert_close(values, exact, rtol=1e-5, atol=5e-5)
-
-
-LOGITS, VALID = torch.zeros(2, 5, 4, 6), torch.ones(2, 16, 24, dtype=torch.bool)
-VOLUME = {"logits": LOGITS[:, :, None], "teacher_logits": LOGITS[:, :, None], "size": (4, 16, 24)}
-WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"logits": None}, r"logits: expected a tensor .*, got None of type NoneType"),
-    (
-        {"logits": LOGITS[0]},
-        r"logits: expected a tensor \(B, K, h, w\) or \(B, K, d, h, w\), got .*\(5, 4, 6\) on cpu",
-    ),
-    ({"logits": LOGITS[:, :1]}, r"logits: expected at least 2 classes .*torch.cat.*, got shape"),
-    ({"logits": LOGITS.int()}, "logits: expected float32, .*, got torch.int32"),
-    ({"logits": LOGITS[:, :, :0]}, "logits: expected at least one pixel per image, got shape"),
-    ({"teacher_logits": None}, r"teacher_logits: expected a tensor \(2, 5, h, w\), .*, got None"),
-    (
-        {"teacher_logits": LOGITS[:, :4]},
-        r"teacher_logits: expected .*\(2, 5, h, w\).*\(2, 4, 4, 6\)",
-    ),
-    ({"teacher_logits": LOGITS.long()}, "teacher_logits: expected float32 or .*, got torch.int64"),
-    (
-        {"teacher_logits": LOGITS.double()},
-        "teacher_logits: expected float32 or bfloat16 or float16, got torch.float64 with logits in",
-    ),
-    (
-        {"logits": LOGITS.double()},
-        "teacher_logits: expected float64, got torch.float32 with logits",
-    ),
-    ({"teacher_logits": LOGITS[..., :0]}, "teacher_logits: expected at least one pixel per image"),
-    ({"size": 16}, r"size: expected \(H, W\), two ints of at least 0, got 16 of type int"),
-    ({"size": (16, -1)}, r"size: expected \(H, W\), two ints of at least 0, got \(16, -1\)"),
-    (
-        {"valid": VALID[:1]},
-        r"valid: expected a bool tensor \(2, 16, 24\), or None, got .*\(1, 16, 24",
-    ),
-    ({"valid": VALID.int()}, r"valid: expected a bool tensor .*, got torch.int32 tensor"),
-    ({"valid": VALID.to("meta")}, "valid: expected device cpu, as logits, got meta"),
-    ({"valid": [True]}, r"valid: expected a bool tensor .*, got \[True\] of type list"),
-    ({"temperature": 0.0}, "temperature: expected a finite float or int, above 0, got 0.0"),
-    ({"temperature": "1"}, "temperature: expected a finite float or int, above 0, got '1'"),
-    ({"temperature": 1e-40}, "temperature: expected a normal number of float32, .*, got 1e-40"),
-    ({"align_corners": 1}, "align_corners: expected True or False, got 1 of type int"),
-    ({"reduction": "batchmean"}, "reduction: expected 'mean' or 'sum' or 'none', got 'batchmean'"),
-    (
-        VOLUME | {"teacher_logits": LOGITS},
-        r"teacher_logits: expected a tensor \(2, 5, d, h, w\)",
-    ),
-    (VOLUME | {"size": (16, 24)}, r"size: expected \(D, H, W\), three ints"),
-    ({"size": (4, 16, 24)}, r"size: expected \(H, W\), two ints"),
-    (VOLUME | {"valid": VALID}, r"valid: expected a bool tensor \(2, 4, 16, 24\)"),
-]
-
-
-@pytest.mark.on("cpu", "reference")
-@pytest.mark.parametrize(("changed", "message"), WRONG, ids=lambda v: str(v)[:50])
-def test_messages(backend: str, changed: dict[str, Any], message: str) -> None:
-    arguments = {"logits": LOGITS, "teacher_logits": LOGITS, "size": (16, 24)} | changed
-    with pytest.raises(ValueError, match=f"^pixel_kl_divergence: {message}"):
-        ao.pixel_kl_divergence(**arguments)

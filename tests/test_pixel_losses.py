@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from operators import check_loss
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import anchorops as ao
 from anchorops._ops.kth_largest import kth_largest
+from tests.helpers.operators import check_loss
 
 K = 5
 both_backends = pytest.mark.on("cpu", "reference")
@@ -156,29 +156,6 @@ def test_a_masked_class_of_weight_0_has_no_part_in_label_smoothing():
     check_loss(loss, 0.95 * four, masked)
 
 
-def test_wrong_inputs():
-    logits, _, labels = inputs()
-    with pytest.raises(ValueError, match="CrossEntropy: weight: expected one number"):
-        ao.CrossEntropy(torch.ones(4))(logits, labels)
-    with pytest.raises(ValueError, match="Dice: pixel_weights: expected None"):
-        ao.Dice()(logits, labels, torch.ones(labels.shape))
-    with pytest.raises(ValueError, match="Dice: logits: expected at least 8 classes"):
-        ao.Dice(classes=[7])(logits, labels)
-
-
-def test_a_message_shows_what_was_wrong():
-    logits, _, labels = inputs()
-    for weight, got in ((19, "19 of type int"), (torch.tensor([1.0, -3.0]), "-3.0")):
-        with pytest.raises(ValueError, match=f"for each class, got {got}$"):
-            ao.CrossEntropy(weight)
-    with pytest.raises(ValueError, match="got a dict with the keys 'out', 'aux'"):
-        ao.pixel_cross_entropy({"out": logits, "aux": logits}, labels)
-    with pytest.raises(ValueError, match=r"got a tuple of torch.float64 tensor of shape"):
-        ao.CrossEntropy()((logits, logits), labels)
-    with pytest.raises(ValueError, match=r"of one image \(K, h, w\) give logits\[None\]"):
-        ao.CrossEntropy()(logits[0], labels[0])
-
-
 @both_backends
 @pytest.mark.parametrize("options", [{}, {"ohem_threshold": 0.9}, {"focal_gamma": 2.0}])
 def test_infinite_loss_of_a_class_of_weight_0(options, backend):
@@ -192,7 +169,11 @@ def test_infinite_loss_of_a_class_of_weight_0(options, backend):
 
 @both_backends
 @pytest.mark.parametrize(
-    "options", [{}, {"ohem_threshold": 0.6}, {"ohem_threshold": 0.6, "focal_gamma": 1.0}]
+    "options",
+    [
+        *({}, {"ohem_threshold": 0.6}, {"ohem_threshold": 0.6, "focal_gamma": 1.0}),
+        *({"ohem_min_kept": 3}, {"ohem_min_kept": 100}),
+    ],
 )
 def test_gradient_of_weights_that_are_0(options, backend):
     """`ohem_threshold` decides by the probability, so a pixel of weight 0 is used:
@@ -200,25 +181,18 @@ def test_gradient_of_weights_that_are_0(options, backend):
     logits, labels = torch.tensor([[0.0, 3], [0, 1], [0, 2], [1, 0]]), torch.tensor([0, 1, 0, 0])
     weights = torch.tensor([0.0, 1, 2, 0], requires_grad=True)
     ao.CrossEntropy(**options)(logits, labels, weights).backward()
+    if "ohem_min_kept" in options:  # pixels that are left out add nothing
+        assert weights.grad is not None and not weights.grad[[0, 3]].any()
+        assert weights.grad[1:3].all()
+        return
     p = logits.double().softmax(1).gather(1, labels[:, None])[:, 0]
     losses = -((1 - p) ** options.get("focal_gamma", 0)) * p.log()
     used = p <= options.get("ohem_threshold", 1)
-    assert used.tolist() == (
-        [True, False, True, False] if "ohem_threshold" in options else [True] * 4
-    )
+    assert used.tolist() == [x or "ohem_threshold" not in options for x in (1, 0, 1, 0)]
     total = (weights * used).sum()
     loss = (weights * used * losses).sum() / total
     expected = torch.where(used, (losses - loss) / total, 0).float()
     torch.testing.assert_close(weights.grad, expected)
-
-
-@both_backends
-@pytest.mark.parametrize("options", [{"ohem_min_kept": 3}, {"ohem_min_kept": 100}])
-def test_removed_pixels_add_no_gradient_of_their_weights(options, backend):
-    logits, labels = torch.tensor([[0.0, 3], [0, 1], [0, 2], [1, 0]]), torch.tensor([0, 1, 0, 0])
-    weights = torch.tensor([0.0, 1, 2, 1], requires_grad=True)
-    ao.CrossEntropy(**options)(logits, labels, weights).backward()
-    assert weights.grad is not None and weights.grad[0] == 0 and weights.grad[1:].all()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -328,15 +302,6 @@ def test_hard_examples_with_pixel_weights_of_1(make, label_smoothing):
     )
 
 
-def test_the_other_loss_has_the_same_corners():
-    for arguments in (
-        {"cross_entropy": ao.CrossEntropy(align_corners=True)},
-        {"dice": ao.Dice(align_corners=True, sigmoid=True)},
-    ):
-        pair = ao.CrossEntropyDice(**arguments)
-        assert pair.cross_entropy.align_corners and pair.dice.align_corners
-
-
 def test_what_a_caller_changes_in_place_does_not_change_the_terms() -> None:
     """The loss, and the terms that were returned."""
     x, labels = torch.randn(2, 4, 3, 5, requires_grad=True), torch.randint(0, 4, (2, 6, 10))
@@ -366,49 +331,46 @@ def test_squares_above_probabilities(backend: str) -> None:
         torch.testing.assert_close(loss.detach(), 1 - p[0] / denominator)
 
 
+class Extra:
+    """Adds a part to a loss."""
+
+    def parts(self, moments: ao.ops.SoftmaxMoments, logits: Tensor) -> Any:
+        more = {"sum": moments.losses.sum()}
+        return super().parts(moments, logits) | more  # pyright: ignore
+
+
+class MoreDice(Extra, ao.Dice):
+    pass
+
+
+class StillMore(MoreDice):
+    pass
+
+
 @pytest.mark.on("cpu")
-@pytest.mark.parametrize("base", [ao.CrossEntropy, ao.Dice, ao.CrossEntropyDice])
+@pytest.mark.parametrize("base", [ao.CrossEntropy, ao.Dice, ao.CrossEntropyDice, MoreDice])
 def test_a_subclass_with_other_parts(base: Any, backend: str) -> None:
-    class Sum(base):
-        def parts(self, moments: ao.ops.SoftmaxMoments, logits: Tensor) -> Any:
-            return super().parts(moments, logits) | {"sum": moments.losses.sum()}
+    """Also of a mixin, and a subclass of the class that has it."""
 
-    x, labels = torch.randn(2, 4, 3, 5, requires_grad=True), torch.randint(0, 4, (2, 6, 10))
-    loss = Sum()(x, labels)
-    expected = base()(x, labels) + ao.pixel_cross_entropy(x, labels, reduction="sum")
-    torch.testing.assert_close(loss, expected)
-    gradients = [torch.autograd.grad(value, x)[0] for value in (loss, expected)]
-    torch.testing.assert_close(*gradients)
-
-
-@pytest.mark.on("cpu")
-def test_parts_of_a_mixin(backend: str) -> None:
-    """Also of a subclass of the class that has it."""
-
-    class Extra:
-        def parts(self, moments: ao.ops.SoftmaxMoments, logits: Tensor) -> Any:
-            more = {"sum": moments.losses.sum()}
-            return super().parts(moments, logits) | more  # pyright: ignore
-
-    class Mixed(Extra, ao.Dice):
+    class Sum(base if issubclass(base, Extra) else type("Sum", (Extra, base), {})):
         pass
 
-    class Further(Mixed):
-        pass
-
+    plain = ao.Dice if base is MoreDice else base
     x, labels = torch.randn(2, 4, 3, 5, requires_grad=True), torch.randint(0, 4, (2, 6, 10))
     added = ao.pixel_cross_entropy(x, labels, reduction="sum")
-    for kind in (Mixed, Further):
-        torch.testing.assert_close(kind()(x, labels), ao.Dice()(x, labels) + added)
-    whole = ao.CrossEntropyDice(dice=Further())
+    check_loss(Sum()(x, labels), plain()(x, labels) + added, x)
+    whole = ao.CrossEntropyDice(dice=StillMore())
     torch.testing.assert_close(whole(x, labels), ao.CrossEntropyDice()(x, labels) + added)
     assert {"ce", "dice", "sum"} < whole.terms.keys()
 
+
+def test_parts_of_equal_names() -> None:
     class Other(Extra, ao.CrossEntropy):
         pass
 
+    x, labels = torch.randn(2, 4, 3, 5), torch.randint(0, 4, (2, 6, 10))
     with pytest.raises(ValueError, match="parts of other names than the cross-entropy's, got sum"):
-        ao.CrossEntropyDice(Other(), Further())(x, labels)
+        ao.CrossEntropyDice(Other(), MoreDice())(x, labels)
 
 
 @pytest.mark.on("cpu")

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from memory import peak_allocated_bytes
 from torch import Tensor
 
 import anchorops as ao
+from tests.helpers.memory import peak_allocated_bytes
 
 DTYPES = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64)
 SHAPES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -100,21 +100,3 @@ def test_no_int64_map(dims: int):
     logits = torch.randn(1, 4, *low)
     most = peak_allocated_bytes(lambda: ao.pixel_argmax(logits, size, dtype=torch.uint8))
     assert most < 2 * size[0] ** dims + 20 * logits.nbytes
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"dtype": torch.bool}, "dtype: expected uint8, .* or int64, got torch.bool"),
-        ({"dtype": "uint8"}, "dtype: expected uint8, .* or int64, got 'uint8'"),
-        ({"sigmoid": 1}, "sigmoid: expected True or False, got 1 of type int"),
-        ({"threshold": 0.3}, "threshold: expected 0.5 without sigmoid=True, got 0.3"),
-        ({"sigmoid": True, "threshold": 0.0}, r"threshold: expected a float in \(0, 1\), got 0.0"),
-        ({"sigmoid": True, "threshold": 1.0}, r"threshold: expected a float in \(0, 1\), got 1.0"),
-        ({"sigmoid": True, "threshold": "a"}, r"threshold: expected a float in \(0, 1\), got 'a'"),
-    ],
-    ids=str,
-)
-def test_messages(arguments: dict[str, Any], message: str):
-    with pytest.raises(ValueError, match=f"^pixel_argmax: {message}"):
-        ao.pixel_argmax(torch.zeros(1, 3, 4, 5), (8, 10), **arguments)

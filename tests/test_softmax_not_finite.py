@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from softmax_cases import ALL, BF16, CE, F16, F32, F64, moments, run, run_reference
 from torch import Tensor
 
 import anchorops as ao
@@ -13,6 +12,7 @@ from anchorops._moments import Options, Wanted
 from anchorops._ops.softmax_moments import moments_of
 from anchorops._shared.upsampling import upsample
 from anchorops.doctor.catalogue import Case
+from tests.helpers.softmax_cases import BF16, CE, F16, F32, F64, moments, run, run_reference
 
 on_cpu = pytest.mark.on("cpu", "reference")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the machine for PTX
@@ -216,37 +216,3 @@ def test_gradient_of_nan_reaches_the_logits_that_its_pixel_reads(backend: str):
         expected = torch.zeros(1, 3, 4, 4, dtype=torch.bool)
         expected[0, :, 1, 1] = True
         assert leaf.grad is not None and torch.equal(leaf.grad.isnan(), expected), outputs
-
-
-@pytest.mark.parametrize(
-    ("size", "labels", "dtype"),
-    [
-        ((0, 5, 3, 4), (0, 6, 8), F32),
-        ((2, 5, 3, 4), (2, 6, 8), F16),
-        ((0, 5), (0,), F32),
-        ((0, 5, 7), (0, 7), F32),
-        ((2, 5, 0), (2, 0), F32),
-        ((2, 5, 0, 4), (2, 0, 4), F32),
-        ((2, 5, 3, 4), (2, 0, 8), F32),
-        ((2, 5, 3, 4), (2, 8, 0), F32),
-        ((2, 5, 3, 4), (2, 7, 9), F16),
-        ((2, 5, 2, 3, 4), (2, 2, 3, 4), F32),
-        ((9, 5), (9,), F32),
-    ],
-)
-@pytest.mark.parametrize("per_image", [False, True])
-def test_nothing_valid(size, labels, dtype, per_image, backend: str, poisoned: None):
-    logits = torch.full(size, torch.nan, dtype=dtype, requires_grad=True)
-    ignored = torch.full(labels, 255)
-    moments = ao.ops.softmax_moments(
-        logits, ignored, per_image=per_image, **dict.fromkeys(ALL, True)
-    )
-    loss = ao.pixel_cross_entropy(logits, ignored)
-    images = (1 if len(size) == 2 else size[0],) if per_image else ()
-    for statistic in moments[:6]:
-        assert statistic.shape == (*images, 5)
-    assert moments.pixel_losses.shape == labels
-    assert not any(x.any() for x in (*moments[:7], loss))
-    outputs = [*moments[2:7], loss]
-    (gradient,) = torch.autograd.grad(outputs, logits, outputs)  # pyright: ignore
-    assert gradient.shape == size and not gradient.any()

@@ -1,6 +1,7 @@
 """Tensors without values (fake ones, those that torch.compile traces), and a subclass that wraps a
 plain tensor (MONAI's MetaTensor). test_distributed.py has DTensors."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import anchorops as ao
+from anchorops.doctor.catalogue import Case
+from tests.helpers import methods
+from tests.helpers.operators import each, results
 
 K, D = 4, 8
 ROWS = torch.eye(K, D) + 0.1
@@ -57,31 +61,20 @@ def test_checks_of_fake_labels() -> None:
     assert loss.shape == ()
 
 
-def calls(wrap: Callable[[Tensor], Tensor]) -> dict[str, Callable[[], Any]]:
-    logits, features = (wrap(torch.randn(2, n, 5, 6)).requires_grad_() for n in (K, D))
-    labels, rows = wrap(LABELS), wrap(ROWS)
-    attracting = ao.SAR(K, D, anchors=rows, embed=False)
-    return {
-        "pixel_cross_entropy": lambda: ao.pixel_cross_entropy(logits, labels),
-        "CrossEntropyDice": lambda: ao.CrossEntropyDice()(logits, labels),
-        "Lovasz": lambda: ao.Lovasz()(logits, labels),
-        "divergence": lambda: ao.pixel_kl_divergence(logits, logits, (10, 12)),
-        "pixel_argmax": lambda: ao.pixel_argmax(logits, (10, 12), confidence=True)[1],
-        "class_centroids": lambda: ao.class_centroids(features, labels, K)[0],
-        "class_moments": lambda: ao.ops.class_moments(features, labels, K, anchors=rows)[1],
-        "SAR": lambda: attracting(features, labels),
-        "OCCL": lambda: ao.OCCL(K, D)(features, labels, rows),
-        "CeCo": lambda: ao.CeCo(K, D, center_dim=K)(features, labels),
-    }
+@each("cpu")
+def test_metatensor(case: Case, backend: str) -> None:
+    inputs = case.sample.inputs(1)
+    wrapped = {name: MetaTensor(x) for name, x in inputs.items()}
+    for ours, expected in zip(results(case.ours, wrapped), results(case.ours, inputs), strict=True):
+        assert torch.equal(torch.as_tensor(ours).as_subclass(Tensor), expected)
 
 
-@pytest.mark.parametrize("name", calls(lambda x: x))
-def test_metatensor(name: str) -> None:
-    results = []
-    for wrap in (lambda x: x, MetaTensor):
-        torch.manual_seed(0)
-        result = calls(wrap)[name]()
-        if result.requires_grad:
-            result.sum().backward()
-        results.append(torch.as_tensor(result).detach())
-    assert torch.equal(*(x.as_subclass(Tensor) for x in results))
+@methods.each_method
+def test_metatensor_of_a_method(build: Callable[[], Any]) -> None:
+    features, labels, classifier = methods.batch()
+    method = build()
+    expected = copy.deepcopy(method)(features, labels, classifier)
+    loss = method(MetaTensor(features.detach()).requires_grad_(), MetaTensor(labels), classifier)
+    assert torch.equal(torch.as_tensor(loss).as_subclass(Tensor), expected)
+    if loss.requires_grad:
+        loss.backward()

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import anchorops as ao
+from anchorops.doctor.catalogue.features import METHODS
+from tests.helpers.calls import LOSSES, SIGMOIDS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 
@@ -46,25 +48,10 @@ def test_script_is_refused(name: str, inside: bool) -> None:
     torch.testing.assert_close(torch.jit.script(whole)(x), expected)
 
 
-LOSSES: dict[str, Callable[[], nn.Module]] = {
-    "CrossEntropy": lambda: ao.CrossEntropy(torch.ones(5)),
-    "BinaryCrossEntropy": lambda: ao.BinaryCrossEntropy([1.0, 2.0]),
-    "CrossEntropyDice": ao.CrossEntropyDice,
-    "Dice": lambda: ao.Dice(weight=torch.ones(5)),
-    "Lovasz": ao.Lovasz,
-    "SAR": lambda: ao.SAR(5, 64),
-    "OCCL": lambda: ao.OCCL(5, 64),
-    "CBP": lambda: ao.CBP(5, 64, update="ema"),
-    "CeCo": lambda: ao.CeCo(5, 64),
-    "MVSC": lambda: ao.MVSC(5, 64),
-    "Combined": lambda: ao.Combined(ao.OCCL(5, 64), ao.CeCo(5, 64)),
-}
-
-
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", METHODS | LOSSES | SIGMOIDS)
 def test_a_loss_that_the_model_does_not_call(name: str) -> None:
     model, x = Net().eval(), torch.randn(1, 3, 64, 64)
-    model.loss = LOSSES[name]()
+    model.loss = METHODS[name](5, 64) if name in METHODS else (LOSSES | SIGMOIDS)[name]()
     scripted: Any = torch.jit.script(model)
     torch.testing.assert_close(scripted(x), model(x))
     assert scripted.state_dict().keys() == model.state_dict().keys()

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from operators import check
-from simulated_gpu import BACKEND
 from torch import Generator, Tensor
 
 from anchorops import reference
@@ -19,6 +17,8 @@ from anchorops._ops.upsampled_sums import upsampled_sums
 from anchorops.doctor.catalogue import Case, Entry, Inputs, Sample, formulas
 from anchorops.doctor.catalogue.budget import FLOOR
 from tests.helpers.memory import peak_allocated_bytes
+from tests.helpers.operators import check
+from tests.helpers.simulated_gpu import BACKEND
 
 K = 5
 Size = tuple[int, int]
@@ -126,11 +126,9 @@ def test_dtypes_and_layouts(backend: str, label_size: Size, dtype: torch.dtype):
     check_sums(backend, features.contiguous(memory_format=torch.channels_last), labels)
 
 
-def test_several_blocks_of_channels(backend: str):
+def test_many_channels_or_keys(backend: str):
+    """Several blocks of channels, and many keys in a tile."""
     check_sums(backend, *example((2, 2), (3, 4), 140), per_image=True)
-
-
-def test_many_keys_in_a_tile(backend: str):
     features, labels = example((1, 9), (2, 18))[0], torch.arange(72).view(2, 2, 18)
     check_sums(backend, features, labels, num_classes=72)
     check_sums(backend, features, labels % 36, num_classes=36, per_image=True)

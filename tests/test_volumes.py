@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from memory import peak_allocated_bytes
-from operators import check
-from softmax_cases import BF16, CE, F64, moments
 from torch import Tensor
 
 import anchorops as ao
 from anchorops._ops import volumes
 from anchorops.doctor.catalogue import Case, formulas
+from tests.helpers.memory import peak_allocated_bytes
+from tests.helpers.operators import check
+from tests.helpers.softmax_cases import BF16, CE, F64, moments
 
 K = 4
 pytestmark = pytest.mark.on("cpu", "reference")
@@ -145,53 +145,6 @@ def test_what_is_not_finite(backend: str) -> None:
     assert (gradient[:, 3] == 0)[~gradient[:, 3].isnan()].all()
     assert not gradient[0, :, 2:].isnan().any() and not gradient[1].isnan().any()
     assert torch.equal(classes == 0, (classes == 0) | reads) and not (classes == 3).any()
-
-
-@pytest.mark.parametrize(
-    ("size", "label_size"),
-    [
-        ((0, K, 2, 3, 3), (4, 4, 4)),
-        ((2, K, 2, 3, 3), (0, 4, 4)),
-        ((2, K, 2, 3, 3), (4, 4, 0)),
-        pytest.param((2, K, 0, 3, 3), (4, 0, 4), marks=pytest.mark.on("cpu")),
-    ],
-)
-def test_empty(size: tuple[int, ...], label_size: tuple[int, ...], backend: str) -> None:
-    logits = torch.randn(size, requires_grad=True)
-    labels = torch.zeros(size[0], *label_size, dtype=torch.int64)
-    loss = ao.CrossEntropyDice()(logits, labels)
-    loss.backward()
-    assert ao.pixel_argmax(logits, label_size).shape == labels.shape
-    assert ao.pixel_confusion(logits, labels).sum() == 0
-    assert loss == 0 and logits.grad.shape == logits.shape and not logits.grad.any()
-
-
-def test_messages() -> None:
-    logits, labels = inputs()
-    for function in (ao.pixel_cross_entropy, ao.ops.softmax_moments, ao.pixel_confusion):
-        name = function.__name__
-        with pytest.raises(ValueError, match=rf"^{name}: labels: expected a tensor \(2, D, H, W\)"):
-            function(logits, labels[:, 0, 0])
-        with pytest.raises(ValueError, match=rf"^{name}: labels: expected a tensor \(2, D, H, W\)"):
-            function(logits, labels[:, None].expand(-1, 2, -1, -1, -1))
-        with pytest.raises(ValueError, match=rf"^{name}: labels: expected a tensor \(2, H, W\)"):
-            function(logits[:, :, 0], labels)
-    with pytest.raises(ValueError, match=r"^pixel_argmax: size: expected \(D, H, W\), three ints"):
-        ao.pixel_argmax(logits, (9, 11))
-
-
-def test_memory(slab: int) -> None:
-    """lse, and some slabs: no full-resolution map for each class."""
-    logits = torch.randn(1, 30, 16, 8, 8, requires_grad=True)
-    labels = torch.randint(0, 30, (1, 64, 32, 32))
-
-    def run() -> Any:
-        return torch.autograd.grad(ao.pixel_cross_entropy(logits, labels), logits)
-
-    run()
-    lse, image = 4 * labels.numel(), 4 * logits.numel() / 16
-    images = 64 if slab > 2**20 else 1
-    assert peak_allocated_bytes(run) < 1.5 * lse + 3 * images * image + 4 * 4 * logits.numel()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -14,12 +14,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from small_networks import NO_TORCHVISION
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchorops as ao
+from tests.helpers.small_networks import NO_TORCHVISION
 
 extraction = pytest.importorskip("torchvision.models.feature_extraction", reason=NO_TORCHVISION)
 K = 5

@@ -1,9 +1,5 @@
 """Labels that are neither a class nor ignored, and those that are ignored: every loss module counts
-them in its terms. Masks of 0 and 255."""
-
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+them in its terms."""
 
 import pytest
 import torch
@@ -14,28 +10,11 @@ import anchorops as ao
 from anchorops._ops import volumes
 from anchorops._ops.probability_histograms import count_labels_out_of_range
 from anchorops.losses.pixel import PixelLoss
+from tests.helpers.calls import LOSSES, SIGMOIDS
 from tests.helpers.memory import peak_allocated_bytes
 from tests.test_class_keys import INTEGERS
 
 NAME, IGNORED = "labels_out_of_range", "labels_ignored"
-LOSSES: dict[str, Callable[..., PixelLoss]] = {
-    "CrossEntropy": ao.CrossEntropy,
-    "focal": lambda **options: ao.CrossEntropy(focal_gamma=2.0, **options),
-    "ohem": lambda **options: ao.CrossEntropy(ohem_threshold=0.2, **options),
-    "ohem_min_kept": lambda **options: ao.CrossEntropy(ohem_min_kept=10, **options),
-    "Dice": ao.Dice,
-    "Dice per image": lambda **options: ao.Dice(per_image=True, **options),
-    "CrossEntropyDice": ao.CrossEntropyDice,
-    "Lovasz": ao.Lovasz,
-}
-SIGMOIDS: dict[str, Callable[..., PixelLoss]] = {
-    "BinaryCrossEntropy": ao.BinaryCrossEntropy,
-    "Dice": lambda **options: ao.Dice(sigmoid=True, **options),
-    "Lovasz": lambda **options: ao.Lovasz(sigmoid=True, **options),
-    "CrossEntropyDice": lambda **options: ao.CrossEntropyDice(
-        dice=ao.Dice(sigmoid=True), **options
-    ),
-}
 each_backend = pytest.mark.on("reference", "cpu", "simulated_triton", "triton")
 SIZES = [  # of logits and labels
     ((2, 5, 4, 6), (2, 16, 24)),  # by cells
@@ -48,6 +27,8 @@ SIZES = [  # of logits and labels
     ((20, 5), (20,)),
     ((2, 5, 9), (2, 9)),
     ((2, 5, 2, 3, 3), (2, 2, 3, 3)),
+    ((0, 5, 4, 6), (0, 16, 24)),
+    ((2, 5, 4, 6), (2, 0, 24)),
 ]
 
 
@@ -160,26 +141,12 @@ def test_more_labels_than_float32_counts(backend: str) -> None:
     assert count(ao.CrossEntropy(), torch.randn(1, 2, 4, 4), labels) == 0
 
 
-def test_strides(backend: str) -> None:
+def test_strides_and_logits_that_are_not_finite(backend: str) -> None:
     labels, expected = wrong_labels((16, 24, 2), 5, 255)
-    assert count(ao.CrossEntropy(), torch.randn(2, 5, 4, 6), labels.permute(2, 0, 1)) == expected
-
-
-def test_bool_labels_are_never_wrong(backend: str) -> None:
-    labels = torch.rand(2, 16, 24) < 0.5
-    assert count(ao.BinaryCrossEntropy(), torch.randn(2, 1, 4, 6), labels) == 0
-
-
-@pytest.mark.parametrize("size", [(0, 5, 4, 6), (2, 5, 4, 6)])
-def test_no_labels(backend: str, size: tuple[int, ...]) -> None:
-    labels = torch.zeros(size[0], 16 if size[0] == 0 else 0, 24, dtype=torch.int64)
-    assert count(ao.CrossEntropy(), torch.randn(size), labels) == 0
-
-
-def test_logits_that_are_not_finite(backend: str) -> None:
     logits = torch.full((2, 5, 4, 6), torch.nan)
-    labels, expected = wrong_labels((2, 16, 24), 5, 255)
-    assert count(ao.CrossEntropy(), logits, labels) == expected
+    assert count(ao.CrossEntropy(), logits, labels.permute(2, 0, 1)) == expected
+    bools = torch.rand(2, 16, 24) < 0.5  # they are never wrong
+    assert count(ao.BinaryCrossEntropy(), logits[:, :1], bools) == 0
 
 
 def test_slabs_of_a_volume(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,74 +176,3 @@ def test_compiled(loss: PixelLoss) -> None:
     labels, expected = wrong_labels(shape, 2 if loss.sigmoid else 5, 255)
     torch.compile(loss, fullgraph=True)(logits, labels).backward()
     assert loss.terms[NAME] == expected and loss.terms[IGNORED] == (labels == 255).sum()
-
-
-MASK = 255 * (torch.arange(2 * 16 * 24).view(2, 1, 16, 24) % 3 == 0)  # 0 and 255
-BINARY_LOGITS = torch.randn(2, 1, 4, 6)
-
-
-def of_two(call: Callable[..., Any]) -> Callable[..., Any]:
-    """A call with logits or features of two channels, and labels without a channel."""
-    return lambda x, y, **options: call(x.expand(-1, 2, -1, -1), y[:, 0], **options)
-
-
-def of_loss(make: Callable[..., PixelLoss]) -> Callable[..., Tensor]:
-    return lambda x, y, **options: make(**options)(x, y)
-
-
-def of_method(method: Callable[..., Any]) -> Callable[..., Tensor]:
-    return of_two(lambda x, y, **options: method(2, 2, **options)(x, y, torch.eye(2)))
-
-
-# Calls of logits of one channel and labels; the first word is the name in the message.
-CHECKS: dict[str, Callable[..., object]] = {
-    "pixel_binary_cross_entropy": ao.pixel_binary_cross_entropy,
-    "pixel_confusion": partial(ao.pixel_confusion, sigmoid=True),
-    "MeanIoU": lambda x, y, **i: ao.MeanIoU(1, sigmoid=True, **i).update(x, y),
-    "MeanIoU of maps": lambda x, y, **i: ao.MeanIoU(1, sigmoid=True, **i).update(0 * y, y),
-    **{f"{name} of sigmoids": of_loss(make) for name, make in SIGMOIDS.items()},
-    **{
-        f"{name} of classes": of_two(of_loss(make))
-        for name, make in (LOSSES | {"Lovasz": ao.Lovasz}).items()
-        if name[0].isupper()
-    },
-    "pixel_cross_entropy": of_two(ao.pixel_cross_entropy),
-    "softmax_moments": of_two(ao.ops.softmax_moments),
-    "pixel_confusion of classes": of_two(ao.pixel_confusion),
-    "confusion": of_two(lambda x, y, **i: ao.confusion(0 * y.long(), y, 2, **i)),
-    "MeanIoU of two classes": of_two(lambda x, y, **i: ao.MeanIoU(2, **i).update(x, y)),
-    "class_moments": of_two(lambda x, y, **i: ao.ops.class_moments(x, y, 2, **i)),
-    "class_centroids": of_two(lambda x, y, **i: ao.class_centroids(x, y, 2, **i)),
-    "pixel_to_anchor_mse": of_two(
-        lambda x, y, **i: ao.pixel_to_anchor_mse(x, y, torch.eye(2), **i)
-    ),
-    **{method.__name__: of_method(method) for method in (ao.SAR, ao.OCCL, ao.MVSC, ao.CBP)},
-    "CeCo": of_method(partial(ao.CeCo, reduced_dim=2, center_dim=2)),
-}
-
-
-@pytest.mark.parametrize("name", CHECKS)
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int64])
-def test_masks_of_0_and_255(name: str, dtype: torch.dtype) -> None:
-    """An error with check_labels alone: background and void without an object are right labels."""
-    call, mask = partial(CHECKS[name], BINARY_LOGITS), MASK.to(dtype)
-    call(mask)
-    message = rf"^{name.split()[0]}: labels: expected a label 1 beside 0 .*\(mask > 0\).*a crop of "
-    with pytest.raises(ValueError, match=message + r".*, got \[0, 255\]$"):
-        call(mask, check_labels=True)
-    one = mask.clone()
-    one[0, 0, 0, 0] = 1
-    for right in (one, (MASK > 0).to(dtype), torch.zeros_like(mask), torch.full_like(mask, 255)):
-        call(right, check_labels=True)
-    call(2 * (MASK > 0).to(dtype), check_labels=True, ignore_index=2)
-
-
-def test_more_classes_may_lack_class_1() -> None:
-    ao.pixel_cross_entropy(torch.randn(2, 3, 4, 6), MASK, check_labels=True)
-    ao.MeanIoU(3, check_labels=True).update(torch.randn(2, 3, 4, 6), MASK)
-
-
-def test_predictions_that_are_no_class_hide_no_label() -> None:
-    """They are ignored, but a label 1 there shows that the labels are right."""
-    labels, predictions = torch.tensor([[[[0, 1, 255]]]]), torch.tensor([[[[0, 7, 0]]]])
-    ao.MeanIoU(1, sigmoid=True, check_labels=True).update(predictions, labels)

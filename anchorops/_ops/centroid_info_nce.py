@@ -35,31 +35,30 @@ from .registration import Gradient, define, run
 LOGITS_AT_ONCE = 2**23  # 32 MiB in float32; more are computed in parts, and again for the gradient
 LOGITS_OF_PART = 2**20
 
-# queries and positives [C, G, D] are of the classes from `first` on; C = K unless they are a part.
-# keys [K, D]; present: bool [C, G], None: all; present_keys: bool [K], None: the classes with a
-# present query. temperature: (), of the losses' dtype (why a tensor: as_scalar of _moments.py).
-# losses: a scalar, or [C, G] for the reduction "none". The other results are what the backend keeps
-# for the gradient.
+# queries and positives [C, D] or [C, G, D] are of the classes from `first` on; C = K, or they
+# are a part. keys [K, D]; present: bool [C] or [C, G], None: all; present_keys: bool [K], None:
+# the classes with a present query. temperature: (), of the losses' dtype (why a tensor: as_scalar
+# of _moments.py). losses: a scalar, or [C] or [C, G] for the reduction "none". kept: what a backend
+# keeps for the gradient.
 _SCHEMA = (
     "(Tensor queries, Tensor keys, Tensor? positives, Tensor? present, Tensor? present_keys, "
-    "SymInt first, Tensor temperature, str reduction, float? normalize) "
-    "-> (Tensor losses, Tensor logits, Tensor rows, Tensor key_lengths, Tensor factor)"
+    "SymInt first, Tensor temperature, str reduction, float? normalize) -> (Tensor losses, {kept})"
 )
 _BACKWARD_SCHEMA = (
     "(Tensor dlosses, Tensor queries, Tensor keys, Tensor? positives, Tensor? present, "
-    "Tensor? present_keys, Tensor logits, Tensor rows, Tensor key_lengths, Tensor factor, "
-    "SymInt first, Tensor temperature, str reduction, float? normalize, bool of_queries, "
-    "bool of_keys, bool of_positives) -> (Tensor dqueries, Tensor dkeys, Tensor dpositives)"
+    "Tensor? present_keys, {kept}, SymInt first, Tensor temperature, str reduction, "
+    "float? normalize, bool of_queries, bool of_keys, bool of_positives) "
+    "-> (Tensor dqueries, Tensor dkeys, Tensor dpositives)"
 )
 
 
 def _fake(backend: str, queries: Tensor, keys: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    classes, groups, num_classes = *queries.shape[:2], keys.shape[0]
+    shape, num_classes = queries.shape[:-1], keys.shape[0]
     new = partial(queries.new_empty, dtype=statistics_dtype(queries.dtype))
-    losses = new((classes, groups) if arguments[5] == "none" else ())
+    losses, rows = new(shape if arguments[5] == "none" else ()), math.prod(shape)
     if backend == "cpu":
-        return losses, new((classes * groups, num_classes)), new(0), new(0), new(0)
-    rows, pitch = classes * groups, (num_classes + 15) // 16 * 16
+        return losses, new((rows, num_classes))
+    pitch = (num_classes + 15) // 16 * 16
     return losses, new((rows, pitch)), new((4, rows)), new(num_classes), new(())
 
 
@@ -81,7 +80,9 @@ def _used_keys(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Which keys are in the denominators of other queries, and which are read: bool [K], or None
     for all."""
-    has_query = None if present is None else present.any(1)
+    has_query = present
+    if present is not None and present.dim() == 2:
+        has_query = present.any(1)
     if present_keys is None:
         return has_query, has_query
     read = present_keys
@@ -114,9 +115,10 @@ def _gradient_of_rows(
 
 
 def _own(matrix: Tensor, queries: Tensor, first: int) -> Tensor:
-    """The view [C, G] of a new matrix [C·G, K], of the columns of the rows' own classes."""
-    (classes, groups), num_classes = queries.shape[:2], matrix.shape[1]
-    return matrix.as_strided((classes, groups), (groups * num_classes + 1, num_classes), first)
+    """The view [C] or [C, G] of a new matrix [C·G, K], of the columns of the rows' own classes."""
+    shape, num_classes = queries.shape[:-1], matrix.shape[1]
+    strides = math.prod(shape[1:]) * num_classes + 1, num_classes
+    return matrix.as_strided(shape, strides[: len(shape)], first)
 
 
 def _factor(reduction: str, queries: Tensor, present: Tensor | None) -> float | Tensor:
@@ -124,7 +126,7 @@ def _factor(reduction: str, queries: Tensor, present: Tensor | None) -> float | 
     if reduction != "mean":
         return 1.0
     if present is None:
-        return 1 / max(queries.shape[:2].numel(), 1)
+        return 1 / max(queries.shape[:-1].numel(), 1)
     return 1 / present.sum(dtype=statistics_dtype(queries.dtype)).clamp(min=1)
 
 
@@ -156,7 +158,7 @@ def _on_cpu(
     counted, read = _used_keys(keys.shape[0], queries, *masks)
     q, _ = _rows(queries, present, queries, normalize)
     k, _ = _rows(keys, read, queries, normalize)
-    logits = torch.mm(q.flatten(0, 1), k.T).div_(temperature)
+    logits = torch.mm(q.flatten(0, -2), k.T).div_(temperature)
     own = _own(logits, queries, first)
     if positives is not None:
         p, _ = _rows(positives, present, queries, normalize)
@@ -170,9 +172,8 @@ def _on_cpu(
     if present is not None:
         losses = torch.where(present, losses, 0)
     if reduction != "none":
-        losses = losses.sum() * _factor(reduction, queries, present)
-    nothing = q.new_empty(0)
-    return losses, log_p, nothing, nothing.clone(), nothing.clone()
+        losses = losses.sum().mul_(_factor(reduction, queries, present))
+    return losses, log_p
 
 
 @_without_autocast
@@ -185,9 +186,6 @@ def _gradient_on_cpu(
     present: Tensor | None,
     present_keys: Tensor | None,
     log_p: Tensor,
-    rows: Tensor,
-    key_lengths: Tensor,
-    factor: Tensor,
     first: int,
     temperature: Tensor,
     reduction: str,
@@ -200,7 +198,7 @@ def _gradient_on_cpu(
     _, read = _used_keys(keys.shape[0], queries, *masks)
     q, q_lengths = _rows(queries, present, queries, normalize)
     k, k_lengths = _rows(keys, read, queries, normalize)
-    dlosses = dlosses * (_factor(reduction, queries, present) / temperature)
+    dlosses = dlosses * (_factor(reduction, queries, present) / temperature.item())
     if present is not None:
         dlosses = torch.where(present, dlosses, 0)
     dlogits = log_p.exp()
@@ -221,7 +219,7 @@ def _gradient_on_cpu(
         dq = dq if from_positives is None else dq.add_(from_positives)
         dqueries = _gradient_of_rows(dq, q, q_lengths, normalize, queries)
     if of_keys:
-        dk = torch.mm(dlogits.T, q.flatten(0, 1))
+        dk = torch.mm(dlogits.T, q.flatten(0, -2))
         dkeys = _gradient_of_rows(dk, k, k_lengths, normalize, keys)
     return tuple(q.new_empty(0) if x is None else x for x in (dqueries, dkeys, dpositives))
 
@@ -234,30 +232,28 @@ def _setup_context(ctx: Any, inputs: Any, results: Any) -> None:
 def _backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
     if grads.losses is None:
         return {}
-    needs = {name: getattr(ctx.needs, name) for name in ("queries", "keys", "positives")}
     *tensors, temperature = ctx.saved_tensors
-    options = ctx.first, temperature, *ctx.options
-    gradients = operator(grads.losses, *tensors, *options, *needs.values())
-    named = zip(needs.items(), gradients, strict=True)
-    return {name: gradient if needed else None for (name, needed), gradient in named}
+    needed = ctx.needs[:3]
+    gradients = operator(grads.losses, *tensors, ctx.first, temperature, *ctx.options, *needed)
+    named = zip(("queries", "keys", "positives"), needed, gradients, strict=True)
+    return {name: gradient for name, wanted, gradient in named if wanted}
 
 
-_GRADIENT = Gradient(_BACKWARD_SCHEMA, _setup_context, _backward, _backward_fake)
-define(
-    "centroid_info_nce",
-    _SCHEMA,
-    partial(_fake, "cpu"),
-    backends=("cpu",),
-    gradient=_GRADIENT._replace(in_python=_gradient_on_cpu),
-    in_python=_on_cpu,
-)
-define(
-    "centroid_info_nce",
-    _SCHEMA,
-    partial(_fake, "triton"),
-    backends=("triton",),
-    gradient=_GRADIENT,
-)
+def _define(backend: str, kept: str, on_cpu: Any = None, gradient_on_cpu: Any = None) -> None:
+    schema, backward_schema = (x.format(kept=kept) for x in (_SCHEMA, _BACKWARD_SCHEMA))
+    functions = _setup_context, _backward, _backward_fake
+    define(
+        "centroid_info_nce",
+        schema,
+        partial(_fake, backend),
+        backends=(backend,),
+        gradient=Gradient(backward_schema, *functions, in_python=gradient_on_cpu),
+        in_python=on_cpu,
+    )
+
+
+_define("cpu", "Tensor log_p", _on_cpu, _gradient_on_cpu)
+_define("triton", "Tensor logits, Tensor rows, Tensor key_lengths, Tensor factor")
 
 
 def _check(argument: str, tensor: object, shape: tuple[int, ...], queries: Tensor) -> None:
@@ -332,15 +328,15 @@ def centroid_info_nce(
         normalize = check_normal(function, "normalize", normalize)
     backend = select(function, queries, queries.shape[0])
     shape = queries.shape[:-1]
+    # not shape.numel(), which torch.export makes a constant
+    if backend != "reference" and math.prod(shape) * keys.shape[0] <= LOGITS_AT_ONCE:
+        tensors = queries, keys, positives, present, present_keys
+        options = 0, as_scalar(temperature, queries), reduction, normalize
+        return run(function, backend, *map(savable, tensors), *options)[0]
     if queries.dim() == 2:
         queries = queries[:, None]
         positives, present = (x if x is None else x[:, None] for x in (positives, present))
     tensors: Any = tuple(map(savable, (queries, keys, positives, present, present_keys)))
-    # not shape.numel(), which torch.export makes a constant
-    if backend != "reference" and math.prod(shape) * keys.shape[0] <= LOGITS_AT_ONCE:
-        options = 0, as_scalar(temperature, queries), reduction, normalize
-        losses = run(function, backend, *tensors, *options)[0]
-        return losses.view(shape) if reduction == "none" else losses
     losses = _losses_in_parts(backend, *tensors, temperature=temperature, normalize=normalize)
     if reduction == "none":
         return losses.view(shape)

@@ -1,6 +1,8 @@
 """Class moments: count, sum and squared distance to an anchor, over the pixels of each class.
 
-    counts[k] = #{p : key_p = k}    sums[k] = Σ f_p    sqdists[k] = Σ ‖f_p − anchors[k]‖²
+`ClassMoments` defines the results. Their gradients are, with the key of each pixel in place of the
+class,
+
     dfeatures[p] = 2·dsqdists[k]·(f_p − anchors[k]) + dsums[k],  k = key_p;  0 where ignored
     danchors[k]  = −2·dsqdists[k]·(sums[k] − counts[k]·anchors[k])
 
@@ -32,7 +34,7 @@ from .._checks import (
     fail,
 )
 from .._moments import ClassMoments, statistics_dtype
-from .._shared.sums import fixed_order_sum, sum_by_key
+from .._shared.sums import fixed_order_sum, histogram
 from .._torch_state import shape_of
 from .class_keys import KeyOptions, class_keys
 from .registration import Gradient, define, run
@@ -117,8 +119,7 @@ def _danchors(keys: Tensor, anchors: Tensor, sums: Tensor, dsqdists: Tensor, gro
     The difference is in float64, so its error is that of the sums: relative to it,
     eps·‖a‖/‖mean − a‖, with eps = 2⁻²⁴ for float32.
     """
-    flat = keys.flatten().long()
-    counts = sum_by_key(flat, torch.ones_like(flat), dsqdists.numel())
+    counts = histogram(keys, keys >= 0, dsqdists.numel())
     num_classes, dim = anchors.shape  # keys are (image, class, group)
     counts, dsqdists = (x.view(-1, num_classes, groups, 1) for x in (counts, dsqdists))
     differences = (

@@ -1,9 +1,9 @@
 """Softmax moments: the statistics that pixel losses need, at full resolution, that of the labels,
 computed from low-resolution logits.
 
-reference/softmax_moments.py defines the results and their symbols. Their gradients are
+`SoftmaxMoments` and `Options` define the results and their symbols. Their gradients are
 
-    dz_k = (α + β·Σ_j v_j)·p_k − α·[y = k] − β·v_k + p_k·(u_k − Σ_j p_j u_j)
+    dz_k = α·(p_k − [y = k]) + β·(V·p_k − v_k) + p_k·(u_k − Σ_j p_j u_j),  V = Σ_j v_j
     α    = d·(m·a_y + dm/dc·(a_y·c + Σ_k v_k·(−log p_k))),  β = d·m
     d    = ω_q·dlosses[y] + dpixel_losses[q],  0 where ignored
     u_k  = dprobability_sums[k] + [y = k]·dintersections[k] + 2·p_k·dsquares[k]
@@ -224,15 +224,11 @@ def softmax_moments(
 ) -> SoftmaxMoments:
     """Softmax statistics of each class, from low-resolution logits and labels at their own size.
 
-    With z = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear",
-    align_corners=align_corners) and p = z.softmax(1), neither of which is stored:
+    `SoftmaxMoments` defines them, with z = F.interpolate(logits.float(), labels.shape[1:],
+    mode="bilinear", align_corners=align_corners) and p = z.softmax(1), neither of which is stored.
 
-        counts[k] = #{y = k}            correct[k] = #{y = k = argmax z}
-        losses[k] = Σ_{y = k} −log p_k  intersections[k] = Σ_{y = k} p_k
-        squares[k] = Σ p_k²             probability_sums[k] = Σ p_k
-
-    over the valid pixels. Cross-entropy is (Σ losses)/(Σ counts). Dice, Tversky and Jaccard are
-    computed from counts, intersections and probability_sums. Accuracy is (Σ correct)/(Σ counts).
+    Cross-entropy is (Σ losses)/(Σ counts). Dice, Tversky and Jaccard are computed from counts,
+    intersections and probability_sums. Accuracy is (Σ correct)/(Σ counts).
 
     Args:
         logits: (B, K, h, w), any strides; volumes (B, K, d, h, w), which are upsampled with

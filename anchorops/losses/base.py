@@ -26,6 +26,7 @@ from .._checks import (
     fail,
 )
 from .._moments import ClassMoments
+from .._ops.centroid_info_nce import centroid_info_nce
 from .._ops.recomputation import check_first_pass
 from .._torch_state import in_transform, savable
 from ..distributed import group_name, reduce_moments
@@ -37,7 +38,7 @@ Classifier = nn.Module | Tensor
 
 class Losses(NamedTuple):
     """terms: weighted parts, whose sum is the loss; logs: other values shown in the method's
-    `terms`."""
+    `terms`, and masks, of which the number of true values is shown."""
 
     terms: dict[str, Tensor]
     logs: dict[str, Tensor]
@@ -79,6 +80,24 @@ def linear_weight(function: str, classifier: object, num_classes: int, dim: int)
         weight = weight.flatten(1) if one_position else weight.flatten(2).sum(2)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def classification_loss(
+    queries: Tensor, weight: Tensor, bias: Tensor | None, present: Tensor, **options: Any
+) -> Tensor:
+    """The cross-entropy of a linear classifier for the queries [K, D] or [K, G, D] of its classes,
+    of those that are present: InfoNCE of its rows, to which the bias is one more channel."""
+    if bias is not None:
+        ones = queries.new_ones(()).expand(*queries.shape[:-1], 1)
+        queries = torch.cat((queries, ones), -1)
+        weight = torch.cat((weight, bias[:, None]), 1)
+    every = present.new_ones(len(weight))
+    return centroid_info_nce(queries, weight, present=present, present_keys=every, **options)
+
+
+def weighted(weight: float, term: Tensor) -> Tensor:
+    """weight·term, without an operator if the weight is 1."""
+    return term if weight == 1 else weight * term
 
 
 class Regularizer(InitializedModule):
@@ -156,7 +175,7 @@ class Regularizer(InitializedModule):
         # counts too are floating-point, because loggers average over steps and ranks
         dtypes = [x.dtype for x in self._terms.values() if x.is_floating_point()]
         return {
-            key: x.clone() if x.is_floating_point() else x.to(dtypes[0])
+            key: x.clone() if x.is_floating_point() else x.sum().to(dtypes[0])
             for key, x in self._terms.items()
         }
 

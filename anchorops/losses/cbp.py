@@ -226,9 +226,9 @@ class CBP(Regularizer):
             rows = F.normalize(weight.flatten(1), dim=1) * self.length
             weight.copy_(rows.view_as(weight))
         elif self.update == "ema":
-            present = self.centroids.any(1, keepdim=True)
-            step = present.to(weight).mul_(1 - self.momentum)
-            weight.flatten(1).lerp_(self.centroids.to(weight), step)
+            rows, present = weight.flatten(1), self.centroids.any(1, keepdim=True)
+            centroids = torch.where(present, self.centroids.to(weight), rows)
+            rows.lerp_(centroids, 1 - self.momentum)
             self.centroids.zero_()
 
     def plan(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Plan:

@@ -1,5 +1,7 @@
 """CeCo, center collapse (CVPR 2023)."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from .._ops.upsampled_sums import upsampled_sums
 from .._torch_state import has_values
 from ..anchors import simplex_etf
 from ..distributed import all_reduce, reduce_moments
-from .base import Classifier, Losses, Plan, Regularizer
+from .base import Classifier, Losses, Plan, Regularizer, classification_loss
 from .batch_norm import batch_norm
 
 
@@ -155,13 +157,20 @@ class CeCo(Regularizer):
             x.to(centers.dtype)
             for x in (self.projection.weight, self.projection.bias, self.etf, self.prior)
         )
-        hidden = F.linear(centers, weight, bias).relu()
-        hidden = F.dropout(F.normalize(hidden, dim=-1), self.dropout, self.training)  # ẑ_k
-        logits = self.scale * F.linear(hidden, etf) + (prior + 1e-12).log()
-        log_p = logits.log_softmax(-1).diagonal(dim1=-2, dim2=-1)  # of the center's own class
-        present = counts > 0
-        total, number = -torch.where(present, log_p, 0).sum(), present.sum()
+        hidden, size = F.linear(centers, weight, bias).relu(), self.center_dim
+        # normalised, to the length √C: one operator, where F.normalize has four
+        hidden = F.rms_norm(hidden, (size,), eps=1e-24 / size)
+        hidden = F.dropout(hidden, self.dropout, self.training)  # √C·ẑ_k
+        temperature, present = math.sqrt(size) / self.scale, counts > 0
+        loss = classification_loss(
+            hidden.transpose(0, -2),
+            etf,
+            temperature * (prior + 1e-12).log(),
+            present.transpose(0, -1),
+            temperature=temperature,
+            reduction="sum" if self.per_image else "mean",
+        )
         if self.per_image:  # every rank has its own images
-            total, number = (all_reduce(x, self.process_group) for x in (total, number))
-        loss = self.loss_weight * total / number.clamp(min=1)
-        return Losses({"center": loss}, {"present": number})
+            loss, present = (all_reduce(x, self.process_group) for x in (loss, present.sum()))
+            loss = loss / present.clamp(min=1)
+        return Losses({"center": self.loss_weight * loss}, {"present": present})

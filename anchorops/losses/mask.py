@@ -104,13 +104,11 @@ class MaskLoss(PixelLoss):
         *,
         num_masks: Tensor | float | None = None,
     ) -> Tensor:
-        check_strided("MaskLoss", "logits", logits)
-        if not isinstance(logits, Tensor) or logits.dim() != 3:
-            fail("MaskLoss", "logits", "a tensor (N, h, w)", describe(logits))
-        check_strided("MaskLoss", "labels", labels)
-        if not isinstance(labels, Tensor) or labels.dim() != 3:
-            expected = "a tensor (N, H, W) of masks, or (B, H, W) of ids"
-            fail("MaskLoss", "labels", expected, describe(labels))
+        masks = "(N, H, W) of masks, or (B, H, W) of ids"
+        for name, given, shape in (("logits", logits, "(N, h, w)"), ("labels", labels, masks)):
+            check_strided("MaskLoss", name, given)
+            if not isinstance(given, Tensor) or given.dim() != 3:
+                fail("MaskLoss", name, f"a tensor {shape}", describe(given))
         ignore_index = self.ignore_index
         if ids is not None:
             labels = self._masks(logits, labels, ids, images)
@@ -120,16 +118,14 @@ class MaskLoss(PixelLoss):
         if len(labels) != len(logits):
             expected = f"{len(logits)} masks, as logits (or maps, with ids)"
             fail("MaskLoss", "labels", expected, describe(labels))
-        logits = logits[:, None]
-        given = logits, labels[:, None], ignore_index, self.check_labels and ids is None
+        given = logits[:, None], labels[:, None], ignore_index, self.check_labels and ids is None
         masks, ignore_index = check_pixels("MaskLoss", *given, sigmoid=True)
+        focal_gamma = self.focal_gamma if self.focal_gamma > 0 else None
         options = Options(
-            focal_gamma=self.focal_gamma if self.focal_gamma > 0 else None,
-            ignore_index=ignore_index,
-            align_corners=self.align_corners,
+            focal_gamma=focal_gamma, ignore_index=ignore_index, align_corners=self.align_corners
         )
         wanted = Wanted(per_image=True, probability_sums=True, labels_out_of_range=True)
-        moments = moments_of("MaskLoss", logits, masks, options, wanted, sigmoid=True)
+        moments = moments_of("MaskLoss", given[0], masks, options, wanted, sigmoid=True)
         assert moments.intersections is not None and moments.probability_sums is not None
         assert moments.labels_out_of_range is not None
         divisor = self._divisor(num_masks, moments.losses)

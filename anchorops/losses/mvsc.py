@@ -9,7 +9,15 @@ from .._checks import check_count, check_flags, check_number, check_temperature
 from .._moments import ClassMoments
 from .._ops.centroid_info_nce import centroid_info_nce
 from .._ops.split_groups import random_halves
-from .base import Classifier, Losses, Plan, Regularizer, linear_weight
+from .base import (
+    Classifier,
+    Losses,
+    Plan,
+    Regularizer,
+    classification_loss,
+    linear_weight,
+    weighted,
+)
 from .occl import EPS
 from .statistics import Request
 
@@ -92,26 +100,25 @@ class MVSC(Regularizer):
             means = sums / counts.clamp(min=1)[..., None]  # r_kg, 0 where absent
             present = counts > 0
             prototypes = self.prototypes.to(torch.promote_types(weight.dtype, sums.dtype))
-            total = prototypes.sum(0)
+            visual = prototypes.transpose(0, 1)  # V', with a gradient of r (Eq. 4)
+            if self.enhance:
+                visual = visual + (means - means.detach())
+            classified = classification_loss(visual, weight, bias, present, temperature=1.0)
             terms = {
-                "fca": self.fca_weight * self._alignment(means, total, present),
-                "cos": self.cos_weight * self._consistency(prototypes, seed),
-                "visual": self.visual_weight
-                * self._visual(means, prototypes, present, weight, bias),
+                "fca": weighted(self.fca_weight, self._alignment(means, prototypes, present)),
+                "cos": weighted(self.cos_weight, self._consistency(prototypes, seed)),
+                "visual": weighted(self.visual_weight, classified),
             }
-            return Losses(terms, {"present": present.any(1).sum()})
+            return Losses(terms, {"present": present[:, 0]})  # group 0 has the first pixel
 
         return Plan(Request(groups=self.groups, seed=seed), losses)
 
-    def _alignment(self, means: Tensor, total: Tensor, present: Tensor) -> Tensor:
+    def _alignment(self, means: Tensor, prototypes: Tensor, present: Tensor) -> Tensor:
         """L_fca (Eq. 2) of the global centroids v'_k. Their sums, once normalised, are the same, if
         they are longer than eps."""
+        total, temperature = prototypes.sum(0), self.temperature
         return centroid_info_nce(
-            means,
-            total,
-            present=present,
-            temperature=self.temperature,
-            normalize=EPS,
+            means, total, present=present, temperature=temperature, normalize=EPS
         )
 
     def _consistency(self, prototypes: Tensor, seed: Tensor) -> Tensor:
@@ -122,26 +129,6 @@ class MVSC(Regularizer):
         half = random_halves(self.groups, seed + (1 << 31), prototypes)
         halves = torch.stack((half, 1 - half)).to(prototypes.dtype)
         sums = (halves @ prototypes.flatten(1)).view(2, self.num_classes, self.dim)
-        a, b = F.normalize(sums, dim=-1, eps=EPS)
-        return torch.rsub((a * b).sum(), 1, alpha=1 / self.num_classes)
-
-    def _visual(
-        self,
-        means: Tensor,
-        prototypes: Tensor,
-        present: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
-        """L_v, the cross-entropy of V' = V + R − SG(R) (Eq. 4): InfoNCE of the classifier's rows,
-        to which the bias is one more channel."""
-        visual = prototypes.transpose(0, 1)
-        if self.enhance:
-            visual = visual + (means - means.detach())
-        if bias is not None:
-            visual = F.pad(visual, (0, 1), value=1.0)
-            weight = torch.cat((weight, bias[:, None]), 1)
-        every = present.new_ones(self.num_classes)
-        return centroid_info_nce(
-            visual, weight, present=present, present_keys=every, temperature=1.0
-        )
+        # normalised, to the length √D: one operator, where F.normalize has four
+        a, b = F.rms_norm(sums, (self.dim,), eps=EPS**2 / self.dim)
+        return 1 - (a * b).mean()

@@ -1,5 +1,7 @@
 """SAR, semantic anchor regularization (arXiv 2312.11872), and its ablation CR."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from .._checks import (
 from .._moments import ClassMoments
 from .._shared.sums import fixed_order_sum
 from ..anchors import orthogonal_anchors, random_anchors, simplex_etf
-from .base import Classifier, Losses, Plan, Regularizer, linear_weight
+from .base import Classifier, Losses, Plan, Regularizer, linear_weight, weighted
 from .statistics import Request
 
 _ANCHORS = {
@@ -39,6 +41,10 @@ def _embedding(dim: int, layers: int) -> nn.Sequential:
             nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
         modules += [linear, nn.BatchNorm1d(dim), nn.ReLU()]
     return nn.Sequential(*modules)
+
+
+def _loss_of(probability: float) -> float:
+    return -math.log(probability) if probability > 0 else math.inf
 
 
 class SAR(Regularizer):
@@ -148,20 +154,22 @@ class SAR(Regularizer):
         dtype = next(self.embedding.parameters()).dtype
         embedded = self.embedding(self.anchors.to(dtype))  # h(A)
         logits = F.linear(embedded.to(weight.dtype), weight, bias)
-        log_p = logits.log_softmax(1).diagonal()  # of the anchor of class k to be class k
-        p = log_p.detach().exp()
-        unsure = p <= self.tau
-        aux = self.aux_weight * self._auxiliary_loss(-log_p, unsure)
-        classes = torch.arange(self.num_classes, device=p.device)
-        recognised = (logits.argmax(1) == classes) & (p > self.delta)
-        gate = recognised if self.gate == "per_class" else recognised.all().expand_as(recognised)
+        classes = torch.arange(self.num_classes, device=logits.device)
+        ce = F.cross_entropy(logits, classes, reduction="none")  # −log p_k of the anchor of class k
+        unsure = ce >= _loss_of(self.tau)
+        aux = weighted(self.aux_weight, self._auxiliary_loss(ce, unsure))
+        recognised = ce < _loss_of(self.delta)
+        if self.delta < 0.5:  # a larger p_k is the largest
+            recognised &= logits.argmax(1) == classes
+        gate = share = recognised.all()
+        if self.gate == "per_class":
+            gate, share = recognised, recognised.mean(dtype=ce.dtype)
         average = self._average(embedded.detach(), gate)
-        logs = {"gate": gate.to(p.dtype).mean(), "unsure": unsure.sum()}
-        return self._plan(average, gate, {"aux": aux}, logs)
+        return self._plan(average, gate, {"aux": aux}, {"gate": share, "unsure": unsure})
 
     def _auxiliary_loss(self, ce: Tensor, unsure: Tensor) -> Tensor:
-        """L_aux = Σ w_k·ce_k (Eq. 5), w_k = ce_k / Σ ce_j (Eq. 7), ce_k = −log p_k. Eq. 6 replaces
-        p_k > τ by 1, whose logarithm is 0: the sums are over the unsure anchors."""
+        """L_aux = Σ w_k·ce_k (Eq. 5), w_k = ce_k / Σ ce_j (Eq. 7). Eq. 6 replaces p_k > τ by 1,
+        whose logarithm is 0: the sums are over the unsure anchors."""
         ce = torch.where(unsure, ce, 0)
         if not self.reweight:
             return ce.sum() / unsure.sum().clamp(min=1)
@@ -175,7 +183,7 @@ class SAR(Regularizer):
         kept = self.semantic_anchors
         average = torch.lerp(embedded.to(kept.dtype), kept, self.momentum)
         average = torch.where(self.started[:, None], average, embedded)
-        average = torch.where(gate[:, None], average, kept)
+        average = torch.where(gate.unsqueeze(-1), average, kept)
         if self.training:
             kept.copy_(average)
         return average
@@ -193,8 +201,10 @@ class SAR(Regularizer):
             assert moments is not None and moments.sqdists is not None
             counts, sqdists = moments.counts, moments.sqdists
             if gate is not None:
-                counts, sqdists = torch.where(gate, counts, 0), torch.where(gate, sqdists, 0)
-            p2a = fixed_order_sum(sqdists) / (self.dim * counts.sum()).clamp(min=1)
-            return Losses(terms | {"p2a": self.loss_weight * p2a}, logs)
+                sqdists = torch.where(gate, sqdists, 0)
+                if self.gate == "per_class":  # of all, a closed one makes the sum 0
+                    counts = torch.where(gate, counts, 0)
+            total = self.loss_weight / self.dim * fixed_order_sum(sqdists)
+            return Losses(terms | {"p2a": total / counts.sum().clamp(min=1)}, logs)
 
         return Plan(Request(anchors=anchors, with_sums=False), losses)

@@ -21,7 +21,7 @@ def class_moments(
     seed: int | Tensor | None = None,
     ignore_index: int,
 ) -> ClassMoments:
-    """n_k = #{p : key_p = k},  s_k = Σ f_p,  q_k = Σ ‖f_p − a_k‖²."""
+    """The statistics that `ClassMoments` defines."""
     dtype = statistics_dtype(features.dtype)
     wide = torch.float32 if features.device.type == "mps" else torch.float64  # MPS has no float64
     keys, counts = class_keys(features, labels, num_classes, per_image, ignore_index)

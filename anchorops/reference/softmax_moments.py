@@ -11,21 +11,9 @@ from .._shared.upsampling import upsample
 def softmax_moments(
     logits: Tensor, labels: Tensor, options: Options, wanted: Wanted
 ) -> SoftmaxMoments:
-    """Let z be the upsampled logits, p = softmax z, V the valid pixels q:
+    """The statistics that `SoftmaxMoments` defines, of the losses that `Options` defines.
 
-    counts[k] = #{q ∈ V : y = k}                 correct[k] = #{q ∈ V : y = k = argmax z}
-    losses[k] = Σ_{q ∈ V, y = k} ω_q·L_q         intersections[k] = Σ_{q ∈ V, y = k} p_k(q)
-    squares[k] = Σ_{q ∈ V} p_k(q)²               probability_sums[k] = Σ_{q ∈ V} p_k(q)
-    pixel_losses[q] = L_q;  0 where ignored
-    used[k] = Σ_{q ∈ V, y = k, not c < min_loss} ω_q
-    labels_out_of_range = #{q : y is neither a class nor ignore_index},  divisor = max(#V, 1)
-
-    L_q = m·(a_y·c + Σ_k v_k·(−log p_k)), c = −log p_y, m = (1 − e^{−c})^γ, 0 where not used
-
-    logits: (B, K, h, w); labels: (B, H, W); or volumes (B, K, d, h, w) and (B, D, H, W). The
-    options: true_weights is a, all_weights v, 1 and 0 if not given; pixel_weights ω, 1 if not
-    given; focal_gamma γ. Not used are the pixels of c < min_loss. A pixel of weight 0 adds nothing,
-    even if its loss is ∞.
+    logits: (B, K, h, w); labels: (B, H, W); or volumes (B, K, d, h, w) and (B, D, H, W).
     """
     pixel_weights = options.pixel_weights
     dtype = statistics_dtype(logits.dtype)

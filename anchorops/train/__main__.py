@@ -1,8 +1,7 @@
-"""The program anchorops-train. It handles signals before it imports the libraries of training."""
+"""The program anchorops-train. Ctrl-C ends it without a traceback, also while it imports."""
 
+import signal
 import sys
-
-from .signals import end_at_once, handle
 
 USAGE = """usage: anchorops-train fit --config PRESET [OPTIONS]      train (fit --help: the options)
        anchorops-train fit --run RUN --resume             go on with an interrupted run
@@ -16,7 +15,8 @@ A preset is a file of the package, or your own YAML file. A RUN is the directory
 
 
 def main() -> int:
-    handle(end_at_once)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.argv[1:] in ([], ["-h"], ["--help"]):
         print(USAGE)
         return 0

@@ -20,8 +20,8 @@ try:
     from . import ranks
     from .data.splits import images_to_predict, open_splits, validation_batches
     from .evaluation import as_weights, check_sizes, evaluate, predict, prediction_of, summarize
-    from .networks.models import Segmenter, read_checkpoint, trained_model, upsample_late
-    from .options import PUBLISHED, Data, Model, Options, expect, flat
+    from .networks.models import Segmenter, trained_model, upsample_late
+    from .options import PUBLISHED, Options, expect, flat
     from .report.compare import NotEnded, comparison, load_results
     from .run import (
         BEST,
@@ -35,7 +35,7 @@ try:
         read_yaml,
         save_atomically,
     )
-    from .train import Measure, train, values_of
+    from .train import Measure, train
 except ModuleNotFoundError as error:
     sys.exit(
         f"anchorops-train: {error}: install what training needs: pip install 'anchorops[train]'"
@@ -112,45 +112,35 @@ def parser_of(command: str) -> ArgumentParser:
 def parse(command: str, words: Sequence[str]) -> Given:
     """Raises ValueError for an option of an earlier version, an unknown preset and a wrong value,
     and what argparse raises for the others."""
-    parser, preset, configs = parser_of(command), "no-preset", []
-    words = [part for word in words for part in _separated(word)]
     for word in words:
         if word.startswith("--"):
             _check_renamed(word[2:].partition("=")[0], "")
-    files = [i + 1 for i, word in enumerate(words[:-1]) if word in ("--config", "-c")]
-    for i in files:
-        preset, content = Path(words[i]).stem, load_preset(words[i])
-        configs.append((words[i], content))
-    kept = [word for i, word in enumerate(words) if i not in files and i + 1 not in files]
-    run = Path(kept[kept.index("--run") + 1]) if "--run" in kept[:-1] else None
-    if run is not None and (command != "fit" or not files):
-        needed = "--resume" in kept if command == "fit" else "--model.weights" not in kept
-        if needed or (run / CONFIG).exists():
-            configs.insert(0, (str(run / CONFIG), read_config(run)))
-    first = []
+    parser, first = parser_of(command), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", "-c", action="append", default=[])
+    first.add_argument("--run", type=Path)
+    files, rest = first.parse_known_args(words)
+    configs = [(name, load_preset(name)) for name in files.config]
+    if files.run and (command != "fit" or not configs):
+        needed = "--resume" in rest if command == "fit" else "--model.weights" not in rest
+        if needed or (files.run / CONFIG).exists():
+            configs.insert(0, (files.run / CONFIG, read_config(files.run)))
+    texts = []
     for file, content in configs:
-        text = json.dumps(content)
+        texts.append(json.dumps(content, default=str))  # YAML has dates
         try:
-            parser.parse_string(text)
+            parser.parse_string(texts[-1])
         except argparse.ArgumentError as error:
             raise ValueError(f"--config {file}: {' '.join(str(error).split())}") from None
-        first += ["--config", text]
-    given = parser.parse_args([*first, *kept]).as_dict()
-    for group in ("model", "data"):  # the name of the file that --model FILE gives
-        given[group].pop("__path__", None)
+    values = parser.parse_args([*(x for text in texts for x in ("--config", text)), *rest])
+    given = vars(parser.instantiate(values))
     own = {name: given.pop(name) for name in [*given] if name not in Options.__annotations__}
-    model, data = Model(**given.pop("model")), Data(**given.pop("data"))
-    options = Options(model=model, data=data, **given)
+    options = Options(**given)
     methods = "+".join(options.model.methods) or "plain"
     if options.model.setting != PUBLISHED:
         methods += f"-{options.model.setting}"
-    default = Path(f"runs/{preset}-{methods}-seed{options.seed}")
-    return Given(options, Path(own["run"] or default).absolute(), own)
-
-
-def _separated(word: str) -> list[str]:
-    name, equals, value = word.partition("=")
-    return [name, value] if equals and name in ("--config", "-c", "--run") else [word]
+    preset = Path(files.config[-1]).stem if files.config else "no-preset"
+    run = files.run or own["run"] or f"runs/{preset}-{methods}-seed{options.seed}"
+    return Given(options, Path(run).absolute(), own)
 
 
 def _check_renamed(name: str, place: str) -> None:
@@ -161,37 +151,28 @@ def _check_renamed(name: str, place: str) -> None:
 
 def load_preset(name: str) -> dict[str, Any]:
     """The options in a file, or in a preset of this name, after those of the shared settings that
-    it names. Raises ValueError for an unknown name, and for a file that cannot be read or has other
-    things than options."""
-    path, packaged = Path(name), PRESETS / f"{name}.yaml"
+    it names. Raises ValueError for an unknown name, and for a file that cannot be read."""
+    path = Path(name)
     if not path.is_file():
-        path = packaged
-        known = f"--config: expected a file or a preset, got {name}. The presets:\n{presets()}"
-        if not packaged.exists():
-            raise ValueError(known)
-    content = read_yaml(path)
-    for option in flat(content, ("saving", "trainer", "data")):
-        _check_renamed(str(option), f"--config {path}: ")
-    merged: dict[str, Any] = {}
-    shared = read_yaml(PRESETS / f"{SHARED}.yaml")
-    names = content.pop(SHARED, [])
-    if not isinstance(names, list) or any(name not in [*shared] for name in names):
-        known = ", ".join(shared)
-        raise ValueError(f"--config {path}: {SHARED}: expected a list of {known}, got {names}")
-    for group in ("model", "data"):
-        if not isinstance(content.get(group, {}), dict):
-            raise ValueError(f"--config {path}: {group}: expected options, got {content[group]}")
-    try:
-        json.dumps(content)
-    except TypeError as error:
+        path = PRESETS / f"{name}.yaml"
+    if not path.exists():
         raise ValueError(
-            f"--config {path}: expected numbers, texts, lists and options, a date in quotation "
-            f"marks ({error})"
-        ) from None
+            f"--config: expected a file or a preset, got {name}. The presets:\n{presets()}"
+        )
+    content = read_yaml(path)
+    for option in flat(content):
+        _check_renamed(str(option), f"--config {path}: ")
+    shared, names = read_yaml(PRESETS / f"{SHARED}.yaml"), content.pop(SHARED, [])
+    if not isinstance(names, list) or any(name not in [*shared] for name in names):
+        expected = f"expected a list of {', '.join(shared)}"
+        raise ValueError(f"--config {path}: {SHARED}: {expected}, got {names}")
+    merged: dict[str, Any] = {}
     for part in (*(shared[name] for name in names), content):
         for option, value in part.items():
-            nested = isinstance(value, dict)
-            merged[option] = {**merged.get(option, {}), **value} if nested else value
+            if isinstance(value, dict):
+                merged[option] = {**merged.get(option, {}), **value}
+            elif option not in ("model", "data") or value is not None:  # a group may be empty
+                merged[option] = value
     return merged
 
 
@@ -219,14 +200,11 @@ def trained(given: Given) -> Segmenter:
     path = Path(options.model.weights) if options.model.weights else path
     if not path.exists():
         raise ValueError(f"--run {run}: expected a run with {path.name}, there is none")
-    device, checkpoint = ranks.start(options.device), read_checkpoint(path, "model")
-    channels = checkpoint.get("channels", options.data.channels)
-    of_weights = f"{channels}, those of {path}"
-    expect(channels == options.data.channels, "data.channels", of_weights, options.data.channels)
-    model = trained_model(options.model, checkpoint["model"], channels)
+    device = ranks.start(options.device)
+    model = trained_model(options.model, path, options.data.channels)
     layout = torch.channels_last if options.model.channels_last else torch.preserve_format
     model.to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
-    zeros = torch.zeros(1, channels, *options.data.crop)
+    zeros = torch.zeros(1, options.data.channels, *options.data.crop)
     upsample_late(model, as_weights(model, zeros, options.model.channels_last))
     return model.eval()
 
@@ -246,7 +224,7 @@ def validate(words: Sequence[str]) -> dict[str, float]:
         batches = validation_batches(options.data, data.validation)
         matrix = evaluate(model, batches, options, known, stop)
     figures = summarize(matrix, classes, data.frequencies, options.data.head_tail)
-    return values_of(figures, options.data.split)
+    return {f"{options.data.split}/{name}": figure for name, figure in figures.items()}
 
 
 def _validate(words: Sequence[str]) -> None:
@@ -262,23 +240,18 @@ def masks_of(images: Sequence[str], out: Path, resume: bool) -> dict[Path, Path]
     Raises ValueError for an image that is not there, and a mask that exists or would be written
     twice.
     """
+    expect(len(images) > 0, "images", "files of images", "none")
     paths = [Path(os.path.abspath(image)) for image in images]
-    common = os.path.commonpath([path.parent for path in paths]) if paths else ""
-    masks: dict[Path, Path] = {}
+    common = os.path.commonpath([path.parent for path in paths])
+    of_masks: dict[Path, Path] = {}
     for path in paths:
         mask = out / path.relative_to(common).with_suffix(".png")
         expect(path.is_file(), "images", "files", path)
-        if mask in masks.values():
-            raise ValueError(
-                f"--images: {mask} would be written twice: expected images of different names"
-            )
-        if mask.exists() and not resume:
-            raise ValueError(
-                f"--out: {mask} exists: give another directory, or --resume to keep it"
-            )
-        masks[path] = mask
-    expect(len(masks) > 0, "images", "files of images", "none")
-    return {path: mask for path, mask in masks.items() if not mask.exists()}
+        expect(mask not in of_masks, "images", "images of different masks", f"{mask} twice")
+        exists = mask.exists() and not resume
+        expect(not exists, "out", "another directory, or --resume to keep what is there", mask)
+        of_masks[mask] = path
+    return {path: mask for mask, path in of_masks.items() if not mask.exists()}
 
 
 def predict_masks(words: Sequence[str]) -> None:
@@ -301,22 +274,13 @@ def predict_masks(words: Sequence[str]) -> None:
             path, size = images[int(index)], (int(height), int(width))
             try:
                 (classes,) = predict(model, image, size, **how)
-            except (RuntimeError, ValueError):
-                _check_size(model, options, path, size)
-                raise
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(f"{path} of {size}: {' '.join(str(error).split())}") from error
             mask, encoded = masks[path], BytesIO()
             Image.fromarray(classes.cpu().numpy().astype(kind)).save(encoded, "PNG")
             mask.parent.mkdir(parents=True, exist_ok=True)
             save_atomically(encoded.getvalue(), mask)
             print(mask)
-
-
-def _check_size(model: Segmenter, options: Options, path: Path, size: tuple[int, int]) -> None:
-    """Raises ValueError that names an image, of this size, which the network cannot take."""
-    try:
-        check_sizes(model, options, [size])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def _compare(words: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 resolution, never at the labels'."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from textwrap import shorten
 from typing import Any, NamedTuple
@@ -16,8 +16,7 @@ from torchvision import tv_tensors
 import anchorops as ao
 
 from . import IGNORED, MULTIPLE, ranks
-from .data.loading import Loader
-from .data.splits import transform_of
+from .data.loading import Loader, evaluation_transform
 from .options import Options
 from .run import Stop
 
@@ -232,7 +231,7 @@ def class_groups(frequencies: Tensor, head_tail: tuple[float, float]) -> list[st
 
 def summarize(
     confusion: Tensor, classes: Sequence[str], frequencies: Tensor, head_tail: tuple[float, float]
-) -> dict[str, Any]:
+) -> dict[str, float]:
     """Figures of a segmentation.
 
     Args:
@@ -242,32 +241,21 @@ def summarize(
         head_tail: see class_groups.
 
     Returns:
-        miou, macc, accuracy, pixels (their number), miou of head, body and tail (None if a group
-        has no class), and "classes": name, group, frequency, iou and accuracy of each. A class
-        that is neither in the truth nor predicted has None, and is omitted from every mean. A class
-        that is not in the truth is also omitted from the mean of accuracies.
+        miou, macc, accuracy, the miou of head, body and tail, and iou/NAME of each class. Those of
+        a class that is neither in the truth nor predicted, and of a group without such a class, are
+        absent. A class that is not in the truth is also omitted from the mean of accuracies.
     """
     confusion = confusion.double()
     hits, truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
-    iou = hits / (truth + predicted - hits)
-    accuracy = hits / truth
-    groups = class_groups(frequencies, head_tail)
-    members = {g: torch.tensor([group == g for group in groups]) for g in GROUPS}
-    figures = (map(_number, x) for x in (frequencies, iou, accuracy))
-    columns = zip(classes, groups, *figures, strict=True)
-    names = ("name", "group", "frequency", "iou", "accuracy")
-    return {
-        "miou": _number(iou.nanmean()),
-        "macc": _number(accuracy.nanmean()),
-        "accuracy": _number(hits.sum() / truth.sum()),
-        "pixels": int(truth.sum()),
-        **{group: _number(iou[member].nanmean()) for group, member in members.items()},
-        "classes": [dict(zip(names, column, strict=True)) for column in columns],
+    iou, groups = hits / (truth + predicted - hits), class_groups(frequencies, head_tail)
+    figures = {
+        "miou": iou.nanmean(),
+        "macc": (hits / truth).nanmean(),
+        "accuracy": hits.sum() / truth.sum(),
+        **{name: iou[[group == name for group in groups]].nanmean() for name in GROUPS},
+        **{f"iou/{name}": value for name, value in zip(classes, iou, strict=True)},
     }
-
-
-def _number(value: Tensor) -> float | None:
-    return None if value.isnan() else value.item()
+    return {name: value.item() for name, value in figures.items() if not value.isnan()}
 
 
 def check_sizes(
@@ -278,9 +266,8 @@ def check_sizes(
 
     sizes: (H, W) of the validation images. batch: of a training step.
     """
-    crop, how = options.data.crop, prediction_of(options)
+    crop, channels = options.data.crop, options.data.channels
     model = copy.deepcopy(model).to("meta")
-    channels = options.data.channels
     reason = _failure(model.train(), (batch, channels, *crop)) if batch else ""
     if "more than 1 value per channel" in reason:
         raise ValueError(
@@ -289,40 +276,33 @@ def check_sizes(
             "and each of --accumulate, or a larger --data.crop"
         )
     model.eval()
-    for height, width in (crop, *sorted(_network_sizes(sizes, options, how) - {crop})):
-        if not reason and not (batch and (height, width) == crop):  # else it has just run
-            reason = _failure(model, (1, channels, height, width))
+    for height, width in (crop, *_network_sizes(sizes, options)):
+        reason = reason or _failure(model, (1, channels, height, width))
         if reason:
             sides = (32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 768, 1024)
             fits = [side for side in sides if not _failure(model, (1, channels, side, side))]
             fit = ", ".join(f"{side}×{side}" for side in fits) or "none"
-            advice = (
-                "such a --data.crop, and --model.evaluation sliding for validation images of other "
-                "sizes"
-            )
-            if how["window"] and (height, width) != crop:  # a window ends where the image ends
-                advice = "a --data.short_side with which no side of an image is below the crop's"
             raise ValueError(
                 f"--model.network {options.model.network} cannot take images of {height}×{width} "
-                f"({shorten(reason, 120)}); of squares up to 1024 it takes {fit}: give "
-                f"{advice}"
+                f"({shorten(reason, 120)}); of squares up to 1024 it takes {fit}: give such a "
+                "--data.crop, and --model.evaluation sliding for validation images of other sizes, "
+                "with a --data.short_side with which no side of an image is below the crop's"
             )
 
 
-def _network_sizes(
-    sizes: Sequence[tuple[int, int]], options: Options, how: Mapping[str, Any]
-) -> set[tuple[int, int]]:
+def _network_sizes(sizes: Sequence[tuple[int, int]], options: Options) -> Sequence[tuple[int, int]]:
     """The sizes that the network gets for the least and greatest of the images."""
     extremes = {choose(sizes, key=itemgetter(axis)) for choose in (min, max) for axis in (0, 1)}
-    transform, found = transform_of(options.data), set[tuple[int, int]]()
+    transform, found = evaluation_transform(options.data), set[tuple[int, int]]()
+
+    def network(images: Tensor) -> Tensor:
+        found.add((images.shape[2], images.shape[3]))
+        return torch.zeros(1, 2, images.shape[2] // MULTIPLE, images.shape[3] // MULTIPLE)
+
     for size in extremes:
         image = transform(tv_tensors.Image(torch.zeros(options.data.channels, *size).byte()))
-        for scale in how["scales"]:
-            sides = _scaled(image[None].as_subclass(Tensor), scale).shape[2:]
-            window = [min(*pair) for pair in zip(sides, how["window"] or sides, strict=True)]
-            height, width = (side + -side % MULTIPLE for side in window)
-            found.add((height, width))
-    return found
+        predict(network, image[None].as_subclass(Tensor), size, **prediction_of(options))
+    return sorted(found)
 
 
 def _failure(model: nn.Module, shape: Sequence[int]) -> str:

@@ -1,14 +1,12 @@
 """The processes that torchrun starts, which are the ranks of a run; one without torchrun."""
 
 import os
-import signal
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-
-from .signals import end_at_once, handle
 
 T = TypeVar("T")
 
@@ -30,9 +28,7 @@ def start(device: str) -> torch.device:
     if on_gpu:
         torch.cuda.set_device(chosen)
     if world > 1 and not dist.is_initialized():
-        handle(signal.SIG_DFL)  # else a signal is not seen while ranks wait for each other
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
-        handle(end_at_once)
     return chosen
 
 
@@ -42,6 +38,12 @@ def rank() -> int:
 
 def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(line: str) -> None:
+    """Print a line to stderr, of the first rank."""
+    if rank() == 0:
+        print(line, file=sys.stderr)
 
 
 def on_first(make: Callable[[], T]) -> T:

@@ -13,21 +13,23 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from textwrap import shorten
 from types import FrameType
 from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from . import ranks
 from .options import FREE, flat
-from .signals import STOPPING, end_at_once, handle
 
 CONFIG, DATA, LOCK, METRICS = "config.yaml", "data.yaml", "run.lock", "metrics.csv"
 LAST, BEST = "last.ckpt", "best.ckpt"
 EARLIER = "seed_everything"  # an option that only the runs of an earlier version have
 PART = ".part"  # the suffix of a file that is being written
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 OWN_RUN = (
     "give this run its own directory with --run (the default name has the preset, the methods and "
     "the seed, no other option)"
@@ -91,7 +93,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{path.parent}: expected the directory of a run, with {path.name}"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({_line(error)})") from None
+        raise ValueError(f"{path} is damaged ({shorten(str(error), 200)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged (it has no options)")
     return content
@@ -104,19 +106,7 @@ def read_config(run: Path) -> dict[str, Any]:
         old = ("seed", "images", "allow_changes")
         kept = {x: {k: v for k, v in options[x].items() if k not in old} for x in ("model", "data")}
         return kept | {"seed": options[EARLIER]}
-    for name in ("data.steps", "model.network", "model.methods", "seed", "save_every"):
-        if name not in flat(options):
-            raise ValueError(f"{run / CONFIG} is damaged (it has no {name})")
     return options
-
-
-def check_version(run: Path) -> None:
-    """Raises ValueError for a run of an earlier version, with which no training goes on."""
-    if (run / CONFIG).exists() and EARLIER in read_yaml(run / CONFIG):
-        raise ValueError(
-            f"{run} holds a run of an earlier version, which cannot go on: start another one, in "
-            f"another directory with --run, and from its weights with --model.weights {run / BEST}"
-        )
 
 
 def check_same(run: Path, options: Mapping[str, Any], found: Mapping[str, Any]) -> None:
@@ -138,11 +128,6 @@ def check_same(run: Path, options: Mapping[str, Any], found: Mapping[str, Any]) 
             raise ValueError(f"the data are not those of the run: other {name}. {keep}")
 
 
-def _line(error: Exception) -> str:
-    line, *_ = str(error).splitlines() or [type(error).__name__]
-    return line
-
-
 class Log:
     """metrics.csv and the events of TensorBoard: a line for each step at which something was
     logged, on the first rank.
@@ -158,10 +143,12 @@ class Log:
             self._lines = {k: line for k, line in read_metrics(self.path).items() if k <= step}
         self.events = SummaryWriter(str(run), purge_step=step + 1)
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Add values to the line of a step."""
-        self._lines.setdefault(step, {}).update(values)
+    def write(self, step: int, values: Mapping[str, float | Tensor]) -> None:
+        """Add values, floats as float32, to the line of a step."""
         for name, value in values.items():
+            if not isinstance(value, int):
+                value = torch.as_tensor(value, dtype=torch.float32).item()
+            self._lines.setdefault(step, {})[name] = value
             self.events.add_scalar(name, value, step)
         names = dict.fromkeys(name for line in self._lines.values() for name in line)
         file = io.StringIO()
@@ -174,19 +161,12 @@ class Log:
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
-    """The values that were logged at each step. Raises ValueError if the file is damaged."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            text = file.read()
-        lines = list(csv.DictReader(io.StringIO(text)))
-        if not text.endswith("\n") or any(None in line.values() for line in lines):
-            raise ValueError("a line is not complete")
+    """The values that were logged at each step."""
+    with open(path, newline="", encoding="utf-8") as file:
         return {
             int(line.pop("step")): {name: float(x) for name, x in line.items() if x}
-            for line in lines
+            for line in csv.DictReader(file)
         }
-    except (ValueError, KeyError, TypeError, csv.Error) as error:
-        raise ValueError(f"{path} is damaged ({error})") from None
 
 
 class Stopped(Exception):
@@ -198,21 +178,21 @@ class Stopped(Exception):
 
 
 class Stop:
-    """In its block, SIGTERM and Ctrl-C only ask to stop. A second Ctrl-C ends the process at once.
+    """In its block, SIGTERM and Ctrl-C only ask to stop.
 
     hours: after which it stops. advice: the command that goes on. where: what is done.
     """
 
-    ECHO = 1.0  # seconds in which torchrun forwards a Ctrl-C that its ranks have also received
-
     def __init__(self, hours: float | None = None, advice: str = "") -> None:
         self.where, self.advice = "", f"; go on with: {advice}" if advice else ""
         self._end = math.inf if hours is None else time.monotonic() + 3600 * hours
-        self._received, self._first = 0, 0.0
+        self._received = 0
 
     def __enter__(self) -> "Stop":
         self._before = {signum: signal.getsignal(signum) for signum in STOPPING}
-        handle(self._receive)
+        for signum, handler in self._before.items():
+            if handler != signal.SIG_IGN:  # as by `nohup`, or by a script's shell
+                signal.signal(signum, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -220,27 +200,20 @@ class Stop:
             signal.signal(signum, handler)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if not self._received:
-            self._first = now
-        elif self._received == signal.SIGINT == signum and now > self._first + self.ECHO:
-            end_at_once(signum, frame)
         self._received = signum
 
-    def asked(self) -> Stopped | None:
+    def asked(self, *, in_time: bool = True) -> Stopped | None:
         """Whether a rank was asked to stop: the same on all ranks, which call this together."""
-        return self._stopped(self._received or int(time.monotonic() > self._end))
-
-    def check(self) -> None:
-        """Raises Stopped if a rank got a signal. --max_hours does not end a validation: else a run
-        whose time is shorter than its validation would never get beyond it."""
-        if stopped := self._stopped(self._received):
-            raise stopped
-
-    def _stopped(self, reason: int) -> Stopped | None:
+        reason = self._received or int(in_time and time.monotonic() > self._end)
         reason = ranks.largest(reason)
         if not reason:
             return None
         by = "--max_hours" if reason == 1 else signal.Signals(reason).name
         status = 0 if reason == 1 else 128 + reason
         return Stopped(f"stopped by {by} {self.where}{self.advice}", status)
+
+    def check(self) -> None:
+        """Raises Stopped if a rank got a signal. --max_hours does not end a validation: else a run
+        whose time is shorter than its validation would never get beyond it."""
+        if stopped := self.asked(in_time=False):
+            raise stopped

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,13 @@ from .run import (
     Log,
     Stop,
     check_same,
-    check_version,
     going_on,
     only_process,
     save_atomically,
 )
 
 PICTURES = 8  # validation images in predictions.png
-RANDOM_WEIGHTS = (
-    "WARNING: the network starts from random weights; trained ones are usually much better "
-    "(--model.pretrained true: those of ImageNet, a download; --model.backbone_weights FILE; "
-    "--model.weights FILE)"
-)
+RANDOM_WEIGHTS = "WARNING: the network starts from random weights; see --model.pretrained"
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 Measure = Callable[[int, Learner, Tensor, Tensor], Mapping[str, float]]
 
@@ -70,7 +66,6 @@ def train(
         torch.use_deterministic_algorithms(True)
     with ExitStack() as held:
         ranks.on_first(lambda: held.enter_context(only_process(run)))
-        ranks.on_first(lambda: check_version(run))
         data = open_splits(options.data, options.seed)
         ranks.on_first(lambda: _check_run(options, run, data, resume, advice))
         state = read_checkpoint(run / LAST, "optimizer") if (run / LAST).exists() else None
@@ -81,13 +76,13 @@ def train(
             )
         first, steps = (state["step"] if state else 0), options.data.steps
         if state and first == steps and not state["due"]:
-            _say(f"{run}: no step was done: the run has ended after step {first}")
+            ranks.say(f"{run}: no step was done: the run has ended after step {first}")
             return
         with held.enter_context(Stop(options.max_hours, advice)) as stop:
             last = fit(options, run, data, device, state, stop, measure)
         if last < steps:
             nothing = "no step was done: " if last == first else ""
-            _say(
+            ranks.say(
                 f"{run}: {nothing}a limit ended the run after step {last} of {steps}; go on with: "
                 f"{advice} --max_steps null"
             )
@@ -119,7 +114,7 @@ def fit(
     record = Record(options, run, data, device, parts, state)
     step, due = record.step, record.due
     last = min(steps, options.max_steps or steps)
-    batches = iter(training_batches(options, data, step, pin=device.type == "cuda"))
+    batches = iter(training_batches(options, data.training, step))
     stop.where = f"after step {step}"
     while True:
         if due:
@@ -164,31 +159,24 @@ def fit(
 
 def build(options: Options, data: Splits, device: torch.device, *, from_state: bool) -> Learner:
     """The network with its methods and losses, on its device."""
-    model, training = options.model, data.training
-    assert training is not None
+    model, channels = options.model, options.data.channels
     initial = model.pretrained or model.weights or model.backbone_weights or from_state
     if not initial and options.data.dataset != "digits":
-        _say(RANDOM_WEIGHTS)
-    if model.warmup >= options.data.steps:
-        _say(
-            f"--model.warmup {model.warmup} is not shorter than --data.steps {options.data.steps}: "
-            "the whole run is warm-up"
-        )
+        ranks.say(RANDOM_WEIGHTS)
+    if from_state:  # which has what the files of weights and vectors had
+        given = model.method_options or {}
+        given = {name: x for name, x in given.items() if not str(x).startswith("@")}
+        model = replace(model, pretrained=False, weights=None, backbone_weights=None)
+        model = replace(model, method_options=given)
     torch.manual_seed(options.seed)
-    learner = build_learner(
-        model,
-        len(training.classes),
-        training.channels,
-        data.frequencies,
-        data.prior,
-        from_state=from_state,
-    )
+    classes = len(data.training.classes)
+    learner = build_learner(model, classes, channels, data.frequencies, data.prior)
     layout = torch.channels_last if model.channels_last else torch.preserve_format
     learner.to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     synchronised = ranks.world() if device.type == "cuda" else 1  # batch norm
     batch = options.data.batch_size // (options.accumulate * ranks.world())
     check_sizes(learner.model, options, data.sizes, batch * synchronised)
-    images = torch.zeros(1, training.channels, *options.data.crop)
+    images = torch.zeros(1, channels, *options.data.crop)
     upsample_late(learner.model, as_weights(learner, images, model.channels_last))
     if synchronised > 1:
         convert_sync_batchnorm(learner)
@@ -222,7 +210,7 @@ class Record:
         self.bar = tqdm(total=options.data.steps, initial=self.step, disable=shown)
         self._begin, self._seconds, self._steps = time.perf_counter(), 0.0, 0
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float | Tensor]) -> None:
         if self.files and values:
             self.files.write(step, values)
 
@@ -237,8 +225,8 @@ class Record:
             values = {"loss": terms.pop("loss"), "lr": lr, **terms}
             values |= {"seconds_per_step": self._seconds / self._steps}
             values |= {"memory_mb": peak_memory_mb(self.device)}
-            self.write(step, {name: single(x) for name, x in values.items()})
-            self.bar.set_postfix(loss=single(values["loss"]))
+            self.write(step, values)
+            self.bar.set_postfix(loss=float(values["loss"]))
         if step % self.options.log_every == 0:
             self._seconds, self._steps = 0.0, 0
 
@@ -271,15 +259,13 @@ class Record:
         ranks.on_first(lambda: self._keep(step, model, figures))
         self._begin = time.perf_counter()
 
-    def _keep(self, step: int, model: nn.Module, figures: dict[str, Any]) -> None:
+    def _keep(self, step: int, model: nn.Module, figures: dict[str, float]) -> None:
         miou = figures["miou"]
         self.bar.write(f"step {step}: mIoU {100 * miou:.1f} %")
-        self.write(step, values_of(figures, "val"))
+        self.write(step, {f"val/{name}": figure for name, figure in figures.items()})
         if miou > self.best:
             self.best = miou
-            channels = self.options.data.channels
-            weights = {"model": model.state_dict(), "step": step, "channels": channels}
-            save_atomically(weights, self.run / BEST)
+            save_atomically({"model": model.state_dict(), "step": step}, self.run / BEST)
         with attempt("predictions.png"):
             title = f"{self.run.name}, step {step}: mIoU {100 * miou:.1f} %"
             images = self.data.validation
@@ -295,18 +281,6 @@ class Record:
             with attempt("size and speed of the network"):
                 self.write(step, measure_complexity(model.eval(), self.options))
         self.save(step, due=False)
-
-
-def values_of(figures: Mapping[str, Any], split: str) -> dict[str, float]:
-    """The figures of a validation as values of the log."""
-    values = {f"{split}/{k}": v for k, v in figures.items() if isinstance(v, float)}
-    values |= {f"{split}/iou/{c['name']}": c["iou"] for c in figures["classes"]}
-    return {name: single(value) for name, value in values.items() if value is not None}
-
-
-def single(value: float | Tensor) -> float:
-    """The value as float32."""
-    return torch.as_tensor(value, dtype=torch.float32).item()
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -340,8 +314,3 @@ def _check_run(options: Options, run: Path, data: Splits, resume: bool, advice: 
         )
     for name, content in ((DATA, data.found), (CONFIG, now)):
         save_atomically(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), run / name)
-
-
-def _say(line: str) -> None:
-    if ranks.rank() == 0:
-        print(line, file=sys.stderr)

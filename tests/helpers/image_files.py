@@ -11,14 +11,19 @@ from PIL import Image
 from scipy.io import savemat
 
 
-def write(path: Path, array: np.ndarray) -> None:
+def write(path: Path, content: np.ndarray | bytes | None) -> None:
+    """An array in the format of the file's name, or bytes; None: no file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".tif":
-        tifffile.imwrite(path, array)
+    if content is None:
+        path.unlink()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    elif path.suffix == ".tif":
+        tifffile.imwrite(path, content)
     elif path.suffix == ".mat":
-        savemat(path, {"S": array})
+        savemat(path, {"S": content})
     else:
-        Image.fromarray(array).save(path)
+        Image.fromarray(content).save(path)
 
 
 def image(height: int = 6, width: int = 9) -> np.ndarray:
@@ -31,53 +36,50 @@ def mask(*values: int, height: int = 6, width: int = 9) -> np.ndarray:
     return np.repeat(rows[:, None], width, 1)
 
 
-def png(samples: list, bits: int, colour: int, palette: bytes = b"") -> bytes:
+def png(samples: np.ndarray, bits: int, colour: int, palette: bytes = b"") -> bytes:
     """A PNG file by its specification. samples: (H, W) or (H, W, C); colour: 0 grey, 2 RGB,
     3 palette, 4 and 6 with alpha."""
-    pixels = np.array(samples)
-    height, width = pixels.shape[:2]
-    rows = pixels.reshape(height, -1)
+    height, width = samples.shape[:2]
+    rows = samples.reshape(height, -1)
     scanlines = b"".join(b"\0" + packed(row, bits) for row in rows)  # each without a filter
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"PLTE", palette), (b"IDAT", zlib.compress(scanlines))]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in [*chunks, (b"IEND", b"")]
-        if data or kind == b"IEND"
-    )
+    colours = chunk(b"PLTE", palette) if palette else b""
+    pixels = chunk(b"IDAT", zlib.compress(scanlines))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + colours + pixels + chunk(b"IEND", b"")
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A part of a PNG file."""
+    checksum = zlib.crc32(kind + data)
+    return struct.pack(">I4s", len(data), kind) + data + struct.pack(">I", checksum)
 
 
 def tiff(
-    samples: list,
+    samples: np.ndarray,
     bits: int,
     meaning: int,
     *,
-    in_planes: bool = False,
     tile: int = 0,
     palette: Sequence[int] = (),
 ) -> bytes:
-    """A big-endian TIFF file by its specification. samples: (H, W) or (H, W, C), in_planes:
-    (C, H, W); meaning: the tag PhotometricInterpretation; tile: its side, at least H and W;
-    palette: all reds, all greens, all blues, of 16 bits."""
-    pixels = np.array(samples)
-    planes = list(pixels) if in_planes else [pixels]
-    height, width, *channels = planes[0].shape
+    """A big-endian TIFF file by its specification. samples: (H, W) or (H, W, C); meaning: the
+    tag PhotometricInterpretation; tile: its side, at least H and W; palette: all reds, all greens,
+    all blues, of 16 bits."""
+    height, width, *channels = samples.shape
     if tile:
         margin = [(0, tile - height), (0, tile - width), *[(0, 0)] * len(channels)]
-        planes = [np.pad(plane, margin) for plane in planes]
-    pieces = [b"".join(packed(row.ravel(), bits) for row in plane) for plane in planes]
-    counts = [len(piece) for piece in pieces]
-    places = [8 + sum(counts[:i]) for i in range(len(counts))]
-    samples_per_pixel = channels[0] if channels else len(planes)
-    tags = {256: [width], 257: [height], 258: [bits] * samples_per_pixel, 259: [1]}
-    tags |= {262: [meaning], 277: [samples_per_pixel], 284: [1 + in_planes]}
+        samples = np.pad(samples, margin)
+    data = b"".join(packed(row.ravel(), bits) for row in samples)
+    of_a_pixel = channels[0] if channels else 1
+    tags = {256: [width], 257: [height], 258: [bits] * of_a_pixel, 259: [1]}
+    tags |= {262: [meaning], 277: [of_a_pixel]}
     if tile:
-        tags |= {322: [tile], 323: [tile], 324: places, 325: counts}
+        tags |= {322: [tile], 323: [tile], 324: [8], 325: [len(data)]}
     else:
-        tags |= {273: places, 278: [height], 279: counts}
+        tags |= {273: [8], 278: [height], 279: [len(data)]}
     if palette:
         tags |= {320: list(palette)}
-    data = b"".join(pieces) + b"\0" * (sum(counts) % 2)
+    data += b"\0" * (len(data) % 2)
     end = 8 + len(data) + 2 + 12 * len(tags) + 4
     directory, behind = struct.pack(">H", len(tags)), b""
     for tag, values in sorted(tags.items()):

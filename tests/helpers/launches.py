@@ -14,10 +14,10 @@ import torch
 from ptx import cuda_launches
 from ptx.cuda_launches import readable
 from ptx.triton_launches import launches
-from simulated_gpu import SIMULATED
 from torch.profiler import ProfilerActivity, profile
 
 from anchorops._libraries import CUDA_LIBRARY
+from tests.helpers.simulated_gpu import SIMULATED
 
 SOURCES = Path(__file__).parents[2] / "csrc"
 KERNEL = re.compile(r"__global__[^;{]*?(\w+_kernel)\(")

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from simulated_gpu import SIMULATED
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,6 +14,7 @@ from anchorops.doctor import catalogue
 from anchorops.doctor.catalogue import Case, Inputs
 from anchorops.doctor.catalogue.budget import FLOOR, error_and_limit
 from anchorops.doctor.catalogue.entry import evaluate
+from tests.helpers.simulated_gpu import SIMULATED
 
 FEW = ("class_moments", "CrossEntropy", "Dice", "pixel_argmax")
 
@@ -94,6 +94,11 @@ def check(case: Case, backend: str) -> None:
     torch.testing.assert_close(whole, before, rtol=0, atol=0, equal_nan=True)
 
 
+def gradient_of(call: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Tensor:
+    leaf = x.detach().clone().requires_grad_()
+    return torch.autograd.grad(call(leaf, *others).sum(), leaf)[0]
+
+
 def check_loss(ours: Tensor, expected: Tensor, logits: Tensor) -> None:
     """Assert equal values and gradients."""
     torch.testing.assert_close(ours, expected)
@@ -101,6 +106,17 @@ def check_loss(ours: Tensor, expected: Tensor, logits: Tensor) -> None:
         torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0] for loss in (ours, expected)
     ]
     torch.testing.assert_close(*gradients)
+
+
+def gradient_errors(
+    ours: Callable[..., Tensor], formula: Callable[..., Tensor], x: Tensor, *others: Tensor
+) -> tuple[float, float]:
+    """The largest errors of our gradient and of torch's, relative to the largest number of the
+    formula's in float64."""
+    exact = gradient_of(formula, x.double(), *others)
+    found = (gradient_of(call, x, *others).double() for call in (ours, formula))
+    first, second = (float((x - exact).abs().max() / exact.abs().max()) for x in found)
+    return first, second
 
 
 class Calls(TorchDispatchMode):

@@ -34,16 +34,16 @@ class Programs:
                 text=True,
             )
 
-    def run(self, *words: object, ranks: int = 1, **at: Any) -> tuple[list[int], str]:
+    def run(self, words: str, ranks: int = 1, **at: Any) -> tuple[list[int], str]:
         """The exit status of each rank, and what they print.
 
         at: place (of PLACES), call (the number of the call, from 0), signum, and rank, or None for
-        all processes of all ranks.
+        all processes of all ranks; without a place nothing disturbs them.
         """
         before = len(self.log.read_text())
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin and stdout
-        stdin.write(json.dumps({"words": [*map(str, words)], "ranks": ranks, "at": at}) + "\n")
+        stdin.write(json.dumps({"words": words.split(), "ranks": ranks, "at": at}) + "\n")
         stdin.flush()
         status = json.loads(stdout.readline())
         return status, self.log.read_text()[before:]
@@ -52,10 +52,10 @@ class Programs:
 def _serve() -> None:
     import torch
     from matplotlib.figure import Figure
-    from tiny_runs import small_network
 
     from anchorops.train import __main__, commands, evaluation, train
     from anchorops.train.networks import learner, models
+    from tests.helpers.tiny_runs import small_network
 
     learner.build_model = models.build_model = small_network
     train.draw_predictions = lambda *_, **__: Figure(figsize=(1, 1))

@@ -6,8 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from cpu_kernels import in_layout
-from operators import results
 from torch import Generator, Tensor
 
 import anchorops as ao
@@ -16,6 +14,8 @@ from anchorops._ops.softmax_moments import moments_of
 from anchorops.doctor.catalogue import Case, Entry, Inputs, Sample, formulas
 from anchorops.doctor.catalogue.budget import FLOOR
 from anchorops.doctor.catalogue.pixels import Pixels
+from tests.helpers.cpu_kernels import in_layout
+from tests.helpers.operators import results
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 FLOATING = ("losses", "intersections", "probability_sums", "squares", "pixel_losses", "used")

@@ -6,18 +6,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anchorops.train.commands import fit
 from anchorops.train.networks.models import Segmenter
+from anchorops.train.options import Model
 from anchorops.train.run import read_metrics
 
 TINY = (
-    *("--config", "digits", "--model.methods", "[sar]", "--model.warmup", "0", "--device", "cpu"),
-    *("--model.channels_last", "false", "--data.crop", "[32, 32]", "--data.train_images", "64"),
-    *("--data.val_images", "10", "--data.batch_size", "4", "--data.eval_batch_size", "5"),
-    *("--data.steps", "6", "--val_every", "3", "--save_every", "2", "--log_every", "2"),
+    "--config digits --model.methods [sar] --model.warmup 0 --model.channels_last false "
+    "--data.crop [32,32] --data.train_images 64 --data.val_images 10 --data.batch_size 4 "
+    "--data.eval_batch_size 5 --data.steps 6 --val_every 3 --save_every 2 --log_every 2 "
+    "--device cpu"
 )
 FOLDER = (
-    *("--config", "folder", "--model.network", "segformer-b0", "--data.crop", "[32, 32]"),
-    *("--data.steps", "2", "--data.batch_size", "2", "--data.workers", "0", "--device", "cpu"),
+    "--config folder --model.network segformer-b0 --data.crop [32,32] --data.steps 2 "
+    "--data.batch_size 2 --data.workers 0 --device cpu"
 )
 MEASURED = ("seconds_per_step", "memory_mb", "cost/")  # columns that no two runs share
 
@@ -32,9 +34,14 @@ class Body(nn.Module):
         return self.backbone(images).relu()
 
 
-def small_network(name: str, num_classes: int, *, dropout: float = 0.0, **_: Any) -> Segmenter:
+def small_network(options: Model, num_classes: int, channels: int = 3) -> Segmenter:
     """In place of build_model."""
-    return Segmenter(Body(), 16, num_classes, dropout=dropout)
+    return Segmenter(Body(), 16, num_classes, dropout=options.dropout)
+
+
+def fitted(words: str, measure: Any = None) -> Path:
+    """The directory of the run that `anchorops-train fit` trains with these words."""
+    return fit(words.split(), measure)
 
 
 def state(run: Path, name: str = "last") -> dict[str, Any]:

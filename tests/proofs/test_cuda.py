@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from ptx import cuda_launches
-from simulated_gpu import CASES_OF_CUDA
+
+from tests.helpers.simulated_gpu import CASES_OF_CUDA
 
 OBSTACLE = cuda_launches.obstacle()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(OBSTACLE is not None, reason=str(OBSTACLE))]

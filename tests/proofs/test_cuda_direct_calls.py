@@ -3,8 +3,9 @@ rely on. It raises, and reads no wrong memory."""
 
 import pytest
 import torch
-from operators import strided
 from torch import Tensor
+
+from tests.helpers.operators import strided
 
 pytestmark = pytest.mark.on("simulated_cuda")
 

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from class_moments_cases import BF16, F32, Case, check, make_features, make_labels
 
 import anchorops as ao
+from tests.helpers.class_moments_cases import BF16, F32, Case, check, make_features, make_labels
 
 pytestmark = [pytest.mark.on("simulated_cuda"), pytest.mark.usefixtures("backend")]
 SetHardware = Callable[[int, int], None]

@@ -14,7 +14,8 @@ from ptx.machine import Finding, Launch, Traffic, run
 from ptx.memory import CANARY, Region
 from ptx.program import Program
 from ptx.text import kernels
-from ptx_kernels import COMMIT_AND_WAIT, FENCE, KERNEL, launch, wgmma
+
+from tests.helpers.ptx_kernels import COMMIT_AND_WAIT, FENCE, KERNEL, launch, wgmma
 
 # Lane i stores to shared memory, and reads what the next thread of its block stored.
 ROTATE = """

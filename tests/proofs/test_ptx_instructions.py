@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 from ptx.text import Unsupported
-from ptx_kernels import launch
+
+from tests.helpers.ptx_kernels import launch
 
 
 def compute(instruction: str, *arguments: np.ndarray, dtype: str) -> np.ndarray:

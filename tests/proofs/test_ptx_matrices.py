@@ -3,7 +3,8 @@ layouts that the PTX manual draws. Needs neither Triton nor nvcc."""
 
 import numpy as np
 import pytest
-from ptx_kernels import launch, load_words, wgmma
+
+from tests.helpers.ptx_kernels import launch, load_words, wgmma
 
 RANDOM = np.random.default_rng(0)
 

@@ -1,5 +1,6 @@
+import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -8,33 +9,27 @@ import torch
 # before the training program is imported; it skips this directory
 pytest.importorskip("torchvision", reason="the training program needs torchvision")
 
-from image_files import image, mask, write
-from tiny_runs import TINY
-
-from anchorops.train.commands import fit
+from anchorops.train.commands import main
+from tests.helpers.image_files import image, mask, write
+from tests.helpers.tiny_runs import TINY, fitted
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread() -> Iterator[None]:
-    """Of the session, because the runs that tests share are trained in it too."""
+def one_thread_that_is_interruptible() -> Iterator[None]:
+    """Of the session, because the runs that tests share are trained in it too. Ctrl-C interrupts,
+    also if a shell started the tests in the background and ignores it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def interruptible() -> Iterator[None]:
-    """Ctrl-C interrupts, also if a shell started the tests in the background and ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of six steps without interruptions."""
-    return fit([*TINY, "--run", str(tmp_path_factory.mktemp("runs") / "straight")])
+    return fitted(f"{TINY} --run {tmp_path_factory.mktemp('runs')}/straight")
 
 
 @pytest.fixture
@@ -47,3 +42,16 @@ def folder(tmp_path: Path) -> Path:
         write(tmp_path / f"masks/{split}/b.png", mask(1, height=4, width=5))
     (tmp_path / "classes.txt").write_text("ground\nthing\n")
     return tmp_path
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """Runs a command that has this exit status, and says one line, its last one."""
+
+    def run(words: str, message: str, status: int = 1) -> None:
+        assert main(words.split()) == status
+        said = capsys.readouterr().err
+        (line,) = re.findall("^anchorops-train: .*", said, re.MULTILINE)
+        assert re.search(message, line) and said.endswith(f"{line}\n")
+
+    return run

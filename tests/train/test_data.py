@@ -1,104 +1,179 @@
-"""Class counts, what tells data sets apart, and the transforms of images."""
+"""Scenes of digits, the order of images, augmentation, and the processes that load."""
 
-import shutil
+import subprocess
+import sys
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from image_files import write
+from torch import Tensor
 from torchvision import tv_tensors
 
-from anchorops.train.data.counts import check_classes, class_counts, fingerprint
+from anchorops.train import ranks
+from anchorops.train.data.counts import class_counts
 from anchorops.train.data.digits import DigitScenes
 from anchorops.train.data.folders import open_folder
 from anchorops.train.data.loading import (
-    Loader,
+    PhotometricDistort,
     RandomScale,
     Training,
-    Unlabelled,
+    VariedCrop,
     augmentation,
+    draws,
     evaluation_transform,
 )
+from anchorops.train.data.splits import images_to_predict, open_split
+from anchorops.train.options import Data, Options
+from tests.helpers.image_files import write
 
 
-def test_counts_of_masks(folder: Path):
-    pixels, images, sizes = class_counts(open_folder(folder, "train"))
-    assert pixels.tolist() == [18, 18 + 20] and images.tolist() == [1, 2]
-    assert sizes == [(4, 5), (6, 9)]
-    pixels, images, _ = class_counts(open_folder(folder, "train", label_map={1: 255}))
-    assert pixels.tolist() == [18, 0] and images.tolist() == [1, 0]
+def test_scenes_of_digits():
+    """A function of seed, split and index. Their frequencies have a long tail."""
+    scenes, again = (DigitScenes("train", 2000, (64, 96), seed=3) for _ in range(2))
+    image, labels = scenes[7]
+    scenes[8]
+    assert image.shape == (3, 64, 96) and labels.shape == (64, 96)
+    assert torch.equal(image, again[7][0]) and torch.equal(labels, again[7][1])
+    options = Data(zipf=3.0, data_seed=5, crop=(64, 96), train_images=50)
+    train, val = (open_split(options, name, seed=3) for name in ("train", "val"))
+    assert torch.equal(train[7][0], DigitScenes("train", 9, (64, 96), seed=5, exponent=3.0)[7][0])
+    assert torch.equal(val[7][0], DigitScenes("val", 9, (64, 96), seed=0)[7][0])
+    for other in (train, val, DigitScenes("train", 9, (64, 96), seed=4)):
+        assert not torch.equal(image, other[7][0])
+    pixels, images, _ = class_counts(scenes)
+    assert images[0] == 2000 and images[1] > 2 * images[10]
+    assert pixels[1] > 2 * pixels[3] > 3 * pixels[8] > 0
+    with pytest.raises(IndexError):
+        scenes[2000]
 
 
-def test_foreground_that_is_ignored():
-    classes, some, none = ["ground", "thing"], torch.tensor([5, 0]), torch.tensor([0, 0])
-    for training, present in ((some, "ground"), (none, "no class")):
-        with pytest.raises(
-            ValueError, match=f"pixels of {present} only: .*; 255 is ignored unless"
-        ):
-            check_classes(classes, training, some)
-    with pytest.raises(ValueError, match="validation split has no valid pixel"):
-        check_classes(classes, some + 1, none)
-    assert check_classes([*classes, "rare"], torch.tensor([5, 1, 0]), some) == ["rare"]
+def test_digits_of_train_and_val_are_disjoint():
+    from anchorops.train.data.digits import _digit_images
+
+    train, val = (
+        {image.tobytes() for images in _digit_images(split) for image in images}
+        for split in ("train", "val")
+    )
+    assert train and val and not train & val
 
 
-def test_fingerprint_of_file_names(folder: Path, tmp_path: Path, monkeypatch: Any):
-    """Wherever the root is."""
+def test_draws_do_not_depend_on_ranks_or_interruptions():
+    def drawn(world: int, accumulate: int, first_step: int = 0) -> list[tuple[int, int]]:
+        options = Options(data=Data(batch_size=8, steps=5), accumulate=accumulate, seed=1)
+        batches = [draws(10, options, first_step, rank, world) for rank in range(world)]
+        return sorted((draw, image) for part in chain(*batches) for image, draw in part)
 
-    def found(root: Path) -> str:
-        return fingerprint(open_folder(root, "train"), root)
-
-    before = found(folder)
-    assert len(before) == 16 and found(shutil.copytree(folder, tmp_path / "moved")) == before
-    monkeypatch.chdir(folder)
-    assert found(Path()) == before
-    for kind in ("images", "masks"):
-        (folder / f"{kind}/train/b.png").rename(folder / f"{kind}/train/c.png")
-    assert found(folder) != before
-    assert fingerprint(DigitScenes("val", 9, (32, 32), seed=0), folder) == ""
+    everything = drawn(1, 1)
+    assert everything == drawn(2, 2) == drawn(4, 1)
+    assert everything[16:] == drawn(2, 1, first_step=2)
+    # each of the four passes over the data shows every image once
+    passes = np.array(everything)[:, 1].reshape(4, 10)
+    assert (np.sort(passes, 1) == range(10)).all() and (passes[0] != passes[1]).any()
+    with pytest.raises(ValueError, match=r"--data.batch_size: expected a multiple of .* = 3, got"):
+        drawn(3, 1)
 
 
 def test_augmentation_is_a_function_of_the_draw():
+    options = Data("folder", crop=(32, 32), scale=(0.5, 2.0), flip=True, photometric=True)
     scenes = DigitScenes("train", 4, (40, 48), seed=0)
-    scaled = RandomScale(None, (0.5, 2.0))
-    transform = augmentation(3, (32, 32), scaled=scaled, flip=True, photometric=True)
-    data = Training(scenes, transform, seed=5)
-    torch.manual_seed(0)
-    first = data[1, 10]
-    state = torch.get_rng_state()
+    data = Training(scenes, augmentation(options), seed=5)
+    before = torch.get_rng_state()
+    image, labels = data[1, 10]
+    assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1)
-    assert all(torch.equal(a, b) for a, b in zip(first, data[1, 10], strict=True))
-    assert not torch.equal(first[0], data[1, 11][0])
-    torch.manual_seed(0)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert first[0].shape == (3, 32, 32) and first[1].dtype == torch.int16
+    assert all(torch.equal(*pair) for pair in zip((image, labels), data[1, 10], strict=True))
+    assert not torch.equal(image, data[1, 11][0])
+    assert image.shape == (3, 32, 32) and labels.dtype == torch.int16
 
 
 def test_padding_is_ignored_and_labels_are_not_interpolated():
-    scenes = DigitScenes("train", 2, (32, 32), seed=0)
-    transform = augmentation(3, (96, 96), scaled=RandomScale(None, (1.5, 1.5)))
-    _, labels = Training(scenes, transform, seed=0)[0, 0]
-    assert (labels == -1).sum() >= 96 * 96 - 48 * 48
-    assert set(labels.unique().tolist()) <= set(scenes[0][1].unique().tolist()) | {-1}
+    """Images are padded at the bottom and at the right, with 0: the mean of normalised images."""
+    image = tv_tensors.Image(torch.full((3, 20, 40), 255, dtype=torch.uint8))
+    mask = tv_tensors.Mask(torch.randint(2, (20, 40)).short() * 7)
+    transform = augmentation(Data("folder", crop=(64, 96), scale=(1.5, 1.5)))
+    padded, labels = transform(image, mask)
+    assert padded.shape == (3, 64, 96) and labels.shape == (64, 96)
+    assert (padded[:, :30, :60] > 2).all()
+    assert not padded[:, 30:].any() and not padded[..., 60:].any()
+    assert set(labels[:30, :60].unique().tolist()) == {0, 7}
+    assert (labels[30:] == -1).all() and (labels[:, 60:] == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("short_side", "long_side", "size"),
+    [
+        (None, None, (40, 80)),
+        (20, None, (20, 40)),
+        (None, 20, (10, 20)),
+        (20, 30, (15, 30)),
+        (20, 60, (20, 40)),
+        (1, None, (2, 2)),  # torch cannot scale to a single pixel
+    ],
+)
+def test_sides(short_side: int | None, long_side: int | None, size: tuple[int, int]):
+    height, width = (40, 80) if short_side != 1 else (40, 50)
+    image = tv_tensors.Image(torch.zeros(3, height, width, dtype=torch.uint8))
+    scale = RandomScale(short_side, (2.0, 2.0), long_side)
+    options = Data("folder", short_side=short_side, long_side=long_side)
+    assert evaluation_transform(options)(image).shape[1:] == size
+    assert short_side == 1 or scale(image).shape[1:] == (2 * size[0], 2 * size[1])
+
+
+def test_crop_that_shows_one_class_is_drawn_again():
+    labels = torch.zeros(1, 8, 64, dtype=torch.int16)
+    labels[..., 40:] = 1
+    labels[..., 60:] = -1
+
+    def shares(cat_max_ratio: float) -> Tensor:
+        torch.manual_seed(0)
+        crop = VariedCrop((8, 16), cat_max_ratio)
+        crops = torch.stack([crop(tv_tensors.Mask(labels)) for _ in range(50)])
+        zeros, ones = ((crops == k).sum((1, 2, 3)) for k in (0, 1))
+        return torch.maximum(zeros, ones) / (zeros + ones)
+
+    assert torch.equal(shares(0.75), shares(0.75))
+    assert (shares(1.0) == 1).sum() > 25
+    # one of eleven draws fails with probability (1 − 9/49)^11 = 0.11
+    assert (shares(0.75) < 0.75).sum() > 35
+    small = VariedCrop((16, 96), 0.75)(tv_tensors.Mask(labels[..., :8]))
+    assert small.shape == (1, 8, 8)  # only one class: it stops after some repetitions
+
+
+def test_photometric_distortion_keeps_the_order_of_channels():
+    red = tv_tensors.Image(torch.tensor([200, 60, 20], dtype=torch.uint8).view(3, 1, 1))
+    distort = PhotometricDistort()
+    seen = torch.stack([distort(red).flatten() for _ in range(100)])
+    assert (seen[:, 0] == seen.amax(1)).all() and len(seen.unique(dim=0)) > 50
+    with pytest.raises(ValueError, match=r"--data.photometric: expected .* 0 to 1, got 0 to 5"):
+        distort(tv_tensors.Image(torch.tensor([0.0, 5.0, 1.0]).view(3, 1, 1)))
 
 
 def test_images_of_many_channels(folder: Path):
     """In training and in prediction."""
     path = folder / "images/train/a/1.tif"
-    path.with_suffix(".jpg").unlink()
+    write(path.with_suffix(".jpg"), None)
     write(path, np.full((6, 9, 5), 65_535, np.uint16))
     data = open_folder(folder, "train", channels=5)
-    transform = augmentation(5, (8, 8), scaled=RandomScale(None, (1.0, 1.0)))
-    image, labels = Training(data, transform, seed=0)[0, 0]
-    assert image.shape == (5, 8, 8) and labels.shape == (8, 8) and image.max() == 2
-    loader = Loader(Unlabelled([path], evaluation_transform(5, 12), 5), 0, sampler=range(1))
-    ((index, image, size),) = loader
+    options = Data("folder", str(folder), crop=(32, 32), channels=5, short_side=12)
+    image, labels = Training(data, augmentation(options), seed=0)[0, 0]
+    assert image.shape == (5, 32, 32) and labels.shape == (32, 32) and image.max() == 2
+    ((index, image, size),) = images_to_predict(options, [path])
     assert index == 0 and image.shape == (1, 5, 12, 18) and (image == 2).all() and size == [6, 9]
 
 
-def test_random_scale():
-    """torch cannot scale to a single pixel: the image has two on each side."""
-    assert RandomScale(None, (2.0, 2.0))(tv_tensors.Mask(torch.zeros(8, 6))).shape == (16, 12)
-    image = tv_tensors.Image(torch.zeros(3, 8, 6, dtype=torch.uint8))
-    assert RandomScale(1, (1.0, 1.0))(image).shape == (3, 2, 2)
+def test_fewer_images_than_ranks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    assert not [*images_to_predict(Data(workers=1), [Path("a.png")])]
+
+
+def test_workers_end_with_python():
+    """An iterator that still exists then, as after an error in a worker, does not keep them."""
+    script = """
+from anchorops.train.data.loading import Loader
+iterator = iter(Loader(range(100), workers=1))
+next(iterator)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

@@ -1,105 +1,94 @@
-"""The script that trains for the evidence."""
+"""The script that trains for the evidence, and its report."""
 
 import json
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import evidence_report
 import numpy as np
 import pytest
 
-BENCH = Path(__file__).parents[2] / "bench"
+SCRIPT = Path(__file__).parents[2] / "bench/evidence.py"
+# the mIoU of seed 0, 1, …
+ROWS = """
+digits segformer-b0 plain published 500 0.5 0.6
+digits segformer-b0 ceco published 500 0.49 0.57
+digits segformer-b0 ceco from-scratch 500 - - 0.7
+digits segformer-b0 plain published 1500 0.505
+digits segformer-b0 ceco published 1500 0.5
+camvid efficientnet-lite0 plain published 1000 0.5 0.6 0.55
+camvid efficientnet-lite0 sar published 1000 0.53 0.61
+"""
+TABLE = """
+|  | 500 steps: mIoU | tail | 1,500 steps: mIoU | tail |
+|---|--:|--:|--:|--:|
+| baseline | 55.0 ± 7.1 | 22.0 ± 2.8 | 50.5 | 20.2 |
+| CeCo | −2.0 ± 1.4 | −0.8 ± 0.6 | −0.5 | −0.2 |
+| CeCo, from scratch |  |  |  |  |
+"""
+PAGE = """
+CPU; torch 2 and GPU; torch 2; 12 runs of `run`
+3 of the 3 runs planned on digit scenes are missing
+All 1 runs planned on photographs are here.
+Baseline: +0.5 from 500 to 1,500 steps (one seed); converged at 500 steps.
+## Photographs,
+|  | steps | mIoU | tail | sky |
+| baseline | 1,000 | 55.0 ± 5.0 | 22.0 ± 2.0 | 90.0 |
+| SAR | 1,000 | +2.0 ± 1.4 (n = 2) | +0.8 ± 0.6 (n = 2) |
+on the test split
+|  | steps | mIoU | tail | sky |
+| baseline | 1,000 | 50.0 ± 10.0 | 11.0 ± 1.0 | 80.0 |
+| SAR | 1,000 | +4.0 ± 2.8 (n = 2) | +0.4 ± 0.3 (n = 2) |
+|  | SegFormer-B0 | DeepLabV3+ on EfficientNet-Lite0 |
+| CeCo | 0.5 (0.5–0.5) |  |
+| SAR |  | 1.8 (0.5–3) |
+"""
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [(["--only", "nothing-*"], "--only nothing-*: no run"), (["--jobs", "0"], "at least 1, got 0")],
-)
-def test_wrong_options_of_evidence(
-    options: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-):
-    script = BENCH / "evidence.py"
-    monkeypatch.setattr(sys, "argv", [script.name, "--out", str(tmp_path), *options])
-    with pytest.raises(SystemExit):
-        runpy.run_path(str(script), run_name="__main__")
-    assert message in capsys.readouterr().err
+def row(words: list[str], seed: int, miou: float) -> dict[str, Any]:
+    """A run in the evidence; photographs have their machine, the IoU of classes and a test."""
+    run: dict[str, Any] = dict(zip(("scenes", "model", "methods", "setting"), words, strict=False))
+    steps, camvid = int(words[4]), run["scenes"] == "camvid"
+    body = None if camvid else 0.5
+    run |= {"steps": steps, "seed": seed, "miou": miou, "head": 0.8, "body": body}
+    run |= {"tail": 0.4 * miou, "commit": "abc"}
+    run["curve"] = [[steps // 2, miou / 2, 0.4, body, 0.0], [steps, miou, 0.8, body, 0.2]]
+    run["gradient_ratios"] = {run["methods"]: [0.5, 3.0] if steps < 1500 else [0.5]}
+    if camvid:
+        test = {"miou": 2 * miou - 0.6, "tail": miou / 5, "classes": {"sky": 0.8}}
+        run |= {"device": "GPU", "classes": {"sky": 0.9}, "test": test}
+    return run
+
+
+def rows() -> list[dict[str, Any]]:
+    lines = [line.split() for line in ROWS.split("\n")[1:-1]]
+    runs = [(words, seed) for words in lines for seed in range(len(words) - 5)]
+    return [row(x[:5], seed, float(x[5 + seed])) for x, seed in runs if x[5 + seed] != "-"]
 
 
 def test_report_of_evidence(tmp_path: Path):
-    """The report contains the runs that exist, and counts those that are missing. Photographs have
-    their machine, the IoU of their classes, and a table of the test split."""
-
-    def row(methods: str, setting: str, steps: int, seed: int, miou: float) -> dict:
-        run = {"scenes": "digits", "model": "segformer-b0", "methods": methods, "setting": setting}
-        run |= {
-            "steps": steps,
-            "seed": seed,
-            "miou": miou,
-            "head": 0.8,
-            "body": 0.5,
-            "tail": 0.4 * miou,
-        }
-        curve = [[steps // 2, miou / 2, 0.4, 0.2, 0.0], [steps, miou, 0.8, 0.5, 0.2]]
-        ratios = {method: [0.5, 3.0] for method in methods.split("+") if method != "plain"}
-        return run | {"commit": "abc", "curve": curve, "gradient_ratios": ratios}
-
-    rows = [
-        *(row("plain", "published", 500, seed, miou) for seed, miou in ((0, 0.5), (1, 0.6))),
-        *(row("ceco", "published", 500, seed, miou) for seed, miou in ((1, 0.57), (0, 0.49))),
-        row("ceco", "from-scratch", 500, 2, 0.7),
-        row("plain", "published", 1500, 0, 0.505),
-        row("ceco", "published", 1500, 0, 0.5) | {"gradient_ratios": {"ceco": [0.5]}},
-    ]
-    assert evidence_report.table(rows, 2).splitlines() == [
-        "|  | 500 steps: mIoU | tail | 1,500 steps: mIoU | tail |",
-        "|---|--:|--:|--:|--:|",
-        "| baseline | 55.0 ± 7.1 | 22.0 ± 2.8 | 50.5 | 20.2 |",
-        "| CeCo | −2.0 ± 1.4 | −0.8 ± 0.6 | −0.5 | −0.2 |",
-        "| CeCo, from scratch |  |  |  |  |",
-    ]
-    assert "| baseline | 55.0 ± 7.1 (n = 2) |" in evidence_report.table(rows, 3)
-    photographs = []
-    for methods, seed, miou in (
-        *(("plain", seed, miou) for seed, miou in enumerate((0.5, 0.6, 0.55))),
-        *(("sar", seed, miou) for seed, miou in ((1, 0.61), (0, 0.53))),
-    ):
-        run = row(methods, "published", 1000, seed, miou) | {"scenes": "camvid", "body": None}
-        run |= {"model": "efficientnet-lite0", "device": "GPU", "classes": {"sky": 0.9}}
-        run["curve"] = [[*point[:3], None, point[4]] for point in run["curve"]]
-        test = {"miou": 2 * miou - 0.6, "tail": miou / 5, "classes": {"sky": 0.8}}
-        photographs.append(run | {"test": test})
+    """It has the runs that exist, and counts those that are missing."""
+    digits, photographs = rows()[:7], rows()[7:]
+    assert evidence_report.table(digits, 2).strip() == TABLE.strip()
+    assert "| baseline | 55.0 ± 7.1 (n = 2) |" in evidence_report.table(digits, 3)
     assert len(evidence_report.curves(photographs).axes) == 3  # none of the body
-    rows += photographs
     planned = [["digits", "segformer-b0", "sar", "published", 500, seed] for seed in range(3)]
     planned.append(["camvid", "efficientnet-lite0", "plain", "published", 1000, 0])
-    evidence = {"command": "run", "device": "CPU", "torch": "2", "planned": planned, "rows": rows}
+    evidence = {"command": "run", "device": "CPU", "torch": "2", "planned": planned, "rows": rows()}
     evidence_report.write(evidence, tmp_path)
     assert json.loads((tmp_path / "evidence.json").read_text()) == evidence
     page = (tmp_path / "evidence.md").read_text()
-    assert "Baseline: +0.5 from 500 to 1,500 steps (one seed); converged at 500 steps." in page
-    assert "|  | SegFormer-B0 | DeepLabV3+ on EfficientNet-Lite0 |" in page
-    assert "| CeCo | 0.5 (0.5–0.5) |  |\n| SAR |  | 1.8 (0.5–3) |" in page
-    assert "\nCPU; torch 2 and GPU; torch 2; 12 runs of `run`" in page
-    on_validation, on_test = page.split("## Photographs, ")[1].split("on the test split")
-    header = "|  | steps | mIoU | tail | sky |\n"
-    assert header in on_validation and header in on_test
-    assert "| baseline | 1,000 | 55.0 ± 5.0 | 22.0 ± 2.0 | 90.0 |" in on_validation
-    assert "| SAR | 1,000 | +2.0 ± 1.4 (n = 2) | +0.8 ± 0.6 (n = 2) |" in on_validation
-    assert "| baseline | 1,000 | 50.0 ± 10.0 | 11.0 ± 1.0 | 80.0 |" in on_test
-    assert "| SAR | 1,000 | +4.0 ± 2.8 (n = 2) | +0.4 ± 0.3 (n = 2) |" in on_test
-    assert "3 of the 3 runs planned on digit scenes are missing" in page
-    assert "All 1 runs planned on photographs are here." in page
+    place = 0
+    for line in PAGE.splitlines():
+        place = page.index(line, place)
     assert evidence_report.PREDICTIONS not in page
     page = evidence_report.page(evidence | {"predictions": ["camvid"]})
     assert evidence_report.PREDICTIONS in page.split("## Photographs, ")[1]
     for name in ("digits-segformer-b0", "camvid-efficientnet-lite0"):
-        picture = (tmp_path / f"evidence-{name}.png").read_bytes()
-        assert picture.startswith(b"\x89PNG")
+        assert (tmp_path / f"evidence-{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_picture_of_predictions():
@@ -111,16 +100,32 @@ def test_picture_of_predictions():
     assert colors is not None and (colors[1, 1] == 255).all() and not (colors[0] == 255).all()
 
 
+@pytest.fixture
+def evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Runs the script."""
+
+    def run(words: str) -> None:
+        monkeypatch.setattr(sys, "argv", [SCRIPT.name, "--out", str(tmp_path), *words.split()])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+
+    return run
+
+
+def test_wrong_options_of_evidence(evidence: Callable[[str], None], capsys):
+    for words, message in (
+        ("--only nothing-*", "--only nothing-*: no run"),
+        ("--jobs 0", "at least 1, got 0"),
+    ):
+        with pytest.raises(SystemExit):
+            evidence(words)
+        assert message in capsys.readouterr().err
+
+
 def test_evidence_with_a_row_is_not_repeated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    evidence: Callable[[str], None], tmp_path: Path, capsys
 ):
-    known, script = tmp_path / "rows.json", BENCH / "evidence.py"
-    row = {"scenes": "camvid", "model": "efficientnet-lite0", "methods": "plain"}
-    row |= {"setting": "published", "steps": 1000, "seed": 1}
-    known.write_text(json.dumps({"rows": [row]}))
-    options = ["--out", str(tmp_path), "--rows", str(known), "--list"]
-    options += ["--only", "camvid-*-plain-1000-*"]
-    monkeypatch.setattr(sys, "argv", [script.name, *options])
-    runpy.run_path(str(script), run_name="__main__")
+    known = tmp_path / "rows.json"
+    known.write_text(json.dumps({"rows": rows()[8:9]}))
+    evidence(f"--rows {known} --list --only camvid-*-plain-1000-*")
     states = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert states == ["missing", "finished", "missing"]

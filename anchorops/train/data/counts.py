@@ -28,23 +28,21 @@ class Counts(NamedTuple):
 
 
 def class_counts(dataset: Segmentation) -> Counts:
-    """Of the first 2000 digit scenes, or of all masks on disk. Raises ValueError for a wrong mask,
-    and for an image whose header shows that it is wrong."""
-    num_classes = len(dataset.classes)
+    """Of all masks on disk, or of the first 2000 digit scenes. Raises ValueError for a wrong image
+    or mask: so it is found before the training."""
+    num_classes, length = len(dataset.classes), len(dataset)
+    if isinstance(dataset, MaskFolder):
+        print(f"reading {length} images and masks", file=sys.stderr)
+    else:
+        length = min(length, SCENES)
     pixels, images = torch.zeros(2, num_classes, dtype=torch.int64)
     sizes = set()
 
     def count(index: int) -> tuple[Tensor, tuple[int, int]]:  # masks would fill the memory
-        if isinstance(dataset, MaskFolder):
-            labels = dataset.read_labels(index)
-        else:
-            _, labels = dataset[index]
+        _, labels = dataset[index]
         found = torch.bincount(labels.flatten().int() + 1, minlength=num_classes + 1)
         return found[1:], (labels.shape[0], labels.shape[1])
 
-    length = len(dataset) if isinstance(dataset, MaskFolder) else min(len(dataset), SCENES)
-    if isinstance(dataset, MaskFolder):
-        print(f"counting the classes in {length} masks", file=sys.stderr)
     with ThreadPoolExecutor() as threads:  # if one fails, map cancels the others
         for found, size in threads.map(count, range(length)):
             pixels += found

@@ -41,7 +41,6 @@ class DigitScenes:
     seed: int
     exponent: float = 1.0
     classes: Sequence[str] = field(default=("background", *map(str, range(10))), init=False)
-    channels: int = field(default=3, init=False)
 
     def __len__(self) -> int:
         return self.length

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 from unicodedata import normalize
@@ -134,18 +135,10 @@ class MaskFolder:
         the mask was drawn on the upright image or on its stored pixels, which turns both files.
 
         Raises ValueError that names a wrong file, or one whose orientation is not clear."""
-        return self._read(index, header=False)
-
-    def read_labels(self, index: int) -> Tensor:
-        """Only the labels, as in `self[index]`. Of an image that is no PNG file only the header is
-        read. Raises ValueError as `self[index]` does, except for damaged pixels of the image."""
-        return self._read(index, header=True)[1]
-
-    def _read(self, index: int, *, header: bool) -> tuple[Tensor, Tensor]:
         image_path, mask_path = self.pairs[index]
         values, mask_orientation = read_mask(mask_path, colours=self.colours)
         labels = self._labels(values, mask_path)
-        image, orientation = read_image(image_path, self.channels, labels.shape, header=header)
+        image, orientation = read_image(image_path, self.channels, labels.shape)
         image = upright(image, orientation)
         shown = {turn: upright(labels, turn) for turn in (orientation, mask_orientation)}
         fits = [x for x in shown.values() if x.shape == image.shape[1:]]
@@ -197,18 +190,10 @@ def open_published(name: str, root: Path, split: str) -> MaskFolder:
     images, masks = (x.format(layout.splits[split]) for x in (layout.images, layout.masks))
     if layout.listed is None:
         (image_folder, image_end), (mask_folder, mask_end) = images.split("/*"), masks.split("/*")
-        pairs, _ = _matched(root / image_folder, root / mask_folder, [image_end], [mask_end])
+        pairs = _matched(root / image_folder, root / mask_folder, [image_end], [mask_end])
     else:
-        names = _existing(root / layout.listed.format(layout.splits[split]))
-        pairs = [
-            (
-                _existing(root / images.replace("*", name)),
-                _existing(root / masks.replace("*", name)),
-            )
-            for name in _read_text(names).split()
-        ]
-        if not pairs:
-            raise ValueError(f"{names} is empty: expected the names of images")
+        names = _read_text(_existing(root / layout.listed.format(layout.splits[split]))).split()
+        pairs = [(root / images.replace("*", x), root / masks.replace("*", x)) for x in names]
     labels = dict.fromkeys(layout.ignored, IGNORED) | {x: k for k, x in enumerate(layout.values)}
     return MaskFolder(pairs, classes, labels)
 
@@ -249,12 +234,7 @@ def open_folder(
     images, masks = root / "images" / split, root / "masks" / split
     image_ends = [image_suffix] if image_suffix else IMAGES
     mask_ends = [mask_suffix] if mask_suffix else MASKS
-    pairs, alone = _matched(images, masks, image_ends, mask_ends)
-    if alone:
-        raise ValueError(
-            f"{alone[0]} has no image in {images} ({len(alone)} masks have none): give it its "
-            "image or remove it; --data.mask_suffix distinguishes masks from other files"
-        )
+    pairs = _matched(images, masks, image_ends, mask_ends)
     return MaskFolder(pairs, classes, labels, channels, colours)
 
 
@@ -276,8 +256,6 @@ def _read_classes(root: Path) -> list[str] | None:
     if not path.exists():
         return None
     classes = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
-    if not classes:
-        raise ValueError(f"{path} is empty: expected the name of a class on each line")
     twice = sorted({name for name in classes if classes.count(name) > 1})
     if twice:
         raise ValueError(f"{path}: expected each name once, got again: {', '.join(twice)}")
@@ -292,9 +270,9 @@ def _existing(path: Path) -> Path:
 
 def _matched(
     images: Path, masks: Path, image_ends: Sequence[str], mask_ends: Sequence[str]
-) -> tuple[list[tuple[Path, Path]], list[Path]]:
-    """Images under a folder, each with the mask of the same relative name without its end; and the
-    masks without an image."""
+) -> list[tuple[Path, Path]]:
+    """Images under a folder, each with the mask of the same relative name without its end. Raises
+    ValueError for an image without a mask, and a mask without an image."""
     images_by_stem, masks_by_stem = _by_stem(images, image_ends), _by_stem(masks, mask_ends)
     if not images_by_stem:
         raise ValueError(f"{images} has no images ({', '.join(image_ends)})")
@@ -303,27 +281,24 @@ def _matched(
             missing = masks / (stem + mask_ends[0])
             raise ValueError(f"{missing} does not exist: the mask of {image}")
     pairs = [(image, masks_by_stem.pop(stem)) for stem, image in images_by_stem.items()]
-    return pairs, [*masks_by_stem.values()]
+    for mask in masks_by_stem.values():
+        raise ValueError(
+            f"{mask} has no image in {images} ({len(masks_by_stem)} masks have none): give it its "
+            "image or remove it; --data.mask_suffix distinguishes masks from other files"
+        )
+    return pairs
 
 
 def _by_stem(folder: Path, ends: Sequence[str]) -> dict[str, Path]:
     """Files under a folder, also in linked subfolders, by relative name without its end, in order.
     Hidden ones, such as the `._a.jpg` of macOS, are skipped. Names are in NFC, because macOS writes
-    some in NFD. Raises ValueError for a link to a folder that contains it, for a name that is no
-    UTF-8, and for two files of one name."""
-    paths: list[Path] = []
-    for place, folders, names in os.walk(_existing(folder), followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for link in (Path(place, name) for name in folders):
-            if Path(place).resolve().is_relative_to(link.resolve()):
-                raise ValueError(f"{link} is a link to a folder that contains it: remove the link")
-        paths += [Path(place, name) for name in names if not name.startswith(".")]
+    some in NFD. Raises ValueError for a name that is no UTF-8, and for two files of one name."""
     files: dict[str, Path] = {}
     ends = [normalize("NFC", end.lower()) for end in ends]
-    for path in sorted(paths):
+    for path in sorted(_existing(folder) / x for x in glob("**", root_dir=folder, recursive=True)):
         name = normalize("NFC", str(path.relative_to(folder)))
         end = next((end for end in ends if name.lower().endswith(end)), None)
-        if end is None:
+        if end is None or path.is_dir():
             continue
         if name.encode(errors="replace").decode() != name:
             printable = os.fsencode(path).decode("ascii", "backslashreplace")

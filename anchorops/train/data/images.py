@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import imagecodecs
 import numpy as np
@@ -30,10 +30,6 @@ LOSSLESS = (
     *(COMPRESSION.CCITTRLE, COMPRESSION.CCITT_T4, COMPRESSION.CCITT_T6),
 )
 
-Wanted = Literal["shown", "stored", "shape"]
-"""Of a file: what a viewer shows, uint8 or float32; the values and palette indices; or any array
-that has the shape of what a viewer shows, from the header if the format permits this."""
-
 
 def upright(x: Tensor, orientation: int) -> Tensor:
     """(…, H, W), stored with this EXIF orientation, 1 to 8, as a viewer shows it."""
@@ -42,18 +38,13 @@ def upright(x: Tensor, orientation: int) -> Tensor:
     return x.flip(axes).contiguous()
 
 
-def read_image(
-    path: Path, channels: int, size: Sequence[int] = (), *, header: bool = False
-) -> tuple[Tensor, int]:
+def read_image(path: Path, channels: int, size: Sequence[int] = ()) -> tuple[Tensor, int]:
     """(C, H, W), as a viewer shows it but not yet upright, and its EXIF orientation. uint8; float32
     in 0..1 for 9 to 16 bits; unchanged float32 for floating-point files. Palettes and CMYK become
     RGB; a grey image gets three equal channels, if three are expected. A TIFF file may also be
     (C, H, W): if this matches the size (H, W) of its mask, or of its mask turned by 90°; without a
-    mask, if it has the channels. Raises ValueError that names the file.
-
-    header: a tensor without values, on the device "meta". Of PNG files the pixels are decoded too,
-    because metadata may follow them."""
-    array, orientation = _decoded(path, IMAGE_FORMATS, "shape" if header else "shown")
+    mask, if it has the channels. Raises ValueError that names the file."""
+    array, orientation = _decoded(path, IMAGE_FORMATS)
     (first, *_, last), expected = array.shape, (1, channels)
     if size:
         sizes = (tuple(size), tuple(size)[::-1])
@@ -70,8 +61,6 @@ def read_image(
             f"{path}: expected {channels} channels, got {found}: {change}, or train a network for "
             f"them (fit --data.channels {found})"
         )
-    if header:
-        return torch.empty((channels, *array.shape[:2]), device="meta"), orientation
     image = torch.from_numpy(np.moveaxis(array, 2, 0).copy())
     return image.expand(channels, -1, -1), orientation
 
@@ -86,7 +75,7 @@ def read_mask(path: Path, *, colours: bool = False) -> tuple[np.ndarray, int]:
     colours: the colours that a viewer shows, R·2¹⁶ + G·2⁸ + B, uint32. And its EXIF orientation.
     Raises ValueError that names the file, also for lossy compression, for several channels of
     values, for colours of other than 8 bits and for an alpha channel that is not opaque."""
-    array, orientation = _decoded(path, LABEL_FORMATS, "shown" if colours else "stored")
+    array, orientation = _decoded(path, LABEL_FORMATS, stored=not colours)
     if array.dtype.kind == "u" and array.shape[2] in ((2, 4) if colours else (2,)):
         opaque = array[..., -1] == np.iinfo(array.dtype).max
         if not opaque.all():
@@ -110,8 +99,9 @@ def read_mask(path: Path, *, colours: bool = False) -> tuple[np.ndarray, int]:
     return red.astype(np.uint32) << 16 | green.astype(np.uint32) << 8 | blue, orientation
 
 
-def _decoded(path: Path, formats: Sequence[str], wanted: Wanted) -> tuple[np.ndarray, int]:
-    """The array (H, W, C) in the file, in some TIFF files (C, H, W), and its EXIF orientation."""
+def _decoded(path: Path, formats: Sequence[str], *, stored: bool = False) -> tuple[np.ndarray, int]:
+    """The array (H, W, C) in the file, in some TIFF files (C, H, W), and its EXIF orientation: what
+    a viewer shows, uint8 or float32; stored: the values and palette indices."""
     with _errors_of(path), path.open("rb") as file:
         start = file.read(PNG_BITS + 1)
         if path.suffix == ".mat":
@@ -122,10 +112,10 @@ def _decoded(path: Path, formats: Sequence[str], wanted: Wanted) -> tuple[np.nda
                 raise ValueError("expected a variable S")
             array = variables["S"]
         elif start.startswith(TIFF_STARTS):
-            array, orientation = _decoded_tiff(path, "JPEG" in formats, wanted)
+            array, orientation = _decoded_tiff(path, "JPEG" in formats, stored)
         else:
             bits = start[PNG_BITS] if start.startswith(PNG_START) else None
-            array, orientation = _decoded_by_pillow(path, bits, formats, wanted)
+            array, orientation = _decoded_by_pillow(path, bits, formats, stored)
         array = np.atleast_3d(array)
         if array.ndim > 3:
             raise ValueError(f"expected an image, got an array of shape {array.shape}")
@@ -133,23 +123,20 @@ def _decoded(path: Path, formats: Sequence[str], wanted: Wanted) -> tuple[np.nda
 
 
 def _decoded_by_pillow(
-    path: Path, bits: int | None, formats: Sequence[str], wanted: Wanted
+    path: Path, bits: int | None, formats: Sequence[str], stored: bool
 ) -> tuple[np.ndarray, int]:
     """bits: of a sample, if it is a PNG file."""
     with _open_png(path) if bits else Image.open(path) as image:
         if image.format not in formats:
             raise ValueError(f"expected {', '.join(formats)} or TIFF, got {image.format}")
         orientation = _orientation(image)
-        if wanted == "shape" and not bits:
-            channels = 3 if image.mode in ("P", "CMYK") else len(image.getbands())
-            return np.broadcast_to(np.uint8(0), (image.height, image.width, channels)), orientation
         if bits == 16 and image.mode != "I;16":  # which Pillow reduces to 8
             array = imagecodecs.png_decode(_only_pixels(path.read_bytes()))
-        elif wanted != "stored" and image.mode in ("P", "CMYK"):
+        elif not stored and image.mode in ("P", "CMYK"):
             array = np.asarray(image.convert("RGB"))
         else:
             array = np.asarray(image)
-    if wanted != "stored":
+    if not stored:
         array = _scaled(array, 1 if array.dtype == bool else 8 * array.itemsize)
     elif bits in (2, 4) and image.mode == "L":  # Pillow has scaled them to 0..255
         array = array // (255 // (2**bits - 1))
@@ -181,7 +168,7 @@ def _only_pixels(content: bytes) -> bytes:
     return kept
 
 
-def _decoded_tiff(path: Path, lossy: bool, wanted: Wanted) -> tuple[np.ndarray, int]:
+def _decoded_tiff(path: Path, lossy: bool, stored: bool) -> tuple[np.ndarray, int]:
     """lossy: whether lossy compression is permitted."""
     with tifffile.TiffFile(path) as file:
         if not file.series or not file.pages.first.dataoffsets:
@@ -195,16 +182,12 @@ def _decoded_tiff(path: Path, lossy: bool, wanted: Wanted) -> tuple[np.ndarray, 
             ends = [max(np.add(x.dataoffsets, x.databytecounts)) for x in series if x is not None]
             if max(ends) > file.filehandle.size:  # the decoder makes what is missing grey
                 raise ValueError("the file is truncated")
-        zeros = np.broadcast_to(np.zeros((), series.dtype), series.shape)  # they need no memory
-        array = zeros if wanted == "shape" else file.asarray()
+        array = file.asarray()
         if page.planarconfig == PLANARCONFIG.SEPARATE and array.ndim == 3:  # (C, H, W)
             array = np.moveaxis(array, 0, 2)
         if array.size == page.imagelength * page.imagewidth:  # (1, H, W) or (H, W, 1)
             array = array.reshape(page.imagelength, page.imagewidth)
-        if wanted != "stored":
-            shown = _shown(array[:1] if wanted == "shape" else array, page)
-            array = np.broadcast_to(shown, (len(array), *shown.shape[1:]))
-        return array, orientation
+        return array if stored else _shown(array, page), orientation
 
 
 def _shown(array: np.ndarray, page: tifffile.TiffPage) -> np.ndarray:

@@ -5,10 +5,10 @@ import multiprocessing
 import signal
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,22 +18,15 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from .. import IGNORED
-from ..signals import STOPPING
+from ..options import Data, Options, expect
+from ..run import STOPPING
+from .digits import DigitScenes
+from .folders import MaskFolder
 from .images import read_upright
 
 RETRIES = 10  # for a crop that shows mostly one class
+Segmentation = DigitScenes | MaskFolder
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean, standard deviation
-
-
-class Segmentation(Protocol):
-    """A data set. Items: image uint8, or float32 in 0..1, (C, H, W); labels int16 (H, W), −1
-    ignored."""
-
-    classes: Sequence[str]
-    channels: int
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> tuple[Tensor, Tensor]: ...
 
 
 class RandomScale(v2.Transform):
@@ -123,36 +116,27 @@ def normalization(channels: int) -> list[v2.Transform]:
     return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
 
 
-def augmentation(
-    channels: int,
-    crop: tuple[int, int],
-    *,
-    scaled: RandomScale | None = None,
-    cat_max_ratio: float = 1.0,
-    flip: bool = False,
-    photometric: bool = False,
-) -> v2.Transform:
-    """The augmentation, in the papers' order: scale, crop, flip, photometric distortion,
-    normalisation, padding. scaled: None for images that have the size of a crop."""
+def augmentation(options: Data) -> v2.Transform:
+    """Of a training image, in the papers' order: scale, crop, flip, photometric distortion,
+    normalisation, padding."""
     steps: list[v2.Transform] = []
-    if scaled is not None:
-        steps += [scaled, VariedCrop(crop, cat_max_ratio)]
-    if flip:
+    if options.dataset != "digits":  # whose scenes have the size of a crop
+        steps.append(RandomScale(options.short_side, options.scale, options.long_side))
+        steps.append(VariedCrop(options.crop, options.cat_max_ratio))
+    if options.flip:
         steps.append(v2.RandomHorizontalFlip())
-    if photometric:
-        if channels != 3:
-            raise ValueError(f"--data.photometric: expected images of 3 channels, got {channels}")
+    if options.photometric:
+        expect(options.channels == 3, "data.photometric", "3 channels", options.channels)
         steps.append(PhotometricDistort())
-    return v2.Compose([*steps, *normalization(channels), v2.Lambda(partial(padded, size=crop))])
+    steps += normalization(options.channels)
+    return v2.Compose([*steps, v2.Lambda(partial(padded, size=options.crop))])
 
 
-def evaluation_transform(
-    channels: int, short_side: int | None = None, long_side: int | None = None
-) -> v2.Transform:
+def evaluation_transform(options: Data) -> v2.Transform:
     """Scale only the image to the short or the long side; its labels do not change."""
-    scaled = short_side or long_side
-    scale = [RandomScale(short_side, (1.0, 1.0), long_side)] if scaled else []
-    return v2.Compose([*scale, *normalization(channels)])
+    scaled = options.short_side or options.long_side
+    scale = [RandomScale(options.short_side, (1.0, 1.0), options.long_side)] if scaled else []
+    return v2.Compose([*scale, *normalization(options.channels)])
 
 
 def mixed_seed(*parts: int | str) -> int:
@@ -160,47 +144,25 @@ def mixed_seed(*parts: int | str) -> int:
     return zlib.crc32(repr(parts).encode())
 
 
-class Draws:
-    """The image of draw 0, 1, 2, … of a run: shuffled passes over the data, one after another."""
+def draws(
+    images: int, options: Options, first_step: int, rank: int, world: int
+) -> Iterator[list[tuple[int, int]]]:
+    """The batches of a rank, as lists of (image, draw), from a step on: draw 0, 1, 2, … of a run
+    are shuffled passes over the images, one after another. They do not depend on ranks, workers or
+    interruptions."""
+    parts = options.accumulate * world
+    size, rest = divmod(options.data.batch_size, parts)
+    multiple = f"a multiple of --accumulate × ranks = {parts}"
+    expect(rest == 0, "data.batch_size", multiple, options.data.batch_size)
 
-    def __init__(self, length: int, seed: int) -> None:
-        self.length, self.seed = length, seed
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+    @lru_cache(2)
+    def order(epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(mixed_seed("order", options.seed, epoch))
+        return torch.randperm(images, generator=generator).tolist()
 
-    def __getitem__(self, draw: int) -> int:
-        epoch, position = divmod(draw, self.length)
-        if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(mixed_seed("order", self.seed, epoch))
-            self._order = epoch, torch.randperm(self.length, generator=generator)
-        return int(self._order[1][position])
-
-
-@dataclass
-class BatchSampler:
-    """This rank's batches of a run, as lists of (image, draw), from the step at which it continues.
-    Draw d is a position in the run. It does not depend on ranks, workers or interruptions."""
-
-    draws: Draws
-    _: KW_ONLY
-    batch_size: int
-    accumulate: int
-    rank: int
-    world: int
-    first_step: int
-    steps: int
-
-    def __post_init__(self) -> None:
-        if self.batch_size % (parts := self.accumulate * self.world):
-            raise ValueError(
-                f"--data.batch_size: expected a multiple of --accumulate × ranks = {parts}, got "
-                f"{self.batch_size}"
-            )
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        size = self.batch_size // (self.accumulate * self.world)
-        for number in range(self.first_step * self.accumulate, self.steps * self.accumulate):
-            start = (number * self.world + self.rank) * size
-            yield [(self.draws[draw], draw) for draw in range(start, start + size)]
+    for number in range(first_step * options.accumulate, options.data.steps * options.accumulate):
+        start = (number * world + rank) * size
+        yield [(order(x // images)[x % images], x) for x in range(start, start + size)]
 
 
 @dataclass

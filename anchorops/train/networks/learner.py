@@ -60,26 +60,19 @@ def class_weights(kind: str, frequencies: Tensor) -> Tensor | None:
     return weights.float()
 
 
-def build_loss(
-    loss: str = "ce",
-    weights: Tensor | None = None,
-    *,
-    focal_gamma: float = 2.0,
-    ohem_threshold: float | None = None,
-    ohem_min_kept: int | None = None,
-) -> MomentsLoss:
+def build_loss(options: Model, weights: Tensor | None = None) -> MomentsLoss:
     """The loss of the logits; its `terms` contain the accuracy. weights: [K], of the classes."""
     common: dict[str, Any] = {"ignore_index": IGNORED, "accuracy": True}
-    if loss == "dice":
+    if options.loss == "dice":
         return ao.Dice(weight=weights, **common)
     cross_entropy = ao.CrossEntropy(
         weights,
-        focal_gamma=focal_gamma if loss == "focal" else 0.0,
-        ohem_threshold=ohem_threshold,
-        ohem_min_kept=ohem_min_kept,
+        focal_gamma=options.focal_gamma if options.loss == "focal" else 0.0,
+        ohem_threshold=options.ohem_threshold,
+        ohem_min_kept=options.ohem_min_kept,
         **common,
     )
-    if loss == "ce+dice":
+    if options.loss == "ce+dice":
         return ao.CrossEntropyDice(cross_entropy, ao.Dice(weight=weights, **common))
     return cross_entropy
 
@@ -90,15 +83,12 @@ def build_regularizer(
     num_classes: int,
     dim: int,
     prior: Tensor | None = None,
-    *,
-    from_state: bool = False,
 ) -> Regularizer | None:
     """The methods as one regulariser, or None if there are none.
 
     options: {"sar.momentum": 0.99}. The arguments that are vectors [K, D] (SAR's and CR's anchors,
         CBP's init) accept "@FILE.npy".
     prior: [K], the share of the training images that contain each class, for CeCo.
-    from_state: its state will be loaded, so files of vectors are not read.
     Raises ValueError for an option that no chosen method has, and for a file that does not fit.
     """
     arguments: dict[str, dict[str, Any]] = {method: {} for method in methods}
@@ -114,10 +104,7 @@ def build_regularizer(
         if argument not in known:
             raise ValueError(f"--model.method_options {option}: {method} has {', '.join(known)}")
         if isinstance(value, str) and value.startswith("@"):
-            if from_state:
-                value = nn.init.orthogonal_(torch.empty(num_classes, dim))
-            else:
-                value = _read_vectors(option, Path(value[1:]), num_classes, dim)
+            value = _read_vectors(option, Path(value[1:]))
         arguments[method][argument] = value
     if "cr" in arguments:
         arguments["cr"]["embed"] = False
@@ -132,23 +119,17 @@ def build_regularizer(
     return ao.Combined(*regularizers) if len(regularizers) > 1 else next(iter(regularizers), None)
 
 
-def _read_vectors(option: str, path: Path, num_classes: int, dim: int) -> Tensor:
-    """float32 [K, D] from a file of numpy.save. No code in the file is run."""
+def _read_vectors(option: str, path: Path) -> Tensor:
+    """float32 from a file of numpy.save. No code in the file is run."""
     try:
-        rows = torch.from_numpy(np.load(path, allow_pickle=False))
+        rows = torch.from_numpy(np.load(path, allow_pickle=False)).float()
     except (OSError, ValueError, EOFError, TypeError) as error:
         raise ValueError(
             f"--model.method_options {option}: {path} cannot be read: {error}"
         ) from error
-    if not rows.is_floating_point() or rows.shape != (num_classes, dim):
-        raise ValueError(
-            f"--model.method_options {option}: {path}: expected floating numbers of shape "
-            f"[{num_classes}, {dim}] (classes, channels of the features), got {rows.dtype} of "
-            f"shape {list(rows.shape)}"
-        )
-    if not rows.float().isfinite().all():
+    if not rows.isfinite().all():
         raise ValueError(f"--model.method_options {option}: {path}: expected finite numbers")
-    return rows.float()
+    return rows
 
 
 class Learner(nn.Module):
@@ -167,7 +148,7 @@ class Learner(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.auxiliary_weight = model, auxiliary_weight
-        self.pixel_loss = pixel_loss or build_loss()
+        self.pixel_loss = pixel_loss or build_loss(Model())
         self.auxiliary_loss = copy.deepcopy(self.pixel_loss)
         self.auxiliary_loss.accuracy = False
         self.attachment = None if regularizer is None else ao.attach(model, regularizer)
@@ -193,29 +174,22 @@ def parameter_groups(
 ):
     """Parameter groups for an optimizer: no weight decay on vectors (biases, normalisation), and
     another learning rate for everything outside the backbone and the methods."""
-    factors = {parameter: head_lr_factor for parameter in model.parameters()}
-    factors |= dict.fromkeys(model.backbone.parameters(), 1.0)
-    for module in model.modules():
-        if isinstance(module, Regularizer):
-            factors |= dict.fromkeys(module.parameters(), 1.0)
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for parameter, factor in factors.items():
+    methods = [module for module in model.modules() if isinstance(module, Regularizer)]
+    others = {x for module in (model.backbone, *methods) for x in module.parameters()}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            groups.setdefault((factor, parameter.dim() > 1), []).append(parameter)
+            rate = lr * (1.0 if parameter in others else head_lr_factor)
+            decay = weight_decay if parameter.dim() > 1 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
     return [
-        {
-            "params": parameters,
-            "lr": lr * factor,
-            "weight_decay": weight_decay if is_matrix else 0.0,
-        }
-        for (factor, is_matrix), parameters in groups.items()
+        {"params": parameters, "lr": rate, "peak": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
     ]
 
 
 def build_optimizer(options: Model, model: Segmenter) -> torch.optim.Optimizer:
     groups = parameter_groups(model, options.lr, options.weight_decay, options.head_lr_factor)
-    for group in groups:
-        group["peak"] = group["lr"]
     if options.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=0.9, fused=True)
     return torch.optim.AdamW(groups, fused=True)
@@ -234,41 +208,14 @@ def set_learning_rates(
 
 
 def build_learner(
-    options: Model,
-    num_classes: int,
-    channels: int,
-    frequencies: Tensor,
-    prior: Tensor,
-    *,
-    from_state: bool,
+    options: Model, num_classes: int, channels: int, frequencies: Tensor, prior: Tensor
 ) -> Learner:
-    """The network with its methods and losses. from_state: its state will be loaded, so files of
-    initial weights are not read."""
-    weights = None if from_state else options.weights
-    backbone_weights = None if from_state else options.backbone_weights
-    model = build_model(
-        options.network,
-        num_classes,
-        channels=channels,
-        pretrained=options.pretrained and not (from_state or weights or backbone_weights),
-        weights=weights,
-        backbone_weights=backbone_weights,
-        auxiliary=options.auxiliary_weight > 0,
-        dropout=options.dropout,
-        classifier_std=options.classifier_std,
-    )
+    """The network with its methods and losses."""
+    model = build_model(options, num_classes, channels)
     arguments = arguments_of(
         options.methods, options.setting, options.paper_options or {}, options.method_options or {}
     )
     dim = model.classifier.in_channels
-    regularizer = build_regularizer(
-        options.methods, arguments, num_classes, dim, prior, from_state=from_state
-    )
-    loss = build_loss(
-        options.loss,
-        class_weights(options.class_weights, frequencies),
-        focal_gamma=options.focal_gamma,
-        ohem_threshold=options.ohem_threshold,
-        ohem_min_kept=options.ohem_min_kept,
-    )
+    regularizer = build_regularizer(options.methods, arguments, num_classes, dim, prior)
+    loss = build_loss(options, class_weights(options.class_weights, frequencies))
     return Learner(model, regularizer, loss, options.auxiliary_weight)

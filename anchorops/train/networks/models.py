@@ -1,8 +1,8 @@
 """Segmentation networks: a body that returns features (B, D, h, w), and a 1×1 convolution."""
 
 import contextlib
-import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -19,11 +19,8 @@ import anchorops as ao
 from .. import ranks
 from ..options import Model
 
-HRNETS = {
-    "hrnet-w18-small": "hrnet_w18_small",
-    "hrnet-w18-small-v2": "hrnet_w18_small_v2",
-    **{f"hrnet-w{width}": f"hrnet_w{width}" for width in (18, 30, 32, 40, 44, 48, 64)},
-}
+SIZES = ("18-small", "18-small-v2", "18", "30", "32", "40", "44", "48", "64")
+HRNETS = {f"hrnet-w{size}": f"hrnet_w{size.replace('-', '_')}" for size in SIZES}
 # the parts that depend on the classes; in a checkpoint, a method is under "regularizer"
 HEADS = ("classifier.", "auxiliary.", "regularizer.")
 OLD_PREFIX = "learner.model."  # of the names of weights in a checkpoint of an earlier version
@@ -34,13 +31,6 @@ OWN_DROPOUT = {
     "pspnet": "psp_dropout",
 }
 SEGFORMERS = {f"segformer-b{size}": f"mit_b{size}" for size in range(6)}
-
-
-def at_first_size(maps: Sequence[Tensor]) -> Tensor:
-    """(B, ΣC, H, W): the maps, resized to the size of the first one and concatenated."""
-    size = maps[0].shape[2:]
-    resized = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in maps[1:]]
-    return torch.cat([maps[0], *resized], dim=1)
 
 
 class Segmenter(nn.Module):
@@ -130,50 +120,33 @@ class HRNetBody(nn.Module):
         self.mix = Conv2dNormActivation(self.dim, self.dim, 1, inplace=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.mix(at_first_size(self.backbone(images)))
+        first, *others = self.backbone(images)
+        size = first.shape[2:]
+        resized = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in others]
+        return self.mix(torch.cat([first, *resized], dim=1))
 
 
-def build_model(
-    name: str,
-    num_classes: int,
-    *,
-    channels: int = 3,
-    pretrained: bool = False,
-    weights: str | None = None,
-    backbone_weights: str | None = None,
-    auxiliary: bool = False,
-    dropout: float = 0.0,
-    classifier_std: float | None = None,
-) -> Segmenter:
-    """A network by name; the arguments are those of options.Model.
+def build_model(options: Model, num_classes: int, channels: int = 3) -> Segmenter:
+    """The network. channels: of the images. The file of weights may be a checkpoint of this
+    program, or any file of a state dict.
 
-    channels: of the images. weights: a checkpoint of this program, or any file of a state dict.
-    Entries of a classifier are skipped if the number of classes differs. backbone_weights: see
-    load_backbone.
-
-    Raises ValueError for an unknown name, for weights that do not match, for two files of weights,
-    and for an auxiliary head on DPT, whose backbone has no such map.
-    """
-    if weights and backbone_weights:
-        raise ValueError(
-            "--model.backbone_weights: expected no --model.weights beside it, which replaces the "
-            f"backbone too, got {weights}"
-        )
-    if auxiliary and name.startswith("dpt:"):
-        raise ValueError(f"--model.auxiliary_weight: expected 0, {name} has no map for such a head")
-    if name in HRNETS:
-        body = HRNetBody(name, channels, pretrained)
+    Raises ValueError for an unknown name, and for weights that do not match."""
+    from_file = options.weights or options.backbone_weights
+    pretrained = options.pretrained and not from_file
+    if options.network in HRNETS:
+        body = HRNetBody(options.network, channels, pretrained)
         dim, stages = body.dim, body.out_channels
     else:
-        body, dim, stages = _smp_body(name, channels, pretrained, dropout)
-    auxiliary_dim = stages[-2] if auxiliary else None
-    model = Segmenter(body, dim, num_classes, auxiliary_dim, dropout)
-    if classifier_std is not None:
-        model.draw_classifiers(classifier_std)
-    if weights:
-        load_weights(model, Path(weights))
-    if backbone_weights:
-        load_backbone(model.backbone, Path(backbone_weights))
+        body, dim, stages = _smp_body(options.network, channels, pretrained, options.dropout)
+    auxiliary_dim = stages[-2] if options.auxiliary_weight > 0 else None
+    model = Segmenter(body, dim, num_classes, auxiliary_dim, options.dropout)
+    if options.classifier_std is not None:
+        model.draw_classifiers(options.classifier_std)
+    if options.weights:
+        loaded, path = read_checkpoint(Path(options.weights)), Path(options.weights)
+        load_weights(model, loaded.get("model", loaded.get("state_dict", loaded)), path)
+    if options.backbone_weights:
+        load_backbone(model.backbone, Path(options.backbone_weights))
     return model
 
 
@@ -227,68 +200,47 @@ def read_checkpoint(path: Path, needed: str | None = None) -> dict[str, Any]:
     another kind."""
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        of_earlier_version = [x for x in state.get("state_dict", ()) if x.startswith(OLD_PREFIX)]
-        if of_earlier_version:  # in which the losses have weights too
-            weights = state["state_dict"]
+        weights = state.get("state_dict", {})  # those of an earlier version are also of the losses
+        of_earlier_version = [x for x in weights if x.startswith(OLD_PREFIX)]
+        if of_earlier_version:
             state["model"] = {x.removeprefix(OLD_PREFIX): weights[x] for x in of_earlier_version}
         found = needed is None or needed in state
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{path} is damaged ({reason})") from error
+        raise ValueError(f"{path} is damaged ({shorten(repr(error), 200)})") from error
     if not found:
         raise ValueError(f"{path} is of another kind: it has no {needed}")
     return state
 
 
-def trained_model(options: Model, weights: Mapping[str, Tensor], channels: int) -> Segmenter:
-    """The network of a checkpoint without its methods. CBP has removed the classifier's bias.
-    Raises ValueError for weights of another network."""
-    state = {k: x for k, x in weights.items() if not k.startswith("regularizer.")}
-    if "classifier.weight" not in state:
-        raise ValueError("expected the weights of a run: they have no classifier.weight")
-    weight = state["classifier.weight"]
-    state.setdefault("classifier.bias", weight.new_zeros(len(weight)))
-    model = build_model(
-        options.network,
-        len(weight),
-        channels=channels,
-        auxiliary=options.auxiliary_weight > 0,
-        dropout=options.dropout,
-    )
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        first = " ".join("".join(str(error).splitlines()[1:2]).split())
-        raise ValueError(
-            f"the weights are not those of --model.network {options.network} with "
-            f"--model.auxiliary_weight {options.auxiliary_weight:g}: expected the options of their "
-            f"run (--run). {shorten(first, 200)}"
-        ) from error
+def trained_model(options: Model, path: Path, channels: int) -> Segmenter:
+    """The network of a checkpoint without its methods. CBP has removed the classifier's bias."""
+    weights = read_checkpoint(path, "model")["model"]
+    weight = weights["classifier.weight"]
+    options = replace(options, pretrained=False, weights=None, backbone_weights=None)
+    model = build_model(options, len(weight), channels)
+    load_weights(model, {"classifier.bias": weight.new_zeros(len(weight)), **weights}, path)
     return model
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Start from the weights in `path`; see build_model."""
-    loaded = read_checkpoint(path)
-    state = loaded.get("model", loaded.get("state_dict", loaded))
-    if not isinstance(state, Mapping):
-        raise ValueError(f"weights {path}: expected a state dict, got {type(state).__name__}")
-    model_state = model.state_dict()
-    state = {
-        key: value
-        for key, value in state.items()
-        if not key.startswith(HEADS)
-        or (key in model_state and model_state[key].shape == value.shape)
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Start from the weights of a file. Those of heads are left out that the model does not have,
+    or has for another number of classes. Raises ValueError for weights of another network."""
+    shapes = {name: x.shape for name, x in model.state_dict().items()}
+    taken = {
+        name: x
+        for name, x in weights.items()
+        if not name.startswith(HEADS) or shapes.get(name) == x.shape
     }
     try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"weights {path}: {error}") from None
-    missing = [key for key in missing if not key.startswith(HEADS)]
-    if missing or unexpected:
+        missing, unknown = model.load_state_dict(taken, strict=False)
+        missing = [name for name in missing if not name.startswith(HEADS)]
+        reason = f"missing {missing[:3]}, unknown {unknown[:3]}" if missing or unknown else ""
+    except RuntimeError as error:  # of other shapes
+        reason = str(error)
+    if reason:
         raise ValueError(
-            f"weights {path} are of another model: {len(missing)} missing {missing[:3]}, "
-            f"{len(unexpected)} unknown {unexpected[:3]}"
+            f"weights {path} are not those of this --model.network and these --data.channels: "
+            f"{shorten(reason, 200)}"
         )
 
 
@@ -303,35 +255,21 @@ def load_backbone(backbone: nn.Module, path: Path) -> None:
     own = {_flat_name(name): name for name in backbone.state_dict()}
     try:
         loaded = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
-        named = {own.get(_flat_name(name), name): value for name, value in loaded.items()}
+        named = {own.get(_flat_name(name)): value for name, value in loaded.items()}
+        taken = {name: value for name, value in named.items() if name is not None}
+        # some encoders of smp have another load_state_dict
+        missing, _ = nn.Module.load_state_dict(backbone, taken, strict=False)
     except Exception as error:
+        reason = shorten(str(error), 300)
+        raise ValueError(f"--model.backbone_weights: {path} cannot be loaded: {reason}") from error
+    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+    if missing:
         raise ValueError(
-            f"--model.backbone_weights: {path} cannot be read: {error!r:.200}"
-        ) from error
-    expected = {
-        name: value
-        for name, value in backbone.state_dict().items()
-        if not name.endswith("num_batches_tracked")
-    }
-    missing = [name for name in expected if name not in named]
-    wrong = [
-        f"{name} {list(named[name].shape)} instead of {list(value.shape)}"
-        for name, value in expected.items()
-        if name in named and named[name].shape != value.shape
-    ]
-    if missing or wrong:
-        raise ValueError(
-            f"--model.backbone_weights: {path} is of another network: of {len(expected)} tensors "
-            f"of the backbone {len(missing)} are missing {missing[:3]}, {len(wrong)} have another "
-            f"shape {wrong[:3]}"
+            f"--model.backbone_weights: {path} is of another network: {len(missing)} tensors of "
+            f"the backbone are missing: {missing[:3]}"
         )
-    taken = {name: value for name, value in named.items() if name in own.values()}
-    nn.Module.load_state_dict(backbone, taken, strict=False)  # some encoders of smp have another
-    if ranks.rank() == 0:
-        print(
-            f"backbone: {len(taken)} tensors of {path} taken, {len(named) - len(taken)} not used",
-            file=sys.stderr,
-        )
+    unused = len(loaded) - len(taken)
+    ranks.say(f"backbone: {len(taken)} tensors of {path} taken, {unused} not used")
 
 
 def _flat_name(name: str) -> str:

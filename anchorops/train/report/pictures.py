@@ -10,8 +10,7 @@ from torchvision import tv_tensors
 
 from ...plots import plain
 from .. import IGNORED
-from ..data.loading import Segmentation
-from ..data.splits import transform_of
+from ..data.loading import Segmentation, evaluation_transform
 from ..evaluation import as_weights, predict, prediction_of
 from ..options import Options
 
@@ -35,7 +34,7 @@ def draw_predictions(
 ) -> Figure:
     """The first validation images; under each its labels, and under these its prediction."""
     parts = "image", "labels", "prediction"
-    colors, transform = palette(len(dataset.classes)), transform_of(options.data)
+    colors, transform = palette(len(dataset.classes)), evaluation_transform(options.data)
     columns, seen = [], set[int]()
     training, how = model.training, prediction_of(options)
     model.eval()

@@ -162,7 +162,7 @@ def _missing(config: pytest.Config) -> list[str]:
 
 
 def _has_all_cases_of_cuda(config: pytest.Config) -> bool:
-    from simulated_gpu import CASES_OF_CUDA
+    from tests.helpers.simulated_gpu import CASES_OF_CUDA
 
     files = {(config.invocation_params.dir / argument).resolve() for argument in config.args}
     return files >= {*CASES_OF_CUDA} and not (config.option.keyword or config.option.markexpr)
