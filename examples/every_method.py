@@ -8,6 +8,7 @@ diagnostics of each method; with --out it writes figures of the last model.
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import segmentation_models_pytorch as smp
@@ -21,13 +22,9 @@ from anchorops.losses import Regularizer
 K, D = 5, 128  # FPN's last classifier has 128 inputs
 
 METHODS: dict[str, Callable[[], Regularizer]] = {
-    "SAR": lambda: ao.SAR(K, D),
+    **{name: partial(method, K, D) for name, method in ao.losses.METHODS.items()},
     "CR": lambda: ao.SAR(K, D, embed=False, anchors="simplex"),
-    "CBP": lambda: ao.CBP(K, D, length=2.0),
-    "OCCL": lambda: ao.OCCL(K, D),
-    "CBP + OCCL": lambda: ao.Combined(ao.CBP(K, D, length=2.0), ao.OCCL(K, D)),
-    "CeCo": lambda: ao.CeCo(K, D),
-    "MVSC": lambda: ao.MVSC(K, D),
+    "CBP + OCCL": lambda: ao.Combined(ao.CBP(K, D), ao.OCCL(K, D)),
     "SAR + OCCL": lambda: ao.Combined(ao.SAR(K, D), ao.OCCL(K, D)),
 }
 

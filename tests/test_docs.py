@@ -16,10 +16,9 @@ from unittest import mock
 
 import pytest
 
-import anchorops as ao
+from anchorops.losses import METHODS
 
 ROOT = Path(__file__).parents[1]
-METHODS = (ao.SAR, ao.CBP, ao.OCCL, ao.CeCo, ao.MVSC)
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
@@ -228,7 +227,7 @@ def test_quoted_message_is_in_the_sources(message: str):
         assert piece.strip(" :") in sources(), piece
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_every_argument_is_explained(method: type):
     for argument in inspect.signature(method).parameters:
         assert re.search(rf"\b{argument}\b", method.__doc__ or ""), argument

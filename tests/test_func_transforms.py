@@ -122,7 +122,7 @@ def test_forward_mode_raises(trace: str) -> None:
             torch.compile(derivative, backend="aot_eager", fullgraph=whole)(x)
 
 
-@pytest.mark.parametrize("name", ["SAR", "OCCL", "MVSC", "CeCo", "CBP", "combined"])
+@pytest.mark.parametrize("name", [*ao.losses.METHODS, "combined"])
 def test_state_does_not_move_in_a_transform(name: str) -> None:
     method = METHODS[name](K, D)
     features = torch.randn(2, 9, D)

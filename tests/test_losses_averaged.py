@@ -32,9 +32,6 @@ def average(model: nn.Module, name: str) -> tuple[nn.Module, Callable[[nn.Module
     return averaged.module, averaged.update_parameters
 
 
-METHODS = ("SAR", "CBP", "OCCL", "MVSC", "CeCo")
-
-
 def model_and_loss(method: str) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, D, 1), nn.Conv2d(D, K, 1))
@@ -51,7 +48,7 @@ def train(model: nn.Module, loss: Any, steps: int = 1) -> None:
 
 
 @pytest.mark.parametrize("kind", [*AVERAGES, *TIMM_AVERAGES])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ao.losses.METHODS)
 def test_the_average_of_a_model(method: str, kind: str) -> None:
     model, loss = model_and_loss(method)
     averaged, update = average(model, kind)

@@ -15,7 +15,7 @@ from anchorops.doctor.catalogue.features import METHODS
 from tests.helpers.slow import slow_but
 
 K, D = 5, 12
-WITH_STATE = ("SAR", "OCCL", "MVSC", "CeCo", "CBP", "combined")
+WITH_STATE = (*ao.losses.METHODS, "combined")
 WITHOUT_STATE = ("CR", "CBP, penalty")
 MESSAGE = "recomputes this loss: call it outside of the checkpointed function"
 reentrant_or_not = pytest.mark.parametrize("reentrant", [False, True])

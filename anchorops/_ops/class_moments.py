@@ -139,27 +139,6 @@ define(
 )
 
 
-def _moments(
-    features: Tensor,
-    keys: Tensor,
-    num_keys: int,
-    anchors: Tensor | None,
-    *,
-    groups: int = 1,
-    with_sums: bool = True,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """sums [num_keys, D] and sqdists [num_keys] for each key, by a fused operator."""
-    if anchors is not None:
-        anchors = anchors.to(statistics_dtype(features.dtype)).contiguous()
-    # The gradient of anchors needs the sums. Whether there will be one is not always known here:
-    # backward computes them if this call did not, and reads the features once more for it.
-    learnable = anchors is not None and anchors.requires_grad and torch.is_grad_enabled()
-    arguments = features, keys, anchors, num_keys, groups, with_sums or learnable
-    sums, sqdists = run("class_moments", backend, *arguments)
-    return sums if with_sums or not learnable else sums.new_empty((0,)), sqdists
-
-
 def _check_inputs(
     function: str,
     features: Tensor,
@@ -299,6 +278,7 @@ def unchecked_moments(
     *,
     anchors: Tensor | None,
     with_sums: bool = True,
+    function: str = "class_moments",
     **options: Unpack[KeyOptions],
 ) -> ClassMoments:
     """`class_moments` of arguments that were already checked. If sums are not requested, the fused
@@ -307,7 +287,7 @@ def unchecked_moments(
     num_keys = images * num_classes * options["groups"]
     called = ("class_moments", "split_groups") if options["groups"] > 1 else ("class_moments",)
     backend = select(
-        "class_moments",
+        function,
         features,
         num_classes,
         called=called,
@@ -319,20 +299,18 @@ def unchecked_moments(
     if backend == "reference":
         return reference.class_moments(features, labels, num_classes, anchors=anchors, **options)
     keys, counts = class_keys(features, labels, num_classes, backend=backend, **options)
-    sums, sqdists = _moments(
-        features,
-        keys,
-        counts.numel(),
-        anchors,
-        groups=options["groups"],
-        with_sums=with_sums,
-        backend=backend,
-    )
-    return ClassMoments(
-        counts,
-        sums.view(*counts.shape, features.shape[1]) if with_sums else sums,
-        None if anchors is None else sqdists.view(counts.shape),
-    )
+    if anchors is not None:
+        anchors = anchors.to(statistics_dtype(features.dtype)).contiguous()
+    # The gradient of anchors needs the sums. Whether there will be one is not always known here:
+    # backward computes them if this call did not, and reads the features once more for it.
+    learnable = anchors is not None and anchors.requires_grad and torch.is_grad_enabled()
+    arguments = features, keys, anchors, counts.numel(), options["groups"], with_sums or learnable
+    sums, sqdists = run("class_moments", backend, *arguments)
+    if with_sums:
+        sums = sums.view(*counts.shape, features.shape[1])
+    elif learnable:
+        sums = sums.new_empty((0,))
+    return ClassMoments(counts, sums, None if anchors is None else sqdists.view(counts.shape))
 
 
 def class_centroids(
@@ -393,19 +371,13 @@ def pixel_to_anchor_mse(
         function, features, labels, num_classes, ignore_index, check_labels
     )
     check_choice(function, "reduction", reduction, ("mean", "sum"))
-    backend = select(
-        function,
-        features,
-        num_classes,
-        called=("class_moments",),
-        refusal=partial(refusal, num_classes),
+    options: KeyOptions
+    options = {"groups": 1, "per_image": False, "seed": None, "ignore_index": ignored}
+    pixels = features, labels, num_classes
+    counts, _, sqdists = unchecked_moments(
+        *pixels, anchors=anchors, with_sums=False, function=function, **options
     )
-    if backend == "reference":
-        return reference.pixel_to_anchor_mse(
-            features, labels, anchors, ignore_index=ignored, reduction=reduction
-        )
-    keys, counts = class_keys(features, labels, num_classes, ignore_index=ignored, backend=backend)
-    _, sqdists = _moments(features, keys, num_classes, anchors, with_sums=False, backend=backend)
+    assert sqdists is not None
     total = fixed_order_sum(sqdists)
     if reduction == "sum":
         return total

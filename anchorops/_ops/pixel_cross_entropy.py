@@ -60,15 +60,8 @@ def pixel_cross_entropy(
             fail(function, "weight", expected, "requires_grad = True")
         # a copy, because the weight may be changed before the backward pass
         weight = weight.to(statistics_dtype(logits.dtype), copy=True)
-    true_weights = all_weights = None
-    if label_smoothing > 0:
-        true_weights, all_weights = smoothed(weight, label_smoothing, logits.shape[1], logits)
-    options = Options(
-        true_weights=true_weights,
-        all_weights=all_weights,
-        ignore_index=ignore_index,
-        align_corners=align_corners,
-    )
+    class_weights = smoothed(weight, label_smoothing, logits.shape[1], logits)
+    options = Options(*class_weights, ignore_index=ignore_index, align_corners=align_corners)
     if reduction == "none":
         wanted = Wanted(pixel_losses=True)
         losses = moments_of(function, logits, labels, options, wanted).pixel_losses

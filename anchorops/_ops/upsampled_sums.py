@@ -196,24 +196,12 @@ def upsampled_sums(
     function = "upsampled_sums"
     backend = select(function, features, num_classes)
     if backend == "reference" or in_transform(features):
-        return reference.upsampled_sums(
-            features,
-            labels,
-            num_classes,
-            per_image=per_image,
-            upsample=upsample,
-            ignore_index=ignore_index,
-        )
+        options = per_image, upsample, ignore_index
+        return reference.upsampled_sums(features, labels, num_classes, *options)
     grid = labels[:, None] if upsample else features
-    keys, counts = class_keys(
-        grid,
-        labels,
-        num_classes,
-        per_image=per_image,
-        ignore_index=ignore_index,
-        class_dtype=_key_dtype(num_classes),
-        backend=backend,
-    )
+    key_options: dict[str, Any] = {"per_image": per_image, "ignore_index": ignore_index}
+    key_options |= {"class_dtype": _key_dtype(num_classes), "backend": backend}
+    keys, counts = class_keys(grid, labels, num_classes, **key_options)
     keys = keys.view(features.shape[0], grid.shape[2], grid.shape[3])
     arguments = features, keys, counts.numel(), num_classes
     sums, mean, variance = run("upsampled_sums", backend, *arguments)

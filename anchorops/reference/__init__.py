@@ -11,7 +11,6 @@ does not affect the float32 result.
 from .centroid_info_nce import centroid_info_nce as centroid_info_nce
 from .class_keys import class_keys as class_keys
 from .class_moments import class_moments as class_moments
-from .class_moments import pixel_to_anchor_mse as pixel_to_anchor_mse
 from .confusion import confusion as confusion
 from .mask_rle import mask_codes as mask_codes
 from .mask_rle import mask_rle as mask_rle

@@ -1,11 +1,11 @@
-"""Class moments, and the mean squared distance to the anchors."""
+"""Class moments."""
 
 import torch
 from torch import Tensor
 
 from .._moments import ClassMoments, statistics_dtype
 from .._shared.pixels import feature_rows
-from .._shared.sums import fixed_order_sum, sum_by_key
+from .._shared.sums import sum_by_key
 from .class_keys import class_keys
 from .split_groups import group_counts, split_groups
 
@@ -39,21 +39,3 @@ def class_moments(
     residuals = torch.where(keys[:, None] >= 0, rows - nearest, 0)
     sqdists = sum_by_key(keys, residuals.square().sum(1), num_keys).to(dtype)
     return ClassMoments(counts, sums, sqdists.view(counts.shape))
-
-
-def pixel_to_anchor_mse(
-    features: Tensor,
-    labels: Tensor,
-    anchors: Tensor,
-    *,
-    ignore_index: int,
-    reduction: str = "mean",
-) -> Tensor:
-    """Σ_valid ‖f_p − a_{y_p}‖², divided by D·N_valid for "mean"; 0 if no pixel is valid."""
-    counts, _, sqdists = class_moments(
-        features, labels, anchors.shape[0], anchors=anchors, ignore_index=ignore_index
-    )
-    assert sqdists is not None
-    if reduction == "sum":
-        return fixed_order_sum(sqdists)
-    return fixed_order_sum(sqdists) / (features.shape[1] * counts.sum()).clamp(min=1)

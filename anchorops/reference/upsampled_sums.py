@@ -12,7 +12,6 @@ def upsampled_sums(
     features: Tensor,
     labels: Tensor,
     num_classes: int,
-    *,
     per_image: bool,
     upsample: bool,
     ignore_index: int,

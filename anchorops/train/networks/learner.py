@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 import anchorops as ao
 
-from ...losses import MomentsLoss, Regularizer
+from ...losses import METHODS, MomentsLoss, Regularizer
 from .. import IGNORED
 from ..options import PUBLISHED, Model
 from .models import Segmenter, build_model
 
-CLASSES = {"cr": "SAR", "sar": "SAR", "cbp": "CBP", "occl": "OCCL", "ceco": "CeCo", "mvsc": "MVSC"}
+CLASSES = {"cr": "SAR"} | {name.lower(): name for name in METHODS}
 
 # The published weights of OCCL and CeCo are for a backbone from ImageNet. With random weights their
 # gradient on the features is several times that of the cross-entropy (docs/methods.md).
