@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from anchorops._backend import CPU_LIBRARY
+from anchorops._libraries import CPU_LIBRARY
 
 CSRC = Path(__file__).parents[1] / "csrc"
 HEADERS = sorted([*CSRC.glob("*.h"), *(CSRC / "cpu").glob("*.h")])

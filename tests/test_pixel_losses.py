@@ -353,7 +353,7 @@ def test_a_subclass_with_other_parts(base: Any, backend: str) -> None:
     """Also of a mixin, and a subclass of the class that has it."""
 
     loss: Any = type("Sum", (base,) if issubclass(base, Extra) else (Extra, base), {})
-    plain = ao.Dice if base is MoreDice else base
+    plain: Any = ao.Dice if base is MoreDice else base
     x, labels = torch.randn(2, 4, 3, 5, requires_grad=True), torch.randint(0, 4, (2, 6, 10))
     added = ao.pixel_cross_entropy(x, labels, reduction="sum")
     check_loss(loss()(x, labels), plain()(x, labels) + added, x)
