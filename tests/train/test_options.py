@@ -11,7 +11,7 @@ import timm
 import torch
 import yaml
 from image_files import image, write
-from tiny_runs import TINY
+from tiny_runs import FOLDER, TINY
 
 from anchorops.train.commands import COMMANDS, PRESETS, RENAMED, Given, main, parse, presets
 from anchorops.train.networks.models import build_model
@@ -50,11 +50,12 @@ OUT_OF_RANGE = {
 @pytest.mark.parametrize("value", OUT_OF_RANGE)
 def test_values_out_of_range(value: str, refused: Refused):
     for name in OUT_OF_RANGE[value].split():
-        refused(f"fit --{name}={value}", f"-train: --{name}: expected .*, got .*$")
+        refused(f"fit {TINY} --{name}={value}", f"-train: --{name}: expected .*, got .*$")
     assert len(FREE) <= 10
 
 
-FIT = "fit --device cpu --config folder --data.root $folder --data.crop [32,32] --run $new"
+# what is not refused ends after some steps
+FIT = f"fit {FOLDER} --data.root $folder --run $new"
 PREDICT = "predict --run $run --out $new"
 PAN = (
     f"{PREDICT} --model.weights $files/pan --model.network pan:resnet18 --data.crop [128,128] "
@@ -74,12 +75,12 @@ COMMAND_LINES = {
     "fit --model.lrr 1": "nrecognized arguments: --model.lrr",
     "fit --see 1": "nrecognized arguments: --see",
     # options that do not fit each other
-    "fit --model.loss dice --model.ohem_min_kept 9": "--model.loss: expected ce, .* --model.ohem_m",
+    f"fit {TINY} --model.loss dice --model.ohem_min_kept 9": "--model.loss: expected ce, .*ohem",
     f"{FIT} --data.zipf 2": "--data.zipf: expected .*, got folder",
     "fit --data.dataset ade20k --data.root . --data.val_images 2": "val_images: .*, got ade20k",
     "fit --data.dataset ade20k --data.root . --data.channels 4": "channels: .*, got ade20k",
     f"{FIT} --model.evaluation sliding --model.window_stride [32,40]": "_stride: expected 1 to the",
-    "fit --config digits --data.split test": "--data.split: expected .* train or val, got test",
+    f"fit {TINY} --data.split test": "--data.split: expected .* train or val, got test",
     # what the data or the network cannot be
     f"{FIT} --data.eval_batch_size 2": "size: expected 1 for images of several sizes, got 4×5, 6×9",
     f'{FIT} --data.label_map {{"1,2,3":0,"4":1}}': "expected either values or colours, got both",
