@@ -112,6 +112,7 @@ class Model:
     def __post_init__(self) -> None:
         positive = ("auxiliary_weight", "lr", "head_lr_factor", "warmup", "power", "classifier_std")
         expect_at_least(0, "model.", self, *positive)
+        expect(0 <= self.dropout < 1, "model.dropout", "at least 0, below 1", self.dropout)
         once, scales = len({*self.methods}) == len(self.methods), self.eval_scales
         expect(once, "model.methods", "each at most once", self.methods)
         in_range = len(scales) > 0 and all(0 < scale < math.inf for scale in scales)
@@ -262,6 +263,8 @@ class Options:
         counts = ("accumulate", "val_every", "log_every", "save_every", "max_steps")
         expect_at_least(1, "", self, *counts)
         expect_at_least(0, "", self, "seed", "clip", "max_hours")
+        expect(self.clip != 0, "clip", "a number above 0", self.clip)
+        expect(self.ema is None or 0 <= self.ema < 1, "ema", "at least 0, below 1", self.ema)
         window, stride = self.data.crop, self.model.window_stride
         if stride is not None and self.model.evaluation == "sliding":
             fits = all(1 <= step <= side for side, step in zip(window, stride, strict=True))

@@ -1,7 +1,6 @@
 """Data sets in directories that the tests write: pairing, label values, orientations, messages."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -82,7 +81,7 @@ def test_wrong_files(name: str, content: Any, message: str, folder: Path):
     if name == "images/train/c.tif":
         write(folder / "images/train/c.png", None)
     write(folder / name, content)
-    reads: list[Callable[[MaskFolder], object]] = [class_counts, lambda data: [*map(len, data)]]
+    reads: list[Any] = [class_counts, lambda data: [*map(len, data)]]
     for read in reads["finite" in message :]:
         with pytest.raises(ValueError, match=message):
             read(open_folder(folder, "train"))

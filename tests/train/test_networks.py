@@ -78,7 +78,8 @@ def test_methods_see_the_features_before_dropout():
     model.classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(torch.randn(2, 3, 32, 32))
     dropped = (seen[0] == 0).flatten(2).all(2).float().mean()
-    torch.testing.assert_close(seen[0], 2 * attachment.features * (seen[0] != 0))
+    features: Any = attachment.features
+    torch.testing.assert_close(seen[0], 2 * features * (seen[0] != 0))
     assert 0.3 < dropped < 0.7
 
 
@@ -87,6 +88,7 @@ def test_classifiers_start_from_a_given_deviation():
     model = build_model(options, 50)
     assert model.auxiliary is not None
     for classifier in (model.classifier, model.auxiliary[-1]):
+        assert isinstance(classifier, nn.Conv2d) and classifier.bias is not None
         assert float(classifier.weight.detach().std()) == pytest.approx(0.01, rel=0.05)
         assert not classifier.bias.any()
 
@@ -213,7 +215,7 @@ def test_learning_rates_of_backbone_head_and_methods():
     groups = losses.parameter_groups(model, 0.1, 0.01, head_lr_factor=10.0)
     rates = {p: group["lr"] for group in groups for p in group["params"]}
     assert len(rates) == sum(len(group["params"]) for group in groups)
-    slow = {*model.body.backbone.parameters(), *model.regularizer.parameters()}
+    slow = {*model.backbone.parameters(), *model.get_submodule("regularizer").parameters()}
     assert rates == pytest.approx({p: 0.1 if p in slow else 1.0 for p in model.parameters()})
     decays = {(p.dim() > 1, group["weight_decay"]) for group in groups for p in group["params"]}
     assert decays == {(True, 0.01), (False, 0.0)}
@@ -246,7 +248,9 @@ def test_arguments_of_methods(rows: Path):
     cr = build_regularizer(["cr"], {"cr.anchors": f"@{rows}"}, K, D)
     assert (sar.delta, sar.gate) == (0.5, "per_class")
     assert torch.equal(sar.anchors, expected) and torch.equal(cr.anchors, expected)
-    basis = build_regularizer(["cbp"], {"cbp.init": f"@{rows}", "cbp.length": 1}, K, D).basis
+    cbp = build_regularizer(["cbp"], {"cbp.init": f"@{rows}", "cbp.length": 1}, K, D)
+    assert isinstance(cbp, ao.CBP)
+    basis = cbp.basis
     torch.testing.assert_close(basis[0], expected[0] / expected[0].norm())
     torch.testing.assert_close(basis @ basis.T, torch.eye(K))
 
@@ -284,6 +288,7 @@ def test_ratios_are_those_of_the_gradients():
     learner.train().model(images)
     features = learner.attachment.features.detach().requires_grad_()
     classifier, combined = learner.model.classifier, learner.attachment.regularizer
+    assert isinstance(combined, ao.Combined)
     terms = [learner.pixel_loss(classifier(features), labels)]
     terms += [method(features, labels, classifier) for method in combined.methods[1:]]
     norms = [float(torch.autograd.grad(term, features)[0].norm()) for term in terms]

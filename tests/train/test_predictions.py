@@ -46,8 +46,8 @@ def test_predictions_are_those_of_the_evaluation(folder: Path, options: str) -> 
     for name in ("a/1.png", "b.png"):
         predicted, labels = (array(folder / x / name) for x in ("new/out", "masks/val"))
         assert predicted.dtype == np.uint8 and predicted.shape == labels.shape
-        pair = (torch.tensor(x).long()[None] for x in (predicted, labels))
-        matrix += ao.confusion(*pair, 2)
+        classes, truth = (torch.tensor(x).long()[None] for x in (predicted, labels))
+        matrix += ao.confusion(classes, truth, 2)
     hits = matrix.diag()
     miou = (hits / (matrix.sum(0) + matrix.sum(1) - hits)).mean()
     lines = read_metrics(run / "metrics.csv").values()
