@@ -24,7 +24,8 @@ OUT_OF_RANGE = {
         model.power data.workers data.data_seed seed clip max_hours""",
     "0": """data.steps data.batch_size data.channels data.eval_batch_size data.train_images
         data.val_images data.short_side data.long_side accumulate val_every log_every save_every
-        max_steps""",
+        max_steps clip""",
+    "1": "ema model.dropout",
     "5": "model.focal_gamma",
     ".inf": "model.auxiliary_weight clip",
     ".nan": "model.classifier_std model.lr",
