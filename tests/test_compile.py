@@ -15,6 +15,7 @@ from torch._inductor import aoti_compile_and_package, aoti_load_package
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
 from torch.export import ExportedProgram
+from torch.torch_version import TorchVersion
 
 import anchorops as ao
 
@@ -72,11 +73,17 @@ MODULES: dict[str, tuple[Callable[[Any], Callable], Sequence[float]]] = {
 }
 
 
-def compiles_twice(function: Callable[[Any], Tensor], arguments: Sequence[Any]) -> None:
+def compiles_twice(
+    function: Callable[[Any], Tensor],
+    numbers: Sequence[float],
+    argument_of: Callable[[Any], Any] = lambda n: n,
+) -> None:
     """Once for the first number, and once for all others. So do torch's formulas."""
+    if numbers is SHARES and TorchVersion(torch.__version__) < "2.11":
+        pytest.skip("torch 2.10 compiles again for each number that 1 is reduced by")
     torch._dynamo.reset()
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    for i, argument in enumerate(arguments):
+    for i, argument in enumerate(map(argument_of, numbers)):
         with torch._dynamo.config.patch(error_on_recompile=i > 1):
             result = compiled(argument)
         torch.testing.assert_close(result, function(argument))
@@ -93,7 +100,7 @@ def test_numbers(name: str) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_numbers_of_modules(name: str) -> None:
     make, numbers = MODULES[name]
-    compiles_twice(lambda loss: loss(LOGITS, LABELS), [make(n) for n in numbers])
+    compiles_twice(lambda loss: loss(LOGITS, LABELS), numbers, make)
 
 
 class Exported(torch.nn.Module):

@@ -151,7 +151,10 @@ class Loss:
     def __call__(
         self, logits: Tensor, labels: Tensor, pixel_weights: Tensor | None = None, **options: Any
     ) -> Tensor:
-        return self.module(**options).to(logits.device)(logits, labels, pixel_weights)
+        module = self.module(**options)
+        if not logits.is_cpu:  # torch 2.10 does not compile this
+            module = module.to(logits.device)
+        return module(logits, labels, pixel_weights)
 
 
 def cross_entropy_dice(
