@@ -201,7 +201,7 @@ def _gradient_on_cpu(
     dlosses = dlosses * (_factor(reduction, queries, present) / temperature.item())
     if present is not None:
         dlosses = torch.where(present, dlosses, 0)
-    dlogits = log_p.exp()
+    dlogits = log_p.softmax(-1)  # e^log_p; torch.exp is slow where it underflows
     own = _own(dlogits, queries, first)
     own.sub_(1)
     dlogits.mul_(dlosses if dlosses.dim() == 0 else dlosses.reshape(-1, 1))
