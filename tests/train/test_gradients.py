@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from gradient_ratios import gradient_ratios, measure
 from tiny_runs import TINY, assert_equal, figures, state
+from trainings.gradient_ratios import measure
 
 from anchorops.train.commands import fit
 from anchorops.train.networks.learner import Learner, build_regularizer
@@ -36,7 +36,7 @@ def test_ratios_are_those_of_the_gradients():
     images, labels = torch.randn(2, 3, 32, 32), torch.randint(0, 11, (2, 32, 32))
     state = {name: value.clone() for name, value in learner.state_dict().items()}
     random = torch.get_rng_state()
-    ratios = gradient_ratios(learner, images, labels)
+    ratios = [*measure(methods, 0, learner, images, labels).values()]
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, state[name]) for name, value in learner.state_dict().items())
     assert all(parameter.grad is None for parameter in learner.parameters())
