@@ -79,15 +79,15 @@ def of_info_nce(**options: Any) -> Step:
     return lambda: ao.ops.centroid_info_nce(inputs[0], inputs[1], positives=inputs[2], **options)
 
 
-def cbp_and_occl(num_classes: int, dim: int) -> Regularizer:
-    return ao.Combined(ao.CBP(num_classes, dim, update="ema"), ao.OCCL(num_classes, dim))
+def cbp(*sizes: int) -> Regularizer:
+    return ao.CBP(*sizes, update="ema")
 
 
 STEPS: dict[str, Callable[[], Step]] = {
     "centroid InfoNCE": of_info_nce,
     "SAR": lambda: of_method(ao.SAR),
-    "CBP, moving average": lambda: of_method(lambda *sizes: ao.CBP(*sizes, update="ema")),
-    "CBP + OCCL": lambda: of_method(cbp_and_occl),
+    "CBP, moving average": lambda: of_method(cbp),
+    "CBP + OCCL": lambda: of_method(lambda *x: ao.Combined(cbp(*x), ao.OCCL(*x))),
     "OCCL": lambda: of_method(ao.OCCL),
     "CeCo": lambda: of_method(ao.CeCo),
     "MVSC": lambda: of_method(ao.MVSC),

@@ -73,7 +73,7 @@ def train_one(run: Run, out: Path) -> None:
     }
     if run.scenes == CAMVID:
         row |= {"classes": _classes(lines[run.steps], "val"), "test": _on_test(directory)}
-    save_atomically(json.dumps(row) + "\n", row_file(run, out))
+    save_atomically(json.dumps(row) + "\n", out / "rows" / f"{run.name}.json")
     for weights in (LAST, BEST):  # 50 to 100 MB a run
         (directory / weights).unlink(missing_ok=True)
 
@@ -96,16 +96,11 @@ def _classes(figures: Mapping[str, float], split: str) -> dict[str, float]:
     return {name.removeprefix(start): round(x, 4) for name, x in figures.items() if start in name}
 
 
-def row_file(run: Run, out: Path) -> Path:
-    """The row of a finished run."""
-    return out / "rows" / f"{run.name}.json"
-
-
 def finished(out: Path, known: dict[str, Any]) -> dict[Run, dict[str, Any]]:
     """The rows of the plan's finished runs: those in `out`, or else those of a file of rows."""
     found = {Run(*(row[x] for x in Run._fields)): row for row in known.get("rows", [])}
     for run in plan():
-        if (path := row_file(run, out)).exists():
+        if (path := out / "rows" / f"{run.name}.json").exists():
             found[run] = json.loads(path.read_text())
     return {run: found[run] for run in plan() if run in found}
 

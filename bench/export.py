@@ -24,7 +24,7 @@ from torch import Tensor
 import anchorops as ao
 
 CPU = torch.device("cpu")
-THREADS, SECONDS = 2, 5.0  # of the calls of a cell
+SECONDS = 5.0  # of the calls of a case
 SIZES = {
     "5 classes, 128³ to 256³": (5, (128, 128, 128), (256, 256, 256)),
     "30 classes, 96³ to 160×170×150": (30, (96, 96, 96), (160, 170, 150)),
@@ -84,7 +84,6 @@ def rows_of(volume: str, dtype: str) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     arguments = parser_of(__doc__, devices=("cpu",)).parse_args()
-    torch.set_num_threads(THREADS)
     volumes = TINY if arguments.dry_run else SIZES
     cases = product(volumes, DTYPES)
     finish(arguments, "export", [row for case in cases for row in rows_of(*case)])

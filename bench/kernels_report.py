@@ -90,10 +90,8 @@ def main() -> None:
     ]
     print(markdown_table(("GPU", "kernel", "variant", *Row._fields), lines, words=(0, 1, 2)))
     for stride in (4, 8):
-        print(
-            f"variants for 40 sizes, logits of stride {stride}:",
-            variants("sm_90", native_sizes(stride, launch_loss, False)),
-        )
+        counts = variants("sm_90", native_sizes(stride, launch_loss, False))
+        print(f"variants for 40 sizes, logits of stride {stride}: {counts}")
     if faults:
         sys.exit("kernels_report:\n" + "\n".join(faults))
 

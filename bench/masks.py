@@ -76,19 +76,12 @@ def masks(device: torch.device, tiny: bool) -> Rows:
                 yield row | {"differ": differ}
 
 
-def ellipses(centers: Tensor, radii: Tensor, size: Size) -> Tensor:
-    """Logits (N, *size). centers, radii: (N, 2) of y and x, as shares of the image's sides."""
-    y, x = (torch.linspace(0, 1, n, device=centers.device) for n in size)
-    y, x = (
-        (a - b[:, None]) / c[:, None] for a, b, c in zip((y, x), centers.T, radii.T, strict=True)
-    )
+def ellipses(count: int, size: Size, device: torch.device) -> Tensor:
+    """Logits (N, *size) of random ellipses."""
+    centers, radii = torch.rand(2, count, 2, 1, device=device)  # of y and x, of the sides
+    y, x = (torch.linspace(0, 1, n, device=device) for n in size)
+    y, x = ((a - centers[:, i]) / (0.05 + 0.2 * radii[:, i]) for i, a in enumerate((y, x)))
     return 10 - 10 * (y[:, :, None] ** 2 + x[:, None] ** 2)
-
-
-def drawn_ellipses(count: int) -> tuple[Tensor, Tensor]:
-    """Their centers and radii."""
-    centers, radii = torch.rand(2, count, 2)
-    return centers, 0.05 + 0.2 * radii
 
 
 def of_mask2former(logits: Tensor, size: Size) -> Ways:
@@ -173,8 +166,7 @@ def masks_in_frameworks(device: torch.device, tiny: bool) -> Rows:
         if tiny:
             count, low, size = 12, (16, 20), (64, 80)
         try:
-            centers, radii = drawn_ellipses(count)
-            ways = make(ellipses(centers.to(device), radii.to(device), low), size)
+            ways = make(ellipses(count, low, device), size)
         except ImportError as error:
             print(f"{name}: {error.name} is not installed", file=sys.stderr)
             continue

@@ -230,8 +230,7 @@ def in_own_process(function: Callable[..., Any], *inputs: Any) -> Any:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--case", action="append", help="of such a name, as 'Dice, *' (default: *)")
-    of_device = "those of a type of device (default: of --device)"
-    parser.add_argument("--cases-of", choices=("cpu", "cuda"), help=of_device)
+    parser.add_argument("--cases-of", choices=("cpu", "cuda"), help="(default: --device)")
     options = parser.parse_args()
     device, tiny = torch.device(options.device), options.dry_run
     on_gpu = device.type == "cuda"

@@ -173,10 +173,10 @@ def compared(rows: Iterable[dict], *case: str) -> dict[tuple, dict[str, dict]]:
 
 def by_case(rows: Iterable[dict]) -> list[list[dict]]:
     """The rows of operators that are compared, the fastest first; operations in the order of the
-    cases, whatever was measured again."""
-    measured = [row for row in rows if "absent" not in row]
-    groups = grouped(measured, *CASES["operators"]).values()
+    cases, whatever was measured again, without those that are no longer cases."""
     operations = [*dict.fromkeys(case.operation for case in (*OF_USERS, *GRID))]
+    measured = [x for x in rows if "absent" not in x and x["operation"] in operations]
+    groups = grouped(measured, *CASES["operators"]).values()
     in_order = sorted(groups, key=lambda case: operations.index(case[0]["operation"]))
     return [sorted(case, key=lambda row: row["median"]) for case in in_order]
 

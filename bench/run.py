@@ -136,8 +136,9 @@ def rehearsed(device: str, out: Path) -> list[str]:
         "operators": ["operator_times.py", "--cases-of", device],
         "steps": steps,
         "compiled": [*steps, "--compiled"],
-        "inference": [*steps, "--section", "inference"],
     }
+    if device == "cpu":
+        programs["inference"] = [*steps, "--section", "inference"]
 
     def run(name: str) -> str | None:
         program, *options = programs[name]

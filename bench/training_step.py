@@ -18,15 +18,14 @@ from typing import Any, NamedTuple
 
 import torch
 from cases.networks import (
-    COMPILED,
     IGNORE_INDEX,
     METHODS,
     ON_CPU,
-    ON_GPU,
     Candidate,
     Network,
     candidates,
     names_of,
+    networks_on,
 )
 from record import head_of, parser_of, save, spread
 from torch import Tensor, nn
@@ -54,13 +53,11 @@ def candidates_of(network: Network, late: bool, compiled: bool) -> list[Candidat
 def plan(device: str, section: str, compiled: bool = False) -> list[tuple[Network, list[str]]]:
     """The networks of a section, and the names of the rows that are known before late_upsampling
     was tried."""
-    networks = ON_CPU if device == "cpu" else ON_GPU
     planned = []
-    for network in networks:
+    for network in networks_on(device, compiled):
         every = [x for x in candidates_of(network, False, compiled) if x.compiled == compiled]
         names = [PLAIN] if section == "inference" else [one.name for one in every]
-        if device == "cpu" or not compiled or network.name in COMPILED:
-            planned.append((network, names))
+        planned.append((network, names))
     return planned
 
 
@@ -158,11 +155,11 @@ class Bench(NamedTuple):
         kept: dict[str, int] = {}
         every = candidates_of(self.network, self.runs_later(), self.compiled)
         for candidate in every:
-            before = allocated(self.device)
+            before = torch.cuda.memory_allocated()  # 0 without a GPU
             step = partial(self.prepared(candidate), images, labels)
             step()
             steps[candidate.name] = step
-            kept[candidate.name] = allocated(self.device) - before
+            kept[candidate.name] = torch.cuda.memory_allocated() - before
         for one, row in zip(every, self.measured(steps, rounds), strict=True):
             if row["peak_bytes"] is not None:
                 row["peak_bytes"] -= sum(kept.values()) - kept[one.name]
@@ -188,10 +185,6 @@ class Bench(NamedTuple):
 
         steps: dict[str, Step] = {name: partial(run, one) for name, one in networks.items()}
         yield from self.measured(steps, rounds)
-
-
-def allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
 
 
 def peak_of(step: Step, device: torch.device) -> int | None:

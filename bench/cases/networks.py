@@ -251,9 +251,13 @@ COUNTED = (
 )
 UNET = Network("U-Net-R34", partial(of_smp, "Unet", "resnet34"), (512, 512), 16, 20)
 ON_GPU = (SEGFORMER_B0, UNET, SEGFORMER_B5, VOLUMES, HRNET_W48)
-COMPILED = (SEGFORMER_B0.name, UNET.name)  # on a GPU
 small_segformer = partial(of_training_program, "segformer-b0")
 ON_CPU = (
     Network("hrnet-w18-small", small_hrnet, (512, 1024), 2, 19, 240),
     Network("segformer-b0", small_segformer, (512, 512), 2, 150, 256, channels_last=False),
 )
+
+
+def networks_on(device: str, compiled: bool) -> tuple[Network, ...]:
+    """Those that are measured. compiled: with torch.compile."""
+    return ON_CPU if device == "cpu" else (SEGFORMER_B0, UNET) if compiled else ON_GPU

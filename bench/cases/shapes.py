@@ -88,14 +88,14 @@ class Logits(NamedTuple):
         return f"{sizes}, labels {'×'.join(map(str, self.label_size))}"
 
     def on(self, device: torch.device, tiny: bool = False) -> "Logits":
-        batch, num_classes, *space = self.size
+        (batch, num_classes, *space), labels = self.size, self.label_size
         if device.type == "cpu":
             batch = min(self.cpu_batch, batch)
         if tiny:
             batch, num_classes = min(batch, 2), min(num_classes, 20 if num_classes <= 255 else 256)
             space = [max(4, 32 // self.stride) if len(space) == 2 else 5] * len(space)
-        label_size = tuple(n * self.stride for n in space) if tiny else self.label_size
-        return self._replace(size=(batch, num_classes, *space), label_size=label_size)
+            labels = tuple(n * self.stride for n in space)
+        return self._replace(size=(batch, num_classes, *space), label_size=labels)
 
     def inputs(self, dtype: str, labels: str, device: torch.device) -> Inputs:
         generator = torch.Generator(device).manual_seed(0)

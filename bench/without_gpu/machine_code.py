@@ -49,20 +49,15 @@ def instead_of_launches(name: str, do: Callable[..., None]) -> Iterator[None]:
         yield
 
 
-def _processor_seconds() -> float:
-    """Processor time of this process and of ptxas, which it runs."""
-    return sum(os.times()[:4])
-
-
 def compiled(name: str, launch: Callable[[], object]) -> dict[str, tuple[Any, float]]:
     """The kernels by their hash, as Triton would launch them on that GPU, and the seconds for
     each."""
     kernels = {}
 
     def compile_only(self: Any, *args: Any, **kwargs: Any) -> None:
-        start = _processor_seconds()
+        start = sum(os.times()[:4])  # of the processor, by this process and by ptxas
         kernel = self.run(*args, grid=None, warmup=True, **kwargs)
-        kernels[kernel.hash] = kernel, _processor_seconds() - start
+        kernels[kernel.hash] = kernel, sum(os.times()[:4]) - start
 
     with instead_of_launches(name, compile_only), knobs.compilation.scope():
         knobs.compilation.always_compile = True
