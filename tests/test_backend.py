@@ -42,9 +42,12 @@ def test_use_backend():
         assert select(FEATURES, 6) == "reference"
         with ao.use_backend("cpu"):
             assert select(FEATURES, 6) == "cpu"
-            with context:  # in itself
+            with context:
                 assert _backend._choice.backend == "reference"
             assert select(FEATURES, 6) == "cpu"
+        with context:  # in itself
+            assert _backend._choice.backend == "reference"
+        assert _backend._choice.backend == "reference"
         with pytest.raises(KeyError), ao.use_backend("auto"):
             raise KeyError
         assert _backend._choice.backend == "reference"
