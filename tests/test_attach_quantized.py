@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -11,14 +10,14 @@ import torch.ao.quantization as quantization
 from torch import Tensor, nn
 
 import anchorops as ao
+from anchorops.doctor.catalogue import features as catalogue
 
 K, D = 5, 8
 IMAGES, LABELS = torch.randn(2, 3, 6, 6), torch.randint(0, K, (2, 6, 6))
-METHODS: dict[str, Callable[[], Any]] = {
-    **{name: partial(make, K, D) for name, make in ao.losses.METHODS.items()},
-    "CeCo": lambda: ao.CeCo(K, D, reduced_dim=3, center_dim=4),
-    "CBP, a parameter": lambda: ao.CBP(K, D, update="penalty"),
-    "CBP": lambda: ao.CBP(K, D, update="ema"),
+METHODS: dict[str, Callable[..., Any]] = {
+    **{name: catalogue.METHODS[name] for name in ("SAR", "OCCL", "CeCo", "MVSC")},
+    "CBP, a parameter": catalogue.METHODS["CBP, penalty"],
+    "CBP": catalogue.METHODS["CBP"],
 }
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.ao.quantization is deprecated
 
@@ -69,7 +68,7 @@ def quantize_dynamic(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "CBP"])
 def test_training_goes_on(method: str, linear: bool, change: Callable[[nn.Module], nn.Module]):
     model = Net(linear)
-    ao.attach(model, METHODS[method]())
+    ao.attach(model, METHODS[method](K, D))
     model: Any = change(model).train()
     attachment = model.regularizer.attachment
     for _ in range(2):
@@ -92,7 +91,7 @@ def test_evaluation_goes_on(method: str, change: Callable[[nn.Module], nn.Module
     model = Net(linear=change is quantize_dynamic)
     if method == "CBP" and change is convert_qat:
         pytest.skip("prepare_qat refuses a buffer: test_cbp_after_prepare_qat")
-    ao.attach(model, METHODS[method]())
+    ao.attach(model, METHODS[method](K, D))
     expected = copy.deepcopy(model).eval()(IMAGES)
     model: Any = change(model).eval()
     assert "Quantized" in repr(model.classifier)

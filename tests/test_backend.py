@@ -43,9 +43,12 @@ def test_use_backend():
         assert select(FEATURES, 6) == "reference"
         with ao.use_backend("cpu"):
             assert select(FEATURES, 6) == "cpu"
-            with context:  # in itself
+            with context:
                 assert _backend._choice.backend == "reference"
             assert select(FEATURES, 6) == "cpu"
+        with context:  # in itself
+            assert _backend._choice.backend == "reference"
+        assert _backend._choice.backend == "reference"
         with pytest.raises(KeyError), ao.use_backend("auto"):
             raise KeyError
         assert _backend._choice.backend == "reference"
@@ -415,12 +418,11 @@ def test_the_choice_among_gpus_is_traced(monkeypatch):
 SELECT = partial(select, FEATURES, 6, called=("class_moments", "split_groups"))
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def nothing_excluded(monkeypatch):
     monkeypatch.setattr(_backend, "excluded", dict.fromkeys(_backend.excluded, ()))
 
 
-@pytest.mark.usefixtures("nothing_excluded")
 def test_an_operator_that_auto_does_not_take():
     assert SELECT() == "cpu" and ao.backends()["cpu"] is None
     ao.exclude_from_auto("cpu", "confusion", "split_groups")
@@ -437,7 +439,6 @@ def test_an_operator_that_auto_does_not_take():
     assert seen == ["reference"]
 
 
-@pytest.mark.usefixtures("nothing_excluded")
 def test_auto_takes_the_next_backend_of_a_gpu(monkeypatch):
     gpus = Gpus(monkeypatch, "9.0", "9.0")
     for backend, following in (("cuda", "triton"), ("triton", "reference")):
@@ -446,7 +447,6 @@ def test_auto_takes_the_next_backend_of_a_gpu(monkeypatch):
         assert gpus.select(0, called=("split_groups",)) == "cuda"
 
 
-@pytest.mark.usefixtures("nothing_excluded")
 def test_the_doctor_shows_what_is_excluded(capsys):
     ao.exclude_from_auto("cpu", "softmax_moments")
     assert doctor.main([]) == 0
@@ -454,7 +454,6 @@ def test_the_doctor_shows_what_is_excluded(capsys):
     assert shown in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("nothing_excluded")
 def test_names_that_cannot_be_excluded():
     message = "^exclude_from_auto: {}: expected {}, got {}$"
     for arguments, texts in (
@@ -470,7 +469,6 @@ def test_names_that_cannot_be_excluded():
     assert _backend.excluded["cpu"] == ()
 
 
-@pytest.mark.usefixtures("nothing_excluded")
 def test_the_exclusion_is_traced():
     """The choice is made when the function is traced, and traced again if it has changed."""
     centroids, graphs = compiled_centroids()
@@ -490,7 +488,6 @@ def test_the_environment_variable(monkeypatch):
     assert run.stdout.strip() == excluded, run.stderr
 
 
-@pytest.mark.usefixtures("nothing_excluded")
 def test_values_of_the_environment_variable():
     _backend._exclude_from_environment("")
     assert not any(_backend.excluded.values())

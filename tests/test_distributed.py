@@ -3,7 +3,6 @@ make as many all-reduces as docs/cost.md lists."""
 
 import copy
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from anchorops.distributed import all_reduce
 from anchorops.doctor.catalogue import cases
 from anchorops.doctor.catalogue import features as catalogue
 from anchorops.losses import Regularizer, occl, statistics
+from tests.helpers.ranks import process_group
 from tests.test_messages import ONLY_SIZE
 
 K, D = 6, 8
@@ -355,15 +355,7 @@ def check_number_of_all_reduces(rank: int) -> None:
 
 
 def run_rank(rank: int, ranks: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=ranks,
-        timeout=timedelta(seconds=100),
-    )
-    try:
+    with process_group(folder, rank, ranks):
         check_all_reduce(rank, ranks)
         check_number_of_all_reduces(rank)
         check_dice(rank, ranks)
@@ -381,8 +373,6 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
                     check_method(f"CBP {update}", rank, ranks, sharded=layers)
             check_refusals_of_sharded_models(rank)
             check_tensors_of_all_ranks(rank, ranks)
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")

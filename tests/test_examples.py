@@ -55,27 +55,29 @@ def test_every_method(tmp_path: Path, printed_by: Callable[..., str]) -> None:
     assert drawn == {"classifier.png", "centroids.png", "features.png", "similarity.png"}
 
 
-@pytest.mark.parametrize(
-    ("name", "packages", "expected"),
-    [
-        ("torchvision_deeplab", ["torchvision"], "from logits of (4, 4)"),
-        ("smp_segformer", ["segmentation_models_pytorch"], "step 1: "),
-        ("huggingface_trainer", ["transformers", "accelerate"], "eval_miou"),
-        ("accelerate_loop", ["segmentation_models_pytorch", "accelerate"], "centroid "),
-        ("lightning_module", ["segmentation_models_pytorch", "lightning"], "validation ce "),
-    ],
-)
-def test_framework(
-    name: str, packages: list[str], expected: str, printed_by: Callable[..., str]
-) -> None:
+SIZE = ["--steps", "1", "--size", "64"]
+PROGRAMS: dict[str, tuple[list[str], list[str], list[str]]] = {  # packages, arguments, output
+    "torchvision_deeplab": (["torchvision"], SIZE, ["from logits of (4, 4)"]),
+    "smp_segformer": (["segmentation_models_pytorch"], SIZE, ["step 1: "]),
+    "huggingface_trainer": (["transformers", "accelerate"], SIZE, ["eval_miou"]),
+    "accelerate_loop": (["segmentation_models_pytorch", "accelerate"], SIZE, ["centroid "]),
+    "lightning_module": (["segmentation_models_pytorch", "lightning"], SIZE, ["validation ce "]),
+    "point_cloud": ([], ["--steps", "2"], ["step 2: ", "recall: ground "]),
+    "long_tailed_classification": (["sklearn"], ["--epochs", "1"], ["plain all ", "SAR   all "]),
+    "cosine_head": ([], ["--steps", "2"], ["text: loss ", "simplex: loss ", "means: loss "]),
+    "few_shot": (["sklearn"], SIZE[:2], ["before training: 0.", "after 1 steps: 0."]),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_program(name: str, printed_by: Callable[..., str]) -> None:
+    packages, arguments, expected = PROGRAMS[name]
     for package in packages:
         pytest.importorskip(package, reason="it is not installed")
-    printed = printed_by(name, "--steps", "1", "--size", "64")
-    assert expected in printed
+    printed = printed_by(name, *arguments)
+    assert all(text in printed for text in expected)
     if name == "smp_segformer":
-        before, after = (
-            float(text) for text in re.findall(r"(\d+\.\d+) (?:before|after)", printed)
-        )
+        before, after = map(float, re.findall(r"(\d+\.\d+) (?:before|after)", printed))
         assert before == pytest.approx(after, rel=1e-4)
 
 
@@ -180,24 +182,6 @@ def test_mmsegmentation_head_refuses(
         head.loss_by_feat(torch.randn(1, 3, 4, 4), samples)
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments", "expected"),
-    [
-        ("point_cloud", ["--steps", "2"], ["step 2: ", "recall: ground "]),
-        ("long_tailed_classification", ["--epochs", "1"], ["plain all ", "SAR   all "]),
-        ("cosine_head", ["--steps", "2"], ["text: loss ", "simplex: loss ", "means: loss "]),
-        ("few_shot", ["--steps", "1"], ["before training: 0.", "after 1 steps: 0."]),
-    ],
-)
-def test_other_tasks(
-    name: str, arguments: list[str], expected: list[str], printed_by: Callable[..., str]
-) -> None:
-    if name not in ("point_cloud", "cosine_head"):
-        pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    printed = printed_by(name, *arguments)
-    assert all(text in printed for text in expected)
-
-
 def test_semi_supervised(printed_by: Callable[..., str]) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # its tensors are small: on a busy machine threads wait for each other
@@ -225,8 +209,6 @@ def run_rank(rank: int, ports: list[int], folder: str) -> None:
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # the ranks import this file as tests.test_examples, and inherit the path and one thread each
-    monkeypatch.syspath_prepend(str(EXAMPLES.parent))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with socket.socket() as one, socket.socket() as other:
         for free in (one, other):

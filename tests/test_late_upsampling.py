@@ -5,7 +5,8 @@ import contextlib
 import copy
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import anchorops as ao
-from tests.helpers.small_networks import NO_TORCHVISION, K, transformers_segformer
+from tests.helpers.ranks import process_group
+from tests.helpers.small_networks import NO_TORCHVISION, K, smp_model, transformers_segformer
 
 smp = pytest.importorskip("segmentation_models_pytorch", reason=NO_TORCHVISION)
 torchvision = pytest.importorskip("torchvision", reason=NO_TORCHVISION)
@@ -144,10 +146,6 @@ def moved(model: nn.Module, *args: Any) -> tuple[nn.Module, ao.LateUpsampling]:
     """The unchanged copy, and the handle."""
     plain = copy.deepcopy(model)
     return plain, ao.late_upsampling(model, *(args or (images(),)))
-
-
-def smp_model(name: str, encoder: str = "resnet18", **options: Any) -> Callable[[], nn.Module]:
-    return lambda: getattr(smp, name)(encoder, encoder_weights=None, classes=K, **options)
 
 
 def lraspp() -> nn.Module:
@@ -476,10 +474,9 @@ def test_changed_layers(how: str, after: bool) -> None:
 
 
 @pytest.fixture
-def alone(tmp_path: Any) -> Any:
-    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+def alone(tmp_path: Path) -> Iterator[None]:
+    with process_group(tmp_path):
+        yield
 
 
 @pytest.mark.parametrize(

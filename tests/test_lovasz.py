@@ -47,6 +47,10 @@ def compare(loss: Any, right: Any, *inputs: Tensor, value: float = 1e-4, gradien
         assert (actual - expected).norm() <= gradient * expected.norm() + 1e-12
 
 
+def of_classes(x: Tensor, y: Tensor) -> Tensor:
+    return lovasz_of_classes(upsampled(x, y.shape[1:]), y).mean()
+
+
 @EVERYWHERE
 @pytest.mark.parametrize(
     ("num_classes", "size", "ratio"),
@@ -87,9 +91,6 @@ def test_rare_classes(pixels: int, bins: int, median: float, largest: float, bac
     """The relative error of the gradient of a rare class depends on chance: one of its errors is a
     bin away from that of another pixel, or in the same one."""
 
-    def right(x: Tensor, y: Tensor) -> Tensor:
-        return lovasz_of_classes(upsampled(x, y.shape[1:]), y).mean()
-
     relative = []
     for seed in range(9):
         torch.manual_seed(seed)
@@ -97,7 +98,7 @@ def test_rare_classes(pixels: int, bins: int, median: float, largest: float, bac
         labels[labels == 3] = 2
         labels.flatten()[torch.randperm(labels.numel())[:pixels]] = 3
         ours = value_and_gradient(ao.Lovasz(bins=bins), logits, labels)
-        exact = value_and_gradient(right, logits, labels)
+        exact = value_and_gradient(of_classes, logits, labels)
         assert abs(ours[0] - exact[0]) <= 1 / (2 * bins)
         difference = (ours[1] - exact[1])[:, 3].norm() / exact[1][:, 3].norm()
         relative.append(difference.item())
@@ -135,10 +136,7 @@ def test_absent_class_of_all_images_has_the_gradient_of_its_largest_error():
     logits, labels = example(5, 6, 7)
     labels[labels == 4] = IGNORED
 
-    def right(x: Tensor, y: Tensor) -> Tensor:
-        return lovasz_of_classes(upsampled(x, y.shape[1:]), y).mean()
-
-    compare(ao.Lovasz(absent="keep", bins=65536), right, logits, labels, gradient=0.05)
+    compare(ao.Lovasz(absent="keep", bins=65536), of_classes, logits, labels, gradient=0.05)
 
 
 CASES = [  # classes, size of the logits and of the labels, align_corners

@@ -5,16 +5,17 @@ import copy
 import inspect
 import pickle
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import anchorops as ao
+from tests.helpers.ranks import process_group
 from tests.helpers.small_networks import K, smp_model, torchvision_model
 
 D = 8
@@ -239,19 +240,16 @@ def test_always_refuses(evaluate: Callable[[Tensor], Tensor], got: str) -> None:
     ao.low_resolution(model, batch()[0])  # training mode alone
 
 
-def test_ddp(tmp_path: Any) -> None:
+def test_ddp(tmp_path: Path) -> None:
     model = Net()
     plain = copy.deepcopy(model)
     x, labels = batch()
     ao.low_resolution(model, x)
-    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with process_group(tmp_path):
         wrapped = nn.parallel.DistributedDataParallel(model)
         check_step(plain, wrapped, x, labels, bare=model, low=(16, 16))
         with pytest.raises(ValueError, match="one wrapped in DistributedDataParallel"):
             ao.low_resolution(wrapped, x)
-    finally:
-        dist.destroy_process_group()
 
 
 def test_other_modules_of_its_class() -> None:

@@ -4,7 +4,6 @@ compared with Transformers' own losses."""
 import os
 import re
 import runpy
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 import anchorops as ao
 from anchorops.doctor.catalogue.masks import mask_loss
 from tests.helpers.operators import check_loss
+from tests.helpers.ranks import process_group
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "mask_losses.py"
 LOGITS, MASKS = torch.zeros(3, 4, 5), torch.ones(3, 8, 10, dtype=torch.uint8)
@@ -160,17 +160,9 @@ def run_rank(rank: int, folder: str) -> None:
     gradients is the gradient of one process."""
     from accelerate import PartialState
 
-    torch.set_num_threads(1)
     os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # accelerate asks for them
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=100),
-    )
-    try:
+    with process_group(folder, rank, 2):
         PartialState(cpu=True)  # Transformers sums the number of masks over its processes
         assert PartialState().num_processes == 2
         names = example()
@@ -188,8 +180,6 @@ def run_rank(rank: int, folder: str) -> None:
         criterion, chosen = names["Criterion"](3), slice(rank, rank + 1)
         own = masks.detach()[chosen].requires_grad_()
         criterion(logits[chosen], own, maps[chosen], ids[chosen], classes[chosen]).backward()
-    finally:
-        dist.destroy_process_group()
     criterion(logits, masks, maps, ids, classes).backward()  # one process
     assert own.grad is not None and masks.grad is not None
     torch.testing.assert_close(own.grad / 2, masks.grad[chosen])

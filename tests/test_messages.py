@@ -161,7 +161,13 @@ TABLE: dict[str, Rows] = {
         ({"labels": LABELS}, r"labels: expected a tensor \(2, 5, H, W\)"),
         *(
             ({"pos_weight": x}, "pos_weight: expected a")
-            for x in ([-1.0], [[1.0, 2.0]], torch.ones(1, 2, 1), torch.ones(2, 2, 1, 1))
+            for x in (
+                [-1.0],
+                [[1.0, 2.0]],
+                torch.ones(3),
+                torch.ones(1, 2, 1),
+                torch.ones(2, 2, 1, 1),
+            )
         ),
     ],
     "pixel_binary_cross_entropy": [

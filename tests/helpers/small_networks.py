@@ -1,6 +1,7 @@
 """Segmentation networks for tests of `attach` and the training program."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -50,10 +51,10 @@ def torchvision_model(name: str) -> Callable[[], nn.Module]:
     return build
 
 
-def smp_model(name: str) -> Callable[[], nn.Module]:
+def smp_model(name: str, encoder: str = "resnet18", **options: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         smp = pytest.importorskip("segmentation_models_pytorch", reason=NO_TORCHVISION)
-        return getattr(smp, name)("resnet18", encoder_weights=None, classes=K)
+        return getattr(smp, name)(encoder, encoder_weights=None, classes=K, **options)
 
     return build
 
