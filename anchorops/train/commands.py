@@ -115,7 +115,8 @@ def parse(command: str, words: Sequence[str]) -> Given:
     for word in words:
         if word.startswith("--"):
             _check_renamed(word[2:].partition("=")[0], "")
-    parser, first = parser_of(command), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = parser_of(command)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config", "-c", action="append", default=[])
     first.add_argument("--run", type=Path)
     files, rest = first.parse_known_args(words)

@@ -17,6 +17,7 @@ from .folders import MaskFolder
 from .loading import Segmentation
 
 SCENES = 2_000  # of digits, in which classes are counted
+THREADS = 8  # each of which holds an image
 
 
 class Counts(NamedTuple):
@@ -43,7 +44,7 @@ def class_counts(dataset: Segmentation) -> Counts:
         found = torch.bincount(labels.flatten().int() + 1, minlength=num_classes + 1)
         return found[1:], (labels.shape[0], labels.shape[1])
 
-    with ThreadPoolExecutor() as threads:  # if one fails, map cancels the others
+    with ThreadPoolExecutor(THREADS) as threads:  # if one fails, map cancels the others
         for found, size in threads.map(count, range(length)):
             pixels += found
             images += found > 0
