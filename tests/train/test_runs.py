@@ -299,6 +299,7 @@ def test_files_of_the_validation_are_checked_before_a_run(folder: Path, refused:
     write(folder / "masks/val/b.png", mask(9, height=4, width=5))
     words = f"fit {FOLDER} --data.root {folder} --run {folder}/run"
     refused(words, r"masks/val/b.png: label values \[9\]")
+    assert not (folder / "run/last.ckpt").exists()
 
 
 def die(*_: Any) -> Any:
