@@ -221,7 +221,7 @@ METHODS: dict[str, Callable[..., Regularizer]] = {  # of the numbers of classes 
     "CeCo, images": partial(ceco, per_image=True),
     "combined": combined,
 }
-STEPS = {"SAR": MOMENTS, "OCCL": CONTRAST, "MVSC": CONTRAST, "CeCo": ("upsampled_sums",)}
+STEPS = {"SAR": MOMENTS, "OCCL": CONTRAST, "MVSC": CONTRAST, "CeCo": ("upsampled_sums", "centroid_info_nce")}
 EPS: dict[str, Any] = {"normalize": 1e-6}
 EACH: dict[str, Any] = {"reduction": "none"}
 PLAIN = {name: features for name, features in FEATURES.items() if not features.options}
