@@ -310,7 +310,9 @@ def unchecked_moments(
         sums = sums.view(*counts.shape, features.shape[1])
     elif learnable:
         sums = sums.new_empty((0,))
-    return ClassMoments(counts, sums, None if anchors is None else sqdists.view(counts.shape))
+    if anchors is None:
+        return ClassMoments(counts, sums, None)
+    return ClassMoments(counts, sums, sqdists.view(counts.shape) if counts.dim() > 1 else sqdists)
 
 
 def class_centroids(

@@ -57,4 +57,4 @@ def histogram(places: Tensor, valid: Tensor, length: int) -> Tensor:
     the values, and integers have the same sum in every order."""
     places = torch.where(valid, places, length).flatten()
     counts = places.new_zeros(length + 1)
-    return counts.index_add(0, places, places.new_ones(1).expand(len(places)))[:length]
+    return counts.index_add(0, places, places.new_ones(1).expand_as(places))[:length]

@@ -23,6 +23,7 @@ from .inputs import F32, in_layout, labels_of, normal, uniform
 BF16, F16 = torch.bfloat16, torch.float16
 MOMENTS, GROUPED = ("class_moments",), ("class_moments", "split_groups")
 CONTRAST = (*GROUPED, "centroid_info_nce")
+UPSAMPLED = ("upsampled_sums", "centroid_info_nce")
 
 
 class Features(NamedTuple):
@@ -221,7 +222,7 @@ METHODS: dict[str, Callable[..., Regularizer]] = {  # of the numbers of classes 
     "CeCo, images": partial(ceco, per_image=True),
     "combined": combined,
 }
-STEPS = {"SAR": MOMENTS, "OCCL": CONTRAST, "MVSC": CONTRAST, "CeCo": ("upsampled_sums",)}
+STEPS = {"SAR": MOMENTS, "OCCL": CONTRAST, "MVSC": CONTRAST, "CeCo": UPSAMPLED}
 EPS: dict[str, Any] = {"normalize": 1e-6}
 EACH: dict[str, Any] = {"reduction": "none"}
 PLAIN = {name: features for name, features in FEATURES.items() if not features.options}
