@@ -24,6 +24,7 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.transforms import Bbox
 except ModuleNotFoundError as error:
     raise missing_extra("plots", error) from error
@@ -153,9 +154,9 @@ def features_with_anchors(
     axes.scatter(*points[len(rows) :].T.numpy(), c=drawn.numpy(), **star)
     axes.set(xticks=[], yticks=[], title=f"features and anchors ({method})")
     if names is not None:
-        shown = [plain(name) for name in names]
-        of_classes, _ = dots.legend_elements(num=[*range(len(names))], alpha=1)
-        columns = -(-len(names) // 20)
+        colors = dots.to_rgba(torch.arange(len(names)).numpy(), alpha=1)  # also of absent classes
+        of_classes = [Line2D([], [], color=color, marker="o", linestyle="") for color in colors]
+        shown, columns = [plain(name) for name in names], -(-len(names) // 20)
         figure.legend(of_classes, shown, loc="outside right upper", fontsize=7, ncols=columns)
         labelled = zip(points[len(rows) :].tolist(), map(int, drawn), strict=True)
         _annotate(axes, [((x, y), names[k]) for (x, y), k in labelled])

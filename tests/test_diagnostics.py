@@ -201,6 +201,10 @@ def test_figures_draw_their_data() -> None:
     points, stars = figure.axes[0].collections
     assert 10 <= offsets(points) <= 20
     assert np.asarray(stars.get_array()).tolist() == list(range(K - 1))  # the last is absent
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == names
+    colours = np.array([line.get_color() for line in legend.get_lines()])
+    np.testing.assert_array_equal(colours[:-1], stars.to_rgba(np.arange(K - 1)))
     assert draws(figure).std() > 0
 
     groups = torch.randn(3, D)
