@@ -118,7 +118,7 @@ def parse(command: str, words: Sequence[str]) -> Given:
     parser = parser_of(command)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config", "-c", action="append", default=[])
-    first.add_argument("--run", type=Path)
+    first.add_argument("--run", type=lambda x: Path(x) if x else None)
     files, rest = first.parse_known_args(words)
     configs = [(name, load_preset(name)) for name in files.config]
     if files.run and (command != "fit" or not configs):
@@ -164,6 +164,10 @@ def load_preset(name: str) -> dict[str, Any]:
             f"--config: expected a file or a preset, got {name}. The presets:\n{presets()}"
         )
     content = read_yaml(path)
+    for group in ("model", "data"):
+        options = content.get(group)
+        if options is not None and not isinstance(options, dict):
+            raise ValueError(f"--config {path}: {group}: expected options, got {options}")
     for option in flat(content):
         _check_renamed(str(option), f"--config {path}: ")
     shared, names = read_yaml(PRESETS / f"{SHARED}.yaml"), content.pop(SHARED, [])

@@ -110,8 +110,12 @@ class Model:
     eval_flip: bool = False
 
     def __post_init__(self) -> None:
-        positive = ("auxiliary_weight", "lr", "head_lr_factor", "warmup", "power", "classifier_std")
-        expect_at_least(0, "model.", self, *positive)
+        positive = ("auxiliary_weight", "focal_gamma", "lr", "weight_decay", "head_lr_factor")
+        expect_at_least(0, "model.", self, *positive, "warmup", "power", "classifier_std")
+        expect_at_least(1, "model.", self, "ohem_min_kept")
+        threshold = self.ohem_threshold
+        share = threshold is None or 0 < threshold <= 1
+        expect(share, "model.ohem_threshold", "above 0, at most 1", threshold)
         expect(0 <= self.dropout < 1, "model.dropout", "at least 0, below 1", self.dropout)
         once, scales = len({*self.methods}) == len(self.methods), self.eval_scales
         expect(once, "model.methods", "each at most once", self.methods)
@@ -121,7 +125,7 @@ class Model:
         expect(not both, "model.backbone_weights", "no --model.weights beside it", self.weights)
         no_map = self.auxiliary_weight > 0 and self.network.startswith("dpt:")
         expect(not no_map, "model.auxiliary_weight", "0 for DPT", self.auxiliary_weight)
-        hard = (self.ohem_threshold, self.ohem_min_kept) != (None, None)
+        hard = (threshold, self.ohem_min_kept) != (None, None)
         mined = "ce, focal or ce+dice with --model.ohem_threshold or --model.ohem_min_kept"
         expect(self.loss != "dice" or not hard, "model.loss", mined, self.loss)
         focal = self.loss == "focal" or self.focal_gamma == 2
@@ -196,11 +200,13 @@ class Data:
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "eval_batch_size", "train_images", "val_images")
         expect_at_least(1, "data.", self, *counts, "channels", "short_side", "long_side")
-        expect_at_least(0, "data.", self, "workers", "data_seed")
+        expect_at_least(0, "data.", self, "workers", "zipf", "data_seed")
         multiples = all(side > 0 and side % MULTIPLE == 0 for side in self.crop)
         expect(multiples, "data.crop", f"two multiples of {MULTIPLE}", self.crop)
         (head, tail), (least, greatest) = self.head_tail, self.scale
         expect(1 >= head >= tail >= 0, "data.head_tail", "1 ≥ head ≥ tail ≥ 0", self.head_tail)
+        share = self.cat_max_ratio
+        expect(0 < share <= 1, "data.cat_max_ratio", "above 0, at most 1", share)
         finite = 0 < least <= greatest < math.inf
         expect(finite, "data.scale", "finite numbers, 0 < least ≤ greatest", self.scale)
         for option in fields(self):  # which other data sets would ignore
@@ -262,8 +268,10 @@ class Options:
     def __post_init__(self) -> None:
         counts = ("accumulate", "val_every", "log_every", "save_every", "max_steps")
         expect_at_least(1, "", self, *counts)
-        expect_at_least(0, "", self, "seed", "clip", "max_hours")
-        expect(self.clip != 0, "clip", "a number above 0", self.clip)
+        expect_at_least(0, "", self, "max_hours")
+        expect(0 <= self.seed < 2**32, "seed", "0 to 4294967295", self.seed)
+        clips = self.clip is None or 0 < self.clip < math.inf
+        expect(clips, "clip", "a finite number above 0", self.clip)
         expect(self.ema is None or 0 <= self.ema < 1, "ema", "at least 0, below 1", self.ema)
         window, stride = self.data.crop, self.model.window_stride
         if stride is not None and self.model.evaluation == "sliding":

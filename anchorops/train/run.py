@@ -102,6 +102,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def read_config(run: Path) -> dict[str, Any]:
     """The configuration of a run; of one of an earlier version, what its weights need."""
     options = read_yaml(run / CONFIG)
+    for group in ("model", "data"):
+        if not isinstance(options.get(group), dict):
+            raise ValueError(f"{run / CONFIG} is damaged (it has no {group})")
     if EARLIER in options:
         old = ("seed", "images", "allow_changes")
         kept = {x: {k: v for k, v in options[x].items() if k not in old} for x in ("model", "data")}
@@ -112,6 +115,11 @@ def read_config(run: Path) -> dict[str, Any]:
 def check_same(run: Path, options: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Raises ValueError if a run would go on with other options or other data, and therefore to
     other numbers. found: what tells the data from others."""
+    if EARLIER in read_yaml(run / CONFIG):
+        raise ValueError(
+            f"{run} holds a run of an earlier version, which cannot go on: start another one, in "
+            "another directory, with --model.weights from its weights"
+        )
     saved, data = flat(read_config(run)), read_yaml(run / DATA)
     keep = (
         "Leave it as it was, or start a run in another directory (--run, of a demo --out; with "
@@ -161,12 +169,15 @@ class Log:
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
-    """The values that were logged at each step."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return {
-            int(line.pop("step")): {name: float(x) for name, x in line.items() if x}
-            for line in csv.DictReader(file)
-        }
+    """The values that were logged at each step. Raises ValueError for a damaged file."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return {
+                int(line.pop("step")): {name: float(x) for name, x in line.items() if x}
+                for line in csv.DictReader(file)
+            }
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r})") from None
 
 
 class Stopped(Exception):

@@ -96,6 +96,9 @@ def test_files_that_are_found(folder: Path, tmp_path: Path):
         write(tmp_path / f"elsewhere/{kind}/c.png", content)
         (folder / kind / "train/more").symlink_to(tmp_path / "elsewhere" / kind)
     assert len(open_folder(folder, "train")) == 3
+    (folder / "masks/train/a/loop").symlink_to(folder / "masks")
+    with pytest.raises(ValueError, match="loop is a link to a folder that contains it"):
+        open_folder(folder, "train")
 
 
 @pytest.mark.parametrize("forms", [("NFD", "NFC"), ("NFC", "NFD")])

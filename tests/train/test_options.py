@@ -21,12 +21,14 @@ Refused = Callable[..., None]
 
 OUT_OF_RANGE = {
     "-1": """model.auxiliary_weight model.classifier_std model.lr model.head_lr_factor model.warmup
-        model.power data.workers data.data_seed seed clip max_hours""",
+        model.power model.weight_decay model.focal_gamma data.workers data.data_seed data.zipf seed
+        clip max_hours""",
     "0": """data.steps data.batch_size data.channels data.eval_batch_size data.train_images
         data.val_images data.short_side data.long_side accumulate val_every log_every save_every
-        max_steps clip""",
+        max_steps clip model.ohem_threshold model.ohem_min_kept data.cat_max_ratio""",
     "1": "ema model.dropout",
     "5": "model.focal_gamma",
+    "99999999999999999999": "seed",
     ".inf": "model.auxiliary_weight clip",
     ".nan": "model.classifier_std model.lr",
     "[]": "model.eval_scales",
@@ -102,6 +104,7 @@ COMMAND_LINES = {
     f"{DIGITS} unet:tu-alexnet": "--model.network unet:tu-alexnet: Unknown model",
     f"{DIGITS} dpt:tu-vit_tiny_patch16_224 --model.auxiliary_weight 1": "expected 0 for DPT, got 1",
     f"{DIGITS} hrnet-w18-small --model.weights $files/list": "list is damaged",
+    f"{DIGITS} hrnet-w18-small --model.weights $files/states": "states: .* state dict, got list",
     f"{DIGITS} hrnet-w18-small --model.weights $files/numbers": "numbers are not those .*missing",
     f"{DIGITS} segformer-b0 --model.weights $run/best.ckpt": "best.ckpt are not those of .*missing",
     f"{MOBILENET} $files/numbers": r"backbone_weights: .*numbers is of another network: \d+ tens",
@@ -115,8 +118,9 @@ COMMAND_LINES = {
     **{
         f'{SAR} {{"sar.anchors":"@$files/{name}"}}': f"{name}.*{message}"
         for name, message in {
-            "nan.npy": ": expected finite numbers",
-            "large.npy": ": expected finite numbers",  # for float32
+            "nan.npy": ": expected finite float",
+            "large.npy": ": expected finite float",  # for float32
+            "integers.npy": ": expected finite float",
             "objects.npy": " cannot be read: .*pickle",
             "nowhere.npy": " cannot be read: .*No such file",
             "two.npz": " cannot be read",
@@ -133,6 +137,10 @@ COMMAND_LINES = {
         "--model.method_options is {'sar.tau': 0.5}, .* has None"
     ),
     "validate --run $run --model.network segformer-b1": "weights .*best.ckpt are not those of this",
+    "validate --run $run --model.weights $files/states": "states: expected a state dict, got list",
+    "validate --run $run --model.weights $files/headless": "less: they have no classifier.weight",
+    "validate --run $run --model.weights $files/linear": "linear are not .*classifier.weight",
+    "fit --data.dataset ade20k --data.root $new": "new/images/training does not exist",
     "predict --run nowhere": "nowhere: expected the directory of a run",
     "compare $folder": "expected the directory of a run",
     "compare $run $run": "the same options and different seeds, got",
@@ -158,12 +166,19 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pan = build_model(Model("pan:resnet18"), 2).state_dict()
     torch.save({"model": pan, "channels": 3}, folder / "pan")
     torch.save([1, 2], folder / "list")
+    torch.save({"model": [1, 2]}, folder / "states")
+    hrnet = build_model(Model(), 11).state_dict()
+    del pan["classifier.weight"]
+    torch.save({"model": pan}, folder / "headless")
+    weight = hrnet["classifier.weight"][:, :, 0, 0]
+    torch.save({"model": hrnet | {"classifier.weight": weight}}, folder / "linear")
     torch.save({"x": torch.zeros(1)}, folder / "numbers")
     torch.save(timm.create_model(mobilenet, in_chans=4).state_dict(), folder / "channels")
     vectors = np.zeros((11, 240))
     np.save(folder / "wide.npy", np.zeros((11, 241)))
     np.save(folder / "nan.npy", vectors + np.nan)
     np.save(folder / "large.npy", vectors + 1e300)
+    np.save(folder / "integers.npy", vectors.astype(int))
     np.save(folder / "objects.npy", np.array([[{}]]))
     np.savez(folder / "two.npz", a=vectors, b=vectors)
     return folder
@@ -182,6 +197,7 @@ def test_command_lines(
 OPTIONS = {
     "model: {lrr: 1}": "does not accept option 'lrr'",
     "model: {lr: a}": "Expected a",
+    "data: 3": "data: expected options, got 3",
     "trainer: {max_steps: 1}": "--trainer.max_steps is now --max_steps",
     "seed_everything: 1": "--seed_everything is now --seed",
     "{": "is damaged",

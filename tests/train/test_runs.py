@@ -244,6 +244,9 @@ def test_damaged_files(end: int, copied: Path, refused: Refused):
     ):
         write(copied / name, (copied / name).read_bytes()[:end])
         refused(f"{command} {copied}", rf"{copied / name} is damaged \(")
+    for name in ("metrics.csv", "config.yaml"):
+        write(copied / name, b"step,loss\n1,2,3,4\n")
+        refused(f"compare {copied}", rf"{copied / name} is damaged \(")
 
 
 def test_comparison(straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

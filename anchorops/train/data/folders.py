@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 from unicodedata import normalize
@@ -292,13 +291,21 @@ def _matched(
 def _by_stem(folder: Path, ends: Sequence[str]) -> dict[str, Path]:
     """Files under a folder, also in linked subfolders, by relative name without its end, in order.
     Hidden ones, such as the `._a.jpg` of macOS, are skipped. Names are in NFC, because macOS writes
-    some in NFD. Raises ValueError for a name that is no UTF-8, and for two files of one name."""
+    some in NFD. Raises ValueError for a link to a folder that contains it, for a name that is no
+    UTF-8, and for two files of one name."""
+    paths: list[Path] = []
+    for place, folders, names in os.walk(_existing(folder), followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for link in (Path(place, name) for name in folders):
+            if Path(place).resolve().is_relative_to(link.resolve()):
+                raise ValueError(f"{link} is a link to a folder that contains it: remove the link")
+        paths += [Path(place, name) for name in names if not name.startswith(".")]
     files: dict[str, Path] = {}
     ends = [normalize("NFC", end.lower()) for end in ends]
-    for path in sorted(_existing(folder) / x for x in glob("**", root_dir=folder, recursive=True)):
+    for path in sorted(paths):
         name = normalize("NFC", str(path.relative_to(folder)))
         end = next((end for end in ends if name.lower().endswith(end)), None)
-        if end is None or path.is_dir():
+        if end is None:
             continue
         if name.encode(errors="replace").decode() != name:
             printable = os.fsencode(path).decode("ascii", "backslashreplace")

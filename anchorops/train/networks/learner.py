@@ -122,14 +122,16 @@ def build_regularizer(
 def _read_vectors(option: str, path: Path) -> Tensor:
     """float32 from a file of numpy.save. No code in the file is run."""
     try:
-        rows = torch.from_numpy(np.load(path, allow_pickle=False)).float()
+        rows = torch.from_numpy(np.load(path, allow_pickle=False))
     except (OSError, ValueError, EOFError, TypeError) as error:
         raise ValueError(
             f"--model.method_options {option}: {path} cannot be read: {error}"
         ) from error
-    if not rows.isfinite().all():
-        raise ValueError(f"--model.method_options {option}: {path}: expected finite numbers")
-    return rows
+    if not rows.is_floating_point() or not rows.float().isfinite().all():
+        raise ValueError(
+            f"--model.method_options {option}: {path}: expected finite floating-point numbers"
+        )
+    return rows.float()
 
 
 class Learner(nn.Module):

@@ -144,7 +144,8 @@ def build_model(options: Model, num_classes: int, channels: int = 3) -> Segmente
         model.draw_classifiers(options.classifier_std)
     if options.weights:
         loaded, path = read_checkpoint(Path(options.weights)), Path(options.weights)
-        load_weights(model, loaded.get("model", loaded.get("state_dict", loaded)), path)
+        found = loaded.get("model", loaded.get("state_dict", loaded))
+        load_weights(model, _checked(found, path), path)
     if options.backbone_weights:
         load_backbone(model.backbone, Path(options.backbone_weights))
     return model
@@ -214,12 +215,27 @@ def read_checkpoint(path: Path, needed: str | None = None) -> dict[str, Any]:
 
 def trained_model(options: Model, path: Path, channels: int) -> Segmenter:
     """The network of a checkpoint without its methods. CBP has removed the classifier's bias."""
-    weights = read_checkpoint(path, "model")["model"]
+    weights = _checked(read_checkpoint(path, "model")["model"], path)
+    if "classifier.weight" not in weights:
+        raise ValueError(f"weights {path}: they have no classifier.weight")
     weight = weights["classifier.weight"]
     options = replace(options, pretrained=False, weights=None, backbone_weights=None)
     model = build_model(options, len(weight), channels)
+    expected = model.classifier.weight.shape
+    if weight.shape != expected:  # load_weights would leave it out
+        raise ValueError(
+            f"weights {path} are not those of this --model.network: expected classifier.weight of "
+            f"shape {tuple(expected)}, got {tuple(weight.shape)}"
+        )
     load_weights(model, {"classifier.bias": weight.new_zeros(len(weight)), **weights}, path)
     return model
+
+
+def _checked(weights: Any, path: Path) -> Mapping[str, Tensor]:
+    tensors = isinstance(weights, Mapping) and all(map(torch.is_tensor, weights.values()))
+    if not tensors:
+        raise ValueError(f"weights {path}: expected a state dict, got {type(weights).__name__}")
+    return weights
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
