@@ -1,5 +1,5 @@
-// The record of the build, which anchorops._libraries.build_info reads. Nothing in csrc/ uses Python:
-// one library works with all its versions.
+// The record of the build, which anchorops._libraries.build_info reads. Nothing in csrc/ uses
+// Python: one library works with all its versions.
 #include <torch/headeronly/version.h>
 
 #include <string>

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[2]
 PLACES = {  # a function, and the place of its call that gets the signal
     "start": ("train", "build"),
     "step": ("train", "set_learning_rates"),
@@ -27,7 +28,8 @@ class Programs:
         self.log = log
         with open(log, "w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, __file__],
+                [sys.executable, "-m", __name__],
+                cwd=ROOT,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
