@@ -48,8 +48,6 @@ class MaskLoss(PixelLoss):
             `CrossEntropy`; if an id is not in its map, or images or num_masks are out of range.
             This synchronises with the device.
 
-    Call it with (logits, labels), or (logits, labels, ids, images), and num_masks=….
-
     Shapes:
         logits: (N, h, w), those of the N matched queries: `mask_logits[images, queries]`.
             float32, bfloat16, float16 or float64.
@@ -128,8 +126,11 @@ class MaskLoss(PixelLoss):
         moments = moments_of("MaskLoss", given[0], masks, options, wanted, sigmoid=True)
         assert moments.intersections is not None and moments.probability_sums is not None
         assert moments.labels_out_of_range is not None
-        divisor = self._divisor(num_masks, moments.losses)
-        ce = self._balanced(moments.losses).sum((1, 2)) / moments.counts.sum((1, 2)).clamp(min=1)
+        losses, divisor = moments.losses, self._divisor(num_masks, moments.losses)
+        if self.focal_alpha is not None:
+            alphas = [as_scalar(x, losses) for x in (1 - self.focal_alpha, self.focal_alpha)]
+            losses = weighted(losses, torch.stack(alphas))
+        ce = losses.sum((1, 2)) / moments.counts.sum((1, 2)).clamp(min=1)
         intersections, sums, counts = (
             x[:, 0, 1] for x in (moments.intersections, moments.probability_sums, moments.counts)
         )
@@ -164,13 +165,6 @@ class MaskLoss(PixelLoss):
         if self.check_labels and not (found := (masks == 1).flatten(1).any(1)).all():
             fail("MaskLoss", "ids", "ids that are in their maps", ids[~found].tolist())
         return masks
-
-    def _balanced(self, losses: Tensor) -> Tensor:
-        """Losses of the two classes, with their weights α."""
-        if self.focal_alpha is None:
-            return losses
-        weights = [as_scalar(x, losses) for x in (1 - self.focal_alpha, self.focal_alpha)]
-        return weighted(losses, torch.stack(weights))
 
     def _divisor(self, num_masks: Tensor | float | None, losses: Tensor) -> Tensor | float:
         if num_masks is None:
