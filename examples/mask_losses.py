@@ -132,7 +132,8 @@ def mask_costs(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def number_of_masks(ids: Sequence[Tensor], device: torch.device) -> Tensor:
-    """The mean over the ranks: with DDP, gradients are those of one process."""
+    """The mean over the ranks: with DDP, gradients are those of one process, if there are as many
+    masks as ranks. At least 1, as in Transformers."""
     number = torch.tensor(float(sum(map(len, ids))), device=device)
     if dist.is_initialized():
         dist.all_reduce(number)

@@ -19,9 +19,9 @@ from .._ops.softmax_moments import moments_of, weighted
 from .._shared.sums import fixed_order_sum
 from .pixel import PixelLoss, Terms
 
-# Bytes of a strip of rows of the maps of ids, of which each mask has a copy. Copies of whole maps
-# took 160 to 240 MiB more for 20 masks of 1024², and on a CPU, whose caches are small, 8 times as
-# long or more. A GPU launches some kernels for each strip.
+# Bytes of a strip of rows of the maps of ids as int64, and of the copies for the masks. Copies of
+# whole maps took 160 to 240 MiB more for 20 masks of 1024², and on a CPU, whose caches are small, 8
+# times as long or more. A GPU launches some kernels for each strip.
 STRIP_ON_CPU, STRIP = 2**23, 2**26
 
 
@@ -173,9 +173,10 @@ class MaskLoss(PixelLoss):
             return check_number("MaskLoss", "num_masks", num_masks, above=True)
         if num_masks.numel() != 1 or num_masks.is_complex() or num_masks.dtype == torch.bool:
             fail("MaskLoss", "num_masks", "one number", describe(num_masks))
-        if self.check_labels and not num_masks > 0:
-            fail("MaskLoss", "num_masks", "a number above 0", num_masks.item())
-        return num_masks.to(losses).view(())
+        number = num_masks.to(losses).view(())
+        if self.check_labels and not number > 0:
+            fail("MaskLoss", "num_masks", "a number above 0", number.item())
+        return number
 
 
 def masks_of_ids(maps: Tensor, ids: Tensor, images: Tensor, void: int | None) -> Tensor:
@@ -184,7 +185,8 @@ def masks_of_ids(maps: Tensor, ids: Tensor, images: Tensor, void: int | None) ->
     masks = maps.new_empty((len(ids), *maps.shape[1:]), dtype=torch.uint8)
     strips = 1  # compiled code copies no maps
     if not torch.compiler.is_compiling():
-        strips = -(-8 * masks.numel() // (STRIP_ON_CPU if maps.is_cpu else STRIP))
+        labels = max(masks.numel(), maps.numel())
+        strips = -(-8 * labels // (STRIP_ON_CPU if maps.is_cpu else STRIP))
     parts = (x.tensor_split(max(strips, 1), 1) for x in (maps, masks))
     for strip, mask in zip(*parts, strict=True):
         strip = strip.long()  # torch has no comparisons for uint16 to uint64
