@@ -5,8 +5,8 @@ it computes Σ_k e^(z_k) of the pixels, in one loop over the classes (softmax.py
 statistics of the true class, for one label of the tile after the other; probability_sums and
 squares need another loop over the classes.
 
-A program adds to its own partials; one torch.sum adds those of all statistics, in a fixed order.
-counts, correct, used and labels_out_of_range are sums of all programs, by integer atomics.
+A program adds to partials of its own, which it sets to 0 first. A second kernel adds those of all
+programs, in a fixed order.
 """
 
 from typing import Any, NamedTuple
@@ -32,7 +32,15 @@ from .lanes import (
     store_map,
     sum_of,
 )
-from .launch import FORWARD_LANES, PARTIALS_IN_CACHE, ceil_div, most_rows, without_spills
+from .launch import (
+    FORWARD_LANES,
+    PARTIALS_IN_CACHE,
+    Constant,
+    ceil_div,
+    most_rows,
+    programs,
+    without_spills,
+)
 from .loss_options import (
     cross_entropy,
     is_used,
@@ -61,18 +69,19 @@ from .upsampling import (
     upsampling_of,
 )
 
+CLASSES_OF_SUM = Constant(8)  # of a program that adds partials: 32 bytes or more of a row
 
-class Results(NamedTuple):
-    """What the kernel adds to, zero on entry; None if it is not wanted."""
 
-    losses: Any  # partials: float32 [B · chunks, K]; also the next three
+class Partials(NamedTuple):
+    """What a program adds to, a row of each; None if it is not wanted."""
+
+    losses: Any  # float32 [B · chunks, K]; also the next three
     intersections: Any
     probability_sums: Any
     squares: Any
-    counts: Any  # int64 [K] or [B, K]; also the next two
+    counts: Any  # int64 [B · chunks, K]; also the next two
     correct: Any
-    used: Any  # with pixel weights partials, as `losses`
-    labels_out_of_range: Any  # int64 []
+    used: Any  # float32 with pixel weights
 
 
 @triton.jit
@@ -91,13 +100,20 @@ def _add_where(mask, ptr, values):
 
 @triton.jit
 def _count_where(mask, ptr):
-    """Adds the number of pixels to a number of all programs."""
-    tl.atomic_add(ptr, number_of(mask), sem="relaxed")
+    tl.store(ptr, tl.load(ptr) + number_of(mask))
+
+
+@triton.jit
+def _clear(ptr, row, num_classes):
+    if ptr is not None:
+        for first in range(0, num_classes, 32):
+            k = first + tl.arange(0, 32)
+            tl.store(ptr + row + k, 0, mask=k < num_classes)
 
 
 @triton.jit
 def _add_true_classes(
-    results, row, counted, logits, lanes, labels, softmax, u, weight_map, options, image,
+    partials, row, logits, lanes, labels, softmax, u, weight_map, options, image,
     KEEP: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """Adds the statistics of the true class, for one label of the tile after the other. With KEEP
@@ -117,34 +133,34 @@ def _add_true_classes(
         summed = losses
         if weight_map.ptr is not None:
             shares = [share_of_pixel(weights[i], used[i], options) for i in () + CELLS.columns]
-            _add_where(mine, results.used + row + label, shares)
+            _add_where(mine, partials.used + row + label, shares)
             summed = [
                 tl.where(shares[i] == 0, 0.0, shares[i] * losses[i]) for i in () + CELLS.columns
             ]
-        _add_where(mine, results.losses + row + label, summed)
+        _add_where(mine, partials.losses + row + label, summed)
         if KEEP:
             pixel_losses = [
                 tl.where(mine[i], losses[i], pixel_losses[i]) for i in () + CELLS.columns
             ]
-        if results.intersections is not None:
+        if partials.intersections is not None:
             p = [probability(z[i], softmax.lse[i]) for i in () + CELLS.columns]
-            _add_where(mine, results.intersections + row + label, p)
-        _count_where(mine, results.counts + counted + label)
-        if results.correct is not None:
+            _add_where(mine, partials.intersections + row + label, p)
+        _count_where(mine, partials.counts + row + label)
+        if partials.correct is not None:
             right = [mine[i] & (softmax.predicted[i] == label) for i in () + CELLS.columns]
-            _count_where(right, results.correct + counted + label)
-        if results.used is not None and weight_map.ptr is None:
+            _count_where(right, partials.correct + row + label)
+        if partials.used is not None and weight_map.ptr is None:
             kept = [mine[i] & used[i] for i in () + CELLS.columns]
-            _count_where(kept, results.used + counted + label)
+            _count_where(kept, partials.used + row + label)
         label = next_label(labels, label)
     return pixel_losses
 
 
 @triton.jit
-def _add_all_classes(results, row, logits, lanes, labels, softmax, CELLS: tl.constexpr):
+def _add_all_classes(partials, row, logits, lanes, labels, softmax, CELLS: tl.constexpr):
     """Adds Σ p and Σ p² of each class. To numbers that are loaded before the exponentials, so that
     nothing waits for them."""
-    sums, squares = results.probability_sums, results.squares
+    sums, squares = partials.probability_sums, partials.squares
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
     stored = loaded(ptrs)
     for k in range(logits.num_classes):
@@ -183,7 +199,9 @@ def _softmax_moments_kernel(
     labels_h,
     labels_w,
     loss_options,  # LossOptions
-    results,  # Results
+    partials,  # Partials
+    valid_ptr,  # int64 [B · chunks]: the number of valid pixels
+    outside_ptr,  # int64 [B · chunks] or None: that of labels out of range
     pixel_losses_ptr,  # float32 [B, H, W] or None, contiguous; also the next one
     lse_ptr,
     height,
@@ -194,7 +212,6 @@ def _softmax_moments_kernel(
     chunks,
     tiles_per_chunk,
     ignore_index,
-    stride_counts_b,
     weights_ptr,  # float32 [B, H, W], or None
     weights_b,
     weights_h,
@@ -207,9 +224,14 @@ def _softmax_moments_kernel(
     it writes one number per class for probability_sums and for squares, and one per label of the
     tile for the other statistics."""
     axes = axes_of(height, width, label_height, label_width, ratios, CELLS)
-    image, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
-    row = tl.program_id(0).to(tl.int64) * num_classes
-    counted = image.to(tl.int64) * stride_counts_b
+    program = tl.program_id(0)
+    image, chunk = program // chunks, program % chunks
+    row = program.to(tl.int64) * num_classes
+    for i in tl.static_range(len(partials)):
+        _clear(partials[i], row, num_classes)
+    _clear(outside_ptr, program, 1)
+    valid = tl.full((), 0, tl.int64)
+    tl.debug_barrier()  # other threads may add to these numbers
     logits = Logits(logits_ptr, num_classes, logits_b, logits_k, logits_h, logits_w)
     logits = logits_of_image(logits, image)
     label_map = PixelMap(labels_ptr, labels_b, labels_h, labels_w)
@@ -218,8 +240,9 @@ def _softmax_moments_kernel(
     for tile in range(chunk * tiles_per_chunk, tl.minimum((chunk + 1) * tiles_per_chunk, tiles)):
         lanes = lanes_of_tile(tile, axes, logits, CELLS, LANES)
         labels = load_labels(
-            label_map, image, lanes, num_classes, ignore_index, CELLS, results.labels_out_of_range
+            label_map, image, lanes, num_classes, ignore_index, CELLS, outside_ptr, program
         )
+        valid += number_of([label >= 0 for label in labels])
         cell_label = label_of_cell(
             label_map, image, axes, lanes, labels, num_classes, ignore_index, CELLS
         )
@@ -230,7 +253,7 @@ def _softmax_moments_kernel(
             cell_label,
             loss_options,
             image,
-            results.correct is not None,
+            partials.correct is not None,
             CELLS,
         )
         if lse_ptr is not None:
@@ -239,15 +262,74 @@ def _softmax_moments_kernel(
             softmax.weighted, softmax.lse, softmax.reference, lanes, loss_options, image, CELLS
         )
         pixel_losses = _add_true_classes(
-            results, row, counted, logits, lanes, labels, softmax, u, weight_map,
+            partials, row, logits, lanes, labels, softmax, u, weight_map,
             loss_options, image, pixel_losses_ptr is not None, CELLS,
         )  # fmt: skip
         if pixel_losses_ptr is not None:
             pixel_losses_map = contiguous_map(pixel_losses_ptr, axes)
             store_map(pixel_losses_map, pixel_losses, image, lanes, CELLS)
-        if results.probability_sums is not None or results.squares is not None:
-            _add_all_classes(results, row, logits, lanes, labels, softmax, CELLS)
+        if partials.probability_sums is not None or partials.squares is not None:
+            _add_all_classes(partials, row, logits, lanes, labels, softmax, CELLS)
         tl.debug_barrier()  # other threads may add the next tile to these numbers
+    tl.store(valid_ptr + program, valid)
+
+
+@triton.jit
+def _sum_programs(partials, sums, statistic, image, rows, num_classes, ROWS: tl.constexpr):
+    """sums[statistic][image, k] = Σ partials[statistic][image, row, k], of some classes."""
+    ptrs, sums_ptrs = partials[0], sums[0]
+    for i in tl.static_range(1, len(partials)):
+        ptrs = tl.where(statistic == i, partials[i], ptrs)
+        sums_ptrs = tl.where(statistic == i, sums[i], sums_ptrs)
+    k = tl.program_id(0) * CLASSES_OF_SUM + tl.arange(0, CLASSES_OF_SUM)
+    row = tl.arange(0, ROWS)
+    ptrs += image.to(tl.int64) * rows * num_classes + k
+    total = tl.zeros((ROWS, CLASSES_OF_SUM), sums_ptrs.dtype.element_ty)
+    for first in range(0, rows, ROWS):
+        offsets = (first + row).to(tl.int64)[:, None] * num_classes
+        inside = (first + row < rows)[:, None] & (k < num_classes)
+        total += tl.load(ptrs + offsets, mask=inside, other=0)
+    sums_ptrs += image.to(tl.int64) * num_classes + k
+    tl.store(sums_ptrs, tl.sum(total, 0), mask=k < num_classes)
+
+
+@triton.jit
+def _sum_numbers(ptr, size, ROWS: tl.constexpr):
+    row = tl.arange(0, ROWS)
+    total = tl.zeros((ROWS,), tl.int64)
+    for first in range(0, size, ROWS):
+        total += tl.load(ptr + first + row, mask=first + row < size, other=0)
+    return tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize=("images", "rows", "num_classes"))
+def _sums_of_programs_kernel(
+    floats,  # partials [images, rows, K]; also the integers
+    float_sums,  # [images, K] each; also those of the integers
+    integers,
+    integer_sums,
+    valid_ptr,  # int64 [images, rows]; also the next one, or None
+    outside_ptr,
+    divisor_ptr,  # int64 []; also the next one
+    labels_out_of_range_ptr,
+    images,
+    rows,
+    num_classes,
+    ROWS: tl.constexpr,
+):
+    """Reads each partial once. A program adds those of some classes of an image, of one statistic;
+    the last one adds the numbers of pixels."""
+    image, statistic = tl.program_id(1), tl.program_id(2)
+    if statistic < len(floats):
+        _sum_programs(floats, float_sums, statistic, image, rows, num_classes, ROWS)
+    elif statistic < len(floats) + len(integers):
+        statistic -= len(floats)
+        _sum_programs(integers, integer_sums, statistic, image, rows, num_classes, ROWS)
+    elif (tl.program_id(0) == 0) & (image == 0):
+        tl.store(divisor_ptr, tl.maximum(_sum_numbers(valid_ptr, images * rows, ROWS), 1))
+        if outside_ptr is not None:
+            outside = _sum_numbers(outside_ptr, images * rows, ROWS)
+            tl.store(labels_out_of_range_ptr, outside)
 
 
 def softmax_moments(
@@ -257,75 +339,98 @@ def softmax_moments(
     results in the order of the operator, None for those that were not requested.
 
     In addition to the results it needs memory for the partials: for each statistic one row [K] for
-    each tile, or fewer rows if these would take more than 16 MiB and 1/8 of the logits. Logits
-    whose classes are contiguous are copied.
+    each program. There are as many programs as fill the device a few times, or fewer if the
+    partials would take more than 16 MiB and 1/8 of the logits. Logits whose classes are contiguous
+    are copied.
     """
     batch, num_classes = logits.shape[:2]
+    images = batch if wanted.per_image else 1
     shape = (batch, num_classes) if wanted.per_image else (num_classes,)
-    weights = options.pixel_weights
     loss_options = loss_options_of(options)
+    weighted = options.pixel_weights is not None
     by_class = wanted.probability_sums or wanted.squares
-    counts_used = weights is None and loss_options.min_loss is not None
-    summed = (True, wanted.probability_sums, wanted.probability_sums, wanted.squares)
-    summed = *summed, weights is not None
+    dtypes = Partials(
+        losses=torch.float32,
+        intersections=torch.float32 if wanted.probability_sums else None,
+        probability_sums=torch.float32 if wanted.probability_sums else None,
+        squares=torch.float32 if wanted.squares else None,
+        counts=torch.int64,
+        correct=torch.int64 if wanted.correct else None,
+        used=torch.float32 if weighted else torch.int64 if options.counts_used() else None,
+    )
 
-    def zeros(requested: bool, shape: tuple[int, ...] = shape) -> Tensor | None:
-        return logits.new_zeros(shape, dtype=torch.int64) if requested else None
+    def tensors(new: Any, shape: tuple[int, ...]) -> Partials:
+        return Partials(*(x if x is None else new(shape, dtype=x) for x in dtypes))
 
     def pixel_map(requested: bool) -> Tensor | None:
         return logits.new_empty(labels.shape, dtype=torch.float32) if requested else None
 
-    counts = logits.new_zeros(shape, dtype=torch.int64)
-    correct, used = zeros(wanted.correct), zeros(counts_used)
-    outside = zeros(wanted.labels_out_of_range, ())
     pixel_losses, lse = pixel_map(wanted.pixel_losses), pixel_map(wanted.with_lse)
+    new = logits.new_empty if labels.numel() > 0 else logits.new_zeros
+    sums, divisor = tensors(new, shape), new((), dtype=torch.int64)
+    outside = new((), dtype=torch.int64) if wanted.labels_out_of_range else None
+    floats, integers = sums[:4], sums[4:]
+    results = *floats, pixel_losses, lse, *integers, divisor, outside
     if labels.numel() == 0:
-        sums = [logits.new_zeros(shape, dtype=torch.float32) if x else None for x in summed]
-    else:
-        logits = class_planes(logits)
-        rows = most_rows(loss_options.change_losses, by_class)
-        maps = labels, weights
-        upsampling = upsampling_of(
-            logits, *labels.shape[1:], options.align_corners, rows, maps=maps
-        )
-        block = FORWARD_LANES
-        row_bytes = 4 * sum(summed) * batch * num_classes
-        budget = max(PARTIALS_IN_CACHE, logits.numel() * logits.element_size() // 8)
-        tiles = ceil_div(upsampling.lanes, block)
-        tiles_per_chunk = ceil_div(tiles, min(tiles, max(budget // row_bytes, 1)))
-        # of four, so that the partials of each statistic begin at 16 bytes: otherwise Triton would
-        # compile again for some sizes
-        chunks = ceil_div(ceil_div(tiles, tiles_per_chunk), 4) * 4
-        size = sum(summed), batch, chunks, num_classes
-        parts = iter(logits.new_zeros(size, dtype=torch.float32).unbind())
-        partials = [next(parts) if x else None for x in summed]
-        *floats, partial_used = partials
-        _softmax_moments_kernel[(batch * chunks,)](
-            logits,
-            *logits.stride(),
-            num_classes,
-            labels,
-            *labels.stride(),
-            loss_options,
-            Results(*floats, counts, correct, partial_used if used is None else used, outside),
-            pixel_losses,
-            lse,
-            *upsampling.sizes,
-            upsampling.ratios,
-            chunks,
-            tiles_per_chunk,
-            options.ignore_index,
-            num_classes if wanted.per_image else 0,
-            *pixel_map_of(weights),
-            CELLS=upsampling.cells,
-            LANES=block,
-            num_warps=block // 32,
-            enable_fp_fusion=False,  # coordinates as in F.interpolate
-            **without_spills(),
-        )
-        axes = -2 if wanted.per_image else (-3, -2)
-        sums = [None if x is None else x.sum(axes) for x in partials]
-    *floats, weights_used = sums
-    used = weights_used if used is None else used
-    divisor = counts.sum().clamp_(min=1)
-    return *floats, pixel_losses, lse, counts, correct, used, divisor, outside
+        divisor.fill_(1)
+        return results
+    logits = class_planes(logits)
+    most = most_rows(loss_options.change_losses, by_class)
+    upsampling = upsampling_of(
+        logits, *labels.shape[1:], options.align_corners, most, maps=(labels, options.pixel_weights)
+    )
+    row_bytes = sum(x.itemsize for x in dtypes if x is not None) * batch * num_classes
+    budget = max(PARTIALS_IN_CACHE, logits.numel() * logits.element_size() // 8)
+    tiles = ceil_div(upsampling.lanes, FORWARD_LANES)
+    chunks = min(tiles, max(budget // row_bytes, 1), ceil_div(2 * programs(), batch))
+    tiles_per_chunk = ceil_div(tiles, chunks)
+    chunks = ceil_div(tiles, tiles_per_chunk)
+    partials = tensors(logits.new_empty, (batch * chunks, num_classes))
+    valid = logits.new_empty(batch * chunks, dtype=torch.int64)
+    programs_outside = None if outside is None else torch.empty_like(valid)
+    _softmax_moments_kernel[(batch * chunks,)](
+        logits,
+        *logits.stride(),
+        num_classes,
+        labels,
+        *labels.stride(),
+        loss_options,
+        partials,
+        valid,
+        programs_outside,
+        pixel_losses,
+        lse,
+        *upsampling.sizes,
+        upsampling.ratios,
+        chunks,
+        tiles_per_chunk,
+        options.ignore_index,
+        *pixel_map_of(options.pixel_weights),
+        CELLS=upsampling.cells,
+        LANES=FORWARD_LANES,
+        num_warps=FORWARD_LANES // 32,
+        enable_fp_fusion=False,  # coordinates as in F.interpolate
+        **without_spills(),
+    )
+    operands = [
+        tuple(x for x in statistics if x is not None and x.is_floating_point() == is_float)
+        for is_float in (True, False)
+        for statistics in (partials, sums)
+    ]
+    blocks, statistics = (
+        ceil_div(num_classes, CLASSES_OF_SUM.value),
+        len(operands[0]) + len(operands[2]),
+    )
+    _sums_of_programs_kernel[blocks, images, statistics + 1](
+        *operands,
+        valid,
+        programs_outside,
+        divisor,
+        outside,
+        images,
+        batch * chunks // images,
+        num_classes,
+        ROWS=512,
+        num_warps=8,
+    )
+    return results
