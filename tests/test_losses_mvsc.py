@@ -50,7 +50,7 @@ def naive_loss(mvsc: ao.MVSC, features: Tensor, labels: Tensor, classifier: nn.L
     )
     if groups > 1:
         drawn = split_groups(
-            torch.zeros(1, groups).long(), torch.tensor([groups]), 2, seed + (1 << 31)
+            torch.zeros(1, groups).long(), torch.tensor([groups]), 2, seed
         ).flatten()
         half = [g for g in range(groups) if drawn[g] == 1]
         rest = [g for g in range(groups) if drawn[g] == 0]

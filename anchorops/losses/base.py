@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import warnings
 from collections.abc import Callable
@@ -36,11 +35,15 @@ from .statistics import Request, class_statistics
 Classifier = nn.Module | Tensor
 
 
+Term = tuple[float, Tensor]
+"""A weight, and what is multiplied by it."""
+
+
 class Losses(NamedTuple):
-    """terms: weighted parts, whose sum is the loss; logs: other values shown in the method's
+    """terms: parts, whose weighted sum is the loss; logs: other values shown in the method's
     `terms`, and masks, of which the number of true values is shown."""
 
-    terms: dict[str, Tensor]
+    terms: dict[str, Term]
     logs: dict[str, Tensor]
 
 
@@ -93,11 +96,6 @@ def classification_loss(
         weight = torch.cat((weight, bias[:, None]), 1)
     every = present.new_ones(len(weight))
     return centroid_info_nce(queries, weight, present=present, present_keys=every, **options)
-
-
-def weighted(weight: float, term: Tensor) -> Tensor:
-    """weight·term, without an operator if the weight is 1."""
-    return term if weight == 1 else weight * term
 
 
 class Regularizer(InitializedModule):
@@ -163,7 +161,7 @@ class Regularizer(InitializedModule):
         check_flags(name, check_labels=check_labels)
         self.check_labels = check_labels
         self.process_group = group_name(name, process_group)
-        self._terms: dict[str, Tensor] = {}
+        self._terms: dict[str, Term] = {}
 
     def plan(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Plan:
         """The statistics and the losses of this step; updates the state in training mode."""
@@ -173,10 +171,10 @@ class Regularizer(InitializedModule):
     def terms(self) -> dict[str, Tensor]:
         """The terms of the last loss: copies."""
         # counts too are floating-point, because loggers average over steps and ranks
-        dtypes = [x.dtype for x in self._terms.values() if x.is_floating_point()]
+        dtypes = [x.dtype for _, x in self._terms.values() if x.is_floating_point()]
         return {
-            key: x.clone() if x.is_floating_point() else x.sum().to(dtypes[0])
-            for key, x in self._terms.items()
+            key: weight * x if x.is_floating_point() else x.sum().to(dtypes[0])
+            for key, (weight, x) in self._terms.items()
         }
 
     def train(self, mode: bool = True) -> Regularizer:
@@ -189,7 +187,7 @@ class Regularizer(InitializedModule):
         # has an attachment, which tells its method.
         of_model = "attachment", "before_evaluation"
         state = {name: x for name, x in super().__getstate__().items() if name not in of_model}
-        if any(map(in_transform, self._terms.values())):
+        if any(in_transform(x) for _, x in self._terms.values()):
             state["_terms"] = {}  # tensors of torch.func's transforms cannot be copied
         return state
 
@@ -233,12 +231,14 @@ class Regularizer(InitializedModule):
         # There is no autocast for the device "meta".
         with torch.autocast("cpu" if features.is_meta else features.device.type, enabled=False):
             losses = self._losses(features, labels, classifier)
-            first, *others = losses.terms.values()
+            (weight, first), *others = losses.terms.values()
             # in new memory: if the caller changes the loss in place, the terms keep their values
-            loss = functools.reduce(torch.add, others, first) if others else first.clone()
+            loss = first if others and weight == 1 else weight * first
+            for weight, term in others:
+                loss = torch.add(loss, term, alpha=weight)
             loss = loss.to(torch.promote_types(features.dtype, torch.float32))
-        parts = losses.terms | losses.logs
-        self._terms = {key: value.detach() for key, value in parts.items()}
+        parts = losses.terms | {key: (1.0, value) for key, value in losses.logs.items()}
+        self._terms = {key: (weight, value.detach()) for key, (weight, value) in parts.items()}
         return loss
 
     def _losses(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Losses:

@@ -250,9 +250,9 @@ class CBP(Regularizer):
             rows = F.normalize(weight, dim=1)
             cosines = (rows @ rows.T).fill_diagonal_(0)
             pairs = max(self.num_classes * (self.num_classes - 1), 1)
-            penalty = self.penalty_weight * cosines.square().sum() / pairs
-            return Plan(None, lambda _: Losses({"penalty": penalty}, {}))
-        return Plan(None, lambda _: Losses({"basis": zero}, {}))
+            penalty = cosines.square().sum() / pairs
+            return Plan(None, lambda _: Losses({"penalty": (self.penalty_weight, penalty)}, {}))
+        return Plan(None, lambda _: Losses({"basis": (1.0, zero)}, {}))
 
     def reduce(self, moments: ClassMoments, request: Request) -> ClassMoments:
         return reduce_moments(moments, self.process_group or "world")
@@ -264,4 +264,4 @@ class CBP(Regularizer):
             # not out=self.centroids: a compiler would leave out what changed them before, which is
             # check_first_pass
             self.centroids.copy_(moments.sums / moments.counts.clamp(min=1)[:, None])
-        return Losses({"basis": zero}, {})
+        return Losses({"basis": (1.0, zero)}, {})

@@ -173,4 +173,4 @@ class CeCo(Regularizer):
         if self.per_image:  # every rank has its own images
             loss, present = (all_reduce(x, self.process_group) for x in (loss, present.sum()))
             loss = loss / present.clamp(min=1)
-        return Losses({"center": self.loss_weight * loss}, {"present": present})
+        return Losses({"center": (self.loss_weight, loss)}, {"present": present})

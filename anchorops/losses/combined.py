@@ -64,8 +64,8 @@ class Combined(Regularizer):
             method_losses = losses(
                 None if request is None else method.reduce(next(moments), request)
             )
-            for parts, all_parts in zip(method_losses, combined, strict=True):
-                all_parts.update({f"{name}.{key}": value for key, value in parts.items()})
+            combined.terms.update({f"{name}.{key}": x for key, x in method_losses.terms.items()})
+            combined.logs.update({f"{name}.{key}": x for key, x in method_losses.logs.items()})
         return combined
 
     def install(self, classifier: nn.Module) -> None:

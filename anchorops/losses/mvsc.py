@@ -16,7 +16,6 @@ from .base import (
     Regularizer,
     classification_loss,
     linear_weight,
-    weighted,
 )
 from .occl import EPS
 from .statistics import Request
@@ -105,9 +104,9 @@ class MVSC(Regularizer):
                 visual = visual + (means - means.detach())
             classified = classification_loss(visual, weight, bias, present, temperature=1.0)
             terms = {
-                "fca": weighted(self.fca_weight, self._alignment(means, prototypes, present)),
-                "cos": weighted(self.cos_weight, self._consistency(prototypes, seed)),
-                "visual": weighted(self.visual_weight, classified),
+                "cos": (self.cos_weight, self._consistency(prototypes, seed)),
+                "fca": (self.fca_weight, self._alignment(means, prototypes, present)),
+                "visual": (self.visual_weight, classified),
             }
             return Losses(terms, {"present": present[:, 0]})  # group 0 has the first pixel
 
@@ -125,8 +124,7 @@ class MVSC(Regularizer):
         """L_cos = mean 1 − cos(a_k, b_k) (Eq. 3). Sums have the cosines of means."""
         if self.groups == 1:
             return prototypes.new_zeros(())
-        # a different seed from that of the pixels' split
-        half = random_halves(self.groups, seed + (1 << 31), prototypes)
+        half = random_halves(self.groups, seed, prototypes)
         halves = torch.stack((half, 1 - half)).to(prototypes.dtype)
         sums = (halves @ prototypes.flatten(1)).view(2, self.num_classes, self.dim)
         # normalised, to the length √D: one operator, where F.normalize has four

@@ -20,7 +20,7 @@ from .._checks import (
 from .._moments import ClassMoments
 from .._shared.sums import fixed_order_sum
 from ..anchors import orthogonal_anchors, random_anchors, simplex_etf
-from .base import Classifier, Losses, Plan, Regularizer, linear_weight, weighted
+from .base import Classifier, Losses, Plan, Regularizer, Term, linear_weight
 from .statistics import Request
 
 _ANCHORS = {
@@ -157,7 +157,7 @@ class SAR(Regularizer):
         classes = torch.arange(self.num_classes, device=logits.device)
         ce = F.cross_entropy(logits, classes, reduction="none")  # −log p_k of the anchor of class k
         unsure = ce >= _loss_of(self.tau)
-        aux = weighted(self.aux_weight, self._auxiliary_loss(ce, unsure))
+        aux = self.aux_weight, self._auxiliary_loss(ce, unsure)
         recognised = ce < _loss_of(self.delta)
         if self.delta < 0.5:  # a larger p_k is the largest
             recognised &= logits.argmax(1) == classes
@@ -192,7 +192,7 @@ class SAR(Regularizer):
         self,
         anchors: Tensor,
         gate: Tensor | None,
-        terms: dict[str, Tensor],
+        terms: dict[str, Term],
         logs: dict[str, Tensor],
     ) -> Plan:
         def losses(moments: ClassMoments | None) -> Losses:
@@ -204,7 +204,7 @@ class SAR(Regularizer):
                 sqdists = torch.where(gate, sqdists, 0)
                 if self.gate == "per_class":  # of all, a closed one makes the sum 0
                     counts = torch.where(gate, counts, 0)
-            total = self.loss_weight / self.dim * fixed_order_sum(sqdists)
-            return Losses(terms | {"p2a": total / counts.sum().clamp(min=1)}, logs)
+            mean = fixed_order_sum(sqdists) / counts.sum().clamp(min=1)
+            return Losses(terms | {"p2a": (self.loss_weight / self.dim, mean)}, logs)
 
         return Plan(Request(anchors=anchors, with_sums=False), losses)
