@@ -1,8 +1,8 @@
 // The operators anchorops::centroid_info_nce.cpu and centroid_info_nce_backward.cpu.
 //
-// Products of matrices are torch's. Between them, one pass over the logits computes the losses, and
-// replaces the logits by the slopes of their row's loss, which are kept for the gradient. Rows are
-// copied only to convert or normalise them, or if some are absent.
+// Products of matrices are torch's. One pass over the logits computes the losses, and replaces the
+// logits by the slopes of their row's loss, which are kept for the gradient. Rows are copied only
+// to convert or normalise them, or if some are absent.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -22,66 +23,9 @@
 namespace anchorops::cpu {
 namespace {
 
-constexpr const char* NAME = "centroid_info_nce.cpu";
 using Flags = std::vector<uint8_t>;
-
-// Where row r = c·G + g is in a tensor whose first axes are [C] or [C, G]. One without axes has a
-// number for all rows.
-struct Place {
-  int64_t groups, stride_c, stride_g;
-
-  Place(const Tensor& x, int64_t axes)
-      : groups(axes > 1 ? x.size(1) : 1),
-        stride_c(axes > 0 ? x.stride(0) : 0),
-        stride_g(axes > 1 ? x.stride(1) : 0) {}
-
-  int64_t operator()(int64_t r) const { return r / groups * stride_c + r % groups * stride_g; }
-};
-
-// The arguments of both operators.
-struct Problem {
-  const Tensor &queries, &keys;
-  const std::optional<Tensor>&positives, &present, &present_keys;
-  int64_t first;
-  const Tensor& temperature;  // []
-  const std::string& reduction;
-  const std::optional<double>& eps;
-
-  ScalarType stat() const { return statistics_dtype(queries.scalar_type()); }
-  int64_t num_classes() const { return keys.size(0); }
-  int64_t dim() const { return keys.size(1); }
-  int64_t groups() const { return queries.dim() == 3 ? queries.size(1) : 1; }
-  int64_t rows() const { return queries.size(0) * groups(); }
-  int64_t class_of(int64_t r) const { return first + r / groups(); }
-};
-
-struct Masks {
-  Flags present;      // [R]
-  Flags counted;      // [K]: keys in the denominators of other queries
-  Flags read;         // [K]: keys in any denominator
-  double factor = 1;  // by which the reduction multiplies losses
-
-  explicit Masks(const Problem& problem) : present(problem.rows(), 1) {
-    if (problem.present) {
-      const Place place(*problem.present, problem.present->dim());
-      const bool* flags = problem.present->const_data_ptr<bool>();
-      for (size_t r = 0; r < present.size(); ++r) present[r] = flags[place(r)];
-    }
-    Flags has_query(problem.num_classes());
-    for (size_t r = 0; r < present.size(); ++r) has_query[problem.class_of(r)] |= present[r];
-    counted = has_query;
-    if (problem.present_keys) {
-      const bool* flags = problem.present_keys->const_data_ptr<bool>();
-      const int64_t stride = problem.present_keys->stride(0);
-      for (size_t k = 0; k < counted.size(); ++k) counted[k] = flags[k * stride];
-    }
-    read = counted;
-    if (!problem.positives)
-      for (size_t k = 0; k < read.size(); ++k) read[k] |= has_query[k];
-    if (problem.reduction == "mean")
-      factor = 1.0 / std::max<int64_t>(std::count(present.begin(), present.end(), 1), 1);
-  }
-};
+template <class Stat>
+constexpr ScalarType DTYPE = torch::headeronly::CppTypeToScalarType<Stat>::value;
 
 // Calls function(r) for each row. Several threads only if each has some numbers.
 template <class Function>
@@ -124,74 +68,89 @@ void multiply(const Tensor& a, const Tensor& b, const Tensor& product) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(product.get(), a.get(), b.get()));
 }
 
+// Where row r = c·G + g is in a tensor whose first axes are [C] or [C, G]. A tensor without axes
+// has one number for all rows.
+struct Place {
+  int64_t groups, stride_c, stride_g;
+
+  Place(const Tensor& x, int64_t axes)
+      : groups(axes > 1 ? x.size(1) : 1),
+        stride_c(axes > 0 ? x.stride(0) : 0),
+        stride_g(axes > 1 ? x.stride(1) : 0) {}
+
+  int64_t operator()(int64_t r) const { return r / groups * stride_c + r % groups * stride_g; }
+};
+
+// null: all.
+Flags flags_of(const std::optional<Tensor>& mask, int64_t size) {
+  Flags flags(size, 1);
+  if (!mask) return flags;
+  const Place place(*mask, mask->dim());
+  const bool* const data = mask->const_data_ptr<bool>();
+  for (int64_t r = 0; r < size; ++r) flags[r] = data[place(r)];
+  return flags;
+}
+
 // Queries, keys or positives, as the operators compute with them.
 template <class Stat>
 struct Rows {
-  Tensor matrix;  // [R, D], channels are consecutive
-  const Stat* data;
-  int64_t stride;
-  std::vector<Stat> lengths;  // [R] if they are normalised
+  Tensor given, matrix;       // [R, D], channels are consecutive
+  std::vector<Stat> lengths;  // [R], if they are normalised
 
-  explicit Rows(const Tensor& x, std::vector<Stat> lengths = {})
-      : matrix(x),
-        data(x.const_data_ptr<Stat>()),
-        stride(x.stride(0)),
-        lengths(std::move(lengths)) {}
-
-  const Stat* operator[](int64_t r) const { return data + r * stride; }
+  const Stat* operator[](int64_t r) const {
+    return matrix.const_data_ptr<Stat>() + r * matrix.stride(0);
+  }
 };
 
-// used: other rows are 0. Null: they may be anything.
+// Rows that are not used are 0.
 template <class Stat>
-Rows<Stat> rows_of(const Problem& problem, const Tensor& x, const Flags* used) {
-  const Place place(x, x.dim() - 1);
-  const int64_t dim = problem.dim(), rows = x.size(0) * place.groups;
-  const int64_t stride_r = x.stride(x.dim() - 2), stride_d = x.stride(x.dim() - 1);
-  const bool complete = !used || std::find(used->begin(), used->end(), 0) == used->end();
+Rows<Stat> rows_of(const Tensor& given, const Flags& used, const std::optional<double>& eps) {
+  const int64_t axes = given.dim() - 1, dim = given.size(axes), stride_d = given.stride(axes);
+  const Place place(given, axes);
+  const int64_t rows = given.size(0) * place.groups;
+  const int64_t stride_r = place.groups > 1 ? place.stride_g : place.stride_c;
   const bool even = place.groups == 1 || place.stride_c == place.groups * stride_r;
-  if (complete && even && stride_d == 1 && x.scalar_type() == problem.stat() && !problem.eps)
-    return Rows<Stat>(view(x, rows, dim, place.groups == 1 ? place.stride_c : stride_r, 1));
-  const Tensor matrix = new_empty({rows, dim}, problem.stat());
-  std::vector<Stat> lengths(problem.eps ? rows : 0);
-  Stat* const target = matrix.mutable_data_ptr<Stat>();
-  for_dtype(NAME, x.scalar_type(), [&](auto element) {
-    const auto* source = x.const_data_ptr<decltype(element)>();
+  const bool complete = std::find(used.begin(), used.end(), 0) == used.end();
+  if (complete && even && stride_d == 1 && !eps && given.scalar_type() == DTYPE<Stat>)
+    return {given, view(given, rows, dim, stride_r, 1), {}};
+  Rows<Stat> result = {given, new_empty({rows, dim}, DTYPE<Stat>), {}};
+  if (eps) result.lengths.resize(rows);
+  Stat* const matrix = result.matrix.template mutable_data_ptr<Stat>();
+  for_dtype("centroid_info_nce.cpu", given.scalar_type(), [&](auto element) {
+    const auto* const data = given.const_data_ptr<decltype(element)>();
     for_rows(rows, dim, [&](int64_t r) {
-      Stat* const row = target + r * dim;
-      if (used && !(*used)[r]) {
-        std::fill(row, row + dim, Stat(0));
-        return;
-      }
-      const auto* const given = source + place(r);
-      for (int64_t d = 0; d < dim; ++d) row[d] = static_cast<Stat>(given[d * stride_d]);
-      if (!problem.eps) return;
-      lengths[r] = std::sqrt(dot(row, row, dim));
-      const Stat divisor = std::max(lengths[r], static_cast<Stat>(*problem.eps));
+      const auto* const source = data + place(r);
+      Stat* const row = matrix + r * dim;
+      for (int64_t d = 0; d < dim; ++d)
+        row[d] = used[r] ? static_cast<Stat>(source[d * stride_d]) : Stat(0);
+      if (!eps) return;
+      result.lengths[r] = std::sqrt(dot(row, row, dim));
+      const Stat divisor = std::max(result.lengths[r], static_cast<Stat>(*eps));
       for (int64_t d = 0; d < dim; ++d) row[d] /= divisor;
     });
   });
-  return Rows<Stat>(matrix, std::move(lengths));
+  return result;
 }
 
-// The gradient of x from dx, that of its rows, in the shape of x. A row that is not longer than eps
+// The gradient of the given rows, from dx, that of the matrix. A row that is not longer than eps
 // was divided by a constant.
 template <class Stat>
-Tensor gradient_of(const Problem& problem, const Tensor& x, const Rows<Stat>& rows,
-                   const Tensor& dx) {
-  if (x.scalar_type() == problem.stat() && !problem.eps) return dx;
-  const Tensor gradient = new_empty({x.sizes().begin(), x.sizes().end()}, x.scalar_type());
-  const int64_t dim = problem.dim();
+Tensor gradient_of(const Rows<Stat>& x, const Tensor& dx, const std::optional<double>& eps) {
+  const Tensor& given = x.given;
+  if (given.scalar_type() == DTYPE<Stat> && !eps) return dx;
+  const Tensor gradient =
+      new_empty({given.sizes().begin(), given.sizes().end()}, given.scalar_type());
+  const int64_t dim = x.matrix.size(1);
   const Stat* const source = dx.const_data_ptr<Stat>();
-  for_dtype(NAME, x.scalar_type(), [&](auto element) {
+  for_dtype("centroid_info_nce.cpu", given.scalar_type(), [&](auto element) {
     using T = decltype(element);
     T* const target = gradient.mutable_data_ptr<T>();
-    for_rows(rows.matrix.size(0), dim, [&](int64_t r) {
-      const Stat *const row = rows[r], *const drow = source + r * dim;
+    for_rows(x.matrix.size(0), dim, [&](int64_t r) {
+      const Stat *const row = x[r], *const drow = source + r * dim;
       Stat along = 0, divisor = 1;
-      if (problem.eps) {
-        const Stat eps = static_cast<Stat>(*problem.eps), length = rows.lengths[r];
-        divisor = std::max(length, eps);
-        if (length > eps) along = dot(row, drow, dim);
+      if (eps) {
+        divisor = std::max(x.lengths[r], static_cast<Stat>(*eps));
+        if (x.lengths[r] > static_cast<Stat>(*eps)) along = dot(row, drow, dim);
       }
       for (int64_t d = 0; d < dim; ++d)
         target[r * dim + d] = static_cast<T>((drow[d] - along * row[d]) / divisor);
@@ -199,6 +158,49 @@ Tensor gradient_of(const Problem& problem, const Tensor& x, const Rows<Stat>& ro
   });
   return gradient;
 }
+
+// Of both operators.
+struct Arguments {
+  const Tensor &queries, &keys;
+  const std::optional<Tensor>&positives, &present, &present_keys;
+  int64_t first;
+  const Tensor& temperature;  // []
+  const std::string& reduction;
+  const std::optional<double>& eps;
+};
+
+template <class Stat>
+struct Problem {
+  int64_t num_rows, num_classes, dim, groups, first;
+  Stat temperature;
+  double factor = 1;       // by which the reduction multiplies losses
+  Flags present, counted;  // [R]; [K]: the keys in the denominators of other queries
+  Rows<Stat> queries, keys;
+  std::optional<Rows<Stat>> positives;
+
+  explicit Problem(const Arguments& x)
+      : num_classes(x.keys.size(0)),
+        dim(x.keys.size(1)),
+        groups(x.queries.dim() == 3 ? x.queries.size(1) : 1),
+        first(x.first),
+        temperature(*x.temperature.const_data_ptr<Stat>()) {
+    num_rows = x.queries.size(0) * groups;
+    present = flags_of(x.present, num_rows);
+    if (x.reduction == "mean")
+      factor = 1.0 / std::max<int64_t>(std::count(present.begin(), present.end(), 1), 1);
+    Flags has_query(num_classes);
+    for (int64_t r = 0; r < num_rows; ++r) has_query[class_of(r)] |= present[r];
+    counted = x.present_keys ? flags_of(x.present_keys, num_classes) : has_query;
+    Flags read = counted;
+    if (!x.positives)
+      for (int64_t k = 0; k < num_classes; ++k) read[k] |= has_query[k];
+    queries = rows_of<Stat>(x.queries, present, x.eps);
+    keys = rows_of<Stat>(x.keys, read, x.eps);
+    if (x.positives) positives = rows_of<Stat>(*x.positives, present, x.eps);
+  }
+
+  int64_t class_of(int64_t r) const { return first + r / groups; }
+};
 
 // Replaces the products x [K] of a row by the slopes of its loss in the logits x/τ, that of its own
 // key by the slope in `own`, the logit of its positive. counted [K] is 0 where a key is not in the
@@ -237,29 +239,95 @@ Stat loss_of_row(Stat* x, const Stat* counted, int64_t num_classes, int64_t own_
   return static_cast<Stat>(shift - own + std::log(sum));
 }
 
-// Writes the losses of all rows, and their slopes [R, K].
+// The losses, and their slopes [R, K].
 template <class Stat>
-void forward(const Problem& problem, const Masks& masks, Stat* losses, const Tensor& slopes) {
-  const int64_t num_classes = problem.num_classes();
-  const Stat temperature = *problem.temperature.const_data_ptr<Stat>();
-  const auto queries = rows_of<Stat>(problem, problem.queries, nullptr);
-  const auto keys = rows_of<Stat>(problem, problem.keys, nullptr);
-  std::optional<Rows<Stat>> positives;
-  if (problem.positives) positives = rows_of<Stat>(problem, *problem.positives, nullptr);
-  multiply(queries.matrix, transposed(keys.matrix), slopes);
-  const std::vector<Stat> counted(masks.counted.begin(), masks.counted.end());
+std::tuple<Tensor, Tensor> forward(const Arguments& arguments) {
+  const Problem<Stat> problem(arguments);
+  const auto& queries = problem.queries;
+  const auto& positives = problem.positives;
+  const int64_t num_rows = problem.num_rows, num_classes = problem.num_classes;
+  const auto sizes = arguments.queries.sizes();
+  const Tensor losses = new_empty({sizes.begin(), sizes.end() - 1}, DTYPE<Stat>);
+  const Tensor slopes = new_empty({num_rows, num_classes}, DTYPE<Stat>);
+  multiply(queries.matrix, transposed(problem.keys.matrix), slopes);
+  const std::vector<Stat> counted(problem.counted.begin(), problem.counted.end());
+  Stat* const of_rows = losses.mutable_data_ptr<Stat>();
   Stat* const products = slopes.mutable_data_ptr<Stat>();
-  for_rows(problem.rows(), num_classes, [&](int64_t r) {
+  for_rows(num_rows, num_classes, [&](int64_t r) {
     Stat* const x = products + r * num_classes;
-    losses[r] = 0;
-    if (!masks.present[r]) {
+    of_rows[r] = 0;
+    if (!problem.present[r]) {
       std::fill(x, x + num_classes, Stat(0));
       return;
     }
     const int64_t k = problem.class_of(r);
-    const Stat own = positives ? dot(queries[r], (*positives)[r], problem.dim()) : x[k];
-    losses[r] = loss_of_row(x, counted.data(), num_classes, k, own / temperature, temperature);
+    const Stat own = positives ? dot(queries[r], (*positives)[r], problem.dim) : x[k];
+    of_rows[r] = loss_of_row(x, counted.data(), num_classes, k, own / problem.temperature,
+                             problem.temperature);
   });
+  if (arguments.reduction == "none") return {losses, slopes};
+  const Tensor reduced = new_empty({}, DTYPE<Stat>);
+  const double sum = std::accumulate(of_rows, of_rows + num_rows, 0.0);
+  *reduced.mutable_data_ptr<Stat>() = static_cast<Stat>(sum * problem.factor);
+  return {reduced, slopes};
+}
+
+// The gradients of queries, keys and positives; empty if they are not wanted.
+template <class Stat>
+std::tuple<Tensor, Tensor, Tensor> backward(const Arguments& arguments, const Tensor& dlosses,
+                                            const Tensor& slopes, bool of_queries, bool of_keys,
+                                            bool of_positives) {
+  const Problem<Stat> problem(arguments);
+  const auto &queries = problem.queries, &keys = problem.keys;
+  const auto& positives = problem.positives;
+  const int64_t num_rows = problem.num_rows, num_classes = problem.num_classes, dim = problem.dim;
+
+  const Tensor dproducts = new_empty({num_rows, num_classes}, DTYPE<Stat>);
+  std::vector<Stat> of_own(num_rows);  // of the products with positives
+  const Place place(dlosses, dlosses.dim());
+  const Stat factor = static_cast<Stat>(problem.factor / problem.temperature);
+  const Stat *const upstream = dlosses.const_data_ptr<Stat>(), *const source =
+                                                                   slopes.const_data_ptr<Stat>();
+  Stat* const target = dproducts.mutable_data_ptr<Stat>();
+  for_rows(num_rows, num_classes, [&](int64_t r) {
+    const Stat scale = problem.present[r] ? upstream[place(r)] * factor : 0;
+    const Stat* const slope = source + r * num_classes;
+    Stat* const dx = target + r * num_classes;
+    for (int64_t k = 0; k < num_classes; ++k) dx[k] = slope[k] * scale;
+    if (positives) of_own[r] = std::exchange(dx[problem.class_of(r)], Stat(0));
+  });
+
+  const auto like = [](const Rows<Stat>& x) {
+    return new_empty({x.given.sizes().begin(), x.given.sizes().end()}, DTYPE<Stat>);
+  };
+  const auto add_of_own = [&](const Tensor& gradient, const Rows<Stat>& others) {
+    Stat* const rows = gradient.mutable_data_ptr<Stat>();
+    for_rows(num_rows, dim, [&](int64_t r) {
+      const Stat* const other = others[r];
+      for (int64_t d = 0; d < dim; ++d) rows[r * dim + d] += of_own[r] * other[d];
+    });
+  };
+  Tensor dqueries = absent(arguments.queries.scalar_type()),
+         dkeys = absent(arguments.keys.scalar_type()),
+         dpositives = absent(arguments.positives.value_or(arguments.queries).scalar_type());
+  if (of_queries) {
+    const Tensor dx = like(queries);
+    multiply(dproducts, keys.matrix, view(dx, num_rows, dim, dim, 1));
+    if (positives) add_of_own(dx, *positives);
+    dqueries = gradient_of(queries, dx, arguments.eps);
+  }
+  if (of_keys) {
+    const Tensor dx = like(keys);
+    multiply(transposed(dproducts), queries.matrix, dx);
+    dkeys = gradient_of(keys, dx, arguments.eps);
+  }
+  if (of_positives) {
+    Tensor dx = like(*positives);
+    torch::stable::zero_(dx);
+    add_of_own(dx, queries);
+    dpositives = gradient_of(*positives, dx, arguments.eps);
+  }
+  return {dqueries, dkeys, dpositives};
 }
 
 std::tuple<Tensor, Tensor> centroid_info_nce(Tensor queries, Tensor keys,
@@ -268,25 +336,10 @@ std::tuple<Tensor, Tensor> centroid_info_nce(Tensor queries, Tensor keys,
                                              std::optional<Tensor> present_keys, int64_t first,
                                              Tensor temperature, std::string reduction,
                                              std::optional<double> normalize) {
-  const Problem problem = {queries, keys,        positives, present,  present_keys,
-                           first,   temperature, reduction, normalize};
-  const Masks masks(problem);
-  const int64_t rows = problem.rows();
-  const Tensor slopes = new_empty({rows, problem.num_classes()}, problem.stat());
-  Tensor losses = new_empty({queries.sizes().begin(), queries.sizes().end() - 1}, problem.stat());
-  const auto run = [&](auto of) {
-    using Stat = decltype(of);
-    Stat* const of_rows = losses.mutable_data_ptr<Stat>();
-    forward(problem, masks, of_rows, slopes);
-    if (reduction == "none") return;
-    double sum = 0;
-    for (int64_t r = 0; r < rows; ++r) sum += of_rows[r];
-    const Tensor reduced = new_empty({}, problem.stat());
-    *reduced.mutable_data_ptr<Stat>() = static_cast<Stat>(sum * masks.factor);
-    losses = reduced;
-  };
-  problem.stat() == ScalarType::Double ? run(double{}) : run(float{});
-  return {losses, slopes};
+  const bool is_double = queries.scalar_type() == ScalarType::Double;
+  return (is_double ? forward<double> : forward<float>)({queries, keys, positives, present,
+                                                         present_keys, first, temperature,
+                                                         reduction, normalize});
 }
 
 std::tuple<Tensor, Tensor, Tensor> centroid_info_nce_backward(
@@ -294,57 +347,11 @@ std::tuple<Tensor, Tensor, Tensor> centroid_info_nce_backward(
     std::optional<Tensor> present, std::optional<Tensor> present_keys, Tensor slopes, int64_t first,
     Tensor temperature, std::string reduction, std::optional<double> normalize, bool of_queries,
     bool of_keys, bool of_positives) {
-  const Problem problem = {queries, keys,        positives, present,  present_keys,
-                           first,   temperature, reduction, normalize};
-  const Masks masks(problem);
-  const int64_t rows = problem.rows(), num_classes = problem.num_classes(), dim = problem.dim();
-  const ScalarType stat = problem.stat();
-  const Tensor dlogits = new_empty({rows, num_classes}, stat);
-  Tensor dqueries = absent(queries.scalar_type()), dkeys = absent(keys.scalar_type()),
-         dpositives = absent(positives.value_or(queries).scalar_type());
-  const auto run = [&](auto of) {
-    using Stat = decltype(of);
-    const auto q = rows_of<Stat>(problem, queries, &masks.present);
-    const auto k = rows_of<Stat>(problem, keys, &masks.read);
-    std::vector<Stat> of_own(rows);  // the gradients of the logits of positives
-    const auto add_of_own = [&](const Tensor& gradient, const Rows<Stat>& factors) {
-      Stat* const target = gradient.mutable_data_ptr<Stat>();
-      for_rows(rows, dim, [&](int64_t r) {
-        const Stat* const factor = factors[r];
-        for (int64_t d = 0; d < dim; ++d) target[r * dim + d] += of_own[r] * factor[d];
-      });
-    };
-    const Place place(dlosses, dlosses.dim());
-    const Stat scale = static_cast<Stat>(masks.factor) / *temperature.const_data_ptr<Stat>();
-    const Stat *const upstream = dlosses.const_data_ptr<Stat>(), *const slope =
-                                                                     slopes.const_data_ptr<Stat>();
-    Stat* const dx = dlogits.mutable_data_ptr<Stat>();
-    for_rows(rows, num_classes, [&](int64_t r) {
-      const Stat factor = masks.present[r] ? upstream[place(r)] * scale : 0;
-      for (int64_t i = r * num_classes; i < (r + 1) * num_classes; ++i) dx[i] = slope[i] * factor;
-      if (positives) of_own[r] = std::exchange(dx[r * num_classes + problem.class_of(r)], Stat(0));
-    });
-    std::optional<Rows<Stat>> p;
-    if (positives) p = rows_of<Stat>(problem, *positives, &masks.present);
-    if (of_queries) {
-      const Tensor dq = new_empty({queries.sizes().begin(), queries.sizes().end()}, stat);
-      multiply(dlogits, k.matrix, view(dq, rows, dim, dim, 1));
-      if (p) add_of_own(dq, *p);
-      dqueries = gradient_of(problem, queries, q, dq);
-    }
-    if (of_keys) {
-      const Tensor dk = new_empty({num_classes, dim}, stat);
-      multiply(transposed(dlogits), q.matrix, dk);
-      dkeys = gradient_of(problem, keys, k, dk);
-    }
-    if (of_positives) {
-      const Tensor dp = new_zeros({positives->sizes().begin(), positives->sizes().end()}, stat);
-      add_of_own(dp, q);
-      dpositives = gradient_of(problem, *positives, *p, dp);
-    }
-  };
-  stat == ScalarType::Double ? run(double{}) : run(float{});
-  return {dqueries, dkeys, dpositives};
+  const bool is_double = queries.scalar_type() == ScalarType::Double;
+  return (is_double ? backward<double>
+                    : backward<float>)({queries, keys, positives, present, present_keys, first,
+                                        temperature, reduction, normalize},
+                                       dlosses, slopes, of_queries, of_keys, of_positives);
 }
 
 }  // namespace
