@@ -5,8 +5,7 @@ their rows.
     loss[r] = lse[r] − own[r],  lse[r] = log Σ e^x[r, k], of the denominator's keys and the own one
     dx[r, k] = dloss[r]·(e^(x[r, k] − lse[r]) − [k is own])/τ,  dq = dx k,  dk = dxᵀ q
 
-On a CPU the slopes dx/dloss·τ are kept for the gradient, in the memory of the logits, on GPUs the
-logits.
+GPUs keep the logits x for the gradient; a CPU the slopes e^(x − lse) − [k is own], in their memory.
 """
 
 import math

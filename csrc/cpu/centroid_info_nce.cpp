@@ -3,13 +3,14 @@
 // Products of matrices are torch's. One pass over the logits computes the losses, and replaces the
 // logits by the slopes of their row's loss, which are kept for the gradient. Rows are copied only
 // to convert or normalise them, or if some are absent.
+#include "centroid_info_nce.h"
+
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -18,7 +19,6 @@
 #include <vector>
 
 #include "operators.h"
-#include "softmax_exponentials.h"
 
 namespace anchorops::cpu {
 namespace {
@@ -36,7 +36,7 @@ void for_rows(int64_t rows, int64_t numbers_of_row, const Function& function) {
   });
 }
 
-// Sixteen sums, for vectors of them.
+// Sixteen sums, which the compiler keeps in vectors.
 template <class Stat>
 Stat dot(const Stat* a, const Stat* b, int64_t size) {
   constexpr int64_t SUMS = 16;
@@ -63,9 +63,11 @@ Tensor transposed(const Tensor& matrix) {
   return view(matrix, matrix.size(1), matrix.size(0), matrix.stride(1), matrix.stride(0));
 }
 
-// torch's product, without its dispatcher.
-void multiply(const Tensor& a, const Tensor& b, const Tensor& product) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(product.get(), a.get(), b.get()));
+// product = scale · a b, by torch, without its dispatcher.
+void multiply(const Tensor& a, const Tensor& b, const Tensor& product, double scale = 1) {
+  AtenTensorHandle target = product.get();
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(target, target, a.get(), b.get(), 0, scale));
 }
 
 // Where row r = c·G + g is in a tensor whose first axes are [C] or [C, G]. A tensor without axes
@@ -81,7 +83,7 @@ struct Place {
   int64_t operator()(int64_t r) const { return r / groups * stride_c + r % groups * stride_g; }
 };
 
-// null: all.
+// Without a mask all.
 Flags flags_of(const std::optional<Tensor>& mask, int64_t size) {
   Flags flags(size, 1);
   if (!mask) return flags;
@@ -102,7 +104,7 @@ struct Rows {
   }
 };
 
-// Rows that are not used are 0.
+// What is not used is 0.
 template <class Stat>
 Rows<Stat> rows_of(const Tensor& given, const Flags& used, const std::optional<double>& eps) {
   const int64_t axes = given.dim() - 1, dim = given.size(axes), stride_d = given.stride(axes);
@@ -136,13 +138,12 @@ Rows<Stat> rows_of(const Tensor& given, const Flags& used, const std::optional<d
 // was divided by a constant.
 template <class Stat>
 Tensor gradient_of(const Rows<Stat>& x, const Tensor& dx, const std::optional<double>& eps) {
-  const Tensor& given = x.given;
-  if (given.scalar_type() == DTYPE<Stat> && !eps) return dx;
-  const Tensor gradient =
-      new_empty({given.sizes().begin(), given.sizes().end()}, given.scalar_type());
+  const ScalarType dtype = x.given.scalar_type();
+  if (dtype == DTYPE<Stat> && !eps) return dx;
+  const Tensor gradient = new_empty({dx.sizes().begin(), dx.sizes().end()}, dtype);
   const int64_t dim = x.matrix.size(1);
   const Stat* const source = dx.const_data_ptr<Stat>();
-  for_dtype("centroid_info_nce.cpu", given.scalar_type(), [&](auto element) {
+  for_dtype("centroid_info_nce.cpu", dtype, [&](auto element) {
     using T = decltype(element);
     T* const target = gradient.mutable_data_ptr<T>();
     for_rows(x.matrix.size(0), dim, [&](int64_t r) {
@@ -159,7 +160,7 @@ Tensor gradient_of(const Rows<Stat>& x, const Tensor& dx, const std::optional<do
   return gradient;
 }
 
-// Of both operators.
+// The arguments of both operators.
 struct Arguments {
   const Tensor &queries, &keys;
   const std::optional<Tensor>&positives, &present, &present_keys;
@@ -202,43 +203,6 @@ struct Problem {
   int64_t class_of(int64_t r) const { return first + r / groups; }
 };
 
-// Replaces the products x [K] of a row by the slopes of its loss in the logits x/τ, that of its own
-// key by the slope in `own`, the logit of its positive. counted [K] is 0 where a key is not in the
-// denominator. Returns the loss.
-template <class Stat>
-Stat loss_of_row(Stat* x, const Stat* counted, int64_t num_classes, int64_t own_key, Stat own,
-                 Stat temperature) {
-  namespace vectors = softmax::INSTRUCTION_SET;
-  using V = vectors::Simd<Stat>;
-  using Vec = typename V::Vec;
-  const auto for_vectors = [&](auto visit) INLINE_LAMBDA {
-    for (int64_t k = 0; k < num_classes; k += V::LANES)
-      visit(x + k, counted + k, std::min<int64_t>(V::LANES, num_classes - k));
-  };
-  x[own_key] = -std::numeric_limits<Stat>::infinity();
-  Vec most = Vec{} + x[own_key];
-  for_vectors([&](Stat* at, const Stat* used, int64_t size) INLINE_LAMBDA {
-    most = vectors::maximum(most, V::load(used, size) != 0 ? V::load(at, size) : most);
-  });
-  Stat shift = own;
-  for (int i = 0; i < V::LANES; ++i) shift = std::max(shift, most[i] / temperature);
-  Vec sums = {};
-  for_vectors([&](Stat* at, const Stat* used, int64_t size) INLINE_LAMBDA {
-    const Vec power = vectors::exp<Stat>(V::load(at, size) / temperature - shift);
-    const Vec term = V::load(used, size) != 0 ? power : Vec{};
-    sums += term;
-    V::store(at, term, size);
-  });
-  double others = 0;
-  for (int i = 0; i < V::LANES; ++i) others += sums[i];
-  const double sum = others + std::exp(own - shift);
-  const Stat factor = static_cast<Stat>(1 / sum);
-  for_vectors([&](Stat* at, const Stat*, int64_t size)
-                  INLINE_LAMBDA { V::store(at, V::load(at, size) * factor, size); });
-  x[own_key] = static_cast<Stat>(-others / sum);
-  return static_cast<Stat>(shift - own + std::log(sum));
-}
-
 // The losses, and their slopes [R, K].
 template <class Stat>
 std::tuple<Tensor, Tensor> forward(const Arguments& arguments) {
@@ -250,6 +214,7 @@ std::tuple<Tensor, Tensor> forward(const Arguments& arguments) {
   const Tensor losses = new_empty({sizes.begin(), sizes.end() - 1}, DTYPE<Stat>);
   const Tensor slopes = new_empty({num_rows, num_classes}, DTYPE<Stat>);
   multiply(queries.matrix, transposed(problem.keys.matrix), slopes);
+  const auto kernel = BEST_OF(loss_of_row<Stat>);
   const std::vector<Stat> counted(problem.counted.begin(), problem.counted.end());
   Stat* const of_rows = losses.mutable_data_ptr<Stat>();
   Stat* const products = slopes.mutable_data_ptr<Stat>();
@@ -261,9 +226,9 @@ std::tuple<Tensor, Tensor> forward(const Arguments& arguments) {
       return;
     }
     const int64_t k = problem.class_of(r);
-    const Stat own = positives ? dot(queries[r], (*positives)[r], problem.dim) : x[k];
-    of_rows[r] = loss_of_row(x, counted.data(), num_classes, k, own / problem.temperature,
-                             problem.temperature);
+    const Stat product = positives ? dot(queries[r], (*positives)[r], problem.dim) : x[k];
+    const Stat own = product / problem.temperature;
+    of_rows[r] = kernel(x, counted.data(), num_classes, k, own, problem.temperature);
   });
   if (arguments.reduction == "none") return {losses, slopes};
   const Tensor reduced = new_empty({}, DTYPE<Stat>);
@@ -282,20 +247,26 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Arguments& arguments, const Te
   const auto& positives = problem.positives;
   const int64_t num_rows = problem.num_rows, num_classes = problem.num_classes, dim = problem.dim;
 
-  const Tensor dproducts = new_empty({num_rows, num_classes}, DTYPE<Stat>);
-  std::vector<Stat> of_own(num_rows);  // of the products with positives
-  const Place place(dlosses, dlosses.dim());
-  const Stat factor = static_cast<Stat>(problem.factor / problem.temperature);
-  const Stat *const upstream = dlosses.const_data_ptr<Stat>(), *const source =
-                                                                   slopes.const_data_ptr<Stat>();
-  Stat* const target = dproducts.mutable_data_ptr<Stat>();
-  for_rows(num_rows, num_classes, [&](int64_t r) {
-    const Stat scale = problem.present[r] ? upstream[place(r)] * factor : 0;
-    const Stat* const slope = source + r * num_classes;
-    Stat* const dx = target + r * num_classes;
-    for (int64_t k = 0; k < num_classes; ++k) dx[k] = slope[k] * scale;
-    if (positives) of_own[r] = std::exchange(dx[problem.class_of(r)], Stat(0));
-  });
+  const Stat* const upstream = dlosses.const_data_ptr<Stat>();
+  const double factor = problem.factor / problem.temperature;
+  // Slopes are multiplied by a number for each row, unless torch's products can do it.
+  const bool one_scale = dlosses.dim() == 0 && !positives;
+  const double scale = one_scale ? *upstream * factor : 1;
+  const Tensor dproducts = one_scale ? slopes : new_empty({num_rows, num_classes}, DTYPE<Stat>);
+  std::vector<Stat> of_own(num_rows);  // the gradients of the products with positives
+  if (!one_scale) {
+    const Place place(dlosses, dlosses.dim());
+    const Stat* const source = slopes.const_data_ptr<Stat>();
+    Stat* const target = dproducts.mutable_data_ptr<Stat>();
+    for_rows(num_rows, num_classes, [&](int64_t r) {
+      const Stat row_scale =
+          problem.present[r] ? static_cast<Stat>(upstream[place(r)] * factor) : 0;
+      const Stat* const slope = source + r * num_classes;
+      Stat* const dx = target + r * num_classes;
+      for (int64_t k = 0; k < num_classes; ++k) dx[k] = slope[k] * row_scale;
+      if (positives) of_own[r] = std::exchange(dx[problem.class_of(r)], Stat(0));
+    });
+  }
 
   const auto like = [](const Rows<Stat>& x) {
     return new_empty({x.given.sizes().begin(), x.given.sizes().end()}, DTYPE<Stat>);
@@ -312,13 +283,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Arguments& arguments, const Te
          dpositives = absent(arguments.positives.value_or(arguments.queries).scalar_type());
   if (of_queries) {
     const Tensor dx = like(queries);
-    multiply(dproducts, keys.matrix, view(dx, num_rows, dim, dim, 1));
+    multiply(dproducts, keys.matrix, view(dx, num_rows, dim, dim, 1), scale);
     if (positives) add_of_own(dx, *positives);
     dqueries = gradient_of(queries, dx, arguments.eps);
   }
   if (of_keys) {
     const Tensor dx = like(keys);
-    multiply(transposed(dproducts), queries.matrix, dx);
+    multiply(transposed(dproducts), queries.matrix, dx, scale);
     dkeys = gradient_of(keys, dx, arguments.eps);
   }
   if (of_positives) {
@@ -336,10 +307,10 @@ std::tuple<Tensor, Tensor> centroid_info_nce(Tensor queries, Tensor keys,
                                              std::optional<Tensor> present_keys, int64_t first,
                                              Tensor temperature, std::string reduction,
                                              std::optional<double> normalize) {
+  const Arguments arguments = {queries, keys,        positives, present,  present_keys,
+                               first,   temperature, reduction, normalize};
   const bool is_double = queries.scalar_type() == ScalarType::Double;
-  return (is_double ? forward<double> : forward<float>)({queries, keys, positives, present,
-                                                         present_keys, first, temperature,
-                                                         reduction, normalize});
+  return is_double ? forward<double>(arguments) : forward<float>(arguments);
 }
 
 std::tuple<Tensor, Tensor, Tensor> centroid_info_nce_backward(
@@ -347,11 +318,11 @@ std::tuple<Tensor, Tensor, Tensor> centroid_info_nce_backward(
     std::optional<Tensor> present, std::optional<Tensor> present_keys, Tensor slopes, int64_t first,
     Tensor temperature, std::string reduction, std::optional<double> normalize, bool of_queries,
     bool of_keys, bool of_positives) {
+  const Arguments arguments = {queries, keys,        positives, present,  present_keys,
+                               first,   temperature, reduction, normalize};
   const bool is_double = queries.scalar_type() == ScalarType::Double;
-  return (is_double ? backward<double>
-                    : backward<float>)({queries, keys, positives, present, present_keys, first,
-                                        temperature, reduction, normalize},
-                                       dlosses, slopes, of_queries, of_keys, of_positives);
+  const auto run = is_double ? backward<double> : backward<float>;
+  return run(arguments, dlosses, slopes, of_queries, of_keys, of_positives);
 }
 
 }  // namespace
