@@ -5,8 +5,7 @@ their rows.
     loss[r] = lse[r] − own[r],  lse[r] = log Σ e^x[r, k], of the denominator's keys and the own one
     dx[r, k] = dloss[r]·(e^(x[r, k] − lse[r]) − [k is own])/τ,  dq = dx k,  dk = dxᵀ q
 
-The logits x are kept for the gradient. On a CPU the node is written here, with torch's products of
-matrices; on GPUs it is Triton's.
+GPUs keep the logits x for the gradient; a CPU the slopes e^(x − lse) − [k is own], in their memory.
 """
 
 import math
@@ -70,160 +69,6 @@ def _backward_fake(
     return tuple(x.new_empty(x.shape if wanted else 0) for x, wanted in needed)
 
 
-def _used_keys(
-    num_classes: int,
-    queries: Tensor,
-    positives: Tensor | None,
-    present: Tensor | None,
-    present_keys: Tensor | None,
-    first: int,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Which keys are in the denominators of other queries, and which are read: bool [K], or None
-    for all."""
-    has_query = present
-    if present is not None and present.dim() == 2:
-        has_query = present.any(1)
-    if present_keys is None:
-        return has_query, has_query
-    read = present_keys
-    if positives is None:
-        read = read.clone()
-        read[first : first + queries.shape[0]] |= True if has_query is None else has_query
-    return present_keys, read
-
-
-def _rows(x: Tensor, used: Tensor | None, like: Tensor, eps: float | None) -> tuple[Tensor, Any]:
-    """The used rows, the others 0; normalised, with their lengths, if there is an eps."""
-    x = x.to(statistics_dtype(like.dtype))
-    if used is not None:
-        x = torch.where(used[..., None], x, 0)
-    if eps is None:
-        return x, None
-    lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / lengths.clamp(min=eps), lengths
-
-
-def _gradient_of_rows(
-    dx: Tensor, x: Tensor, lengths: Tensor | None, eps: float | None, given: Tensor
-) -> Tensor:
-    """That of the given rows, from the gradient of `_rows`. A row that is not longer than eps was
-    divided by a constant."""
-    if lengths is not None and eps is not None:
-        along = (dx * x).sum(-1, keepdim=True).masked_fill_(lengths <= eps, 0)
-        dx = dx.addcmul_(along, x, value=-1).div_(lengths.clamp(min=eps))
-    return dx.to(given.dtype)
-
-
-def _own(matrix: Tensor, queries: Tensor, first: int) -> Tensor:
-    """The view [C] or [C, G] of a new matrix [C·G, K], of the columns of the rows' own classes."""
-    shape, num_classes = queries.shape[:-1], matrix.shape[1]
-    strides = math.prod(shape[1:]) * num_classes + 1, num_classes
-    return matrix.as_strided(shape, strides[: len(shape)], first)
-
-
-def _factor(reduction: str, queries: Tensor, present: Tensor | None) -> float | Tensor:
-    """What the reduction multiplies each loss by."""
-    if reduction != "mean":
-        return 1.0
-    if present is None:
-        return 1 / max(queries.shape[:-1].numel(), 1)
-    return 1 / present.sum(dtype=statistics_dtype(queries.dtype)).clamp(min=1)
-
-
-def _without_autocast(implementation: Any) -> Any:
-    def call(*arguments: Any) -> Any:
-        if not torch.is_autocast_enabled("cpu"):
-            return implementation(*arguments)
-        with torch.autocast("cpu", enabled=False):
-            return implementation(*arguments)
-
-    return call
-
-
-@_without_autocast
-def _on_cpu(
-    backend: str,
-    queries: Tensor,
-    keys: Tensor,
-    positives: Tensor | None,
-    present: Tensor | None,
-    present_keys: Tensor | None,
-    first: int,
-    temperature: Tensor,
-    reduction: str,
-    normalize: float | None,
-) -> tuple[Tensor, ...]:
-    """Keeps the logarithms of the softmax, not the logits: the gradient needs no other number."""
-    masks = positives, present, present_keys, first
-    counted, read = _used_keys(keys.shape[0], queries, *masks)
-    q, _ = _rows(queries, present, queries, normalize)
-    k, _ = _rows(keys, read, queries, normalize)
-    logits = torch.mm(q.flatten(0, -2), k.T).div_(temperature)
-    own = _own(logits, queries, first)
-    if positives is not None:
-        p, _ = _rows(positives, present, queries, normalize)
-        own.copy_((q * p).sum(-1).div_(temperature))
-    if counted is not None:
-        kept = own.clone()
-        logits.masked_fill_(~counted, -torch.inf)
-        own.copy_(kept)
-    log_p = logits.log_softmax(-1)
-    losses = -_own(log_p, queries, first)
-    if present is not None:
-        losses = torch.where(present, losses, 0)
-    if reduction != "none":
-        losses = losses.sum().mul_(_factor(reduction, queries, present))
-    return losses, log_p
-
-
-@_without_autocast
-def _gradient_on_cpu(
-    backend: str,
-    dlosses: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    positives: Tensor | None,
-    present: Tensor | None,
-    present_keys: Tensor | None,
-    log_p: Tensor,
-    first: int,
-    temperature: Tensor,
-    reduction: str,
-    normalize: float | None,
-    of_queries: bool,
-    of_keys: bool,
-    of_positives: bool,
-) -> tuple[Tensor, ...]:
-    masks = positives, present, present_keys, first
-    _, read = _used_keys(keys.shape[0], queries, *masks)
-    q, q_lengths = _rows(queries, present, queries, normalize)
-    k, k_lengths = _rows(keys, read, queries, normalize)
-    dlosses = dlosses * (_factor(reduction, queries, present) / temperature.item())
-    if present is not None:
-        dlosses = torch.where(present, dlosses, 0)
-    dlogits = log_p.softmax(-1)  # e^log_p; torch.exp is slow where it underflows
-    own = _own(dlogits, queries, first)
-    own.sub_(1)
-    dlogits.mul_(dlosses if dlosses.dim() == 0 else dlosses.reshape(-1, 1))
-    dqueries = dkeys = dpositives = from_positives = None
-    if positives is not None:
-        p, p_lengths = _rows(positives, present, queries, normalize)
-        of_own = own.clone()[..., None]
-        own.zero_()
-        from_positives = of_own * p
-        if of_positives:
-            dp = of_own * q
-            dpositives = _gradient_of_rows(dp, p, p_lengths, normalize, positives)
-    if of_queries:
-        dq = torch.mm(dlogits, k).view(q.shape)
-        dq = dq if from_positives is None else dq.add_(from_positives)
-        dqueries = _gradient_of_rows(dq, q, q_lengths, normalize, queries)
-    if of_keys:
-        dk = torch.mm(dlogits.T, q.flatten(0, -2))
-        dkeys = _gradient_of_rows(dk, k, k_lengths, normalize, keys)
-    return tuple(q.new_empty(0) if x is None else x for x in (dqueries, dkeys, dpositives))
-
-
 def _setup_context(ctx: Any, inputs: Any, results: Any) -> None:
     ctx.first, ctx.options = inputs.first, (inputs.reduction, inputs.normalize)
     ctx.save_for_backward(*inputs[:5], *results[1:], inputs.temperature)
@@ -239,21 +84,19 @@ def _backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
     return {name: gradient for name, wanted, gradient in named if wanted}
 
 
-def _define(backend: str, kept: str, on_cpu: Any = None, gradient_on_cpu: Any = None) -> None:
-    schema, backward_schema = (x.format(kept=kept) for x in (_SCHEMA, _BACKWARD_SCHEMA))
-    functions = _setup_context, _backward, _backward_fake
+for _backend, _kept in (
+    ("cpu", "Tensor slopes"),
+    ("triton", "Tensor logits, Tensor rows, Tensor key_lengths, Tensor factor"),
+):
     define(
         "centroid_info_nce",
-        schema,
-        partial(_fake, backend),
-        backends=(backend,),
-        gradient=Gradient(backward_schema, *functions, in_python=gradient_on_cpu),
-        in_python=on_cpu,
+        _SCHEMA.format(kept=_kept),
+        partial(_fake, _backend),
+        backends=(_backend,),
+        gradient=Gradient(
+            _BACKWARD_SCHEMA.format(kept=_kept), _setup_context, _backward, _backward_fake
+        ),
     )
-
-
-_define("cpu", "Tensor log_p", _on_cpu, _gradient_on_cpu)
-_define("triton", "Tensor logits, Tensor rows, Tensor key_lengths, Tensor factor")
 
 
 def _check(argument: str, tensor: object, shape: tuple[int, ...], queries: Tensor) -> None:
