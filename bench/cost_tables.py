@@ -27,7 +27,8 @@ def committed(name: str) -> dict:
 
 
 CPU = committed("amd-epyc-avx512-2-threads")  # of `make bench BENCH=bench/results`
-COUNTED = [row for row in committed("counted-memory")["rows"] if not row["method"]]
+SHOWN = (BASELINE, OWN, BOTH)
+COUNTED = [x for x in committed("counted-memory")["rows"] if x["name"] in SHOWN]
 LAUNCHES, PRECISION = (committed(f"counted-{x}")["rows"] for x in ("launches", "precision"))
 HOST_TIME = committed("host-time")["host_time"]
 GPU = committed("nvidia-h100-80gb-hbm3-132-multiprocessors")
@@ -107,10 +108,9 @@ def share_of_step(network: str, run: dict) -> str:
 
 
 def batches(network: str) -> str:
-    counted = [row for row in COUNTED if row["network"] == network]
-    rows = compared(counted, "checkpointing")[(False,)]
-    pair = rows[BASELINE], rows.get(BOTH) or rows[OWN]
-    return f"{' → '.join(str(row['largest_batches']['24 GB']) for row in pair)}: {network}"
+    rows = [x for x in COUNTED if x["network"] == network and not x["checkpointing"]]
+    first, last = (x["largest_batches"]["24 GB"] for x in (rows[0], rows[-1]))
+    return f"{first} → {last}: {network}"
 
 
 def uses() -> list[str]:
@@ -207,7 +207,7 @@ COST = "{seconds:.3f} s, {MB:,.0f} MB"
 NETWORKS = (
     "{network}, {sizes}, checkpointing: {checkpointing}",
     "{name}",
-    "{MB:,.0f} MB, {largest_batches[24 GB]} images",
+    "{MB:,.0f} MB; {largest_batches[24 GB]}",
 )
 ERRORS = ("{bins:,} bins, trained: {trained}", "{median:.2%} ({worst:.1%})")
 OF_A_MACHINE = {
