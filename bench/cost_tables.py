@@ -11,9 +11,10 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from math import nan
 
 import record
-from cases.listed import FORWARD, IMAGES, TRAINING, VOLUMES
+from cases.listed import IMAGES, TRAINING, VOLUMES
 from record import BASELINE, BOTH, OWN, ROOT, by_case, compared, gain, markdown_table
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,6 +27,9 @@ def committed(name: str) -> dict:
 
 
 CPU = committed("amd-epyc-avx512-2-threads")  # of `make bench BENCH=bench/results`
+SHOWN = (BASELINE, OWN, BOTH)
+COUNTED = [x for x in committed("counted-memory")["rows"] if x["name"] in SHOWN]
+LAUNCHES, PRECISION = (committed(f"counted-{x}")["rows"] for x in ("launches", "precision"))
 HOST_TIME = committed("host-time")["host_time"]
 GPU = committed("nvidia-h100-80gb-hbm3-132-multiprocessors")
 
@@ -53,13 +57,12 @@ def with_tables(page: str) -> str:
 def missing_figures(page: str) -> Iterator[str]:
     """Figures of the rows that a table written by hand does not have, or not in this order."""
     for marked in MARKED.finditer(page):
-        table, start = TABLES[marked["name"]](), 0
+        table, rest = TABLES[marked["name"]](), marked[0]
         for figure in table if isinstance(table, list) else []:
-            whole = re.compile(rf"(?<![\d.,]){re.escape(figure)}(?![.,]?\d)")
-            if found := whole.search(marked[0], start):
-                start = found.end()
-            else:
+            _, *after = re.split(rf"(?<![\d.,]){re.escape(figure)}(?![.,]?\d)", rest, maxsplit=1)
+            if not after:
                 yield f"table {marked['name']}: {figure}"
+            rest = "".join(after) or rest
 
 
 def gains_of(run: dict, **fields: object) -> list[float]:
@@ -82,32 +85,31 @@ def step_of(network: str, run: dict) -> dict[str, dict]:
 
 
 def gains() -> list[str]:
-    """Typical and best cases of what the README promises. Ours is with late upsampling, if
-    something could run later."""
-
-    def step(network: str, run: dict) -> str:
-        rows = step_of(network, run)
-        ours, plain = rows.get(BOTH) or rows[OWN], rows[BASELINE]
-        return f"{ours['ratio']['median']:.0%}, {ours['peak_bytes'] / plain['peak_bytes']:.0%}"
-
-    def batches(network: str) -> str:
-        counted = [row for row in committed("counted-memory")["rows"] if row["network"] == network]
-        rows = compared(counted, "checkpointing")[(False,)]
-        pair = rows[BASELINE], rows.get(BOTH) or rows[OWN]
-        return f"{' → '.join(str(row['largest_batches']['24 GB']) for row in pair)}: {network}"
-
+    """Typical and best cases of what the README promises."""
     fields = {"operation": "cross-entropy", "direction": TRAINING, "dtype": "bf16"}
     hrnet, segformer = (gains_of(GPU, **fields, shape=shape)[0] for shape in OF_README)
-    fields = {"operation": "cross-entropy", "shape": IMAGES}
-    (trained,) = gains_of(CPU, **fields, num_classes=19, labels="trained")
-    (best,) = gains_of(CPU, **fields, num_classes=150, stride=8)
     return [
-        *(f"{hrnet:.0f}×: 19 classes", f"{segformer:.0f}×: 150 classes"),
-        *(f"{step('hrnet', GPU)}: HRNet", f"{step('segformer', GPU)}: SegFormer"),
+        f"{hrnet:.0f}×: 19 classes",
+        f"{segformer:.0f}×: 150 classes",
+        share_of_step("hrnet", GPU),
+        share_of_step("segformer", GPU),
         *(batches("SegFormer-B5"), batches("PSPNet-R101")),
-        *(f"{trained:.0f}×: 19 classes, stride 4", f"{best:.0f}×: 150 classes, stride 8"),
-        *(f"{step('hrnet', CPU)}: HRNet", f"{step('segformer', CPU)}: SegFormer"),
+        share_of_step("hrnet", CPU),
+        share_of_step("segformer", CPU),
     ]
+
+
+def share_of_step(network: str, run: dict) -> str:
+    """Time and memory; with late upsampling, if something could run later."""
+    rows = step_of(network, run)
+    ours, plain = rows.get(BOTH) or rows[OWN], rows[BASELINE]
+    return f"{ours['ratio']['median']:.0%}, {ours['peak_bytes'] / plain['peak_bytes']:.0%}"
+
+
+def batches(network: str) -> str:
+    rows = [x for x in COUNTED if x["network"] == network and not x["checkpointing"]]
+    first, last = (x["largest_batches"]["24 GB"] for x in (rows[0], rows[-1]))
+    return f"{first} → {last}: {network}"
 
 
 def uses() -> list[str]:
@@ -165,33 +167,19 @@ def cases(run: dict) -> str:
         shown = operation not in seen or ratio < 1 or of_readme
         if not shown or (direction != TRAINING and operation in trained):
             continue
-        lowest, highest = other["q20"] / ours["q80"], other["q80"] / ours["q20"]
-        digits = 1 if ratio >= 0.1 else 2
-        name = operation if direction == TRAINING else f"{operation}, {direction}"
-        cells = [name, sizes(ours, seen, usual), measured(ours)]
-        cells += [f"{other['name']}: {measured(other)}"]
-        lines.append([*cells, f"{ratio:.{digits}f} ({lowest:.{digits}f}–{highest:.{digits}f})"])
-        seen.add(operation)
+        where = ours["shape"] if ours["sizes"] in seen else f"{ours['shape']}: {ours['sizes']}"
+        unusual = {direction, ours["dtype"], ours["labels"]} - {TRAINING, usual, "coherent"}
+        cells = [operation, ", ".join([where, *sorted(unusual)]), measured(ours)]
+        lines.append([*cells, f"{other['name']}: {measured(other)}", f"{ratio:.1f}"])
+        seen |= {operation, ours["sizes"]}
     header = ["operation", "sizes", "anchorops: ms, MiB", "fastest other: ms, MiB", "×"]
     return markdown_table(header, lines, words=(0, 1, 3))
 
 
 def measured(row: dict) -> str:
     """Milliseconds and mebibytes."""
-    memory = [] if row["extra_bytes"] is None else [record.number(row["extra_bytes"] / 2**20)]
-    return "; ".join([record.number(row["median"] * 1e3), *memory])
-
-
-def sizes(row: dict, seen: set[str], usual: str) -> str:
-    """Name and sizes of a shape, and only the name once the sizes have been printed; dtype and
-    labels unless they are the usual dtype and coherent."""
-    named = row["shape"] != "centroids"
-    text = f"{row['shape']}: {row['sizes']}" if named else row["sizes"]
-    if text in seen:
-        text = row["shape"]
-    seen.add(text)
-    dtype = f", {row['dtype']}" if row["dtype"] != usual else ""
-    return text + dtype + (", random labels" if named and row["labels"] == "random" else "")
+    size = nan if row["extra_bytes"] is None else row["extra_bytes"]
+    return f"{record.number(row['median'] * 1e3)}; {record.number(size / 2**20)}"
 
 
 def slower() -> list[str]:
@@ -199,103 +187,54 @@ def slower() -> list[str]:
     return [f"{x:.2f}" for shape in (VOLUMES, IMAGES) for x in gains_of(CPU, shape=shape) if x < 1]
 
 
-def bandwidth() -> str:
-    """Where the picture of the cost was measured, and how fast the features are read."""
-    moments = {"operation": "class moments with anchors", "direction": FORWARD}
-    row = next(row for row in CPU["operators"] if moments.items() <= row.items())
-    return (
-        f"{record.machine(CPU)}.\nThe forward pass of class moments reads the features at "
-        f"{row['read_share']:.0%} of the bandwidth at which torch sums them, by turns."
-    )
-
-
 def pivot(rows: Iterable[dict], line: str, column: str, cell: str) -> str:
-    """A line for each value of one field, a column for each of another. cell: of a row's fields."""
-    lines: dict[object, dict[str, str]] = {}
+    """A line for each value of a text, a column for each of another. The texts are formatted with
+    the fields of a row, and its memory in MB."""
+    lines: dict[str, dict[str, str]] = {}
     for row in rows:
-        lines.setdefault(row[line], {})[row[column]] = cell.format(**row)
+        if "absent" not in row:
+            row = row | {"MB": (row.get("peak_bytes") or row.get("memory") or nan) / 1e6}
+            lines.setdefault(line.format(**row), {})[column.format(**row)] = cell.format(**row)
     columns = dict.fromkeys(name for cells in lines.values() for name in cells)
     table = [[name, *(cells.get(x, "") for x in columns)] for name, cells in lines.items()]
-    return markdown_table([line, *columns], table)
+    return markdown_table(["", *columns], table)
 
 
-def of_networks(run: dict, section: str = "training_steps", methods: bool = True) -> str:
-    """Time and memory of every candidate, as shares of the first: the ratio of the medians, and of
-    the quartiles to the first's median."""
-    rows = []
-    for row in run[section]:
-        if "absent" not in row and (methods or row["methods"] == "plain"):
-            first = next(x for x in run[section] if x["network"] == row["network"])
-            median, q1, q3 = (100 * row["ratio"][x] for x in ("median", "q1", "q3"))
-            text = f"{1e3 * row['seconds']['median']:,.0f} ms ({median:.0f}%; {q1:.0f}–{q3:.0f})"
-            if row.get("kernels"):
-                text += f", kernels {1e3 * row['kernels']:,.0f} ms"
-            if peak := row["peak_bytes"]:
-                text += f", {peak / 2**20:,.0f} MiB ({peak / first['peak_bytes']:.0%})"
-            rows.append({"candidate": row["name"], "network": row["network"], "text": text})
-    return pivot(rows, "candidate", "network", "{text}")
-
-
-def beside(section: str, case: str, seconds: str, **fields: object) -> str:
-    """Time and memory of the implementations, of rows with these fields. case: the first column."""
-    rows = [row for row in CPU[section] if fields.items() <= row.items()]
-    rows = [row | {"MB": row["memory"] / 1e6, "ms": 1e3 * row["seconds"]} for row in rows]
-    return pivot(rows, case, "name", seconds + ", {MB:,.0f} MB")
-
-
-def counted_memory() -> str:
-    """For each network and checkpointing: memory in GB and the largest batches. "→":
-    baseline, with our cross-entropy, and with late upsampling too. What a method adds to the last
-    of these."""
-    lines, added = [], {}
-    counted = compared(committed("counted-memory")["rows"], "network", "sizes", "checkpointing")
-    for (network, size, checkpointing), rows in counted.items():
-        shown = [rows[x] for x in (BASELINE, OWN, BOTH) if x in rows]
-        most = max(row["peak_bytes"] for row in rows.values() if row["method"])
-        added[network] = max(most - shown[-1]["peak_bytes"], added.get(network, 0))
-        name = "checkpointing" if checkpointing else f"{network}, {size}"
-        peaks = (f"{row['peak_bytes'] / 1e9:.1f}" for row in shown)
-        batches = (str(row["largest_batches"]["24 GB"]) for row in shown)
-        lines.append([name, " → ".join(peaks), " → ".join(batches)])
-    *_, (second, _), (first, network) = sorted((size / 1e9, name) for name, size in added.items())
-    table = markdown_table(["network", "bf16 autocast, GB", "images in 24 GB"], lines)
-    return (
-        f"{table}\n\nSAR, OCCL, CeCo or MVSC add at most {first:.1f} GB to the last figure of the "
-        f"{network}, {second:.1f} GB to that of another network."
-    )
-
-
-def launches() -> str:
-    """Of a whole step, of which ours, and how many there were at an earlier commit."""
-    rows = committed("counted-launches")["rows"]
-    cells = [[row[x] for x in ("name", "launches", "ours", "earlier")] for row in rows]
-    return markdown_table(["a step", "launches", "of them ours", "before"], cells)
-
-
-def lovasz_precision() -> str:
-    rows = []
-    for row in committed("counted-precision")["rows"]:
-        kind = f"{'trained' if row['trained'] else 'random'}, {row['bins']:,} bins"
-        rows.append(row | {"kind": kind, "pixels of the class": row["pixels"]})
-    return pivot(rows, "pixels of the class", "kind", "{median:.2%} ({worst:.1%})")
-
-
+# In parentheses the median and the quartiles, as shares of the first's median.
+TIMES = "{seconds[median]:.3f} s ({ratio[median]:.0%}; {ratio[q1]:.0%}–{ratio[q3]:.0%})"
+STEPS = ("{name}", "{network}", TIMES + ", {MB:,.0f} MB")
+COST = "{seconds:.3f} s, {MB:,.0f} MB"
+NETWORKS = (
+    "{network}, {sizes}, checkpointing: {checkpointing}",
+    "{name}",
+    "{MB:,.0f} MB; {largest_batches[24 GB]}",
+)
+ERRORS = ("{bins:,} bins, trained: {trained}", "{median:.2%} ({worst:.1%})")
 OF_A_MACHINE = {
     "operators": cases,
-    "training_steps": of_networks,
-    "inference": partial(of_networks, section="inference"),
+    "training_steps": lambda run: pivot(run["training_steps"], *STEPS),
+    "inference": lambda run: pivot(run["inference"], *STEPS),
+}
+PIVOTS = {
+    "training_steps": (CPU["training_steps"], *STEPS),
+    "steps_on_a_gpu": ([x for x in GPU["training_steps"] if x["methods"] == "plain"], *STEPS),
+    "inference": (CPU["inference"], *STEPS),
+    "counted_memory": (COUNTED, *NETWORKS),
+    "launches": (LAUNCHES, "{name}", "launches (ours; before)", "{launches} ({ours}; {earlier})"),
+    "host_time": (HOST_TIME, "{name}", "{backend}", "{us:.0f} ({ratio:.1f})"),
+    "lovasz_precision": (PRECISION, "{pixels}", *ERRORS),
+    "masks_in_frameworks": (CPU["masks_in_frameworks"], "{case}", "{name}", COST),
+    "export": ([x for x in CPU["export"] if x["dtype"] == "float16"], "{volume}", "{name}", COST),
 }
 TABLES: dict[str, Callable[[], str | list[str]]] = {
-    **{table.__name__: table for table in (gains, uses, speedups, slower, bandwidth)},
-    **{table.__name__: table for table in (counted_memory, launches, lovasz_precision)},
+    "gains": gains,
+    "uses": uses,
+    "speedups": speedups,
+    "slower": slower,
+    "machine": partial(record.machine, CPU),
     "cases": partial(cases, CPU),
     "cases_on_a_gpu": partial(cases, GPU),
-    "training_steps": partial(of_networks, CPU),
-    "steps_on_a_gpu": partial(of_networks, GPU, methods=False),
-    "inference": partial(of_networks, CPU, "inference"),
-    "host_time": partial(pivot, HOST_TIME, "name", "backend", "{us:.0f} ({ratio:.1f})"),
-    "masks_in_frameworks": partial(beside, "masks_in_frameworks", "case", "{ms:,.0f} ms"),
-    "export": partial(beside, "export", "volume", "{seconds:.2f} s", dtype="float16"),
+    **{name: partial(pivot, *of_table) for name, of_table in PIVOTS.items()},
 }
 
 

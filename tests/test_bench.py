@@ -210,7 +210,7 @@ def test_dry_run(tmp_path):
         assert row["minimum"] <= row["q20"] <= row["median"] <= row["q80"]
         assert row["bytes"] > 0 and row["copy_share"] > 0
     assert len({row["network"] for row in run["training_steps"]}) == 5
-    assert "torch.compile" in cost_tables.of_networks(run)
+    assert "torch.compile" in cost_tables.OF_A_MACHINE["training_steps"](run)
     assert cost_tables.cases(run).startswith("| operation |")
     plot.draw(tmp_path / "operators.json")
     assert (tmp_path / "operators.png").read_bytes().startswith(b"\x89PNG")

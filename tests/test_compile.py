@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from torch.torch_version import TorchVersion
 
 import anchorops as ao
+from tests.test_settings import ARGUMENTS, NUMBER, SHARE
 
 K, D = 4, 6
 ANCHORS = torch.linspace(-1, 1, K * D).view(K, D).cos()
@@ -61,15 +62,19 @@ NUMBERS: dict[str, tuple[Callable[[Any], Tensor], Sequence[float]]] = {
 }
 # Modules with a number.
 MODULES: dict[str, tuple[Callable[[Any], Callable], Sequence[float]]] = {
-    "label_smoothing": (lambda n: ao.CrossEntropy(label_smoothing=n), SHARES),
-    "focal_gamma": (lambda n: ao.CrossEntropy(focal_gamma=n), POSITIVE),
+    **{
+        f"{make.__name__}: {name}": (
+            lambda n, make=make, name=name: make(**{name: n}),
+            SHARES if wrong is SHARE else POSITIVE,
+        )
+        for make in (ao.CrossEntropy, ao.Dice, ao.CrossEntropyDice)
+        for name, wrong in ARGUMENTS[make].items()
+        if wrong is SHARE or wrong is NUMBER
+    },
     "ohem_threshold": (lambda n: ao.CrossEntropy(ohem_threshold=n), SHARES),
     "at least 9": (lambda n: ao.CrossEntropy(ohem_threshold=n, ohem_min_kept=9), SHARES),
-    "alpha": (lambda n: ao.Dice(alpha=n), POSITIVE),
-    "beta": (lambda n: ao.Dice(beta=n, absent="zero"), POSITIVE),
-    "smooth": (lambda n: ao.Dice(smooth=n), POSITIVE),
+    "beta, absent": (lambda n: ao.Dice(beta=n, absent="zero"), POSITIVE),
     "smooth_denominator": (lambda n: ao.Dice(smooth_denominator=n, absent="keep"), POSITIVE),
-    "ce_weight": (lambda n: ao.CrossEntropyDice(ce_weight=n), POSITIVE),
 }
 
 

@@ -174,9 +174,30 @@ PIXEL_LOSSES = [
 ]
 
 
+KINDS: list[dict[str, Any]] = [  # a CPU computes them in different ways
+    {"logits": (9, 17), "labels": (36, 68)},
+    {"logits": (6, 5), "labels": (13, 9), "layout": "channels last", "dtype": torch.bfloat16},
+    {"logits": (31, 40), "labels": (31, 40), "num_classes": 2},
+    {"logits": (9, 20), "labels": (72, 160), "num_classes": 2, "scale": 30.0},
+    {"logits": (9, 20), "labels": (36, 80), "scale": 30.0},
+]
+
+
 def of_another_size(case: Case, **size: Any) -> Inputs:
     maker: Any = case.sample.make
     return maker._replace(half=False, **size)(1, random_of(str(size)))
+
+
+@pytest.mark.on("cpu")
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_options_of_pixel_losses(kind: dict[str, Any], backend: str):
+    for case in PIXEL_LOSSES:
+        maker: Any = case.sample.make
+        if len(maker.logits) == 2 and not (
+            "num_classes" in kind and "weight" in case.sample.options
+        ):
+            sample = case.sample._replace(make=maker._replace(**kind))
+            check(case._replace(sample=sample), backend)
 
 
 @pytest.mark.on("cpu")

@@ -22,7 +22,7 @@ from ..measure import (
 )
 from .catalogue import Case, Inputs, cases
 
-Run = Callable[[], tuple[Tensor, Tensor]]  # the loss and the gradient of its first input
+Run = Callable[[], tuple[Tensor, ...]]  # the result, and the gradient of a floating first input
 TINY = 1 / 32  # of the height and the width of a batch
 LEGEND = """\
 input   logits flat (randn) or sharp (in regions, one class is 20 above the others, as of a trained
@@ -57,10 +57,11 @@ class Call(NamedTuple):
         loss = self.case.formula if self.backend == "torch" else self.case.ours
         first, x = next(iter(inputs.items()))
 
-        def run() -> tuple[Tensor, Tensor]:
-            leaf = x.detach().requires_grad_()
+        def run() -> tuple[Tensor, ...]:
+            leaf = x.detach().requires_grad_(x.is_floating_point())
             value = loss(**inputs | {first: leaf})
-            return value.detach(), torch.autograd.grad(value, leaf)[0]
+            gradients = torch.autograd.grad(value, leaf) if value.requires_grad else ()
+            return value.detach(), *gradients
 
         return run
 
@@ -108,9 +109,10 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _error(ours: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> float:
+def _error(ours: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
     """The larger ‖ours − exact‖ / ‖exact‖ of loss and gradient."""
-    errors = [(a.float() - b).norm() / b.norm() for a, b in zip(ours, exact, strict=True)]
+    pairs = [(a.float(), b.float()) for a, b in zip(ours, exact, strict=True)]
+    errors = [(a - b).norm() / b.norm() for a, b in pairs]
     return float(torch.stack(errors).max())  # NaN if one is
 
 

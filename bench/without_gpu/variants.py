@@ -11,9 +11,9 @@ import torch
 
 import anchorops as ao
 from anchorops._moments import GRADIENTS, Options, Results, Wanted
-from anchorops.doctor.catalogue import ENTRIES, Case, Sample
+from anchorops.doctor.catalogue import ENTRIES, Case, Sample, cases
 from anchorops.doctor.catalogue.entry import evaluate
-from anchorops.doctor.catalogue.features import Features, centroids, keys_of_classes
+from anchorops.doctor.catalogue.features import Features, centroids
 from anchorops.doctor.catalogue.masks import Masks
 from anchorops.doctor.catalogue.pixels import Pixels
 from anchorops.kernels import class_keys, softmax_moments, softmax_moments_backward
@@ -109,7 +109,7 @@ def in_dtype(make: Any, dtype: torch.dtype, n: int, random: Any) -> dict[str, to
     return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
 
 
-def variants_to_compile() -> Iterator[Case]:
+def listed_variants() -> Iterator[Case]:
     yield from moments_variants()
     yield from variants_of_images()
     for dtype, layout in product((BF16, FP16, FP32), ("planes", "channels last")):
@@ -136,8 +136,17 @@ def variants_to_compile() -> Iterator[Case]:
         of_type = partial(in_dtype, make, dtype)
         for eps, quick in ((None, False), (1e-6, True)):
             yield variant("centroid_info_nce", f"{name}, {eps}", of_type, quick, normalize=eps)
-    options: dict[str, Any] = {"groups": 2, "seed": 7}
-    yield variant("split_groups", "any number of groups", keys_of_classes, True, **options)
+
+
+def variants_to_compile() -> Iterator[Case]:
+    """Those, and of other operators the first case of the catalogue."""
+    listed = [*listed_variants()]
+    yield from listed
+    known = {operator for case in listed for operator in case.entry.operators}
+    for case in cases("all"):
+        if not known.issuperset(case.entry.operators[:1]):
+            known.update(case.entry.operators)
+            yield case
 
 
 def launch(case: Case) -> None:
