@@ -1,7 +1,6 @@
 """`anchorops-doctor --benchmark`: losses and operators beside torch's own formulas. By the same
 calls bench/ compares two versions of a kernel."""
 
-import contextlib
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from statistics import median
@@ -86,26 +85,14 @@ def _cost(run: Run, tiny_run: Run, device: torch.device, seconds: float) -> Cost
     """tiny_run: of tiny inputs, for which the time on a CPU is nearly that of the host."""
     peak = peak_extra_bytes(run, device)
     measured, _ = measure(run, 0, device, seconds=seconds)
-    times = []
+    threads, times = torch.get_num_threads(), []
+    torch.set_num_threads(1)  # those of small operators wait for each other
     for _ in range(20):
         if device.type == "cuda":
             torch.cuda.synchronize()
-            times.append(duration(run))
-        else:
-            with _one_thread():
-                times.append(duration(tiny_run))
+        times.append(duration(run if device.type == "cuda" else tiny_run))
+    torch.set_num_threads(threads)
     return Cost(measured.median, peak, median(times))
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Threads of small operators wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _error(ours: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> float:
