@@ -76,7 +76,7 @@ class Attachment:
         while hasattr(self._parent, self._child):
             self._child += "_"
         self._parent.add_module(self._child, regularizer)
-        regularizer.attachment, regularizer.before_evaluation = self, self.forget
+        regularizer.attachment = self
         for layer in regularizer.modules():
             vars(layer)["qconfig"] = None  # torch.ao.quantization leaves it as it is
 
@@ -127,7 +127,7 @@ class Attachment:
                 hook.remove()
         self._hooks = self._places = []
         delattr(self._parent, self._child)
-        self.regularizer.attachment = self.regularizer.before_evaluation = None
+        self.regularizer.attachment = None
         self.forget()
 
     def forget(self) -> None:
@@ -144,9 +144,7 @@ class Attachment:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if self._hooks:
-            method = vars(self.regularizer)
-            if method.setdefault("attachment", self) is self:
-                method["before_evaluation"] = self.forget
+            vars(self.regularizer).setdefault("attachment", self)
 
     def __repr__(self) -> str:
         return f"{self._names()} attached to {self.classifier_name}: {self.classifier!r}"
