@@ -213,29 +213,25 @@ class OtherProcesses:
     """What other processes do from now on, if the measured code runs on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.start = device, time.perf_counter()
-        self.busy = self._busy()
+        self.start = time.perf_counter()
+        self.busy = None if device.type == "cuda" else _busy_seconds()
 
     def cores(self) -> float | None:
         """Cores that they kept busy since; None below 0.1 s, and where it is not known."""
-        elapsed, busy = time.perf_counter() - self.start, self._busy()
+        elapsed, busy = time.perf_counter() - self.start, _busy_seconds()
         if self.busy is None or busy is None or elapsed < 0.1:  # the system counts in 10 ms
             return None
         return max(0.0, busy - self.busy) / elapsed
 
-    def _busy(self) -> float | None:
-        """Seconds that all cores spent on other processes since the system started."""
-        busy = None if self.device.type == "cuda" else _busy_seconds()
-        return None if busy is None else busy - time.process_time()
-
 
 def _busy_seconds() -> float | None:
-    """Seconds that all cores spent on processes since the system started."""
+    """Seconds that all cores spent on other processes since the system started."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return None
     user, nice, system, _, _, irq, softirq, steal, *_ = map(int, stat.read_text().split()[1:11])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return busy - time.process_time()
 
 
 def bandwidth(tensor: Tensor, rounds: int = 20) -> dict[str, float]:
