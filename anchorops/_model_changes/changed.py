@@ -73,10 +73,6 @@ class ForwardMode(TorchFunctionMode):
         )
 
 
-def _is_proxy(x: object) -> bool:
-    return isinstance(x, torch.fx.Proxy)
-
-
 def _is_running(module: nn.Module) -> bool:
     """Whether the module's forward runs in a mode, and calls itself: the mode sees all calls."""
     modes = _get_current_function_mode_stack()
@@ -215,7 +211,9 @@ def _changed_class(cls: type[nn.Module]) -> type[nn.Module]:
         run = functools.partial(cls.forward, self)
         if not changes or _is_running(self):
             return run(*args, **kwargs)
-        if not torch.compiler.is_compiling() and tree_any(_is_proxy, (args, kwargs)):
+        if not torch.compiler.is_compiling() and tree_any(
+            lambda x: isinstance(x, torch.fx.Proxy), (args, kwargs)
+        ):
             refuse("torch.fx.symbolic_trace", self, "cannot be traced")
         for function in _INNERMOST_FIRST:
             if function in changes:

@@ -247,16 +247,16 @@ def _read_by(call: _Call) -> str:
     if call.changed:
         return "which is changed in place"
     reader = call.readers[0]
-    what = reader.objection or reader.name
+    more = ""
     if len(call.readers) > 1:
-        return f"read by {what} and {len(call.readers) - 1} more"
-    if call.result() is not None:
-        return f"read by {what}, and kept"
-    if reader.kind == "cat" and reader.objection is None:
-        return f"read by {what}, {_read_by(reader)}"
-    if reader.kind == "conv" and reader.objection is None:
-        return f"read by {what}, where it would save little time"
-    return f"read by {what}"
+        more = f" and {len(call.readers) - 1} more"
+    elif call.result() is not None:
+        more = ", and kept"
+    elif reader.kind == "cat" and reader.objection is None:
+        more = f", {_read_by(reader)}"
+    elif reader.kind == "conv" and reader.objection is None:
+        more = ", where it would save little time"
+    return f"read by {reader.objection or reader.name}{more}"
 
 
 def _later(conv: _Call) -> Iterator[_Call]:

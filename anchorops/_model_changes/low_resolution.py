@@ -91,14 +91,6 @@ class _Upsampling:
         self.results = [(result, version(result))]
         self.readers: list[str] = []
 
-    def returns(self, tensor: Tensor) -> bool:
-        """Whether this is the result, or made of it by functions that commute."""
-        return any(tensor is result for result, _ in self.results)
-
-    @property
-    def align_corners(self) -> bool:
-        return bool(self.options.get("align_corners"))
-
     def objection(self) -> str | None:
         """Why the loss cannot replace this upsampling, or None if it can."""
         if objection := _objection(self.options):
@@ -307,7 +299,7 @@ def _find(
     returned: dict[int, str] = {}
     for place, tensor in outputs.items():
         for number, up in enumerate(watch.upsamplings):
-            if up.returns(tensor):
+            if any(tensor is result for result, _ in up.results):
                 returned.setdefault(number, place)
     expected = (
         "a last step F.interpolate(…, mode='bilinear' or 'trilinear') whose result is returned"
@@ -340,7 +332,10 @@ def _find(
         objection = watch.upsamplings[number].objection()
         if objection is not None:
             refuse(f"{place}: {objection}")
-    corners = {place: watch.upsamplings[number].align_corners for number, place in returned.items()}
+    corners = {
+        place: bool(watch.upsamplings[number].options.get("align_corners"))
+        for number, place in returned.items()
+    }
     # all alike, or low_resolution refuses the model
     align_corners = next(iter(corners.values()))
     return _Plan(len(watch.upsamplings), frozenset(returned), align_corners), corners
@@ -393,15 +388,13 @@ def low_resolution(
     """
     model = check_model("low_resolution", model, args, kwargs)
     check_flags("low_resolution", always=always)
-    plan, corners = _find(model, args, kwargs, training=True)
-    plans = Plans(plan, None)
+    training, corners = _find(model, args, kwargs, training=True)
+    evaluation = None
     if always:
-        plan, evaluation_corners = _find(model, args, kwargs, training=False)
-        plans = Plans(plans.training, plan)
-        evaluation_corners = {f"{k} in evaluation mode": v for k, v in evaluation_corners.items()}
-        if {*evaluation_corners.values()} != {*corners.values()}:
-            corners |= evaluation_corners
+        evaluation, others = _find(model, args, kwargs, training=False)
+        if {*others.values()} != {*corners.values()}:
+            corners |= {f"{place} in evaluation mode": value for place, value in others.items()}
     if len({*corners.values()}) > 1:
         places = ", ".join(f"{place}: {value}" for place, value in corners.items())
         fail("low_resolution", "model", "one align_corners for all outputs", places)
-    return LowResolution(model, plans, corners)
+    return LowResolution(model, Plans(training, evaluation), corners)
