@@ -256,27 +256,8 @@ def _new(cls: type[nn.Module]) -> nn.Module:
     return changed.__new__(changed)
 
 
-def _change(function: str, module: nn.Module, plans: Plans) -> None:
-    """Let the module's forward run as planned, in the name of `function`."""
-    changes: Any = vars(module).get("_forward_changes", {})
-    if "_original_class" not in vars(type(module)):
-        module.__class__ = _changed_class(type(module))
-    vars(module).pop("forward", None)  # that of its class
-    vars(module)["_forward_changes"] = {**changes, function: plans}
-
-
-def _check_restorable(module: nn.Module) -> None:
-    """Raises ValueError if the class of a module was changed again."""
-    if "_original_class" not in vars(type(module)):
-        expected = (
-            "the class that anchorops gave it: first undo what changed it later (before "
-            "fully_shard, which cannot be undone, call remove())"
-        )
-        fail("remove", "model", expected, type(module).__name__)
-
-
 def _restore(function: str, module: nn.Module) -> None:
-    """Undo `_change`."""
+    """Undo what a handle changed."""
     changes: Any = vars(module).pop("_forward_changes")
     if others := {name: plans for name, plans in changes.items() if name != function}:
         vars(module)["_forward_changes"] = others
@@ -296,18 +277,27 @@ class Handle:
         self._function, self._model, self._plans = function, model, [*plans.items()]
         self._found = tuple(found)
         for module, how in self._plans:
-            _change(function, module, how)
+            changes: Any = vars(module).get("_forward_changes", {})
+            if "_original_class" not in vars(type(module)):
+                module.__class__ = _changed_class(type(module))
+            vars(module).pop("forward", None)  # that of its class
+            vars(module)["_forward_changes"] = {**changes, function: how}
         _logger.info("%r", self)
 
     def remove(self) -> None:
         """Restore the forward of the model. Called again, it does nothing, also if the model was
-        changed again meanwhile."""
+        changed again meanwhile. Raises ValueError if the class of a module was changed again."""
         changed = [
             module
             for module, plans in self._plans
             if vars(module).get("_forward_changes", {}).get(self._function) is plans
         ]
         for module in changed:
-            _check_restorable(module)
+            if "_original_class" not in vars(type(module)):
+                expected = (
+                    "the class that anchorops gave it: first undo what changed it later (before "
+                    "fully_shard, which cannot be undone, call remove())"
+                )
+                fail("remove", "model", expected, type(module).__name__)
         for module in changed:
             _restore(self._function, module)

@@ -334,14 +334,8 @@ def has_hooks(layer: nn.Module) -> bool:
         layer._compiled_call_impl is not None
         or "_orig_mod" in layer._modules
         or "forward" in vars(layer)
-        or any(
-            (
-                layer._forward_hooks,
-                layer._forward_pre_hooks,
-                layer._backward_hooks,
-                layer._backward_pre_hooks,
-            )
-        )
+        or bool(layer._forward_hooks or layer._forward_pre_hooks)
+        or bool(layer._backward_hooks or layer._backward_pre_hooks)
     )
 
 

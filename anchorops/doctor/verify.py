@@ -227,16 +227,15 @@ def verify(backend: str, everything: bool) -> Iterator[Row]:
 
 def _in_processes(backend: str, everything: bool) -> Iterator[Row]:
     """Side by side, because Triton compiles each kernel at its first launch."""
-    chosen = [
-        (i, case)
-        for i, case in enumerate(cases("all"))
-        if everything or "quick" in case.sample.tags
-    ]
     spawn = multiprocessing.get_context("spawn")
     workers = min(MOST_WORKERS, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-        futures = [pool.submit(_run_number, number, backend) for number, _ in chosen]
-        for future, (_, case) in zip(futures, chosen, strict=True):
+        futures = {
+            pool.submit(_run_number, number, backend): case
+            for number, case in enumerate(cases("all"))
+            if everything or "quick" in case.sample.tags
+        }
+        for future, case in futures.items():
             try:
                 yield future.result()
             except BrokenProcessPool:

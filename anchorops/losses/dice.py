@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .._checks import check_choice, check_flags, check_number, describe, fail
+from .._checks import check_choice, check_flags, check_ignore_index, check_number, describe, fail
 from .._moments import Options, SoftmaxMoments, Wanted, as_scalar
 from .._ops.pixel_cross_entropy import divide, divisor_or_0
 from .._shared.sums import fixed_order_sum
@@ -22,7 +22,6 @@ from .pixel import (
     check_chosen_classes,
     chosen_classes,
     class_weight,
-    share_ignore_index,
 )
 
 
@@ -237,7 +236,14 @@ class CrossEntropyDice(MomentsLoss):
         if cross_entropy.align_corners != dice.align_corners:
             expected = f"the cross-entropy's align_corners, {cross_entropy.align_corners}"
             fail("CrossEntropyDice", "dice", expected, f"align_corners = {dice.align_corners}")
-        ignore_index = share_ignore_index("CrossEntropyDice", ignore_index, cross_entropy, dice)
+        if ignore_index is not None:
+            ignore_index = check_ignore_index("CrossEntropyDice", ignore_index, 1)
+        given = ignore_index, cross_entropy.ignore_index, dice.ignore_index
+        labels = {label for label in given if label is not None}
+        if len(labels) > 1:
+            fail("CrossEntropyDice", "ignore_index", "one label for all parts", sorted(labels))
+        ignore_index = labels.pop() if labels else None
+        cross_entropy.ignore_index = dice.ignore_index = ignore_index
         super().__init__(
             accuracy=cross_entropy.accuracy or dice.accuracy,
             ignore_index=ignore_index,

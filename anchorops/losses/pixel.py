@@ -254,17 +254,3 @@ def check_chosen_classes(function: str, classes: tuple[int, ...], num_classes: i
     if max(classes) >= num_classes:
         expected = f"at least {max(classes) + 1} classes, for classes={classes}"
         fail(function, "logits", expected, num_classes)
-
-
-def share_ignore_index(function: str, ignore_index: int | None, *parts: PixelLoss) -> int | None:
-    """Give the label to ignore of the whole, or else of one part, to the parts without their own.
-    Raises ValueError if two differ."""
-    if ignore_index is not None:
-        ignore_index = check_ignore_index(function, ignore_index, 1)
-    values = {i for i in (ignore_index, *(part.ignore_index for part in parts)) if i is not None}
-    if len(values) > 1:
-        fail(function, "ignore_index", "one label for all parts", sorted(values))
-    shared = values.pop() if values else None
-    for part in parts:
-        part.ignore_index = shared
-    return shared
