@@ -296,13 +296,8 @@ def _find_classifier(model: nn.Module, num_classes: int, dim: int) -> tuple[str,
     }
     fits = [(name, m) for name, (m, shape) in layers.items() if shape == (num_classes, dim)]
     main = [(name, m) for name, m in fits if "aux" not in name]
-    pointwise = [
-        (name, m)
-        for name, m in main
-        if isinstance(m, nn.Linear) or all(k == 1 for k in m.kernel_size)  # type: ignore[union-attr]
-    ]
-    if main:
-        return (pointwise or main)[-1]
+    if main:  # the last pointwise one, if there is one
+        return sorted(main, key=lambda x: all(k == 1 for k in getattr(x[1], "kernel_size", ())))[-1]
     near = [
         f"{name} ({inputs} → {outputs})"
         for name, (_, (outputs, inputs)) in layers.items()
