@@ -234,23 +234,6 @@ def _busy_seconds() -> float | None:
     return busy - time.process_time()
 
 
-def bandwidth(tensor: Tensor, rounds: int = 20) -> dict[str, float]:
-    """GB/s of copying a tensor (bytes read plus written) and of summing it (bytes read).
-
-    Args:
-        tensor: larger than the caches of its device.
-        rounds: the medians are over so many.
-
-    Returns:
-        `copy_gbps` and `read_gbps`.
-    """
-    target, size = torch.empty_like(tensor), tensor.nbytes
-    runs = [lambda: target.copy_(tensor), lambda: tensor.sum()]
-    _sample(runs, tensor.device, 2)
-    copies, reads = _sample(runs, tensor.device, rounds)
-    return {"copy_gbps": 2 * size / median(copies) / 1e9, "read_gbps": size / median(reads) / 1e9}
-
-
 def peak_extra_bytes(run: Run, device: torch.device) -> int | None:
     """Peak memory of the run in bytes, without its inputs and outputs.
 
