@@ -387,10 +387,8 @@ def check_number(function: str, argument: str, value: object, *, above: bool = F
     if isinstance(number, float) and LARGEST < number < math.inf:
         fail(function, argument, "numbers that float32 can hold", describe(value))
     if number is None or not (number > 0 if above else number >= 0) or not number < math.inf:
-        expected = (
-            "a finite float or int, above 0" if above else "a finite float or int, at least 0"
-        )
-        fail(function, argument, expected, describe(value))
+        least = "above 0" if above else "at least 0"
+        fail(function, argument, f"a finite float or int, {least}", describe(value))
     return number
 
 

@@ -58,12 +58,6 @@ def _load(library: Path) -> str | None:
     return None
 
 
-def _load_cpu() -> str | None:
-    if not CPU_LIBRARY.exists():
-        return "anchorops/_cpu.so was not compiled: install a C++20 compiler, then anchorops again"
-    return _load(CPU_LIBRARY)
-
-
 def _load_cuda() -> str | None:
     # The file may be left from before a build without CUDA, so the build is asked.
     info = build_info()
@@ -123,7 +117,11 @@ _tell_if_older(CUDA_LIBRARY, _csrc, "*.h", "*.cuh", "cuda/**/*.cu*")
 # Why the code of a backend is missing, fastest backend first. This is known at import, so choosing
 # a backend only reads this table, which torch.compile can trace. It does not say whether there is a
 # GPU.
-_cpu = _load_cpu()
+_cpu = (
+    _load(CPU_LIBRARY)
+    if CPU_LIBRARY.exists()
+    else "anchorops/_cpu.so was not compiled: install a C++20 compiler, then anchorops again"
+)
 MISSING = {"cuda": _load_cuda(), "triton": _find_triton(), "cpu": _cpu, "reference": None}
 _CUDA_TARGETS = build_info().get("cuda_arch_list", "")
 _CUDA_RANGES = _built_for(_CUDA_TARGETS)

@@ -81,8 +81,9 @@ def example_labels(size: tuple[int, ...], num_classes: int, kind: str) -> Tensor
 def _sample(runs: Sequence[Run], device: torch.device, rounds: int) -> list[list[float]]:
     """Seconds of each run in each round."""
     if device.type == "cuda":
-        return _sample_cuda(runs, rounds)
-    times = [[duration(run) for run in runs] for _ in range(rounds)]
+        times = _sample_cuda(runs, rounds)
+    else:
+        times = [[duration(run) for run in runs] for _ in range(rounds)]
     return [list(column) for column in zip(*times, strict=True)]
 
 
@@ -117,8 +118,7 @@ def _sample_cuda(runs: Sequence[Run], rounds: int) -> list[list[float]]:
     read = min(seconds(timed(clean.sum, 1)) for _ in range(3))
     reads = [1 + math.ceil(min(2 * duration(run), MOST_WAIT) / read) for run in runs]
     pairs = [list(map(timed, runs, reads)) for _ in range(rounds)]
-    times = [list(map(seconds, row)) for row in pairs]
-    return [list(column) for column in zip(*times, strict=True)]
+    return [list(map(seconds, row)) for row in pairs]
 
 
 def cuda_graph(run: Run) -> Run:
