@@ -44,7 +44,7 @@ class _Run:
 
 
 class _Call:
-    """One call of the dry run that made a tensor.
+    """One call of the dry run.
 
     Attributes:
         kind: of late_plan.KINDS, "view" or "".
@@ -56,17 +56,10 @@ class _Call:
         changed: whether the result was changed in place before it was read.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        name: str,
-        result: Tensor | None,
-        place: list[tuple[_Run, int]],
-    ) -> None:
+    def __init__(self, kind: str, name: str, result: Tensor, place: list[tuple[_Run, int]]) -> None:
         self.kind, self.name, self.place = kind, name, place
-        self.result = weakref.ref(result) if result is not None else lambda: None
-        self.shape = result.shape if result is not None else torch.Size()
-        self.version = version(result) if result is not None else 0
+        self.result = weakref.ref(result)
+        self.shape, self.version = result.shape, version(result)
         self.sources: list[_Call | None] = []
         self.shapes: list[torch.Size] = []
         self.read: list[tuple[Tensor, int]] = []
@@ -136,7 +129,7 @@ class _Watch(TorchFunctionMode):
         for run in self._stack:
             run.counts[kind] += 1
         name = resolve_name(func) or getattr(func, "__name__", repr(func))
-        call = _Call(kind, name, made[0] if made else None, place)
+        call = _Call(kind, name, made[0] if made else torch.empty(0), place)
         for x in read:
             if maker := self._maker(x):
                 maker.readers.append(call)
