@@ -85,13 +85,18 @@ def _cost(run: Run, tiny_run: Run, device: torch.device, seconds: float) -> Cost
     """tiny_run: of tiny inputs, for which the time on a CPU is nearly that of the host."""
     peak = peak_extra_bytes(run, device)
     measured, _ = measure(run, 0, device, seconds=seconds)
-    threads, times = torch.get_num_threads(), []
+    times = []
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # those of small operators wait for each other
-    for _ in range(20):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(duration(run if device.type == "cuda" else tiny_run))
-    torch.set_num_threads(threads)
+    try:
+        for _ in range(20):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                times.append(duration(run))
+            else:
+                times.append(duration(tiny_run))
+    finally:
+        torch.set_num_threads(threads)
     return Cost(measured.median, peak, median(times))
 
 
