@@ -87,7 +87,8 @@ def _cost(run: Run, tiny_run: Run, device: torch.device, seconds: float) -> Cost
     measured, _ = measure(run, 0, device, seconds=seconds)
     times = []
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # those of small operators wait for each other
+    # Threads of small operators wait for each other.
+    torch.set_num_threads(1)
     try:
         for _ in range(20):
             if device.type == "cuda":
