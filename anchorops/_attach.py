@@ -76,7 +76,7 @@ class Attachment:
         while hasattr(self._parent, self._child):
             self._child += "_"
         self._parent.add_module(self._child, regularizer)
-        regularizer.attachment, regularizer.before_evaluation = self, self.forget
+        regularizer.attachment = self
         for layer in regularizer.modules():
             vars(layer)["qconfig"] = None  # torch.ao.quantization leaves it as it is
 
@@ -127,7 +127,7 @@ class Attachment:
                 hook.remove()
         self._hooks = self._places = []
         delattr(self._parent, self._child)
-        self.regularizer.attachment = self.regularizer.before_evaluation = None
+        self.regularizer.attachment = None
         self.forget()
 
     def forget(self) -> None:
@@ -144,9 +144,7 @@ class Attachment:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if self._hooks:
-            method = vars(self.regularizer)
-            if method.setdefault("attachment", self) is self:
-                method["before_evaluation"] = self.forget
+            vars(self.regularizer).setdefault("attachment", self)
 
     def __repr__(self) -> str:
         return f"{self._names()} attached to {self.classifier_name}: {self.classifier!r}"
@@ -298,13 +296,8 @@ def _find_classifier(model: nn.Module, num_classes: int, dim: int) -> tuple[str,
     }
     fits = [(name, m) for name, (m, shape) in layers.items() if shape == (num_classes, dim)]
     main = [(name, m) for name, m in fits if "aux" not in name]
-    pointwise = [
-        (name, m)
-        for name, m in main
-        if isinstance(m, nn.Linear) or all(k == 1 for k in m.kernel_size)  # type: ignore[union-attr]
-    ]
-    if main:
-        return (pointwise or main)[-1]
+    if main:  # the last pointwise one, if there is one
+        return sorted(main, key=lambda x: all(k == 1 for k in getattr(x[1], "kernel_size", ())))[-1]
     near = [
         f"{name} ({inputs} → {outputs})"
         for name, (_, (outputs, inputs)) in layers.items()

@@ -197,16 +197,6 @@ def onnx_refusal(function: str) -> RuntimeError:
     )
 
 
-def _check_onnx_export(function: str, chosen: str) -> None:
-    if function not in ONNX_OPERATORS:
-        raise onnx_refusal(function)
-    if chosen not in ("auto", "reference"):
-        raise ValueError(
-            f"{function}: backend {chosen} does not support this call: ONNX has only standard "
-            'operators: choose "reference" or "auto"'
-        )
-
-
 @torch.compiler.assume_constant_result  # torch.compile calls it when it traces
 def _tell_that_triton_is_missing(function: str) -> bool:
     """Logs one line in this process."""
@@ -247,8 +237,14 @@ def select(
         if usual and not (missing or excluded["cpu"] or (refusal and refusal("cpu"))):
             return "cpu"
     elif torch.onnx.is_in_onnx_export():
-        _check_onnx_export(function, chosen)
-        return "reference"
+        if function not in ONNX_OPERATORS:
+            raise onnx_refusal(function)
+        if chosen in ("auto", "reference"):
+            return "reference"
+        raise ValueError(
+            f"{function}: backend {chosen} does not support this call: ONNX has only standard "
+            'operators: choose "reference" or "auto"'
+        )
     call = tensor, num_classes, refusal, backends
     if chosen != "auto":
         reason = _why_not(chosen, *call)

@@ -194,13 +194,19 @@ def _labels_of_logits(function: str, labels: Tensor, logits: Tensor) -> Tensor:
     """The labels: (N,) or (B, N) as logits, or (B, H, W) or (B, D, H, W) of any size. Those of
     images and volumes may have a channel, which is removed."""
     axes = logits.dim() - 1
-    images = axes > 2
-    if not isinstance(labels, Tensor) or labels.dim() != axes:
-        labels = without_channel(labels, axes)
-        if not isinstance(labels, Tensor) or labels.dim() != axes:
-            _fail_labels(function, labels, logits)
-    if labels.shape[0] != logits.shape[0] or not (images or labels.shape[1:] == logits.shape[2:]):
-        _fail_labels(function, labels, logits)
+    labels = without_channel(labels, axes)
+    if (
+        not isinstance(labels, Tensor)
+        or labels.dim() != axes
+        or labels.shape[0] != logits.shape[0]
+        or not (axes > 2 or labels.shape[1:] == logits.shape[2:])
+    ):
+        shape = (logits.shape[0], *logits.shape[2:])
+        images = {3: f"({shape[0]}, H, W)", 4: f"({shape[0]}, D, H, W)"}
+        expected = f"a tensor {images.get(axes, shape)}, as logits"
+        if axes == 2 and isinstance(labels, Tensor) and labels.dim() == 2:
+            expected += " (B, K, N); of one image (K, h, w) give logits[None] and labels[None]"
+        fail(function, "labels", expected, describe(labels))
     return labels
 
 
@@ -227,15 +233,6 @@ def _labels_of_channels(function: str, labels: Tensor, logits: Tensor) -> Tensor
     return clean_bools(labels).view(torch.uint8) if labels.dtype == torch.bool else labels
 
 
-def _fail_labels(function: str, labels: object, logits: Tensor) -> NoReturn:
-    shape = (logits.shape[0], *logits.shape[2:])
-    images = {4: f"({shape[0]}, H, W)", 5: f"({shape[0]}, D, H, W)"}
-    expected = f"a tensor {images.get(logits.dim(), shape)}, as logits"
-    if logits.dim() == 3 and isinstance(labels, Tensor) and labels.dim() == 2:
-        expected += " (B, K, N); of one image (K, h, w) give logits[None] and labels[None]"
-    fail(function, "labels", expected, describe(labels))
-
-
 def flat_pos_weight(function: str, pos_weight: object) -> Tensor:
     """[1] or [C], from numbers [C], (C, 1, …) or (1, C, 1, 1, …) in a tensor, an array or a
     sequence."""
@@ -257,12 +254,11 @@ def flat_pos_weight(function: str, pos_weight: object) -> Tensor:
 def check_pos_weight(function: str, pos_weight: object, logits: Tensor) -> Tensor | float:
     """A number of at least 0; or [1] or [C], from numbers for all or each of the C channels of
     logits. A tensor is on their device, without a gradient."""
-    is_number = isinstance(pos_weight, int | float)
-    listed = pos_weight if isinstance(pos_weight, list | tuple) else []
-    for number in [pos_weight] if is_number else listed:
-        check_number(function, "pos_weight", number)
-    if is_number:
-        return pos_weight
+    if isinstance(pos_weight, int | float):
+        return check_number(function, "pos_weight", pos_weight)
+    if isinstance(pos_weight, list | tuple):
+        for number in pos_weight:
+            check_number(function, "pos_weight", number)
     original, pos_weight = pos_weight, flat_pos_weight(function, pos_weight)
     channels = logits.shape[1]
     if pos_weight.numel() not in (1, channels):
@@ -391,10 +387,8 @@ def check_number(function: str, argument: str, value: object, *, above: bool = F
     if isinstance(number, float) and LARGEST < number < math.inf:
         fail(function, argument, "numbers that float32 can hold", describe(value))
     if number is None or not (number > 0 if above else number >= 0) or not number < math.inf:
-        expected = (
-            "a finite float or int, above 0" if above else "a finite float or int, at least 0"
-        )
-        fail(function, argument, expected, describe(value))
+        least = "above 0" if above else "at least 0"
+        fail(function, argument, f"a finite float or int, {least}", describe(value))
     return number
 
 

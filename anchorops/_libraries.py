@@ -50,13 +50,11 @@ def _tell_if_older(library: Path, csrc: Path, *sources: str) -> None:
             _logger.warning(message, library, csrc)
 
 
-def _load_cpu() -> str | None:
-    if not CPU_LIBRARY.exists():
-        return "anchorops/_cpu.so was not compiled: install a C++20 compiler, then anchorops again"
+def _load(library: Path) -> str | None:
     try:
-        torch.ops.load_library(CPU_LIBRARY)
+        torch.ops.load_library(library)
     except OSError as error:
-        return f"anchorops/_cpu.so does not load: {error.__cause__ or error}"
+        return f"anchorops/{library.name} does not load: {error.__cause__ or error}"
     return None
 
 
@@ -77,11 +75,7 @@ def _load_cuda() -> str | None:
             f"anchorops was built with CUDA {built}, this torch with {torch.version.cuda}: "
             "install anchorops again with nvcc of torch's major version"
         )
-    try:
-        torch.ops.load_library(CUDA_LIBRARY)
-    except OSError as error:
-        return f"anchorops/_cuda.so does not load: {error.__cause__ or error}"
-    return None
+    return _load(CUDA_LIBRARY)
 
 
 def _built_for(targets: str) -> list[tuple[tuple[int, int], tuple[float, float]]]:
@@ -98,14 +92,12 @@ def _built_for(targets: str) -> list[tuple[tuple[int, int], tuple[float, float]]
 
 
 def _find_triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (CPU builds of torch do not include it)"
-    return None if TRITON_ON_HOST else triton_obstacle()
-
-
-def triton_obstacle() -> str | None:
     """Why Triton could launch nothing, or None. At its first launch it compiles a C module for
     Python, with the compiler and the header that triton/runtime/build.py looks for."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (CPU builds of torch do not include it)"
+    if TRITON_ON_HOST:
+        return None
     names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     if not any(map(shutil.which, names)):
         return f"triton found no C compiler ({' or '.join(names)}): install one, or name it in CC"
@@ -125,7 +117,11 @@ _tell_if_older(CUDA_LIBRARY, _csrc, "*.h", "*.cuh", "cuda/**/*.cu*")
 # Why the code of a backend is missing, fastest backend first. This is known at import, so choosing
 # a backend only reads this table, which torch.compile can trace. It does not say whether there is a
 # GPU.
-_cpu = _load_cpu()
+_cpu = (
+    _load(CPU_LIBRARY)
+    if CPU_LIBRARY.exists()
+    else "anchorops/_cpu.so was not compiled: install a C++20 compiler, then anchorops again"
+)
 MISSING = {"cuda": _load_cuda(), "triton": _find_triton(), "cpu": _cpu, "reference": None}
 _CUDA_TARGETS = build_info().get("cuda_arch_list", "")
 _CUDA_RANGES = _built_for(_CUDA_TARGETS)

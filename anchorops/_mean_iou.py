@@ -173,25 +173,21 @@ class MeanIoU(Metric):
     def compute(self) -> Tensor:
         """The average, a float32 scalar, 0 if no class occurs; or each class, [K], float32. NaN
         before any `update`. torchmetrics keeps the tensor for the next call: do not change it."""
-        iou = self._average()
-        if self.update_called:
-            return iou
-        # another rank may have counted pixels, or a checkpoint
-        return torch.where(self.confusion.any(), iou, torch.nan)
-
-    def _average(self) -> Tensor:
         intersections, unions = self._intersections_and_unions()
         if self.average == "micro":
             intersections, unions = intersections.sum(), unions.sum()
         iou = torch.where(unions > 0, intersections.float() / unions.float(), 0)
-        if self.average in ("micro", "none"):
+        if self.average in ("macro", "weighted"):
+            if self.average == "weighted":
+                weights = self.confusion[:, 1].sum(1) if self.sigmoid else self.confusion.sum(1)
+            else:
+                weights = torch.ones_like(unions) if self.sigmoid else unions > 0
+            weights = weights.float()
+            iou = (weights * iou).sum() / weights.sum().clamp(min=1)
+        if self.update_called:
             return iou
-        if self.average == "weighted":
-            weights = self.confusion[:, 1].sum(1) if self.sigmoid else self.confusion.sum(1)
-        else:
-            weights = torch.ones_like(unions) if self.sigmoid else unions > 0
-        weights = weights.float()
-        return (weights * iou).sum() / weights.sum().clamp(min=1)
+        # another rank may have counted pixels, or a checkpoint
+        return torch.where(self.confusion.any(), iou, torch.nan)
 
     def set_dtype(self, dst_type: str | torch.dtype) -> "MeanIoU":
         """Changes nothing, because the counts are integers."""

@@ -117,15 +117,13 @@ class Options(NamedTuple):
     def convert(
         self,
         convert_pixels: Callable[[Tensor], Tensor],
-        convert_images: Callable[[Tensor], Tensor] | None = None,
+        convert_images: Callable[[Tensor], Tensor] = lambda weights: weights,
     ) -> "Options":
         """The options for other images: `convert_pixels` converts what each pixel has,
         `convert_images` what each image has."""
 
         def class_weights(weights: Tensor | None) -> Tensor | None:
-            if weights is None or weights.dim() == 1 or convert_images is None:
-                return weights
-            return convert_images(weights)
+            return weights if weights is None or weights.dim() == 1 else convert_images(weights)
 
         pixel_weights = self.pixel_weights
         return self._replace(

@@ -31,12 +31,14 @@ def _orthonormal_columns(rows: int, columns: int, generator: torch.Generator | N
 
 
 def _check(
-    function: str, num_classes: object, dim: object, least_classes: int = 1
+    function: str, num_classes: object, dim: object, *, orthogonal: bool = False
 ) -> tuple[int, int]:
     classes = check_num_classes(function, num_classes)
-    if classes < least_classes:
-        fail(function, "num_classes", f"at least {least_classes}", classes)
-    return classes, check_count(function, "dim", dim)
+    channels = check_count(function, "dim", dim)
+    if orthogonal and channels < classes:
+        expected = f"at least num_classes = {classes}, the number of orthogonal rows"
+        fail(function, "dim", expected, channels)
+    return classes, channels
 
 
 def random_anchors(
@@ -54,10 +56,7 @@ def orthogonal_anchors(
 
     Raises ValueError if dim < num_classes, because K orthogonal directions need D ≥ K.
     """
-    num_classes, dim = _check("orthogonal_anchors", num_classes, dim)
-    if dim < num_classes:
-        expected = f"at least num_classes = {num_classes}, the number of orthogonal rows"
-        fail("orthogonal_anchors", "dim", expected, dim)
+    num_classes, dim = _check("orthogonal_anchors", num_classes, dim, orthogonal=True)
     return _orthonormal_columns(dim, num_classes, generator).T.to(torch.get_default_dtype())
 
 
@@ -69,7 +68,9 @@ def simplex_etf(num_classes: int, dim: int, *, generator: torch.Generator | None
 
     Raises ValueError if dim < num_classes − 1 (no such frame exists) or num_classes < 2.
     """
-    num_classes, dim = _check("simplex_etf", num_classes, dim, least_classes=2)
+    num_classes, dim = _check("simplex_etf", num_classes, dim)
+    if num_classes < 2:
+        fail("simplex_etf", "num_classes", "at least 2", num_classes)
     if dim < num_classes - 1:
         expected = f"at least num_classes - 1 = {num_classes - 1}, the rank of a simplex"
         fail("simplex_etf", "dim", expected, dim)
@@ -109,11 +110,8 @@ def category_basis(
         ValueError: D < K, a wrong length or init, or rows of init that are linearly dependent.
     """
     function = "category_basis"
-    num_classes, dim = _check(function, num_classes, dim)
     check_flags(function, orthogonalize=orthogonalize)
-    if orthogonalize and dim < num_classes:
-        expected = f"at least num_classes = {num_classes}, the number of orthogonal rows"
-        fail(function, "dim", expected, dim)
+    num_classes, dim = _check(function, num_classes, dim, orthogonal=orthogonalize)
     if length is not None:
         length = check_number(function, "length", length, above=True)
     check_strided(function, "init", init)

@@ -81,8 +81,9 @@ def example_labels(size: tuple[int, ...], num_classes: int, kind: str) -> Tensor
 def _sample(runs: Sequence[Run], device: torch.device, rounds: int) -> list[list[float]]:
     """Seconds of each run in each round."""
     if device.type == "cuda":
-        return _sample_cuda(runs, rounds)
-    times = [[duration(run) for run in runs] for _ in range(rounds)]
+        times = _sample_cuda(runs, rounds)
+    else:
+        times = [[duration(run) for run in runs] for _ in range(rounds)]
     return [list(column) for column in zip(*times, strict=True)]
 
 
@@ -117,8 +118,7 @@ def _sample_cuda(runs: Sequence[Run], rounds: int) -> list[list[float]]:
     read = min(seconds(timed(clean.sum, 1)) for _ in range(3))
     reads = [1 + math.ceil(min(2 * duration(run), MOST_WAIT) / read) for run in runs]
     pairs = [list(map(timed, runs, reads)) for _ in range(rounds)]
-    times = [list(map(seconds, row)) for row in pairs]
-    return [list(column) for column in zip(*times, strict=True)]
+    return [list(map(seconds, row)) for row in pairs]
 
 
 def cuda_graph(run: Run) -> Run:
@@ -213,46 +213,25 @@ class OtherProcesses:
     """What other processes do from now on, if the measured code runs on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.start = device, time.perf_counter()
-        self.busy = self._busy()
+        self.start = time.perf_counter()
+        self.busy = None if device.type == "cuda" else _busy_seconds()
 
     def cores(self) -> float | None:
         """Cores that they kept busy since; None below 0.1 s, and where it is not known."""
-        elapsed, busy = time.perf_counter() - self.start, self._busy()
+        elapsed, busy = time.perf_counter() - self.start, _busy_seconds()
         if self.busy is None or busy is None or elapsed < 0.1:  # the system counts in 10 ms
             return None
         return max(0.0, busy - self.busy) / elapsed
 
-    def _busy(self) -> float | None:
-        """Seconds that all cores spent on other processes since the system started."""
-        busy = None if self.device.type == "cuda" else _busy_seconds()
-        return None if busy is None else busy - time.process_time()
-
 
 def _busy_seconds() -> float | None:
-    """Seconds that all cores spent on processes since the system started."""
+    """Seconds that all cores spent on other processes since the system started."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return None
     user, nice, system, _, _, irq, softirq, steal, *_ = map(int, stat.read_text().split()[1:11])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-
-
-def bandwidth(tensor: Tensor, rounds: int = 20) -> dict[str, float]:
-    """GB/s of copying a tensor (bytes read plus written) and of summing it (bytes read).
-
-    Args:
-        tensor: larger than the caches of its device.
-        rounds: the medians are over so many.
-
-    Returns:
-        `copy_gbps` and `read_gbps`.
-    """
-    target, size = torch.empty_like(tensor), tensor.nbytes
-    runs = [lambda: target.copy_(tensor), lambda: tensor.sum()]
-    _sample(runs, tensor.device, 2)
-    copies, reads = _sample(runs, tensor.device, rounds)
-    return {"copy_gbps": 2 * size / median(copies) / 1e9, "read_gbps": size / median(reads) / 1e9}
+    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return busy - time.process_time()
 
 
 def peak_extra_bytes(run: Run, device: torch.device) -> int | None:

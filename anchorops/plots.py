@@ -186,11 +186,11 @@ def centroid_similarity(features: Tensor, centroids: Tensor, image: Tensor | Non
         axes[0].imshow(
             (pixels if pixels.dim() == 2 else pixels.movedim(0, -1)).numpy(), cmap="gray"
         )
-    shown = None
-    for axis, similarity in zip(axes[panels - len(maps) :], maps, strict=True):
-        shown = axis.imshow(similarity.numpy(), vmin=float(maps.min()), vmax=1, cmap="viridis")
+    shown = [
+        axis.imshow(similarity.numpy(), vmin=float(maps.min()), vmax=1, cmap="viridis")
+        for axis, similarity in zip(axes[panels - len(maps) :], maps, strict=True)
+    ]
     for axis in axes:
         axis.set_axis_off()
-    assert shown is not None
-    figure.colorbar(shown, ax=list(axes), shrink=0.8, label="cosine")
+    figure.colorbar(shown[-1], ax=list(axes), shrink=0.8, label="cosine")
     return figure

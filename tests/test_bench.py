@@ -117,12 +117,14 @@ def test_measure_sees_other_processes():
 def test_measure_leaves_out_its_own_process(clock, monkeypatch):
     """Seconds of all cores, and of this process, which is a part of them."""
     system, process = 100.0, 10.0
+    ticks = os.sysconf("SC_CLK_TCK")
 
     def run() -> None:
         nonlocal system, process
         clock.now, system, process = clock.now + 1, system + 1.75, process + 1.5
 
-    monkeypatch.setattr("anchorops.measure._busy_seconds", lambda: system)
+    stat = lambda path: f"cpu {system * ticks:.0f} 0 0 900 0 0 0 0 0 0\n"  # noqa: E731
+    monkeypatch.setattr("anchorops.measure.Path.read_text", stat)
     monkeypatch.setattr("anchorops.measure.time.process_time", lambda: process)
     assert measure(run, 1, CPU, seconds=0)[0].others == 0.25
 

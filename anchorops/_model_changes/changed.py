@@ -12,7 +12,8 @@ import copy
 import copyreg
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MethodType
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_any, tree_map_only
 
 from .._checks import describe, fail
 
+_logger = logging.getLogger("anchorops")
 # The mode that is entered last sees every call first. late_upsampling passes a call to the other
 # modes for each call that it postpones, so the numbers of low_resolution's calls do not change.
 _INNERMOST_FIRST = ("late_upsampling", "low_resolution")
@@ -56,15 +58,19 @@ class Plans:
 
 
 class ForwardMode(TorchFunctionMode):
-    """The mode in which a module's forward runs differently."""
+    """The mode in which a module's forward runs differently, in the name of `function`."""
+
+    function: str
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 
-
-def _is_proxy(x: object) -> bool:
-    return isinstance(x, torch.fx.Proxy)
+    def fail(self, why: str) -> NoReturn:
+        raise RuntimeError(
+            f"{self.function}: {type(self.module).__name__}: {why}: remove() the handle, and call "
+            f"{self.function} again, with arguments as in this forward"
+        )
 
 
 def _is_running(module: nn.Module) -> bool:
@@ -177,14 +183,12 @@ def dry_run(
             module.eval()  # accepts a single image, and does not synchronise with other ranks
     devices = {parameter.device for parameter in trial.parameters()}
     indices = sorted({device.index for device in devices if device.type == "cuda"})
-    forward, runs, returned = trial.forward, 0, None
+    forward, returned = trial.forward, None
 
     @functools.wraps(forward)
     def watched(*args: Any, **kwargs: Any) -> Any:
-        nonlocal runs, returned
-        runs += 1
-        if runs > 1:  # a model that calls itself
-            return forward(*args, **kwargs)
+        nonlocal returned
+        trial.forward = forward  # a model may call itself
         with watch:
             returned = forward(*args, **kwargs)
         return returned
@@ -207,7 +211,9 @@ def _changed_class(cls: type[nn.Module]) -> type[nn.Module]:
         run = functools.partial(cls.forward, self)
         if not changes or _is_running(self):
             return run(*args, **kwargs)
-        if not torch.compiler.is_compiling() and tree_any(_is_proxy, (args, kwargs)):
+        if not torch.compiler.is_compiling() and tree_any(
+            lambda x: isinstance(x, torch.fx.Proxy), (args, kwargs)
+        ):
             refuse("torch.fx.symbolic_trace", self, "cannot be traced")
         for function in _INNERMOST_FIRST:
             if function in changes:
@@ -250,27 +256,8 @@ def _new(cls: type[nn.Module]) -> nn.Module:
     return changed.__new__(changed)
 
 
-def _change(function: str, module: nn.Module, plans: Plans) -> None:
-    """Let the module's forward run as planned, in the name of `function`."""
-    changes: Any = vars(module).get("_forward_changes", {})
-    if "_original_class" not in vars(type(module)):
-        module.__class__ = _changed_class(type(module))
-    vars(module).pop("forward", None)  # that of its class
-    vars(module)["_forward_changes"] = {**changes, function: plans}
-
-
-def _check_restorable(module: nn.Module) -> None:
-    """Raises ValueError if the class of a module was changed again."""
-    if "_original_class" not in vars(type(module)):
-        expected = (
-            "the class that anchorops gave it: first undo what changed it later (before "
-            "fully_shard, which cannot be undone, call remove())"
-        )
-        fail("remove", "model", expected, type(module).__name__)
-
-
 def _restore(function: str, module: nn.Module) -> None:
-    """Undo `_change`."""
+    """Undo what a handle changed."""
     changes: Any = vars(module).pop("_forward_changes")
     if others := {name: plans for name, plans in changes.items() if name != function}:
         vars(module)["_forward_changes"] = others
@@ -281,22 +268,36 @@ def _restore(function: str, module: nn.Module) -> None:
 
 
 class Handle:
-    """Changes modules of a model, in the name of a function, until `remove()`."""
+    """Changes modules of a model, in the name of a function, until `remove()`. found: what a record
+    of the logger names."""
 
-    def __init__(self, function: str, model: nn.Module, plans: dict[nn.Module, Plans]) -> None:
+    def __init__(
+        self, function: str, model: nn.Module, plans: dict[nn.Module, Plans], found: Iterable[str]
+    ) -> None:
         self._function, self._model, self._plans = function, model, [*plans.items()]
+        self._found = tuple(found)
         for module, how in self._plans:
-            _change(function, module, how)
+            changes: Any = vars(module).get("_forward_changes", {})
+            if "_original_class" not in vars(type(module)):
+                module.__class__ = _changed_class(type(module))
+            vars(module).pop("forward", None)  # that of its class
+            vars(module)["_forward_changes"] = {**changes, function: how}
+        _logger.info("%r", self)
 
     def remove(self) -> None:
         """Restore the forward of the model. Called again, it does nothing, also if the model was
-        changed again meanwhile."""
+        changed again meanwhile. Raises ValueError if the class of a module was changed again."""
         changed = [
             module
             for module, plans in self._plans
             if vars(module).get("_forward_changes", {}).get(self._function) is plans
         ]
         for module in changed:
-            _check_restorable(module)
+            if "_original_class" not in vars(type(module)):
+                expected = (
+                    "the class that anchorops gave it: first undo what changed it later (before "
+                    "fully_shard, which cannot be undone, call remove())"
+                )
+                fail("remove", "model", expected, type(module).__name__)
         for module in changed:
             _restore(self._function, module)

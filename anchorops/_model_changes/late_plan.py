@@ -14,7 +14,7 @@ import contextlib
 import weakref
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -85,15 +85,15 @@ class Plan:
         with late:
             output = forward(*args, **kwargs)
         if counts != self.counts:
-            late._fail(f"calls {counts}, where the dry run had {self.counts}")
+            late.fail(f"calls {counts}, where the dry run had {self.counts}")
         returned = [tensor for _, tensor in tensors(output)]
         if late.postponed or any(late._is_stand_in(x) for x in returned):
-            late._fail("an upsampled map is returned, or no convolution reads it")
+            late.fail("an upsampled map is returned, or no convolution reads it")
         if not torch.compiler.is_compiling():
             left = [weakref.ref(x) for x, _ in stand_ins]
             stand_ins.clear()
             if any(x() is not None for x in left):
-                late._fail("something keeps a map that only the convolution reads")
+                late.fail("something keeps a map that only the convolution reads")
         return output
 
 
@@ -164,6 +164,8 @@ class _Late(ForwardMode):
     and stand_ins are changed: they are made outside of the mode, because torch.compile requires
     it. stand_ins: each with the number of the call of F.linear that it is a view of, or None."""
 
+    function = "late_upsampling"
+
     def __init__(
         self,
         plan: Plan,
@@ -197,7 +199,7 @@ class _Late(ForwardMode):
             linear = self._linear(args[0]) if func in VIEWS and args else None
             if linear is None:
                 name = resolve_name(func) or func
-                self._fail(f"{name} reads a map that the convolution reads")
+                self.fail(f"{name} reads a map that the convolution reads")
             self.stand_ins.append((result, linear))
         return result
 
@@ -207,12 +209,6 @@ class _Late(ForwardMode):
 
     def _is_stand_in(self, x: Tensor) -> bool:
         return any(x is y for y, _ in self.stand_ins)
-
-    def _fail(self, why: str) -> NoReturn:
-        advice = (
-            "remove() the handle, and call late_upsampling again, with arguments as in this forward"
-        )
-        raise RuntimeError(f"late_upsampling: {type(self.module).__name__}: {why}: {advice}")
 
     def _stand_in(
         self, kind: str, number: int, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -244,28 +240,28 @@ class _Late(ForwardMode):
         that it had."""
         call = self.postponed.pop((kind, number), None)
         if call is None or (stand_in is not None and call.stand_in is not stand_in):
-            self._fail("the convolution reads another map than in the dry run")
+            self.fail("the convolution reads another map than in the dry run")
         if [version(x) for x in call.read] != call.versions:
-            self._fail("a map is changed in place between its upsampling and the convolution")
+            self.fail("a map is changed in place between its upsampling and the convolution")
         if not call.graph_state == graph_state() == (call.graph_state.grad, self.hooks):
             why = "torch.utils.checkpoint or torch.no_grad begins or ends between the upsampling "
-            self._fail(f"{why}and the convolution")
+            self.fail(f"{why}and the convolution")
         return call
 
     def _mixed(self, move: Move, conv: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """Σ_i up(conv_i(x_i))."""
         input, weight, bias, objection = convolution_arguments(*args, **kwargs)
         if objection is not None:
-            self._fail(f"{objection}, unlike in the dry run")
+            self.fail(f"{objection}, unlike in the dry run")
         # what runs here, the modes around this one have seen already
         with torch._C.DisableTorchFunction():
             maps = [input] if move.cat is None else self._take("cat", move.cat, input).read
             if len(maps) != len(move.parts):
-                self._fail(f"torch.cat of {len(maps)} maps, in the dry run {len(move.parts)}")
+                self.fail(f"torch.cat of {len(maps)} maps, in the dry run {len(move.parts)}")
             columns = weight.split([x.shape[1] for x in maps], dim=1)
             early = [i for i, part in enumerate(move.parts) if part.up is None]
             if any(self._is_stand_in(maps[i]) for i in early):
-                self._fail("the convolution reads another map than in the dry run")
+                self.fail("the convolution reads another map than in the dry run")
             total = None
             if early:
                 x, w = (torch.cat([y[i] for i in early], 1) for y in (maps, columns))
@@ -278,14 +274,14 @@ class _Late(ForwardMode):
                 if self._linear(source) != part.linear or (
                     part.linear is None and self._is_stand_in(source)
                 ):
-                    self._fail("the upsampling reads another map than in the dry run")
+                    self.fail("the upsampling reads another map than in the dry run")
                 if part.linear is None:
                     y = conv(_as_joined(source, input), w, bias)
                 else:
                     linear = self._take("linear", part.linear)
                     tokens = _as_joined(linear.read[0], input)
                     if tokens.shape[0] != source.shape[0]:
-                        self._fail("the tokens of several images are in one sequence")
+                        self.fail("the tokens of several images are in one sequence")
                     y = _composed(linear, tokens, w.flatten(1), bias)
                     y = y.transpose(1, 2).reshape(*y.shape[::2], *source.shape[2:])
                 y = _upsampled(y, x.shape[2:], up)
@@ -324,14 +320,11 @@ def _composed(linear: _Postponed, tokens: Tensor, w: Tensor, bias: Tensor | None
 def _upsampled(y: Tensor, size: torch.Size, up: _Postponed) -> Tensor:
     """(B, O, *size), in the dtype of y: under CUDA's autocast F.interpolate would return float32,
     although it computes in float32 anyway."""
-    if all(a == b for a, b in zip(y.shape[2:], size, strict=True)) and _size(up) is not None:
+    given = up.rest[0] if up.rest else up.options.get("size")
+    if given is not None and all(a == b for a, b in zip(y.shape[2:], size, strict=True)):
         return y
     with _without_autocast(y.device.type):
         return F.interpolate(y, *up.rest, **up.options)
-
-
-def _size(up: _Postponed) -> Any:
-    return up.rest[0] if up.rest else up.options.get("size")
 
 
 def has_hooks(layer: nn.Module) -> bool:
@@ -341,14 +334,8 @@ def has_hooks(layer: nn.Module) -> bool:
         layer._compiled_call_impl is not None
         or "_orig_mod" in layer._modules
         or "forward" in vars(layer)
-        or any(
-            (
-                layer._forward_hooks,
-                layer._forward_pre_hooks,
-                layer._backward_hooks,
-                layer._backward_pre_hooks,
-            )
-        )
+        or bool(layer._forward_hooks or layer._forward_pre_hooks)
+        or bool(layer._backward_hooks or layer._backward_pre_hooks)
     )
 
 

@@ -6,8 +6,9 @@ import itertools
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ class _Run:
 
 
 class _Call:
-    """One call of the dry run that made a tensor.
+    """One call of the dry run.
 
     Attributes:
         kind: of late_plan.KINDS, "view" or "".
@@ -55,17 +56,10 @@ class _Call:
         changed: whether the result was changed in place before it was read.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        name: str,
-        result: Tensor | None,
-        place: list[tuple[_Run, int]],
-    ) -> None:
+    def __init__(self, kind: str, name: str, result: Tensor, place: list[tuple[_Run, int]]) -> None:
         self.kind, self.name, self.place = kind, name, place
-        self.result = weakref.ref(result) if result is not None else lambda: None
-        self.shape = result.shape if result is not None else torch.Size()
-        self.version = version(result) if result is not None else 0
+        self.result = weakref.ref(result)
+        self.shape, self.version = result.shape, version(result)
         self.sources: list[_Call | None] = []
         self.shapes: list[torch.Size] = []
         self.read: list[tuple[Tensor, int]] = []
@@ -76,6 +70,9 @@ class _Call:
         self.weight: Tensor | None = None  # of a convolution or a linear layer
         self.objection: str | None = None  # why it commutes with no upsampling
         self.tokens: list[_Call] = []  # of an upsampling: the views after a linear layer, and it
+        # of a convolution: for each map that it reads, the upsampling and the linear layer that
+        # run later
+        self.parts: list[tuple[_Call | None, _Call | None]] = []
 
     @property
     def alone(self) -> bool:
@@ -94,23 +91,18 @@ class _Watch(TorchFunctionMode):
         self._makers: dict[int, _Call] = {}
         for name, module in model.named_modules():
             # after the module's own hooks before its forward, and before those after it
-            module.register_forward_pre_hook(self._before(name), with_kwargs=True)
-            module.register_forward_hook(self._after(name), with_kwargs=True, prepend=True)
+            begin, end = partial(self._begin, name), partial(self._end, name)
+            module.register_forward_pre_hook(begin, with_kwargs=True)
+            module.register_forward_hook(end, with_kwargs=True, prepend=True)
 
-    def _before(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._see(name, [args, kwargs])
-            self._stack.append(_Run(name))
-            self.runs.append(self._stack[-1])
+    def _begin(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._see(name, [args, kwargs])
+        self._stack.append(_Run(name))
+        self.runs.append(self._stack[-1])
 
-        return hook
-
-    def _after(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            self._stack.pop()
-            self._see(name, output)
-
-        return hook
+    def _end(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._stack.pop()
+        self._see(name, output)
 
     def _see(self, name: str, values: object) -> None:
         for _, tensor in tensors(values):
@@ -137,7 +129,7 @@ class _Watch(TorchFunctionMode):
         for run in self._stack:
             run.counts[kind] += 1
         name = resolve_name(func) or getattr(func, "__name__", repr(func))
-        call = _Call(kind, name, made[0] if made else None, place)
+        call = _Call(kind, name, made[0] if made else torch.empty(0), place)
         for x in read:
             if maker := self._maker(x):
                 maker.readers.append(call)
@@ -196,12 +188,8 @@ def _is_plain(weight: Tensor | None) -> bool:
     return plain and weight is not None and weight.is_floating_point()
 
 
-# the upsampling and the linear layer of a map that run later
-_Choice = tuple[_Call | None, _Call | None]
-
-
-def _parts(conv: _Call, modules: dict[str, nn.Module]) -> list[_Choice]:
-    """For each map that the convolution reads: the upsampling and the linear layer to run later.
+def _choose_parts(conv: _Call, modules: dict[str, nn.Module]) -> None:
+    """Choose what runs later.
 
     Counted in multiplications for each pixel of the result, with O outputs, H channels of the map,
     C of the tokens, r low-resolution pixels for each pixel, and u to upsample a value, a map costs
@@ -210,9 +198,9 @@ def _parts(conv: _Call, modules: dict[str, nn.Module]) -> list[_Choice]:
     """
     source = conv.sources[0]
     if conv.objection or source is None or conv.weight is None or not source.alone:
-        return []
+        return
     joined = source if source.kind == "cat" and source.objection is None else conv
-    parts: list[_Choice] = []
+    parts: list[tuple[_Call | None, _Call | None]] = []
     outputs, saved, total = conv.weight.shape[0], 0.0, 0.0
     upsampling = UPSAMPLING_ON_CPU if conv.weight.is_cpu else UPSAMPLING_ON_GPU
     for up, shape in zip(joined.sources, joined.shapes, strict=True):
@@ -236,7 +224,8 @@ def _parts(conv: _Call, modules: dict[str, nn.Module]) -> list[_Choice]:
         if cheapest + upsampling * outputs < now + upsampling * channels:
             parts[-1] = (up, linear)
             saved += now - cheapest
-    return parts if saved > LEAST_SAVED * total else []
+    if saved > LEAST_SAVED * total:
+        conv.parts = parts
 
 
 def _plain(call: _Call, modules: dict[str, nn.Module]) -> bool:
@@ -251,24 +240,24 @@ def _read_by(call: _Call) -> str:
     if call.changed:
         return "which is changed in place"
     reader = call.readers[0]
-    what = reader.objection or reader.name
+    more = ""
     if len(call.readers) > 1:
-        return f"read by {what} and {len(call.readers) - 1} more"
-    if call.result() is not None:
-        return f"read by {what}, and kept"
-    if reader.kind == "cat" and reader.objection is None:
-        return f"read by {what}, {_read_by(reader)}"
-    if reader.kind == "conv" and reader.objection is None:
-        return f"read by {what}, where it would save little time"
-    return f"read by {what}"
+        more = f" and {len(call.readers) - 1} more"
+    elif call.result() is not None:
+        more = ", and kept"
+    elif reader.kind == "cat" and reader.objection is None:
+        more = f", {_read_by(reader)}"
+    elif reader.kind == "conv" and reader.objection is None:
+        more = ", where it would save little time"
+    return f"read by {reader.objection or reader.name}{more}"
 
 
-def _later(conv: _Call, parts: list[_Choice]) -> Iterator[_Call]:
+def _later(conv: _Call) -> Iterator[_Call]:
     """The calls that give stand-ins."""
     source = conv.sources[0]
     if source is not None and source.kind == "cat":
         yield source
-    for up, linear in parts:
+    for up, linear in conv.parts:
         if up is not None:
             yield up
             yield from up.tokens if linear is not None else ()
@@ -295,35 +284,35 @@ def find(model: nn.Module, args: Any, kwargs: Any, training: bool) -> LatePlans:
     for call in watch.calls:
         call.read.clear()
     modules = dict(model.named_modules())
-    choices = {call: _parts(call, modules) for call in watch.calls if call.kind == "conv"}
-    depths = {
-        conv: _depth([conv, *_later(conv, parts)]) for conv, parts in choices.items() if parts
-    }
+    convs = [call for call in watch.calls if call.kind == "conv"]
+    for conv in convs:
+        _choose_parts(conv, modules)
+    depths = {conv: _depth([conv, *_later(conv)]) for conv in convs if conv.parts}
     # modes of two modules, one inside the other, would count each other's calls
     names = {conv.place[depth][0].name for conv, depth in depths.items()}
     moves: dict[_Run, list[_Call]] = {}
     objections: dict[_Call, str] = {}
     for conv, innermost in depths.items():
         run = next(run for run, _ in conv.place[: innermost + 1] if run.name in names)
-        objection = _objection(conv, choices[conv], modules, run)
+        objection = _objection(conv, modules, run)
         if objection is None:
             moves.setdefault(run, []).append(conv)
         else:
-            objections.update(dict.fromkeys(_later(conv, choices[conv]), objection))
+            objections.update(dict.fromkeys(_later(conv), objection))
     plans: dict[str, late_plan.Plan] = {}
     moved: dict[_Call, str] = {}
     for name in dict.fromkeys(run.name for run in moves):
         runs = [run for run in watch.runs if run.name == name]
-        candidates = [_plan(run, moves.get(run, []), choices, modules) for run in runs]
+        candidates = [_plan(run, moves.get(run, []), modules) for run in runs]
         convs = [conv for run in runs for conv in moves.get(run, [])]
         if any(plan != candidates[0] for plan in candidates):
             objection = f"in {name or 'the model'}, which runs several times, not always the same"
             for conv in convs:
-                objections.update(dict.fromkeys(_later(conv, choices[conv]), objection))
+                objections.update(dict.fromkeys(_later(conv), objection))
             continue
         plans[name] = candidates[0]
         for conv in convs:
-            moved.update(dict.fromkeys(_later(conv, choices[conv]), _line(conv, choices[conv])))
+            moved.update(dict.fromkeys(_later(conv), _line(conv)))
     left = [
         f"F.interpolate to {tuple(call.shape)}, {objections.get(call) or _read_by(call)}"
         for call in watch.calls
@@ -339,12 +328,10 @@ def _depth(calls: list[_Call]) -> int:
     return len(list(together)) - 1
 
 
-def _objection(
-    conv: _Call, parts: list[_Choice], modules: dict[str, nn.Module], run: _Run
-) -> str | None:
-    """Why these calls cannot run later, although they commute."""
-    calls = list(_later(conv, parts))
-    states = {(call.graph_state.grad, call.graph_state.hooks) for call in [conv, *calls]}
+def _objection(conv: _Call, modules: dict[str, nn.Module], run: _Run) -> str | None:
+    """Why the calls of its parts cannot run later, although they commute."""
+    calls = list(_later(conv))
+    states = {call.graph_state for call in [conv, *calls]}
     if states != {(conv.graph_state.grad, run.graph_state.hooks)}:
         return f"where a checkpoint or torch.no_grad begins or ends in {run.name or 'the model'}"
     if isinstance(modules[run.name], GENERATED):
@@ -360,12 +347,7 @@ def _objection(
     return None
 
 
-def _plan(
-    run: _Run,
-    convs: list[_Call],
-    choices: dict[_Call, list[_Choice]],
-    modules: dict[str, nn.Module],
-) -> late_plan.Plan:
+def _plan(run: _Run, convs: list[_Call], modules: dict[str, nn.Module]) -> late_plan.Plan:
     moves, postponed, layers = {}, set(), set()
 
     def number(call: _Call | None) -> int | None:
@@ -374,9 +356,9 @@ def _plan(
     for conv in convs:
         source = conv.sources[0]
         cat = number(source) if source is not None and source.kind == "cat" else None
-        parts = tuple(late_plan.Part(number(up), number(linear)) for up, linear in choices[conv])
+        parts = tuple(late_plan.Part(number(up), number(linear)) for up, linear in conv.parts)
         moves[number(conv)] = late_plan.Move(cat, parts)
-        for call in _later(conv, choices[conv]):
+        for call in _later(conv):
             layers |= {modules[name] for name in call.layers}
             if call.kind != "view":
                 postponed.add((call.kind, number(call)))
@@ -389,8 +371,8 @@ def _plan(
     return late_plan.Plan(moves, frozenset(postponed), counts, classes)
 
 
-def _line(conv: _Call, parts: list[_Choice]) -> str:
-    ups, linears = (sum(call is not None for call in calls) for calls in zip(*parts, strict=True))
+def _line(conv: _Call) -> str:
+    ups, linears = (sum(x is not None for x in calls) for calls in zip(*conv.parts, strict=True))
     maps = f"{ups} map" + "s" * (ups > 1)
     products = f", {linears} multiplied with a linear layer" if linears else ""
     return f"{conv.place[-1][0].name or 'the model'} before the upsampling of {maps}{products}"

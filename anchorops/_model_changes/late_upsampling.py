@@ -1,9 +1,5 @@
 """`late_upsampling`: 1×1 convolutions run before the upsampling of their input."""
 
-from __future__ import annotations
-
-import logging
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -12,22 +8,14 @@ from .._checks import fail
 from .changed import Handle, Plans, check_model
 from .late_search import find
 
-_logger = logging.getLogger("anchorops")
-
 
 class LateUpsampling(Handle):
     """The result of `late_upsampling`. `remove()` restores the order of the model's calls."""
 
-    def __init__(
-        self, model: nn.Module, plans: dict[nn.Module, Plans], moved: Iterable[str]
-    ) -> None:
-        super().__init__("late_upsampling", model, plans)
-        self._moved = tuple(moved)
-
     @property
     def moved(self) -> list[str]:
         """A line for each convolution that runs before the upsampling, with its name."""
-        return [*self._moved]
+        return [*self._found]
 
     def __repr__(self) -> str:
         return f"late_upsampling of {type(self._model).__name__}: {'; '.join(self.moved)}"
@@ -94,6 +82,4 @@ def late_upsampling(model: nn.Module, *args: Any, **kwargs: Any) -> LateUpsampli
         for name in dict.fromkeys([*training.plans, *evaluation.plans])
     }
     moved = dict.fromkeys([*training.moved, *evaluation.moved])
-    handle = LateUpsampling(model, plans, moved)
-    _logger.info("%r", handle)
-    return handle
+    return LateUpsampling("late_upsampling", model, plans, moved)

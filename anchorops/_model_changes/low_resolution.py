@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import operator
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,6 @@ from .changed import (
     version,
 )
 
-_logger = logging.getLogger("anchorops")
 _UPSAMPLED = " of an upsampled tensor"
 # the same for logits at low resolution
 _OF_GRAPH = {getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf")}
@@ -92,14 +90,6 @@ class _Upsampling:
         self.source_version = version(source)
         self.results = [(result, version(result))]
         self.readers: list[str] = []
-
-    def returns(self, tensor: Tensor) -> bool:
-        """Whether this is the result, or made of it by functions that commute."""
-        return any(tensor is result for result, _ in self.results)
-
-    @property
-    def align_corners(self) -> bool:
-        return bool(self.options.get("align_corners"))
 
     def objection(self) -> str | None:
         """Why the loss cannot replace this upsampling, or None if it can."""
@@ -185,18 +175,18 @@ class _Plan:
     align_corners: bool
 
     def __call__(self, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        calls: list[_Skipped | None] = []
-        with _Skip(self, calls, module):
+        calls: list[list[_Low]] = []
+        skip = _Skip(self, calls, module)
+        with skip:
             output = forward(*args, **kwargs)
         if (got := len(calls)) != self.calls:
-            _fail(module, f"{got} calls of F.interpolate, where the dry run had {self.calls}")
+            skip.fail(f"{got} calls of F.interpolate, where the dry run had {self.calls}")
         outputs = [tensor for _, tensor in tensors(output)]
         for number in self.returned:
-            results = calls[number] or []
-            if not any(tensor is low.tensor for tensor in outputs for low in results):
-                _fail(module, "the output is not the input of the last upsampling")
-            if any(version(low.tensor) != low.version for low in results):
-                _fail(module, "the logits are changed in place after the upsampling")
+            if not any(tensor is low.tensor for tensor in outputs for low in calls[number]):
+                skip.fail("the output is not the input of the last upsampling")
+            if any(version(low.tensor) != low.version for low in calls[number]):
+                skip.fail("the logits are changed in place after the upsampling")
         return output
 
 
@@ -223,16 +213,14 @@ class _Low(NamedTuple):
         return _Low(low, version(low), [*result.shape])
 
 
-# What a skipped call returned, a view of its input, and what was made of it by functions that
-# commute with upsampling.
-_Skipped: TypeAlias = list[_Low]
-
-
 class _Skip(ForwardMode):
-    """Skips the calls of F.interpolate that a plan names. `calls` receives each skipped call, and
-    None for every other one."""
+    """Skips the calls of F.interpolate that a plan names. `calls` receives a list for each call: if
+    it is skipped, what it returned, a view of its input, and what was made of it by functions that
+    commute with upsampling."""
 
-    def __init__(self, plan: _Plan, calls: list[_Skipped | None], module: nn.Module) -> None:
+    function = "low_resolution"
+
+    def __init__(self, plan: _Plan, calls: list[list[_Low]], module: nn.Module) -> None:
         super().__init__(module)
         self.plan, self.calls = plan, calls
 
@@ -241,27 +229,26 @@ class _Skip(ForwardMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.interpolate:
-            source = args[0] if args else kwargs["input"]
-            skipped = len(self.calls) in self.plan.returned
-            if skipped and not torch.compiler.is_compiling():  # which gives options by position
+            if len(self.calls) not in self.plan.returned:
+                self.calls.append([])
+                return func(*args, **kwargs)
+            if not torch.compiler.is_compiling():  # which gives options by position
                 if bool(kwargs.get("align_corners")) != self.plan.align_corners:
-                    _fail(self.module, "the upsampling has another align_corners")
+                    self.fail("the upsampling has another align_corners")
                 if objection := _objection(kwargs):
-                    _fail(self.module, f"the upsampling has {objection}")
-            result = source.view_as(source) if skipped else func(*args, **kwargs)
-            if skipped:
-                low = _Low(result, version(source), _full_shape(args, kwargs, source))
-            self.calls.append([low] if skipped else None)
+                    self.fail(f"the upsampling has {objection}")
+            source = args[0] if args else kwargs["input"]
+            result = source.view_as(source)
+            self.calls.append([_Low(result, version(source), _full_shape(args, kwargs, source))])
             return result
-        skipped_calls = [call for call in self.calls if call is not None]
         if func in _VIEWS:
             first = args[0] if args else kwargs.get("input")
-            for call in skipped_calls:
+            for call in self.calls:
                 for low in call:
                     if low.tensor is first:
                         return self._add(call, low.view(func, args, kwargs), func).tensor
         result = func(*args, **kwargs)
-        for call in skipped_calls:
+        for call in self.calls:
             for low in call:
                 if _reads(func, args, kwargs, result, [low.tensor]):
                     commutes = _commutes(func, args, kwargs, low.tensor, result)
@@ -270,16 +257,11 @@ class _Skip(ForwardMode):
                     break
         return result
 
-    def _add(self, call: _Skipped, made: _Low | None, func: Any) -> _Low:
+    def _add(self, call: list[_Low], made: _Low | None, func: Any) -> _Low:
         if made is None:
-            _fail(self.module, f"{_name(func)} reads the upsampled tensor")
+            self.fail(f"{_name(func)} reads the upsampled tensor")
         call.append(made)
         return made
-
-
-def _fail(module: nn.Module, why: str) -> NoReturn:
-    advice = "remove() the handle, and call low_resolution again, with arguments as in this forward"
-    raise RuntimeError(f"low_resolution: {type(module).__name__}: {why}: {advice}")
 
 
 class LowResolution(Handle):
@@ -290,14 +272,14 @@ class LowResolution(Handle):
     """
 
     def __init__(self, model: nn.Module, plans: Plans, corners: dict[str, bool]) -> None:
-        super().__init__("low_resolution", model, {model: plans})
-        self._outputs, self.align_corners = tuple(corners), next(iter(corners.values()))
+        self.align_corners = next(iter(corners.values()))
+        super().__init__("low_resolution", model, {model: plans}, corners)
 
     @property
     def outputs(self) -> list[str]:
         """The places of low-resolution logits in the model's output in training mode, for example
         "['out']"."""
-        return [*self._outputs]
+        return [*self._found]
 
     def __repr__(self) -> str:
         places = ", ".join(self.outputs)
@@ -317,20 +299,22 @@ def _find(
     returned: dict[int, str] = {}
     for place, tensor in outputs.items():
         for number, up in enumerate(watch.upsamplings):
-            if up.returns(tensor):
+            if any(tensor is result for result, _ in up.results):
                 returned.setdefault(number, place)
     expected = (
         "a last step F.interpolate(…, mode='bilinear' or 'trilinear') whose result is returned"
     )
-    mode = "" if training else "in evaluation mode: "
+
+    def refuse(got: str) -> NoReturn:
+        mode = "" if training else "in evaluation mode: "
+        fail("low_resolution", "model", expected, f"{mode}{got}")
+
     before_hooks = [tensor for _, tensor in tensors(forward_output)]
     if not all(any(tensor is x for x in before_hooks) for tensor in outputs.values()):
-        got = "a forward hook of the model that changes its output: remove the hook"
-        fail("low_resolution", "model", expected, f"{mode}{got}")
+        refuse("a forward hook of the model that changes its output: remove the hook")
     if not outputs:
-        got = f"a {type(output).__name__}, in which no tensor was found"
-        got = f"{mode}{got} (dicts, lists and tuples are searched)"
-        fail("low_resolution", "model", expected, got)
+        found = f"a {type(output).__name__}, in which no tensor was found"
+        refuse(f"{found} (dicts, lists and tuples are searched)")
     if not returned:
         got = ", ".join(
             f"{place} of shape {tuple(tensor.shape)} from {watch.maker(tensor)}"
@@ -343,12 +327,15 @@ def _find(
             if made
             else "an output that was not upsampled can be passed to the loss directly"
         )
-        fail("low_resolution", "model", expected, f"{mode}{got}; {advice}")
+        refuse(f"{got}; {advice}")
     for number, place in returned.items():
         objection = watch.upsamplings[number].objection()
         if objection is not None:
-            fail("low_resolution", "model", expected, f"{mode}{place}: {objection}")
-    corners = {place: watch.upsamplings[number].align_corners for number, place in returned.items()}
+            refuse(f"{place}: {objection}")
+    corners = {
+        place: bool(watch.upsamplings[number].options.get("align_corners"))
+        for number, place in returned.items()
+    }
     # all alike, or low_resolution refuses the model
     align_corners = next(iter(corners.values()))
     return _Plan(len(watch.upsamplings), frozenset(returned), align_corners), corners
@@ -401,17 +388,13 @@ def low_resolution(
     """
     model = check_model("low_resolution", model, args, kwargs)
     check_flags("low_resolution", always=always)
-    plan, corners = _find(model, args, kwargs, training=True)
-    plans = Plans(plan, None)
+    training, corners = _find(model, args, kwargs, training=True)
+    evaluation = None
     if always:
-        plan, evaluation_corners = _find(model, args, kwargs, training=False)
-        plans = Plans(plans.training, plan)
-        evaluation_corners = {f"{k} in evaluation mode": v for k, v in evaluation_corners.items()}
-        if {*evaluation_corners.values()} != {*corners.values()}:
-            corners |= evaluation_corners
+        evaluation, others = _find(model, args, kwargs, training=False)
+        if {*others.values()} != {*corners.values()}:
+            corners |= {f"{place} in evaluation mode": value for place, value in others.items()}
     if len({*corners.values()}) > 1:
         places = ", ".join(f"{place}: {value}" for place, value in corners.items())
         fail("low_resolution", "model", "one align_corners for all outputs", places)
-    handle = LowResolution(model, plans, corners)
-    _logger.info("%r", handle)
-    return handle
+    return LowResolution(model, Plans(training, evaluation), corners)

@@ -44,11 +44,6 @@ def _gpus() -> str:
     )
 
 
-def _nvcc() -> str:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    return f"{home}/bin/nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-
-
 def _extension() -> list[str]:
     if reason := unusable()["cpu"]:
         return [f"not loaded: {reason}"]
@@ -64,6 +59,8 @@ def _extension() -> list[str]:
 
 def _machine() -> dict[str, list[str]]:
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = f"{home}/bin/nvcc" if home else shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     cuda = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     return {
         "anchorops": [f"{__version__} ({Path(__file__).parents[1]})"],
@@ -73,7 +70,7 @@ def _machine() -> dict[str, list[str]]:
         "triton": [str(environment(torch.device("cpu"))["triton"])],
         "GPU": [_gpus()],
         "compiler": [_tool(shlex.split(compiler), 0)],
-        "nvcc": [_tool([_nvcc()], 3)],
+        "nvcc": [_tool([nvcc], 3)],
     }
 
 

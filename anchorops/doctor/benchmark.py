@@ -1,7 +1,6 @@
 """`anchorops-doctor --benchmark`: losses and operators beside torch's own formulas. By the same
 calls bench/ compares two versions of a kernel."""
 
-import contextlib
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from statistics import median
@@ -88,25 +87,19 @@ def _cost(run: Run, tiny_run: Run, device: torch.device, seconds: float) -> Cost
     peak = peak_extra_bytes(run, device)
     measured, _ = measure(run, 0, device, seconds=seconds)
     times = []
-    for _ in range(20):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            times.append(duration(run))
-        else:
-            with _one_thread():
-                times.append(duration(tiny_run))
-    return Cost(measured.median, peak, median(times))
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Threads of small operators wait for each other."""
     threads = torch.get_num_threads()
+    # Threads of small operators wait for each other.
     torch.set_num_threads(1)
     try:
-        yield
+        for _ in range(20):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                times.append(duration(run))
+            else:
+                times.append(duration(tiny_run))
     finally:
         torch.set_num_threads(threads)
+    return Cost(measured.median, peak, median(times))
 
 
 def _error(ours: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:

@@ -17,14 +17,14 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import anchorops as ao
 
-from .._backend import NAMES, NOT_AUTO, OPERATORS, excluded
+from .._backend import NOT_AUTO, OPERATORS, excluded
 from .._libraries import TRITON_ON_HOST, unusable
 from ..measure import cuda_graph, environment
 from .catalogue import Case, Inputs, cases
@@ -48,6 +48,10 @@ class Row(NamedTuple):
     note: str = ""
     seconds: float = 0.0
     parts: tuple[str, ...] = ()  # the operators that it calls
+
+    @property
+    def is_fault(self) -> bool:
+        return self.right is False or (self.right is None and self.note != "")
 
     def __str__(self) -> str:
         unchecked = "not checked" if self.note else "not served"
@@ -130,10 +134,16 @@ def run(case: Case, backend: str, device: torch.device) -> Row:
     return _checked(_row_of(case, backend), device, partial(_compare, case, backend, device))
 
 
-def _environments(
-    backend: str, device: torch.device
-) -> dict[str, Callable[[Inputs], list[Tensor]]]:
-    """Ways to call a loss, which give the same bits as a plain call."""
+def device_of(backend: str) -> torch.device:
+    """Where a backend runs: kernels without a GPU read tensors of the CPU."""
+    simulated = backend == "triton" and TRITON_ON_HOST
+    on_gpu = backend != "cpu" and torch.cuda.is_available() and not simulated
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def environment_rows(backend: str, device: torch.device) -> Iterator[Row]:
+    """Ways to call a loss, of which the first gives what the others must give. They say nothing
+    about an operator."""
 
     def loss(z: Tensor, y: Tensor) -> Tensor:
         if backend == "cuda":  # it has no pixel losses
@@ -145,9 +155,6 @@ def _environments(
         z = inputs["logits"].detach().requires_grad_()
         value = function(z, inputs["labels"])
         return [value.detach(), *torch.autograd.grad(value, z)]
-
-    def compiled(inputs: Inputs) -> list[Tensor]:
-        return call(inputs, torch.compile(loss, fullgraph=True, backend="aot_eager"))
 
     def autocast(inputs: Inputs) -> list[Tensor]:
         with torch.autocast(device.type, torch.bfloat16):
@@ -161,11 +168,6 @@ def _environments(
         torch.cuda.current_stream().wait_stream(stream)
         return results
 
-    def graph(inputs: Inputs) -> list[Tensor]:
-        results = cuda_graph(lambda: call(inputs))()
-        assert isinstance(results, list)
-        return results
-
     def without_synchronising(inputs: Inputs) -> list[Tensor]:
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -177,29 +179,22 @@ def _environments(
         results = call({name: x.to("cuda:1") for name, x in inputs.items()})
         return [x.to(device) for x in results]
 
-    ways = {"a plain call": call, "torch.compile, fullgraph": compiled, "autocast": autocast}
+    compiled = partial(torch.compile, loss, fullgraph=True, backend="aot_eager")
+    ways: dict[str, Callable[[Inputs], Any]] = {
+        "a plain call": call,
+        "torch.compile, fullgraph": lambda inputs: call(inputs, compiled()),
+        "autocast": autocast,
+    }
     if device.type == "cuda":
-        ways |= {"another stream": other_stream, "a CUDA graph": graph}
+        ways["another stream"] = other_stream
+        ways["a CUDA graph"] = lambda inputs: cuda_graph(partial(call, inputs))()
         ways["no synchronisation"] = without_synchronising
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         if len(names) > 1 and names[0] == names[1]:  # other GPUs may add in another order
             ways["GPU 1 while 0 is current"] = other_gpu
-    return ways
-
-
-def device_of(backend: str) -> torch.device:
-    """Where a backend runs: kernels without a GPU read tensors of the CPU."""
-    simulated = backend == "triton" and TRITON_ON_HOST
-    on_gpu = backend != "cpu" and torch.cuda.is_available() and not simulated
-    return torch.device("cuda" if on_gpu else "cpu")
-
-
-def environment_rows(backend: str, device: torch.device) -> Iterator[Row]:
-    """The ways to call a loss, of which the first gives what the others must give. They say nothing
-    about an operator."""
     expected: list[Tensor] = []
 
-    def same(way: Callable[[Inputs], list[Tensor]]) -> tuple[float, float, str]:
+    def same(way: Callable[[Inputs], Any]) -> tuple[float, float, str]:
         made = BASE(1, random_of("environment"))
         inputs = {name: _between_nan(x, device) for name, x in made.items()}
         with ao.use_backend(backend):
@@ -208,7 +203,7 @@ def environment_rows(backend: str, device: torch.device) -> Iterator[Row]:
         equal = all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
         return (0.0, 0.0, "") if equal else (torch.inf, 0.0, "other bits than a plain call")
 
-    for name, way in _environments(backend, device).items():
+    for name, way in ways.items():
         yield _checked(Row("environment", backend, name), device, partial(same, way))
 
 
@@ -232,16 +227,15 @@ def verify(backend: str, everything: bool) -> Iterator[Row]:
 
 def _in_processes(backend: str, everything: bool) -> Iterator[Row]:
     """Side by side, because Triton compiles each kernel at its first launch."""
-    chosen = [
-        (i, case)
-        for i, case in enumerate(cases("all"))
-        if everything or "quick" in case.sample.tags
-    ]
     spawn = multiprocessing.get_context("spawn")
     workers = min(MOST_WORKERS, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-        futures = [pool.submit(_run_number, number, backend) for number, _ in chosen]
-        for future, (_, case) in zip(futures, chosen, strict=True):
+        futures = {
+            pool.submit(_run_number, number, backend): case
+            for number, case in enumerate(cases("all"))
+            if everything or "quick" in case.sample.tags
+        }
+        for future, case in futures.items():
             try:
                 yield future.result()
             except BrokenProcessPool:
@@ -257,13 +251,7 @@ def not_auto(rows: Sequence[Row]) -> list[str]:
     wrong = {(row.backend, row.operator) for row in faults if row.operator in OPERATORS}
 
     def line(pairs: set[tuple[str, str]]) -> str:
-        parts = [
-            f"{backend}:{name}"
-            for backend in NAMES
-            for name in OPERATORS
-            if (backend, name) in pairs
-        ]
-        return f"export {NOT_AUTO}={','.join(parts)}"
+        return f"export {NOT_AUTO}={','.join(map(':'.join, sorted(pairs)))}"
 
     lines = [line(out | wrong)] if wrong else []
     for row in faults:
@@ -299,9 +287,7 @@ def report(backend: str | None, everything: bool, path: Path | None) -> bool:
         for row in verify(name, everything):
             print(row, flush=True)
             backend_rows.append(row)
-        faults = [
-            row for row in backend_rows if row.right is False or (row.right is None and row.note)
-        ]
+        faults = [row for row in backend_rows if row.is_fault]
         right = sum(row.right is True for row in backend_rows)
         wrong = sum(row.right is False for row in backend_rows)
         refused = len(backend_rows) - right - len(faults)
@@ -321,4 +307,4 @@ def report(backend: str | None, everything: bool, path: Path | None) -> bool:
     if path is not None:
         record = [row._replace(error=min(row.error, 1e300))._asdict() for row in rows]  # no ∞
         path.write_text(json.dumps({**versions, "rows": record}, indent=1))
-    return not any(row.right is False or (row.right is None and row.note) for row in rows)
+    return not any(row.is_fault for row in rows)

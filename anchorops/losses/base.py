@@ -135,9 +135,7 @@ class Regularizer(InitializedModule):
     uses_classifier = False
     replaces_classifier = False
     has_state = False  # whether it has buffers that a training forward updates
-    # `attach` sets both: what connects the method to a model, and what eval() calls.
-    attachment: Any = None
-    before_evaluation: Callable[[], None] | None = None
+    attachment: Any = None  # what connects it to a model; `attach` sets it
     _frozen_told = False  # whether the warning of frozen parameters was given
     if TYPE_CHECKING:  # torch.jit.script reads annotations
         step: Tensor
@@ -178,15 +176,14 @@ class Regularizer(InitializedModule):
         }
 
     def train(self, mode: bool = True) -> Regularizer:
-        if not mode and self.before_evaluation is not None:
-            self.before_evaluation()
+        if not mode and self.attachment is not None:
+            self.attachment.forget()
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the method alone is not attached, and does not copy the model. That of a model
         # has an attachment, which tells its method.
-        of_model = "attachment", "before_evaluation"
-        state = {name: x for name, x in super().__getstate__().items() if name not in of_model}
+        state = {name: x for name, x in super().__getstate__().items() if name != "attachment"}
         if any(in_transform(x) for _, x in self._terms.values()):
             state["_terms"] = {}  # tensors of torch.func's transforms cannot be copied
         return state

@@ -195,9 +195,8 @@ class CBP(Regularizer):
     def check_checkpoint(self, weight: Tensor) -> None:
         """Raises ValueError if the rows of a frozen classifier would be no basis: of several
         lengths, or not orthogonal. Then they come from a model without CBP."""
-        if self.update != "frozen" or weight.numel() != self.basis.numel():
-            return
-        if not has_values(weight):
+        comparable = weight.numel() == self.basis.numel() and has_values(weight)
+        if self.update != "frozen" or not comparable:
             return
         rows = weight.flatten(1).double()
         unit, lengths = F.normalize(rows, dim=1), rows.norm(dim=1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .._checks import check_choice, check_flags, check_number, describe, fail
+from .._checks import check_choice, check_flags, check_ignore_index, check_number, describe, fail
 from .._moments import Options, SoftmaxMoments, Wanted, as_scalar
 from .._ops.pixel_cross_entropy import divide, divisor_or_0
 from .._shared.sums import fixed_order_sum
@@ -22,7 +22,6 @@ from .pixel import (
     check_chosen_classes,
     chosen_classes,
     class_weight,
-    share_ignore_index,
 )
 
 
@@ -133,15 +132,6 @@ class Dice(MomentsLoss):
             probability_sums=True, squares=self.squared, per_image=self.per_image
         )
 
-    @property
-    def _is_defined(self) -> bool:
-        """Whether every denominator is above 0, also of a class without pixels, whose numerator
-        is 0."""
-        is_below_0_possible = self.squared and self.alpha > self.beta  # as explained for gamma
-        if self.sigmoid or self.absent == "keep" or is_below_0_possible:
-            return False
-        return self.beta + self.smooth_denominator > 0
-
     def parts(self, moments: SoftmaxMoments, logits: Tensor) -> dict[str, Tensor]:
         return {"dice": self._dice(moments, class_weight(self, logits))}
 
@@ -163,14 +153,11 @@ class Dice(MomentsLoss):
             )
             if weight is not None:
                 weight = torch.stack([weight[k] for k in self.classes])
-        # With c at least 1, which changes classes without pixels alone. Not
-        # torch.add(…, alpha=…): torch.compile would compile again with each number.
-        sizes = counts.clamp(min=1) if self._is_defined else counts
         if self.alpha == self.beta == 0.5:  # the same with fewer operators
-            denominator = 0.5 * (sums + sizes)
-        else:
+            denominator = 0.5 * (sums + counts)
+        else:  # not torch.add(…, alpha=…): torch.compile would compile again with each number
             denominator = intersections + self.alpha * (sums - intersections)
-            denominator = denominator + self.beta * (sizes - intersections)
+            denominator = denominator + self.beta * (counts - intersections)
         if self.smooth_denominator > 0:
             denominator = denominator + self.smooth_denominator
         present: Any = 1 if self.absent == "keep" else counts.clamp(max=1)
@@ -178,13 +165,10 @@ class Dice(MomentsLoss):
         if self.smooth > 0:
             numerator = numerator + present * as_scalar(self.smooth, numerator)
         # Before the division, because the derivative of a skipped score may be 0 · ∞.
-        if not self._is_defined:
-            undefined = denominator <= 0  # false for NaN, which must not become a score of 0
-            if self.absent != "keep":
-                undefined = undefined | (counts == 0)
-            numerator = numerator.masked_fill(undefined, 0)
-            denominator = denominator.masked_fill(undefined, 1)
-        scores = numerator / denominator
+        undefined = denominator <= 0  # false for NaN, which must not become a score of 0
+        if self.absent != "keep":
+            undefined = undefined | (counts == 0)
+        scores = numerator.masked_fill(undefined, 0) / denominator.masked_fill(undefined, 1)
         tiny = torch.finfo(scores.dtype).tiny
         losses = present * -scores.clamp(min=tiny).log() if self.log else present - scores
         counted = present if self.absent == "skip" else torch.ones_like(counts)
@@ -252,7 +236,14 @@ class CrossEntropyDice(MomentsLoss):
         if cross_entropy.align_corners != dice.align_corners:
             expected = f"the cross-entropy's align_corners, {cross_entropy.align_corners}"
             fail("CrossEntropyDice", "dice", expected, f"align_corners = {dice.align_corners}")
-        ignore_index = share_ignore_index("CrossEntropyDice", ignore_index, cross_entropy, dice)
+        if ignore_index is not None:
+            ignore_index = check_ignore_index("CrossEntropyDice", ignore_index, 1)
+        given = ignore_index, cross_entropy.ignore_index, dice.ignore_index
+        labels = {label for label in given if label is not None}
+        if len(labels) > 1:
+            fail("CrossEntropyDice", "ignore_index", "one label for all parts", sorted(labels))
+        ignore_index = labels.pop() if labels else None
+        cross_entropy.ignore_index = dice.ignore_index = ignore_index
         super().__init__(
             accuracy=cross_entropy.accuracy or dice.accuracy,
             ignore_index=ignore_index,

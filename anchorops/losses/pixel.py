@@ -125,7 +125,17 @@ class PixelLoss(InitializedModule):
         given = logits, labels, self.ignore_index, self.check_labels
         labels, _ = check_pixels(function, *given, sigmoid=self.sigmoid)
         if pixel_weights is not None:
-            self._check_pixel_weights(pixel_weights, original_labels, labels)
+            check_strided(function, "pixel_weights", pixel_weights)
+            if (
+                not isinstance(pixel_weights, Tensor)
+                or not pixel_weights.is_floating_point()
+                # that of the same labels with or without a channel
+                or pixel_weights.shape not in (original_labels.shape, labels.shape)
+                or pixel_weights.device != labels.device
+            ):
+                shape = tuple(original_labels.shape)
+                expected = f"a floating tensor {shape} on {labels.device}, as labels"
+                fail(function, "pixel_weights", expected, describe(pixel_weights))
             pixel_weights = savable(pixel_weights.to(statistics_dtype(logits.dtype)))
             pixel_weights = pixel_weights.view(labels.shape)
         loss, self._last = self.loss(logits, labels, pixel_weights)
@@ -134,23 +144,6 @@ class PixelLoss(InitializedModule):
     def _no_pixel_weights(self) -> NoReturn:
         function = type(self).__name__
         fail(function, "pixel_weights", f"None: {function} has no pixel weights", "a tensor")
-
-    def _check_pixel_weights(
-        self, pixel_weights: Tensor, original_labels: Tensor, labels: Tensor
-    ) -> None:
-        """Raises unless the shape is that of the given labels, or of `labels`: the same labels with
-        or without a channel."""
-        check_strided(type(self).__name__, "pixel_weights", pixel_weights)
-        if (
-            not isinstance(pixel_weights, Tensor)
-            or not pixel_weights.is_floating_point()
-            or pixel_weights.shape not in (original_labels.shape, labels.shape)
-            or pixel_weights.device != labels.device
-        ):
-            expected = (
-                f"a floating tensor {tuple(original_labels.shape)} on {labels.device}, as labels"
-            )
-            fail(type(self).__name__, "pixel_weights", expected, describe(pixel_weights))
 
 
 class MomentsLoss(PixelLoss):
@@ -261,17 +254,3 @@ def check_chosen_classes(function: str, classes: tuple[int, ...], num_classes: i
     if max(classes) >= num_classes:
         expected = f"at least {max(classes) + 1} classes, for classes={classes}"
         fail(function, "logits", expected, num_classes)
-
-
-def share_ignore_index(function: str, ignore_index: int | None, *parts: PixelLoss) -> int | None:
-    """Give the label to ignore of the whole, or else of one part, to the parts without their own.
-    Raises ValueError if two differ."""
-    if ignore_index is not None:
-        ignore_index = check_ignore_index(function, ignore_index, 1)
-    values = {i for i in (ignore_index, *(part.ignore_index for part in parts)) if i is not None}
-    if len(values) > 1:
-        fail(function, "ignore_index", "one label for all parts", sorted(values))
-    shared = values.pop() if values else None
-    for part in parts:
-        part.ignore_index = shared
-    return shared

@@ -72,22 +72,19 @@ def class_statistics(
     results: dict[int, ClassMoments] = {}
     for members in _passes(requests):
         pass_requests = [requests[i] for i in members]
-        made = Request(
-            anchors=next((r.anchors for r in pass_requests if r.anchors is not None), None),
-            with_sums=any(r.with_sums for r in pass_requests),
-            groups=math.lcm(*(r.groups for r in pass_requests)),
-            per_image=any(r.per_image for r in pass_requests),
-        )
+        groups = math.lcm(*(r.groups for r in pass_requests))
+        per_image = any(r.per_image for r in pass_requests)
         moments = unchecked_moments(
             features,
             labels,
             num_classes,
-            anchors=made.anchors,
-            groups=made.groups,
-            per_image=made.per_image,
+            anchors=next((r.anchors for r in pass_requests if r.anchors is not None), None),
+            groups=groups,
+            per_image=per_image,
             seed=seed,
             ignore_index=ignore_index,
-            with_sums=made.with_sums,
+            with_sums=any(r.with_sums for r in pass_requests),
         )
+        made = Request(groups=groups, per_image=per_image)
         results.update((i, _fold(moments, made, requests[i])) for i in members)
     return [results[i] for i in range(len(requests))]

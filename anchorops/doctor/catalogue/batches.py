@@ -80,10 +80,6 @@ def of_features(name: str) -> tuple[Sample, ...]:
     )
 
 
-def divergence_of_batch(logits: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
-    return ao.pixel_kl_divergence(logits, teacher, labels.shape[1:])
-
-
 def class_centroids(features: Tensor, labels: Tensor, anchors: Tensor) -> Tensor:
     return (ao.class_centroids(features, labels, len(anchors))[0] * anchors).mean()
 
@@ -120,7 +116,7 @@ ENTRIES = [
     Entry(
         "divergence",
         ("pixel_kl_divergence",),
-        divergence_of_batch,
+        lambda logits, labels, teacher: ao.pixel_kl_divergence(logits, teacher, labels.shape[1:]),
         usual.mean_kl_divergence,
         of_logits("pixel_kl_divergence", 19, 64, 128, teacher=True),
     ),

@@ -26,7 +26,7 @@ def upsampled(x: Tensor, size: Sequence[int], align_corners: bool = False) -> Te
     return F.interpolate(x, size, mode=mode, align_corners=align_corners)
 
 
-def softmax_moments(
+def statistics(
     logits: Tensor,
     labels: Tensor,
     names: Sequence[str] = STATISTICS,
@@ -38,7 +38,7 @@ def softmax_moments(
     focal_gamma: float = 0.0,
     per_image: bool = False,
     align_corners: bool = False,
-) -> dict[str, Tensor]:
+) -> tuple[Tensor, ...]:
     """The statistics of these names, by masks [B, K, N] of the classes."""
     shape, num_classes = labels.shape, logits.shape[1]
     if logits.dim() == 2:
@@ -79,11 +79,7 @@ def softmax_moments(
         "used": lambda: (one_hot * shares[:, None]).sum(axes),
         "divisor": lambda: valid.sum().clamp(min=1),
     }
-    return {name: moments[name]() for name in names}
-
-
-def statistics(logits: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    return tuple(softmax_moments(logits, labels, **options).values())
+    return tuple(moments[name]() for name in names)
 
 
 def losses_and_used(

@@ -1,7 +1,6 @@
 """The formulas that people write, for labels of which none is ignored: what `--benchmark` and the
 benchmarks time beside our calls. They upsample in float32, as under autocast, or in float64."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -46,12 +45,12 @@ def mean_kl_divergence(logits: Tensor, labels: Tensor, teacher: Tensor) -> Tenso
     return F.kl_div(s, t, log_target=True, reduction="sum") / labels.numel()
 
 
-def lovasz(logits: Tensor, labels: Tensor, classes: Iterable | None = None) -> Tensor:
-    """Of these classes; None: of those that are present."""
+def lovasz(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of the classes that are present."""
     z = upsampled(logits, labels)
     p, labels = z.softmax(1).movedim(1, -1).flatten(0, -2), labels.flatten()
     losses = []
-    for k in labels.unique() if classes is None else classes:
+    for k in labels.unique():
         is_class = labels == k
         errors = (is_class.to(p.dtype) - p[:, k]).abs()
         losses.append(formulas.sorted_loss(errors, is_class))
