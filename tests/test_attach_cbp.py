@@ -16,10 +16,7 @@ from tests.helpers.small_networks import D, K, Net, backward, batch
 
 REPARAMETRIZED: dict[str, Callable[[nn.Module], Any]] = {
     "weight_norm": parametrizations.weight_norm,
-    "spectral_norm": parametrizations.spectral_norm,
-    "orthogonal": parametrizations.orthogonal,
     "old weight_norm": nn.utils.weight_norm,
-    "old spectral_norm": nn.utils.spectral_norm,
     "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
     "bias": lambda layer: prune.l1_unstructured(layer, "bias", 0.5),
 }
@@ -42,8 +39,7 @@ def test_cbp_does_not_replace_a_weight_that_is_computed(how: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize("how", REPARAMETRIZED)
 def test_methods_share_a_weight_that_is_computed(how: str) -> None:
-    """The loss and the gradient of the features are those of a classifier with these values.
-    (Reading a spectral norm may change the length of all rows, which OCCL normalises.)"""
+    """The loss and the gradient of the features are those of a classifier with these values."""
     model = Net()
     REPARAMETRIZED[how](model.classifier)
     attached, alone = ao.attach(model, ao.OCCL(K, D)), ao.OCCL(K, D)

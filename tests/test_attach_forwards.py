@@ -1,6 +1,5 @@
 """attach: several forwards before a call of the method."""
 
-import copy
 from typing import Any
 
 import pytest
@@ -72,9 +71,6 @@ def test_forwards_whose_features_nobody_can_mean_do_not_count() -> None:
     model.train()
     model(x)
     assert occl(labels).isfinite()
-    copied = copy.deepcopy(model)  # a copy of a model with features starts without them
-    copied(x)
-    copied.regularizer.attachment(labels)  # type: ignore[union-attr, operator]
 
 
 def test_several_forwards_of_a_compiled_model() -> None:
