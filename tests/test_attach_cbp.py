@@ -199,8 +199,3 @@ def test_installed_and_uninstalled_twice(update: str, bias: bool) -> None:
     cbp.uninstall(classifier)
     assert isinstance(classifier.weight, nn.Parameter) and (classifier.bias is not None) == bias
     assert all(torch.equal(x, before[name]) for name, x in classifier.state_dict().items())
-
-
-def test_one_cbp_in_combined() -> None:
-    with pytest.raises(ValueError, match=r"^Combined: regularizers: expected at most one CBP"):
-        ao.Combined(ao.CBP(K, D), ao.CBP(K, D, update="ema"))

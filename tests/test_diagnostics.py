@@ -94,16 +94,6 @@ def test_geometry_in_a_module_of_bfloat16() -> None:
     assert {x.dtype for x in metric.compute().values()} == {torch.float64}
 
 
-@pytest.mark.parametrize("shape", [(40,), (2, 30)])
-def test_gradient_ratio_before_a_linear_classifier(shape: tuple[int, ...]) -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Linear(8, 5))
-    mvsc = ao.attach(model, ao.MVSC(5, 8))
-    logits, features = model(torch.randn(*shape, 3)), mvsc.features
-    assert features is not None and features.shape == (*shape, 8)
-    loss = mvsc(torch.randint(0, 5, shape))
-    assert diagnostics.gradient_ratio(features, loss, logits.square().sum()) > 0
-
-
 def test_gradient_ratio() -> None:
     features = (torch.randn(6, D, requires_grad=True) * 1).bfloat16()
     loss, other = features.sum() * 3, features.sum() * 2
