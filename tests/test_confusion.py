@@ -93,13 +93,6 @@ def test_nan_is_largest(backend, pixels):
     assert (ao.pixel_argmax(logits, pixels) == 11).all()
 
 
-def test_nothing(backend):
-    assert ao.pixel_argmax(torch.empty(0, 3, 2, 2), (4, 4)).shape == (0, 4, 4)
-    assert ao.pixel_argmax(torch.randn(2, 3, 2, 2), (0, 4)).shape == (2, 0, 4)
-    empty = torch.empty(0, dtype=torch.int64)
-    assert not ao.confusion(empty, empty, 3).any()
-
-
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_label_dtypes_of_confusion(backend, dtype):
     labels = torch.randint(0, 8, (2, 9, 33)).to(dtype)

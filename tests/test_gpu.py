@@ -181,25 +181,19 @@ def test_threads_that_launch_at_once(backend: str):
             assert all(same(some, expected) for some in actual)
 
 
-def test_compiles_as_one_graph(backend: str):
+@pytest.mark.parametrize("name", ["mse", pytest.param("ce", marks=pytest.mark.on("triton"))])
+def test_compiles_as_one_graph(backend: str, name: str):
     features, labels, anchors = make_inputs(CASE).values()
+    if name == "ce":
+        features, labels = logits_and_labels()
 
-    def loss(features):
-        return ao.pixel_to_anchor_mse(features, labels, anchors)
+    def loss(x: Tensor) -> Tensor:
+        if name == "ce":
+            return ao.pixel_cross_entropy(x, labels)
+        return ao.pixel_to_anchor_mse(x, labels, anchors)
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True)
     torch.testing.assert_close(compiled(features), loss(features))
-
-
-@pytest.mark.on("triton")
-def test_cross_entropy_compiles_as_one_graph(backend: str):
-    logits, labels = logits_and_labels()
-
-    def cross_entropy(logits):
-        return ao.pixel_cross_entropy(logits, labels)
-
-    compiled = torch.compile(cross_entropy, fullgraph=True, dynamic=True)
-    torch.testing.assert_close(compiled(logits), cross_entropy(logits))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
