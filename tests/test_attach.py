@@ -170,21 +170,6 @@ def test_compiled_after_attach(build: Callable[[], Regularizer]) -> None:
     torch.testing.assert_close(model.body.weight.grad, eager.body.weight.grad)
 
 
-def test_compiled_before_attach_is_told() -> None:
-    torch.compiler.reset()
-    model = Net()
-    compiled: Any = torch.compile(model, backend="aot_eager")
-    x, labels = batch()
-    compiled(x)
-    occl = ao.attach(compiled, ao.OCCL(K, D))
-    compiled(x)
-    with pytest.raises(RuntimeError, match="compiled model was called before attach"):
-        occl(labels)
-    torch.compiler.reset()
-    compiled(x)
-    occl(labels)
-
-
 def test_errors() -> None:
     x, labels = batch()
     model, occl, wider = Net(), ao.OCCL(K, D), Net()

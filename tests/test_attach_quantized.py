@@ -10,15 +10,12 @@ import torch.ao.quantization as quantization
 from torch import Tensor, nn
 
 import anchorops as ao
-from anchorops.doctor.catalogue import features as catalogue
+from anchorops.doctor.catalogue.features import METHODS
 
 K, D = 5, 8
 IMAGES, LABELS = torch.randn(2, 3, 6, 6), torch.randint(0, K, (2, 6, 6))
-METHODS: dict[str, Callable[..., Any]] = {
-    **{name: catalogue.METHODS[name] for name in ("SAR", "OCCL", "CeCo", "MVSC")},
-    "CBP, a parameter": catalogue.METHODS["CBP, penalty"],
-    "CBP": catalogue.METHODS["CBP"],
-}
+# CBP has a parameter there, in "CBP" a buffer
+PARAMETERS = ("SAR", "OCCL", "CeCo", "MVSC", "CBP, penalty")
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.ao.quantization is deprecated
 
 
@@ -65,7 +62,7 @@ def quantize_dynamic(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("change", [fuse, prepare_qat])
 @pytest.mark.parametrize("linear", [False, True], ids=["conv", "linear"])
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "CBP"])
+@pytest.mark.parametrize("method", PARAMETERS)
 def test_training_goes_on(method: str, linear: bool, change: Callable[[nn.Module], nn.Module]):
     model = Net(linear)
     ao.attach(model, METHODS[method](K, D))
@@ -86,7 +83,7 @@ def test_training_goes_on(method: str, linear: bool, change: Callable[[nn.Module
 
 
 @pytest.mark.parametrize("change", [convert, convert_qat, quantize_dynamic])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*PARAMETERS, "CBP"])
 def test_evaluation_goes_on(method: str, change: Callable[[nn.Module], nn.Module]):
     model = Net(linear=change is quantize_dynamic)
     if method == "CBP" and change is convert_qat:

@@ -24,12 +24,6 @@ FEATURES, LABELS = torch.zeros(2, 3, 4, 5), torch.zeros(2, 8, 10, dtype=torch.in
 select = partial(_backend.select, "f", called=("class_moments",))
 
 
-def test_auto_takes_the_cpu_kernels():
-    assert select(FEATURES, 6) == "cpu"
-    assert select(FEATURES.double(), 65_536) == "cpu"
-    assert select(FEATURES.to("meta"), 6) == "reference"
-
-
 def test_use_backend():
     context = ao.use_backend("reference")
     with context:

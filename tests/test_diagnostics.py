@@ -174,10 +174,6 @@ def draws(figure: Any) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())
 
 
-def offsets(collection: Any) -> int:
-    return len(collection.get_offsets())
-
-
 def test_figures_draw_their_data() -> None:
     features, labels = batches()[0]
     centroids, _ = ao.class_centroids(features, labels, K)
@@ -189,7 +185,7 @@ def test_figures_draw_their_data() -> None:
 
     figure = plots.features_with_anchors(features, labels, centroids, names=names, max_points=20)
     points, stars = figure.axes[0].collections
-    assert 10 <= offsets(points) <= 20
+    assert 10 <= len(points.get_offsets()) <= 20
     assert np.asarray(stars.get_array()).tolist() == list(range(K - 1))  # the last is absent
     [legend] = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == names

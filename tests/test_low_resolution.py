@@ -3,7 +3,6 @@ eval mode (unless always=True), and errors if this is not possible."""
 
 import copy
 import inspect
-import pickle
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -206,8 +205,6 @@ def test_always(build: Callable[[], nn.Module], corners: bool) -> None:
     for full, low in zip(expected, actual, strict=True):
         options = {"align_corners": handle.align_corners}
         torch.testing.assert_close(upsampled(low, (96, 64), **options), full)
-    restored = pickle.loads(pickle.dumps(model)) if build is Net else copy.deepcopy(model)
-    assert maps(restored.eval()(x))[0].shape == actual[0].shape
     handle.remove()
     assert torch.equal(maps(model(x))[0], expected[0])
 
@@ -432,16 +429,10 @@ def test_bad_input() -> None:
         ao.low_resolution(len, x)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"low_resolution: args: .* low_resolution\(model, images"):
         ao.low_resolution(model)
-    with pytest.raises(ValueError, match=r"before torch.compile, DDP and FSDP"):
-        ao.low_resolution(torch.compile(model), x)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="low_resolution: always: expected True or False, got 1"):
         ao.low_resolution(model, x, always=1)  # type: ignore[arg-type]
-    handle = ao.low_resolution(model, x)
+    ao.low_resolution(model, x)
     with pytest.raises(ValueError, match="got Net after low_resolution"):
-        ao.low_resolution(model, x)
-    handle.remove()
-    model.forward = lambda x: x  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="got Net whose forward was replaced"):
         ao.low_resolution(model, x)
 
 
