@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import anchorops as ao
 from anchorops._backend import CUDA_MAX_KEYS
@@ -78,7 +76,7 @@ LAYOUTS = [  # where planes, rows or elements begin at 16 bytes, and where not
     Case((2, 24, 4, 16), 5, F32, "expanded channels"),
     Case((2, 24, 4, 16), 5, BF16, "expanded pixels"),
 ]
-CASES_OF_CPU = [  # beside those of test_any_shape_and_strides
+CASES_OF_CPU = [
     Case((1, 1, 1, 1), 1),
     Case((3, 16, 4, 32), 3, F32, labels="one class"),
     Case((2, 40, 24, 64), 7, F32, labels="coherent"),
@@ -399,43 +397,3 @@ def test_anchors_without_pixels(dtype: torch.dtype, backend: str, path: None):
     _, sums, sqdists, _, danchors = run(case, inputs)
     for result in (sums, sqdists, danchors):
         assert not result[40:].any() and result.isfinite().all()
-
-
-@st.composite
-def drawn_cases(draw: st.DrawFn) -> tuple[Case, list[int], list[int], list[int]]:
-    dims = draw(st.integers(2, 4))
-    size = tuple(draw(st.lists(st.integers(1, 20), min_size=dims, max_size=dims)))
-    case = Case(
-        size,
-        draw(st.sampled_from([1, 2, 5, 300])),
-        draw(st.sampled_from([F32, BF16, F16, F64])),
-        labels=draw(st.sampled_from(["random", "coherent"])),
-        anchors=draw(st.sampled_from(["learnable", None])),
-        groups=draw(st.integers(1, 3)),
-        per_image=draw(st.booleans()),
-        labels_size=draw(st.tuples(*[st.integers(1, 30)] * 2)) if dims == 4 else None,
-    )
-    order = draw(st.permutations(range(dims)))
-    steps, margins = (
-        draw(st.lists(st.integers(*r), min_size=dims, max_size=dims)) for r in ((1, 3), (0, 2))
-    )
-    return case, order, steps, margins
-
-
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
-@given(drawn_cases())
-def test_any_shape_and_strides(drawn: tuple[Case, list[int], list[int], list[int]]):
-    case, order, steps, margins = drawn
-    torch.manual_seed(0)
-    around = [steps[i] * case.size[i] + 2 * margins[i] for i in order]
-    buffer = torch.full(around, torch.nan, dtype=case.dtype)
-    view = buffer.permute([order.index(i) for i in range(len(order))])
-    view = view[
-        tuple(
-            slice(m, m + step * n, step)
-            for n, step, m in zip(case.size, steps, margins, strict=True)
-        )
-    ]
-    view.copy_(torch.randn(case.size))
-    with ao.use_backend("cpu"):
-        check(case, "cpu", features=view)

@@ -99,6 +99,19 @@ class Net(nn.Module):
         return up(self.classifier(self.head(self.body(x))), x.shape[2:])
 
 
+class Pyramid(nn.Module):
+    """One map of few channels is upsampled, joined with another one, the images themselves, and
+    mixed, as in HRNet."""
+
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, channels, 4, stride=4)
+        self.mix = nn.Conv2d(3 + channels, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(torch.cat([x, up(self.body(x), x.shape[2:])], 1))
+
+
 class Checkpointed(Net):
     """The head is computed again in the backward pass."""
 
@@ -168,17 +181,6 @@ def lraspp() -> nn.Module:
     return build(weights=None, weights_backbone=None, num_classes=K)
 
 
-class Joined(nn.Module):
-    """A map that no call made, the images themselves, beside an upsampled one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.mix = nn.Conv2d(3, 16, 3, stride=4, padding=1), nn.Conv2d(19, 8, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mix(torch.cat([x, up(self.body(x), x.shape[2:])], dim=1))
-
-
 def volumes() -> nn.Module:
     upsampling = nn.Upsample(scale_factor=2, mode="trilinear", align_corners=True)
     return nn.Sequential(nn.Conv3d(3, 16, 3, stride=2, padding=1), upsampling, nn.Conv3d(16, 4, 1))
@@ -216,7 +218,7 @@ FOUR = " before the upsampling of 4 maps"
             marks=pytest.mark.slow,
         ),
         (lraspp, ["classifier.high_classifier before the upsampling of 1 map"]),
-        (Joined, ["mix before the upsampling of 1 map"]),
+        (lambda: Pyramid(16, 8), ["mix before the upsampling of 1 map"]),
     ],
     ids=lambda x: getattr(x, "__name__", None),
 )
@@ -468,7 +470,7 @@ def test_ddp_and_fully_sharded(alone: None, sharded: list[str]) -> None:
 @pytest.mark.parametrize("late_first", [False, True])
 @pytest.mark.parametrize("remove_late_first", [False, True])
 def test_low_resolution_beside(late_first: bool, remove_late_first: bool) -> None:
-    """Also where one module holds both: the forward of Net does everything."""
+    """One module holds both: its forward does everything."""
 
     class Flat(Net):
         def forward(self, x: Tensor) -> Tensor:
@@ -476,25 +478,21 @@ def test_low_resolution_beside(late_first: bool, remove_late_first: bool) -> Non
             joined = self.head.mix(cat(self.head, maps)).relu()
             return up(self.classifier(joined), x.shape[2:])
 
-    for build in (Net, Flat):
-        model, x = build(), images()
-        plain = copy.deepcopy(model)
-        functions = [ao.late_upsampling, ao.low_resolution]
-        order = functions if late_first else functions[::-1]
-        handles = {function: function(model, x) for function in order}
-        low = model.train()(x)
-        assert low.shape == (2, K, 16, 24)
-        torch.testing.assert_close(up(low, (32, 48)), plain.train()(x))
-        first, second = functions if remove_late_first else functions[::-1]
-        handles[first].remove()
-        assert model(x).shape == ((2, K, 16, 24) if remove_late_first else (2, K, 32, 48))
-        fewer = operations(model, x) < operations(plain, x)
-        assert fewer != remove_late_first
-        handles[second].remove()
-        assert all(
-            type(p) is type(q) for p, q in zip(model.modules(), plain.modules(), strict=True)
-        )
-        torch.testing.assert_close(model(x), plain(x))
+    model, x = Flat(), images()
+    plain = copy.deepcopy(model)
+    functions = [ao.late_upsampling, ao.low_resolution]
+    order = functions if late_first else functions[::-1]
+    handles = {function: function(model, x) for function in order}
+    low = model.train()(x)
+    assert low.shape == (2, K, 16, 24)
+    torch.testing.assert_close(up(low, (32, 48)), plain.train()(x))
+    first, second = functions if remove_late_first else functions[::-1]
+    handles[first].remove()
+    assert model(x).shape == ((2, K, 16, 24) if remove_late_first else (2, K, 32, 48))
+    assert (operations(model, x) < operations(plain, x)) != remove_late_first
+    handles[second].remove()
+    assert type(model) is Flat
+    torch.testing.assert_close(model(x), plain(x))
 
 
 class Shared(Net):
@@ -576,18 +574,6 @@ def test_models_it_refuses(after: Callable[..., Tensor], got: str) -> None:
         ao.late_upsampling(model, images())
     assert type(model) is Net and vars(model).keys() == before.keys()
     assert type(model.head) is Head
-
-
-class Pyramid(nn.Module):
-    """One map of few channels is upsampled, joined with another one and mixed, as in HRNet."""
-
-    def __init__(self, channels: int, outputs: int) -> None:
-        super().__init__()
-        self.body = nn.Conv2d(3, channels, 4, stride=4)
-        self.mix = nn.Conv2d(3 + channels, outputs, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.mix(torch.cat([x, up(self.body(x), x.shape[2:])], 1))
 
 
 @pytest.mark.parametrize(
@@ -697,20 +683,6 @@ def test_inference_mode() -> None:
         torch.testing.assert_close(model(x), plain(x))
     for batch in (x, x[:0]):
         check(plain, model, batch, rtol=1e-3, atol=1e-5)
-
-
-def test_maps_of_two_dtypes() -> None:
-    def promoted(head: Any, maps: list[Tensor]) -> Tensor:
-        a, b, _ = head.upsampled(maps)
-        last = up(maps[2].float().repeat(1, 4, 1, 1)[:, :32], a.shape[2:])
-        return head.mix(torch.cat([a.double(), b, last], 1))
-
-    model = Net(Head(after=promoted))
-    model.head.mix.double()
-    model.classifier.double()
-    plain, handle = moved(model)
-    assert len(handle.moved) == 1
-    check(plain, model, images(), rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_switched_on_alone() -> None:

@@ -481,15 +481,6 @@ def test_what_commutes_with_the_upsampling_passes(after: str, images: int) -> No
     torch.testing.assert_close(again, full, rtol=1e-2, atol=2e-2)  # bfloat16 upsampled before
 
 
-def test_low_resolution_of_one_pixel() -> None:
-    def after(z: Tensor, x: Tensor) -> Tensor:
-        return upsampled(z.mean((2, 3), keepdim=True), (64, 64)).reshape(-1, K, 64, 64)
-
-    model, (x, _) = Net(after), batch()
-    ao.low_resolution(model, x)
-    assert model(x).shape == (2, K, 1, 1)
-
-
 @pytest.mark.parametrize("after", ["float", "axes", "one class, sizes"])
 def test_compiled_conversions_pass(after: str) -> None:
     model, (x, _) = Net(AFTER[after]), batch()
