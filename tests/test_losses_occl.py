@@ -89,14 +89,6 @@ def test_loss_and_gradients(split: str, normalize: bool, reduction: str) -> None
         torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
 
 
-def test_splitting_images_needs_two() -> None:
-    features, labels, weight = batch()
-    occl = ao.OCCL(K, D, split="images")
-    with pytest.raises(ValueError, match="at least 2 images"):
-        occl(features[:1], labels[:1], weight)
-    assert occl.step == 0
-
-
 def rows(net: Net) -> Tensor:
     return net.classifier.weight.detach().flatten(1)
 
