@@ -2,7 +2,7 @@
 sizes."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -83,27 +83,33 @@ def test_every_number(kind: str) -> None:
         check(call, name, 0.5, getattr(np, kind))
 
 
-SIZES = (
-    torch.Size([8, 12]),
-    [np.int64(8), torch.tensor(12)],
-    np.array([8, 12]),
-    torch.tensor([8, 12]),
+@pytest.mark.parametrize(
+    "size",
+    [
+        torch.Size([8, 12]),
+        [np.int64(8), torch.tensor(12)],
+        np.array([8, 12]),
+        torch.tensor([8, 12]),
+    ],
+    ids=repr,
 )
-CLASSES = range(1, 3), [np.int64(1), 2], np.array([1, 2]), torch.tensor([1, 2])
-# Functions of a list of integers, and lists that are not Python's.
-OF_LISTS: dict[str, tuple[Callable[[Any], Tensor], Sequence[Any]]] = {
-    "pixel_argmax": (lambda size: ao.pixel_argmax(LOGITS, size), SIZES),
-    "divergence": (lambda size: ao.pixel_kl_divergence(LOGITS, LOGITS.sin(), size), SIZES),
-    "Dice": (lambda classes: ao.Dice(classes=classes)(LOGITS, LABELS), CLASSES),
-    "Lovasz": (lambda classes: ao.Lovasz(classes=classes)(LOGITS, LABELS), CLASSES),
-}
+def test_every_size(size: Any) -> None:
+    expected = ao.pixel_argmax(LOGITS, (8, 12))
+    assert torch.equal(ao.pixel_argmax(LOGITS, size), expected)
+    assert torch.equal(
+        ao.pixel_kl_divergence(LOGITS, LOGITS.sin(), size),
+        ao.pixel_kl_divergence(LOGITS, LOGITS.sin(), (8, 12)),
+    )
 
 
-@pytest.mark.parametrize("name", OF_LISTS)
-def test_every_list(name: str) -> None:
-    call, lists = OF_LISTS[name]
-    for integers in lists:
-        assert torch.equal(call(integers), call([int(n) for n in integers]))
+@pytest.mark.parametrize(
+    "classes", [range(1, 3), [np.int64(1), 2], np.array([1, 2]), torch.tensor([1, 2])], ids=repr
+)
+def test_every_list_of_classes(classes: Any) -> None:
+    for make in (ao.Dice, ao.Lovasz):
+        assert torch.equal(
+            make(classes=classes)(LOGITS, LABELS), make(classes=[1, 2])(LOGITS, LABELS)
+        )
 
 
 class Calls(nn.Module):
