@@ -227,7 +227,8 @@ def test_methods_are_detached_in_any_order(order: tuple[int, ...]) -> None:
     before = copy.deepcopy(model.state_dict())
     x, labels = batch()
     logits = model(x)
-    handles = [ao.attach(model, METHODS[name](K, D)) for name in ("CBP", "OCCL", "MVSC")]
+    methods = ao.Combined(ao.CBP(K, D)), ao.OCCL(K, D), ao.MVSC(K, D)
+    handles = [ao.attach(model, method) for method in methods]
     for i in order:
         model(x)
         for handle in handles:

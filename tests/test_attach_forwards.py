@@ -76,9 +76,8 @@ def test_forwards_whose_features_nobody_can_mean_do_not_count() -> None:
 def test_several_forwards_of_a_compiled_model() -> None:
     torch.compiler.reset()
     x, labels = batch()
-    model = Net()
-    occl = ao.attach(model, ao.OCCL(K, D))
-    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled: Any = torch.compile(Net(), fullgraph=True, backend="aot_eager")
+    occl = ao.attach(compiled, ao.OCCL(K, D))
     for _ in range(2):
         (compiled(x).mean() + occl(labels)).backward()
     compiled(x)

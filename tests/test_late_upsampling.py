@@ -685,6 +685,20 @@ def test_inference_mode() -> None:
         check(plain, model, batch, rtol=1e-3, atol=1e-5)
 
 
+def test_maps_of_two_dtypes() -> None:
+    def promoted(head: Any, maps: list[Tensor]) -> Tensor:
+        a, b, _ = head.upsampled(maps)
+        last = up(maps[2].float().repeat(1, 4, 1, 1)[:, :32], a.shape[2:])
+        return head.mix(torch.cat([a.double(), b, last], 1))
+
+    model = Net(Head(after=promoted))
+    model.head.mix.double()
+    model.classifier.double()
+    plain, handle = moved(model)
+    assert len(handle.moved) == 1
+    check(plain, model, images(), rtol=1e-5, atol=1e-5)
+
+
 def test_dropout_switched_on_alone() -> None:
     """In evaluation a dropout gives back the joined map; switched on, the head runs as before."""
 
