@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.ao.nn.quantized import dynamic
 from torch.nn.utils import parametrizations, prune
 
 import anchorops as ao
@@ -74,7 +75,7 @@ def test_cbp_does_not_replace_a_quantised_weight() -> None:
         ao.attach(model, ao.CBP(K, D))
     with pytest.raises(ValueError, match="OCCL: classifier: expected a weight that is not quant"):
         ao.OCCL(K, D)(torch.zeros(2, D, 4, 4), torch.zeros(2, 4, 4).long(), model.classifier)
-    layer = torch.ao.nn.quantized.dynamic.Linear(D, K)
+    layer = dynamic.Linear(D, K)
     with pytest.raises(ValueError, match=r"OCCL: classifier: .* not quantised: call detach"):
         ao.OCCL(K, D)(torch.zeros(2, D, 4, 4), torch.zeros(2, 4, 4).long(), layer)
 

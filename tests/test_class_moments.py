@@ -359,7 +359,7 @@ def test_not_finite_element_spoils_its_gradient_alone(layout: str, backend: str)
 
 @simulated_cuda
 @pytest.mark.parametrize(
-    ("size", "labels"),
+    ("size", "kind"),
     [
         ((1, 40, 10, 136), "few ignored"),
         ((2, 70, 9, 29), "few ignored"),
@@ -368,9 +368,9 @@ def test_not_finite_element_spoils_its_gradient_alone(layout: str, backend: str)
     ],
 )
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_not_finite_pixels_of_many_keys_and_of_one(dtype, size, labels: str, backend: str):
+def test_not_finite_pixels_of_many_keys_and_of_one(dtype, size, kind: str, backend: str):
     """A tile has more keys than there are slots, or a single one, which others have too."""
-    case = Case(size, 600, dtype, labels=labels)
+    case = Case(size, 600, dtype, labels=kind)
     features, labels, anchors = make_features(case), make_labels(case), torch.randn(600, size[1])
     features[0, 3].view(-1)[5::95] = torch.inf
     for chosen in (anchors, anchors.clone().requires_grad_(), None):
