@@ -163,7 +163,7 @@ def test_cbp_that_moves_no_rows_warns_once(update: str, recwarn: pytest.Warnings
 
 def test_penalty_needs_its_parameter() -> None:
     model = Net()
-    cbp = ao.attach(model, ao.CBP(K, D, update="penalty"))
+    cbp = ao.attach(model, ao.CBP(K, D, update="penalty"), model.classifier)
     copies: Any = (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)))
     for copied in copies:
         backward(copied, copied.regularizer.attachment)

@@ -12,7 +12,6 @@ from tests.helpers.small_networks import (
     NO_TORCHVISION,
     D,
     K,
-    Net,
     batch,
     smp_model,
     torchvision_model,
@@ -58,14 +57,6 @@ def test_dropout_elsewhere_is_passed_over_too() -> None:
     hook.remove()
     occl.detach()
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
-
-
-def test_module_can_be_told() -> None:
-    model = Net()
-    for told in ("aux_head", model.aux_head):
-        occl = ao.attach(model, ao.OCCL(K, D), told)
-        assert occl.classifier_name == "aux_head"
-        occl.detach()
 
 
 def test_linear_classifier_on_tokens() -> None:
