@@ -220,7 +220,10 @@ FOUR = " before the upsampling of 4 maps"
         (lraspp, ["classifier.high_classifier before the upsampling of 1 map"]),
         (lambda: Pyramid(16, 8), ["mix before the upsampling of 1 map"]),
     ],
-    ids=lambda x: getattr(x, "__name__", None),
+    ids=[
+        *("net", "checkpoint", "reentrant", "mmsegmentation", "volumes", "segformer"),
+        *("transformers", "pspnet", "dpt", "lraspp", "images"),
+    ],
 )
 def test_equals_the_unchanged_model(
     build: Callable[[], nn.Module], lines: list[str], caplog: pytest.LogCaptureFixture
