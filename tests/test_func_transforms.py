@@ -1,4 +1,4 @@
-"""torch.func and export beside what test_guarantees_of_torch.py has: models, methods, messages."""
+"""torch.func and export beside what test_guarantees_of_torch.py has: options, methods, messages."""
 
 import copy
 
