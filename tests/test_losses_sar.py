@@ -131,6 +131,7 @@ def test_gate_and_moving_average(gate: str, momentum: float, layers: int) -> Non
     features, labels, classifier = batch()
     options = {"gate": gate, "momentum": momentum, "layers": layers}
     sar = ao.SAR(K, D, delta=0.3, aux_weight=1.0, **options).double()
+    assert len(sar.embedding) == 3 * layers
     optimizer = torch.optim.SGD([*sar.parameters(), *classifier.parameters()], lr=0.3)
     average, started, seen = torch.zeros(K, D, dtype=torch.float64), [False] * K, set()
     for _ in range(30):
