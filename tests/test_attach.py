@@ -18,8 +18,16 @@ from anchorops.losses import Regularizer
 from tests.helpers.small_networks import D, K, Net, backward, batch
 
 
-def test_features_are_the_classifiers_input_before_dropout() -> None:
-    model = Net(dropout=0.5)
+class Keyword(Net):
+    """It calls its layers by keyword."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(input=self.dropout(input=self.body(x).relu()))
+
+
+@pytest.mark.parametrize("network", [Net, Keyword])
+def test_features_are_the_classifiers_input_before_dropout(network: type[Net]) -> None:
+    model = network(dropout=0.5)
     cr = ao.attach(model, ao.SAR(K, D, embed=False))
     assert cr.classifier_name == "classifier"  # not the auxiliary head
     x, labels = batch()
@@ -29,48 +37,6 @@ def test_features_are_the_classifiers_input_before_dropout() -> None:
     torch.testing.assert_close(cr.features, features)
     torch.testing.assert_close(cr(labels), cr.regularizer(features, labels))
     assert cr.features is None  # taken
-
-
-def test_a_sequential_does_not_call_the_regularizer() -> None:
-    model = nn.Sequential(nn.Conv2d(3, D, 1), nn.Conv2d(D, K, 1))
-    sar = ao.attach(model, ao.SAR(K, D))
-    x, labels = batch()
-    assert model(x).shape == (2, K, 8, 8)
-    sar(labels).backward()
-    assert any("regularizer" in name for name, _ in model.named_parameters())
-    sar.detach()
-    assert not any("regularizer" in name for name, _ in model.named_parameters())
-
-
-def test_detach_restores_the_model() -> None:
-    model = Net()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    x, _ = batch()
-    logits = model(x)
-    both = ao.attach(model, ao.Combined(ao.CBP(K, D), ao.MVSC(K, D)))
-    assert not torch.equal(model(x), logits)
-    both.detach()
-    both.detach()
-    assert torch.equal(model(x), logits)
-    assert model.state_dict().keys() == before.keys()
-    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
-    with pytest.raises(RuntimeError, match="Combined: no features: it was detached"):
-        both(torch.zeros(2, 8, 8, dtype=torch.long))
-    ao.attach(model, both.regularizer)  # and may be attached again
-
-
-def test_parameters_reach_optimizer_and_checkpoint() -> None:
-    model, mvsc = Net(), ao.MVSC(K, D)
-    attached = ao.attach(model, mvsc)
-    assert any(p is mvsc.prototypes for p in model.parameters())
-    backward(model, attached)
-    other = Net()
-    ao.attach(other, ao.MVSC(K, D, seed=0))
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other.get_parameter("regularizer.prototypes"), mvsc.prototypes)
-    assert other.get_buffer("regularizer.step") == 1
-    model.to(torch.float64)
-    assert mvsc.prototypes.dtype == torch.float64
 
 
 def test_evaluation_is_the_bare_model() -> None:
@@ -204,21 +170,6 @@ def test_compiled_after_attach(build: Callable[[], Regularizer]) -> None:
     torch.testing.assert_close(model.body.weight.grad, eager.body.weight.grad)
 
 
-def test_compiled_before_attach_is_told() -> None:
-    torch.compiler.reset()
-    model = Net()
-    compiled: Any = torch.compile(model, backend="aot_eager")
-    x, labels = batch()
-    compiled(x)
-    occl = ao.attach(compiled, ao.OCCL(K, D))
-    compiled(x)
-    with pytest.raises(RuntimeError, match="compiled model was called before attach"):
-        occl(labels)
-    torch.compiler.reset()
-    compiled(x)
-    occl(labels)
-
-
 def test_errors() -> None:
     x, labels = batch()
     model, occl, wider = Net(), ao.OCCL(K, D), Net()
@@ -274,8 +225,10 @@ def test_a_method_twice_is_refused(name: str, sequential: bool) -> None:
 def test_methods_are_detached_in_any_order(order: tuple[int, ...]) -> None:
     model = Net()
     before = copy.deepcopy(model.state_dict())
-    handles = [ao.attach(model, METHODS[name](K, D)) for name in ("CBP", "OCCL", "MVSC")]
     x, labels = batch()
+    logits = model(x)
+    methods = ao.Combined(ao.CBP(K, D)), ao.OCCL(K, D), ao.MVSC(K, D)
+    handles = [ao.attach(model, method) for method in methods]
     for i in order:
         model(x)
         for handle in handles:
@@ -284,7 +237,8 @@ def test_methods_are_detached_in_any_order(order: tuple[int, ...]) -> None:
         handles[i].detach()
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(model(x), logits)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
 def test_a_detached_attachment_changes_and_shows_nothing_of_its_successor() -> None:
@@ -371,16 +325,3 @@ def test_memory_that_to_empty_has_not_filled(name: str) -> None:
     attached.forget()
     torch.manual_seed(0)
     torch.testing.assert_close(backward(model, attached), expected)
-
-
-def test_a_classifier_that_is_called_by_keyword() -> None:
-    class Keyword(Net):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.classifier(input=self.dropout(input=self.body(x).relu()))
-
-    model = Keyword(dropout=0.5)
-    cr = ao.attach(model, ao.SAR(K, D, embed=False))
-    x, labels = batch()
-    model(x)
-    torch.testing.assert_close(cr.features, model.body(x).relu())
-    cr(labels).backward()

@@ -1,6 +1,5 @@
 """attach: several forwards before a call of the method."""
 
-import copy
 from typing import Any
 
 import pytest
@@ -72,17 +71,13 @@ def test_forwards_whose_features_nobody_can_mean_do_not_count() -> None:
     model.train()
     model(x)
     assert occl(labels).isfinite()
-    copied = copy.deepcopy(model)  # a copy of a model with features starts without them
-    copied(x)
-    copied.regularizer.attachment(labels)  # type: ignore[union-attr, operator]
 
 
 def test_several_forwards_of_a_compiled_model() -> None:
     torch.compiler.reset()
     x, labels = batch()
-    model = Net()
-    occl = ao.attach(model, ao.OCCL(K, D))
-    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled: Any = torch.compile(Net(), fullgraph=True, backend="aot_eager")
+    occl = ao.attach(compiled, ao.OCCL(K, D))
     for _ in range(2):
         (compiled(x).mean() + occl(labels)).backward()
     compiled(x)

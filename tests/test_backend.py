@@ -24,19 +24,6 @@ FEATURES, LABELS = torch.zeros(2, 3, 4, 5), torch.zeros(2, 8, 10, dtype=torch.in
 select = partial(_backend.select, "f", called=("class_moments",))
 
 
-def test_backends_tells_why_not():
-    reasons = ao.backends()
-    assert list(reasons) == ["cuda", "triton", "cpu", "reference"]
-    assert reasons["cpu"] is None and reasons["reference"] is None
-    assert all(reason is None or len(reason) > 10 for reason in reasons.values())
-
-
-def test_auto_takes_the_cpu_kernels():
-    assert select(FEATURES, 6) == "cpu"
-    assert select(FEATURES.double(), 65_536) == "cpu"
-    assert select(FEATURES.to("meta"), 6) == "reference"
-
-
 def test_use_backend():
     context = ao.use_backend("reference")
     with context:
@@ -454,19 +441,29 @@ def test_the_doctor_shows_what_is_excluded(capsys):
     assert shown in capsys.readouterr().out
 
 
-def test_names_that_cannot_be_excluded():
-    message = "^exclude_from_auto: {}: expected {}, got {}$"
-    for arguments, texts in (
-        (("gpu", "confusion"), ("backend", "'cuda' or 'triton' or 'cpu'", "'gpu'")),
-        (("reference", "confusion"), ("backend", "'cuda' or .*", "'reference'")),
-        (("cpu", "confusion", "dice"), ("operators", "'class_moments' or .*", "'dice'")),
-        (("cpu", ["confusion"]), ("operators", ".*", r"\['confusion'\]")),
-        (("cuda", "softmax_moments"), ("operators", "'class_moments' or .*", "'softmax_moments'")),
-        (("cpu",), ("operators", "at least one name", "none")),
-    ):
-        with pytest.raises(ValueError, match=message.format(*texts)):
-            ao.exclude_from_auto(*arguments)
-    assert _backend.excluded["cpu"] == ()
+OPERATORS = "operators: expected 'class_moments' or .*, got "
+UNKNOWN = "backend: expected 'cuda' or 'triton' or 'cpu', got "
+EXCLUDE, VARIABLE = ao.exclude_from_auto, _backend._exclude_from_environment
+
+
+@pytest.mark.parametrize(
+    ("exclude", "arguments", "message"),
+    [
+        (EXCLUDE, ("gpu", "confusion"), f"{UNKNOWN}'gpu'"),
+        (EXCLUDE, ("reference", "confusion"), f"{UNKNOWN}'reference'"),
+        (EXCLUDE, ("cpu", "confusion", "dice"), f"{OPERATORS}'dice'"),
+        (EXCLUDE, ("cpu", ["confusion"]), rf"{OPERATORS}\['confusion'\]"),
+        (EXCLUDE, ("cuda", "softmax_moments"), f"{OPERATORS}'softmax_moments'"),
+        (EXCLUDE, ("cpu",), "operators: expected at least one name, got none"),
+        (VARIABLE, ("gpu:confusion",), f"{UNKNOWN}'gpu'"),
+        (VARIABLE, ("cpu:confusion,cpu:dice",), f"{OPERATORS}'dice'"),
+        (VARIABLE, ("triton",), "the variable: expected BACKEND:OPERATOR,.*,…, got 'triton'"),
+    ],
+)
+def test_what_cannot_be_excluded(exclude: Any, arguments: tuple[Any, ...], message: str):
+    name = "exclude_from_auto" if exclude is EXCLUDE else "ANCHOROPS_NOT_AUTO"
+    with pytest.raises(ValueError, match=f"^{name}: {message}$"):
+        exclude(*arguments)
 
 
 def test_the_exclusion_is_traced():
@@ -486,18 +483,6 @@ def test_the_environment_variable(monkeypatch):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     excluded = "{'cuda': ('class_moments',), 'triton': ('softmax_moments', 'confusion'), 'cpu': ()}"
     assert run.stdout.strip() == excluded, run.stderr
-
-
-def test_values_of_the_environment_variable():
-    _backend._exclude_from_environment("")
-    assert not any(_backend.excluded.values())
-    for value, text in (
-        ("triton", "the variable: expected BACKEND:OPERATOR,BACKEND:OPERATOR,…, got 'triton'"),
-        ("gpu:confusion", "backend: expected 'cuda' or 'triton' or 'cpu', got 'gpu'"),
-        ("cpu:confusion,cpu:dice", "operators: expected 'class_moments' or .*, got 'dice'"),
-    ):
-        with pytest.raises(ValueError, match=f"^ANCHOROPS_NOT_AUTO: {text}$"):
-            _backend._exclude_from_environment(value)
 
 
 def test_the_import_does_not_initialise_cuda():

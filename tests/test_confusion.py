@@ -27,9 +27,6 @@ def test_confidence_of_ties_and_what_is_not_finite(backend: str):
     expected = logits.softmax(1).amax(1)
     assert expected[0, 0, :3].isnan().all() and expected[0, 0, 3] == 0.5
     torch.testing.assert_close(probabilities, expected, equal_nan=True)
-    for shape, size in (((0, 4, 2, 2), (3, 3)), ((1, 4, 2, 2), (0, 3))):
-        maps = ao.pixel_argmax(torch.zeros(shape), size, confidence=True)
-        assert [x.shape for x in maps] == [(shape[0], *size)] * 2
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
@@ -91,13 +88,6 @@ def test_nan_is_largest(backend, pixels):
     assert torch.equal(ao.pixel_argmax(logits, pixels), expected)
     logits[0, [11, 30]] = torch.nan
     assert (ao.pixel_argmax(logits, pixels) == 11).all()
-
-
-def test_nothing(backend):
-    assert ao.pixel_argmax(torch.empty(0, 3, 2, 2), (4, 4)).shape == (0, 4, 4)
-    assert ao.pixel_argmax(torch.randn(2, 3, 2, 2), (0, 4)).shape == (2, 0, 4)
-    empty = torch.empty(0, dtype=torch.int64)
-    assert not ao.confusion(empty, empty, 3).any()
 
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)

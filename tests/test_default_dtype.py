@@ -25,6 +25,7 @@ K, SIZE = 5, 300  # more than 65,504 pixels, the largest float16
 LOGITS = torch.randn(1, K, 30, 30)
 LABELS = torch.randint(0, K, (1, SIZE, SIZE))
 MAPS = torch.stack([LABELS] * K, 1) % 2
+PREDICTIONS = LABELS.where(torch.rand(LABELS.shape) < 0.7, LABELS.flip(1))
 FEATURES = torch.randn(2, 12, 6, 7)
 WEIGHTS = [0.1, 1e5, 1.0, 2.0, 3.0]
 
@@ -51,6 +52,22 @@ def test_operators(case: Case, backend: str, default_dtype: Callable[[], None]) 
     same(results(case.ours, inputs), expected, 1e-6)
 
 
+def computed(metric: Any, *batch: Tensor) -> list[Tensor]:
+    """After two updates."""
+    for _ in range(2):
+        metric.update(*batch)
+    value = metric.compute()
+    more = [metric.per_class()] if isinstance(metric, ao.MeanIoU) else []
+    more += [metric.prior()] if isinstance(metric, diagnostics.LabelImbalance) else []
+    return [*(value.values() if isinstance(value, dict) else [value]), *more]
+
+
+def gradient_ratio() -> Tensor:
+    x = LOGITS.clone().requires_grad_()
+    other = ao.pixel_cross_entropy(x, LABELS)
+    return diagnostics.gradient_ratio(x, ao.Dice()(x, LABELS), other)
+
+
 # Large numbers of pixels, and what the operators above do not have.
 CALLS: dict[str, Callable[[], Any]] = {
     "confusion": lambda: ao.confusion(LABELS, LABELS.flip(1), K),
@@ -69,6 +86,20 @@ CALLS: dict[str, Callable[[], Any]] = {
     "norm_correlation": lambda: diagnostics.norm_correlation(
         FEATURES[0, :, :3, 0], torch.arange(12) * 10_000
     ),
+    "gradient_ratio": gradient_ratio,
+    **{
+        f"MeanIoU, {average}": lambda average=average: computed(
+            ao.MeanIoU(K, average=average), PREDICTIONS, LABELS
+        )
+        for average in ("macro", "micro", "weighted", "none")
+    },
+    "MeanIoU of logits": lambda: computed(ao.MeanIoU(K), LOGITS, LABELS),
+    "MeanIoU of sigmoids": lambda: computed(ao.MeanIoU(K, sigmoid=True), LOGITS, MAPS),
+    "MeanIoU of masks": lambda: computed(ao.MeanIoU(K, sigmoid=True), MAPS.flip(2), MAPS),
+    "CentroidGeometry": lambda: computed(
+        diagnostics.CentroidGeometry(K, 12), FEATURES, LABELS[:, :9, :9].expand(2, -1, -1)
+    ),
+    "LabelImbalance": lambda: computed(diagnostics.LabelImbalance(K), LABELS**2 % K),
 }
 
 
@@ -152,55 +183,6 @@ def test_small_shares_of_images() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(method.prior, prior / prior.sum())
-
-
-PREDICTIONS = LABELS.where(torch.rand(LABELS.shape) < 0.7, LABELS.flip(1))
-METRICS: dict[str, tuple[Callable[[], Any], tuple[Tensor, ...]]] = {
-    **{
-        f"MeanIoU, {average}": (
-            lambda average=average: ao.MeanIoU(K, average=average),
-            (PREDICTIONS, LABELS),
-        )
-        for average in ("macro", "micro", "weighted", "none")
-    },
-    "MeanIoU of logits": (lambda: ao.MeanIoU(K), (LOGITS, LABELS)),
-    "MeanIoU of sigmoids": (lambda: ao.MeanIoU(K, sigmoid=True), (LOGITS, MAPS)),
-    "MeanIoU of masks": (lambda: ao.MeanIoU(K, sigmoid=True), (MAPS.flip(2), MAPS)),
-    "CentroidGeometry": (
-        lambda: diagnostics.CentroidGeometry(K, 12),
-        (FEATURES, LABELS[:, :9, :9].expand(2, -1, -1)),
-    ),
-    "LabelImbalance": (lambda: diagnostics.LabelImbalance(K), (LABELS**2 % K,)),
-}
-
-
-@pytest.mark.parametrize("name", METRICS)
-def test_metrics(name: str, default_dtype: Callable[[], None]) -> None:
-    make, batch = METRICS[name]
-
-    def values() -> list[Tensor]:
-        metric = make()
-        for _ in range(2):
-            metric.update(*batch)
-        value = metric.compute()
-        more = [metric.per_class()] if "MeanIoU" in name else []
-        more += [metric.prior()] if name == "LabelImbalance" else []
-        return [*(value.values() if isinstance(value, dict) else [value]), *more]
-
-    expected = values()
-    default_dtype()
-    same(values(), expected, 1e-6)
-
-
-def test_gradient_ratio(default_dtype: Callable[[], None]) -> None:
-    def ratio() -> list[Tensor]:
-        x = LOGITS.clone().requires_grad_()
-        other = ao.pixel_cross_entropy(x, LABELS)
-        return [diagnostics.gradient_ratio(x, ao.Dice()(x, LABELS), other)]
-
-    expected = ratio()
-    default_dtype()
-    same(ratio(), expected, 1e-6)
 
 
 def test_cells_of_triton(default_dtype: Callable[[], None]) -> None:

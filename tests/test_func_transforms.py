@@ -1,4 +1,4 @@
-"""torch.func and export beside what test_guarantees_of_torch.py has: models, methods, messages."""
+"""torch.func and export beside what test_guarantees_of_torch.py has: options, methods, messages."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+from torch.func import grad, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import anchorops as ao
@@ -16,19 +16,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 K, D = 4, 5
 LABELS, ANCHORS = torch.arange(9) % (K + 1), torch.linspace(-1, 1, K * D).view(K, D).cos()
 PIXEL_LABELS = torch.arange(2 * 8 * 9).view(2, 8, 9) % (K + 1)
-
-
-@pytest.mark.on("cpu", "reference")
-@pytest.mark.parametrize("name", ["SAR", "OCCL"])
-def test_vmap_of_a_method(name: str, backend: str) -> None:
-    method = ao.OCCL(K, D) if name == "OCCL" else ao.SAR(K, D, embed=False, anchors=ANCHORS)
-    method, features = method.eval(), torch.randn(3, 9, D)
-
-    def loss(features: Tensor) -> Tensor:
-        return method(features, LABELS, ANCHORS)
-
-    expected = torch.stack([loss(f) for f in features])
-    torch.testing.assert_close(vmap(loss)(features), expected)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -76,22 +63,6 @@ def test_vmap_with_learnable_anchors() -> None:
         total = torch.stack([loss(f) for f in features]).sum()
         expected = torch.autograd.grad(total, (features, anchors))
     torch.testing.assert_close(actual, expected)
-
-
-def test_ensemble_of_models() -> None:
-    models = [torch.nn.Conv2d(3, K, 1) for _ in range(3)]
-    parameters, buffers = stack_module_state(models)
-    images = torch.randn(2, 3, 3, 4)
-
-    def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
-        logits = functional_call(models[0], (parameters, buffers), (images,))
-        return ao.pixel_cross_entropy(logits, PIXEL_LABELS)
-
-    vmap(loss)(parameters, buffers).sum().backward()
-    for i, model in enumerate(models):
-        ao.pixel_cross_entropy(model(images), PIXEL_LABELS).backward()
-        for name, parameter in model.named_parameters():
-            torch.testing.assert_close(parameters[name].grad[i], parameter.grad)
 
 
 @pytest.mark.parametrize("trace", ["compiled", "fullgraph", "make_fx"])

@@ -19,6 +19,7 @@ from anchorops.measure import cuda_graph
 from tests.helpers.class_moments_cases import BF16, Case, make_inputs, run
 from tests.helpers.operators import results as results_of
 from tests.helpers.softmax_cases import moments
+from tests.test_guarantees import same_bits
 from tests.test_methods import METHODS, classifier_of, labels_of
 
 pytestmark = pytest.mark.on("gpu")
@@ -29,10 +30,6 @@ LOGITS_CASE = moments((2, 19, 32, 64), (128, 256), layout="channels_last")
 def logits_and_labels() -> tuple[Tensor, Tensor]:
     inputs = LOGITS_CASE.sample.inputs()
     return inputs["logits"].cuda(), inputs["labels"].cuda()
-
-
-def same(ours, expected) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 Call = tuple[Callable[[Inputs], Any], Inputs]
@@ -56,7 +53,7 @@ def test_cuda_graph(calls: list[Call]):
     static = torch.zeros_like(x)
     replay = cuda_graph(lambda: function(inputs | {name: static}))
     static.copy_(x)
-    assert same(replay(), expected)
+    assert same_bits(replay(), expected)
 
 
 def test_two_streams(calls: list[Call]):
@@ -70,7 +67,7 @@ def test_two_streams(calls: list[Call]):
                 found.append(function(inputs))
     torch.cuda.synchronize()
     for found, right in zip(streamed, expected, strict=True):
-        assert all(same(result, right) for result in found)
+        assert all(same_bits(result, right) for result in found)
 
 
 FIRST_LAUNCHES = """
@@ -178,28 +175,22 @@ def test_threads_that_launch_at_once(backend: str):
     with ThreadPoolExecutor(4) as threads:
         for i, actual in enumerate(threads.map(results, range(4))):
             expected = run(*inputs[i % 2])
-            assert all(same(some, expected) for some in actual)
+            assert all(same_bits(some, expected) for some in actual)
 
 
-def test_compiles_as_one_graph(backend: str):
+@pytest.mark.parametrize("name", ["mse", pytest.param("ce", marks=pytest.mark.on("triton"))])
+def test_compiles_as_one_graph(backend: str, name: str):
     features, labels, anchors = make_inputs(CASE).values()
+    if name == "ce":
+        features, labels = logits_and_labels()
 
-    def loss(features):
-        return ao.pixel_to_anchor_mse(features, labels, anchors)
+    def loss(x: Tensor) -> Tensor:
+        if name == "ce":
+            return ao.pixel_cross_entropy(x, labels)
+        return ao.pixel_to_anchor_mse(x, labels, anchors)
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True)
     torch.testing.assert_close(compiled(features), loss(features))
-
-
-@pytest.mark.on("triton")
-def test_cross_entropy_compiles_as_one_graph(backend: str):
-    logits, labels = logits_and_labels()
-
-    def cross_entropy(logits):
-        return ao.pixel_cross_entropy(logits, labels)
-
-    compiled = torch.compile(cross_entropy, fullgraph=True, dynamic=True)
-    torch.testing.assert_close(compiled(logits), cross_entropy(logits))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")

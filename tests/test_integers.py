@@ -176,10 +176,3 @@ def test_sizes_of_an_export(name: str, strict: bool) -> None:
             tensors_of(program(*batch)), tensors_of(module(*batch)), strict=True
         ):
             torch.testing.assert_close(ours, right)
-
-
-def test_sizes_of_a_compiled_function() -> None:
-    compiled = torch.compile(OF_SIZES["classes"], fullgraph=True, dynamic=True)
-    for size in ((8, 12), (9, 10)):
-        image = torch.zeros(2, 3, *size)
-        assert torch.equal(compiled(LOGITS, None, image), ao.pixel_argmax(LOGITS, size))

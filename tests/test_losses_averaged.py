@@ -1,5 +1,5 @@
-"""Averages of models with a method: AveragedModel (which Lightning's callbacks use) and timm's
-ModelEma, over parameters and buffers."""
+"""Averages of models with a method: AveragedModel, which Lightning's callbacks use, over
+parameters and buffers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,14 +20,10 @@ AVERAGES = {
     "ema": {"avg_fn": swa_utils.get_ema_avg_fn(DECAY)},
     "multi_ema": {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(DECAY)},
 }
-TIMM_AVERAGES = ("ModelEmaV2", "ModelEmaV3")
 
 
 def average(model: nn.Module, name: str) -> tuple[nn.Module, Callable[[nn.Module], Any]]:
     """The average, and the function that updates it."""
-    if name in TIMM_AVERAGES:
-        averaged = getattr(pytest.importorskip("timm.utils"), name)(model, decay=DECAY)
-        return averaged.module, averaged.update
     averaged = swa_utils.AveragedModel(model, use_buffers=True, **AVERAGES[name])
     return averaged.module, averaged.update_parameters
 
@@ -47,7 +43,7 @@ def train(model: nn.Module, loss: Any, steps: int = 1) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("kind", [*AVERAGES, *TIMM_AVERAGES])
+@pytest.mark.parametrize("kind", AVERAGES)
 @pytest.mark.parametrize("method", ao.losses.METHODS)
 def test_the_average_of_a_model(method: str, kind: str) -> None:
     model, loss = model_and_loss(method)
@@ -57,13 +53,8 @@ def test_the_average_of_a_model(method: str, kind: str) -> None:
         train(model, loss)
         update(model)
         for name, value in model.state_dict().items():
-            if kind == "swa":
-                share = 1 / (n + 1)
-            else:  # AveragedModel begins with a copy, timm with the state before the first step
-                share = 1.0 if n == 0 and kind not in TIMM_AVERAGES else 1 - DECAY
+            share = 1 / (n + 1) if n == 0 or kind == "swa" else 1 - DECAY
             before = expected.get(name, torch.zeros_like(value))
-            if n == 0 and kind in TIMM_AVERAGES:
-                before = model_and_loss(method)[0].state_dict()[name]
             expected[name] = before + share * (value - before)
     state = averaged.state_dict()
     for name, value in model.state_dict().items():

@@ -74,5 +74,9 @@ def test_combined_refuses_what_does_not_fit() -> None:
     ):
         with pytest.raises(ValueError, match=f"Combined: regularizers: expected one {message}"):
             ao.Combined(ao.MVSC(K, D), other)
-    with pytest.raises(ValueError, match="at least one"):
-        ao.Combined()
+    for regularizers, message in (
+        ((), "at least one"),
+        ((ao.CBP(K, D), ao.CBP(K, D, update="ema")), "at most one CBP"),
+    ):
+        with pytest.raises(ValueError, match=f"Combined: regularizers: expected {message}"):
+            ao.Combined(*regularizers)

@@ -6,11 +6,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import anchorops as ao
 from anchorops import reference
-from anchorops._shared.upsampling import transposed_rows
 from anchorops.doctor.catalogue.formulas import lovasz_of_classes, lovasz_of_sigmoids, upsampled
 from tests.helpers.memory import peak_allocated_bytes
 from tests.helpers.small_networks import NO_TORCHVISION
@@ -265,30 +263,6 @@ def test_sigmoids_store_no_map():
         ao.Lovasz(sigmoid=True)(logits, labels)
     sizes = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in stored}
     assert labels.nbytes < sum(sizes.values()) < labels.nbytes + 3 * 2**19  # the slopes
-
-
-@pytest.mark.parametrize("sigmoid", [False, True])
-def test_modes_see_through_the_reference(sigmoid: bool):
-    """A mode must see no function transform: FlopCounterMode is one."""
-    logits, labels = example(3, 5, 6)
-    labels = labels[:, None].repeat(1, 3, 1, 1).mT.contiguous().mT % 2 if sigmoid else labels
-    leaf = logits.float().requires_grad_()
-    with ao.use_backend("reference"), FlopCounterMode(display=False):
-        ao.Lovasz(sigmoid=sigmoid)(leaf, labels).backward()
-    assert leaf.grad.isfinite().all() and leaf.grad.any()
-
-
-@pytest.mark.parametrize("align_corners", [False, True])
-@pytest.mark.parametrize(
-    ("shape", "size"), [((5, 6), (20, 17)), ((5, 6), (3, 4)), ((1, 4), (1, 9))]
-)
-def test_transposed_upsampling(shape, size, align_corners: bool):
-    """It sums in a fixed order, on GPUs too; here it is compared with torch's."""
-    dz, shape = torch.randn(2, 1, *size), (2, 1, *shape)
-    torchs = torch.ops.aten.upsample_bilinear2d_backward(dz, size, shape, align_corners)
-    whole = slice(0, size[0]), slice(0, shape[2])
-    ours = transposed_rows(dz, shape, shape[2], size, align_corners, *whole)
-    torch.testing.assert_close(ours.float(), torchs)
 
 
 @pytest.mark.parametrize("sigmoid", [False, True])

@@ -3,9 +3,7 @@ eval mode (unless always=True), and errors if this is not possible."""
 
 import copy
 import inspect
-import pickle
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import anchorops as ao
-from tests.helpers.ranks import process_group
 from tests.helpers.small_networks import K, smp_model, torchvision_model
 
 D = 8
@@ -150,15 +147,18 @@ def test_trains_as_the_plain_model(
 
 
 def test_the_dry_run_leaves_no_trace() -> None:
+    """Not even of a model that changes its images."""
     model = Net().train()
     x, labels = batch()
     step(model, x, labels, False)
     model.eval()
-    before = copy.deepcopy(model)
+    before, given = copy.deepcopy(model), x.clone()
+    hook = model.register_forward_pre_hook(lambda _, args: (args[0].sub_(1),))
     gradients = [parameter.grad for parameter in model.parameters()]
     numbers = torch.get_rng_state()
     ao.low_resolution(model, x)
-    assert torch.equal(torch.get_rng_state(), numbers)
+    hook.remove()
+    assert torch.equal(x, given) and torch.equal(torch.get_rng_state(), numbers)
     assert not model.training
     assert all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
     for name, value in before.state_dict().items():
@@ -205,8 +205,6 @@ def test_always(build: Callable[[], nn.Module], corners: bool) -> None:
     for full, low in zip(expected, actual, strict=True):
         options = {"align_corners": handle.align_corners}
         torch.testing.assert_close(upsampled(low, (96, 64), **options), full)
-    restored = pickle.loads(pickle.dumps(model)) if build is Net else copy.deepcopy(model)
-    assert maps(restored.eval()(x))[0].shape == actual[0].shape
     handle.remove()
     assert torch.equal(maps(model(x))[0], expected[0])
 
@@ -238,18 +236,6 @@ def test_always_refuses(evaluate: Callable[[Tensor], Tensor], got: str) -> None:
         ao.low_resolution(model, batch()[0], always=True)
     assert type(model) is OtherInEvaluation
     ao.low_resolution(model, batch()[0])  # training mode alone
-
-
-def test_ddp(tmp_path: Path) -> None:
-    model = Net()
-    plain = copy.deepcopy(model)
-    x, labels = batch()
-    ao.low_resolution(model, x)
-    with process_group(tmp_path):
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        check_step(plain, wrapped, x, labels, bare=model, low=(16, 16))
-        with pytest.raises(ValueError, match="one wrapped in DistributedDataParallel"):
-            ao.low_resolution(wrapped, x)
 
 
 def test_other_modules_of_its_class() -> None:
@@ -296,19 +282,6 @@ def test_gradient_checkpointing(reentrant: bool, whole: bool) -> None:
         check_step(plain, model, x, labels, low=(16, 16))
 
 
-def test_export_in_eval_mode_is_the_bare_model() -> None:
-    model = Net().eval()
-    x, _ = batch()
-    bare = torch.export.export(model, (x,))
-    ao.low_resolution(model, x)
-    exported = torch.export.export(model, (x,))
-    operators = [
-        [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-        for program in (bare, exported)
-    ]
-    assert operators[0] == operators[1]
-
-
 def test_layout_and_dtype_are_those_of_the_classifier() -> None:
     model = smp_model("Segformer")().to(memory_format=torch.channels_last).train()
     x = batch()[0].to(memory_format=torch.channels_last)
@@ -317,17 +290,6 @@ def test_layout_and_dtype_are_those_of_the_classifier() -> None:
         logits = model(x)
     assert logits.dtype == torch.bfloat16 and logits.shape == (2, K, 16, 16)
     assert logits.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_attach_beside() -> None:
-    model, occl = smp_model("FPN")(), ao.OCCL(K, 128)
-    x, labels = batch()
-    term = ao.attach(model, occl)
-    ao.low_resolution(model, x)
-    with pytest.raises(RuntimeError, match="has not run"):
-        term(labels)
-    assert model.train()(x).shape == (2, K, 16, 16)
-    term(labels).backward()
 
 
 @pytest.mark.parametrize(
@@ -374,27 +336,6 @@ def test_models_it_refuses(after: Callable[[Tensor, Tensor], Any], got: str) -> 
     with pytest.raises(ValueError, match=f"^low_resolution: model: expected .*{got}"):
         ao.low_resolution(model, batch()[0])
     assert type(model) is Net and not hasattr(model, "_forward_changes")
-
-
-@pytest.mark.parametrize(
-    "after",
-    [
-        lambda z, x: upsampled(z, scale_factor=3.9, recompute_scale_factor=True),
-        lambda z, x: upsampled(z, scale_factor=[4.0, 2.0]),
-        lambda z, x: upsampled(z, scale_factor=3.9, align_corners=True),
-        lambda z, x: upsampled(z, x.shape[2:]).contiguous().float(),
-        lambda z, x: nn.UpsamplingBilinear2d(scale_factor=4)(z),
-    ],
-    ids=range(5),
-)
-def test_models_it_takes(after: Callable[[Tensor, Tensor], Any]) -> None:
-    model = Net(after)
-    x, _ = batch()
-    corners = ao.low_resolution(model, x).align_corners
-    full = model.eval()(x)
-    for module in model.train().modules():
-        module.training = module is model
-    torch.testing.assert_close(upsampled(model(x), full.shape[2:], align_corners=corners), full)
 
 
 def test_volumes() -> None:
@@ -488,16 +429,10 @@ def test_bad_input() -> None:
         ao.low_resolution(len, x)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"low_resolution: args: .* low_resolution\(model, images"):
         ao.low_resolution(model)
-    with pytest.raises(ValueError, match=r"before torch.compile, DDP and FSDP"):
-        ao.low_resolution(torch.compile(model), x)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="low_resolution: always: expected True or False, got 1"):
         ao.low_resolution(model, x, always=1)  # type: ignore[arg-type]
-    handle = ao.low_resolution(model, x)
+    ao.low_resolution(model, x)
     with pytest.raises(ValueError, match="got Net after low_resolution"):
-        ao.low_resolution(model, x)
-    handle.remove()
-    model.forward = lambda x: x  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="got Net whose forward was replaced"):
         ao.low_resolution(model, x)
 
 
@@ -510,6 +445,10 @@ AFTER = {
     "to": lambda z, x: upsampled(z.bfloat16(), x.shape[2:]).to(torch.float32),
     "type as": lambda z, x: upsampled(z.bfloat16(), x.shape[2:]).type_as(x),
     "layout": lambda z, x: upsampled(z, x.shape[2:]).contiguous(memory_format=torch.channels_last),
+    "scale": lambda z, x: upsampled(z, scale_factor=3.9, recompute_scale_factor=True),
+    "two scales": lambda z, x: upsampled(z, scale_factor=[4.0, 2.0]),
+    "corners": lambda z, x: upsampled(z, scale_factor=3.9, align_corners=True),
+    "module": lambda z, x: nn.UpsamplingBilinear2d(scale_factor=4)(z),
     "clone, in a dictionary": lambda z, x: {"out": torch.clone(upsampled(z, x.shape[2:])).float()},
     "as another": lambda z, x: view_as_itself(upsampled(z, x.shape[2:])),
     "axes": lambda z, x: upsampled(z, x.shape[2:])[:, None].squeeze(1).unsqueeze(1)[:, 0],
@@ -530,24 +469,16 @@ def test_what_commutes_with_the_upsampling_passes(after: str, images: int) -> No
     for module in (model.norm, model.dropout):
         module.eval()
     plain = copy.deepcopy(model)
-    ao.low_resolution(model, x)
+    corners = ao.low_resolution(model, x).align_corners
     x = x[:images]
     low, full = model(x), plain(x)
     low, full = (y["out"] if isinstance(y, dict) else y for y in (low, full))
     assert low.shape[-2:] == (16, 16)
     assert low.shape[:-2] == full.shape[:-2]
     assert low.dtype == full.dtype == torch.float32
-    again = upsampled(low.reshape(images, -1, 16, 16), full.shape[-2:]).reshape(full.shape)
+    maps = low.reshape(images, -1, 16, 16)
+    again = upsampled(maps, full.shape[-2:], align_corners=corners).reshape(full.shape)
     torch.testing.assert_close(again, full, rtol=1e-2, atol=2e-2)  # bfloat16 upsampled before
-
-
-def test_low_resolution_of_one_pixel() -> None:
-    def after(z: Tensor, x: Tensor) -> Tensor:
-        return upsampled(z.mean((2, 3), keepdim=True), (64, 64)).reshape(-1, K, 64, 64)
-
-    model, (x, _) = Net(after), batch()
-    ao.low_resolution(model, x)
-    assert model(x).shape == (2, K, 1, 1)
 
 
 @pytest.mark.parametrize("after", ["float", "axes", "one class, sizes"])

@@ -32,7 +32,6 @@ class Case(NamedTuple):
     anchors: str | None = "learnable"  # or "fixed"
     groups: int = 1
     per_image: bool = False
-    labels_size: tuple[int, int] | None = None
 
 
 def make_features(case: Case) -> Tensor:
@@ -44,7 +43,7 @@ def make_labels(case: Case) -> Tensor:
     """Random, or runs of 37 pixels, or one class: some ignored and some out of range. All other
     labels are those of a class, but for the first five."""
     batch, *pixels = case.size[:1] + case.size[2:]
-    shape, classes = torch.Size((batch, *(case.labels_size or pixels))), case.num_classes
+    shape, classes = torch.Size((batch, *pixels)), case.num_classes
     pixel = torch.arange(shape.numel())
     if case.labels in ("coherent", "long runs", "mixed"):  # mixed: 200 in a run, then 50 random
         length = {"coherent": 37, "long runs": 150, "mixed": 250}[case.labels]
