@@ -43,11 +43,8 @@ RIGHT: dict[str, dict[str, Any]] = {  # by the names of what is called
     "CentroidGeometry": {"num_classes": 3, "dim": 2},
     "LabelImbalance": {"num_classes": 3},
     "features_with_anchors": {"features": FEATURES, "labels": LABELS, "anchors": ANCHORS},
-    "orthogonal_anchors simplex_etf": {"num_classes": 5},
-    "category_basis": {"num_classes": 3, "dim": 4},
 }
 OF_FEATURES: Rows = [
-    ({"features": [1.0]}, r"features: expected a tensor \(N, D\), .*, got \[1.0\] of type list"),
     ({"features": [[1.0] * 99] * 9}, r"features: expected .*, got \[\[1.0, .{,80} … of type list$"),
     ({"features": torch.zeros(3)}, r"features: expected a tensor .*, got .* of shape \(3,\) on"),
     ({"features": FEATURES.int()}, "features: expected float32, .* or float64, got torch.int32"),
@@ -67,7 +64,6 @@ OF_FEATURES: Rows = [
 ]
 OF_ANCHORS: Rows = [
     ({"anchors": ANCHORS[:, :2]}, r"anchors: expected \[.*, 3\] \(features have D = 3\), got .*"),
-    ({"anchors": [0.0]}, r"anchors: expected \[.*, 3\] .*, got \[0.0\] of type list"),
     ({"anchors": ANCHORS.long()}, "anchors: expected a floating dtype, got torch.int64"),
 ]
 OF_LOGITS: Rows = [
@@ -105,7 +101,6 @@ TABLE: dict[str, Rows] = {
         ({"anchors": ANCHORS[:4]}, "anchors: expected 5 rows, as num_classes, got 4"),
         ({"groups": 0}, "groups: expected an int of at least 1, got 0 of type int"),
         ({"groups": 2}, "seed: expected an int of 64 bits or an int64 tensor .*, got None"),
-        ({"groups": 2, "seed": 1.0}, "seed: expected an int of 64 bits or .*, got 1.0 of type"),
         ({"groups": 2, "seed": torch.zeros(1)}, "seed: expected one int64 on cpu, got torch.float"),
         (
             {"num_classes": 2**15, "groups": 2**15, "seed": 1, "per_image": True}
@@ -113,16 +108,13 @@ TABLE: dict[str, Rows] = {
             r"num_classes: expected fewer than 2\^31 images × classes × groups, got 2147483648",
         ),
         ({"num_classes": 0}, "num_classes: expected 1 to 65536, got 0"),
-        ({"num_classes": 6.0}, "num_classes: expected an int, got 6.0 of type float"),
         ({"ignore_index": 1.0}, "ignore_index: expected an int of 64 bits, got 1.0 of type fl"),
     ],
-    "pixel_to_anchor_mse": [({"reduction": 1}, "reduction: expected 'mean' or 'sum', got 1")],
     "softmax_moments pixel_cross_entropy CrossEntropy Dice CrossEntropyDice": OF_LOGITS,
     "softmax_moments pixel_cross_entropy pixel_confusion": OF_VOLUMES,
     "pixel_argmax pixel_kl_divergence pixel_confusion": NO_POINTS,
     "pixel_argmax pixel_kl_divergence": OF_LOGITS[4:5],
     "pixel_cross_entropy": [
-        ({"weight": [1.0] * 5}, r"weight: expected a tensor \[5\], got \[1.0, .* of type list"),
         ({"weight": torch.ones(4)}, r"weight: expected a tensor \[5\], got .* of shape \(4,\)"),
         ({"weight": torch.ones(5).int()}, "weight: expected a floating dtype on cpu, got torch"),
         ({"label_smoothing": -0.1}, r"label_smoothing: expected .* in \[0, 1\], got -0.1"),
@@ -160,21 +152,12 @@ TABLE: dict[str, Rows] = {
     "pixel_binary_cross_entropy BinaryCrossEntropy": [
         ({"labels": LABELS}, r"labels: expected a tensor \(2, 5, H, W\)"),
         *(
-            ({"pos_weight": x}, "pos_weight: expected a")
-            for x in (
-                [-1.0],
-                [[1.0, 2.0]],
-                torch.ones(3),
-                torch.ones(1, 2, 1),
-                torch.ones(2, 2, 1, 1),
-            )
+            ({"pos_weight": torch.ones(shape)}, "pos_weight: expected a")
+            for shape in ((3,), (1, 2, 1), (2, 2, 1, 1))
         ),
     ],
     "pixel_binary_cross_entropy": [
-        *(
-            ({"pos_weight": x}, "pos_weight: expected numbers that float32 can hold")
-            for x in (1e300, [1.0, 1e300, 1.0, 1.0, 1.0])
-        ),
+        ({"pos_weight": [1e300]}, "pos_weight: expected numbers that float32 can hold"),
         ({"pos_weight": torch.ones(5).requires_grad_()}, "pos_weight: expected no gradient"),
     ],
     "pixel_confusion": [
@@ -186,10 +169,7 @@ TABLE: dict[str, Rows] = {
         ({"logits": VOLUME}, r"size: expected \(D, H, W\), three ints of at least 0, got \(16"),
         ({"dtype": torch.bool}, "dtype: expected uint8, .* or int64, got torch.bool"),
         ({"threshold": 0.3}, "threshold: expected 0.5 without sigmoid=True, got 0.3"),
-        *(
-            ({"sigmoid": True, "threshold": x}, r"threshold: expected a float in \(0, 1\), got")
-            for x in (0.0, 1.0, "a")
-        ),
+        ({"threshold": 0.0}, r"threshold: expected a float in \(0, 1\), got 0.0"),
     ],
     "pixel_kl_divergence": [
         ({"teacher_logits": None}, r"teacher_logits: expected a tensor \(2, 5, h, w\), .* None"),
@@ -203,7 +183,6 @@ TABLE: dict[str, Rows] = {
         ({"valid": VALID.to("meta")}, "valid: expected device cpu, as logits, got meta"),
         ({"temperature": 0.0}, f"temperature: expected {EACH_NUMBER}, got 0.0"),
         ({"temperature": 1e-40}, "temperature: expected a normal number of float32, 1.2e-38 t"),
-        ({"reduction": "batchmean"}, "reduction: expected 'mean' or 'sum' or 'none', got 'bat"),
     ],
     "mask_rle": [
         ({"logits": [1.0]}, r"logits: expected a tensor \(N, h, w\), got \[1.0\]"),
@@ -225,7 +204,6 @@ TABLE: dict[str, Rows] = {
             ({"predictions": x}, "predictions: expected an int64 tensor of shape .*, as lab")
             for x in (LABELS.int(), None, LABELS[:, None].expand(2, 2, 16, 24))
         ),
-        ({"num_classes": 1}, "num_classes: expected 2 to 4096 classes .*two.*, got 1"),
     ],
     "MeanIoU": [
         ({"predictions": None}, "predictions: expected a tensor of logits or classes, got None"),
@@ -236,9 +214,7 @@ TABLE: dict[str, Rows] = {
         ({"predictions": LABELS * 1j}, "predictions: expected an integer dtype, got"),
         ({"labels": LABELS.float()}, "labels: expected an integer dtype, got torch.float32"),
         ({"labels": LABELS[1:]}, r"labels: expected a tensor \(2, H, W\), as logits, got"),
-        ({"num_classes": 1}, r"num_classes: expected 2 to 4096 .*MeanIoU\(1, sigmoid=True\).*, "),
-        ({"num_classes": 0, "sigmoid": True}, "num_classes: expected an int of at least 1, got"),
-        ({"average": "mean"}, "average: expected 'macro' or 'micro' or 'weighted' or 'none', "),
+        ({"num_classes": 1}, r"num_classes: .* 2 to 4096 .*two.*MeanIoU\(1, sigmoid=True\).*, "),
     ],
     "centroid_info_nce": [
         ({"queries": [1.0]}, r"queries: expected a tensor \[K, D\] or \[K, G, D\], got \[1.0\]"),
@@ -250,8 +226,6 @@ TABLE: dict[str, Rows] = {
         ({"present": torch.ones(5)}, "present: expected a bool tensor, got torch.float32"),
         ({"present_keys": torch.ones(5, 1) > 0}, r"present_keys: expected \(5,\) on cpu"),
         ({"present_keys": torch.ones(5)}, "present_keys: expected a bool tensor"),
-        ({"normalize": 0.0}, f"normalize: expected {EACH_NUMBER}, got 0.0"),
-        ({"normalize": 1e-39}, "normalize: expected a normal number of float32, 1.2e-38 to"),
     ],
     "MaskLoss": [
         ({"logits": LOGITS[0, 0]}, r"logits: expected a tensor \(N, h, w\), got .* \(4, 6\)"),
@@ -288,17 +262,8 @@ TABLE: dict[str, Rows] = {
             "features: expected more than one pixel",
         ),
     ],
-    "orthogonal_anchors": [({"dim": 4}, "dim: expected at least num_classes = 5")],
-    "simplex_etf": [({"dim": 3}, "dim: expected at least num_classes - 1 = 4")],
-    "category_basis": [
-        ({"dim": 2}, "dim: expected at least num_classes = 3"),
-        ({"init": torch.zeros(3, 5)}, "init: expected a tensor"),
-        ({"init": torch.ones(3, 4)}, "init: expected linearly independent rows"),
-    ],
     "CentroidGeometry": [
-        ({"anchors": torch.eye(3)}, r"anchors: .* \[3, 2\]"),
         ({"features": torch.zeros(4, 3), "labels": COUNTS}, "features: expected 2 channels, as"),
-        ({"anchors": ANCHORS[:3, :2].long()}, "anchors: .* a floating tensor"),
         ({"features": torch.zeros(3, 2, 1, 1), "labels": COUNTS[:, None]}, "labels: expected"),
     ],
     "LabelImbalance": [({"labels": x}, "labels: expected") for x in (torch.eye(3), COUNTS)],
