@@ -584,31 +584,12 @@ def test_terms_of_a_row_that_may_be_lost(backend: str):
     torch.testing.assert_close(losses.double(), exact, rtol=1e-6, atol=2e-5)
 
 
-@cpu
-def test_backward_twice_and_in_place_scaling(backend: str):
-    logits, labels = torch.randn(2, 5, 4, 5, requires_grad=True), torch.randint(0, 5, (2, 16, 20))
-    loss = ao.pixel_cross_entropy(logits, labels)
-    (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
-    expected = first.clone()
-    first.mul_(7)
-    (second,) = torch.autograd.grad(loss, logits)
-    assert torch.equal(second, expected)
-
-
 def test_statistics_by_default():
     moments = ao.ops.softmax_moments(torch.zeros(4, 2).bfloat16(), torch.zeros(4).long())
     given = {name: x.dtype for name, x in moments._asdict().items() if x is not None}
     numbers = dict.fromkeys(("counts", "correct", "divisor"), torch.int64)
     floats = dict.fromkeys(("losses", "intersections", "probability_sums"), torch.float32)
     assert given == numbers | floats
-
-
-@pytest.mark.on("simulated_triton")
-def test_float64_is_refused(backend: str):
-    with pytest.raises(ValueError, match=rf"softmax_moments: backend {backend} .* float64"):
-        ao.ops.softmax_moments(torch.zeros(4, 2, dtype=F64), torch.zeros(4).long())
-    with pytest.raises(ValueError, match="at most 16384 classes"):
-        ao.ops.softmax_moments(torch.zeros(4, 20_000), torch.zeros(4).long(), ignore_index=-1)
 
 
 @st.composite
