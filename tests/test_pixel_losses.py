@@ -145,13 +145,6 @@ def test_sums_of_equal_weights_are_exact(backend):
     torch.testing.assert_close(weighted, ao.CrossEntropy()(logits, labels), rtol=1e-6, atol=0)
 
 
-def test_hard_examples_are_not_those_of_weight_0():
-    logits = torch.zeros(1, 3, 1, 4)
-    logits[..., 0, :2] = torch.tensor([-9.0, 0, 0]).view(1, 3, 1)
-    loss = ao.CrossEntropy([0.0, 1.0, 1.0], ohem_min_kept=2)
-    torch.testing.assert_close(loss(logits, torch.tensor([[[0, 0, 1, 2]]])).item(), math.log(3))
-
-
 @both_backends
 @pytest.mark.parametrize("num_classes", [5, 10, 19, 40])
 def test_a_pixel_at_the_bound_is_used_in_both_passes_or_in_none(backend, num_classes):
