@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import anchorops as ao
-from tests.helpers.operators import check_loss
 
 both_backends = pytest.mark.on("cpu", "reference")
 
@@ -19,20 +18,6 @@ def inputs(channels: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tenso
     logits = (2 * torch.randn(2, channels, 5, 7, dtype=dtype)).requires_grad_()
     labels = torch.randint(0, 2, (2, channels, 20, 21))
     return logits, F.interpolate(logits, (20, 21), mode="bilinear"), labels
-
-
-def ignoring(labels: Tensor) -> tuple[Tensor, Tensor]:
-    ignored = torch.rand(labels.shape) < 0.2
-    return torch.where(ignored, 255, labels), ~ignored
-
-
-def test_accuracy():
-    logits, z, labels = inputs()
-    labels, valid = ignoring(labels)
-    module = ao.BinaryCrossEntropy(accuracy=True)
-    module(logits, labels, torch.rand(labels.shape))
-    right = ((z > 0) == (labels == 1))[valid].double().mean()
-    torch.testing.assert_close(module.terms["accuracy"].double(), right, rtol=1e-6, atol=0)
 
 
 @both_backends
