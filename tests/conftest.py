@@ -13,9 +13,7 @@ the mark, a case runs everywhere but on a GPU.
 
 import contextlib
 import ctypes
-import platform
 from collections.abc import Iterator
-from importlib import metadata
 
 import pytest
 import torch
@@ -50,19 +48,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for name, value in report.user_properties:
             if name == "table":
                 terminalreporter.write_line(f"{report.nodeid}\n{value}")
-
-
-def pytest_report_header() -> str:
-    versions = {"Python": platform.python_version(), "torch": torch.__version__}
-    versions |= {name: _version(name) for name in ("torchvision", "triton", "numpy")}
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _is_chosen(item: pytest.Item) -> bool:

@@ -43,11 +43,8 @@ RIGHT: dict[str, dict[str, Any]] = {  # by the names of what is called
     "CentroidGeometry": {"num_classes": 3, "dim": 2},
     "LabelImbalance": {"num_classes": 3},
     "features_with_anchors": {"features": FEATURES, "labels": LABELS, "anchors": ANCHORS},
-    "orthogonal_anchors simplex_etf": {"num_classes": 5},
-    "category_basis": {"num_classes": 3, "dim": 4},
 }
 OF_FEATURES: Rows = [
-    ({"features": [1.0]}, r"features: expected a tensor \(N, D\), .*, got \[1.0\] of type list"),
     ({"features": [[1.0] * 99] * 9}, r"features: expected .*, got \[\[1.0, .{,80} … of type list$"),
     ({"features": torch.zeros(3)}, r"features: expected a tensor .*, got .* of shape \(3,\) on"),
     ({"features": FEATURES.int()}, "features: expected float32, .* or float64, got torch.int32"),
@@ -67,20 +64,15 @@ OF_FEATURES: Rows = [
 ]
 OF_ANCHORS: Rows = [
     ({"anchors": ANCHORS[:, :2]}, r"anchors: expected \[.*, 3\] \(features have D = 3\), got .*"),
-    ({"anchors": [0.0]}, r"anchors: expected \[.*, 3\] .*, got \[0.0\] of type list"),
-    ({"anchors": ANCHORS.long()}, "anchors: expected a floating dtype, got torch.int64"),
 ]
 OF_LOGITS: Rows = [
     ({"logits": None}, r"logits: expected a tensor .*\(B, K, h, w\) .*, got None of type NoneType"),
     ({"logits": LOGITS[0, 0, 0]}, r"logits: expected a tensor .*, got .* of shape \(6,\) on cpu"),
-    ({"logits": LOGITS.int()}, "logits: expected float32, .* or float64, got torch.int32"),
     ({"logits": LOGITS[:, :0]}, r"logits: expected 2 to 65536 classes .*, got .*\(2, 0, 4, 6\)"),
     ({"logits": LOGITS[:, :1]}, r"logits: expected at least 2 .*torch.cat.*, got shape"),
     ({"logits": LOGITS[:, :, :0]}, "logits: expected at least one pixel per image, got shape"),
     ({"labels": None}, r"labels: expected a tensor \(2, H, W\), as logits, got None of type"),
     ({"labels": LABELS[0]}, r"labels: expected .*, as logits, got .* \(16, 24\) on cpu"),
-    ({"labels": LABELS[:1]}, r"labels: expected .*, as logits, got .* \(1, 16, 24\) on cpu"),
-    ({"labels": LABELS.float()}, "labels: expected an integer dtype, got torch.float32"),
     ({"labels": LABELS.bool()}, "labels: expected an integer dtype, got torch.bool"),
     ({"labels": VOLUME_LABELS}, r"labels: expected a tensor \(2, H, W\)"),
     ({"labels": LABELS.byte().view(torch.bits8)}, "labels: expected an integer dtype, got torch."),
@@ -105,7 +97,6 @@ TABLE: dict[str, Rows] = {
         ({"anchors": ANCHORS[:4]}, "anchors: expected 5 rows, as num_classes, got 4"),
         ({"groups": 0}, "groups: expected an int of at least 1, got 0 of type int"),
         ({"groups": 2}, "seed: expected an int of 64 bits or an int64 tensor .*, got None"),
-        ({"groups": 2, "seed": 1.0}, "seed: expected an int of 64 bits or .*, got 1.0 of type"),
         ({"groups": 2, "seed": torch.zeros(1)}, "seed: expected one int64 on cpu, got torch.float"),
         (
             {"num_classes": 2**15, "groups": 2**15, "seed": 1, "per_image": True}
@@ -113,16 +104,13 @@ TABLE: dict[str, Rows] = {
             r"num_classes: expected fewer than 2\^31 images × classes × groups, got 2147483648",
         ),
         ({"num_classes": 0}, "num_classes: expected 1 to 65536, got 0"),
-        ({"num_classes": 6.0}, "num_classes: expected an int, got 6.0 of type float"),
         ({"ignore_index": 1.0}, "ignore_index: expected an int of 64 bits, got 1.0 of type fl"),
     ],
-    "pixel_to_anchor_mse": [({"reduction": 1}, "reduction: expected 'mean' or 'sum', got 1")],
     "softmax_moments pixel_cross_entropy CrossEntropy Dice CrossEntropyDice": OF_LOGITS,
     "softmax_moments pixel_cross_entropy pixel_confusion": OF_VOLUMES,
     "pixel_argmax pixel_kl_divergence pixel_confusion": NO_POINTS,
     "pixel_argmax pixel_kl_divergence": OF_LOGITS[4:5],
     "pixel_cross_entropy": [
-        ({"weight": [1.0] * 5}, r"weight: expected a tensor \[5\], got \[1.0, .* of type list"),
         ({"weight": torch.ones(4)}, r"weight: expected a tensor \[5\], got .* of shape \(4,\)"),
         ({"weight": torch.ones(5).int()}, "weight: expected a floating dtype on cpu, got torch"),
         ({"label_smoothing": -0.1}, r"label_smoothing: expected .* in \[0, 1\], got -0.1"),
@@ -160,21 +148,12 @@ TABLE: dict[str, Rows] = {
     "pixel_binary_cross_entropy BinaryCrossEntropy": [
         ({"labels": LABELS}, r"labels: expected a tensor \(2, 5, H, W\)"),
         *(
-            ({"pos_weight": x}, "pos_weight: expected a")
-            for x in (
-                [-1.0],
-                [[1.0, 2.0]],
-                torch.ones(3),
-                torch.ones(1, 2, 1),
-                torch.ones(2, 2, 1, 1),
-            )
+            ({"pos_weight": torch.ones(shape)}, "pos_weight: expected a")
+            for shape in ((3,), (1, 2, 1), (2, 2, 1, 1))
         ),
     ],
     "pixel_binary_cross_entropy": [
-        *(
-            ({"pos_weight": x}, "pos_weight: expected numbers that float32 can hold")
-            for x in (1e300, [1.0, 1e300, 1.0, 1.0, 1.0])
-        ),
+        ({"pos_weight": [1e300]}, "pos_weight: expected numbers that float32 can hold"),
         ({"pos_weight": torch.ones(5).requires_grad_()}, "pos_weight: expected no gradient"),
     ],
     "pixel_confusion": [
@@ -186,10 +165,7 @@ TABLE: dict[str, Rows] = {
         ({"logits": VOLUME}, r"size: expected \(D, H, W\), three ints of at least 0, got \(16"),
         ({"dtype": torch.bool}, "dtype: expected uint8, .* or int64, got torch.bool"),
         ({"threshold": 0.3}, "threshold: expected 0.5 without sigmoid=True, got 0.3"),
-        *(
-            ({"sigmoid": True, "threshold": x}, r"threshold: expected a float in \(0, 1\), got")
-            for x in (0.0, 1.0, "a")
-        ),
+        ({"threshold": 0.0}, r"threshold: expected a float in \(0, 1\), got 0.0"),
     ],
     "pixel_kl_divergence": [
         ({"teacher_logits": None}, r"teacher_logits: expected a tensor \(2, 5, h, w\), .* None"),
@@ -199,16 +175,11 @@ TABLE: dict[str, Rows] = {
         ({"teacher_logits": LOGITS[..., :0]}, "teacher_logits: expected at least one pixel per"),
         ({"logits": VOLUME}, r"teacher_logits: expected a tensor \(2, 5, d, h, w\)"),
         ({"valid": VALID[:1]}, r"valid: expected a bool tensor \(2, 16, 24\), or None, got .*1"),
-        ({"valid": VALID.int()}, r"valid: expected a bool tensor .*, got torch.int32 tensor"),
-        ({"valid": VALID.to("meta")}, "valid: expected device cpu, as logits, got meta"),
         ({"temperature": 0.0}, f"temperature: expected {EACH_NUMBER}, got 0.0"),
         ({"temperature": 1e-40}, "temperature: expected a normal number of float32, 1.2e-38 t"),
-        ({"reduction": "batchmean"}, "reduction: expected 'mean' or 'sum' or 'none', got 'bat"),
     ],
     "mask_rle": [
         ({"logits": [1.0]}, r"logits: expected a tensor \(N, h, w\), got \[1.0\]"),
-        ({"logits": LOGITS[0].int()}, "logits: expected float32, .* or float64, got torch.int32"),
-        ({"logits": LOGITS[0].to_sparse()}, "logits: expected a strided tensor"),
         ({"logits": LOGITS[0, :, :0]}, r"logits: expected at least one pixel per mask, got .*5"),
         ({"logits": LONG}, r"logits: expected axes of at most 2\^23, got \(8388609, 1\)"),
         ({"size": (2**23 + 1, 1)}, r"size: expected axes of at most 2\^23, got \(8388609, 1\)"),
@@ -225,7 +196,6 @@ TABLE: dict[str, Rows] = {
             ({"predictions": x}, "predictions: expected an int64 tensor of shape .*, as lab")
             for x in (LABELS.int(), None, LABELS[:, None].expand(2, 2, 16, 24))
         ),
-        ({"num_classes": 1}, "num_classes: expected 2 to 4096 classes .*two.*, got 1"),
     ],
     "MeanIoU": [
         ({"predictions": None}, "predictions: expected a tensor of logits or classes, got None"),
@@ -236,9 +206,7 @@ TABLE: dict[str, Rows] = {
         ({"predictions": LABELS * 1j}, "predictions: expected an integer dtype, got"),
         ({"labels": LABELS.float()}, "labels: expected an integer dtype, got torch.float32"),
         ({"labels": LABELS[1:]}, r"labels: expected a tensor \(2, H, W\), as logits, got"),
-        ({"num_classes": 1}, r"num_classes: expected 2 to 4096 .*MeanIoU\(1, sigmoid=True\).*, "),
-        ({"num_classes": 0, "sigmoid": True}, "num_classes: expected an int of at least 1, got"),
-        ({"average": "mean"}, "average: expected 'macro' or 'micro' or 'weighted' or 'none', "),
+        ({"num_classes": 1}, r"num_classes: .* 2 to 4096 .*two.*MeanIoU\(1, sigmoid=True\).*, "),
     ],
     "centroid_info_nce": [
         ({"queries": [1.0]}, r"queries: expected a tensor \[K, D\] or \[K, G, D\], got \[1.0\]"),
@@ -247,11 +215,8 @@ TABLE: dict[str, Rows] = {
         ({"keys": None}, r"keys: expected \(5, 3\) on cpu, got None"),
         ({"positives": torch.zeros(4)}, r"positives: expected \(5, 3\) on cpu, got .* \(4,\)"),
         ({"present": torch.ones(3) > 0}, r"present: expected \(5,\) on cpu, got .* \(3,\)"),
-        ({"present": torch.ones(5)}, "present: expected a bool tensor, got torch.float32"),
         ({"present_keys": torch.ones(5, 1) > 0}, r"present_keys: expected \(5,\) on cpu"),
         ({"present_keys": torch.ones(5)}, "present_keys: expected a bool tensor"),
-        ({"normalize": 0.0}, f"normalize: expected {EACH_NUMBER}, got 0.0"),
-        ({"normalize": 1e-39}, "normalize: expected a normal number of float32, 1.2e-38 to"),
     ],
     "MaskLoss": [
         ({"logits": LOGITS[0, 0]}, r"logits: expected a tensor \(N, h, w\), got .* \(4, 6\)"),
@@ -288,17 +253,8 @@ TABLE: dict[str, Rows] = {
             "features: expected more than one pixel",
         ),
     ],
-    "orthogonal_anchors": [({"dim": 4}, "dim: expected at least num_classes = 5")],
-    "simplex_etf": [({"dim": 3}, "dim: expected at least num_classes - 1 = 4")],
-    "category_basis": [
-        ({"dim": 2}, "dim: expected at least num_classes = 3"),
-        ({"init": torch.zeros(3, 5)}, "init: expected a tensor"),
-        ({"init": torch.ones(3, 4)}, "init: expected linearly independent rows"),
-    ],
     "CentroidGeometry": [
-        ({"anchors": torch.eye(3)}, r"anchors: .* \[3, 2\]"),
         ({"features": torch.zeros(4, 3), "labels": COUNTS}, "features: expected 2 channels, as"),
-        ({"anchors": ANCHORS[:3, :2].long()}, "anchors: .* a floating tensor"),
         ({"features": torch.zeros(3, 2, 1, 1), "labels": COUNTS[:, None]}, "labels: expected"),
     ],
     "LabelImbalance": [({"labels": x}, "labels: expected") for x in (torch.eye(3), COUNTS)],

@@ -19,22 +19,9 @@ from tests.helpers.cpu_kernels import in_layout
 BF16, F32 = torch.bfloat16, torch.float32
 
 
-class ToAnchors(nn.Module):
-    """pixel_to_anchor_mse."""
-
-    def __init__(self, num_classes: int, dim: int, *, learnable: bool) -> None:
-        super().__init__()
-        self.anchors = nn.Parameter(torch.randn(num_classes, dim), requires_grad=learnable)
-
-    def forward(self, features: Tensor, labels: Tensor, classifier: nn.Module) -> Tensor:
-        return ao.pixel_to_anchor_mse(features, labels, self.anchors)
-
-
 CONSTANT = ("CBP, penalty", "SAR, one gate")  # in the features, here
 METHODS: dict[str, Callable[[int, int], nn.Module]] = {
     **{name: x for name, x in catalogue.METHODS.items() if name not in CONSTANT},
-    "fixed anchors": partial(ToAnchors, learnable=False),
-    "learnable anchors": partial(ToAnchors, learnable=True),
     "OCCL, sum": partial(
         ao.OCCL, normalize=False, reduction="sum", temperature=1.0, centroid_weight=0.01
     ),

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,30 +26,26 @@ class Case(NamedTuple):
     labels: bool = False  # the second input, of the images' size
 
 
+CONFIDENT = partial(ao.pixel_argmax, confidence=True)
 CASES = {
-    "labels": Case(lambda x, size: ao.pixel_argmax(x, size)),
-    "uint8 and confidence": Case(
-        lambda x, size: ao.pixel_argmax(
-            x, size, dtype=torch.uint8, confidence=True, align_corners=True
-        )
-    ),
-    "sigmoids": Case(
-        lambda x, size: ao.pixel_argmax(x, size, sigmoid=True, threshold=0.3, confidence=True)
-    ),
+    "labels": Case(ao.pixel_argmax),
+    "uint8 and confidence": Case(partial(CONFIDENT, dtype=torch.uint8, align_corners=True)),
+    "sigmoids": Case(partial(CONFIDENT, sigmoid=True, threshold=0.3)),
     "one sigmoid": Case(
         lambda x, size: ao.pixel_argmax(x[:, :1], size, sigmoid=True, dtype=torch.uint8)
     ),
-    "float64": Case(lambda x, size: ao.pixel_argmax(x.double(), size, confidence=True)),
-    "volumes": Case(lambda x, size: ao.pixel_argmax(x, size, confidence=True), volumes=True),
-    "confusion": Case(lambda x, labels: ao.pixel_confusion(x, labels), labels=True),
-    "confusion, a class is ignored": Case(
-        lambda x, labels: ao.pixel_confusion(x, labels, ignore_index=2), labels=True
-    ),
+    "float64": Case(lambda x, size: CONFIDENT(x.double(), size)),
+    "volumes": Case(CONFIDENT, volumes=True),
+    "confusion": Case(ao.pixel_confusion, labels=True),
+    "confusion, a class is ignored": Case(partial(ao.pixel_confusion, ignore_index=2), labels=True),
     "confusion of a sigmoid": Case(
         lambda x, labels: ao.pixel_confusion(x[:, :1], labels.clamp(max=1), sigmoid=True),
         labels=True,
     ),
 }
+
+
+QUICK = ("labels", "confusion")
 
 
 class Model(nn.Module):
@@ -100,18 +97,17 @@ def _export(how: str, model: nn.Module, inputs: tuple[Tensor, ...], file: Path) 
 # torch.onnx.export(dynamo=True) exports such a program too, so two cases are enough there
 @pytest.mark.parametrize(
     ("name", "how"),
-    [(name, "TorchScript") for name in CASES]
-    + [
-        ("labels", "an exported program"),
-        ("confusion", "an exported program"),
+    [
+        *((name, "TorchScript") for name in CASES),
+        *((name, "an exported program") for name in QUICK),
+        *(
+            pytest.param(name, "an exported program", marks=pytest.mark.slow)
+            for name in CASES
+            if name not in QUICK
+        ),
         ("labels", "dynamo"),
-    ]
-    + [
-        pytest.param(name, "an exported program", marks=pytest.mark.slow)
-        for name in CASES
-        if name not in ("labels", "confusion")
-    ]
-    + [pytest.param("confusion", "dynamo", marks=pytest.mark.slow)],
+        pytest.param("confusion", "dynamo", marks=pytest.mark.slow),
+    ],
 )
 def test_equal_labels_in_onnxruntime(name: str, how: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -139,11 +139,11 @@ def test_volumes(backend: str, case: Case, slab: int, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[8], CASES[9], CASES[12]], ids=str)
-@pytest.mark.parametrize("spoilt", ["logits", "teacher"])
-def test_invalid_pixels_change_nothing(backend: str, case: Case, spoilt: str) -> None:
-    """Logits that only invalid pixels read; a pixel reads only logits of weight > 0."""
+def test_invalid_pixels_change_nothing(backend: str, case: Case) -> None:
+    """The teacher's logits that only invalid pixels read; test_guarantees.py has the student's. A
+    pixel reads only logits of weight > 0."""
     inputs = case.sample.inputs()
-    x, valid = inputs[spoilt].clone(), inputs["valid"]
+    x, valid = inputs["teacher"].clone(), inputs["valid"]
     marked = torch.zeros_like(x[:1, :1]).index_fill_(3, torch.tensor(1), 1.0)
     corners = case.sample.options["align_corners"]
     read = formulas.upsampled(marked, valid.shape[1:], corners)[0, 0] > 0
@@ -151,7 +151,7 @@ def test_invalid_pixels_change_nothing(backend: str, case: Case, spoilt: str) ->
     expected = results(case.ours, inputs)
     values = torch.tensor([torch.nan, torch.inf, -torch.inf])  # of one row each
     x[..., 1] = values[torch.arange(x.shape[2]) % 3]
-    actual = results(case.ours, inputs | {spoilt: x})
+    actual = results(case.ours, inputs | {"teacher": x})
     assert valid.any() and not valid.all()
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     assert not actual[0][~valid].any()
@@ -181,23 +181,6 @@ def test_nan_is_never_lost(backend: str) -> None:
         each = partial(ao.pixel_kl_divergence, size=(12, 16), reduction="none")
         found = each(*inputs.values()), gradient_of(each, *inputs.values())
         assert all(x[0].isnan().any() and x[1].isfinite().all() for x in found)
-
-
-def test_equal_logits(backend: str) -> None:
-    """Divergence and gradient are 0."""
-    x = 5 * torch.randn(2, 7, 5, 6)
-    each = partial(ao.pixel_kl_divergence, size=(20, 24), temperature=2.0, reduction="none")
-    assert (each(x, x) >= 0).all() and each(x, x).max() < 1e-5
-    assert gradient_of(each, x, x).abs().max() < 1e-4
-
-
-@pytest.mark.on("reference", "simulated_triton", "cpu")
-@pytest.mark.parametrize("value", [-1e10, 3e10])
-def test_equal_logits_far_from_zero(backend: str, value: float) -> None:
-    """z·log2(e) has a rounding error beyond the range of exponents."""
-    logits = torch.full((1, 3, 3, 4), value)
-    divergence = ao.pixel_kl_divergence(logits, logits, (12, 16))
-    torch.testing.assert_close(divergence, torch.tensor(0.0))
 
 
 def errors(student: Tensor, teacher: Tensor, size: tuple[int, ...], **options: Any) -> Any:
@@ -242,12 +225,16 @@ def test_gradients_of_logits_far_apart(spread: float, stride: int, backend: str)
     assert ours <= 2 * plain + FLOOR
 
 
-@pytest.mark.on("simulated_triton", "triton")
+@pytest.mark.parametrize("scale", [3.0, 1e10])
 @pytest.mark.parametrize("pixels", [(8, 12), (16, 24), (9, 13), (4, 6)])
-def test_equal_logits_have_no_gradient(pixels: tuple[int, int], backend: str):
-    """Not even a rounding error, which Adam would scale up."""
-    logits = 3 * torch.randn(2, 5, 4, 6)
-    assert not gradient_of(partial(ao.pixel_kl_divergence, size=pixels), logits, logits).any()
+def test_equal_logits(pixels: tuple[int, int], scale: float, backend: str) -> None:
+    """Divergence and gradient are 0; on GPUs there is not even a rounding error, which Adam would
+    scale up. z·log2(e) of large logits has a rounding error beyond the range of exponents."""
+    x = scale * torch.randn(2, 5, 4, 6)
+    each = partial(ao.pixel_kl_divergence, size=pixels, temperature=2.0, reduction="none")
+    assert (each(x, x) >= 0).all() and each(x, x).max() < 1e-5
+    largest = gradient_of(each, x, x).abs().max()
+    assert largest < 1e-4 if backend in ("reference", "cpu") else largest == 0
 
 
 @pytest.mark.parametrize("gradient", [math.inf, math.nan])

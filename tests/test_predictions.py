@@ -55,8 +55,9 @@ def test_largest_class(dtype: torch.dtype, most: int):
 @pytest.mark.parametrize(("channels", "threshold"), [(1, 0.5), (3, 0.3), (3, 0.9)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sigmoids(shape: str, channels: int, threshold: float):
+    """Of logits whose channels are last, and of none."""
     low, size = SHAPES[shape]
-    logits = 3 * torch.randn(2, channels, *low)
+    logits = 3 * torch.randn(2, *low, channels).movedim(-1, 1)
     options: dict[str, Any] = {"sigmoid": True, "threshold": threshold, "dtype": torch.uint8}
     inside, probabilities = ao.pixel_argmax(logits, size, **options, confidence=True)
     p = upsampled(logits, size).sigmoid()
@@ -65,6 +66,9 @@ def test_sigmoids(shape: str, channels: int, threshold: float):
     assert ((p - threshold).abs()[differ] < 1e-6).all()
     torch.testing.assert_close(probabilities, torch.where(inside == 1, p, 1 - p))
     assert torch.equal(inside, ao.pixel_argmax(logits, size, **options))
+    assert ao.pixel_argmax(logits[:0], size, sigmoid=True).shape == (0, channels, *size)
+    nothing = (0, *size[1:])
+    assert ao.pixel_argmax(logits, nothing, sigmoid=True).shape == (2, channels, *nothing)
 
 
 @pytest.mark.on("cpu", "simulated_triton")
@@ -84,14 +88,6 @@ def test_axes_whose_coordinates_float32_would_round(logits: int, labels: int):
     for function, call in calls.items():
         with pytest.raises(ValueError, match=f"^{function}: logits: {expected}"):
             call()
-
-
-def test_strides_of_sigmoids():
-    logits = torch.randn(2, 5, 6, 3).movedim(-1, 1)
-    actual = ao.pixel_argmax(logits, (10, 12), sigmoid=True)
-    assert torch.equal(actual, ao.pixel_argmax(logits.contiguous(), (10, 12), sigmoid=True))
-    assert ao.pixel_argmax(logits[:0], (10, 12), sigmoid=True).shape == (0, 3, 10, 12)
-    assert ao.pixel_argmax(logits, (0, 12), sigmoid=True).shape == (2, 3, 0, 12)
 
 
 @pytest.mark.parametrize("dims", [2, 3])

@@ -1,6 +1,7 @@
 """Losses of sigmoid logits, one channel or several, compared with torch."""
 
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -8,9 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import anchorops as ao
-from tests.helpers.operators import check_loss
 
-POS = torch.tensor([1.0, 3.0, 0.5])
 both_backends = pytest.mark.on("cpu", "reference")
 
 
@@ -19,20 +18,6 @@ def inputs(channels: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tenso
     logits = (2 * torch.randn(2, channels, 5, 7, dtype=dtype)).requires_grad_()
     labels = torch.randint(0, 2, (2, channels, 20, 21))
     return logits, F.interpolate(logits, (20, 21), mode="bilinear"), labels
-
-
-def ignoring(labels: Tensor) -> tuple[Tensor, Tensor]:
-    ignored = torch.rand(labels.shape) < 0.2
-    return torch.where(ignored, 255, labels), ~ignored
-
-
-def test_accuracy():
-    logits, z, labels = inputs()
-    labels, valid = ignoring(labels)
-    module = ao.BinaryCrossEntropy(accuracy=True)
-    module(logits, labels, torch.rand(labels.shape))
-    right = ((z > 0) == (labels == 1))[valid].double().mean()
-    torch.testing.assert_close(module.terms["accuracy"].double(), right, rtol=1e-6, atol=0)
 
 
 @both_backends
@@ -70,37 +55,14 @@ def test_parts_are_of_sigmoids():
     torch.testing.assert_close(whole(logits, labels), expected)
 
 
-@pytest.mark.parametrize("shape", [(6, 1), (6, 4), (2, 3, 10), (2, 1, 8, 9), (2, 3, 2, 4, 5)])
-def test_every_shape(shape):
-    logits = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    labels = torch.randint(0, 2, shape)
-    expected = F.binary_cross_entropy_with_logits(logits, labels.double(), reduction="none")
-    losses = ao.pixel_binary_cross_entropy(logits, labels.bool(), reduction="none")
-    torch.testing.assert_close(losses, expected)
-    check_loss(ao.BinaryCrossEntropy()(logits, labels), expected.mean(), logits)
-    if shape[1] == 1:
-        assert torch.equal(
-            ao.pixel_binary_cross_entropy(logits, labels.squeeze(1), reduction="none"),
-            losses.squeeze(1),
-        )
+@pytest.mark.parametrize("shape", [(6, 1), (2, 1, 8, 9)])
+def test_the_axis_of_one_channel_may_be_absent(shape):
+    logits, labels = torch.randn(shape), torch.randint(0, 2, shape)
+    each = partial(ao.pixel_binary_cross_entropy, logits, reduction="none")
+    assert torch.equal(each(labels[:, 0]), each(labels)[:, 0])
 
 
-def test_gradients_have_the_layout_of_the_logits():
-    logits = torch.randn(2, 3, 6, 8).bfloat16().to(memory_format=torch.channels_last)
-    logits.requires_grad_()
-    labels = torch.randint(0, 2, (2, 3, 24, 32))
-    loss = ao.BinaryCrossEntropy(2.0)
-    # not of a leaf's .grad, which always has the leaf's layout
-    (gradient,) = torch.autograd.grad(loss(logits, labels), logits)
-    assert gradient.dtype == logits.dtype
-    assert gradient.is_contiguous(memory_format=torch.channels_last)
-    (expected,) = torch.autograd.grad(loss(logits.contiguous(), labels), logits)
-    assert torch.equal(gradient, expected)
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(torch.autograd.grad(compiled(logits, labels), logits)[0], expected)
-
-
-def test_channels_last_in_batched_gradients_and_traces():
+def test_channels_last_in_batched_gradients_traces_and_compiled_code():
     logits = torch.randn(2, 3, 6, 8).to(memory_format=torch.channels_last).requires_grad_()
     labels = torch.randint(0, 2, (2, 3, 24, 32))
 
@@ -112,6 +74,9 @@ def test_channels_last_in_batched_gradients_and_traces():
         for x in (logits, logits.detach().contiguous().requires_grad_())
     )
     assert torch.equal(actual, expected)
+    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
+    (actual,) = torch.autograd.grad(compiled(logits).sum(), logits)
+    torch.testing.assert_close(actual, expected.sum(0))
     traced, buffer = torch.jit.trace(losses, logits.detach()), io.BytesIO()
     torch.jit.save(traced, buffer)
     buffer.seek(0)
@@ -120,8 +85,7 @@ def test_channels_last_in_batched_gradients_and_traces():
     assert ao.BinaryCrossEntropy()(nothing, labels[:, :, :0]) == 0
 
 
-INTEGERS = torch.tensor([1, 3, 2])
-WHOLE = INTEGERS.float()
+WHOLE = torch.tensor([1.0, 3.0, 2.0])
 
 
 @pytest.mark.parametrize(
@@ -130,11 +94,10 @@ WHOLE = INTEGERS.float()
         WHOLE.double(),
         WHOLE.view(3, 1, 1),
         WHOLE.view(1, 3, 1, 1),
-        WHOLE.tolist(),
         tuple(WHOLE.tolist()),
         WHOLE.numpy(),
-        INTEGERS,
-        INTEGERS.tolist(),
+        WHOLE.long(),
+        WHOLE.long().tolist(),
     ],
     ids=str,
 )

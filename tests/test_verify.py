@@ -65,16 +65,6 @@ def test_case(case: Case, backend: str, record_property):
     assert row.right, str(row)
 
 
-class _WrongGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad * (1 + 1e-4)
-
-
 CALLS = iter(range(1000))
 
 
@@ -82,7 +72,8 @@ CALLS = iter(range(1000))
     "change",
     [
         pytest.param(lambda loss: loss * (1 + 1e-4), id="value"),
-        pytest.param(_WrongGradient.apply, id="gradient"),
+        # the value is the same
+        pytest.param(lambda loss: loss + 1e-4 * (loss - loss.detach()), id="gradient"),
         pytest.param(lambda loss: loss + 1e-6 * next(CALLS), id="other bits"),
         pytest.param(lambda loss: loss.detach(), id="no gradient"),
         pytest.param(lambda loss: loss * torch.nan, id="NaN"),
@@ -227,9 +218,8 @@ def test_the_command(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(verify, "cases", lambda tag: [wrong])
     assert doctor.main(command) == 1
     report = capsys.readouterr().out
-    assert (
-        "3 right, 1 WRONG" in report and report.count("cross-entropy, 1.5×") == 2
-    )  # and at the end
+    assert "3 right, 1 WRONG" in report
+    assert report.count("cross-entropy, 1.5×") == 2  # and at the end
     line = "export ANCHOROPS_NOT_AUTO=cpu:softmax_moments\n"
     assert report.endswith(line) == (BACKEND == "cpu")
 

@@ -1,5 +1,4 @@
-"""Volumes: trilinear upsampling in every function of logits, labels with a channel; MONAI's deep
-supervision."""
+"""Volumes: trilinear upsampling in every function of logits, labels with a channel."""
 
 from collections.abc import Callable
 from typing import Any
@@ -75,10 +74,13 @@ def test_predictions(size: Any, label_size: Any, align_corners: bool, backend: s
     logits, labels = inputs(size, label_size)
     classes = ao.pixel_argmax(logits, label_size, align_corners=align_corners)
     matrix = ao.pixel_confusion(logits, labels, align_corners=align_corners)
+    metric = ao.MeanIoU(K, align_corners=align_corners)
+    metric.update(logits, labels[:, None])
     z = formulas.upsampled(logits.double(), label_size, align_corners)
     chosen = z.gather(1, classes[:, None])[:, 0]
     assert (z.amax(1) - chosen <= 1e-5 * z.abs().max()).all()
     assert torch.equal(matrix, ao.confusion(classes, labels, K))
+    assert torch.equal(metric.confusion, matrix)
 
 
 @pytest.mark.parametrize("volume", [False, True])
@@ -119,14 +121,6 @@ def test_the_rank_of_the_logits_decides() -> None:
     logits, labels = torch.randn(2, K, 1, 5, 6), torch.randint(0, K, (2, 1, 10, 12))
     expected = ao.pixel_cross_entropy(logits[:, :, 0], labels)
     torch.testing.assert_close(ao.pixel_cross_entropy(logits, labels), expected)
-
-
-def test_mean_iou(backend: str) -> None:
-    logits, labels = inputs()
-    first, second = ao.MeanIoU(K), ao.MeanIoU(K)
-    first.update(logits, labels[:, None])
-    second.update(ao.pixel_argmax(logits, (9, 11, 13)), labels)
-    assert torch.equal(first.confusion, second.confusion) and first.confusion.sum() > 0
 
 
 def test_what_is_not_finite(backend: str) -> None:
@@ -173,15 +167,3 @@ def test_memory_of_a_slab(
     maps = 2 * labels.nbytes  # lse, or the classes, and their slabs
     bound = results + maps + 4 * slice_size * (slabs * slices + 4)
     assert peak_allocated_bytes(runs[name]) < bound < results + maps + 4 * logits.numel()
-
-
-def test_monai_deep_supervision() -> None:
-    losses = pytest.importorskip("monai.losses", reason="MONAI is not installed")
-    labels = torch.randint(0, K, (2, 1, 16, 16, 16), dtype=torch.uint8)
-    heads = [torch.randn(2, K, *(n,) * 3, requires_grad=True) for n in (16, 8, 4)]
-    deep = losses.DeepSupervisionLoss(ao.CrossEntropyDice())
-    actual = deep(heads, labels)
-    actual.backward()
-    monai = losses.DiceCELoss(softmax=True, to_onehot_y=True, batch=True)
-    torch.testing.assert_close(actual, losses.DeepSupervisionLoss(monai)(heads, labels))
-    assert all(head.grad.abs().sum() > 0 for head in heads)

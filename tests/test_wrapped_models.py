@@ -64,6 +64,11 @@ class Sizes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.fixture(params=FUNCTIONS)
+def function(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    return request.param
+
+
 def is_changed(function: object, model: nn.Module) -> bool:
     """Whether a training forward runs as `function` changed it."""
     with Sizes() as sizes:
@@ -77,7 +82,6 @@ def accelerator() -> Iterator[Accelerator]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
 def test_accelerate(function: Callable[..., Any], accelerator: Accelerator) -> None:
     """unwrap_model follows __wrapped__ from the prepared forward to the one that it binds."""
     model = Net()
@@ -94,7 +98,6 @@ def test_accelerate(function: Callable[..., Any], accelerator: Accelerator) -> N
     assert is_changed(function, model)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
 def test_prepared_and_unwrapped_before(
     function: Callable[..., Any], accelerator: Accelerator
 ) -> None:
@@ -108,7 +111,6 @@ def test_prepared_and_unwrapped_before(
     assert not is_changed(function, model)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
 def test_wraps(function: Callable[..., Any]) -> None:
     """A forward that wraps the changed one, also after the handle was removed."""
     model = Net()
@@ -128,7 +130,6 @@ def test_wraps(function: Callable[..., Any]) -> None:
     assert not is_changed(function, model)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("peft_first", [False, True])
 def test_peft(function: Callable[..., Any], peft_first: bool) -> None:
     model: Any = Net()
@@ -171,7 +172,6 @@ def test_layers_that_peft_adds_or_merges(peft_first: bool) -> None:
     assert is_changed(ao.late_upsampling, model)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
 def test_symbolic_traces_are_refused(function: Callable[..., Any]) -> None:
     model = Net()
     expected = model(IMAGES)
@@ -210,7 +210,6 @@ def outputs(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else [*result]
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize(
     ("build", "traced", "images"),
     [
@@ -245,7 +244,6 @@ def test_a_compiled_model_that_calls_its_forward() -> None:
     torch.testing.assert_close(compiled(IMAGES[0]), model(IMAGES)[0])
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
 def test_a_removed_handle_changes_nothing(function: Callable[..., Any]) -> None:
     model = Net()
     first = function(model, IMAGES)
@@ -270,7 +268,6 @@ def test_a_removed_handle_changes_nothing(function: Callable[..., Any]) -> None:
     assert all(type(x) is type(y) for x, y in zip(model.modules(), Net().modules(), strict=True))
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_a_copy_of_model_and_handle(
     function: Callable[..., Any], copied: Callable[[Any], Any]
@@ -285,7 +282,6 @@ def test_a_copy_of_model_and_handle(
     assert is_changed(function, other) and not is_changed(function, model)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
 def test_what_a_handle_says_is_the_callers(function: Callable[..., Any]) -> None:
     handle = function(Net(), IMAGES)
     before = repr(handle)

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.func import vmap
 
 import anchorops as ao
-from anchorops._ops import volumes
 from anchorops._ops.probability_histograms import count_labels_out_of_range
 from anchorops.losses.pixel import PixelLoss
 from tests.helpers.calls import LOSSES, SIGMOIDS
@@ -147,12 +146,6 @@ def test_strides_and_logits_that_are_not_finite(backend: str) -> None:
     assert count(ao.CrossEntropy(), logits, labels.permute(2, 0, 1)) == expected
     bools = torch.rand(2, 16, 24) < 0.5  # they are never wrong
     assert count(ao.BinaryCrossEntropy(), logits[:, :1], bools) == 0
-
-
-def test_slabs_of_a_volume(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(volumes, "SLAB", 5 * 3 * 3)
-    labels, expected = wrong_labels((2, 5, 6, 7), 5, 255)
-    assert count(ao.CrossEntropy(), torch.randn(2, 5, 2, 3, 3), labels) == expected
 
 
 def test_vmap(backend: str) -> None:

@@ -6,7 +6,7 @@ mmseg/models/losses.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -40,25 +40,45 @@ class CrossEntropyLoss(nn.Module):
 
     def __init__(
         self,
-        class_weight: list[float] | None = None,
+        use_sigmoid: bool = False,
+        class_weight: Sequence[float] | Tensor | None = None,
         loss_weight: float = 1.0,
         loss_name: str = "loss_ce",
         avg_non_ignore: bool = False,
+        reduction: str = "mean",
     ) -> None:
         super().__init__()
-        self.class_weight, self.avg_non_ignore = class_weight, avg_non_ignore
-        self.loss_weight, self.loss_name = loss_weight, loss_name
+        self.use_sigmoid = use_sigmoid
+        self.class_weight = class_weight
+        self.loss_weight = loss_weight
+        self.loss_name = loss_name
+        self.avg_non_ignore = avg_non_ignore
+        self.reduction = reduction
 
-    def forward(self, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-        weight = None if self.class_weight is None else logits.new_tensor(self.class_weight)
-        losses = F.cross_entropy(
-            logits, labels, weight, ignore_index=ignore_index, reduction="none"
-        )
+    def forward(self, logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
+        valid = labels != ignore_index
+        weight = None
+        if self.class_weight is not None:
+            weight = torch.as_tensor(self.class_weight).to(logits)
+        if self.use_sigmoid:
+            target = labels.clamp(max=1)
+            if logits.shape[1] > 1:
+                valid = valid[:, None].expand(logits.shape)
+                target = torch.stack([labels == k for k in range(logits.shape[1])], 1)
+            target = target.to(logits)
+            losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none") * valid
+        else:
+            losses = F.cross_entropy(
+                logits, labels, weight, ignore_index=ignore_index, reduction="none"
+            )
+        total = self.loss_weight * losses.sum()
+        if self.reduction == "sum":
+            return total
         if weight is not None:
             factor = weight[labels].sum()  # fails for a label that is ignored, as there
         else:
-            factor = (labels != ignore_index).sum() if self.avg_non_ignore else labels.numel()
-        return self.loss_weight * losses.sum() / (factor + torch.finfo(torch.float32).eps)
+            factor = valid.sum() if self.avg_non_ignore else valid.numel()
+        return total / (factor + torch.finfo(torch.float32).eps)
 
 
 def build_head(registry: Registry) -> type:
