@@ -149,9 +149,7 @@ def check_train(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     else:  # of a run that is not there
         monkeypatch.setattr(commands, "read_config", lambda _: {})
         options = commands.parse(command, rest).options.model
-        paper, given = options.paper_options or {}, options.method_options or {}
-        chosen = arguments_of(options.methods, options.setting, paper, given)
-        build_regularizer(options.methods, chosen, 19, 64)
+        build_regularizer(options.methods, arguments_of(options), 19, 64)
 
 
 def check_pytest(words: list[str], config: pytest.Config) -> None:

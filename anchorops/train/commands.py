@@ -18,7 +18,8 @@ try:
     from PIL import Image
 
     from . import ranks
-    from .data.splits import images_to_predict, open_splits, validation_batches
+    from .data.loading import Unlabelled
+    from .data.splits import open_splits, validation_batches
     from .evaluation import as_weights, check_sizes, evaluate, predict, prediction_of, summarize
     from .networks.models import Segmenter, trained_model, upsample_late
     from .options import PUBLISHED, Options, expect, flat
@@ -270,14 +271,15 @@ def predict_masks(words: Sequence[str]) -> None:
     masks = ranks.on_first(lambda: masks_of(others["images"], out, others["resume"]))
     images, how = [*masks], prediction_of(options)
     kind = np.uint8 if model.classifier.out_channels <= 256 else np.uint16
-    batches = iter(images_to_predict(options.data, images) if images else [])
+    unlabelled = Unlabelled(images, options.data.channels)
+    batches = iter(validation_batches(options.data, unlabelled) if images else [])
     with Stop(advice="the same command and --resume") as stop, torch.no_grad():
         for done in range(0, len(images), ranks.world()):
             stop.where = f"after {done} of {len(images)} masks"
             stop.check()
             if (batch := next(batches, None)) is None:
                 continue
-            index, image, (height, width) = batch
+            image, (index, (height, width)) = batch
             image = as_weights(model, image, options.model.channels_last)
             path, size = images[int(index)], (int(height), int(width))
             try:

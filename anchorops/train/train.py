@@ -171,7 +171,7 @@ def build(options: Options, data: Splits, device: torch.device, *, from_state: b
         model = replace(model, method_options=given)
     torch.manual_seed(options.seed)
     classes = len(data.training.classes)
-    learner = build_learner(model, classes, channels, data.frequencies, data.prior)
+    learner = build_learner(model, classes, channels, data.prior)
     layout = torch.channels_last if model.channels_last else torch.preserve_format
     learner.to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     synchronised = ranks.world() if device.type == "cuda" else 1  # batch norm

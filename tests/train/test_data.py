@@ -13,10 +13,9 @@ from torchvision import tv_tensors
 
 from anchorops.train import ranks
 from anchorops.train.data import loading
-from anchorops.train.data.counts import class_counts
 from anchorops.train.data.digits import SPLITS, DigitScenes, _digit_images
-from anchorops.train.data.loading import Training, augmentation
-from anchorops.train.data.splits import images_to_predict, open_split
+from anchorops.train.data.loading import Training, Unlabelled, augmentation
+from anchorops.train.data.splits import class_counts, open_split, validation_batches
 from anchorops.train.options import Data, Options
 from tests.helpers.image_files import write
 
@@ -140,21 +139,21 @@ def test_images_of_many_channels(folder: Path):
     options = Data("folder", str(folder), channels=5, short_side=12, crop=(32, 64))
     image, _ = Training(open_split(options, "train", 0), augmentation(options), seed=0)[0, 0]
     assert image.shape == (5, 32, 64) and (image[:, :12, :18] == 2).all()
-    ((index, image, size),) = images_to_predict(options, [path])
+    ((image, (index, size)),) = validation_batches(options, Unlabelled([path], 5))
     assert index == 0 and image.shape == (1, 5, 12, 18) and (image == 2).all() and size == [6, 9]
 
 
 def test_fewer_images_than_ranks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ranks, "world", lambda: 2)
     monkeypatch.setattr(ranks, "rank", lambda: 1)
-    assert not [*images_to_predict(Data(workers=1), [Path("a.png")])]
+    assert not [*validation_batches(Data(workers=1), Unlabelled([Path("a.png")], 3))]
 
 
 def test_workers_end_with_python():
     """An iterator that still exists then, as after an error in a worker, does not keep them."""
     script = """
 from anchorops.train.data.loading import Loader
-iterator = iter(Loader(range(100), workers=1))
+iterator = iter(Loader(range(100), num_workers=1))
 next(iterator)
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

@@ -105,12 +105,9 @@ def test_size_of_the_paper():
 
 @pytest.mark.parametrize("auxiliary", [False, True])
 def test_weights_start_a_model_with_other_classes(auxiliary: bool, tmp_path: Path):
-    """Those of a run. An auxiliary head comes and goes; the vectors of a method and the class
-    weights stay behind."""
+    """Those of a run. An auxiliary head comes and goes; the vectors of a method stay behind."""
     source = build_model(Model(auxiliary_weight=0.4 * auxiliary), 5)
-    loss = build_loss(Model(), torch.ones(5))
-    run = Learner(source, build_regularizer(["sar"], {}, 5, 240), loss).state_dict()
-    assert "pixel_loss.weight" in run
+    run = Learner(source, build_regularizer(["sar"], {}, 5, 240)).state_dict()
     path = tmp_path / "weights.pt"
     torch.save({"state_dict": {f"learner.{name}": x for name, x in run.items()}}, path)
     model = build_model(Model(weights=str(path), auxiliary_weight=0.4 * (not auxiliary)), 9)
@@ -153,14 +150,6 @@ def batch(side: int = 32) -> tuple[Tensor, Tensor]:
     return torch.randn(2, 3, side, side), torch.randint(K, (2, side, side))
 
 
-@pytest.mark.parametrize(("kind", "power"), [("inverse-sqrt", 0.5), ("inverse", 1)])
-def test_class_weights(kind: str, power: float):
-    weights = losses.class_weights(kind, torch.tensor([0.64, 0.32, 0.04, 0]).double())
-    expected = torch.tensor([0.64, 0.32, 0.04]) ** -power
-    torch.testing.assert_close(weights[:3], expected / expected.mean())
-    assert weights[3] == 1 and losses.class_weights("none", torch.ones(3)) is None
-
-
 @pytest.mark.parametrize(
     ("options", "terms"),
     [
@@ -175,9 +164,8 @@ def test_class_weights(kind: str, power: float):
 def test_losses(options: dict[str, Any], terms: list[Any]):
     logits, labels = torch.randn(2, 4, 5, 5), torch.randint(4, (2, 10, 10))
     labels[0, 0] = -1
-    weights = torch.tensor([1.0, 2.0, 0.5, 3.0])
-    loss = build_loss(Model(**options), weights)
-    expected = [term(weight=weights, ignore_index=-1)(logits, labels) for term in terms]
+    loss = build_loss(Model(**options))
+    expected = [term(ignore_index=-1)(logits, labels) for term in terms]
     torch.testing.assert_close(loss(logits, labels), sum(expected))
     right = (ao.pixel_argmax(logits, (10, 10)) == labels).sum() / (labels >= 0).sum()
     torch.testing.assert_close(loss.terms["accuracy"], right)
@@ -212,7 +200,8 @@ def test_a_step(methods: tuple[str, ...]):
 
 def test_learning_rates_of_backbone_head_and_methods():
     model = learner_of("sar", "mvsc").model
-    groups = losses.parameter_groups(model, 0.1, 0.01, head_lr_factor=10.0)
+    options = Model(lr=0.1, weight_decay=0.01, head_lr_factor=10.0)
+    groups = losses.build_optimizer(options, model).param_groups
     rates = {p: group["lr"] for group in groups for p in group["params"]}
     assert len(rates) == sum(len(group["params"]) for group in groups)
     slow = {*model.backbone.parameters(), *model.get_submodule("regularizer").parameters()}
@@ -224,11 +213,13 @@ def test_learning_rates_of_backbone_head_and_methods():
 def test_settings():
     """The named arguments of the chosen methods; options override them, and they override those of
     the preset's paper."""
-    paper = {"occl.category_weight": 0.1, "ceco.loss_weight": 0.5}
-    methods, options = ["sar", "ceco"], {"ceco.loss_weight": 0.3}
-    assert losses.arguments_of(methods, "from-scratch", paper, {}) == {"ceco.loss_weight": 0.2}
-    assert losses.arguments_of(methods, "from-scratch", paper, options) == options
-    assert losses.arguments_of(methods, "published", paper, {}) == {"ceco.loss_weight": 0.5}
+    paper: Any = {"occl.category_weight": 0.1, "ceco.loss_weight": 0.5}
+    options = Model(methods=["sar", "ceco"], paper_options=paper)
+    assert losses.arguments_of(options) == {"ceco.loss_weight": 0.5}
+    options.setting = "from-scratch"
+    assert losses.arguments_of(options) == {"ceco.loss_weight": 0.2}
+    options.method_options = {"ceco.loss_weight": 0.3}
+    assert losses.arguments_of(options) == {"ceco.loss_weight": 0.3}
     for arguments in losses.SETTINGS.values():
         build_regularizer(["occl", "ceco"], arguments, K, D)
 

@@ -22,7 +22,7 @@ from ..options import Data, Options, expect
 from ..run import STOPPING
 from .digits import DigitScenes
 from .folders import MaskFolder
-from .images import read_upright
+from .images import read_image, upright
 
 RETRIES = 10  # for a crop that shows mostly one class
 Segmentation = DigitScenes | MaskFolder
@@ -62,22 +62,21 @@ class VariedCrop(v2.Transform):
         self.size, self.cat_max_ratio = size, cat_max_ratio
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        sides = functional.get_size(flat_inputs[0])
+        *_, mask = flat_inputs
+        sides = functional.get_size(mask)
         height, width = (min(pair) for pair in zip(self.size, sides, strict=True))
         params = {}
         for _ in range(1 + RETRIES):
             top = int(torch.randint(sides[0] - height + 1, ()))
             left = int(torch.randint(sides[1] - width + 1, ()))
             params = {"top": top, "left": left, "height": height, "width": width}
-            if self.cat_max_ratio == 1 or self._varied(flat_inputs, params):
+            if self.cat_max_ratio == 1:
+                break
+            labels = functional.crop(mask, **params)
+            counts = torch.bincount(labels[labels != IGNORED], minlength=1)
+            if counts.max() < self.cat_max_ratio * counts.sum():
                 break
         return params
-
-    def _varied(self, flat_inputs: list[Any], params: dict[str, Any]) -> bool:
-        (mask,) = (x for x in flat_inputs if isinstance(x, tv_tensors.Mask))
-        labels = functional.crop(mask, **params)
-        counts = torch.bincount(labels[labels != IGNORED], minlength=1)
-        return bool(counts.max() < self.cat_max_ratio * counts.sum())
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         return functional.crop(inpt, **params)
@@ -91,13 +90,10 @@ class PhotometricDistort(v2.RandomPhotometricDistort):
         super().__init__(hue=(-0.1, 0.1))
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        for x in flat_inputs:
-            # scaling rounds
-            if x.is_floating_point() and not -1e-3 <= x.min() <= x.max() <= 1.001:
-                raise ValueError(
-                    "--data.photometric: expected integer images, or floating-point ones of 0 to 1,"
-                    f" got {x.min():g} to {x.max():g}"
-                )
+        least, greatest = flat_inputs[0].min(), flat_inputs[0].max()
+        if flat_inputs[0].is_floating_point() and (least < -1e-3 or greatest > 1.001):  # of scaling
+            got = f"{least:g} to {greatest:g}"
+            expect(False, "data.photometric", "images of integers, or of 0 to 1", got)
         return super().make_params(flat_inputs) | {"channel_permutation": None}
 
 
@@ -119,10 +115,10 @@ def normalization(channels: int) -> list[v2.Transform]:
 def augmentation(options: Data) -> v2.Transform:
     """Of a training image, in the papers' order: scale, crop, flip, photometric distortion,
     normalisation, padding."""
-    steps: list[v2.Transform] = []
-    if options.dataset != "digits":  # whose scenes have the size of a crop
-        steps.append(RandomScale(options.short_side, options.scale, options.long_side))
-        steps.append(VariedCrop(options.crop, options.cat_max_ratio))
+    steps: list[v2.Transform] = [
+        RandomScale(options.short_side, options.scale, options.long_side),
+        VariedCrop(options.crop, options.cat_max_ratio),
+    ]
     if options.flip:
         steps.append(v2.RandomHorizontalFlip())
     if options.photometric:
@@ -134,9 +130,8 @@ def augmentation(options: Data) -> v2.Transform:
 
 def evaluation_transform(options: Data) -> v2.Transform:
     """Scale only the image to the short or the long side; its labels do not change."""
-    scaled = options.short_side or options.long_side
-    scale = [RandomScale(options.short_side, (1.0, 1.0), options.long_side)] if scaled else []
-    return v2.Compose([*scale, *normalization(options.channels)])
+    scale = RandomScale(options.short_side, (1.0, 1.0), options.long_side)
+    return v2.Compose([scale, *normalization(options.channels)])
 
 
 def mixed_seed(*parts: int | str) -> int:
@@ -183,29 +178,30 @@ class Training:
 
 
 @dataclass
-class Validation:
-    """Images as the network needs them; unchanged labels."""
+class Unlabelled:
+    """Images without masks; instead of labels, the index, and (H, W) of the file."""
 
-    dataset: Segmentation
-    transform: v2.Transform
+    paths: Sequence[Path]
+    channels: int
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, labels = self.dataset[index]
-        return self.transform(tv_tensors.Image(image)).as_subclass(Tensor), labels
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, tuple[int, tuple[int, int]]]:
+        image = upright(*read_image(self.paths[index], self.channels))
+        return image, (index, (image.shape[1], image.shape[2]))
 
 
 @dataclass
-class Unlabelled:
-    """Images without masks, as the network needs them: index, image, (H, W) of the file."""
+class Validation:
+    """Images as the network needs them; unchanged labels."""
 
-    paths: Sequence[Path]
+    dataset: Segmentation | Unlabelled
     transform: v2.Transform
-    channels: int
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor, tuple[int, int]]:
-        image = read_upright(self.paths[index], self.channels)
-        transformed = self.transform(tv_tensors.Image(image)).as_subclass(Tensor)
-        return index, transformed, (image.shape[1], image.shape[2])
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        image, labels = self.dataset[index]
+        return self.transform(tv_tensors.Image(image)).as_subclass(Tensor), labels
 
 
 @atexit.register
@@ -222,11 +218,6 @@ class Loader(DataLoader):
     """Its workers never see SIGTERM and Ctrl-C, which SLURM, `timeout` and terminals send to all
     processes of a group: only the training process reacts. They end with its last batch, or when
     they notice that it has ended."""
-
-    def __init__(self, dataset: Any, workers: int, **options: Any) -> None:
-        # without a generator of its own, an iterator draws from torch's random numbers
-        generator = torch.Generator()
-        super().__init__(dataset, num_workers=workers, generator=generator, **options)
 
     def __iter__(self) -> Any:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # workers inherit this
