@@ -16,7 +16,7 @@ from torchvision import tv_tensors
 import anchorops as ao
 
 from . import IGNORED, MULTIPLE, ranks
-from .data.loading import Loader, evaluation_transform
+from .data.loading import evaluation_transform
 from .options import Options
 from .run import Stop
 
@@ -194,7 +194,7 @@ def prediction_of(options: Options) -> dict[str, Any]:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Loader, options: Options, num_classes: int, stop: Stop
+    model: nn.Module, batches: Any, options: Options, num_classes: int, stop: Stop
 ) -> Tensor:
     """The confusion matrix int64 [K, K] of all ranks' images: pixels by their true and predicted
     classes. Raises Stopped before a batch, on all ranks together."""

@@ -62,7 +62,7 @@ def test_label_map_of_colours(tmp_path: Path):
     ("name", "content", "message"),
     [
         ("masks/train/b.png", mask(7, height=4, width=5), r"label values \[7\] are not those of"),
-        ("masks/train/b.png", mask(1), r"the size of its image, \(4, 5\), .*got \(6, 9\)"),
+        ("masks/train/b.png", mask(1), r"the size of its image, \(4, 5\), got \(6, 9\)"),
         ("masks/train/b.png", image(4, 5), "expected one channel of integer labels"),
         ("images/train/c.png", image()[..., [0, 1, 2, 2]], r"got 4: save .* alpha channel, .*4"),
         ("images/train/c.png", image()[..., :2], "expected 3 channels, got 2: save the image"),
@@ -82,20 +82,18 @@ def test_label_map_of_colours(tmp_path: Path):
         ("masks/train/b.tif", b"", r"b.tif is next to .*b.png: expected one"),
         ("classes.txt", None, r"classes.txt: expected names of classes, .*No such file"),
         ("classes.txt", "Straße".encode("latin-1"), r"classes.txt: .*'utf-8' .* byte 0xdf"),
-        ("classes.txt", b"a\nb\na\n", r"classes.txt: expected several different names, got "),
+        ("classes.txt", b"a\nb\na\n", r"classes.txt: expected different names, got "),
     ],
 )
 def test_wrong_files(name: str, content: Any, message: str, folder: Path):
-    """All but infinite values are found before the first step, when the classes are counted."""
+    """They are found before the first step, when the classes are counted."""
     write(folder / "images/train/c.png", image())
     write(folder / "masks/train/c.png", mask(0))
     if name == "images/train/c.tif":
         write(folder / "images/train/c.png", None)
     write(folder / name, content)
-    reads: list[Any] = [class_counts, lambda data: [*map(len, data)]]
-    for read in reads["finite" in message :]:
-        with pytest.raises(ValueError, match=message):
-            read(open_folder(folder))
+    with pytest.raises(ValueError, match=message):
+        class_counts(open_folder(folder))
 
 
 def test_files_that_are_found(folder: Path, tmp_path: Path):
@@ -141,33 +139,18 @@ def oriented(path: Path, array: np.ndarray, orientation: int) -> np.ndarray:
         return np.asarray(ImageOps.exif_transpose(file))
 
 
-@pytest.mark.parametrize("size", [(6, 9), (8, 8)])
 @pytest.mark.parametrize("ending", [".png", ".jpg", ".tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientations(orientation: int, ending: str, size: tuple[int, int], tmp_path: Path):
-    """Of both files. Of the image alone: the sizes tell whether the mask was drawn on what is shown
-    or on the stored pixels, or nothing does."""
-    path, drawn = tmp_path / "masks/train/x.png", image(*size)[..., 0] // 7 % 2
-    shown = oriented(tmp_path / f"images/train/x{ending}", image(*size), orientation)
+def test_orientations(orientation: int, ending: str, tmp_path: Path):
+    """Of each file. A mask without one was drawn on what is shown."""
+    path, drawn = tmp_path / "masks/train/x.png", image()[..., 0] // 7 % 2
+    shown = oriented(tmp_path / f"images/train/x{ending}", image(), orientation)
     labels, data = oriented(path, drawn, orientation), open_two(tmp_path)
-
-    def assert_shown() -> None:
+    for content in (path.read_bytes(), labels):
+        write(path, content)
         pixels, read = data[0]
         assert pixels.permute(1, 2, 0).tolist() == shown.tolist()
         assert read.tolist() == labels.tolist()
-
-    assert_shown()
-    clear = orientation == 1 or (orientation > 4 and size == (6, 9))
-    unclear = (
-        rf"x.png: expected the size .* the orientations {orientation} and 1: save both without"
-    )
-    for content in (labels, drawn):
-        write(path, content)
-        if clear:
-            assert_shown()
-            continue
-        with pytest.raises(ValueError, match=unclear):
-            data[0]
 
 
 # an image, its mask, and the file that lists them
@@ -211,9 +194,3 @@ def test_published_data_set(name: str, tmp_path: Path):
     write(image_path, None)
     with pytest.raises(ValueError, match=r"expected an image .* and a mask"):
         open_files(options, split)
-    if name not in ("cityscapes", "camvid"):
-        write(tmp_path / "classes.txt", b"one")
-        with pytest.raises(
-            ValueError, match=rf"classes.txt: expected {classes} different names, got"
-        ):
-            open_files(options, split)

@@ -13,7 +13,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from anchorops.train.data.images import read_image, read_mask, upright
+from anchorops.train.data.images import read_image, read_mask
 from tests.helpers.image_files import chunk, mask, png, tiff, write
 
 BINARY = np.array([[0, 1, 1, 0], [1, 1, 0, 0]])
@@ -124,7 +124,7 @@ def assert_read(expected: Any, read: Callable[..., Any], *args: Any) -> None:
         with pytest.raises(ValueError, match=expected):
             read(*args)
     else:
-        np.testing.assert_array_equal(read(*args)[0], expected)
+        np.testing.assert_array_equal(read(*args), expected)
 
 
 def codes(shown: Any) -> Any:
@@ -159,7 +159,7 @@ def test_formats(name: str, tmp_path: Path):
 @pytest.mark.parametrize("shape", [(1, 6, 9), (6, 9, 1), (1, 1, 54), (54, 1, 1)])
 def test_mask_with_an_axis_of_one(shape: tuple[int, ...], options: Any, tmp_path: Path):
     tifffile.imwrite(tmp_path / "x.tif", mask(0, 1, 2).reshape(shape), **options)
-    values, _ = read_mask(tmp_path / "x.tif")
+    values = read_mask(tmp_path / "x.tif")
     assert values.ndim == 2 and values.flatten().tolist() == mask(0, 1, 2).flatten().tolist()
 
 
@@ -216,5 +216,4 @@ def test_damaged_or_large_metadata_of_a_png_file(name: str, tmp_path: Path):
     start, content = png(WIDE, 16, 0)[:33], png(WIDE, 16, 0)[33:-12]
     for parts in ((intact, metadata, content), (content, metadata, intact)):
         path.write_bytes(start + b"".join(parts) + chunk(b"IEND", b""))
-        assert_read(WIDE, read_mask, path)
-        assert upright(*read_image(path, 1)).shape == ((1, 4, 1) if intact else (1, 1, 4))
+        assert_read(np.rot90(WIDE, -1) if intact else WIDE, read_mask, path)

@@ -44,13 +44,14 @@ def test_networks(name: str, dim: int, stride: int, moved: int):
     and in evaluation too."""
     images, labels = torch.randn(2, 4, 64, 32).double(), torch.randint(7, (2, 64, 32))
     auxiliary_weight = 0.0 if "dpt" in name else 0.4
-    options = Model(name, auxiliary_weight=auxiliary_weight, dropout=0.1)
-    network = build_model(options, 7, 4).double()
+    options = Model(name, auxiliary_weight=auxiliary_weight, dropout=0.1, methods=["sar"])
+    network = Learner(options, 7, 4).double()
+    assert network.model.classifier.in_channels == dim
     results = []
     for late in (False, True):
         torch.manual_seed(0)
-        model = copy.deepcopy(network)
-        learner = Learner(model, build_regularizer(["sar"], {}, 7, dim)).double()
+        learner = copy.deepcopy(network)
+        model = learner.model
         if late:
             upsample_late(model, torch.zeros(1, 4, 64, 64).double())
             assert sum("_forward_changes" in vars(x) for x in model.modules()) == moved
@@ -72,8 +73,8 @@ def test_dropout_replaces_that_of_the_architecture(architecture: str):
 
 
 def test_methods_see_the_features_before_dropout():
-    model, seen = build_model(Model(dropout=0.5), 5), list[Tensor]()
-    attachment = Learner(model, build_regularizer(["cr"], {}, 5, 240)).attachment
+    learner, seen = Learner(Model(dropout=0.5, methods=["cr"]), 5), list[Tensor]()
+    model, attachment = learner.model, learner.attachment
     assert attachment is not None
     model.classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(torch.randn(2, 3, 32, 32))
@@ -106,8 +107,8 @@ def test_size_of_the_paper():
 @pytest.mark.parametrize("auxiliary", [False, True])
 def test_weights_start_a_model_with_other_classes(auxiliary: bool, tmp_path: Path):
     """Those of a run. An auxiliary head comes and goes; the vectors of a method stay behind."""
-    source = build_model(Model(auxiliary_weight=0.4 * auxiliary), 5)
-    run = Learner(source, build_regularizer(["sar"], {}, 5, 240)).state_dict()
+    source = Learner(Model(auxiliary_weight=0.4 * auxiliary, methods=["sar"]), 5)
+    run = source.state_dict()
     path = tmp_path / "weights.pt"
     torch.save({"state_dict": {f"learner.{name}": x for name, x in run.items()}}, path)
     model = build_model(Model(weights=str(path), auxiliary_weight=0.4 * (not auxiliary)), 9)
@@ -141,9 +142,8 @@ def test_weights_of_a_backbone(
     assert said in capsys.readouterr().err
 
 
-def learner_of(*methods: str, **options: Any) -> Learner:
-    model = build_model(Model(auxiliary_weight=0.4 * bool(options)), K)
-    return Learner(model, build_regularizer(methods, {}, K, D), **options)
+def learner_of(*methods: Any, auxiliary: bool = False) -> Learner:
+    return Learner(Model(methods=methods, auxiliary_weight=0.4 * auxiliary), K)
 
 
 def batch(side: int = 32) -> tuple[Tensor, Tensor]:
@@ -176,7 +176,7 @@ def test_losses(options: dict[str, Any], terms: list[Any]):
 )
 def test_a_step(methods: tuple[str, ...]):
     """With an auxiliary head, on the backbone's second last map."""
-    learner, (images, labels) = learner_of(*methods, auxiliary_weight=0.4), batch(64)
+    learner, (images, labels) = learner_of(*methods, auxiliary=True), batch(64)
     model, seen = learner.model, list[Tensor]()
     model.auxiliary.register_forward_hook(lambda _, inputs, logits: seen.append(logits))
     loss, terms = learner(images, labels)
@@ -214,14 +214,16 @@ def test_settings():
     """The named arguments of the chosen methods; options override them, and they override those of
     the preset's paper."""
     paper: Any = {"occl.category_weight": 0.1, "ceco.loss_weight": 0.5}
-    options = Model(methods=["sar", "ceco"], paper_options=paper)
-    assert losses.arguments_of(options) == {"ceco.loss_weight": 0.5}
+    options = Model(methods=["ceco"], paper_options=paper)
+
+    def loss_weight() -> float:
+        return build_regularizer(options, K, D).loss_weight
+
+    assert loss_weight() == 0.5
     options.setting = "from-scratch"
-    assert losses.arguments_of(options) == {"ceco.loss_weight": 0.2}
+    assert loss_weight() == 0.2
     options.method_options = {"ceco.loss_weight": 0.3}
-    assert losses.arguments_of(options) == {"ceco.loss_weight": 0.3}
-    for arguments in losses.SETTINGS.values():
-        build_regularizer(["occl", "ceco"], arguments, K, D)
+    assert loss_weight() == 0.3
 
 
 @pytest.fixture
@@ -233,15 +235,17 @@ def rows(tmp_path: Path) -> Path:
 
 def test_arguments_of_methods(rows: Path):
     """Vectors come from files; CBP's are orthogonalised, so the first row keeps its direction."""
-    options = {"sar.delta": 0.5, "sar.gate": "per_class", "sar.anchors": f"@{rows}"}
+
+    def built(method: Any, **arguments: Any) -> Any:
+        options: Any = {f"{method}.{name}": x for name, x in arguments.items()}
+        return build_regularizer(Model(methods=[method], method_options=options), K, D)
+
     expected = torch.from_numpy(np.load(rows)).float()
-    sar = build_regularizer(["sar"], options, K, D)
-    cr = build_regularizer(["cr"], {"cr.anchors": f"@{rows}"}, K, D)
+    sar = built("sar", delta=0.5, gate="per_class", anchors=f"@{rows}")
     assert (sar.delta, sar.gate) == (0.5, "per_class")
-    assert torch.equal(sar.anchors, expected) and torch.equal(cr.anchors, expected)
-    cbp = build_regularizer(["cbp"], {"cbp.init": f"@{rows}", "cbp.length": 1}, K, D)
-    assert isinstance(cbp, ao.CBP)
-    basis = cbp.basis
+    assert torch.equal(sar.anchors, expected)
+    assert torch.equal(built("cr", anchors=f"@{rows}").anchors, expected)
+    basis = built("cbp", init=f"@{rows}", length=1).basis
     torch.testing.assert_close(basis[0], expected[0] / expected[0].norm())
     torch.testing.assert_close(basis @ basis.T, torch.eye(K))
 

@@ -15,7 +15,7 @@ from torchvision.datasets import Cityscapes
 
 from .. import IGNORED
 from ..options import Data, expect
-from .images import read_image, read_mask, upright
+from .images import read_image, read_mask
 
 CLASSES = "classes.txt"
 IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
@@ -47,7 +47,7 @@ class Layout(NamedTuple):
     splits: Mapping[str, str] = {"train": "train", "val": "val", "test": "test"}
     """Their names in the files."""
     classes: Sequence[str] | None = None
-    """Names; if None, classes.txt in the root has them."""
+    """Names, or numbers."""
     listed: str | None = None
     """The file with the names of a split's images; if None, they are all those that exist."""
 
@@ -122,12 +122,9 @@ class MaskFolder:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Image (C, H, W), uint8, or float32 in 0..1 if the file has more than 8 bits; labels
-        int16 (H, W); both upright. If only one file has an EXIF orientation, the sizes tell whether
-        the mask was drawn on the upright image or on its stored pixels, which turns both files.
-
-        Raises ValueError that names a wrong file, or one whose orientation is not clear."""
+        int16 (H, W). Raises ValueError that names a wrong file."""
         image_path, mask_path = self.pairs[index]
-        values, mask_orientation = read_mask(mask_path, colours=self.colours)
+        values = read_mask(mask_path, colours=self.colours)
         labels = self._table.take(values.astype(np.uint32), mode="clip")
         if (unknown := labels == UNKNOWN).any():
             first = np.unique(values[unknown])[:5].tolist()
@@ -137,18 +134,13 @@ class MaskFolder:
                 f"{mask_path}: label values {first} are not those of the {len(self.classes)} "
                 "classes nor ignored; name more classes, or map the values with --data.label_map"
             )
-        image, orientation = read_image(image_path, self.channels)
-        image = upright(image, orientation)
-        shown = [upright(torch.from_numpy(labels), x) for x in {orientation, mask_orientation}]
-        fits = [x for x in shown if x.shape == image.shape[1:]]
-        if len(fits) != 1:
+        image = read_image(image_path, self.channels)
+        if image.shape[1:] != labels.shape:
             raise ValueError(
-                f"{mask_path}: expected the size of its image, {tuple(image.shape[1:])}, in one of "
-                f"the orientations of the files, got {tuple(shown[0].shape)} and the orientations "
-                f"{orientation} and {mask_orientation}: save both without an EXIF orientation "
-                "(PIL.ImageOps.exif_transpose)"
+                f"{mask_path}: expected the size of its image, {tuple(image.shape[1:])}, got "
+                f"{labels.shape}; both are upright, by their EXIF orientations"
             )
-        return image, fits[0]
+        return image, torch.from_numpy(labels)
 
 
 def open_files(options: Data, split: str) -> MaskFolder:
@@ -159,9 +151,11 @@ def open_files(options: Data, split: str) -> MaskFolder:
     known = ", ".join(layout.splits)
     expect(split in layout.splits, "data.split", f"one of {options.dataset}, {known}", split)
     root, part = Path(options.root or ""), layout.splits[split]
-    number = None if layout.values is None else len(layout.values)
-    classes = layout.classes or _read_classes(root / CLASSES, number)
-    values = range(len(classes)) if layout.values is None else layout.values
+    values, classes = layout.values, layout.classes
+    if values is None:
+        classes = _read_classes(root / CLASSES)
+        values = range(len(classes))
+    classes = classes or [f"class {k + 1}" for k in range(len(values))]
     labels, colours = _mapped(options.label_map or {}, len(classes))
     if not colours:
         own = {value: label for label, value in enumerate(values)}
@@ -220,16 +214,13 @@ def _mapped(label_map: Mapping[Any, int], classes: int) -> tuple[dict[int, int],
     return labels, lengths == {3}
 
 
-def _read_classes(path: Path, number: int | None) -> list[str]:
-    """Names, one on each line; without a file, numbers, if it is known how many."""
-    if number is not None and not path.exists():
-        return [f"class {k + 1}" for k in range(number)]
+def _read_classes(path: Path) -> list[str]:
+    """Names, one on each line."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected names of classes, a line each: {error}") from None
     classes = [line.strip() for line in lines if line.strip()]
-    if len({*classes}) < len(classes) or number not in (None, len(classes)):
-        expected = f"{number or 'several'} different names"
-        raise ValueError(f"{path}: expected {expected}, got {shorten(str(classes), 200)}")
+    if len({*classes}) < len(classes):
+        raise ValueError(f"{path}: expected different names, got {shorten(str(classes), 200)}")
     return classes

@@ -1,4 +1,4 @@
-"""Images and masks in files: decoded, as they are stored or as a viewer shows them, and upright."""
+"""Images and masks in files: upright, and as they are stored or as a viewer shows them."""
 
 import io
 import struct
@@ -26,19 +26,12 @@ IMAGE_FORMATS = (*LABEL_FORMATS, "JPEG", "WEBP")
 JPEG_IN_TIFF = (COMPRESSION.OJPEG, COMPRESSION.JPEG, COMPRESSION.ALT_JPEG, COMPRESSION.JPEG_LOSSY)
 
 
-def upright(x: Tensor, orientation: int) -> Tensor:
-    """(…, H, W), stored with this EXIF orientation, 1 to 8, as a viewer shows it."""
-    x = x.mT if orientation >= 5 else x
-    axes = {2: [-1], 3: [-2, -1], 4: [-2], 6: [-1], 7: [-2, -1], 8: [-2]}.get(orientation, [])
-    return x.flip(axes).contiguous()
-
-
-def read_image(path: Path, channels: int) -> tuple[Tensor, int]:
-    """(C, H, W), as a viewer shows it but not yet upright, and its EXIF orientation. uint8; float32
-    in 0..1 for 9 to 16 bits; unchanged float32 for floating-point files. Palettes and CMYK become
-    RGB; a grey image gets three equal channels, if three are expected. A TIFF file may also be
-    (C, H, W). Raises ValueError that names the file."""
-    array, orientation = _decoded(path, IMAGE_FORMATS)
+def read_image(path: Path, channels: int) -> Tensor:
+    """(C, H, W), as a viewer shows it. uint8; float32 in 0..1 for 9 to 16 bits; unchanged float32
+    for floating-point files. Palettes and CMYK become RGB; a grey image gets three equal channels,
+    if three are expected. A TIFF file may also be (C, H, W). Raises ValueError that names the file.
+    """
+    array = _decoded(path, IMAGE_FORMATS)
     first, *_, last = array.shape
     # in other formats than TIFF the last axis has up to 4 channels
     if first in (1, channels) and last not in (1, channels) and last > 4:
@@ -51,15 +44,14 @@ def read_image(path: Path, channels: int) -> tuple[Tensor, int]:
             f"(fit --data.channels {found})"
         )
     image = torch.from_numpy(np.moveaxis(array, 2, 0).copy())
-    return image.expand(channels, -1, -1), orientation
+    return image.expand(channels, -1, -1)
 
 
-def read_mask(path: Path, *, colours: bool = False) -> tuple[np.ndarray, int]:
+def read_mask(path: Path, *, colours: bool = False) -> np.ndarray:
     """The integers (H, W) that a mask stores, or its palette indices, never scaled or inverted;
-    colours: the colours that a viewer shows, R·2¹⁶ + G·2⁸ + B, uint32. And its EXIF orientation.
-    Raises ValueError that names the file, also for lossy compression and for an alpha channel that
-    is not opaque."""
-    array, orientation = _decoded(path, LABEL_FORMATS, stored=not colours)
+    colours: the colours that a viewer shows, R·2¹⁶ + G·2⁸ + B, uint32. Raises ValueError that names
+    the file, also for lossy compression and for an alpha channel that is not opaque."""
+    array = _decoded(path, LABEL_FORMATS, stored=not colours)
     if array.dtype.kind == "u" and array.shape[2] in ((2, 4) if colours else (2,)):
         if (array[..., -1] < np.iinfo(array.dtype).max).any():
             raise ValueError(f"{path}: expected an opaque mask, got transparent pixels")
@@ -71,14 +63,14 @@ def read_mask(path: Path, *, colours: bool = False) -> tuple[np.ndarray, int]:
             f"--data.label_map '{{\"R,G,B\": CLASS, …}}', got {array.dtype} of shape {array.shape}"
         )
     if not colours:
-        return array[..., 0], orientation
-    return (array * np.array([2**16, 2**8, 1], np.uint32)).sum(2, dtype=np.uint32), orientation
+        return array[..., 0]
+    return (array * np.array([2**16, 2**8, 1], np.uint32)).sum(2, dtype=np.uint32)
 
 
-def _decoded(path: Path, formats: Sequence[str], *, stored: bool = False) -> tuple[np.ndarray, int]:
-    """The array (H, W, C) in the file, in some TIFF files (C, H, W), and its EXIF orientation: what
-    a viewer shows, uint8 or float32; stored: the values and palette indices. Raises ValueError of
-    one line that names the file."""
+def _decoded(path: Path, formats: Sequence[str], *, stored: bool = False) -> np.ndarray:
+    """The upright array (H, W, C) in the file, in some TIFF files (C, H, W): what a viewer shows,
+    uint8 or float32; stored: the values and palette indices. Raises ValueError of one line that
+    names the file."""
     orientation: Any = None
     try:
         content = path.read_bytes()
@@ -96,7 +88,10 @@ def _decoded(path: Path, formats: Sequence[str], *, stored: bool = False) -> tup
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} cannot be read: {reason}") from error
-    return array, int(orientation) if orientation in range(1, 9) else 1
+    if orientation in (5, 6, 7, 8):
+        array = array.swapaxes(0, 1)
+    axes = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}
+    return np.flip(array, axes.get(orientation, ()))
 
 
 def _decoded_by_pillow(

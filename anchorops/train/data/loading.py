@@ -22,7 +22,7 @@ from ..options import Data, Options, expect
 from ..run import STOPPING
 from .digits import DigitScenes
 from .folders import MaskFolder
-from .images import read_image, upright
+from .images import read_image
 
 RETRIES = 10  # for a crop that shows mostly one class
 Segmentation = DigitScenes | MaskFolder
@@ -83,11 +83,8 @@ class VariedCrop(v2.Transform):
 
 
 class PhotometricDistort(v2.RandomPhotometricDistort):
-    """As in mmsegmentation: hues of ±0.1 turns, and no random order of channels. Raises ValueError
-    for floating-point images beyond 0..1, which torchvision would clip."""
-
-    def __init__(self) -> None:
-        super().__init__(hue=(-0.1, 0.1))
+    """Without a random order of channels, as in mmsegmentation. Raises ValueError for images of
+    floats beyond 0..1, which torchvision would clip."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         least, greatest = flat_inputs[0].min(), flat_inputs[0].max()
@@ -123,15 +120,15 @@ def augmentation(options: Data) -> v2.Transform:
         steps.append(v2.RandomHorizontalFlip())
     if options.photometric:
         expect(options.channels == 3, "data.photometric", "3 channels", options.channels)
-        steps.append(PhotometricDistort())
-    steps += normalization(options.channels)
-    return v2.Compose([*steps, v2.Lambda(partial(padded, size=options.crop))])
+        steps.append(PhotometricDistort(hue=(-0.1, 0.1)))
+    steps += [*normalization(options.channels), v2.Lambda(partial(padded, size=options.crop))]
+    return v2.Compose([*steps, v2.ToPureTensor()])
 
 
 def evaluation_transform(options: Data) -> v2.Transform:
     """Scale only the image to the short or the long side; its labels do not change."""
     scale = RandomScale(options.short_side, (1.0, 1.0), options.long_side)
-    return v2.Compose([scale, *normalization(options.channels)])
+    return v2.Compose([scale, *normalization(options.channels), v2.ToPureTensor()])
 
 
 def mixed_seed(*parts: int | str) -> int:
@@ -173,8 +170,7 @@ class Training:
         image, labels = self.dataset[index]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mixed_seed("augmentation", self.seed, draw))
-            image, labels = self.transform(tv_tensors.Image(image), tv_tensors.Mask(labels))
-        return image.as_subclass(Tensor), labels.as_subclass(Tensor)
+            return self.transform(tv_tensors.Image(image), tv_tensors.Mask(labels))
 
 
 @dataclass
@@ -187,9 +183,9 @@ class Unlabelled:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, tuple[int, tuple[int, int]]]:
-        image = upright(*read_image(self.paths[index], self.channels))
-        return image, (index, (image.shape[1], image.shape[2]))
+    def __getitem__(self, index: int) -> tuple[Tensor, tuple[int, Sequence[int]]]:
+        image = read_image(self.paths[index], self.channels)
+        return image, (index, image.shape[1:])
 
 
 @dataclass
@@ -201,7 +197,7 @@ class Validation:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         image, labels = self.dataset[index]
-        return self.transform(tv_tensors.Image(image)).as_subclass(Tensor), labels
+        return self.transform(tv_tensors.Image(image)), labels
 
 
 @atexit.register
@@ -214,14 +210,12 @@ def _end_workers() -> None:
             worker.kill()
 
 
-class Loader(DataLoader):
-    """Its workers never see SIGTERM and Ctrl-C, which SLURM, `timeout` and terminals send to all
-    processes of a group: only the training process reacts. They end with its last batch, or when
-    they notice that it has ended."""
-
-    def __iter__(self) -> Any:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # workers inherit this
-        try:
-            return super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def loaded(dataset: Any, **options: Any) -> Any:
+    """An iterator of batches. Its workers never see SIGTERM and Ctrl-C, which SLURM, `timeout` and
+    terminals send to all processes of a group: only the training process reacts. They end with its
+    last batch, or when they notice that it has ended."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # workers inherit this
+    try:  # without a generator of its own, an iterator draws from torch's random numbers
+        return iter(DataLoader(dataset, generator=torch.Generator(), **options))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

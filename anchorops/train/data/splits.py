@@ -2,9 +2,7 @@
 
 import hashlib
 import os
-import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from textwrap import shorten
@@ -18,7 +16,6 @@ from ..options import Data, Options, expect
 from .digits import DigitScenes
 from .folders import MaskFolder, open_files
 from .loading import (
-    Loader,
     Segmentation,
     Training,
     Unlabelled,
@@ -26,10 +23,10 @@ from .loading import (
     augmentation,
     draws,
     evaluation_transform,
+    loaded,
 )
 
 SCENES = 2_000  # of digits, in which classes are counted
-THREADS = 8  # each of which holds an image
 
 
 class Splits(NamedTuple):
@@ -61,27 +58,23 @@ def open_split(options: Data, name: str, seed: int) -> Segmentation:
     return DigitScenes("train", length, options.crop, seed=seed, exponent=exponent)
 
 
-def class_counts(dataset: Segmentation) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+def class_counts(
+    dataset: Segmentation, workers: int = 0
+) -> tuple[Tensor, Tensor, list[tuple[int, ...]]]:
     """Of all masks on disk, or of the first 2000 digit scenes: pixels [K] and images [K] of each
     class, int64, and the sizes (H, W). Raises ValueError for a wrong image or mask: so it is found
     before the training."""
     num_classes, length = len(dataset.classes), len(dataset)
     if isinstance(dataset, DigitScenes):
         length = min(length, SCENES)
-    print(f"reading {length} images and masks", file=sys.stderr)
+    ranks.say(f"reading {length} images and masks")
     pixels, images = torch.zeros(2, num_classes, dtype=torch.int64)
-    sizes = set[tuple[int, int]]()
-
-    def count(index: int) -> tuple[Tensor, tuple[int, int]]:  # masks would fill the memory
-        _, labels = dataset[index]
-        found = torch.bincount(labels.flatten().int() + 1, minlength=num_classes + 1)
-        return found[1:], (labels.shape[0], labels.shape[1])
-
-    with ThreadPoolExecutor(THREADS) as threads:  # if one fails, map cancels the others
-        for found, size in threads.map(count, range(length)):
-            pixels += found
-            images += found > 0
-            sizes.add(size)
+    sizes = set[tuple[int, ...]]()
+    for _, labels in loaded(dataset, num_workers=workers, batch_size=None, sampler=range(length)):
+        found = torch.bincount(labels.flatten().int() + 1, minlength=num_classes + 1)[1:]
+        pixels += found
+        images += found > 0
+        sizes.add(tuple(labels.shape))
     return pixels, images, sorted(sizes)
 
 
@@ -102,14 +95,15 @@ def open_splits(options: Data, seed: int, of_run: dict[str, Any] | None = None) 
     def read() -> tuple[list[Segmentation], list[Any]]:
         names = ("train", options.split) if of_run is None else (options.split,)
         splits = [open_split(options, name, seed) for name in names]
-        return splits, [class_counts(split) for split in splits]
+        return splits, [class_counts(split, options.workers) for split in splits]
 
     splits, counts = ranks.on_first(read)
     training, validation = splits[0], splits[-1]
     validation_pixels, _, sizes = counts[-1]
     one_size = options.eval_batch_size == 1 or len(sizes) == 1
     expect(one_size, "data.eval_batch_size", "1 for images of several sizes", sizes[:2])
-    classes, found = list(validation.classes), of_run or {"classes": list(training.classes)}
+    classes = list(validation.classes)
+    found = of_run or {"classes": classes}
     if of_run is None:
         for name, split, counted in zip(("training", "validation"), splits, counts, strict=True):
             found[f"{name} files"] = fingerprint(split, Path(options.root or ""))
@@ -118,39 +112,36 @@ def open_splits(options: Data, seed: int, of_run: dict[str, Any] | None = None) 
         known = shorten(str(found["classes"]), 200)
         raise ValueError(f"the data are not those of the run, with the classes {known}")
     pixels = torch.tensor(found["training pixels"])
-    present = [name for name, x in zip(classes, pixels.tolist(), strict=True) if x]
-    if len(present) < 2 or not validation_pixels.any():
+    absent = [name for name, x in zip(classes, pixels.tolist(), strict=True) if not x]
+    if len(absent) > len(classes) - 2 or not validation_pixels.any():
         raise ValueError(
-            "the masks need training pixels of two classes or more, and validation pixels: got "
-            f"training pixels of {present} and {validation_pixels.sum()} validation pixels; 255 is "
+            "expected training pixels of two classes or more, and validation pixels, got "
+            f"{validation_pixels.sum()} of the latter and none of the former of {absent}; 255 is "
             "ignored unless --data.label_map makes it a class"
         )
-    if of_run is None and len(present) < len(classes):
-        absent = ", ".join(name for name in classes if name not in present)
-        ranks.say(f"no training pixels: {shorten(absent, 200)}")
+    if absent and of_run is None:
+        ranks.say(f"no training pixels: {shorten(', '.join(absent), 200)}")
     images = counts[0][1]
     prior = images / images.sum().clamp(min=1)
     return Splits(training, validation, sizes, pixels / pixels.sum(), prior, found)
 
 
-def training_batches(options: Options, training: Segmentation, first_step: int) -> Loader:
+def training_batches(options: Options, training: Segmentation, first_step: int) -> Any:
     """This rank's augmented images and labels, from a step on: `accumulate` batches for each. They
     follow from the seed, the step and the rank alone."""
-    return Loader(
+    return loaded(
         Training(training, augmentation(options.data), options.seed),
-        batch_sampler=draws(len(training), options, first_step, ranks.rank(), ranks.world()),
         num_workers=options.data.workers,
-        generator=torch.Generator(),  # or the iterator draws from torch's random numbers
+        batch_sampler=draws(len(training), options, first_step, ranks.rank(), ranks.world()),
         pin_memory=torch.cuda.is_available(),
     )
 
 
-def validation_batches(options: Data, images: Segmentation | Unlabelled) -> Loader:
+def validation_batches(options: Data, images: Segmentation | Unlabelled) -> Any:
     """Every image once, over all ranks, without augmentation."""
-    return Loader(
+    return loaded(
         Validation(images, evaluation_transform(options)),
         num_workers=options.workers,
-        generator=torch.Generator(),
         batch_size=1 if isinstance(images, Unlabelled) else options.eval_batch_size,
         sampler=range(ranks.rank(), len(images), ranks.world()),
     )

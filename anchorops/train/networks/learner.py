@@ -4,8 +4,7 @@ Vectors for the methods come from files: `--model.method_options '{sar.anchors: 
 are in the state of a run too, so one that goes on does not need the file.
 """
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -33,14 +32,6 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def arguments_of(options: Model) -> dict[str, Any]:
-    """METHOD.ARGUMENT and its value: those of the paper for this network, which the setting
-    overrides, for the chosen methods; and the options, which override both."""
-    known = {**(options.paper_options or {}), **SETTINGS[options.setting]}
-    of_methods = {x: known[x] for x in known if x.partition(".")[0] in options.methods}
-    return {**of_methods, **(options.method_options or {})}
-
-
 def build_loss(options: Model) -> MomentsLoss:
     """The loss of the logits; its `terms` contain the accuracy."""
     common: dict[str, Any] = {"ignore_index": IGNORED, "accuracy": True}
@@ -58,29 +49,27 @@ def build_loss(options: Model) -> MomentsLoss:
 
 
 def build_regularizer(
-    methods: Sequence[str],
-    options: Mapping[str, Any],
-    num_classes: int,
-    dim: int,
-    prior: Tensor | None = None,
+    options: Model, num_classes: int, dim: int, prior: Tensor | None = None
 ) -> Regularizer | None:
-    """The methods as one regulariser, or None if there are none.
+    """The methods as one regulariser, or None if there are none. Their arguments are those of the
+    preset's paper, which the setting overrides, and the options, which override both.
 
-    options: {"sar.momentum": 0.99}. The arguments that are vectors [K, D] (SAR's and CR's anchors,
-        CBP's init) accept "@FILE.npy". No code in the file is run.
     prior: [K], the share of the training images that contain each class, for CeCo.
     Raises ValueError for an option that no chosen method has, and for a file that does not fit.
     """
-    arguments: dict[str, dict[str, Any]] = {x: {"ignore_index": IGNORED} for x in methods}
+    arguments: dict[str, dict[str, Any]] = {x: {"ignore_index": IGNORED} for x in options.methods}
     if "cr" in arguments:
         arguments["cr"]["embed"] = False
     if "ceco" in arguments:
         arguments["ceco"]["prior"] = prior
-    for option, value in options.items():
+    known, given = options.paper_options or {}, options.method_options or {}
+    for option, value in {**known, **SETTINGS[options.setting], **given}.items():
         method, _, argument = option.partition(".")
-        known = f"METHOD.ARGUMENT with a METHOD among --model.methods {list(methods)}"
-        expect(method in arguments, "model.method_options", known, option)
-        arguments[method][argument] = value
+        if method in arguments:
+            arguments[method][argument] = value
+        else:
+            among = f"METHOD.ARGUMENT with a METHOD among --model.methods {options.methods}"
+            expect(option not in given, "model.method_options", among, option)
     regularizers = []
     for method, chosen in arguments.items():
         try:
@@ -95,31 +84,24 @@ def build_regularizer(
 
 
 class Learner(nn.Module):
-    """Computes the loss and its parts from images and labels.
-
-    pixel_loss: the loss of the logits; cross-entropy if not given. If the model has an auxiliary
-    head, the same loss of its logits is added, times auxiliary_weight.
-    """
+    """The network with its methods. Computes the loss and its parts from images and labels. If the
+    network has an auxiliary head, the same loss of its logits is added, times auxiliary_weight."""
 
     def __init__(
-        self,
-        model: Segmenter,
-        regularizer: Regularizer | None,
-        pixel_loss: MomentsLoss | None = None,
-        auxiliary_weight: float = 0.4,
+        self, options: Model, num_classes: int, channels: int = 3, prior: Tensor | None = None
     ) -> None:
         super().__init__()
-        self.model, self.auxiliary_weight = model, auxiliary_weight
-        self.pixel_loss = pixel_loss or build_loss(Model())
-        self.auxiliary_loss = copy.deepcopy(self.pixel_loss)
-        self.auxiliary_loss.accuracy = False
-        self.attachment = None if regularizer is None else ao.attach(model, regularizer)
+        self.model = build_model(options, num_classes, channels)
+        self.pixel_loss, self.auxiliary_weight = build_loss(options), options.auxiliary_weight
+        dim = self.model.classifier.in_channels
+        regularizer = build_regularizer(options, num_classes, dim, prior)
+        self.attachment = None if regularizer is None else ao.attach(self.model, regularizer)
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss = self.pixel_loss(self.model(images), labels)
         terms = dict(self.pixel_loss.terms)
         if (head := self.model.auxiliary) is not None:
-            auxiliary = self.auxiliary_loss(head.logits(), labels)
+            auxiliary = self.pixel_loss(head.logits(), labels)
             loss = loss + self.auxiliary_weight * auxiliary
             terms["auxiliary"] = self.auxiliary_weight * auxiliary.detach()
         if self.attachment is not None:
@@ -158,11 +140,3 @@ def set_learning_rates(
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor
     return optimizer.param_groups[0]["lr"]
-
-
-def build_learner(options: Model, num_classes: int, channels: int, prior: Tensor) -> Learner:
-    """The network with its methods and losses."""
-    model = build_model(options, num_classes, channels)
-    arguments, dim = arguments_of(options), model.classifier.in_channels
-    regularizer = build_regularizer(options.methods, arguments, num_classes, dim, prior)
-    return Learner(model, regularizer, build_loss(options), options.auxiliary_weight)

@@ -148,9 +148,6 @@ def _body(options: Model, channels: int) -> tuple[nn.Module, int, Sequence[int]]
         return body, sum(body.out_channels), body.out_channels
     name = options.network.replace("segformer-", "segformer:mit_")
     architecture, _, encoder = name.partition(":")
-    if not encoder:
-        known = "hrnet-w48, segformer-b0 and others of these, or ARCHITECTURE:ENCODER"
-        raise ValueError(f"--model.network: expected {known}, got {name!r}")
     any_size = {"dynamic_img_size": True} if architecture == "dpt" else {}
     if encoder.startswith("tu-swin_"):
         any_size = {"strict_img_size": False}
