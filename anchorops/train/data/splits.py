@@ -15,16 +15,7 @@ from .. import ranks
 from ..options import Data, Options, expect
 from .digits import DigitScenes
 from .folders import MaskFolder, open_files
-from .loading import (
-    Segmentation,
-    Training,
-    Unlabelled,
-    Validation,
-    augmentation,
-    draws,
-    evaluation_transform,
-    loaded,
-)
+from .loading import Segmentation, Training, Unlabelled, Validation, draws, loaded
 
 SCENES = 2_000  # of digits, in which classes are counted
 
@@ -130,7 +121,7 @@ def training_batches(options: Options, training: Segmentation, first_step: int) 
     """This rank's augmented images and labels, from a step on: `accumulate` batches for each. They
     follow from the seed, the step and the rank alone."""
     return loaded(
-        Training(training, augmentation(options.data), options.seed),
+        Training(training, options.data, options.seed),
         num_workers=options.data.workers,
         batch_sampler=draws(len(training), options, first_step, ranks.rank(), ranks.world()),
         pin_memory=torch.cuda.is_available(),
@@ -140,7 +131,7 @@ def training_batches(options: Options, training: Segmentation, first_step: int) 
 def validation_batches(options: Data, images: Segmentation | Unlabelled) -> Any:
     """Every image once, over all ranks, without augmentation."""
     return loaded(
-        Validation(images, evaluation_transform(options)),
+        Validation(images, options),
         num_workers=options.workers,
         batch_size=1 if isinstance(images, Unlabelled) else options.eval_batch_size,
         sampler=range(ranks.rank(), len(images), ranks.world()),
