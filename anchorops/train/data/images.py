@@ -13,7 +13,7 @@ import numpy as np
 import tifffile
 import torch
 from PIL import Image, UnidentifiedImageError
-from tifffile import COMPRESSION, PHOTOMETRIC, PLANARCONFIG
+from tifffile import PHOTOMETRIC, PLANARCONFIG
 from torch import Tensor
 
 ORIENTATION = 0x112  # the tag in EXIF and TIFF: how to turn the stored pixels
@@ -23,7 +23,7 @@ TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Pillow reduces some other formats to 8 bits without a word
 LABEL_FORMATS = ("PNG", "GIF", "BMP")
 IMAGE_FORMATS = (*LABEL_FORMATS, "JPEG", "WEBP")
-JPEG_IN_TIFF = (COMPRESSION.OJPEG, COMPRESSION.JPEG, COMPRESSION.ALT_JPEG, COMPRESSION.JPEG_LOSSY)
+LOSSY = ("JPEG", "JP2000", "WEBP", "LERC")  # parts of the names of compressions in TIFF
 
 
 def read_image(path: Path, channels: int) -> Tensor:
@@ -138,12 +138,12 @@ def _decoded_tiff(content: bytes, lossy: bool, stored: bool) -> tuple[np.ndarray
         if not file.series or not file.pages.first.dataoffsets:
             raise ValueError("it has no image, or is truncated")
         series, page = file.series[0], file.pages.first  # the first image may have several pages
-        if page.compression in JPEG_IN_TIFF:
-            if not lossy:
-                raise ValueError("JPEG changes labels: save the mask with another compression")
-            ends = [max(np.add(x.dataoffsets, x.databytecounts)) for x in series if x is not None]
-            if max(ends) > len(content):  # the decoder makes what is missing grey
-                raise ValueError("the file is truncated")
+        compression = repr(page.compression)
+        if not lossy and any(name in compression for name in LOSSY):
+            raise ValueError(f"{compression} may change labels: save the mask with another one")
+        ends = [max(np.add(x.dataoffsets, x.databytecounts)) for x in series if x is not None]
+        if max(ends) > len(content):  # the decoder of JPEG makes what is missing grey
+            raise ValueError("the file is truncated")
         array = file.asarray()
         if page.planarconfig == PLANARCONFIG.SEPARATE and array.ndim == 3:  # (C, H, W)
             array = np.moveaxis(array, 0, 2)
@@ -157,7 +157,7 @@ def _decoded_tiff(content: bytes, lossy: bool, stored: bool) -> tuple[np.ndarray
 def _shown(array: np.ndarray, page: tifffile.TiffPage, content: bytes) -> np.ndarray:
     """What a viewer shows of the values in a TIFF file, uint8 or float32."""
     meaning = page.tags.valueof("PhotometricInterpretation", PHOTOMETRIC.MINISBLACK)
-    as_rgb = meaning == PHOTOMETRIC.YCBCR and page.compression in JPEG_IN_TIFF
+    as_rgb = meaning == PHOTOMETRIC.YCBCR and "JPEG" in repr(page.compression)
     if as_rgb or meaning in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB):
         return _scaled(array, page.bitspersample)
     if page.bitspersample not in (1, 2, 4, 8):  # which Pillow would reduce to 8
