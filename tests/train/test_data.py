@@ -14,7 +14,8 @@ from torchvision import tv_tensors
 from anchorops.train import ranks
 from anchorops.train.data import loading
 from anchorops.train.data.digits import SPLITS, DigitScenes, _digit_images
-from anchorops.train.data.loading import Training, Unlabelled, augmented
+from anchorops.train.data.folders import MaskFolder
+from anchorops.train.data.loading import Training, augmented
 from anchorops.train.data.splits import class_counts, open_split, validation_batches
 from anchorops.train.options import Data, Options
 from tests.helpers.image_files import write
@@ -134,14 +135,15 @@ def test_images_of_many_channels(folder: Path):
     options = Data("folder", str(folder), channels=5, short_side=12, crop=(32, 64))
     image, _ = Training(open_split(options, "train", 0), options, seed=0)[0, 0]
     assert image.shape == (5, 32, 64) and (image[:, :12, :18] == 2).all()
-    ((image, (index, size)),) = validation_batches(options, Unlabelled([path], 5))
-    assert index == 0 and image.shape == (1, 5, 12, 18) and (image == 2).all() and size == [6, 9]
+    ((image, labels),) = validation_batches(options, MaskFolder([(path, None)], 5))
+    assert image.shape == (1, 5, 12, 18) and (image == 2).all()
+    assert labels.shape == (1, 6, 9) and (labels == -1).all()
 
 
 def test_fewer_images_than_ranks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ranks, "world", lambda: 2)
     monkeypatch.setattr(ranks, "rank", lambda: 1)
-    assert not [*validation_batches(Data(workers=1), Unlabelled([Path("a.png")], 3))]
+    assert not [*validation_batches(Data(workers=1), MaskFolder([(Path("a.png"), None)], 3))]
 
 
 def test_workers_end_with_python():

@@ -2,7 +2,7 @@
 
 import glob
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
@@ -102,20 +102,21 @@ LAYOUTS = {
 
 @dataclass
 class MaskFolder:
-    """Images and masks of labels on disk: pairs of their paths. labels: the class of each value in
-    the masks, −1 ignored; any other value is an error. channels: of the images. colours: whether
-    the values are colours, R·2¹⁶ + G·2⁸ + B."""
+    """Images and masks of labels on disk: pairs of their paths; all pixels of an image without a
+    mask are ignored. channels: of the images. labels: the class of each value in the masks, −1
+    ignored; any other value is an error. colours: whether they are colours, R·2¹⁶ + G·2⁸ + B."""
 
-    pairs: Sequence[tuple[Path, Path]]
-    classes: Sequence[str]
-    labels: Mapping[int, int]
-    channels: int = 3
+    pairs: Sequence[tuple[Path, Path | None]]
+    channels: int
+    classes: Sequence[str] = ()
+    labels: Mapping[int, int] = field(default_factory=dict)
     colours: bool = False
 
     def __post_init__(self) -> None:
         # the last row is for all greater values
         self._table = np.full((COLOURS if self.colours else VALUES) + 1, UNKNOWN, np.int16)
-        self._table[[*self.labels]] = [*self.labels.values()]
+        for value, label in self.labels.items():
+            self._table[value] = label
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -124,6 +125,9 @@ class MaskFolder:
         """Image (C, H, W), uint8, or float32 in 0..1 if the file has more than 8 bits; labels
         int16 (H, W). Raises ValueError that names a wrong file."""
         image_path, mask_path = self.pairs[index]
+        image = read_image(image_path, self.channels)
+        if mask_path is None:
+            return image, torch.full(image.shape[1:], IGNORED)
         values = read_mask(mask_path, colours=self.colours)
         labels = self._table.take(values.astype(np.uint32), mode="clip")
         if (unknown := labels == UNKNOWN).any():
@@ -134,7 +138,6 @@ class MaskFolder:
                 f"{mask_path}: label values {first} are not those of the {len(self.classes)} "
                 "classes nor ignored; name more classes, or map the values with --data.label_map"
             )
-        image = read_image(image_path, self.channels)
         if image.shape[1:] != labels.shape:
             raise ValueError(
                 f"{mask_path}: expected the size of its image, {tuple(image.shape[1:])}, got "
@@ -177,7 +180,7 @@ def open_files(options: Data, split: str) -> MaskFolder:
     if not names:
         raise ValueError(f"no image {images} (--data.root is the directory of the data set)")
     pairs = [(image_of[name], mask_of[name]) for name in names]
-    return MaskFolder(pairs, classes, labels, options.channels, colours)
+    return MaskFolder(pairs, options.channels, classes, labels, colours)
 
 
 def _files(pattern: Path, known: Sequence[str]) -> dict[str, Path]:

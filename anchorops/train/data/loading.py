@@ -4,10 +4,9 @@ import atexit
 import multiprocessing
 import signal
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,6 @@ from ..options import Data, Options, expect
 from ..run import STOPPING
 from .digits import DigitScenes
 from .folders import MaskFolder
-from .images import read_image
 
 RETRIES = 10  # for a crop that shows mostly one class
 Segmentation = DigitScenes | MaskFolder
@@ -134,28 +132,13 @@ class Training:
 
 
 @dataclass
-class Unlabelled:
-    """Images without masks; instead of labels, the index, and (H, W) of the file."""
-
-    paths: Sequence[Path]
-    channels: int
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, tuple[int, Sequence[int]]]:
-        image = read_image(self.paths[index], self.channels)
-        return image, (index, image.shape[1:])
-
-
-@dataclass
 class Validation:
     """Images as the network needs them; unchanged labels."""
 
-    dataset: Segmentation | Unlabelled
+    dataset: Segmentation
     options: Data
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, labels = self.dataset[index]
         return network_input(image, self.options), labels
 

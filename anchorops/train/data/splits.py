@@ -15,7 +15,7 @@ from .. import ranks
 from ..options import Data, Options, expect
 from .digits import DigitScenes
 from .folders import MaskFolder, open_files
-from .loading import Segmentation, Training, Unlabelled, Validation, draws, loaded
+from .loading import Segmentation, Training, Validation, draws, loaded
 
 SCENES = 2_000  # of digits, in which classes are counted
 
@@ -74,7 +74,8 @@ def fingerprint(split: Segmentation, root: Path) -> str:
     which that of the batches depends: 16 hexadecimal digits. "" for digits, which have no files."""
     if not isinstance(split, MaskFolder):
         return ""
-    names = (b"/" + os.fsencode(path.relative_to(root)) for path in chain(*split.pairs))
+    paths = (path for path in chain(*split.pairs) if path)
+    names = (b"/" + os.fsencode(path.relative_to(root)) for path in paths)
     return hashlib.sha256(b"\n".join(names)).hexdigest()[:16]
 
 
@@ -128,11 +129,11 @@ def training_batches(options: Options, training: Segmentation, first_step: int) 
     )
 
 
-def validation_batches(options: Data, images: Segmentation | Unlabelled) -> Any:
+def validation_batches(options: Data, images: Segmentation) -> Any:
     """Every image once, over all ranks, without augmentation."""
     return loaded(
         Validation(images, options),
         num_workers=options.workers,
-        batch_size=1 if isinstance(images, Unlabelled) else options.eval_batch_size,
+        batch_size=options.eval_batch_size,
         sampler=range(ranks.rank(), len(images), ranks.world()),
     )
