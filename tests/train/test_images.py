@@ -1,7 +1,6 @@
 """Formats of images and masks, written by their specifications or by libraries; damaged files."""
 
 import io
-import sys
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -102,8 +101,6 @@ for name in ("GIF", "BMP", "TIFF"):
     FORMATS[f"palette.{name}"] = by_pillow(GREY, "uint8", "P", format=name), PALETTE[GREY], GREY
 for name in ("tiff_lzw", "tiff_adobe_deflate", "zstd", "packbits"):
     FORMATS[f"{name}.tif"] = by_pillow(GREY, "uint8", compression=name), grey(GREY, 8), GREY
-for name in ("group3", "group4", "tiff_ccitt") if sys.version_info >= (3, 11) else ():
-    FORMATS[f"{name}.tif"] = by_pillow(BINARY, "bool", compression=name), grey(BINARY, 1), BINARY
 for name in ("jpeg2000", "lerc", "jpegxl"):
     content = by_tifffile(GREY, compression=name)
     FORMATS[f"{name}.tif"] = content, grey(GREY, 8), LOSSY.format(name.upper())
@@ -161,15 +158,6 @@ def test_mask_with_an_axis_of_one(shape: tuple[int, ...], options: Any, tmp_path
     tifffile.imwrite(tmp_path / "x.tif", mask(0, 1, 2).reshape(shape), **options)
     values = read_mask(tmp_path / "x.tif")
     assert values.ndim == 2 and values.flatten().tolist() == mask(0, 1, 2).flatten().tolist()
-
-
-@pytest.mark.parametrize("ending", ["png", "tif"])
-def test_images_above_pillows_limit(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 25)
-    path, limited = tmp_path / f"x.{ending}", r": .* \(54 pixels\) exceeds"
-    write(path, mask(0, 1))
-    assert_read(limited if ending == "png" else mask(0, 1), read_mask, path)
-    assert_read(limited if ending == "png" else [mask(0, 1)], read_image, path, 1)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "page", "zeros"])
