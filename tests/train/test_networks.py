@@ -216,7 +216,7 @@ def test_settings():
     paper: Any = {"occl.category_weight": 0.1, "ceco.loss_weight": 0.5}
     options = Model(methods=["ceco"], paper_options=paper)
 
-    def loss_weight() -> float:
+    def loss_weight() -> Any:
         return build_regularizer(options, K, D).loss_weight
 
     assert loss_weight() == 0.5

@@ -3,7 +3,6 @@
 import io
 import struct
 import zlib
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,7 @@ def read_mask(path: Path, *, colours: bool = False) -> np.ndarray:
     return (array * np.array([2**16, 2**8, 1], np.uint32)).sum(2, dtype=np.uint32)
 
 
-def _decoded(path: Path, formats: Sequence[str], *, stored: bool = False) -> np.ndarray:
+def _decoded(path: Path, formats: tuple[str, ...], *, stored: bool = False) -> np.ndarray:
     """The upright array (H, W, C) in the file, in some TIFF files (C, H, W): what a viewer shows,
     uint8 or float32; stored: the values and palette indices. Raises ValueError of one line that
     names the file."""
@@ -95,7 +94,7 @@ def _decoded(path: Path, formats: Sequence[str], *, stored: bool = False) -> np.
 
 
 def _decoded_by_pillow(
-    content: bytes, formats: Sequence[str], stored: bool
+    content: bytes, formats: tuple[str, ...], stored: bool
 ) -> tuple[np.ndarray, Any]:
     bits, orientation = None, None
     if content.startswith(PNG_START):

@@ -123,8 +123,8 @@ def build_model(options: Model, num_classes: int, channels: int = 3) -> Segmente
     auxiliary_dim = stages[-2] if options.auxiliary_weight > 0 else None
     model = Segmenter(body, dim, num_classes, auxiliary_dim, options.dropout)
     if options.classifier_std is not None:
-        auxiliary = [] if model.auxiliary is None else [model.auxiliary[-1]]
-        for classifier in (model.classifier, *auxiliary):
+        auxiliary: list[Any] = [] if model.auxiliary is None else [model.auxiliary[-1]]
+        for classifier in [model.classifier, *auxiliary]:
             nn.init.normal_(classifier.weight, std=options.classifier_std)
             nn.init.zeros_(classifier.bias)
     if options.weights:
