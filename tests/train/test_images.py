@@ -69,7 +69,8 @@ FORMATS: dict[str, tuple[bytes, Any, Any]] = {
     "grey_12.tif": (tiff(GREY, 12, BLACK_IS_ZERO), grey(GREY, 12), GREY),
     "tiled.tif": (tiff(WIDE, 16, BLACK_IS_ZERO, tile=16), grey(WIDE, 16), WIDE),
     "white_8.tif": (tiff(GREY, 8, WHITE_IS_ZERO), 255 - grey(GREY, 8), GREY),
-    "white_16.tif": (tiff(WIDE, 16, WHITE_IS_ZERO), "expected grey or RGB of more than", WIDE),
+    "white_16.tif": (tiff(WIDE[:, ::3], 16, WHITE_IS_ZERO), [[[1.0], [0.0]]], WIDE[:, ::3]),
+    "cmyk_16.tif": (tiff(CMYK, 16, IN_CMYK), "expected grey or RGB of more than 8", NO_LABELS),
     "palette_1.tif": (
         tiff(BINARY, 1, IN_PALETTE, palette=[0, 65_535, 0, 256, 0, 0]),
         BINARY[..., None] * [255, 1, 0],

@@ -159,10 +159,12 @@ def _shown(array: np.ndarray, page: tifffile.TiffPage, content: bytes) -> np.nda
     as_rgb = meaning == PHOTOMETRIC.YCBCR and "JPEG" in repr(page.compression)
     if as_rgb or meaning in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB):
         return _scaled(array, page.bitspersample)
+    if meaning == PHOTOMETRIC.MINISWHITE and array.dtype.kind != "f" and page.samplesperpixel == 1:
+        scaled = _scaled(array, page.bitspersample)
+        return (255 if scaled.dtype == np.uint8 else 1) - scaled
     if page.bitspersample not in (1, 2, 4, 8):  # which Pillow would reduce to 8
         raise ValueError(f"expected grey or RGB of more than 8 bits, got {meaning!r}")
-    grey = meaning == PHOTOMETRIC.MINISWHITE and page.samplesperpixel == 1
-    return np.asarray(Image.open(io.BytesIO(content)).convert("L" if grey else "RGB"))
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
 
 
 def _scaled(array: np.ndarray, bits: int | tuple[int, ...]) -> np.ndarray:
