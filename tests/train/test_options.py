@@ -94,8 +94,8 @@ COMMAND_LINES = {
     f'{FIT} --data.label_map {{"1,2,3":2}}': "classes -1 to 1, got '1,2,3': 2",
     f'{FIT} --data.label_map {{"-1":1}}': "values 0 to 65535, .* got '?-1'?: 1",
     f'{FIT} --data.label_map {{"70000":1}}': "got '?70000'?: 1",
-    f'{FIT} --data.label_map {{"1":-1}}': r"of \['thing'\]; 255 is ignored unless",
-    f'{FIT} --data.label_map {{"0":-1,"1":-1}}': "got 0 of the latter",
+    f'{FIT} --data.label_map {{"1":-1}}': "no pixels of thing; .*; 255 is ignored unless",
+    f'{FIT} --data.label_map {{"0":-1,"1":-1}}': "validation have 0 pixels of classes",
     # networks
     f"{DIGITS} pan:resnet18": r"cannot take images of 32×32 \(.*\); of squares .* 128×128,",
     f"{DIGITS} deeplabv3:resnet18 --data.batch_size 1": "--data.batch_size: batch norm needs",

@@ -107,9 +107,9 @@ def open_splits(options: Data, seed: int, of_run: dict[str, Any] | None = None) 
     absent = [name for name, x in zip(classes, pixels.tolist(), strict=True) if not x]
     if len(absent) > len(classes) - 2 or not validation_pixels.any():
         raise ValueError(
-            "expected training pixels of two classes or more, and validation pixels, got "
-            f"{validation_pixels.sum()} of the latter and none of the former of {absent}; 255 is "
-            "ignored unless --data.label_map makes it a class"
+            f"the training masks have no pixels of {shorten(', '.join(absent), 200)}; those of the "
+            f"validation have {validation_pixels.sum()} pixels of classes: expected two classes and "
+            "any pixels; 255 is ignored unless --data.label_map makes it a class"
         )
     if absent and of_run is None:
         ranks.say(f"no training pixels: {shorten(', '.join(absent), 200)}")
