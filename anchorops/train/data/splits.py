@@ -108,8 +108,8 @@ def open_splits(options: Data, seed: int, of_run: dict[str, Any] | None = None) 
     if len(absent) > len(classes) - 2 or not validation_pixels.any():
         raise ValueError(
             f"the training masks have no pixels of {shorten(', '.join(absent), 200)}; those of the "
-            f"validation have {validation_pixels.sum()} pixels of classes: expected two classes and "
-            "any pixels; 255 is ignored unless --data.label_map makes it a class"
+            f"validation have {validation_pixels.sum()} pixels of classes: expected two classes, "
+            "and any pixel; 255 is ignored unless --data.label_map makes it a class"
         )
     if absent and of_run is None:
         ranks.say(f"no training pixels: {shorten(', '.join(absent), 200)}")
