@@ -136,7 +136,7 @@ def check_train(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The training program parses its arguments to the end; nothing is trained."""
     pytest.importorskip("jsonargparse", reason="the packages for training are not installed")
     from anchorops.train import commands
-    from anchorops.train.networks.learner import arguments_of, build_regularizer
+    from anchorops.train.networks.learner import build_regularizer
 
     command, *rest = words[words[0] == "--" :]
     if command in ("demo", "compare", "presets"):
@@ -149,9 +149,7 @@ def check_train(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     else:  # of a run that is not there
         monkeypatch.setattr(commands, "read_config", lambda _: {})
         options = commands.parse(command, rest).options.model
-        paper, given = options.paper_options or {}, options.method_options or {}
-        chosen = arguments_of(options.methods, options.setting, paper, given)
-        build_regularizer(options.methods, chosen, 19, 64)
+        build_regularizer(options, 19, 64)
 
 
 def check_pytest(words: list[str], config: pytest.Config) -> None:

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,8 @@ try:
     from PIL import Image
 
     from . import ranks
-    from .data.splits import images_to_predict, open_splits, validation_batches
+    from .data.folders import MaskFolder
+    from .data.splits import open_splits, validation_batches
     from .evaluation import as_weights, check_sizes, evaluate, predict, prediction_of, summarize
     from .networks.models import Segmenter, trained_model, upsample_late
     from .options import PUBLISHED, Options, expect, flat
@@ -270,16 +272,17 @@ def predict_masks(words: Sequence[str]) -> None:
     masks = ranks.on_first(lambda: masks_of(others["images"], out, others["resume"]))
     images, how = [*masks], prediction_of(options)
     kind = np.uint8 if model.classifier.out_channels <= 256 else np.uint16
-    batches = iter(images_to_predict(options.data, images) if images else [])
+    unlabelled = MaskFolder([(path, None) for path in images], options.data.channels)
+    batches = validation_batches(replace(options.data, eval_batch_size=1), unlabelled)
     with Stop(advice="the same command and --resume") as stop, torch.no_grad():
         for done in range(0, len(images), ranks.world()):
             stop.where = f"after {done} of {len(images)} masks"
             stop.check()
             if (batch := next(batches, None)) is None:
                 continue
-            index, image, (height, width) = batch
+            image, labels = batch
             image = as_weights(model, image, options.model.channels_last)
-            path, size = images[int(index)], (int(height), int(width))
+            path, size = images[done + ranks.rank()], tuple(labels.shape[1:])
             try:
                 (classes,) = predict(model, image, size, **how)
             except (RuntimeError, ValueError) as error:

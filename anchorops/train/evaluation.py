@@ -11,12 +11,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision import tv_tensors
 
 import anchorops as ao
 
 from . import IGNORED, MULTIPLE, ranks
-from .data.loading import Loader, evaluation_transform
+from .data.loading import network_input
 from .options import Options
 from .run import Stop
 
@@ -194,7 +193,7 @@ def prediction_of(options: Options) -> dict[str, Any]:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Loader, options: Options, num_classes: int, stop: Stop
+    model: nn.Module, batches: Any, options: Options, num_classes: int, stop: Stop
 ) -> Tensor:
     """The confusion matrix int64 [K, K] of all ranks' images: pixels by their true and predicted
     classes. Raises Stopped before a batch, on all ranks together."""
@@ -293,15 +292,15 @@ def check_sizes(
 def _network_sizes(sizes: Sequence[tuple[int, int]], options: Options) -> Sequence[tuple[int, int]]:
     """The sizes that the network gets for the least and greatest of the images."""
     extremes = {choose(sizes, key=itemgetter(axis)) for choose in (min, max) for axis in (0, 1)}
-    transform, found = evaluation_transform(options.data), set[tuple[int, int]]()
+    found = set[tuple[int, int]]()
 
     def network(images: Tensor) -> Tensor:
         found.add((images.shape[2], images.shape[3]))
         return torch.zeros(1, 2, images.shape[2] // MULTIPLE, images.shape[3] // MULTIPLE)
 
     for size in extremes:
-        image = transform(tv_tensors.Image(torch.zeros(options.data.channels, *size).byte()))
-        predict(network, image[None].as_subclass(Tensor), size, **prediction_of(options))
+        image = network_input(torch.zeros(options.data.channels, *size).byte(), options.data)
+        predict(network, image[None], size, **prediction_of(options))
     return sorted(found)
 
 

@@ -64,7 +64,6 @@ class Model:
             class has at most this probability.
         ohem_min_kept: At least this number of pixels is used in each batch: the hardest. Without
             ohem_threshold only these are used.
-        class_weights: Weights of the loss from class frequencies f: 1/√f or 1/f, mean 1.
         optimizer: sgd has momentum 0.9.
         lr: Learning rate after warm-up.
         weight_decay: Weight decay; not applied to biases and normalisation layers.
@@ -97,7 +96,6 @@ class Model:
     focal_gamma: float = 2.0
     ohem_threshold: float | None = None
     ohem_min_kept: int | None = None
-    class_weights: Literal["none", "inverse-sqrt", "inverse"] = "none"
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.01
     weight_decay: float = 5e-4

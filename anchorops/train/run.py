@@ -106,7 +106,7 @@ def read_config(run: Path) -> dict[str, Any]:
         if not isinstance(options.get(group), dict):
             raise ValueError(f"{run / CONFIG} is damaged (it has no {group})")
     if EARLIER in options:
-        old = ("seed", "images", "allow_changes")
+        old = ("seed", "images", "allow_changes", "class_weights")
         kept = {x: {k: v for k, v in options[x].items() if k not in old} for x in ("model", "data")}
         return kept | {"seed": options[EARLIER]}
     return options

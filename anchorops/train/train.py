@@ -22,7 +22,7 @@ from . import ranks
 from .data.loading import mixed_seed
 from .data.splits import Splits, open_splits, training_batches, validation_batches
 from .evaluation import as_weights, check_sizes, evaluate, summarize
-from .networks.learner import Learner, build_learner, build_optimizer, set_learning_rates
+from .networks.learner import Learner, build_optimizer, set_learning_rates
 from .networks.models import read_checkpoint, upsample_late
 from .options import Options, config_of
 from .report.cost import measure_complexity
@@ -171,7 +171,7 @@ def build(options: Options, data: Splits, device: torch.device, *, from_state: b
         model = replace(model, method_options=given)
     torch.manual_seed(options.seed)
     classes = len(data.training.classes)
-    learner = build_learner(model, classes, channels, data.frequencies, data.prior)
+    learner = Learner(model, classes, channels, data.prior)
     layout = torch.channels_last if model.channels_last else torch.preserve_format
     learner.to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     synchronised = ranks.world() if device.type == "cuda" else 1  # batch norm

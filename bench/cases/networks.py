@@ -108,10 +108,12 @@ class Network(NamedTuple):
     def regularizer(self, method: str) -> Regularizer:
         """With the options of its paper."""
         from anchorops.train.networks.learner import build_regularizer
+        from anchorops.train.options import Model
 
-        names = names_of(method)
-        options = {f"{name}.ignore_index": IGNORE_INDEX for name in names}
-        regularizer = build_regularizer(names, options, self.num_classes, self.dim)
+        names: Any = names_of(method)
+        given: Any = {f"{name}.ignore_index": IGNORE_INDEX for name in names}
+        options = Model(methods=names, method_options=given)
+        regularizer = build_regularizer(options, self.num_classes, self.dim)
         assert regularizer is not None
         return regularizer
 

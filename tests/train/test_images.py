@@ -1,7 +1,6 @@
 """Formats of images and masks, written by their specifications or by libraries; damaged files."""
 
 import io
-import sys
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -12,9 +11,8 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image
-from scipy.io import savemat
 
-from anchorops.train.data.images import read_image, read_mask, read_upright
+from anchorops.train.data.images import read_image, read_mask
 from tests.helpers.image_files import chunk, mask, png, tiff, write
 
 BINARY = np.array([[0, 1, 1, 0], [1, 1, 0, 0]])
@@ -30,11 +28,10 @@ GREEN = np.full((16, 16, 3), [10, 200, 90])  # which JPEG keeps
 PALETTE = np.array([[9, 8, 7], [0, 0, 200], [5, 5, 5], [255, 0, 0]], np.uint8)
 BLACK_IS_ZERO, WHITE_IS_ZERO, IN_RGB, IN_PALETTE, IN_CMYK, IN_LAB = 1, 0, 2, 3, 5, 8
 
-NO_LABELS = r": expected one channel of integer labels, got \w+ of shape .* --data\.label_map"
-NOT_OPAQUE = ": expected an opaque mask, got 1 transparent"
-NO_COLOURS = r": expected colours of 8 bits, .* got \w+ of shape"
-LOSSY = "cannot be read: {} may change labels: save the mask with another compression"
-UNKNOWN = "cannot be read: expected PNG, .* TIFF, got {}"
+NO_LABELS = r": expected one channel of integer labels, .* --data\.label_map .*, got \w+ of shape"
+NOT_OPAQUE = ": expected an opaque mask, got transparent pixels"
+LOSSY = "cannot be read: .*{}.* may change labels: save the mask with another one"
+UNKNOWN = "cannot be read: expected PNG, .* TIFF"
 
 
 def by_pillow(samples: np.ndarray, dtype: str, mode: str = "", **options: Any) -> bytes:
@@ -73,14 +70,14 @@ FORMATS: dict[str, tuple[bytes, Any, Any]] = {
     "tiled.tif": (tiff(WIDE, 16, BLACK_IS_ZERO, tile=16), grey(WIDE, 16), WIDE),
     "white_8.tif": (tiff(GREY, 8, WHITE_IS_ZERO), 255 - grey(GREY, 8), GREY),
     "white_16.tif": (tiff(WIDE[:, ::3], 16, WHITE_IS_ZERO), [[[1.0], [0.0]]], WIDE[:, ::3]),
+    "cmyk_16.tif": (tiff(CMYK, 16, IN_CMYK), "expected grey or RGB of more than 8", NO_LABELS),
     "palette_1.tif": (
         tiff(BINARY, 1, IN_PALETTE, palette=[0, 65_535, 0, 256, 0, 0]),
         BINARY[..., None] * [255, 1, 0],
         BINARY,
     ),
     "cmyk.tif": (tiff(CMYK, 8, IN_CMYK), FROM_CMYK, NO_LABELS),
-    "lab.tif": (tiff(CMYK, 8, IN_LAB), r"lab.tif cannot be read: .* got CIELAB", NO_LABELS),
-    "ycbcr.tif": (by_pillow(GREEN, "uint8", "YCbCr"), "cannot be read: .* got YCBCR", NO_LABELS),
+    "lab.tif": (tiff(CMYK, 8, IN_LAB), r"lab.tif cannot be read: ", NO_LABELS),
     "float.tif": (by_pillow(WIDE / -2, "float32"), WIDE[..., None] / -2, NO_LABELS),
     "int32.tif": (by_pillow(WIDE * 2, "int32"), r"8 to 16 bits or floats", WIDE * 2),
     "jpeg.tif": (
@@ -94,7 +91,7 @@ FORMATS: dict[str, tuple[bytes, Any, Any]] = {
         GREY,
     ),
     # of 16 bits, which Pillow reduces to 8
-    "ppm.png": (b"P5 1 1 65535\n\x12\x34", UNKNOWN.format("PPM"), UNKNOWN.format("PPM")),
+    "ppm.png": (b"P5 1 1 65535\n\x12\x34", UNKNOWN, UNKNOWN),
 }
 for bits, samples in ((1, BINARY), (2, GREY), (4, GREY), (8, GREY), (16, WIDE)):
     FORMATS[f"grey_{bits}.png"] = png(samples, bits, 0), grey(samples, bits), samples
@@ -105,14 +102,12 @@ for name in ("GIF", "BMP", "TIFF"):
     FORMATS[f"palette.{name}"] = by_pillow(GREY, "uint8", "P", format=name), PALETTE[GREY], GREY
 for name in ("tiff_lzw", "tiff_adobe_deflate", "zstd", "packbits"):
     FORMATS[f"{name}.tif"] = by_pillow(GREY, "uint8", compression=name), grey(GREY, 8), GREY
-for name in ("group3", "group4", "tiff_ccitt") if sys.version_info >= (3, 11) else ():
-    FORMATS[f"{name}.tif"] = by_pillow(BINARY, "bool", compression=name), grey(BINARY, 1), BINARY
 for name in ("jpeg2000", "lerc", "jpegxl"):
     content = by_tifffile(GREY, compression=name)
     FORMATS[f"{name}.tif"] = content, grey(GREY, 8), LOSSY.format(name.upper())
 for name, options in (("JPEG", {"quality": 100}), ("WEBP", {"lossless": True})):
     content = by_pillow(GREEN, "uint8", format=name, exif=b"Exif\0\0neither II nor MM", **options)
-    FORMATS[f"damaged_exif.{name}"] = content, GREEN, UNKNOWN.format(name)
+    FORMATS[f"damaged_exif.{name}"] = content, GREEN, UNKNOWN
 for planes in (PLANES, PLANES.reshape(7, 9, 6)):
     FORMATS[f"{planes.shape}.tif"] = by_tifffile(planes), np.moveaxis(planes, 0, 2), NO_LABELS
 for columns in (1, 3, 4, 5):  # as many as there are planes, or channels with alpha
@@ -127,7 +122,7 @@ def assert_read(expected: Any, read: Callable[..., Any], *args: Any) -> None:
         with pytest.raises(ValueError, match=expected):
             read(*args)
     else:
-        np.testing.assert_array_equal(read(*args)[0], expected)
+        np.testing.assert_array_equal(read(*args), expected)
 
 
 def codes(shown: Any) -> Any:
@@ -136,7 +131,7 @@ def codes(shown: Any) -> Any:
     if pixels.dtype.kind == "U":
         return shown
     if pixels.dtype.kind == "f" or pixels.shape[2] > 4:
-        return NO_COLOURS
+        return NO_LABELS
     if pixels.shape[2] in (2, 4):
         if pixels[..., -1].min() < 255:
             return NOT_OPAQUE
@@ -150,10 +145,9 @@ def test_formats(name: str, tmp_path: Path):
     path = tmp_path / name
     path.write_bytes(content)
     planes = shown if isinstance(shown, str) else np.moveaxis(shown, 2, 0)
-    channels, *size = np.shape(planes) or (1,)
+    channels, *_ = np.shape(planes) or (1,)
 
-    for known in ((), size, size[::-1]):  # of a mask, or of one that is turned
-        assert_read(planes, read_image, path, channels, known)
+    assert_read(planes, read_image, path, channels)
     assert_read(stored, read_mask, path)
     unreadable = isinstance(stored, str) and "cannot be read" in stored
     assert_read(stored if unreadable else codes(shown), partial(read_mask, colours=True), path)
@@ -163,17 +157,8 @@ def test_formats(name: str, tmp_path: Path):
 @pytest.mark.parametrize("shape", [(1, 6, 9), (6, 9, 1), (1, 1, 54), (54, 1, 1)])
 def test_mask_with_an_axis_of_one(shape: tuple[int, ...], options: Any, tmp_path: Path):
     tifffile.imwrite(tmp_path / "x.tif", mask(0, 1, 2).reshape(shape), **options)
-    values, _ = read_mask(tmp_path / "x.tif")
+    values = read_mask(tmp_path / "x.tif")
     assert values.ndim == 2 and values.flatten().tolist() == mask(0, 1, 2).flatten().tolist()
-
-
-@pytest.mark.parametrize("ending", ["png", "tif"])
-def test_images_above_pillows_limit(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 25)
-    path, limited = tmp_path / f"x.{ending}", r": .* \(54 pixels\) exceeds .* save it as TIFF"
-    write(path, mask(0, 1))
-    assert_read(limited if ending == "png" else mask(0, 1), read_mask, path)
-    assert_read(limited if ending == "png" else [mask(0, 1)], read_image, path, 1)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "page", "zeros"])
@@ -192,11 +177,6 @@ def test_damaged_file(name: str, damage: str, tmp_path: Path):
     one_line = rf"^{path} cannot be read: [^\n]*$"
     assert_read(one_line, read_image, path, 1)
     assert_read(one_line, read_mask, path)
-
-
-def test_mat_file_without_labels(tmp_path: Path):
-    savemat(tmp_path / "x.mat", {"other": mask(0, 1)})
-    assert_read("x.mat cannot be read: expected a variable S", read_mask, tmp_path / "x.mat")
 
 
 LARGE = zlib.compress(bytes(3_000_000))
@@ -225,5 +205,4 @@ def test_damaged_or_large_metadata_of_a_png_file(name: str, tmp_path: Path):
     start, content = png(WIDE, 16, 0)[:33], png(WIDE, 16, 0)[33:-12]
     for parts in ((intact, metadata, content), (content, metadata, intact)):
         path.write_bytes(start + b"".join(parts) + chunk(b"IEND", b""))
-        assert_read(WIDE, read_mask, path)
-        assert read_upright(path, 1).shape == ((1, 4, 1) if intact else (1, 1, 4))
+        assert_read(np.rot90(WIDE, -1) if intact else WIDE, read_mask, path)

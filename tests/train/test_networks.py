@@ -21,7 +21,7 @@ from anchorops.train.networks import learner as losses
 from anchorops.train.networks.learner import Learner, build_loss, build_regularizer
 from anchorops.train.networks.models import build_model, upsample_late
 from anchorops.train.options import Model
-from tests.helpers.tiny_runs import TINY, assert_equal, figures, fitted, state
+from tests.helpers.tiny_runs import TINY, assert_equal, fitted, state
 
 K, D = 11, 240  # of HRNet-W18-small on digits
 MOBILENET = "fpn:tu-mobilenetv3_small_050"
@@ -44,13 +44,14 @@ def test_networks(name: str, dim: int, stride: int, moved: int):
     and in evaluation too."""
     images, labels = torch.randn(2, 4, 64, 32).double(), torch.randint(7, (2, 64, 32))
     auxiliary_weight = 0.0 if "dpt" in name else 0.4
-    options = Model(name, auxiliary_weight=auxiliary_weight, dropout=0.1)
-    network = build_model(options, 7, 4).double()
+    options = Model(name, auxiliary_weight=auxiliary_weight, dropout=0.1, methods=["sar"])
+    network = Learner(options, 7, 4).double()
+    assert network.model.classifier.in_channels == dim
     results = []
     for late in (False, True):
         torch.manual_seed(0)
-        model = copy.deepcopy(network)
-        learner = Learner(model, build_regularizer(["sar"], {}, 7, dim)).double()
+        learner = copy.deepcopy(network)
+        model = learner.model
         if late:
             upsample_late(model, torch.zeros(1, 4, 64, 64).double())
             assert sum("_forward_changes" in vars(x) for x in model.modules()) == moved
@@ -72,8 +73,8 @@ def test_dropout_replaces_that_of_the_architecture(architecture: str):
 
 
 def test_methods_see_the_features_before_dropout():
-    model, seen = build_model(Model(dropout=0.5), 5), list[Tensor]()
-    attachment = Learner(model, build_regularizer(["cr"], {}, 5, 240)).attachment
+    learner, seen = Learner(Model(dropout=0.5, methods=["cr"]), 5), list[Tensor]()
+    model, attachment = learner.model, learner.attachment
     assert attachment is not None
     model.classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(torch.randn(2, 3, 32, 32))
@@ -105,12 +106,9 @@ def test_size_of_the_paper():
 
 @pytest.mark.parametrize("auxiliary", [False, True])
 def test_weights_start_a_model_with_other_classes(auxiliary: bool, tmp_path: Path):
-    """Those of a run. An auxiliary head comes and goes; the vectors of a method and the class
-    weights stay behind."""
-    source = build_model(Model(auxiliary_weight=0.4 * auxiliary), 5)
-    loss = build_loss(Model(), torch.ones(5))
-    run = Learner(source, build_regularizer(["sar"], {}, 5, 240), loss).state_dict()
-    assert "pixel_loss.weight" in run
+    """Those of a run. An auxiliary head comes and goes; the vectors of a method stay behind."""
+    source = Learner(Model(auxiliary_weight=0.4 * auxiliary, methods=["sar"]), 5)
+    run = source.state_dict()
     path = tmp_path / "weights.pt"
     torch.save({"state_dict": {f"learner.{name}": x for name, x in run.items()}}, path)
     model = build_model(Model(weights=str(path), auxiliary_weight=0.4 * (not auxiliary)), 9)
@@ -144,21 +142,12 @@ def test_weights_of_a_backbone(
     assert said in capsys.readouterr().err
 
 
-def learner_of(*methods: str, **options: Any) -> Learner:
-    model = build_model(Model(auxiliary_weight=0.4 * bool(options)), K)
-    return Learner(model, build_regularizer(methods, {}, K, D), **options)
+def learner_of(*methods: Any, auxiliary: bool = False) -> Learner:
+    return Learner(Model(methods=methods, auxiliary_weight=0.4 * auxiliary), K)
 
 
 def batch(side: int = 32) -> tuple[Tensor, Tensor]:
     return torch.randn(2, 3, side, side), torch.randint(K, (2, side, side))
-
-
-@pytest.mark.parametrize(("kind", "power"), [("inverse-sqrt", 0.5), ("inverse", 1)])
-def test_class_weights(kind: str, power: float):
-    weights = losses.class_weights(kind, torch.tensor([0.64, 0.32, 0.04, 0]).double())
-    expected = torch.tensor([0.64, 0.32, 0.04]) ** -power
-    torch.testing.assert_close(weights[:3], expected / expected.mean())
-    assert weights[3] == 1 and losses.class_weights("none", torch.ones(3)) is None
 
 
 @pytest.mark.parametrize(
@@ -175,9 +164,8 @@ def test_class_weights(kind: str, power: float):
 def test_losses(options: dict[str, Any], terms: list[Any]):
     logits, labels = torch.randn(2, 4, 5, 5), torch.randint(4, (2, 10, 10))
     labels[0, 0] = -1
-    weights = torch.tensor([1.0, 2.0, 0.5, 3.0])
-    loss = build_loss(Model(**options), weights)
-    expected = [term(weight=weights, ignore_index=-1)(logits, labels) for term in terms]
+    loss = build_loss(Model(**options))
+    expected = [term(ignore_index=-1)(logits, labels) for term in terms]
     torch.testing.assert_close(loss(logits, labels), sum(expected))
     right = (ao.pixel_argmax(logits, (10, 10)) == labels).sum() / (labels >= 0).sum()
     torch.testing.assert_close(loss.terms["accuracy"], right)
@@ -188,7 +176,7 @@ def test_losses(options: dict[str, Any], terms: list[Any]):
 )
 def test_a_step(methods: tuple[str, ...]):
     """With an auxiliary head, on the backbone's second last map."""
-    learner, (images, labels) = learner_of(*methods, auxiliary_weight=0.4), batch(64)
+    learner, (images, labels) = learner_of(*methods, auxiliary=True), batch(64)
     model, seen = learner.model, list[Tensor]()
     model.auxiliary.register_forward_hook(lambda _, inputs, logits: seen.append(logits))
     loss, terms = learner(images, labels)
@@ -212,7 +200,8 @@ def test_a_step(methods: tuple[str, ...]):
 
 def test_learning_rates_of_backbone_head_and_methods():
     model = learner_of("sar", "mvsc").model
-    groups = losses.parameter_groups(model, 0.1, 0.01, head_lr_factor=10.0)
+    options = Model(lr=0.1, weight_decay=0.01, head_lr_factor=10.0)
+    groups = losses.build_optimizer(options, model).param_groups
     rates = {p: group["lr"] for group in groups for p in group["params"]}
     assert len(rates) == sum(len(group["params"]) for group in groups)
     slow = {*model.backbone.parameters(), *model.get_submodule("regularizer").parameters()}
@@ -224,13 +213,17 @@ def test_learning_rates_of_backbone_head_and_methods():
 def test_settings():
     """The named arguments of the chosen methods; options override them, and they override those of
     the preset's paper."""
-    paper = {"occl.category_weight": 0.1, "ceco.loss_weight": 0.5}
-    methods, options = ["sar", "ceco"], {"ceco.loss_weight": 0.3}
-    assert losses.arguments_of(methods, "from-scratch", paper, {}) == {"ceco.loss_weight": 0.2}
-    assert losses.arguments_of(methods, "from-scratch", paper, options) == options
-    assert losses.arguments_of(methods, "published", paper, {}) == {"ceco.loss_weight": 0.5}
-    for arguments in losses.SETTINGS.values():
-        build_regularizer(["occl", "ceco"], arguments, K, D)
+    paper: Any = {"occl.category_weight": 0.1, "ceco.loss_weight": 0.5}
+    options = Model(methods=["ceco"], paper_options=paper)
+
+    def loss_weight() -> Any:
+        return build_regularizer(options, K, D).loss_weight
+
+    assert loss_weight() == 0.5
+    options.setting = "from-scratch"
+    assert loss_weight() == 0.2
+    options.method_options = {"ceco.loss_weight": 0.3}
+    assert loss_weight() == 0.3
 
 
 @pytest.fixture
@@ -242,15 +235,17 @@ def rows(tmp_path: Path) -> Path:
 
 def test_arguments_of_methods(rows: Path):
     """Vectors come from files; CBP's are orthogonalised, so the first row keeps its direction."""
-    options = {"sar.delta": 0.5, "sar.gate": "per_class", "sar.anchors": f"@{rows}"}
+
+    def built(method: Any, **arguments: Any) -> Any:
+        options: Any = {f"{method}.{name}": x for name, x in arguments.items()}
+        return build_regularizer(Model(methods=[method], method_options=options), K, D)
+
     expected = torch.from_numpy(np.load(rows)).float()
-    sar = build_regularizer(["sar"], options, K, D)
-    cr = build_regularizer(["cr"], {"cr.anchors": f"@{rows}"}, K, D)
+    sar = built("sar", delta=0.5, gate="per_class", anchors=f"@{rows}")
     assert (sar.delta, sar.gate) == (0.5, "per_class")
-    assert torch.equal(sar.anchors, expected) and torch.equal(cr.anchors, expected)
-    cbp = build_regularizer(["cbp"], {"cbp.init": f"@{rows}", "cbp.length": 1}, K, D)
-    assert isinstance(cbp, ao.CBP)
-    basis = cbp.basis
+    assert torch.equal(sar.anchors, expected)
+    assert torch.equal(built("cr", anchors=f"@{rows}").anchors, expected)
+    basis = built("cbp", init=f"@{rows}", length=1).basis
     torch.testing.assert_close(basis[0], expected[0] / expected[0].norm())
     torch.testing.assert_close(basis @ basis.T, torch.eye(K))
 
@@ -263,19 +258,6 @@ def test_a_run_goes_on_without_the_file(rows: Path, tmp_path: Path):
     rows.unlink()
     run = fitted(f"{words} --max_steps 2 --resume")
     assert torch.equal(state(run)["model"]["regularizer.anchors"], anchors)
-
-
-@pytest.mark.slow
-def test_measuring_gradients_changes_no_run(tmp_path: Path):
-    """With accumulated batches and automatic mixed precision too."""
-    methods = ["sar", "occl", "ceco", "mvsc"]
-    words = f"{TINY} --data.steps 4 --model.methods [{','.join(methods)}] --accumulate 2"
-    plain = fitted(f"{words} --precision bf16 --run {tmp_path}/plain")
-    run = fitted(f"{words} --precision bf16 --run {tmp_path}/run", partial(measure, methods))
-    assert_equal(state(plain)["model"], state(run)["model"])
-    for name in methods:
-        ratios = [x for line in figures(run).values() if (x := line.get(f"{name}.gradient_ratio"))]
-        assert name == "sar" or (len(ratios) == 1 and min(ratios) > 0)
 
 
 def test_ratios_are_those_of_the_gradients():

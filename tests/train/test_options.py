@@ -86,44 +86,41 @@ COMMAND_LINES = {
     f"{FIT} --model.evaluation sliding --model.window_stride [32,40]": "_stride: expected 1 to the",
     f"fit {TINY} --data.split test": "--data.split: expected .* train or val, got test",
     # what the data or the network cannot be
-    f"{FIT} --data.eval_batch_size 2": "size: expected 1 for images of several sizes, got 4×5, 6×9",
+    f"{FIT} --data.eval_batch_size 2": r"size: expected 1 for images of several sizes, got .*6, 9",
     f'{FIT} --data.label_map {{"1,2,3":0,"4":1}}': "expected either values or colours, got both",
-    f'{FIT} --data.label_map {{"1,2,256":0}}': "values, or colours 'R,G,B' .*255, got '1,2,256'",
+    f'{FIT} --data.label_map {{"1,2,256":0}}': "values .* colours 'R,G,B' .*255, .* '1,2,256'",
     f'{FIT} --data.label_map {{"1,2":0}}': "got '1,2'",
     f'{FIT} --data.label_map {{"red":0}}': "--data.label_map: expected .* got 'red'",
-    f'{FIT} --data.label_map {{"1,2,3":2}}': "classes -1 to 1, got 1,2,3: 2",
-    f'{FIT} --data.label_map {{"-1":1}}': "values 0 to 65535 and classes -1 to 1, got -1: 1",
-    f'{FIT} --data.label_map {{"70000":1}}': "got 70000: 1",
-    f'{FIT} --data.label_map {{"1":-1}}': "pixels of ground only: .*; 255 is ignored unless",
-    f'{FIT} --data.label_map {{"0":-1,"1":-1}}': "validation split has no valid pixel",
+    f'{FIT} --data.label_map {{"1,2,3":2}}': "classes -1 to 1, got '1,2,3': 2",
+    f'{FIT} --data.label_map {{"-1":1}}': "values 0 to 65535, .* got '?-1'?: 1",
+    f'{FIT} --data.label_map {{"70000":1}}': "got '?70000'?: 1",
+    f'{FIT} --data.label_map {{"1":-1}}': "no pixels of thing; .*; 255 is ignored unless",
+    f'{FIT} --data.label_map {{"0":-1,"1":-1}}': "validation have 0 pixels of classes",
     # networks
     f"{DIGITS} pan:resnet18": r"cannot take images of 32×32 \(.*\); of squares .* 128×128,",
     f"{DIGITS} deeplabv3:resnet18 --data.batch_size 1": "--data.batch_size: batch norm needs",
-    f"{DIGITS} alexnet": "--model.network: expected hrnet-.*, got 'alexnet'",
+    f"{DIGITS} alexnet": "--model.network alexnet: .*architecture",
     f"{DIGITS} unet:alexnet": "--model.network unet:alexnet: .*encoder name",
     f"{DIGITS} unet:tu-alexnet": "--model.network unet:tu-alexnet: Unknown model",
     f"{DIGITS} dpt:tu-vit_tiny_patch16_224 --model.auxiliary_weight 1": "expected 0 for DPT, got 1",
     f"{DIGITS} hrnet-w18-small --model.weights $files/list": "list is damaged",
-    f"{DIGITS} hrnet-w18-small --model.weights $files/states": "states: .* state dict, got list",
+    f"{DIGITS} hrnet-w18-small --model.weights $files/states": "states is damaged",
     f"{DIGITS} hrnet-w18-small --model.weights $files/numbers": "numbers are not those .*missing",
     f"{DIGITS} segformer-b0 --model.weights $run/best.ckpt": "best.ckpt are not those of .*missing",
-    f"{MOBILENET} $files/numbers": r"backbone_weights: .*numbers is of another network: \d+ tens",
-    f"{MOBILENET} $files/channels": r"size mismatch for model.conv_stem.weight: .*16, 4, 3, 3",
-    f"{MOBILENET} $files/nan.npy": r"--model.backbone_weights: .*nan.npy cannot be loaded: ",
+    f"{MOBILENET} $files/numbers": "numbers are not those .*missing",
+    f"{MOBILENET} $files/channels": "channels are not those .*size mismatch for",
+    f"{MOBILENET} $files/objects.npy": "objects.npy is damaged",
     f"{MOBILENET} x --model.weights y": r"backbone_weights: expected no --model\.weights",
     # arguments of methods
-    f'{SAR} {{"sar.detla":0.5}}': "sar has .*delta",
+    f'{SAR} {{"sar.detla":0.5}}': "SAR.*unexpected keyword argument 'detla'",
     f'{SAR} {{"sar.momentum":"foo"}}': "SAR: momentum: expected .* got 'foo'",
-    f'{SAR} {{"occl.temperature":1}}': r"METHOD among --model.methods \['sar'\]",
+    f'{SAR} {{"occl.temperature":1}}': r"METHOD among --model.methods \['sar'\], got occl",
     **{
-        f'{SAR} {{"sar.anchors":"@$files/{name}"}}': f"{name}.*{message}"
+        f'{SAR} {{"sar.anchors":"@$files/{name}"}}': f"--model.method_options sar: .*{message}"
         for name, message in {
-            "nan.npy": ": expected finite float",
-            "large.npy": ": expected finite float",  # for float32
-            "integers.npy": ": expected finite float",
-            "objects.npy": " cannot be read: .*pickle",
-            "nowhere.npy": " cannot be read: .*No such file",
-            "two.npz": " cannot be read",
+            "objects.npy": "allow_pickle=False",
+            "nowhere.npy": "No such file or directory: .*nowhere.npy",
+            "two.npz": "expected np.ndarray",
         }.items()
     },
     f'{SAR} {{"sar.anchors":"@$files/wide.npy"}}': r"anchors: expected .*, 240\], got .*, 241\)",
@@ -137,10 +134,10 @@ COMMAND_LINES = {
         "--model.method_options is {'sar.tau': 0.5}, .* has None"
     ),
     "validate --run $run --model.network segformer-b1": "weights .*best.ckpt are not those of this",
-    "validate --run $run --model.weights $files/states": "states: expected a state dict, got list",
+    "validate --run $run --model.weights $files/states": "states is damaged",
     "validate --run $run --model.weights $files/headless": "less: they have no classifier.weight",
     "validate --run $run --model.weights $files/linear": "linear are not .*classifier.weight",
-    "fit --data.dataset ade20k --data.root $new": "new/images/training does not exist",
+    "fit --data.dataset ade20k --data.root $new": r"no image .*new/images/training/\*.jpg",
     "predict --run nowhere": "nowhere: expected the directory of a run",
     "compare $folder": "expected the directory of a run",
     "compare $run $run": "the same options and different seeds, got",
@@ -176,9 +173,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(timm.create_model(mobilenet, in_chans=4).state_dict(), folder / "channels")
     vectors = np.zeros((11, 240))
     np.save(folder / "wide.npy", np.zeros((11, 241)))
-    np.save(folder / "nan.npy", vectors + np.nan)
-    np.save(folder / "large.npy", vectors + 1e300)
-    np.save(folder / "integers.npy", vectors.astype(int))
     np.save(folder / "objects.npy", np.array([[{}]]))
     np.savez(folder / "two.npz", a=vectors, b=vectors)
     return folder

@@ -47,8 +47,6 @@ class DigitScenes:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Image uint8 (3, H, W) and labels int16 (H, W), −1 ignored."""
-        if not 0 <= index < self.length:
-            raise IndexError(index)
         weights = np.arange(1, 11, dtype=np.float64) ** -self.exponent
         random = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
         height, width = self.size

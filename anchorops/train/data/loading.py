@@ -4,17 +4,18 @@ import atexit
 import multiprocessing
 import signal
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
 from .. import IGNORED
@@ -22,121 +23,70 @@ from ..options import Data, Options, expect
 from ..run import STOPPING
 from .digits import DigitScenes
 from .folders import MaskFolder
-from .images import read_upright
 
 RETRIES = 10  # for a crop that shows mostly one class
 Segmentation = DigitScenes | MaskFolder
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean, standard deviation
 
 
-class RandomScale(v2.Transform):
-    """Scale to the short side, or to the long side; if both are given, so that neither is exceeded;
-    if none is given, not at all. Then scale by a random factor. Labels are scaled by
-    nearest-neighbour interpolation."""
-
-    def __init__(
-        self, short_side: int | None, scale: tuple[float, float], long_side: int | None = None
-    ) -> None:
-        super().__init__()
-        self.sides, self.scale = (short_side, long_side), scale
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        height, width = functional.get_size(flat_inputs[0])
-        factor = float(torch.empty(1).uniform_(*self.scale))
-        sides = zip(self.sides, sorted([height, width]), strict=True)
-        factor *= min((side / length for side, length in sides if side is not None), default=1)
-        # torch cannot scale to a single pixel
-        return {"size": [max(2, round(height * factor)), max(2, round(width * factor))]}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return functional.resize(inpt, antialias=True, **params)
+def scaled_size(image: Tensor, options: Data, scale: float) -> list[int]:
+    """Of the short side, or of the long side; if both are given, so that neither is exceeded; if
+    none is given, of the image. Times scale. torch cannot scale to a single pixel."""
+    sides = zip((options.short_side, options.long_side), sorted(image.shape[1:]), strict=True)
+    scale *= min((side / length for side, length in sides if side is not None), default=1)
+    return [max(2, round(length * scale)) for length in image.shape[1:]]
 
 
-class VariedCrop(v2.Transform):
-    """A random crop, or the whole side if the image is smaller. If a single class has
-    `cat_max_ratio` of the valid pixels or more, the crop is drawn again, up to ten times
-    (mmsegmentation's RandomCrop)."""
+def normalized(image: Tensor) -> Tensor:
+    """float32 in 0..1, minus the mean, divided by the standard deviation: those of ImageNet for
+    three channels."""
+    channels = len(image)
+    mean, std = IMAGENET if channels == 3 else ([0.5] * channels, [0.25] * channels)
+    return functional.normalize(functional.to_dtype(image, torch.float32, scale=True), mean, std)
 
-    def __init__(self, size: Sequence[int], cat_max_ratio: float) -> None:
-        super().__init__()
-        self.size, self.cat_max_ratio = size, cat_max_ratio
 
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        sides = functional.get_size(flat_inputs[0])
-        height, width = (min(pair) for pair in zip(self.size, sides, strict=True))
-        params = {}
-        for _ in range(1 + RETRIES):
-            top = int(torch.randint(sides[0] - height + 1, ()))
-            left = int(torch.randint(sides[1] - width + 1, ()))
-            params = {"top": top, "left": left, "height": height, "width": width}
-            if self.cat_max_ratio == 1 or self._varied(flat_inputs, params):
-                break
-        return params
+def network_input(image: Tensor, options: Data) -> Tensor:
+    """An image of an evaluation, scaled to the short or the long side; its labels do not change."""
+    return normalized(functional.resize(image, scaled_size(image, options, 1.0), antialias=True))
 
-    def _varied(self, flat_inputs: list[Any], params: dict[str, Any]) -> bool:
-        (mask,) = (x for x in flat_inputs if isinstance(x, tv_tensors.Mask))
-        labels = functional.crop(mask, **params)
-        counts = torch.bincount(labels[labels != IGNORED], minlength=1)
-        return bool(counts.max() < self.cat_max_ratio * counts.sum())
 
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return functional.crop(inpt, **params)
+def augmented(image: Tensor, labels: Tensor, options: Data) -> tuple[Tensor, Tensor]:
+    """A training image and its labels, in the papers' order: scaled, cropped, flipped, distorted,
+    normalised, and padded to a crop: below and at the right, with the mean colour.
+
+    A crop in which a class has `cat_max_ratio` of the valid pixels or more is drawn again, up to
+    ten times (mmsegmentation's RandomCrop)."""
+    size = scaled_size(image, options, float(torch.empty(1).uniform_(*options.scale)))
+    image = functional.resize(image, size, antialias=True)
+    labels = functional.resize(labels[None], size, InterpolationMode.NEAREST)[0]
+    height, width = map(min, options.crop, size)
+    for _ in range(1 + RETRIES):
+        top = int(torch.randint(size[0] - height + 1, ()))
+        left = int(torch.randint(size[1] - width + 1, ()))
+        window = np.s_[..., top : top + height, left : left + width]
+        counts = torch.bincount(labels[window][labels[window] != IGNORED], minlength=1)
+        if options.cat_max_ratio == 1 or counts.max() < options.cat_max_ratio * counts.sum():
+            break
+    image, labels = image[window], labels[window]
+    if options.flip and torch.rand(1) < 0.5:
+        image, labels = image.flip(2), labels.flip(1)
+    if options.photometric:
+        expect(options.channels == 3, "data.photometric", "3 channels", options.channels)
+        image = PhotometricDistort(hue=(-0.1, 0.1))(tv_tensors.Image(image)).as_subclass(Tensor)
+    margin = [0, options.crop[1] - width, 0, options.crop[0] - height]
+    return pad(normalized(image), margin), pad(labels, margin, value=IGNORED)
 
 
 class PhotometricDistort(v2.RandomPhotometricDistort):
-    """As in mmsegmentation: hues of ±0.1 turns, and no random order of channels. Raises ValueError
-    for floating-point images beyond 0..1, which torchvision would clip."""
-
-    def __init__(self) -> None:
-        super().__init__(hue=(-0.1, 0.1))
+    """Without a random order of channels, as in mmsegmentation. Raises ValueError for images of
+    floats beyond 0..1, which torchvision would clip."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        for x in flat_inputs:
-            # scaling rounds
-            if x.is_floating_point() and not -1e-3 <= x.min() <= x.max() <= 1.001:
-                raise ValueError(
-                    "--data.photometric: expected integer images, or floating-point ones of 0 to 1,"
-                    f" got {x.min():g} to {x.max():g}"
-                )
+        least, greatest = flat_inputs[0].min(), flat_inputs[0].max()
+        if flat_inputs[0].is_floating_point() and (least < -1e-3 or greatest > 1.001):  # of scaling
+            got = f"{least:g} to {greatest:g}"
+            expect(False, "data.photometric", "images of integers, or of 0 to 1", got)
         return super().make_params(flat_inputs) | {"channel_permutation": None}
-
-
-def padded(x: Tensor, size: Sequence[int]) -> Tensor:
-    """At least of this size, padded below and at the right: normalised images with 0, which is the
-    mean colour, masks with ignored pixels (mmsegmentation's Pad)."""
-    height, width = functional.get_size(x)
-    padding = [0, 0, max(0, size[1] - width), max(0, size[0] - height)]
-    return functional.pad(x, padding, fill=IGNORED if isinstance(x, tv_tensors.Mask) else 0)
-
-
-def normalization(channels: int) -> list[v2.Transform]:
-    """Convert to float32 in 0..1, subtract the mean and divide by the standard deviation: those of
-    ImageNet for three channels."""
-    mean, std = IMAGENET if channels == 3 else ([0.5] * channels, [0.25] * channels)
-    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
-
-
-def augmentation(options: Data) -> v2.Transform:
-    """Of a training image, in the papers' order: scale, crop, flip, photometric distortion,
-    normalisation, padding."""
-    steps: list[v2.Transform] = []
-    if options.dataset != "digits":  # whose scenes have the size of a crop
-        steps.append(RandomScale(options.short_side, options.scale, options.long_side))
-        steps.append(VariedCrop(options.crop, options.cat_max_ratio))
-    if options.flip:
-        steps.append(v2.RandomHorizontalFlip())
-    if options.photometric:
-        expect(options.channels == 3, "data.photometric", "3 channels", options.channels)
-        steps.append(PhotometricDistort())
-    steps += normalization(options.channels)
-    return v2.Compose([*steps, v2.Lambda(partial(padded, size=options.crop))])
-
-
-def evaluation_transform(options: Data) -> v2.Transform:
-    """Scale only the image to the short or the long side; its labels do not change."""
-    scaled = options.short_side or options.long_side
-    scale = [RandomScale(options.short_side, (1.0, 1.0), options.long_side)] if scaled else []
-    return v2.Compose([*scale, *normalization(options.channels)])
 
 
 def mixed_seed(*parts: int | str) -> int:
@@ -170,7 +120,7 @@ class Training:
     """Augmented images; the augmentation of a draw is a pure function of (seed, draw)."""
 
     dataset: Segmentation
-    transform: v2.Transform
+    options: Data
     seed: int
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -178,8 +128,7 @@ class Training:
         image, labels = self.dataset[index]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mixed_seed("augmentation", self.seed, draw))
-            image, labels = self.transform(tv_tensors.Image(image), tv_tensors.Mask(labels))
-        return image.as_subclass(Tensor), labels.as_subclass(Tensor)
+            return augmented(image, labels, self.options)
 
 
 @dataclass
@@ -187,25 +136,11 @@ class Validation:
     """Images as the network needs them; unchanged labels."""
 
     dataset: Segmentation
-    transform: v2.Transform
+    options: Data
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, labels = self.dataset[index]
-        return self.transform(tv_tensors.Image(image)).as_subclass(Tensor), labels
-
-
-@dataclass
-class Unlabelled:
-    """Images without masks, as the network needs them: index, image, (H, W) of the file."""
-
-    paths: Sequence[Path]
-    transform: v2.Transform
-    channels: int
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor, tuple[int, int]]:
-        image = read_upright(self.paths[index], self.channels)
-        transformed = self.transform(tv_tensors.Image(image)).as_subclass(Tensor)
-        return index, transformed, (image.shape[1], image.shape[2])
+        return network_input(image, self.options), labels
 
 
 @atexit.register
@@ -218,19 +153,12 @@ def _end_workers() -> None:
             worker.kill()
 
 
-class Loader(DataLoader):
-    """Its workers never see SIGTERM and Ctrl-C, which SLURM, `timeout` and terminals send to all
-    processes of a group: only the training process reacts. They end with its last batch, or when
-    they notice that it has ended."""
-
-    def __init__(self, dataset: Any, workers: int, **options: Any) -> None:
-        # without a generator of its own, an iterator draws from torch's random numbers
-        generator = torch.Generator()
-        super().__init__(dataset, num_workers=workers, generator=generator, **options)
-
-    def __iter__(self) -> Any:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # workers inherit this
-        try:
-            return super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def loaded(dataset: Any, **options: Any) -> Any:
+    """An iterator of batches. Its workers never see SIGTERM and Ctrl-C, which SLURM, `timeout` and
+    terminals send to all processes of a group: only the training process reacts. They end with its
+    last batch, or when they notice that it has ended."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # workers inherit this
+    try:  # without a generator of its own, an iterator draws from torch's random numbers
+        return iter(DataLoader(dataset, generator=torch.Generator(), **options))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

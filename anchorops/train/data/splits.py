@@ -1,6 +1,9 @@
 """The splits that the options name: opened, counted, and as batches of this rank."""
 
+import hashlib
+import os
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
@@ -10,19 +13,11 @@ from torch import Tensor
 
 from .. import ranks
 from ..options import Data, Options, expect
-from .counts import Counts, check_classes, class_counts, fingerprint
 from .digits import DigitScenes
-from .folders import open_folder, open_published
-from .loading import (
-    Loader,
-    Segmentation,
-    Training,
-    Unlabelled,
-    Validation,
-    augmentation,
-    draws,
-    evaluation_transform,
-)
+from .folders import MaskFolder, open_files
+from .loading import Segmentation, Training, Validation, draws, loaded
+
+SCENES = 2_000  # of digits, in which classes are counted
 
 
 class Splits(NamedTuple):
@@ -44,26 +39,44 @@ class Splits(NamedTuple):
 
 def open_split(options: Data, name: str, seed: int) -> Segmentation:
     """Raises ValueError if the data set has no such split."""
-    if options.dataset == "digits":
-        expect(name in ("train", "val"), "data.split", "one of digits, train or val", name)
-        if name == "val":
-            return DigitScenes("val", options.val_images, options.crop, seed=0)
-        seed = seed if options.data_seed is None else options.data_seed
-        length, exponent = options.train_images, options.zipf
-        return DigitScenes("train", length, options.crop, seed=seed, exponent=exponent)
-    needed = f"the directory of the data set {options.dataset}"
-    expect(options.root is not None, "data.root", needed, "nothing")
-    root = Path(options.root or "")
-    if options.dataset != "folder":
-        return open_published(options.dataset, root, name)
-    return open_folder(
-        root,
-        name,
-        image_suffix=options.image_suffix,
-        mask_suffix=options.mask_suffix,
-        label_map=options.label_map,
-        channels=options.channels,
-    )
+    if options.dataset != "digits":
+        return open_files(options, name)
+    expect(name in ("train", "val"), "data.split", "one of digits, train or val", name)
+    if name == "val":
+        return DigitScenes("val", options.val_images, options.crop, seed=0)
+    seed = seed if options.data_seed is None else options.data_seed
+    length, exponent = options.train_images, options.zipf
+    return DigitScenes("train", length, options.crop, seed=seed, exponent=exponent)
+
+
+def class_counts(
+    dataset: Segmentation, workers: int = 0
+) -> tuple[Tensor, Tensor, list[tuple[int, ...]]]:
+    """Of all masks on disk, or of the first 2000 digit scenes: pixels [K] and images [K] of each
+    class, int64, and the sizes (H, W). Raises ValueError for a wrong image or mask: so it is found
+    before the training."""
+    num_classes, length = len(dataset.classes), len(dataset)
+    if isinstance(dataset, DigitScenes):
+        length = min(length, SCENES)
+    ranks.say(f"reading {length} images and masks")
+    pixels, images = torch.zeros(2, num_classes, dtype=torch.int64)
+    sizes = set[tuple[int, ...]]()
+    for _, labels in loaded(dataset, num_workers=workers, batch_size=None, sampler=range(length)):
+        found = torch.bincount(labels.flatten().int() + 1, minlength=num_classes + 1)[1:]
+        pixels += found
+        images += found > 0
+        sizes.add(tuple(labels.shape))
+    return pixels, images, sorted(sizes)
+
+
+def fingerprint(split: Segmentation, root: Path) -> str:
+    """Of the names of a split's images and masks under the root, in the order of the images, on
+    which that of the batches depends: 16 hexadecimal digits. "" for digits, which have no files."""
+    if not isinstance(split, MaskFolder):
+        return ""
+    paths = (path for path in chain(*split.pairs) if path)
+    names = (b"/" + os.fsencode(path.relative_to(root)) for path in paths)
+    return hashlib.sha256(b"\n".join(names)).hexdigest()[:16]
 
 
 def open_splits(options: Data, seed: int, of_run: dict[str, Any] | None = None) -> Splits:
@@ -71,64 +84,56 @@ def open_splits(options: Data, seed: int, of_run: dict[str, Any] | None = None) 
     of_run: what was found for the training whose network is validated, which then needs no training
     images; None for a training. Raises ValueError for wrong data."""
 
-    def read() -> tuple[list[Segmentation], list[Counts]]:
+    def read() -> tuple[list[Segmentation], list[Any]]:
         names = ("train", options.split) if of_run is None else (options.split,)
         splits = [open_split(options, name, seed) for name in names]
-        return splits, [class_counts(split) for split in splits]
+        return splits, [class_counts(split, options.workers) for split in splits]
 
     splits, counts = ranks.on_first(read)
-    training, validation, sizes = splits[0], splits[-1], counts[-1].sizes
+    training, validation = splits[0], splits[-1]
+    validation_pixels, _, sizes = counts[-1]
     one_size = options.eval_batch_size == 1 or len(sizes) == 1
-    several = ", ".join(f"{height}×{width}" for height, width in sizes[:2])
-    expect(one_size, "data.eval_batch_size", "1 for images of several sizes", several)
-    classes, found = list(validation.classes), of_run or {}
+    expect(one_size, "data.eval_batch_size", "1 for images of several sizes", sizes[:2])
+    classes = list(validation.classes)
+    found = of_run or {"classes": classes}
     if of_run is None:
-        found["classes"] = classes
         for name, split, counted in zip(("training", "validation"), splits, counts, strict=True):
             found[f"{name} files"] = fingerprint(split, Path(options.root or ""))
-            found[f"{name} pixels"] = counted.pixels.tolist()
+            found[f"{name} pixels"] = counted[0].tolist()
     if found["classes"] != classes:
-        raise ValueError(
-            f"the data are not those of the run: classes {shorten(str(classes), 200)} instead of "
-            f"{shorten(str(found['classes']), 200)}"
-        )
+        known = shorten(str(found["classes"]), 200)
+        raise ValueError(f"the data are not those of the run, with the classes {known}")
     pixels = torch.tensor(found["training pixels"])
-    absent = check_classes(classes, pixels, counts[-1].pixels)
-    if of_run is None:
-        numbers = f"{len(training)} training and {len(validation)} validation images"
-        ranks.say(f"data set {options.dataset}: {numbers}, {len(classes)} classes")
-        if absent:
-            ranks.say(f"no training pixels: {shorten(', '.join(absent), 200)}")
-    prior = counts[0].images / counts[0].images.sum().clamp(min=1)
+    absent = [name for name, x in zip(classes, pixels.tolist(), strict=True) if not x]
+    if len(absent) > len(classes) - 2 or not validation_pixels.any():
+        raise ValueError(
+            f"the training masks have no pixels of {shorten(', '.join(absent), 200)}; those of the "
+            f"validation have {validation_pixels.sum()} pixels of classes: expected two classes, "
+            "and any pixel; 255 is ignored unless --data.label_map makes it a class"
+        )
+    if absent and of_run is None:
+        ranks.say(f"no training pixels: {shorten(', '.join(absent), 200)}")
+    _, images, _ = counts[0]
+    prior = images / images.sum().clamp(min=1)
     return Splits(training, validation, sizes, pixels / pixels.sum(), prior, found)
 
 
-def training_batches(options: Options, training: Segmentation, first_step: int) -> Loader:
+def training_batches(options: Options, training: Segmentation, first_step: int) -> Any:
     """This rank's augmented images and labels, from a step on: `accumulate` batches for each. They
     follow from the seed, the step and the rank alone."""
-    return Loader(
-        Training(training, augmentation(options.data), options.seed),
-        options.data.workers,
+    return loaded(
+        Training(training, options.data, options.seed),
+        num_workers=options.data.workers,
         batch_sampler=draws(len(training), options, first_step, ranks.rank(), ranks.world()),
         pin_memory=torch.cuda.is_available(),
     )
 
 
-def validation_batches(options: Data, validation: Segmentation) -> Loader:
+def validation_batches(options: Data, images: Segmentation) -> Any:
     """Every image once, over all ranks, without augmentation."""
-    return Loader(
-        Validation(validation, evaluation_transform(options)),
-        options.workers,
+    return loaded(
+        Validation(images, options),
+        num_workers=options.workers,
         batch_size=options.eval_batch_size,
-        sampler=range(ranks.rank(), len(validation), ranks.world()),
-    )
-
-
-def images_to_predict(options: Data, paths: Sequence[Path]) -> Loader:
-    """Index, image, height and width of each file, over all ranks."""
-    return Loader(
-        Unlabelled(paths, evaluation_transform(options), options.channels),
-        options.workers,
-        batch_size=1,
-        sampler=range(ranks.rank(), len(paths), ranks.world()),
+        sampler=range(ranks.rank(), len(images), ranks.world()),
     )

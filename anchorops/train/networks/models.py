@@ -19,18 +19,11 @@ import anchorops as ao
 from .. import ranks
 from ..options import Model
 
-SIZES = ("18-small", "18-small-v2", "18", "30", "32", "40", "44", "48", "64")
-HRNETS = {f"hrnet-w{size}": f"hrnet_w{size.replace('-', '_')}" for size in SIZES}
 # the parts that depend on the classes; in a checkpoint, a method is under "regularizer"
 HEADS = ("classifier.", "auxiliary.", "regularizer.")
 OLD_PREFIX = "learner.model."  # of the names of weights in a checkpoint of an earlier version
+BATCHES_SEEN = "num_batches_tracked"  # by batch norm
 AUXILIARY_DIM = 256
-OWN_DROPOUT = {
-    **dict.fromkeys(("deeplabv3", "deeplabv3plus"), "decoder_aspp_dropout"),
-    "fpn": "decoder_dropout",
-    "pspnet": "psp_dropout",
-}
-SEGFORMERS = {f"segformer-b{size}": f"mit_b{size}" for size in range(6)}
 
 
 class Segmenter(nn.Module):
@@ -67,14 +60,6 @@ class Segmenter(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.classifier(self.dropout(self.body(images)))
 
-    def draw_classifiers(self, std: float) -> None:
-        """Give the classifiers, the auxiliary one too, weights from N(0, std²) and biases of 0."""
-        auxiliary = [] if self.auxiliary is None else [self.auxiliary[-1]]
-        for classifier in (self.classifier, *auxiliary):
-            assert isinstance(classifier, nn.Conv2d) and classifier.bias is not None
-            nn.init.normal_(classifier.weight, std=std)
-            nn.init.zeros_(classifier.bias)
-
 
 class AuxiliaryHead(nn.Sequential):
     """Logits from the second last map of the backbone, only in training: mmsegmentation's FCNHead
@@ -108,7 +93,7 @@ class HRNetBody(nn.Module):
     def __init__(self, name: str, channels: int, pretrained: bool) -> None:
         super().__init__()
         self.backbone: Any = timm.create_model(
-            HRNETS[name],
+            name,
             pretrained=pretrained,
             in_chans=channels,
             features_only=True,
@@ -116,8 +101,8 @@ class HRNetBody(nn.Module):
             feature_location="",
         )
         self.out_channels = self.backbone.feature_info.channels()
-        self.dim = sum(self.out_channels)
-        self.mix = Conv2dNormActivation(self.dim, self.dim, 1, inplace=False)
+        dim = sum(self.out_channels)
+        self.mix = Conv2dNormActivation(dim, dim, 1, inplace=False)
 
     def forward(self, images: Tensor) -> Tensor:
         first, *others = self.backbone(images)
@@ -131,47 +116,46 @@ def build_model(options: Model, num_classes: int, channels: int = 3) -> Segmente
     program, or any file of a state dict.
 
     Raises ValueError for an unknown name, and for weights that do not match."""
-    from_file = options.weights or options.backbone_weights
-    pretrained = options.pretrained and not from_file
-    if options.network in HRNETS:
-        body = HRNetBody(options.network, channels, pretrained)
-        dim, stages = body.dim, body.out_channels
-    else:
-        body, dim, stages = _smp_body(options.network, channels, pretrained, options.dropout)
+    try:
+        body, dim, stages = _body(options, channels)
+    except (KeyError, RuntimeError) as error:  # of smp, of timm
+        raise ValueError(f"--model.network {options.network}: {error}") from None
     auxiliary_dim = stages[-2] if options.auxiliary_weight > 0 else None
     model = Segmenter(body, dim, num_classes, auxiliary_dim, options.dropout)
     if options.classifier_std is not None:
-        model.draw_classifiers(options.classifier_std)
+        auxiliary: list[Any] = [] if model.auxiliary is None else [model.auxiliary[-1]]
+        for classifier in [model.classifier, *auxiliary]:
+            nn.init.normal_(classifier.weight, std=options.classifier_std)
+            nn.init.zeros_(classifier.bias)
     if options.weights:
-        loaded, path = read_checkpoint(Path(options.weights)), Path(options.weights)
-        found = loaded.get("model", loaded.get("state_dict", loaded))
-        load_weights(model, _checked(found, path), path)
-    if options.backbone_weights:
-        load_backbone(model.backbone, Path(options.backbone_weights))
+        load_weights(model, read_weights(options.weights), options.weights, HEADS)
+    if path := options.backbone_weights:
+        loaded, known = read_weights(path), {_flat_name(x) for x in model.backbone.state_dict()}
+        used = {name: x for name, x in loaded.items() if _flat_name(name) in known}
+        load_weights(model.backbone, used, path)
+        unused = len(loaded) - len(used)
+        ranks.say(f"backbone: {len(used)} tensors of {path} taken, {unused} not used")
     return model
 
 
-def _smp_body(
-    name: str, channels: int, pretrained: bool, dropout: float
-) -> tuple[nn.Module, int, Sequence[int]]:
-    """One of segmentation-models-pytorch's networks without its classifier; the channels of its
-    features and of its backbone's maps."""
+def _body(options: Model, channels: int) -> tuple[nn.Module, int, Sequence[int]]:
+    """HRNet, or a network of segmentation-models-pytorch without its classifier; the channels of
+    its features and of its backbone's maps. Those made for one image size accept other sizes too.
+    The own dropout of a decoder is off if there is dropout before the classifier."""
+    pretrained = options.pretrained and not (options.weights or options.backbone_weights)
+    if options.network.startswith("hrnet-"):
+        body: Any = HRNetBody(options.network.replace("-", "_"), channels, pretrained)
+        return body, sum(body.out_channels), body.out_channels
+    name = options.network.replace("segformer-", "segformer:mit_")
     architecture, _, encoder = name.partition(":")
-    if name in SEGFORMERS:
-        architecture, encoder = "segformer", SEGFORMERS[name]
-    if not encoder:
-        known = ", ".join([*HRNETS, *SEGFORMERS])
-        raise ValueError(f"--model.network: expected {known} or ARCHITECTURE:ENCODER, got {name!r}")
-    try:
-        body: Any = smp.create_model(
-            architecture,
-            encoder_name=encoder,
-            encoder_weights="imagenet" if pretrained else None,
-            in_channels=channels,
-            **_options(architecture, encoder, dropout),
-        )
-    except (KeyError, RuntimeError) as error:  # the second is timm's
-        raise ValueError(f"--model.network {name}: {error}") from None
+    any_size = {"dynamic_img_size": True} if architecture == "dpt" else {}
+    if encoder.startswith("tu-swin_"):
+        any_size = {"strict_img_size": False}
+    weights = "imagenet" if pretrained else None
+    body = smp.create_model(architecture, encoder, weights, channels, **any_size)
+    for layer in body.decoder.modules() if options.dropout else ():
+        if isinstance(layer, nn.Dropout | nn.Dropout2d):
+            layer.p = 0.0
     head = body.segmentation_head
     *layers, classifier = head.head if architecture == "dpt" else [head[0]]
     body.segmentation_head = nn.Sequential(*layers)
@@ -184,108 +168,69 @@ def upsample_late(model: Segmenter, images: Tensor) -> None:
         ao.late_upsampling(model, images)
 
 
-def _options(architecture: str, encoder: str, dropout: float) -> dict[str, Any]:
-    """Arguments of smp's networks. Those made for one image size accept other sizes too. Their own
-    dropout is switched off if there is dropout before the classifier."""
-    if architecture == "dpt":
-        return {"dynamic_img_size": True}
-    options: dict[str, Any] = {"strict_img_size": False} if encoder.startswith("tu-swin_") else {}
-    if dropout and architecture in OWN_DROPOUT:
-        options[OWN_DROPOUT[architecture]] = 0.0
-    return options
-
-
-def read_checkpoint(path: Path, needed: str | None = None) -> dict[str, Any]:
-    """A file of weights or of the state of a run, whose tensors stay in the file. The network's
-    weights of an earlier version are under "model", too. Raises ValueError if it is damaged or of
+def read_checkpoint(path: Path, needed: str) -> dict[str, Any]:
+    """The state of a run, whose tensors stay in the file. Raises ValueError if it is damaged or of
     another kind."""
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        weights = state.get("state_dict", {})  # those of an earlier version are also of the losses
-        of_earlier_version = [x for x in weights if x.startswith(OLD_PREFIX)]
-        if of_earlier_version:
-            state["model"] = {x.removeprefix(OLD_PREFIX): weights[x] for x in of_earlier_version}
-        found = needed is None or needed in state
     except Exception as error:
         raise ValueError(f"{path} is damaged ({shorten(repr(error), 200)})") from error
-    if not found:
+    if needed not in state:
         raise ValueError(f"{path} is of another kind: it has no {needed}")
     return state
 
 
+def read_weights(path: Path | str) -> dict[str, Tensor]:
+    """Those in a checkpoint of this program, also of an earlier version, or in another file of a
+    state dict. Raises ValueError if it is damaged."""
+    try:
+        weights = timm.models.load_state_dict(str(path), use_ema=False)
+    except Exception as error:
+        raise ValueError(f"{path} is damaged ({shorten(repr(error), 200)})") from error
+    old = {x.removeprefix(OLD_PREFIX): weights[x] for x in weights if x.startswith(OLD_PREFIX)}
+    return old or weights
+
+
 def trained_model(options: Model, path: Path, channels: int) -> Segmenter:
     """The network of a checkpoint without its methods. CBP has removed the classifier's bias."""
-    weights = _checked(read_checkpoint(path, "model")["model"], path)
+    weights = read_weights(path)
     if "classifier.weight" not in weights:
         raise ValueError(f"weights {path}: they have no classifier.weight")
-    weight = weights["classifier.weight"]
+    classes = len(weights["classifier.weight"])
     options = replace(options, pretrained=False, weights=None, backbone_weights=None)
-    model = build_model(options, len(weight), channels)
-    expected = model.classifier.weight.shape
-    if weight.shape != expected:  # load_weights would leave it out
-        raise ValueError(
-            f"weights {path} are not those of this --model.network: expected classifier.weight of "
-            f"shape {tuple(expected)}, got {tuple(weight.shape)}"
-        )
-    load_weights(model, {"classifier.bias": weight.new_zeros(len(weight)), **weights}, path)
+    model = build_model(options, classes, channels)
+    bias = {"classifier.bias": torch.zeros(classes)}
+    load_weights(model, {**bias, **weights}, path, HEADS[1:])
     return model
 
 
-def _checked(weights: Any, path: Path) -> Mapping[str, Tensor]:
-    tensors = isinstance(weights, Mapping) and all(map(torch.is_tensor, weights.values()))
-    if not tensors:
-        raise ValueError(f"weights {path}: expected a state dict, got {type(weights).__name__}")
-    return weights
-
-
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Start from the weights of a file. Those of heads are left out that the model does not have,
-    or has for another number of classes. Raises ValueError for weights of another network."""
-    shapes = {name: x.shape for name, x in model.state_dict().items()}
-    taken = {
-        name: x
-        for name, x in weights.items()
-        if not name.startswith(HEADS) or shapes.get(name) == x.shape
-    }
-    try:
-        missing, unknown = model.load_state_dict(taken, strict=False)
-        missing = [name for name in missing if not name.startswith(HEADS)]
-        reason = f"missing {missing[:3]}, unknown {unknown[:3]}" if missing or unknown else ""
+def load_weights(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    path: Path | str,
+    heads: tuple[str, ...] = (),
+) -> None:
+    """Start from weights, of any floating dtype. Those of these heads are left out that the module
+    does not have, or has for another number of classes. The number of batches that batch norm has
+    seen may be missing. Raises ValueError for weights of another network, from the file `path`."""
+    own = module.state_dict()
+    names = {_flat_name(name): name for name in own}
+    taken = {}
+    for name, x in weights.items():
+        name = names.get(_flat_name(name), name)
+        fits = name in own and own[name].shape == x.shape
+        if fits or not name.startswith(heads):
+            taken[name] = x
+    try:  # some encoders of smp have another load_state_dict
+        missing, unknown = nn.Module.load_state_dict(module, taken, strict=False)
     except RuntimeError as error:  # of other shapes
-        reason = str(error)
-    if reason:
+        missing, unknown = [str(error)], []
+    missing = [x for x in missing if not x.startswith(heads) and not x.endswith(BATCHES_SEEN)]
+    if missing or unknown:
         raise ValueError(
             f"weights {path} are not those of this --model.network and these --data.channels: "
-            f"{shorten(reason, 200)}"
+            f"missing {shorten(str(missing), 200)}, unknown {shorten(str(unknown), 200)}"
         )
-
-
-def load_backbone(backbone: nn.Module, path: Path) -> None:
-    """Start a backbone from the weights in `path`, .pth or .safetensors, of any floating dtype.
-    Their names are those of timm, or of an encoder of segmentation-models-pytorch, alone or in a
-    whole network. What the backbone does not have, as a classifier, is not used; the number of
-    batches that batch norm has seen may be missing. Says how many tensors were taken.
-
-    Raises ValueError for a file that cannot be read, or of another network.
-    """
-    own = {_flat_name(name): name for name in backbone.state_dict()}
-    try:
-        loaded = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
-        named = {own.get(_flat_name(name)): value for name, value in loaded.items()}
-        taken = {name: value for name, value in named.items() if name is not None}
-        # some encoders of smp have another load_state_dict
-        missing, _ = nn.Module.load_state_dict(backbone, taken, strict=False)
-    except Exception as error:
-        reason = shorten(str(error), 300)
-        raise ValueError(f"--model.backbone_weights: {path} cannot be loaded: {reason}") from error
-    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-    if missing:
-        raise ValueError(
-            f"--model.backbone_weights: {path} is of another network: {len(missing)} tensors of "
-            f"the backbone are missing: {missing[:3]}"
-        )
-    unused = len(loaded) - len(taken)
-    ranks.say(f"backbone: {len(taken)} tensors of {path} taken, {unused} not used")
 
 
 def _flat_name(name: str) -> str:

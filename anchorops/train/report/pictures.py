@@ -6,11 +6,10 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor, nn
-from torchvision import tv_tensors
 
 from ...plots import plain
 from .. import IGNORED
-from ..data.loading import Segmentation, evaluation_transform
+from ..data.loading import Segmentation, network_input
 from ..evaluation import as_weights, predict, prediction_of
 from ..options import Options
 
@@ -34,14 +33,13 @@ def draw_predictions(
 ) -> Figure:
     """The first validation images; under each its labels, and under these its prediction."""
     parts = "image", "labels", "prediction"
-    colors, transform = palette(len(dataset.classes)), evaluation_transform(options.data)
-    columns, seen = [], set[int]()
+    colors, columns, seen = palette(len(dataset.classes)), [], set[int]()
     training, how = model.training, prediction_of(options)
     model.eval()
     for index in range(min(count, len(dataset))):
         image, labels = dataset[index]
-        network_input = transform(tv_tensors.Image(image)).as_subclass(Tensor)
-        images = as_weights(model, network_input[None], options.model.channels_last)
+        images = network_input(image, options.data)[None]
+        images = as_weights(model, images, options.model.channels_last)
         (classes,) = predict(model, images, labels.shape, **how)
         seen |= {*labels.unique().tolist(), *classes.unique().tolist()}
         columns.append((_rgb(image), colors[labels.numpy()], colors[classes.cpu().numpy()]))
