@@ -39,7 +39,7 @@ from trainings.report import MEASURES
 
 from anchorops.measure import environment
 from anchorops.train.commands import fit, validate
-from anchorops.train.report.compare import load_results
+from anchorops.train.report import load_results
 from anchorops.train.run import BEST, LAST, METRICS, Stopped, read_metrics, save_atomically
 
 
@@ -80,7 +80,8 @@ def train_one(run: Run, out: Path) -> None:
 
 def _on_test(directory: Path) -> dict[str, Any]:
     """The figures of the last weights on the test split."""
-    figures = validate(["--run", str(directory), "--checkpoint", "last", "--data.split", "test"])
+    weights = ["--model.weights", str(directory / LAST)]
+    figures = validate(["--run", str(directory), *weights, "--data.split", "test"])
     return {**_measures(figures, "test/", 6), "classes": _classes(figures, "test")}
 
 

@@ -147,8 +147,8 @@ def check_train(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     elif rest == ["--help"]:
         assert commands.main([command, *rest]) == 0
     else:  # of a run that is not there
-        monkeypatch.setattr(commands, "read_config", lambda _: {})
-        options = commands.parse(command, rest).options.model
+        monkeypatch.setattr(commands, "CONFIG", commands.PRESETS / "folder.yaml")
+        options = commands.parse(command, rest)[0].model
         paper, given = options.paper_options or {}, options.method_options or {}
         chosen = arguments_of(options.methods, options.setting, paper, given)
         build_regularizer(options.methods, chosen, 19, 64)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import timm
 import torch
 import yaml
 
-from anchorops.train.commands import COMMANDS, PRESETS, RENAMED, Given, main, parse, presets
+from anchorops.train.commands import COMMANDS, PRESETS, RENAMED, main, parse, presets
 from anchorops.train.networks.models import build_model
 from anchorops.train.options import FREE, Model, Options
 from tests.helpers.image_files import image, write
@@ -27,8 +28,9 @@ OUT_OF_RANGE = {
         data.val_images data.short_side data.long_side accumulate val_every log_every save_every
         max_steps clip model.ohem_threshold model.ohem_min_kept data.cat_max_ratio""",
     "1": "ema model.dropout",
-    "5": "model.focal_gamma",
+    "5": "data.channels",
     "99999999999999999999": "seed",
+    "[99,1]": "model.window_stride",
     ".inf": "model.auxiliary_weight clip",
     ".nan": "model.classifier_std model.lr",
     "[]": "model.eval_scales",
@@ -36,11 +38,8 @@ OUT_OF_RANGE = {
     "[1.0,.inf]": "model.eval_scales data.scale",
     "[0.0,0.0]": "data.scale",
     "[2.0,0.5]": "data.scale",
-    "[sar,sar]": "model.methods",
     "[50,64]": "data.crop",
     "[0,32]": "data.crop",
-    "[0.001,0.01]": "data.head_tail",
-    "[1.1,0.1]": "data.head_tail",
     "[0.1,-0.1]": "data.head_tail",
 }
 
@@ -48,7 +47,7 @@ OUT_OF_RANGE = {
 @pytest.mark.parametrize("value", OUT_OF_RANGE)
 def test_values_out_of_range(value: str, refused: Refused):
     for name in OUT_OF_RANGE[value].split():
-        message = f"-train: --{name}: expected (?!--data.dataset).*, got .*$"
+        message = f"-train: --{name}: expected .*, got .*$"
         refused(f"fit {TINY} --{name}={value}", message)
     assert len(FREE) <= 10
 
@@ -68,23 +67,11 @@ COMMAND_LINES = {
     "": "expected one of the commands fit, ",
     "trian": "expected one of the commands fit, validate, predict, demo, compare, presets, got",
     "demo --threads 0": "--threads: expected at least 1, got 0",
-    "fit --trainer.profiler=foo": "--trainer.profiler is now an option that fit --help lists",
+    "fit --trainer.profiler=foo": "nrecognized arguments: --trainer.profiler=foo",
     **{f"fit --{name} 1": f"--{name} is now {re.escape(new)}" for name, new in RENAMED.items()},
     "fit --model.lr a": 'Parser key "model.lr": Expected a',
     "fit --model.lrr 1": "nrecognized arguments: --model.lrr",
     "fit --see 1": "nrecognized arguments: --see",
-    # options that do not fit each other
-    f"fit {TINY} --model.loss dice --model.ohem_min_kept 9": "--model.loss: expected ce, .*ohem",
-    f"{FIT} --data.zipf 2": "--data.zipf: expected .*, got folder",
-    f"fit {TINY} --data.channels 1": "--data.channels: expected .*, got digits",
-    f"fit {TINY} --data.short_side 512": "--data.short_side: expected .*, got digits",
-    f"fit {TINY} --data.scale [0.5,2.0]": "--data.scale: expected .*, got digits",
-    f"fit {TINY} --data.root data": "--data.root: expected .*, got digits",
-    f'fit {TINY} --data.label_map {{"1":0}}': "--data.label_map: expected .*, got digits",
-    "fit --data.dataset ade20k --data.root . --data.val_images 2": "val_images: .*, got ade20k",
-    "fit --data.dataset ade20k --data.root . --data.channels 4": "channels: .*, got ade20k",
-    f"{FIT} --model.evaluation sliding --model.window_stride [32,40]": "_stride: expected 1 to the",
-    f"fit {TINY} --data.split test": "--data.split: expected .* train or val, got test",
     # what the data or the network cannot be
     f"{FIT} --data.eval_batch_size 2": "size: expected 1 for images of several sizes, got 4×5, 6×9",
     f'{FIT} --data.label_map {{"1,2,3":0,"4":1}}': "expected either values or colours, got both",
@@ -102,7 +89,6 @@ COMMAND_LINES = {
     f"{DIGITS} alexnet": "--model.network: expected hrnet-.*, got 'alexnet'",
     f"{DIGITS} unet:alexnet": "--model.network unet:alexnet: .*encoder name",
     f"{DIGITS} unet:tu-alexnet": "--model.network unet:tu-alexnet: Unknown model",
-    f"{DIGITS} dpt:tu-vit_tiny_patch16_224 --model.auxiliary_weight 1": "expected 0 for DPT, got 1",
     f"{DIGITS} hrnet-w18-small --model.weights $files/list": "list is damaged",
     f"{DIGITS} hrnet-w18-small --model.weights $files/states": "states: .* state dict, got list",
     f"{DIGITS} hrnet-w18-small --model.weights $files/numbers": "numbers are not those .*missing",
@@ -110,7 +96,6 @@ COMMAND_LINES = {
     f"{MOBILENET} $files/numbers": r"backbone_weights: .*numbers is of another network: \d+ tens",
     f"{MOBILENET} $files/channels": r"size mismatch for model.conv_stem.weight: .*16, 4, 3, 3",
     f"{MOBILENET} $files/nan.npy": r"--model.backbone_weights: .*nan.npy cannot be loaded: ",
-    f"{MOBILENET} x --model.weights y": r"backbone_weights: expected no --model\.weights",
     # arguments of methods
     f'{SAR} {{"sar.detla":0.5}}': "sar has .*delta",
     f'{SAR} {{"sar.momentum":"foo"}}': "SAR: momentum: expected .* got 'foo'",
@@ -128,26 +113,25 @@ COMMAND_LINES = {
     },
     f'{SAR} {{"sar.anchors":"@$files/wide.npy"}}': r"anchors: expected .*, 240\], got .*, 241\)",
     # runs
-    f"fit {TINY} --run $run": "holds a run: go on with it by `anchorops-train fit --run .*",
-    f"fit {TINY} --run $run --resume --model.lr 1": r"--model.lr is 1.0, .*config.yaml has 0.004: ",
-    f"fit {TINY} --run $run --resume --data.steps 12": "--data.steps is 12, .* has 6",
-    f"fit {TINY} --run $run --resume --seed 1": "--seed is 1, .* has 0",
-    f"fit {TINY} --run $run --resume --ema 0.9": "--ema is 0.9, .* has None",
+    f"fit {TINY} --run $run": "holds a run: --resume goes on with it",
+    f"fit {TINY} --run $run --resume --model.lr 1": "--model.lr: 1.0, .*straight has 0.004: ",
+    f"fit {TINY} --run $run --resume --data.steps 12": "--data.steps: 12, .* has 6",
+    f"fit {TINY} --run $run --resume --seed 1": "--seed: 1, .* has 0",
+    f"fit {TINY} --run $run --resume --ema 0.9": "--ema: 0.9, .* has None",
     f'fit {TINY} --run $run --resume --model.method_options {{"sar.tau":0.5}}': (
-        "--model.method_options is {'sar.tau': 0.5}, .* has None"
+        "--model.method_options: {'sar.tau': 0.5}, .* has None"
     ),
     "validate --run $run --model.network segformer-b1": "weights .*best.ckpt are not those of this",
     "validate --run $run --model.weights $files/states": "states: expected a state dict, got list",
     "validate --run $run --model.weights $files/headless": "less: they have no classifier.weight",
     "validate --run $run --model.weights $files/linear": "linear are not .*classifier.weight",
     "fit --data.dataset ade20k --data.root $new": "new/images/training does not exist",
-    "predict --run nowhere": "nowhere: expected the directory of a run",
-    "compare $folder": "expected the directory of a run",
-    "compare $run $run": "the same options and different seeds, got",
+    "predict --run nowhere": "nowhere: expected a directory with config.yaml",
+    "compare $folder": "expected a directory with config.yaml",
     # images to predict
     PREDICT: "--images: expected files of images, got none",
-    f"{PREDICT} --images $new.png": "--images: expected files, got .*new.png",
-    f"{PREDICT} --images $folder/images/val/b.png $folder/images/val/b.png": "masks, got .* twice",
+    f"{PREDICT} --images $new.png": "new.png does not exist",
+    f"{PREDICT} --images $folder/images/val/b.png $folder/images/val/b.png": "masks, got twice",
     f"{PREDICT} --images $files/four.tif": "four.tif: expected 3 channels, got 4: save the image",
     PAN: CANNOT_TAKE,
     f"{PAN} --model.evaluation sliding": CANNOT_TAKE,
@@ -190,8 +174,7 @@ def test_command_lines(
 ):
     places = {"run": straight, "files": files, "folder": folder, "new": tmp_path / "new"}
     message = COMMAND_LINES[words]
-    of_parser = "Parser key" in message or "nrecognized" in message
-    refused(Template(words).substitute(places), message, status=2 if of_parser else 1)
+    refused(Template(words).substitute(places), message)
 
 
 OPTIONS = {
@@ -199,12 +182,11 @@ OPTIONS = {
     "model: {lr: a}": "Expected a",
     "data: 3": "data: expected options, got 3",
     "trainer: {max_steps: 1}": "--trainer.max_steps is now --max_steps",
+    "trainer: {profiler: 1}": "'trainer.profiler' is not accepted",
     "seed_everything: 1": "--seed_everything is now --seed",
     "{": "is damaged",
-    "shared: [foo]": "shared: expected a list of ",
-    "shared: digits": "shared: expected a list of ",
-    "shared:": "got None",
-    "1: 2": "",
+    "shared: [digits]": "'shared' is not accepted",
+    "1: 2": "Key must be a string",
 }
 
 
@@ -228,12 +210,7 @@ def test_a_worker_that_was_killed(
     refused("fit", "a process that loads images was ended from outside")
 
 
-def test_a_demo_is_one_process(monkeypatch: pytest.MonkeyPatch, refused: Refused):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused("demo", "demo: expected one process: start it without torchrun")
-
-
-def parsed(words: str) -> Given:
+def parsed(words: str) -> tuple[Options, Path, dict[str, Any]]:
     command, *others = words.split()
     return parse(command, others)
 
@@ -242,31 +219,28 @@ def test_names_of_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     """A file of that name wins; an unknown one lists the presets with their published results."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()  # of data
-    given = parsed("fit --config=folder --model.lr 3 --model.methods [sar]")
-    assert given.options.data.crop == (256, 256) and given.options.model.lr == 3
-    assert given.run == tmp_path / "runs/folder-sar-seed0"
-    assert parsed("fit --seed 1").run == tmp_path / "runs/no-preset-plain-seed1"
+    options, run, _ = parsed("fit --config=folder --model.lr 3 --model.methods [sar]")
+    assert options.data.crop == (256, 256) and options.model.lr == 3
+    assert run == tmp_path / "runs/folder-sar-seed0"
+    assert parsed("fit --seed 1")[1] == tmp_path / "runs/no-preset-plain-seed1"
     assert main(["presets"]) == 0 and "81.4 with sar" in capsys.readouterr().out
     assert len(presets().splitlines()) == len([*PRESETS.glob("*.yaml")]) - 1
     with pytest.raises(ValueError, match=r"(?s)got foldr\. The presets:.*81.4 with sar"):
         parsed("fit --config foldr")
     (tmp_path / "folder").rmdir()
-    (tmp_path / "folder").write_text("shared: [digits]\nmodel: {network: x}")
-    options = parsed("fit -c folder -c digits-segformer-b0 --seed 1").options
-    assert (options.model.network, options.val_every, options.seed) == ("segformer-b0", 100, 1)
-    (tmp_path / "model.yaml").write_text("lr: 0.5")
-    model = parsed("fit -c digits --model model.yaml --model.power 1").options.model
-    assert (model.lr, model.power) == (0.5, 1)
+    (tmp_path / "folder").write_text("model: {network: x}")
+    options, *_ = parsed("fit -c digits-segformer-b0 -c folder --seed 1")
+    assert (options.model.network, options.val_every, options.seed) == ("x", 100, 1)
 
 
 def test_the_options_of_a_run_come_first(straight: Path, tmp_path: Path):
-    data = parsed(f"validate --run {straight} --data.workers 2").options.data
-    assert (data.crop, data.val_images, data.workers) == ((32, 32), 10, 2)
-    options = yaml.safe_load((straight / "config.yaml").read_text())
-    assert list(options) == [*Options.__annotations__]
-    given = parsed(f"fit --config digits --run {straight} --resume")
-    assert given.others["resume"] and given.run == straight
-    options["model"]["weights"] = "first.pt"  # its network is not that of the run's end
-    write(tmp_path / "config.yaml", yaml.safe_dump(options).encode())
-    for command, weights in (("validate", None), ("predict", None), ("fit", "first.pt")):
-        assert parsed(f"{command} --run {tmp_path}").options.model.weights == weights
+    options, *_ = parsed(f"validate --run {straight} --data.workers 2")
+    assert (options.data.crop, options.data.val_images, options.data.workers) == ((32, 32), 10, 2)
+    saved = yaml.safe_load((straight / "config.yaml").read_text())
+    assert list(saved) == [*Options.__annotations__]
+    _, run, others = parsed(f"fit --config digits --run {straight} --resume")
+    assert others["resume"] and run == straight
+    saved["model"]["weights"] = "first.pt"  # its network is not that of the run's end
+    write(tmp_path / "config.yaml", yaml.safe_dump(saved).encode())
+    for command, weights in (("validate", None), ("predict", None), ("fit --resume", "first.pt")):
+        assert parsed(f"{command} --run {tmp_path}")[0].model.weights == weights
