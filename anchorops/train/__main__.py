@@ -18,10 +18,8 @@ def main() -> int:
     if sys.argv[1:] in ([], ["-h"], ["--help"]):
         print(__doc__)
         return 0
-    try:
-        from .commands import main
-    except ModuleNotFoundError as error:
-        sys.exit(f"anchorops-train: {error}: pip install 'anchorops[train]'")
+    from .commands import main
+
     return main()
 
 

@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from io import BytesIO, TextIOWrapper
 from itertools import zip_longest
@@ -21,7 +20,7 @@ from .data.splits import images_to_predict, open_splits
 from .evaluation import check_sizes, evaluate, predict
 from .networks.models import Segmenter, trained_model
 from .options import Options, expect, flat
-from .report import comparison, load_results
+from .report import comparison
 from .run import (
     BEST,
     CONFIG,
@@ -45,10 +44,9 @@ RENAMED = {  # options of earlier versions
     "data.images": "--images",
     "data.allow_changes": "--model.weights, for a new run on other data",
     "trainer.accelerator": "--device",
-    **dict.fromkeys(
-        ("trainer.devices", "trainer.num_nodes", "trainer.strategy"),
-        "torchrun --nnodes N --nproc-per-node N -m anchorops.train -- fit …",
-    ),
+    "trainer.devices": "torchrun --nproc-per-node N -m anchorops.train -- fit …",
+    "trainer.num_nodes": "torchrun --nnodes N -m anchorops.train -- fit …",
+    "trainer.strategy": "torchrun -m anchorops.train -- fit …",
     "trainer.precision": "--precision",
     "trainer.accumulate_grad_batches": "--accumulate",
     "trainer.gradient_clip_val": "--clip",
@@ -66,15 +64,12 @@ def parser_of(command: str) -> ArgumentParser:
     parser = ArgumentParser(prog=name, exit_on_error=False, allow_abbrev=False)
     help = "A preset or a file of options. With several, the later ones override the earlier ones."
     parser.add_argument("--config", "-c", action="append", default=[], help=help)
-    help = "Directory of the run; of fit, runs/PRESET-METHODS-seedN if not given."
-    parser.add_argument("--run", help=help)
+    parser.add_argument("--run", help="Directory; of fit, runs/PRESET-METHODS-seedN by default.")
     if command != "validate":
-        help = "Go on with the run, from its last state; of predict, leave out masks that exist."
-        parser.add_argument("--resume", action="store_true", help=help)
+        parser.add_argument("--resume", action="store_true", help="Go on with what was stopped.")
     if command == "predict":
         parser.add_argument("--images", nargs="+", default=[], help="Files to predict.")
-        help = "Directory of the masks: the images' subfolders and names, which end in .png."
-        parser.add_argument("--out", default="predictions", help=help)
+        parser.add_argument("--out", default="predictions", help="Directory of the masks.")
     parser.add_class_arguments(Options)
     return parser
 
@@ -182,11 +177,11 @@ def masks_of(images: Sequence[str], out: Path, resume: bool) -> dict[Path, Path]
     paths = [Path(os.path.abspath(image)) for image in images]
     common = os.path.commonpath([path.parent for path in paths])
     masks = [out / path.relative_to(common).with_suffix(".png") for path in paths]
-    twice = [mask for mask, times in Counter(masks).items() if times > 1]
-    expect(not twice, "images", "images of different masks", f"twice {twice[:1]}")
-    exist = [mask for mask in masks if mask.exists()]
+    once = len({*masks}) == len(masks)
+    expect(once, "images", "images of different masks", ", ".join(map(str, masks)))
+    exist = {mask for mask in masks if mask.exists()}
     other = "another directory, or --resume to keep what is there"
-    expect(resume or not exist, "out", other, exist[:1])
+    expect(resume or not exist, "out", other, ", ".join(map(str, exist)))
     return {mask: path for mask, path in zip(masks, paths, strict=True) if mask not in exist}
 
 
@@ -220,7 +215,7 @@ def predict_masks(words: Sequence[str]) -> None:
 def _compare(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="anchorops-train compare", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, help="directories of runs that have ended")
-    print(comparison([load_results(run) for run in parser.parse_args(words).runs]))
+    print(comparison(parser.parse_args(words).runs))
 
 
 def demo(steps: int = 500, out: str = "runs/demo", seed: int = 0, threads: int = 1) -> None:
@@ -244,7 +239,7 @@ def demo(steps: int = 500, out: str = "runs/demo", seed: int = 0, threads: int =
                 words += ["--data.steps", str(steps), "--seed", str(seed)]
                 options, resume = parse("fit", words)[0], (runs[-1] / CONFIG).exists()
                 train(options, runs[-1], resume, advice="go on with the same command")
-    print(comparison([load_results(run) for run in runs]))
+    print(comparison(runs))
     print(*(run / "predictions.png" for run in runs), sep="\n")
     print("docs/evidence.md compares all methods, also in longer trainings")
 

@@ -145,7 +145,7 @@ def evaluate(model: nn.Module, data: Splits, options: Options, stop: Stop) -> di
         dist.broadcast(buffer, 0)  # statistics of batch norm: those of the first rank
     batches = validation_batches(options.data, data.validation)
     for batch, _ in zip_longest(batches, range(ranks.largest(len(batches)))):
-        if stopped := stop.asked(in_time=False):
+        if stopped := stop.asked():
             raise stopped
         if batch is not None:
             images, labels = batch
@@ -200,8 +200,7 @@ def check_sizes(
     """
     crop, channels = options.data.crop, options.data.channels
     model = copy.deepcopy(model).to("meta").train()
-    reason = _failure(model, (batch, channels, *crop)) if batch else ""
-    if "more than 1 value per channel" in reason:
+    if batch and "more than 1 value per channel" in _failure(model, (batch, channels, *crop)):
         raise ValueError(
             f"--data.batch_size: batch norm needs several values of each channel, got {batch} "
             f"crops of {crop[0]}×{crop[1]} for each rank and each of --accumulate"
@@ -214,7 +213,7 @@ def check_sizes(
 
     def checked(images: Tensor) -> Tensor:
         height, width = images.shape[2:]
-        if why := reason or failure(height, width):
+        if why := failure(height, width):
             fit = ", ".join(f"{side}×{side}" for side in SQUARES if not failure(side, side))
             raise ValueError(
                 f"--model.network {options.model.network} cannot take images of {height}×{width} "

@@ -1,10 +1,19 @@
 """The options of a run: their names, defaults and meanings, and which values they may have."""
 
+# pyright: reportAssignmentType=false, reportInvalidTypeForm=false
+
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 
 from . import MULTIPLE
 
@@ -52,28 +61,28 @@ class Model:
     pretrained: bool = False
     weights: str | None = None
     backbone_weights: str | None = None
-    auxiliary_weight: float = 0.0
-    dropout: float = 0.0
-    classifier_std: float | None = None
+    auxiliary_weight: NonNegativeFloat = 0.0
+    dropout: ClosedUnitInterval = 0.0
+    classifier_std: NonNegativeFloat | None = None
     channels_last: bool = False
     methods: Sequence[Literal["cr", "sar", "cbp", "occl", "ceco", "mvsc"]] = ()
     setting: Literal["published", "from-scratch"] = PUBLISHED
     paper_options: dict[str, bool | int | float | str | None] | None = None
     method_options: dict[str, bool | int | float | str | None] | None = None
     loss: Literal["ce", "focal", "dice", "ce+dice"] = "ce"
-    focal_gamma: float = 2.0
-    ohem_threshold: float | None = None
-    ohem_min_kept: int | None = None
+    focal_gamma: NonNegativeFloat = 2.0
+    ohem_threshold: ClosedUnitInterval | None = None
+    ohem_min_kept: PositiveInt | None = None
     class_weights: Literal["none", "inverse-sqrt", "inverse"] = "none"
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.01
+    lr: float = 0.01  # torch checks these two
     weight_decay: float = 5e-4
-    head_lr_factor: float = 1.0
-    warmup: int = 0
-    power: float = 0.9
+    head_lr_factor: NonNegativeFloat = 1.0
+    warmup: NonNegativeInt = 0
+    power: NonNegativeFloat = 0.9
     evaluation: Literal["whole", "sliding"] = "whole"
-    window_stride: tuple[int, int] | None = None
-    eval_scales: Sequence[float] = (1.0,)
+    window_stride: tuple[PositiveInt, PositiveInt] | None = None
+    eval_scales: Sequence[PositiveFloat] = (1.0,)
     eval_flip: bool = False
 
 
@@ -110,27 +119,27 @@ class Data:
 
     dataset: Literal["digits", "folder", Published] = "digits"
     root: str | None = None
-    steps: int = 500
-    batch_size: int = 8
-    eval_batch_size: int = 1
-    workers: int = 0
-    crop: tuple[int, int] = (64, 64)
+    steps: PositiveInt = 500
+    batch_size: PositiveInt = 8
+    eval_batch_size: PositiveInt = 1
+    workers: NonNegativeInt = 0
+    crop: tuple[PositiveInt, PositiveInt] = (64, 64)
     flip: bool = False
     photometric: bool = False
     split: Literal["val", "test"] = "val"
-    head_tail: tuple[float, float] = (0.01, 0.001)
-    train_images: int = 20_000
-    val_images: int = 200
-    zipf: float = 1.0
-    data_seed: int | None = None
+    head_tail: tuple[ClosedUnitInterval, ClosedUnitInterval] = (0.01, 0.001)
+    train_images: PositiveInt = 20_000
+    val_images: PositiveInt = 200
+    zipf: NonNegativeFloat = 1.0
+    data_seed: NonNegativeInt | None = None
     image_suffix: str | None = None
     mask_suffix: str | None = None
     label_map: dict[int, int] | dict[str, int] | None = None
-    channels: int = 3
-    short_side: int | None = None
-    long_side: int | None = None
-    scale: tuple[float, float] = (1.0, 1.0)
-    cat_max_ratio: float = 1.0
+    channels: PositiveInt = 3
+    short_side: PositiveInt | None = None
+    long_side: PositiveInt | None = None
+    scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
+    cat_max_ratio: ClosedUnitInterval = 1.0
 
 
 @dataclass
@@ -154,57 +163,38 @@ class Options:
 
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
-    seed: int = 0
+    seed: NonNegativeInt = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    accumulate: int = 1
-    clip: float | None = None
-    ema: float | None = None
+    accumulate: PositiveInt = 1
+    clip: PositiveFloat | None = None
+    ema: ClosedUnitInterval | None = None
     deterministic: bool = False
-    val_every: int = 1_000
-    log_every: int = 10
-    save_every: int = 500
-    max_steps: int | None = None
-    max_hours: float | None = None
+    val_every: PositiveInt = 1_000
+    log_every: PositiveInt = 10
+    save_every: PositiveInt = 500
+    max_steps: PositiveInt | None = None
+    max_hours: PositiveFloat | None = None
 
     def __post_init__(self) -> None:
-        options = flat(config_of(self))
-        for names, expected, holds in RANGES:
-            for name in names.split():
-                value = options[name]
-                values = value if isinstance(value, list) else [value]
-                expect(all(x is None or holds(x) for x in values), name, expected, value)
-        data, stride = self.data, self.model.window_stride or (1, 1)
-        fits = stride[0] <= data.crop[0] and stride[1] <= data.crop[1]
-        expect(fits, "model.window_stride", f"at most the crop's {data.crop}", stride)
+        data, crop, stride = self.data, self.data.crop, self.model.window_stride or (1, 1)
+        multiples = crop[0] % MULTIPLE == crop[1] % MULTIPLE == 0
+        expect(multiples, "data.crop", f"two multiples of {MULTIPLE}", crop)
+        fits = stride[0] <= crop[0] and stride[1] <= crop[1]
+        expect(fits, "model.window_stride", f"at most the crop's {crop}", stride)
         expect(len(self.model.eval_scales) > 0, "model.eval_scales", "at least one", "none")
         expect(data.scale[0] <= data.scale[1], "data.scale", "least ≤ greatest", data.scale)
-        only_folder = data.dataset == "folder" or data.channels == 3
-        expect(only_folder, "data.channels", "3 except for --data.dataset folder", data.channels)
+        for dataset, names in OWN.items():
+            for name in names.split():
+                own = data.dataset == dataset or getattr(data, name) == getattr(Data, name)
+                expect(own, f"data.{name}", f"--data.dataset {dataset}", data.dataset)
 
 
-# names, and the values that each of these options, or each element of its list, may have
-RANGES = [
-    (
-        "model.auxiliary_weight model.classifier_std model.focal_gamma model.head_lr_factor "
-        "model.lr model.power model.warmup model.weight_decay data.data_seed data.head_tail "
-        "data.workers data.zipf max_hours",
-        "a finite number of at least 0",
-        lambda x: 0 <= x < math.inf,
-    ),
-    (
-        "model.ohem_min_kept model.window_stride data.batch_size data.channels "
-        "data.eval_batch_size data.long_side data.short_side data.steps data.train_images "
-        "data.val_images accumulate log_every max_steps save_every val_every",
-        "at least 1",
-        lambda x: x >= 1,
-    ),
-    ("model.eval_scales data.scale clip", "finite, above 0", lambda x: 0 < x < math.inf),
-    ("model.ohem_threshold data.cat_max_ratio", "above 0, at most 1", lambda x: 0 < x <= 1),
-    ("model.dropout ema", "at least 0, below 1", lambda x: 0 <= x < 1),
-    ("data.crop", f"multiples of {MULTIPLE}", lambda x: x > 0 and x % MULTIPLE == 0),
-    ("seed", "0 to 4294967295", lambda x: 0 <= x < 2**32),
-]
+# options that other data sets do not have
+OWN = {
+    "digits": "train_images val_images zipf data_seed",
+    "folder": "image_suffix mask_suffix label_map channels",
+}
 # options on which no number of a run depends; they may differ where it goes on
 FREE = ["data.root", "data.workers", "data.eval_batch_size"]
 FREE += ["save_every", "max_steps", "max_hours"]

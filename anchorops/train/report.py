@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,40 +16,31 @@ from .options import Options, flat
 from .run import CONFIG, METRICS, read_metrics, read_yaml
 
 PICTURES, SIDE = 8, 192  # validation images in predictions.png, and their pixels
-# of a row of a comparison: names in the results, units and decimals
-FIGURES = {name: (name.lower(), 100, 1) for name in ("mIoU", "head", "body", "tail", "mAcc")}
-FIGURES |= {"s/step": ("seconds_per_step", 1, 3), "MB": ("memory_mb", 1, 0)}
+# the columns of a comparison: names in metrics.csv, units and decimals
+COLUMNS = {
+    "mIoU": ("val/miou", 100, 1),
+    "head": ("val/head", 100, 1),
+    "body": ("val/body", 100, 1),
+    "tail": ("val/tail", 100, 1),
+    "mAcc": ("val/macc", 100, 1),
+    "s/step": ("seconds_per_step", 1, 3),
+    "MB": ("memory_mb", 1, 0),
+}
 
 
-def load_results(run: Path) -> dict[str, Any]:
-    """The results of a run: the last figures in its metrics.csv. Raises ValueError if it has not
-    ended."""
-    options, path = flat(read_yaml(run / CONFIG)), run / METRICS
-    lines = read_metrics(path) if path.exists() else {}
-    step, steps = max(lines, default=0), options.get("data.steps", 0)
-    if "val/miou" not in (last := lines.get(steps, {})):
-        raise ValueError(f"{run} has not ended: {step} of {steps} steps are in its {METRICS}")
-    logged = [line for line in lines.values() if "loss" in line]
-    return {
-        "run": run.resolve().name,
-        "network": options["model.network"],
-        "methods": "+".join(options["model.methods"]) or "plain",
-        "seconds_per_step": fmean(x["seconds_per_step"] for x in logged) if logged else None,
-        "memory_mb": max((x["memory_mb"] for x in logged), default=None),
-        **{name: last.get(f"val/{name}") for name in ("miou", "head", "body", "tail", "macc")},
-    }
-
-
-def comparison(results: Sequence[dict[str, Any]]) -> str:
-    """A table with a row for each run, IoU and accuracies in %; – for a group without classes."""
-    words = ["run", "network", "methods"]
-    rows = [[*words, *FIGURES]]
-    for run in results:
-        figures = [
-            "–" if run[name] is None else f"{unit * run[name]:.{digits}f}"
-            for name, unit, digits in FIGURES.values()
-        ]
-        rows.append([*(run[word] for word in words), *figures])
+def comparison(runs: Sequence[Path]) -> str:
+    """A table of the last figures of runs, IoU and accuracies in %; – for a group without classes.
+    Raises ValueError for a run that has not ended."""
+    rows = [["run", *COLUMNS]]
+    for run in runs:
+        lines, steps = read_metrics(run / METRICS), flat(read_yaml(run / CONFIG)).get("data.steps")
+        if steps not in lines or "val/miou" not in lines[steps]:
+            raise ValueError(f"{run} has not ended: {max(lines)} of {steps} steps are in {METRICS}")
+        last = {name: x for line in lines.values() for name, x in line.items()}
+        rows.append([run.resolve().name])
+        for name, unit, digits in COLUMNS.values():
+            known = name in last
+            rows[-1].append(f"{unit * last[name]:.{digits}f}" if known else "–")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 

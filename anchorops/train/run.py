@@ -4,11 +4,9 @@ Files are either complete or absent."""
 import csv
 import fcntl
 import io
-import math
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -58,7 +56,8 @@ def only_process(run: Path) -> Iterator[None]:
     run.mkdir(parents=True, exist_ok=True)
     with open(run / LOCK, "w") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if ranks.rank() == 0:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise ValueError(
                 f"another process trains in {run}: give this one its own directory (--run, of a "
@@ -70,11 +69,9 @@ def only_process(run: Path) -> Iterator[None]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Raises ValueError for a file that is damaged, or not there."""
+    """Raises ValueError for a file that is damaged."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent}: expected a directory with {path.name}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({shorten(str(error), 200)})") from None
     if not isinstance(content, dict):
@@ -152,15 +149,10 @@ class Stopped(Exception):
 
 
 class Stop:
-    """In its block, SIGTERM and Ctrl-C only ask to stop.
+    """In its block, SIGTERM and Ctrl-C only ask to stop. advice: how to go on."""
 
-    hours: after which it stops. advice: how to go on.
-    """
-
-    def __init__(self, advice: str, hours: float | None = None) -> None:
-        self.advice = advice
-        self._end = math.inf if hours is None else time.monotonic() + 3600 * hours
-        self._received = 0
+    def __init__(self, advice: str) -> None:
+        self.advice, self._received = advice, 0
 
     def __enter__(self) -> "Stop":
         self._before = {signum: signal.getsignal(signum) for signum in STOPPING}
@@ -176,11 +168,9 @@ class Stop:
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         self._received = signum
 
-    def asked(self, *, in_time: bool = True) -> Stopped | None:
-        """Whether a rank was asked to stop: the same on all ranks, which call this together. A
-        validation does not ask for the time: else a run whose hours are shorter than it would never
-        get beyond it."""
-        late = in_time and time.monotonic() > self._end
+    def asked(self, *, late: bool = False) -> Stopped | None:
+        """Whether a rank was asked to stop, or is late: the same on all ranks, which call this
+        together."""
         reason = ranks.largest(self._received or int(late))
         if not reason:
             return None

@@ -1,10 +1,11 @@
 """Training: read it from top to bottom."""
 
+import math
 import os
 import resource
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,14 @@ def train(
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    with ExitStack() as held:
-        ranks.on_first(lambda: held.enter_context(only_process(run)))
+    with only_process(run):
         data = open_splits(options.data, options.seed)
         found = {**data.found, "ranks": ranks.world()}
         ranks.on_first(lambda: check_run(run, config_of(options), found, resume))
-        stop = held.enter_context(Stop(advice, options.max_hours))
-        last, steps = fit(options, run, data, device, stop, measure), options.data.steps
-    if last < steps:
-        limit = f"{run}: a limit ended the run after step {last} of {steps}"
+        with Stop(advice) as stop:
+            last = fit(options, run, data, device, stop, measure)
+    if last < options.data.steps:
+        limit = f"{run}: a limit ended the run after step {last} of {options.data.steps}"
         ranks.say(f"{limit}; {advice} --max_steps null")
 
 
@@ -80,6 +80,7 @@ def fit(
     record = Record(options, run, data, parts, state)
     step, due = record.step, record.due
     last = min(steps, options.max_steps or steps)
+    end = time.monotonic() + 3600 * (options.max_hours or math.inf)
     batches = iter(training_batches(options, data.training, step))
     while True:
         if due:
@@ -108,7 +109,7 @@ def fit(
         step += 1
         record.log(step, lr, terms)
         due = step % options.val_every == 0 or step == steps
-        stopped = stop.asked()
+        stopped = stop.asked(late=time.monotonic() > end)
         if stopped or due or step == last or step % options.save_every == 0:
             record.save(step, due)
         if stopped:

@@ -21,25 +21,22 @@ from tests.helpers.tiny_runs import FOLDER, TINY
 Refused = Callable[..., None]
 
 OUT_OF_RANGE = {
-    "-1": """model.auxiliary_weight model.classifier_std model.lr model.head_lr_factor model.warmup
-        model.power model.weight_decay model.focal_gamma data.workers data.data_seed data.zipf seed
-        clip max_hours""",
+    "-1": """model.auxiliary_weight model.classifier_std model.head_lr_factor model.warmup
+        model.power model.focal_gamma data.workers data.data_seed data.zipf seed clip max_hours
+        model.dropout ema data.cat_max_ratio model.ohem_threshold""",
     "0": """data.steps data.batch_size data.channels data.eval_batch_size data.train_images
         data.val_images data.short_side data.long_side accumulate val_every log_every save_every
-        max_steps clip model.ohem_threshold model.ohem_min_kept data.cat_max_ratio""",
-    "1": "ema model.dropout",
-    "5": "data.channels",
-    "99999999999999999999": "seed",
-    "[99,1]": "model.window_stride",
-    ".inf": "model.auxiliary_weight clip",
-    ".nan": "model.classifier_std model.lr",
+        max_steps clip model.ohem_min_kept""",
+    "2": "ema model.dropout data.cat_max_ratio",
+    ".nan": "model.classifier_std clip",
     "[]": "model.eval_scales",
     "[0.0]": "model.eval_scales",
-    "[1.0,.inf]": "model.eval_scales data.scale",
     "[0.0,0.0]": "data.scale",
     "[2.0,0.5]": "data.scale",
     "[50,64]": "data.crop",
     "[0,32]": "data.crop",
+    "[99,1]": "model.window_stride",
+    "[1.1,0.1]": "data.head_tail",
     "[0.1,-0.1]": "data.head_tail",
 }
 
@@ -47,8 +44,7 @@ OUT_OF_RANGE = {
 @pytest.mark.parametrize("value", OUT_OF_RANGE)
 def test_values_out_of_range(value: str, refused: Refused):
     for name in OUT_OF_RANGE[value].split():
-        message = f"-train: --{name}: expected .*, got .*$"
-        refused(f"fit {TINY} --{name}={value}", message)
+        refused(f"fit {TINY} --{name}={value}", f'(Parser key "{name}": |--{name}: expected )')
     assert len(FREE) <= 10
 
 
@@ -72,6 +68,8 @@ COMMAND_LINES = {
     "fit --model.lr a": 'Parser key "model.lr": Expected a',
     "fit --model.lrr 1": "nrecognized arguments: --model.lrr",
     "fit --see 1": "nrecognized arguments: --see",
+    f"{FIT} --data.zipf 2": "--data.zipf: expected --data.dataset digits, got folder",
+    "fit --data.dataset ade20k --data.channels 4": "channels: expected --data.dataset folder, got",
     # what the data or the network cannot be
     f"{FIT} --data.eval_batch_size 2": "size: expected 1 for images of several sizes, got 4×5, 6×9",
     f'{FIT} --data.label_map {{"1,2,3":0,"4":1}}': "expected either values or colours, got both",
@@ -126,12 +124,12 @@ COMMAND_LINES = {
     "validate --run $run --model.weights $files/headless": "less: they have no classifier.weight",
     "validate --run $run --model.weights $files/linear": "linear are not .*classifier.weight",
     "fit --data.dataset ade20k --data.root $new": "new/images/training does not exist",
-    "predict --run nowhere": "nowhere: expected a directory with config.yaml",
-    "compare $folder": "expected a directory with config.yaml",
+    "predict --run nowhere": "No such file .*nowhere/config.yaml",
+    "compare $folder": "No such file .*metrics.csv",
     # images to predict
     PREDICT: "--images: expected files of images, got none",
     f"{PREDICT} --images $new.png": "new.png does not exist",
-    f"{PREDICT} --images $folder/images/val/b.png $folder/images/val/b.png": "masks, got twice",
+    f"{PREDICT} --images $folder/images/val/b.png $folder/images/val/b.png": "masks, got .*b.png, ",
     f"{PREDICT} --images $files/four.tif": "four.tif: expected 3 channels, got 4: save the image",
     PAN: CANNOT_TAKE,
     f"{PAN} --model.evaluation sliding": CANNOT_TAKE,
