@@ -116,8 +116,9 @@ def predict(
     """Classes int64 (B, *size) of images (B, C, h, w), from whole images, or from sliding windows
     whose logits are averaged where they overlap. With several scales, or with the mirror images,
     their probabilities are averaged (as mmsegmentation's test-time augmentation)."""
+    height, width = size
     scales, flip = tuple(options.model.eval_scales), options.model.eval_flip
-    (height, width), several = size, flip or scales != (1.0,)
+    several = flip or scales != (1.0,)
     padded = pad_to_multiple(images)
     aligned = padded.shape == images.shape  # padded and scaled images are interpolated twice
     once = aligned or images.shape[2:] == (height, width)
@@ -126,8 +127,10 @@ def predict(
         return ao.pixel_argmax(model(padded), whole)[:, :height, :width]
     terms = []
     for scale in scales:
-        sides, how = [max(1, round(side * scale)) for side in images.shape[2:]], "bilinear"
-        scaled = images if scale == 1 else F.interpolate(images, sides, mode=how, antialias=True)
+        scaled = images
+        if scale != 1:
+            sides = [max(1, round(side * scale)) for side in images.shape[2:]]
+            scaled = F.interpolate(images, sides, mode="bilinear", antialias=True)
         terms.append(_window_logits(model, scaled, size, options))
         if flip:
             logits, rows, columns = _window_logits(model, scaled.flip(3), size, options)
@@ -139,7 +142,8 @@ def predict(
 def evaluate(model: nn.Module, data: Splits, options: Options, stop: Stop) -> dict[str, float]:
     """The figures of the validation images, of a model in eval mode. Raises Stopped before a batch,
     on all ranks together."""
-    device, classes = next(model.parameters()).device, data.validation.classes
+    device = next(model.parameters()).device
+    classes = data.validation.classes
     matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
     for buffer in model.buffers() if ranks.world() > 1 else ():
         dist.broadcast(buffer, 0)  # statistics of batch norm: those of the first rank

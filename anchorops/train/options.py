@@ -177,7 +177,8 @@ class Options:
     max_hours: PositiveFloat | None = None
 
     def __post_init__(self) -> None:
-        data, crop, stride = self.data, self.data.crop, self.model.window_stride or (1, 1)
+        data, crop = self.data, self.data.crop
+        stride = self.model.window_stride or (1, 1)
         multiples = crop[0] % MULTIPLE == crop[1] % MULTIPLE == 0
         expect(multiples, "data.crop", f"two multiples of {MULTIPLE}", crop)
         fits = stride[0] <= crop[0] and stride[1] <= crop[1]

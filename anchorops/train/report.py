@@ -33,14 +33,14 @@ def comparison(runs: Sequence[Path]) -> str:
     Raises ValueError for a run that has not ended."""
     rows = [["run", *COLUMNS]]
     for run in runs:
-        lines, steps = read_metrics(run / METRICS), flat(read_yaml(run / CONFIG)).get("data.steps")
+        lines = read_metrics(run / METRICS)
+        steps = flat(read_yaml(run / CONFIG)).get("data.steps")
         if steps not in lines or "val/miou" not in lines[steps]:
             raise ValueError(f"{run} has not ended: {max(lines)} of {steps} steps are in {METRICS}")
         last = {name: x for line in lines.values() for name, x in line.items()}
         rows.append([run.resolve().name])
         for name, unit, digits in COLUMNS.values():
-            known = name in last
-            rows[-1].append(f"{unit * last[name]:.{digits}f}" if known else "–")
+            rows[-1].append(f"{unit * last[name]:.{digits}f}" if name in last else "–")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
@@ -49,9 +49,11 @@ def comparison(runs: Sequence[Path]) -> str:
 def draw_predictions(model: nn.Module, dataset: Segmentation, options: Options) -> Image.Image:
     """The first validation images; under each its labels, and under these its prediction. Class 0
     is black, ignored pixels are white, and the other classes have colours at random."""
-    count, size = min(PICTURES, len(dataset)), (len(dataset.classes) + 1, 3)
+    count = min(PICTURES, len(dataset))
+    size = (len(dataset.classes) + 1, 3)
     colors = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
-    colors[0], colors[-1] = 0, 255  # the last is that of label −1
+    colors[0] = 0
+    colors[-1] = 255  # that of label −1
     picture = Image.new("RGB", (SIDE * count, SIDE * 3))
     transform = evaluation_transform(options.data)
     for column in range(count):

@@ -86,7 +86,8 @@ def check_run(
     go on with other options or data, and therefore to other numbers.
     found: what tells the data from others, and the number of ranks."""
     if resume:
-        saved, before = flat(read_yaml(run / CONFIG)), read_yaml(run / DATA)
+        saved = flat(read_yaml(run / CONFIG))
+        before = read_yaml(run / DATA)
         pairs = {f"--{name}": (x, saved.get(name)) for name, x in flat(options).items()}
         pairs |= {name: (x, before.get(name)) for name, x in found.items()}
         for name, (now, then) in pairs.items():

@@ -76,7 +76,8 @@ def fit(
     if options.ema is not None:
         average_of = get_ema_multi_avg_fn(options.ema)
         average = AveragedModel(learner.model, multi_avg_fn=average_of, use_buffers=True)
-        parts["average"], validated = average, average.module
+        parts["average"] = average
+        validated = average.module
     record = Record(options, run, data, parts, state)
     step, due = record.step, record.due
     last = min(steps, options.max_steps or steps)
@@ -172,14 +173,16 @@ class Record:
     def log(self, step: int, lr: float, terms: dict[str, Tensor]) -> None:
         """The losses of a step's last batch, the time of the step, and the peak memory in MB: of a
         GPU's tensors, or of the process."""
-        begin, self._begin = self._begin, time.perf_counter()
+        now = time.perf_counter()
+        seconds = now - self._begin
+        self._begin = now
         self.bar.update()
         if step % self.options.log_every == 0:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
             if torch.cuda.is_initialized():
                 memory = torch.cuda.max_memory_allocated() / 2**20
             values = {"loss": terms["loss"], "lr": lr, **terms}
-            values |= {"seconds_per_step": self._begin - begin, "memory_mb": memory}
+            values |= {"seconds_per_step": seconds, "memory_mb": memory}
             self.write(step, values)
             self.bar.set_postfix(loss=float(terms["loss"]))
 

@@ -31,13 +31,10 @@ OUT_OF_RANGE = {
     ".nan": "model.classifier_std clip",
     "[]": "model.eval_scales",
     "[0.0]": "model.eval_scales",
-    "[0.0,0.0]": "data.scale",
     "[2.0,0.5]": "data.scale",
     "[50,64]": "data.crop",
-    "[0,32]": "data.crop",
     "[99,1]": "model.window_stride",
     "[1.1,0.1]": "data.head_tail",
-    "[0.1,-0.1]": "data.head_tail",
 }
 
 
@@ -60,25 +57,19 @@ DIGITS = f"fit {TINY} --run $new --model.network"
 MOBILENET = f"{DIGITS} fpn:tu-mobilenetv3_small_050 --model.backbone_weights"
 SAR = f"{DIGITS} hrnet-w18-small --model.method_options"
 COMMAND_LINES = {
-    "": "expected one of the commands fit, ",
     "trian": "expected one of the commands fit, validate, predict, demo, compare, presets, got",
     "demo --threads 0": "--threads: expected at least 1, got 0",
     "fit --trainer.profiler=foo": "nrecognized arguments: --trainer.profiler=foo",
     **{f"fit --{name} 1": f"--{name} is now {re.escape(new)}" for name, new in RENAMED.items()},
     "fit --model.lr a": 'Parser key "model.lr": Expected a',
     "fit --model.lrr 1": "nrecognized arguments: --model.lrr",
-    "fit --see 1": "nrecognized arguments: --see",
     f"{FIT} --data.zipf 2": "--data.zipf: expected --data.dataset digits, got folder",
     "fit --data.dataset ade20k --data.channels 4": "channels: expected --data.dataset folder, got",
     # what the data or the network cannot be
     f"{FIT} --data.eval_batch_size 2": "size: expected 1 for images of several sizes, got 4×5, 6×9",
     f'{FIT} --data.label_map {{"1,2,3":0,"4":1}}': "expected either values or colours, got both",
-    f'{FIT} --data.label_map {{"1,2,256":0}}': "values, or colours 'R,G,B' .*255, got '1,2,256'",
-    f'{FIT} --data.label_map {{"1,2":0}}': "got '1,2'",
     f'{FIT} --data.label_map {{"red":0}}': "--data.label_map: expected .* got 'red'",
     f'{FIT} --data.label_map {{"1,2,3":2}}': "classes -1 to 1, got 1,2,3: 2",
-    f'{FIT} --data.label_map {{"-1":1}}': "values 0 to 65535 and classes -1 to 1, got -1: 1",
-    f'{FIT} --data.label_map {{"70000":1}}': "got 70000: 1",
     f'{FIT} --data.label_map {{"1":-1}}': "pixels of ground only: .*; 255 is ignored unless",
     f'{FIT} --data.label_map {{"0":-1,"1":-1}}': "validation split has no valid pixel",
     # networks
@@ -86,9 +77,7 @@ COMMAND_LINES = {
     f"{DIGITS} deeplabv3:resnet18 --data.batch_size 1": "--data.batch_size: batch norm needs",
     f"{DIGITS} alexnet": "--model.network: expected hrnet-.*, got 'alexnet'",
     f"{DIGITS} unet:alexnet": "--model.network unet:alexnet: .*encoder name",
-    f"{DIGITS} unet:tu-alexnet": "--model.network unet:tu-alexnet: Unknown model",
     f"{DIGITS} hrnet-w18-small --model.weights $files/list": "list is damaged",
-    f"{DIGITS} hrnet-w18-small --model.weights $files/states": "states: .* state dict, got list",
     f"{DIGITS} hrnet-w18-small --model.weights $files/numbers": "numbers are not those .*missing",
     f"{DIGITS} segformer-b0 --model.weights $run/best.ckpt": "best.ckpt are not those of .*missing",
     f"{MOBILENET} $files/numbers": r"backbone_weights: .*numbers is of another network: \d+ tens",
@@ -102,19 +91,14 @@ COMMAND_LINES = {
         f'{SAR} {{"sar.anchors":"@$files/{name}"}}': f"{name}.*{message}"
         for name, message in {
             "nan.npy": ": expected finite float",
-            "large.npy": ": expected finite float",  # for float32
-            "integers.npy": ": expected finite float",
             "objects.npy": " cannot be read: .*pickle",
             "nowhere.npy": " cannot be read: .*No such file",
-            "two.npz": " cannot be read",
         }.items()
     },
     f'{SAR} {{"sar.anchors":"@$files/wide.npy"}}': r"anchors: expected .*, 240\], got .*, 241\)",
     # runs
     f"fit {TINY} --run $run": "holds a run: --resume goes on with it",
     f"fit {TINY} --run $run --resume --model.lr 1": "--model.lr: 1.0, .*straight has 0.004: ",
-    f"fit {TINY} --run $run --resume --data.steps 12": "--data.steps: 12, .* has 6",
-    f"fit {TINY} --run $run --resume --seed 1": "--seed: 1, .* has 0",
     f"fit {TINY} --run $run --resume --ema 0.9": "--ema: 0.9, .* has None",
     f'fit {TINY} --run $run --resume --model.method_options {{"sar.tau":0.5}}': (
         "--model.method_options: {'sar.tau': 0.5}, .* has None"
@@ -132,7 +116,6 @@ COMMAND_LINES = {
     f"{PREDICT} --images $folder/images/val/b.png $folder/images/val/b.png": "masks, got .*b.png, ",
     f"{PREDICT} --images $files/four.tif": "four.tif: expected 3 channels, got 4: save the image",
     PAN: CANNOT_TAKE,
-    f"{PAN} --model.evaluation sliding": CANNOT_TAKE,
     "predict --run $run --out $folder/masks/val --images $folder/images/val/b.png": (
         "--out: expected another directory, or --resume .*masks/val/b.png"
     ),
@@ -159,10 +142,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vectors = np.zeros((11, 240))
     np.save(folder / "wide.npy", np.zeros((11, 241)))
     np.save(folder / "nan.npy", vectors + np.nan)
-    np.save(folder / "large.npy", vectors + 1e300)
-    np.save(folder / "integers.npy", vectors.astype(int))
     np.save(folder / "objects.npy", np.array([[{}]]))
-    np.savez(folder / "two.npz", a=vectors, b=vectors)
     return folder
 
 
