@@ -164,20 +164,21 @@ class Record:
         self.files = Log(run, self.step) if leads else None
         shown = None if leads else True  # None: on a terminal
         self.bar = tqdm(total=options.data.steps, initial=self.step, disable=shown)
-        self._begin = time.perf_counter()
+        self._begin, self._steps = time.perf_counter(), 0
 
     def write(self, step: int, values: Mapping[str, float | Tensor]) -> None:
         if self.files and values:
             self.files.write(step, values)
 
     def log(self, step: int, lr: float, terms: dict[str, Tensor]) -> None:
-        """The losses of a step's last batch, the time of the step, and the peak memory in MB: of a
-        GPU's tensors, or of the process."""
-        now = time.perf_counter()
-        seconds = now - self._begin
-        self._begin = now
+        """The losses of a step's last batch, the mean time of the steps since the last line or the
+        last validation, and the peak memory in MB: of a GPU's tensors, or of the process."""
+        self._steps += 1
         self.bar.update()
         if step % self.options.log_every == 0:
+            now = time.perf_counter()
+            seconds = (now - self._begin) / self._steps
+            self._begin, self._steps = now, 0
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
             if torch.cuda.is_initialized():
                 memory = torch.cuda.max_memory_allocated() / 2**20
@@ -208,7 +209,7 @@ class Record:
         figures = evaluate(model.eval(), self.data, self.options, stop)
         ranks.on_first(lambda: self._keep(step, model, figures))
         model.train()
-        self._begin = time.perf_counter()
+        self._begin, self._steps = time.perf_counter(), 0
 
     def _keep(self, step: int, model: nn.Module, figures: dict[str, float]) -> None:
         self.bar.write(f"step {step}: mIoU {100 * figures['miou']:.1f} %")
