@@ -185,6 +185,12 @@ class Options:
         expect(fits, "model.window_stride", f"at most the crop's {crop}", stride)
         expect(len(self.model.eval_scales) > 0, "model.eval_scales", "at least one", "none")
         expect(data.scale[0] <= data.scale[1], "data.scale", "least ≤ greatest", data.scale)
+        loss, gamma = self.model.loss, self.model.focal_gamma
+        mined = (self.model.ohem_threshold, self.model.ohem_min_kept) != (None, None)
+        expect(loss != "dice" or not mined, "model.loss", "another than dice with ohem", loss)
+        expect(loss == "focal" or gamma == 2, "model.focal_gamma", "--model.loss focal", loss)
+        no_map = self.model.network.startswith("dpt:") and self.model.auxiliary_weight > 0
+        expect(not no_map, "model.auxiliary_weight", "0 for DPT", self.model.auxiliary_weight)
         for dataset, names in OWN.items():
             for name in names.split():
                 own = data.dataset == dataset or getattr(data, name) == getattr(Data, name)

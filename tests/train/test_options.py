@@ -65,6 +65,8 @@ COMMAND_LINES = {
     "fit --model.lrr 1": "nrecognized arguments: --model.lrr",
     f"{FIT} --data.zipf 2": "--data.zipf: expected --data.dataset digits, got folder",
     "fit --data.dataset ade20k --data.channels 4": "channels: expected --data.dataset folder, got",
+    f"fit {TINY} --model.loss dice --model.ohem_min_kept 9": "--model.loss: expected another",
+    f"fit {TINY} --model.focal_gamma 3": "--model.focal_gamma: expected --model.loss focal, got ce",
     # what the data or the network cannot be
     f"{FIT} --data.eval_batch_size 2": "size: expected 1 for images of several sizes, got 4×5, 6×9",
     f'{FIT} --data.label_map {{"1,2,3":0,"4":1}}': "expected either values or colours, got both",
@@ -77,6 +79,7 @@ COMMAND_LINES = {
     f"{DIGITS} deeplabv3:resnet18 --data.batch_size 1": "--data.batch_size: batch norm needs",
     f"{DIGITS} alexnet": "--model.network: expected hrnet-.*, got 'alexnet'",
     f"{DIGITS} unet:alexnet": "--model.network unet:alexnet: .*encoder name",
+    f"{DIGITS} dpt:tu-vit_tiny_patch16_224 --model.auxiliary_weight 1": "expected 0 for DPT, got 1",
     f"{DIGITS} hrnet-w18-small --model.weights $files/list": "list is damaged",
     f"{DIGITS} hrnet-w18-small --model.weights $files/numbers": "numbers are not those .*missing",
     f"{DIGITS} segformer-b0 --model.weights $run/best.ckpt": "best.ckpt are not those of .*missing",
