@@ -164,18 +164,13 @@ def evaluate(model: nn.Module, data: Splits, options: Options, stop: Stop) -> di
 def summarize(
     confusion: Tensor, classes: Sequence[str], frequencies: Tensor, head_tail: tuple[float, float]
 ) -> dict[str, float]:
-    """Figures of a segmentation.
+    """miou, macc, accuracy, the miou of head, body and tail, and iou/NAME of each class. Those of a
+    class that is neither in the truth nor predicted, and of a group without such a class, are
+    absent. A class that is not in the truth is also omitted from the mean of accuracies.
 
-    Args:
-        confusion: int64 [K, K], pixels of true class i predicted as j, without ignored pixels.
-        classes: their names.
-        frequencies: float [K], share of the training pixels.
-        head_tail: head classes have at least the first share, tail classes less than the second.
-
-    Returns:
-        miou, macc, accuracy, the miou of head, body and tail, and iou/NAME of each class. Those of
-        a class that is neither in the truth nor predicted, and of a group without such a class, are
-        absent. A class that is not in the truth is also omitted from the mean of accuracies.
+    confusion: int64 [K, K], pixels of true class i predicted as j, without ignored pixels.
+    frequencies: float [K], shares of the training pixels. head_tail: head classes have at least
+    the first share, tail classes less than the second.
     """
     confusion = confusion.double()
     hits, truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)

@@ -16,21 +16,13 @@ from .options import Options, flat
 from .run import CONFIG, METRICS, read_metrics, read_yaml
 
 PICTURES, SIDE = 8, 192  # validation images in predictions.png, and their pixels
-# the columns of a comparison: names in metrics.csv, units and decimals
-COLUMNS = {
-    "mIoU": ("val/miou", 100, 1),
-    "head": ("val/head", 100, 1),
-    "body": ("val/body", 100, 1),
-    "tail": ("val/tail", 100, 1),
-    "mAcc": ("val/macc", 100, 1),
-    "s/step": ("seconds_per_step", 1, 3),
-    "MB": ("memory_mb", 1, 0),
-}
+COLUMNS = ["val/miou", "val/head", "val/body", "val/tail", "val/macc"]  # of a comparison
+COLUMNS += ["seconds_per_step", "memory_mb"]
 
 
 def comparison(runs: Sequence[Path]) -> str:
-    """A table of the last figures of runs, IoU and accuracies in %; – for a group without classes.
-    Raises ValueError for a run that has not ended."""
+    """A table of the last figures of runs; – for a group without classes. Raises ValueError for a
+    run that has not ended."""
     rows = [["run", *COLUMNS]]
     for run in runs:
         lines = read_metrics(run / METRICS)
@@ -38,9 +30,8 @@ def comparison(runs: Sequence[Path]) -> str:
         if steps not in lines or "val/miou" not in lines[steps]:
             raise ValueError(f"{run} has not ended: {max(lines)} of {steps} steps are in {METRICS}")
         last = {name: x for line in lines.values() for name, x in line.items()}
-        rows.append([run.resolve().name])
-        for name, unit, digits in COLUMNS.values():
-            rows[-1].append(f"{unit * last[name]:.{digits}f}" if name in last else "–")
+        figures = [f"{last[name]:.3f}" if name in last else "–" for name in COLUMNS]
+        rows.append([run.resolve().name, *figures])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
