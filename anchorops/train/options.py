@@ -101,8 +101,7 @@ class Data:
         flip: Mirror half of the training images.
         photometric: Distort brightness, contrast, saturation and hue of training images.
         split: The split of `validate`; a training is validated on val.
-        head_tail: Shares of the training pixels: head classes have the first, tail less than the
-            second.
+        head_tail: Least share of the training pixels of a head class, and of a body class.
         train_images: digits: scenes in the training split.
         val_images: digits: scenes in the validation split.
         zipf: digits: training frequencies are (d + 1)^−zipf of digit d; in the validation, 1.
