@@ -28,6 +28,7 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -39,7 +40,6 @@ from trainings.report import MEASURES
 
 from anchorops.measure import environment
 from anchorops.train.commands import fit, validate
-from anchorops.train.report.compare import load_results
 from anchorops.train.run import BEST, LAST, METRICS, Stopped, read_metrics, save_atomically
 
 
@@ -52,14 +52,15 @@ def train_one(run: Run, out: Path) -> None:
         fit(["--run", str(directory), *run.options, *goes_on], partial(measure, run.names))
     except Stopped as stopped:
         sys.exit(stopped.exit_status)
-    lines, results = read_metrics(directory / METRICS), load_results(directory)
+    lines = read_metrics(directory / METRICS)
+    seconds = [x["seconds_per_step"] for x in lines.values() if "seconds_per_step" in x]
     row = {
         **run._asdict(),
         "commit": code,
         "device": _device(),
         "torch": torch.__version__,
-        "seconds_per_step": round(results["seconds_per_step"], 4),
-        **_measures(results, "", 6),
+        "seconds_per_step": round(fmean(seconds), 4),
+        **_measures(lines[run.steps], "val/", 6),
         "curve": [
             [step, *_measures(line, "val/", 4).values()]
             for step, line in lines.items()
@@ -80,7 +81,8 @@ def train_one(run: Run, out: Path) -> None:
 
 def _on_test(directory: Path) -> dict[str, Any]:
     """The figures of the last weights on the test split."""
-    figures = validate(["--run", str(directory), "--checkpoint", "last", "--data.split", "test"])
+    weights = ["--model.weights", str(directory / LAST)]
+    figures = validate(["--run", str(directory), *weights, "--data.split", "test"])
     return {**_measures(figures, "test/", 6), "classes": _classes(figures, "test")}
 
 

@@ -141,14 +141,14 @@ def check_train(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     command, *rest = words[words[0] == "--" :]
     if command in ("demo", "compare", "presets"):
         with monkeypatch.context() as patched:
-            for name in ("train", "load_results", "comparison"):
+            for name in ("train", "comparison"):
                 patched.setattr(commands, name, lambda *_, **__: "")
             assert commands.main([command, *rest]) == 0
     elif rest == ["--help"]:
         assert commands.main([command, *rest]) == 0
     else:  # of a run that is not there
-        monkeypatch.setattr(commands, "read_config", lambda _: {})
-        options = commands.parse(command, rest).options.model
+        monkeypatch.setattr(commands, "CONFIG", commands.PRESETS / "folder.yaml")
+        options = commands.parse(command, rest)[0].model
         build_regularizer(options, 19, 64)
 
 

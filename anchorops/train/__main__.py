@@ -1,9 +1,4 @@
-"""The program anchorops-train. Ctrl-C ends it without a traceback, also while it imports."""
-
-import signal
-import sys
-
-USAGE = """usage: anchorops-train fit --config PRESET [OPTIONS]      train (fit --help: the options)
+"""usage: anchorops-train fit --config PRESET [OPTIONS]      train (fit --help: the options)
        anchorops-train fit --run RUN --resume             go on with an interrupted run
        anchorops-train validate --run RUN                 the figures of its best weights
        anchorops-train predict --run RUN --images IMAGE ... --out DIRECTORY
@@ -13,12 +8,15 @@ USAGE = """usage: anchorops-train fit --config PRESET [OPTIONS]      train (fit 
 
 A preset is a file of the package, or your own YAML file. A RUN is the directory of a run."""
 
+import signal
+import sys
+
 
 def main() -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the program imports
     if sys.argv[1:] in ([], ["-h"], ["--help"]):
-        print(USAGE)
+        print(__doc__)
         return 0
     from .commands import main
 

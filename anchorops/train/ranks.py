@@ -11,23 +11,19 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
-class AnotherRankFailed(Exception):
-    """The first rank has told why; this one ends without a word."""
-
-
 def start(device: str) -> torch.device:
     """The device of this rank. Ranks without GPUs communicate by gloo."""
-    local, world = (int(os.environ.get(x, y)) for x, y in (("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if on_gpu and local >= torch.cuda.device_count():
+    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
+    if on_gpu and local >= gpus:
         raise ValueError(
-            f"--device: expected a GPU for each process of torchrun on this machine, got "
-            f"{torch.cuda.device_count()} for process {local + 1}; with cpu they share the CPU"
+            f"--device: expected a GPU for each process on this machine, got {gpus} for process "
+            f"{local + 1}; with cpu they share the CPU"
         )
     chosen = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(chosen)
-    if world > 1 and not dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     return chosen
 
@@ -47,24 +43,23 @@ def say(line: str) -> None:
 
 
 def on_first(make: Callable[[], T]) -> T:
-    """What the first rank makes, on all ranks. If it raises an error, all ranks end."""
-    if world() == 1:
-        return make()
+    """What the first rank makes, on all ranks. If it raises an error, the others end without a
+    word."""
     made: list[Any] = [None, True]
     try:
         if rank() == 0:
             made = [make(), False]
     finally:
-        dist.broadcast_object_list(made)
+        if world() > 1:
+            dist.broadcast_object_list(made)
     if made[1]:
-        raise AnotherRankFailed
+        sys.exit(1)
     return made[0]
 
 
 def largest(value: int) -> int:
     """Of the ranks' values."""
-    if world() == 1:
-        return value
     values = torch.tensor(value)
-    dist.all_reduce(values, dist.ReduceOp.MAX)
+    if world() > 1:
+        dist.all_reduce(values, dist.ReduceOp.MAX)
     return int(values)

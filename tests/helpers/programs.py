@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PLACES = {  # a function, and the place of its call that gets the signal
     "start": ("train", "build"),
     "step": ("train", "set_learning_rates"),
-    "validation": ("evaluation", "as_weights"),
+    "validation": ("ao", "confusion"),
     "prediction": ("commands", "predict"),
 }
 
@@ -53,17 +53,18 @@ class Programs:
 
 def _serve() -> None:
     import torch
-    from matplotlib.figure import Figure
+    from PIL import Image
 
-    from anchorops.train import __main__, commands, evaluation, train
+    import anchorops as ao
+    from anchorops.train import __main__, commands, train
     from anchorops.train.networks import learner, models
     from tests.helpers.tiny_runs import small_network
 
     learner.build_model = models.build_model = small_network
-    train.draw_predictions = lambda *_, **__: Figure(figsize=(1, 1))
+    train.draw_predictions = lambda *_: Image.new("RGB", (1, 1))
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    modules = {"train": train, "evaluation": evaluation, "commands": commands}
+    modules = {"train": train, "ao": ao, "commands": commands}
 
     def start(words: list[str], at: dict[str, Any], environment: dict[str, str]) -> int:
         child = os.fork()

@@ -46,11 +46,11 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
-    """Runs a command that has this exit status, and says one line, its last one."""
+    """Runs a command that fails, and says one line, its last one."""
 
-    def run(words: str, message: str, status: int = 1) -> None:
+    def run(words: str, message: str) -> None:
         capsys.readouterr()
-        assert main(words.split()) == status
+        assert main(words.split()) == 1
         said = capsys.readouterr().err
         (line,) = re.findall("^anchorops-train: .*", said, re.MULTILINE)
         assert re.search(message, line) and said.endswith(f"{line}\n")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import anchorops as ao
 from anchorops.train.evaluation import pad_to_multiple, predict, summarize
+from anchorops.train.options import Data, Model, Options
 from tests.helpers.memory import peak_allocated_bytes
 
 Size = tuple[int, int]
@@ -43,6 +44,13 @@ def stored(
     return F.interpolate(total / times, size, mode="bilinear")
 
 
+def how(window: Size | None, stride: Size | None = None, scales=(1.0,), flip=False) -> Options:
+    options = Options(data=Data(crop=window or (64, 64)))
+    options.model = Model(window_stride=stride, eval_scales=scales, eval_flip=flip)
+    options.model.evaluation = "sliding" if window else "whole"
+    return options
+
+
 def assert_largest(classes: Tensor, logits: Tensor) -> None:
     assert classes.dtype == torch.int64
     chosen = logits.gather(1, classes[:, None])[:, 0]
@@ -60,7 +68,7 @@ def assert_largest(classes: Tensor, logits: Tensor) -> None:
         (IMAGE, IMAGE, (64, 64), (64, 32), (1,), True),
         (IMAGE, IMAGE, (64, 96), (10, 90), (1,), False),
         ((40, 61), (40, 61), (64, 32), None, (1,), False),  # a window higher than the image
-        ((150, 301), (201, 207), (48, 96), None, (1,), False),
+        ((150, 301), (201, 207), (64, 96), None, (1,), False),
         ((64, 128), (64, 128), None, None, (0.5, 1, 2), True),
         ((64, 128), (130, 140), None, None, (0.5, 1, 2), False),
         ((64, 128), (64, 128), (64, 64), None, (0.5, 1, 2), True),
@@ -70,10 +78,11 @@ def test_classes_of_stored_logits(case: tuple[Any, ...]):
     """With several scales or mirror images, of the mean of their probabilities, as in
     mmsegmentation: logits are upsampled to the image's size, then to the labels' size."""
     image_size, size, window, stride, scales, flip = case
+    options = how(window, stride, scales, flip)
     model, images = nn.Conv2d(3, 7, 4, 4), torch.randn(2, 3, *image_size)
     maps = []
     with torch.no_grad():
-        classes = predict(model, images, size, window, stride=stride, scales=scales, flip=flip)
+        classes = predict(model, images, size, options)
         for scale in scales:
             sides = [round(scale * side) for side in image_size]
             scaled = F.interpolate(images, sides, mode="bilinear", antialias=scale != 1)
@@ -87,7 +96,7 @@ def test_a_whole_image_is_interpolated_once():
     model, images = nn.Conv2d(3, 7, 4, 4), torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         logits = F.interpolate(model(images), (50, 131), mode="bilinear")
-        assert_largest(predict(model, images, (50, 131)), logits)
+        assert_largest(predict(model, images, (50, 131), Options()), logits)
 
 
 class Constant(nn.Module):
@@ -110,7 +119,7 @@ def test_memory_of_many_classes(image_size: Size, window: Size | None, megabytes
     image, truth = torch.zeros(1, 3, *image_size), torch.zeros(1, 1024, 2048, dtype=torch.int16)
 
     def evaluated() -> Tensor:
-        classes = predict(Constant(), image, truth.shape[1:], window)
+        classes = predict(Constant(), image, truth.shape[1:], how(window))
         return ao.confusion(classes, truth, 150, ignore_index=-1)
 
     assert evaluated()[0, 7] == truth.numel()

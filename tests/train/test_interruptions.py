@@ -82,16 +82,14 @@ def test_a_run_goes_on_bit_for_bit(
     run, (ranks, place, call, signum, rank) = tmp_path / "run", case
     words = f"{RUN} --run {run}"
     status, said = programs.run(words, ranks, place=place, call=call, signum=signum, rank=rank)
-    program = f"torchrun --standalone --nproc-per-node {ranks} -m anchorops.train --"
-    command = f"{program if ranks > 1 else 'anchorops-train'} fit --run {run} --resume"
     if signum == KILL:
         assert -KILL in status
     else:
         step = call + 1 if place == "step" else 3
         assert stopped(status, signum) and state(run)["step"] == step
-        assert f"by {signum.name} after step {step}; go on with: {command}\n" in said
+        assert f"by {signum.name}; go on with the same command and --resume\n" in said
     assert "Traceback" not in said
-    succeeds(programs, f"fit --run {run} --resume", ranks)
+    succeeds(programs, f"{words} --resume", ranks)
     assert_same_run(run, straight(ranks))
 
 
@@ -115,7 +113,7 @@ def test_predictions_go_on(ranks: int, programs: Programs, straight: Straight, t
     last = ranks - 1
     status, said = programs.run(words, ranks, place="prediction", call=0, signum=TERM, rank=last)
     assert stopped(status, TERM), said
-    assert f"after {ranks} of 4 masks; go on with: the same command and --resume" in said
+    assert "go on with the same command and --resume" in said
     assert len([*out.iterdir()]) == ranks
     succeeds(programs, f"{words} --resume", ranks)
     assert sorted(path.name for path in out.iterdir()) == ["a.png", "b.png", "c.png", "d.png"]
@@ -135,4 +133,4 @@ def test_an_error_of_one_rank_has_one_line(programs: Programs, folder: Path, tmp
 def test_another_number_of_ranks(programs: Programs, straight: Straight):
     status, said = programs.run(f"fit --run {straight(1)} --resume", ranks=2)
     assert all(status)
-    assert "last.ckpt was written by 1 ranks: expected as many, got 2" in said
+    assert re.search("ranks: 2, .* has 1: ", said)

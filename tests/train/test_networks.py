@@ -150,6 +150,15 @@ def batch(side: int = 32) -> tuple[Tensor, Tensor]:
     return torch.randn(2, 3, side, side), torch.randint(K, (2, side, side))
 
 
+@pytest.mark.parametrize(("kind", "power"), [("inverse-sqrt", 0.5), ("inverse", 1)])
+def test_class_weights(kind: str, power: float):
+    """On the shares of pixels, of which one is 0."""
+    learner = Learner(Model(class_weights=kind), 4, 3, torch.tensor([0.64, 0.32, 0.04, 0]))
+    expected = torch.tensor([0.64, 0.32, 0.04]) ** -power
+    weights = learner.pixel_loss.weight
+    torch.testing.assert_close(weights, torch.cat((expected / expected.mean(), torch.ones(1))))
+
+
 @pytest.mark.parametrize(
     ("options", "terms"),
     [
@@ -164,7 +173,7 @@ def batch(side: int = 32) -> tuple[Tensor, Tensor]:
 def test_losses(options: dict[str, Any], terms: list[Any]):
     logits, labels = torch.randn(2, 4, 5, 5), torch.randint(4, (2, 10, 10))
     labels[0, 0] = -1
-    loss = build_loss(Model(**options))
+    loss = build_loss(Model(**options), None)
     expected = [term(ignore_index=-1)(logits, labels) for term in terms]
     torch.testing.assert_close(loss(logits, labels), sum(expected))
     right = (ao.pixel_argmax(logits, (10, 10)) == labels).sum() / (labels >= 0).sum()

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import timm
 import torch
 import yaml
 
-from anchorops.train.commands import COMMANDS, PRESETS, RENAMED, Given, main, parse, presets
+from anchorops.train.commands import COMMANDS, PRESETS, RENAMED, main, parse, presets
 from anchorops.train.networks.models import build_model
 from anchorops.train.options import FREE, Model, Options
 from tests.helpers.image_files import image, write
@@ -20,36 +21,27 @@ from tests.helpers.tiny_runs import FOLDER, TINY
 Refused = Callable[..., None]
 
 OUT_OF_RANGE = {
-    "-1": """model.auxiliary_weight model.classifier_std model.lr model.head_lr_factor model.warmup
-        model.power model.weight_decay model.focal_gamma data.workers data.data_seed data.zipf seed
-        clip max_hours""",
+    "-1": """model.auxiliary_weight model.classifier_std model.head_lr_factor model.warmup
+        model.power model.focal_gamma data.workers data.data_seed data.zipf seed clip max_hours
+        model.dropout ema data.cat_max_ratio model.ohem_threshold""",
     "0": """data.steps data.batch_size data.channels data.eval_batch_size data.train_images
         data.val_images data.short_side data.long_side accumulate val_every log_every save_every
-        max_steps clip model.ohem_threshold model.ohem_min_kept data.cat_max_ratio""",
-    "1": "ema model.dropout",
-    "5": "model.focal_gamma",
-    "99999999999999999999": "seed",
-    ".inf": "model.auxiliary_weight clip",
-    ".nan": "model.classifier_std model.lr",
+        max_steps clip model.ohem_min_kept""",
+    "2": "ema model.dropout data.cat_max_ratio",
+    ".nan": "model.classifier_std clip",
     "[]": "model.eval_scales",
     "[0.0]": "model.eval_scales",
-    "[1.0,.inf]": "model.eval_scales data.scale",
-    "[0.0,0.0]": "data.scale",
     "[2.0,0.5]": "data.scale",
-    "[sar,sar]": "model.methods",
     "[50,64]": "data.crop",
-    "[0,32]": "data.crop",
-    "[0.001,0.01]": "data.head_tail",
+    "[99,1]": "model.window_stride",
     "[1.1,0.1]": "data.head_tail",
-    "[0.1,-0.1]": "data.head_tail",
 }
 
 
 @pytest.mark.parametrize("value", OUT_OF_RANGE)
 def test_values_out_of_range(value: str, refused: Refused):
     for name in OUT_OF_RANGE[value].split():
-        message = f"-train: --{name}: expected (?!--data.dataset).*, got .*$"
-        refused(f"fit {TINY} --{name}={value}", message)
+        refused(f"fit {TINY} --{name}={value}", f'(Parser key "{name}": |--{name}: expected )')
     assert len(FREE) <= 10
 
 
@@ -65,35 +57,21 @@ DIGITS = f"fit {TINY} --run $new --model.network"
 MOBILENET = f"{DIGITS} fpn:tu-mobilenetv3_small_050 --model.backbone_weights"
 SAR = f"{DIGITS} hrnet-w18-small --model.method_options"
 COMMAND_LINES = {
-    "": "expected one of the commands fit, ",
     "trian": "expected one of the commands fit, validate, predict, demo, compare, presets, got",
     "demo --threads 0": "--threads: expected at least 1, got 0",
-    "fit --trainer.profiler=foo": "--trainer.profiler is now an option that fit --help lists",
+    "fit --trainer.profiler=foo": "nrecognized arguments: --trainer.profiler=foo",
     **{f"fit --{name} 1": f"--{name} is now {re.escape(new)}" for name, new in RENAMED.items()},
     "fit --model.lr a": 'Parser key "model.lr": Expected a',
     "fit --model.lrr 1": "nrecognized arguments: --model.lrr",
-    "fit --see 1": "nrecognized arguments: --see",
-    # options that do not fit each other
-    f"fit {TINY} --model.loss dice --model.ohem_min_kept 9": "--model.loss: expected ce, .*ohem",
-    f"{FIT} --data.zipf 2": "--data.zipf: expected .*, got folder",
-    f"fit {TINY} --data.channels 1": "--data.channels: expected .*, got digits",
-    f"fit {TINY} --data.short_side 512": "--data.short_side: expected .*, got digits",
-    f"fit {TINY} --data.scale [0.5,2.0]": "--data.scale: expected .*, got digits",
-    f"fit {TINY} --data.root data": "--data.root: expected .*, got digits",
-    f'fit {TINY} --data.label_map {{"1":0}}': "--data.label_map: expected .*, got digits",
-    "fit --data.dataset ade20k --data.root . --data.val_images 2": "val_images: .*, got ade20k",
-    "fit --data.dataset ade20k --data.root . --data.channels 4": "channels: .*, got ade20k",
-    f"{FIT} --model.evaluation sliding --model.window_stride [32,40]": "_stride: expected 1 to the",
-    f"fit {TINY} --data.split test": "--data.split: expected .* train or val, got test",
+    f"{FIT} --data.zipf 2": "--data.zipf: expected --data.dataset digits, got folder",
+    "fit --data.dataset ade20k --data.channels 4": "channels: expected --data.dataset folder, got",
+    f"fit {TINY} --model.loss dice --model.ohem_min_kept 9": "--model.loss: expected another",
+    f"fit {TINY} --model.focal_gamma 3": "--model.focal_gamma: expected --model.loss focal, got ce",
     # what the data or the network cannot be
     f"{FIT} --data.eval_batch_size 2": r"size: expected 1 for images of several sizes, got .*6, 9",
     f'{FIT} --data.label_map {{"1,2,3":0,"4":1}}': "expected either values or colours, got both",
-    f'{FIT} --data.label_map {{"1,2,256":0}}': "values .* colours 'R,G,B' .*255, .* '1,2,256'",
-    f'{FIT} --data.label_map {{"1,2":0}}': "got '1,2'",
     f'{FIT} --data.label_map {{"red":0}}': "--data.label_map: expected .* got 'red'",
     f'{FIT} --data.label_map {{"1,2,3":2}}': "classes -1 to 1, got '1,2,3': 2",
-    f'{FIT} --data.label_map {{"-1":1}}': "values 0 to 65535, .* got '?-1'?: 1",
-    f'{FIT} --data.label_map {{"70000":1}}': "got '?70000'?: 1",
     f'{FIT} --data.label_map {{"1":-1}}': "no pixels of thing; .*; 255 is ignored unless",
     f'{FIT} --data.label_map {{"0":-1,"1":-1}}': "validation have 0 pixels of classes",
     # networks
@@ -101,16 +79,13 @@ COMMAND_LINES = {
     f"{DIGITS} deeplabv3:resnet18 --data.batch_size 1": "--data.batch_size: batch norm needs",
     f"{DIGITS} alexnet": "--model.network alexnet: .*architecture",
     f"{DIGITS} unet:alexnet": "--model.network unet:alexnet: .*encoder name",
-    f"{DIGITS} unet:tu-alexnet": "--model.network unet:tu-alexnet: Unknown model",
     f"{DIGITS} dpt:tu-vit_tiny_patch16_224 --model.auxiliary_weight 1": "expected 0 for DPT, got 1",
     f"{DIGITS} hrnet-w18-small --model.weights $files/list": "list is damaged",
-    f"{DIGITS} hrnet-w18-small --model.weights $files/states": "states is damaged",
     f"{DIGITS} hrnet-w18-small --model.weights $files/numbers": "numbers are not those .*missing",
     f"{DIGITS} segformer-b0 --model.weights $run/best.ckpt": "best.ckpt are not those of .*missing",
     f"{MOBILENET} $files/numbers": "numbers are not those .*missing",
     f"{MOBILENET} $files/channels": "channels are not those .*size mismatch for",
     f"{MOBILENET} $files/objects.npy": "objects.npy is damaged",
-    f"{MOBILENET} x --model.weights y": r"backbone_weights: expected no --model\.weights",
     # arguments of methods
     f'{SAR} {{"sar.detla":0.5}}': "SAR.*unexpected keyword argument 'detla'",
     f'{SAR} {{"sar.momentum":"foo"}}': "SAR: momentum: expected .* got 'foo'",
@@ -120,34 +95,29 @@ COMMAND_LINES = {
         for name, message in {
             "objects.npy": "allow_pickle=False",
             "nowhere.npy": "No such file or directory: .*nowhere.npy",
-            "two.npz": "expected np.ndarray",
         }.items()
     },
     f'{SAR} {{"sar.anchors":"@$files/wide.npy"}}': r"anchors: expected .*, 240\], got .*, 241\)",
     # runs
-    f"fit {TINY} --run $run": "holds a run: go on with it by `anchorops-train fit --run .*",
-    f"fit {TINY} --run $run --resume --model.lr 1": r"--model.lr is 1.0, .*config.yaml has 0.004: ",
-    f"fit {TINY} --run $run --resume --data.steps 12": "--data.steps is 12, .* has 6",
-    f"fit {TINY} --run $run --resume --seed 1": "--seed is 1, .* has 0",
-    f"fit {TINY} --run $run --resume --ema 0.9": "--ema is 0.9, .* has None",
+    f"fit {TINY} --run $run": "holds a run: --resume goes on with it",
+    f"fit {TINY} --run $run --resume --model.lr 1": "--model.lr: 1.0, .*straight has 0.004: ",
+    f"fit {TINY} --run $run --resume --ema 0.9": "--ema: 0.9, .* has None",
     f'fit {TINY} --run $run --resume --model.method_options {{"sar.tau":0.5}}': (
-        "--model.method_options is {'sar.tau': 0.5}, .* has None"
+        "--model.method_options: {'sar.tau': 0.5}, .* has None"
     ),
     "validate --run $run --model.network segformer-b1": "weights .*best.ckpt are not those of this",
     "validate --run $run --model.weights $files/states": "states is damaged",
     "validate --run $run --model.weights $files/headless": "less: they have no classifier.weight",
     "validate --run $run --model.weights $files/linear": "linear are not .*classifier.weight",
     "fit --data.dataset ade20k --data.root $new": r"no image .*new/images/training/\*.jpg",
-    "predict --run nowhere": "nowhere: expected the directory of a run",
-    "compare $folder": "expected the directory of a run",
-    "compare $run $run": "the same options and different seeds, got",
+    "predict --run nowhere": "No such file .*nowhere/config.yaml",
+    "compare $folder": "No such file .*metrics.csv",
     # images to predict
     PREDICT: "--images: expected files of images, got none",
-    f"{PREDICT} --images $new.png": "--images: expected files, got .*new.png",
-    f"{PREDICT} --images $folder/images/val/b.png $folder/images/val/b.png": "masks, got .* twice",
+    f"{PREDICT} --images $new.png": "new.png does not exist",
+    f"{PREDICT} --images $folder/images/val/b.png $folder/images/val/b.png": "masks, got .*b.png, ",
     f"{PREDICT} --images $files/four.tif": "four.tif: expected 3 channels, got 4: save the image",
     PAN: CANNOT_TAKE,
-    f"{PAN} --model.evaluation sliding": CANNOT_TAKE,
     "predict --run $run --out $folder/masks/val --images $folder/images/val/b.png": (
         "--out: expected another directory, or --resume .*masks/val/b.png"
     ),
@@ -171,10 +141,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({"model": hrnet | {"classifier.weight": weight}}, folder / "linear")
     torch.save({"x": torch.zeros(1)}, folder / "numbers")
     torch.save(timm.create_model(mobilenet, in_chans=4).state_dict(), folder / "channels")
-    vectors = np.zeros((11, 240))
     np.save(folder / "wide.npy", np.zeros((11, 241)))
     np.save(folder / "objects.npy", np.array([[{}]]))
-    np.savez(folder / "two.npz", a=vectors, b=vectors)
     return folder
 
 
@@ -184,8 +152,7 @@ def test_command_lines(
 ):
     places = {"run": straight, "files": files, "folder": folder, "new": tmp_path / "new"}
     message = COMMAND_LINES[words]
-    of_parser = "Parser key" in message or "nrecognized" in message
-    refused(Template(words).substitute(places), message, status=2 if of_parser else 1)
+    refused(Template(words).substitute(places), message)
 
 
 OPTIONS = {
@@ -193,12 +160,11 @@ OPTIONS = {
     "model: {lr: a}": "Expected a",
     "data: 3": "data: expected options, got 3",
     "trainer: {max_steps: 1}": "--trainer.max_steps is now --max_steps",
+    "trainer: {profiler: 1}": "'trainer.profiler' is not accepted",
     "seed_everything: 1": "--seed_everything is now --seed",
     "{": "is damaged",
-    "shared: [foo]": "shared: expected a list of ",
-    "shared: digits": "shared: expected a list of ",
-    "shared:": "got None",
-    "1: 2": "",
+    "shared: [digits]": "'shared' is not accepted",
+    "1: 2": "Key must be a string",
 }
 
 
@@ -222,12 +188,7 @@ def test_a_worker_that_was_killed(
     refused("fit", "a process that loads images was ended from outside")
 
 
-def test_a_demo_is_one_process(monkeypatch: pytest.MonkeyPatch, refused: Refused):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused("demo", "demo: expected one process: start it without torchrun")
-
-
-def parsed(words: str) -> Given:
+def parsed(words: str) -> tuple[Options, Path, dict[str, Any]]:
     command, *others = words.split()
     return parse(command, others)
 
@@ -236,31 +197,28 @@ def test_names_of_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     """A file of that name wins; an unknown one lists the presets with their published results."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()  # of data
-    given = parsed("fit --config=folder --model.lr 3 --model.methods [sar]")
-    assert given.options.data.crop == (256, 256) and given.options.model.lr == 3
-    assert given.run == tmp_path / "runs/folder-sar-seed0"
-    assert parsed("fit --seed 1").run == tmp_path / "runs/no-preset-plain-seed1"
+    options, run, _ = parsed("fit --config=folder --model.lr 3 --model.methods [sar]")
+    assert options.data.crop == (256, 256) and options.model.lr == 3
+    assert run == tmp_path / "runs/folder-sar-seed0"
+    assert parsed("fit --seed 1")[1] == tmp_path / "runs/no-preset-plain-seed1"
     assert main(["presets"]) == 0 and "81.4 with sar" in capsys.readouterr().out
     assert len(presets().splitlines()) == len([*PRESETS.glob("*.yaml")]) - 1
     with pytest.raises(ValueError, match=r"(?s)got foldr\. The presets:.*81.4 with sar"):
         parsed("fit --config foldr")
     (tmp_path / "folder").rmdir()
-    (tmp_path / "folder").write_text("shared: [digits]\nmodel: {network: x}")
-    options = parsed("fit -c folder -c digits-segformer-b0 --seed 1").options
-    assert (options.model.network, options.val_every, options.seed) == ("segformer-b0", 100, 1)
-    (tmp_path / "model.yaml").write_text("lr: 0.5")
-    model = parsed("fit -c digits --model model.yaml --model.power 1").options.model
-    assert (model.lr, model.power) == (0.5, 1)
+    (tmp_path / "folder").write_text("model: {network: x}")
+    options, *_ = parsed("fit -c digits-segformer-b0 -c folder --seed 1")
+    assert (options.model.network, options.val_every, options.seed) == ("x", 100, 1)
 
 
 def test_the_options_of_a_run_come_first(straight: Path, tmp_path: Path):
-    data = parsed(f"validate --run {straight} --data.workers 2").options.data
-    assert (data.crop, data.val_images, data.workers) == ((32, 32), 10, 2)
-    options = yaml.safe_load((straight / "config.yaml").read_text())
-    assert list(options) == [*Options.__annotations__]
-    given = parsed(f"fit --config digits --run {straight} --resume")
-    assert given.others["resume"] and given.run == straight
-    options["model"]["weights"] = "first.pt"  # its network is not that of the run's end
-    write(tmp_path / "config.yaml", yaml.safe_dump(options).encode())
-    for command, weights in (("validate", None), ("predict", None), ("fit", "first.pt")):
-        assert parsed(f"{command} --run {tmp_path}").options.model.weights == weights
+    options, *_ = parsed(f"validate --run {straight} --data.workers 2")
+    assert (options.data.crop, options.data.val_images, options.data.workers) == ((32, 32), 10, 2)
+    saved = yaml.safe_load((straight / "config.yaml").read_text())
+    assert list(saved) == [*Options.__annotations__]
+    _, run, others = parsed(f"fit --config digits --run {straight} --resume")
+    assert others["resume"] and run == straight
+    saved["model"]["weights"] = "first.pt"  # its network is not that of the run's end
+    write(tmp_path / "config.yaml", yaml.safe_dump(saved).encode())
+    for command, weights in (("validate", None), ("predict", None), ("fit --resume", "first.pt")):
+        assert parsed(f"{command} --run {tmp_path}")[0].model.weights == weights

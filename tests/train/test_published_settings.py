@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from anchorops.train.commands import PRESETS, load_preset, parse
+from anchorops.train.commands import PRESETS, parse
 from anchorops.train.networks.learner import build_regularizer
 from anchorops.train.networks.models import build_model
 from anchorops.train.options import Model
@@ -18,10 +18,10 @@ CATEGORY_WEIGHTS = {
     "ade20k-upernet-swin-t": 0.2,
 }
 NAMES = sorted({path.stem for path in PRESETS.glob("*.yaml")} - {"shared"})
-CONVOLUTIONAL = {load_preset(x)["model"]["network"] for x in NAMES if "segformer" not in x}
+NETWORKS = {parse("fit", ["--config", x])[0].model.network for x in NAMES}
 
 
-@pytest.mark.parametrize("network", sorted(CONVOLUTIONAL))
+@pytest.mark.parametrize("network", sorted(x for x in NETWORKS if "segformer" not in x))
 def test_networks_of_presets(network: str):
     with torch.device("meta"):
         model = build_model(Model(network, auxiliary_weight=0.4), 19)
@@ -34,7 +34,7 @@ def test_presets(preset: str):
     """Their options exist, those of the methods too. Transformers have a linear warm-up and decay;
     windows are those of mmsegmentation: on Pascal-Context 480 by steps of 320, on Cityscapes with
     SegFormer 1024 by 768."""
-    options = parse("fit", ["--config", preset]).options
+    options, *_ = parse("fit", ["--config", preset])
     model, data = options.model, options.data
     paper = model.paper_options or {}
     methods: Any = sorted({option.partition(".")[0] for option in paper})

@@ -32,19 +32,32 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def build_loss(options: Model) -> MomentsLoss:
-    """The loss of the logits; its `terms` contain the accuracy."""
+def class_weights(kind: str, frequencies: Tensor | None) -> Tensor | None:
+    """Weights [K] with mean 1, from the classes' shares f [K] of the pixels: "inverse-sqrt", 1/√f;
+    "inverse", 1/f; None for "none". A class without pixels has weight 1."""
+    if kind == "none" or frequencies is None:
+        return None
+    seen = frequencies > 0
+    weights = torch.ones_like(frequencies)
+    weights[seen] = frequencies[seen].pow(-0.5 if kind == "inverse-sqrt" else -1.0)
+    weights[seen] /= weights[seen].mean()
+    return weights
+
+
+def build_loss(options: Model, weights: Tensor | None) -> MomentsLoss:
+    """The loss of the logits; its `terms` contain the accuracy. weights: [K], of the classes."""
     common: dict[str, Any] = {"ignore_index": IGNORED, "accuracy": True}
     if options.loss == "dice":
-        return ao.Dice(**common)
+        return ao.Dice(weight=weights, **common)
     cross_entropy = ao.CrossEntropy(
+        weights,
         focal_gamma=options.focal_gamma if options.loss == "focal" else 0.0,
         ohem_threshold=options.ohem_threshold,
         ohem_min_kept=options.ohem_min_kept,
         **common,
     )
     if options.loss == "ce+dice":
-        return ao.CrossEntropyDice(cross_entropy, ao.Dice(**common))
+        return ao.CrossEntropyDice(cross_entropy, ao.Dice(weight=weights, **common))
     return cross_entropy
 
 
@@ -88,11 +101,17 @@ class Learner(nn.Module):
     network has an auxiliary head, the same loss of its logits is added, times auxiliary_weight."""
 
     def __init__(
-        self, options: Model, num_classes: int, channels: int = 3, prior: Tensor | None = None
+        self,
+        options: Model,
+        num_classes: int,
+        channels: int = 3,
+        frequencies: Tensor | None = None,
+        prior: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.model = build_model(options, num_classes, channels)
-        self.pixel_loss, self.auxiliary_weight = build_loss(options), options.auxiliary_weight
+        self.pixel_loss = build_loss(options, class_weights(options.class_weights, frequencies))
+        self.auxiliary_weight = options.auxiliary_weight
         dim = self.model.classifier.in_channels
         regularizer = build_regularizer(options, num_classes, dim, prior)
         self.attachment = None if regularizer is None else ao.attach(self.model, regularizer)
