@@ -291,7 +291,7 @@ def _explained(error: Exception) -> str | None:
     text = str(error).rstrip()
     # the first three are of the sockets by which the workers of the data loader pass on images
     of_socket = isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)
-    if of_socket or "DataLoader worker" in text:
+    if of_socket or "DataLoader worker (pid" in text:
         return (
             "a process that loads images was ended from outside, usually for want of memory: give "
             "fewer --data.workers"

@@ -114,7 +114,7 @@ COMMAND_LINES = {
     "compare $folder": "No such file .*metrics.csv",
     # images to predict
     PREDICT: "--images: expected files of images, got none",
-    f"{PREDICT} --images $new.png": "new.png does not exist",
+    f"{PREDICT} --images $new.png": "new.png cannot be read: .*No such file",
     f"{PREDICT} --images $folder/images/val/b.png $folder/images/val/b.png": "masks, got .*b.png, ",
     f"{PREDICT} --images $files/four.tif": "four.tif: expected 3 channels, got 4: save the image",
     PAN: CANNOT_TAKE,
