@@ -30,7 +30,7 @@ constexpr ScalarType DTYPE = torch::headeronly::CppTypeToScalarType<Stat>::value
 // Calls function(r) for each row. Several threads only if each has some numbers.
 template <class Function>
 void for_rows(int64_t rows, int64_t numbers_of_row, const Function& function) {
-  const int64_t grain = std::max<int64_t>((1 << 13) / std::max<int64_t>(numbers_of_row, 1), 1);
+  const int64_t grain = std::max<int64_t>((1 << 15) / std::max<int64_t>(numbers_of_row, 1), 1);
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) function(r);
   });
