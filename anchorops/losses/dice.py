@@ -132,6 +132,15 @@ class Dice(MomentsLoss):
             probability_sums=True, squares=self.squared, per_image=self.per_image
         )
 
+    @property
+    def _is_defined(self) -> bool:
+        """Whether every denominator is above 0, also of a class without pixels, whose numerator
+        is 0."""
+        is_below_0_possible = self.squared and self.alpha > self.beta  # as explained for gamma
+        if self.sigmoid or self.absent == "keep" or is_below_0_possible:
+            return False
+        return self.beta + self.smooth_denominator > 0
+
     def parts(self, moments: SoftmaxMoments, logits: Tensor) -> dict[str, Tensor]:
         return {"dice": self._dice(moments, class_weight(self, logits))}
 
@@ -153,11 +162,14 @@ class Dice(MomentsLoss):
             )
             if weight is not None:
                 weight = torch.stack([weight[k] for k in self.classes])
+        # With c at least 1, which changes classes without pixels alone. Not
+        # torch.add(…, alpha=…): torch.compile would compile again with each number.
+        sizes = counts.clamp(min=1) if self._is_defined else counts
         if self.alpha == self.beta == 0.5:  # the same with fewer operators
-            denominator = 0.5 * (sums + counts)
-        else:  # not torch.add(…, alpha=…): torch.compile would compile again with each number
+            denominator = 0.5 * (sums + sizes)
+        else:
             denominator = intersections + self.alpha * (sums - intersections)
-            denominator = denominator + self.beta * (counts - intersections)
+            denominator = denominator + self.beta * (sizes - intersections)
         if self.smooth_denominator > 0:
             denominator = denominator + self.smooth_denominator
         present: Any = 1 if self.absent == "keep" else counts.clamp(max=1)
@@ -165,10 +177,13 @@ class Dice(MomentsLoss):
         if self.smooth > 0:
             numerator = numerator + present * as_scalar(self.smooth, numerator)
         # Before the division, because the derivative of a skipped score may be 0 · ∞.
-        undefined = denominator <= 0  # false for NaN, which must not become a score of 0
-        if self.absent != "keep":
-            undefined = undefined | (counts == 0)
-        scores = numerator.masked_fill(undefined, 0) / denominator.masked_fill(undefined, 1)
+        if not self._is_defined:
+            undefined = denominator <= 0  # false for NaN, which must not become a score of 0
+            if self.absent != "keep":
+                undefined = undefined | (counts == 0)
+            numerator = numerator.masked_fill(undefined, 0)
+            denominator = denominator.masked_fill(undefined, 1)
+        scores = numerator / denominator
         tiny = torch.finfo(scores.dtype).tiny
         losses = present * -scores.clamp(min=tiny).log() if self.log else present - scores
         counted = present if self.absent == "skip" else torch.ones_like(counts)
