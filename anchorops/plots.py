@@ -1,7 +1,5 @@
 """Figures of features, centroids and classifiers; each function returns a matplotlib Figure."""
 
-import importlib
-import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -103,14 +101,11 @@ def _annotate(axes: Axes, points: Sequence[tuple[tuple[float, float], str]]) -> 
             text.remove()
 
 
-def _project(points: Tensor) -> tuple[Tensor, str]:
-    """[N, D] → [N, 2], by UMAP if it is installed, otherwise by two principal components."""
-    if importlib.util.find_spec("umap") is not None:
-        reducer = importlib.import_module("umap").UMAP(n_components=2, random_state=0)
-        return torch.as_tensor(reducer.fit_transform(points.numpy())), "UMAP"
+def _principal_components(points: Tensor) -> Tensor:
+    """The first two: [N, D] → [N, 2]."""
     centered = points - points.mean(0)
     _, _, axes = torch.linalg.svd(centered, full_matrices=False)
-    return centered @ axes[:2].T, "PCA"
+    return centered @ axes[:2].T
 
 
 def features_with_anchors(
@@ -122,7 +117,7 @@ def features_with_anchors(
     ignore_index: int | None = None,
     max_points: int = 2000,
 ) -> Figure:
-    """Features in two dimensions, coloured by class, with the anchors (or centroids) as stars.
+    """Two principal components of features, coloured by class, and of anchors or centroids: stars.
 
     features: (B, D, H, W), with labels (B, H', W') that are resized to H×W by nearest-neighbour
     interpolation; or (N, D) and (N,). At most max_points features are drawn, evenly spaced.
@@ -143,7 +138,7 @@ def features_with_anchors(
     valid = valid[:: max(1, -(-len(valid) // most))]
     rows = feature_rows(features.detach().cpu())[valid].float()
     drawn = stars.any(1).nonzero().flatten()
-    points, method = _project(torch.cat([rows, stars[drawn]]))
+    points = _principal_components(torch.cat([rows, stars[drawn]]))
     longest = max((len(plain(name)) for name in names or []), default=0)
     figure = Figure(figsize=(6 + 0.05 * longest, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -152,7 +147,7 @@ def features_with_anchors(
     star = {"s": 140, "marker": "*", "edgecolors": "black"} | palette
     dots = axes.scatter(*points[: len(rows)].T.numpy(), c=keys[valid].numpy(), **dot)
     axes.scatter(*points[len(rows) :].T.numpy(), c=drawn.numpy(), **star)
-    axes.set(xticks=[], yticks=[], title=f"features and anchors ({method})")
+    axes.set(xticks=[], yticks=[], title="features and anchors")
     if names is not None:
         colors = dots.to_rgba(torch.arange(len(names)).numpy(), alpha=1)  # also of absent classes
         of_classes = [Line2D([], [], color=color, marker="o", linestyle="") for color in colors]

@@ -223,11 +223,8 @@ def test_names_are_no_markup_and_do_not_overlap() -> None:
     assert plots.plain(names[-1]) == "a class whose n…number 4"
 
 
-def test_projection_without_umap_is_pca() -> None:
-    if plots.importlib.util.find_spec("umap") is not None:
-        pytest.skip("UMAP is installed, so that PCA is not used")
+def test_principal_components() -> None:
     points = torch.randn(30, D, dtype=torch.float64) * torch.arange(1, D + 1) ** 2
-    projected, method = plots._project(points)
-    assert method == "PCA"
+    projected = plots._principal_components(points)
     variances = torch.linalg.eigvalsh(points.T.cov())[-2:].flip(0)
     torch.testing.assert_close(projected.T.var(dim=1), variances)
