@@ -281,7 +281,7 @@ def _sum_programs(partials, sums, statistic, image, rows, num_classes, ROWS: tl.
     for i in tl.static_range(1, len(partials)):
         ptrs = tl.where(statistic == i, partials[i], ptrs)
         sums_ptrs = tl.where(statistic == i, sums[i], sums_ptrs)
-    k = tl.program_id(0) * CLASSES_OF_SUM + tl.arange(0, CLASSES_OF_SUM)
+    k = tl.program_id(1) * CLASSES_OF_SUM + tl.arange(0, CLASSES_OF_SUM)
     row = tl.arange(0, ROWS)
     ptrs += image.to(tl.int64) * rows * num_classes + k
     total = tl.zeros((ROWS, CLASSES_OF_SUM), sums_ptrs.dtype.element_ty)
@@ -319,13 +319,13 @@ def _sums_of_programs_kernel(
 ):
     """Reads each partial once. A program adds those of some classes of an image, of one statistic;
     the last one adds the numbers of pixels."""
-    image, statistic = tl.program_id(1), tl.program_id(2)
+    image, statistic = tl.program_id(0), tl.program_id(2)
     if statistic < len(floats):
         _sum_programs(floats, float_sums, statistic, image, rows, num_classes, ROWS)
     elif statistic < len(floats) + len(integers):
         statistic -= len(floats)
         _sum_programs(integers, integer_sums, statistic, image, rows, num_classes, ROWS)
-    elif (tl.program_id(0) == 0) & (image == 0):
+    elif (tl.program_id(1) == 0) & (image == 0):
         tl.store(divisor_ptr, tl.maximum(_sum_numbers(valid_ptr, images * rows, ROWS), 1))
         if outside_ptr is not None:
             outside = _sum_numbers(outside_ptr, images * rows, ROWS)
@@ -339,9 +339,9 @@ def softmax_moments(
     results in the order of the operator, None for those that were not requested.
 
     In addition to the results it needs memory for the partials: for each statistic one row [K] for
-    each program. There are as many programs as fill the device a few times, or fewer if the
-    partials would take more than 16 MiB and 1/8 of the logits. Logits whose classes are contiguous
-    are copied.
+    each program. There are as many programs, of one warp, as fill the device some four times, or
+    fewer if the partials would take more than 16 MiB and 1/8 of the logits. Logits whose classes
+    are contiguous are copied.
     """
     batch, num_classes = logits.shape[:2]
     images = batch if wanted.per_image else 1
@@ -382,7 +382,7 @@ def softmax_moments(
     row_bytes = sum(x.itemsize for x in dtypes if x is not None) * batch * num_classes
     budget = max(PARTIALS_IN_CACHE, logits.numel() * logits.element_size() // 8)
     tiles = ceil_div(upsampling.lanes, FORWARD_LANES)
-    chunks = min(tiles, max(budget // row_bytes, 1), ceil_div(2 * programs(), batch))
+    chunks = min(tiles, max(budget // row_bytes, 1), ceil_div(4 * programs(), batch))
     tiles_per_chunk = ceil_div(tiles, chunks)
     chunks = ceil_div(tiles, tiles_per_chunk)
     partials = tensors(logits.new_empty, (batch * chunks, num_classes))
@@ -421,7 +421,7 @@ def softmax_moments(
         ceil_div(num_classes, CLASSES_OF_SUM.value),
         len(operands[0]) + len(operands[2]),
     )
-    _sums_of_programs_kernel[blocks, images, statistics + 1](
+    _sums_of_programs_kernel[images, blocks, statistics + 1](  # only the first may exceed 2^16
         *operands,
         valid,
         programs_outside,

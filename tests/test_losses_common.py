@@ -3,6 +3,7 @@
 import copy
 import io
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,16 @@ def test_terms_sum_to_the_loss_and_settings_show(build: Callable[[], Regularizer
     for module in method.modules():
         if isinstance(module, Regularizer) and not isinstance(module, ao.Combined):
             assert all(f"{name}=" in repr(module) for name in ("num_classes", "check_labels"))
+
+
+def test_a_weight_that_learns() -> None:
+    features, labels, classifier = batch()
+    method: Any = ao.OCCL(K, D)
+    method.category_weight = weight = torch.tensor(0.5, requires_grad=True)
+    method(features, labels, classifier).backward()
+    terms = method.terms
+    torch.testing.assert_close(weight.grad, terms["category"] / 0.5)
+    assert not terms["category"].requires_grad
 
 
 @each_on_pixels

@@ -614,3 +614,25 @@ def drawn_cases(draw: st.DrawFn) -> Case:
 def test_any_shape(case: Case):
     with ao.use_backend("cpu"):
         check(case, "cpu")
+
+
+@pytest.mark.on("simulated_triton")
+@pytest.mark.usefixtures("backend")
+def test_only_the_first_axis_of_a_grid_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others have at most 65,535 programs."""
+    from anchorops.kernels import softmax_moments
+
+    grids: list[tuple[int, ...]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    for name in ("_softmax_moments_kernel", "_sums_of_programs_kernel"):
+        monkeypatch.setattr(softmax_moments, name, Kernel())
+    images = 2**16
+    logits, labels = torch.zeros(images, 2, 1, 1), torch.zeros(images, 1, 1).long()
+    ao.ops.softmax_moments(logits, labels, per_image=True)
+    assert [grid[0] for grid in grids] == [images, images]
+    assert all(size < 2**16 for grid in grids for size in grid[1:])

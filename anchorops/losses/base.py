@@ -35,7 +35,7 @@ from .statistics import Request, class_statistics
 Classifier = nn.Module | Tensor
 
 
-Term = tuple[float, Tensor]
+Term = tuple[float | Tensor, Tensor]
 """A weight, and what is multiplied by it."""
 
 
@@ -171,7 +171,7 @@ class Regularizer(InitializedModule):
         # counts too are floating-point, because loggers average over steps and ranks
         dtypes = [x.dtype for _, x in self._terms.values() if x.is_floating_point()]
         return {
-            key: weight * x if x.is_floating_point() else x.sum().to(dtypes[0])
+            key: (weight * x).detach() if x.is_floating_point() else x.sum().to(dtypes[0])
             for key, (weight, x) in self._terms.items()
         }
 
@@ -232,7 +232,10 @@ class Regularizer(InitializedModule):
             # in new memory: if the caller changes the loss in place, the terms keep their values
             loss = first if others and weight == 1 else weight * first
             for weight, term in others:
-                loss = torch.add(loss, term, alpha=weight)
+                if isinstance(weight, Tensor):  # a caller's, which learns
+                    loss = loss + weight * term
+                else:
+                    loss = torch.add(loss, term, alpha=weight)
             loss = loss.to(torch.promote_types(features.dtype, torch.float32))
         parts = losses.terms | {key: (1.0, value) for key, value in losses.logs.items()}
         self._terms = {key: (weight, value.detach()) for key, (weight, value) in parts.items()}

@@ -14,6 +14,7 @@ from .base import (
     Losses,
     Plan,
     Regularizer,
+    Term,
     classification_loss,
     linear_weight,
 )
@@ -103,7 +104,7 @@ class MVSC(Regularizer):
             if self.enhance:
                 visual = visual + (means - means.detach())
             classified = classification_loss(visual, weight, bias, present, temperature=1.0)
-            terms = {
+            terms: dict[str, Term] = {
                 "cos": (self.cos_weight, self._consistency(prototypes, seed)),
                 "fca": (self.fca_weight, self._alignment(means, prototypes, present)),
                 "visual": (self.visual_weight, classified),

@@ -11,7 +11,7 @@ from .._moments import ClassMoments
 from .._ops.centroid_info_nce import centroid_info_nce
 from .._ops.split_groups import random_halves
 from ..distributed import reduce_moments
-from .base import Classifier, Losses, Plan, Regularizer, linear_weight
+from .base import Classifier, Losses, Plan, Regularizer, Term, linear_weight
 from .statistics import Request
 
 EPS = 1e-6  # of normalisation: it keeps the gradient of a centroid at zero below 1/EPS
@@ -110,7 +110,7 @@ class OCCL(Regularizer):
         category = centroid_info_nce(views, weight, present_keys=all_classes, **options)
         # Eq. 6: the mean over both views is ½(L^1 + L^2), the sum is L^1 + L^2
         half = 0.5 if self.reduction == "sum" else 1.0
-        terms = {
+        terms: dict[str, Term] = {
             "centroid": (half * self.centroid_weight, centroid),
             "category": (half * self.category_weight, category),
         }

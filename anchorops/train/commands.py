@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -58,6 +59,7 @@ RENAMED = {  # options of earlier versions
     "trainer.val_check_interval": "--val_every",
     "trainer.log_every_n_steps": "--log_every",
     "trainer.callbacks": "--ema, for averaged weights",
+    "model.compile": "no option (the weights of the run: --config PRESET --model.weights FILE)",
 }
 
 
@@ -297,7 +299,10 @@ def _explained(error: Exception) -> str | None:
             "fewer --data.workers"
         )
     if isinstance(error, argparse.ArgumentError):
-        return " ".join(text.split())
+        text = " ".join(text.split())
+        # of jsonargparse: Parser key "NAME": Does not validate … Errors: - REASON - Expected a None
+        text = re.sub(r'^Parser key "(\S+)": (Does not .*? Errors: - )?', r"--\1: ", text)
+        return text.partition(" - Expected a <class 'NoneType'>")[0]
     if isinstance(error, Stopped | ValueError | OSError | ModuleNotFoundError):
         # for an error in a worker of the data loader, the message contains the whole traceback
         return text.rpartition("\nValueError: ")[2]

@@ -3,6 +3,7 @@
 # pyright: reportAssignmentType=false, reportInvalidTypeForm=false
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -75,8 +76,8 @@ class Model:
     ohem_min_kept: PositiveInt | None = None
     class_weights: Literal["none", "inverse-sqrt", "inverse"] = "none"
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.01  # torch checks these two
-    weight_decay: float = 5e-4
+    lr: PositiveFloat = 0.01
+    weight_decay: NonNegativeFloat = 5e-4
     head_lr_factor: NonNegativeFloat = 1.0
     warmup: NonNegativeInt = 0
     power: NonNegativeFloat = 0.9
@@ -182,8 +183,20 @@ class Options:
         expect(multiples, "data.crop", f"two multiples of {MULTIPLE}", crop)
         fits = stride[0] <= crop[0] and stride[1] <= crop[1]
         expect(fits, "model.window_stride", f"at most the crop's {crop}", stride)
-        expect(len(self.model.eval_scales) > 0, "model.eval_scales", "at least one", "none")
-        expect(data.scale[0] <= data.scale[1], "data.scale", "least ≤ greatest", data.scale)
+        scales = self.model.eval_scales
+        finite = len(scales) > 0 and max(scales) < math.inf
+        expect(finite, "model.eval_scales", "finite numbers, at least one", scales)
+        ordered = data.scale[0] <= data.scale[1] < math.inf
+        expect(ordered, "data.scale", "least ≤ greatest, finite", data.scale)
+        methods = self.model.methods
+        expect(len({*methods}) == len(methods), "model.methods", "each at most once", methods)
+        files = data.dataset != "digits" or data.root is None
+        expect(files, "data.root", "none for digits", data.root)
+        expect(self.ema is None or self.ema < 1, "ema", "below 1", self.ema)
+        expect(self.seed < 2**63, "seed", "below 2^63", self.seed)
+        expect(data.cat_max_ratio > 0, "data.cat_max_ratio", "above 0", 0)
+        head, tail = data.head_tail
+        expect(tail <= head, "data.head_tail", "that of head first", data.head_tail)
         loss, gamma = self.model.loss, self.model.focal_gamma
         mined = (self.model.ohem_threshold, self.model.ohem_min_kept) != (None, None)
         expect(loss != "dice" or not mined, "model.loss", "another than dice with ohem", loss)

@@ -69,9 +69,11 @@ def only_process(run: Path) -> Iterator[None]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Raises ValueError for a file that is damaged."""
+    """Raises ValueError for a file that is damaged, or is not there."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: expected the directory of a run") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({shorten(str(error), 200)})") from None
     if not isinstance(content, dict):
@@ -133,12 +135,15 @@ class Log:
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
-    """The values that were logged at each step."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return {
-            int(line.pop("step")): {name: float(x) for name, x in line.items() if x}
-            for line in csv.DictReader(file)
-        }
+    """The values that were logged at each step. Raises ValueError for a file that is damaged."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return {
+                int(line.pop("step")): {name: float(x) for name, x in line.items() if x}
+                for line in csv.DictReader(file)
+            }
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r})") from None
 
 
 class Stopped(Exception):

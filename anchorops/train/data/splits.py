@@ -105,9 +105,10 @@ def open_splits(options: Data, seed: int, of_run: dict[str, Any] | None = None) 
         raise ValueError(f"the data are not those of the run, with the classes {known}")
     pixels = torch.tensor(found["training pixels"])
     absent = [name for name, x in zip(classes, pixels.tolist(), strict=True) if not x]
-    if len(absent) > len(classes) - 2 or not validation_pixels.any():
+    seen = [name for name in classes if name not in absent]
+    if len(seen) < 2 or not validation_pixels.any():
         raise ValueError(
-            f"the training masks have no pixels of {shorten(', '.join(absent), 200)}; those of the "
+            f"the training masks have pixels of {', '.join(seen) or 'no class'}; those of the "
             f"validation have {validation_pixels.sum()} pixels of classes: expected two classes, "
             "and any pixel; 255 is ignored unless --data.label_map makes it a class"
         )

@@ -138,7 +138,8 @@ def build_optimizer(options: Model, model: Segmenter) -> torch.optim.Optimizer:
     for parameter in model.parameters():
         if parameter.requires_grad:
             rate = options.lr * (1.0 if parameter in others else options.head_lr_factor)
-            decay = options.weight_decay if parameter.dim() > 1 else 0.0
+            # a plain float, because the state is loaded with weights_only
+            decay = float(options.weight_decay) if parameter.dim() > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
     listed = [
         {"params": parameters, "lr": rate, "peak": rate, "weight_decay": decay}

@@ -182,7 +182,9 @@ def read_checkpoint(path: Path, needed: str) -> dict[str, Any]:
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:
     """Those in a checkpoint of this program, also of an earlier version, or in another file of a
-    state dict. Raises ValueError if it is damaged."""
+    state dict. Raises ValueError if there is none, or if it is damaged."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path} does not exist: a run has its best weights after a validation")
     try:
         weights = timm.models.load_state_dict(str(path), use_ema=False)
     except Exception as error:
