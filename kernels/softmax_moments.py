@@ -339,9 +339,9 @@ def softmax_moments(
     results in the order of the operator, None for those that were not requested.
 
     In addition to the results it needs memory for the partials: for each statistic one row [K] for
-    each program. There are as many programs, of one warp, as fill the device some four times, or
-    fewer if the partials would take more than 16 MiB and 1/8 of the logits. Logits whose classes
-    are contiguous are copied.
+    each program. There are at most some 4·programs() programs, of one warp each, and fewer if the
+    partials would take more than 16 MiB and 1/8 of the logits. Logits whose classes are contiguous
+    are copied.
     """
     batch, num_classes = logits.shape[:2]
     images = batch if wanted.per_image else 1
@@ -369,8 +369,7 @@ def softmax_moments(
     new = logits.new_empty if labels.numel() > 0 else logits.new_zeros
     sums, divisor = tensors(new, shape), new((), dtype=torch.int64)
     outside = new((), dtype=torch.int64) if wanted.labels_out_of_range else None
-    floats, integers = sums[:4], sums[4:]
-    results = *floats, pixel_losses, lse, *integers, divisor, outside
+    results = *sums[:4], pixel_losses, lse, *sums[4:], divisor, outside
     if labels.numel() == 0:
         divisor.fill_(1)
         return results
@@ -417,10 +416,8 @@ def softmax_moments(
         for is_float in (True, False)
         for statistics in (partials, sums)
     ]
-    blocks, statistics = (
-        ceil_div(num_classes, CLASSES_OF_SUM.value),
-        len(operands[0]) + len(operands[2]),
-    )
+    blocks = ceil_div(num_classes, CLASSES_OF_SUM.value)
+    statistics = sum(x is not None for x in partials)
     _sums_of_programs_kernel[images, blocks, statistics + 1](  # only the first may exceed 2^16
         *operands,
         valid,

@@ -228,14 +228,14 @@ class Regularizer(InitializedModule):
         # There is no autocast for the device "meta".
         with torch.autocast("cpu" if features.is_meta else features.device.type, enabled=False):
             losses = self._losses(features, labels, classifier)
-            (weight, first), *others = losses.terms.values()
+            # a caller's weight may be a tensor, which learns
+            (weight, first), *others = (
+                (1.0, w * x) if isinstance(w, Tensor) else (w, x) for w, x in losses.terms.values()
+            )
             # in new memory: if the caller changes the loss in place, the terms keep their values
             loss = first if others and weight == 1 else weight * first
             for weight, term in others:
-                if isinstance(weight, Tensor):  # a caller's, which learns
-                    loss = loss + weight * term
-                else:
-                    loss = torch.add(loss, term, alpha=weight)
+                loss = torch.add(loss, term, alpha=weight)
             loss = loss.to(torch.promote_types(features.dtype, torch.float32))
         parts = losses.terms | {key: (1.0, value) for key, value in losses.logs.items()}
         self._terms = {key: (weight, value.detach()) for key, (weight, value) in parts.items()}
