@@ -90,6 +90,7 @@ COMMAND_LINES = {
     f"{DIGITS} unet:alexnet": "--model.network unet:alexnet: .*encoder name",
     f"{DIGITS} dpt:tu-vit_tiny_patch16_224 --model.auxiliary_weight 1": "expected 0 for DPT, got 1",
     f"{DIGITS} hrnet-w18-small --model.weights $files/list": "list is damaged",
+    f"{DIGITS} hrnet-w18-small --model.weights $files/code": "code is damaged",
     f"{DIGITS} hrnet-w18-small --model.weights $files/numbers": "numbers are not those .*missing",
     f"{DIGITS} segformer-b0 --model.weights $run/best.ckpt": "best.ckpt are not those of .*missing",
     f"{MOBILENET} $files/numbers": "numbers are not those .*missing",
@@ -142,6 +143,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pan = build_model(Model("pan:resnet18"), 2).state_dict()
     torch.save({"model": pan, "channels": 3}, folder / "pan")
     torch.save([1, 2], folder / "list")
+    torch.save({"model": {"x": folder}}, folder / "code")  # a path is no weight
     torch.save({"model": [1, 2]}, folder / "states")
     hrnet = build_model(Model(), 11).state_dict()
     del pan["classifier.weight"]
