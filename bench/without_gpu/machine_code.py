@@ -101,8 +101,8 @@ def _distance(body: list[str], load: int) -> int:
     return len(body)
 
 
-def loops_of(sass: str) -> list[Loop]:
-    """sass: machine code as nvdisasm -c prints it."""
+def loops_of(sass: str) -> tuple[list[Loop], int]:
+    """The loops of machine code as nvdisasm -c prints it, and the number of its instructions."""
     labels, code = {}, []
     for label, instruction in CODE.findall(sass):
         if label:
@@ -120,7 +120,7 @@ def loops_of(sass: str) -> list[Loop]:
             distance = min(_distance(body, load) for load in loads)
             exponentials = sum(x.startswith("MUFU") for x in body)
             found.append(Loop(len(body), exponentials, len(loads), distance))
-    return found
+    return found, len(code)
 
 
 class Row(NamedTuple):
@@ -129,6 +129,7 @@ class Row(NamedTuple):
     shared: int
     warps: int | str
     loops: str
+    instructions: int
     seconds: float
 
 
@@ -136,9 +137,9 @@ def measure(kernel: Any, seconds: float) -> Row:
     shared = kernel.metadata.shared
     if "amdgcn" in kernel.asm:
         counts = dict(re.findall(r"\.(\w+):\s+(\d+)", kernel.asm["amdgcn"]))
-        # scalar registers spill into vector registers, and are not counted
+        # scalar registers spill into vector registers, and are not counted; nor are instructions
         stack = int(counts["private_segment_fixed_size"])
-        return Row(int(counts["vgpr_count"]), stack, shared, "", "", seconds)
+        return Row(int(counts["vgpr_count"]), stack, shared, "", "", 0, seconds)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
         command = [CUOBJDUMP, "--dump-resource-usage", file.name]
@@ -146,8 +147,9 @@ def measure(kernel: Any, seconds: float) -> Row:
         command = [NVDISASM, "-c", file.name]
         sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     registers, stack = (int(re.findall(rf"{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK"))
-    loops = "; ".join(" ".join(map(str, loop)) for loop in loops_of(sass))
+    loops, instructions = loops_of(sass)
+    loops = "; ".join(" ".join(map(str, loop)) for loop in loops)
     most = 64 if kernel.metadata.target.arch in (80, 90, 100) else 48
     warps = min(2**16 // (32 * triton.cdiv(registers, 8) * 8), most)
     warps -= warps % kernel.metadata.num_warps
-    return Row(registers, stack, shared, warps, loops, seconds)
+    return Row(registers, stack, shared, warps, loops, instructions, seconds)

@@ -1,5 +1,5 @@
-"""Compiled ahead of time, without a GPU, no kernel spills registers or uses a stack, and no variant
-of Triton's takes long."""
+"""Compiled ahead of time, without a GPU, no kernel spills registers or uses a stack, and none of
+Triton's is longer than what users would wait for."""
 
 import re
 import shutil
