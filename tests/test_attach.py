@@ -202,6 +202,12 @@ def test_errors() -> None:
     attached(labels)
     with pytest.raises(RuntimeError, match="it was already called after this forward"):
         attached(labels)
+    whole = nn.Sequential(nn.Conv2d(3, D, 1), nn.Conv2d(D, K, 1))  # the method is in its layer 1
+    ao.attach(whole, ao.OCCL(K, D))
+    other = nn.Conv2d(D, K, 1)
+    other._forward_pre_hooks = whole[1]._forward_pre_hooks  # as torch.ao.quantization
+    with pytest.raises(RuntimeError, match=r"^OCCL: layer 1, .* first replace the layer, then att"):
+        nn.Sequential(whole[0], other)(x)
 
 
 @pytest.mark.parametrize("name", ["SAR", "OCCL", "MVSC", "CeCo", "CBP"])
