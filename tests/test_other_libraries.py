@@ -4,7 +4,8 @@ values and gradients are compared."""
 import inspect
 import re
 import runpy
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,6 @@ from monai import losses as monai
 from torch import Tensor, nn
 
 import anchorops as ao
-from tests.helpers import mmseg_stand_in
 from tests.helpers.small_networks import NO_TORCHVISION
 
 smp = pytest.importorskip("segmentation_models_pytorch", reason=NO_TORCHVISION).losses
@@ -26,6 +26,10 @@ SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S))
 KINDS = {"softmax": "multiclass", "one channel": "binary", "channels": "multilabel"}
 NUMBERS = {"a": 0.3, "b": 0.7, "e": 0.1, "g": 1.5, "n": 40, "r": 0.7, "s": 0.3, "t": 0.25}
 DISTANCES = torch.tensor([[abs(i - j) / 4 for j in range(5)] for i in range(5)])
+
+
+def softmax(z: Tensor) -> Tensor:
+    return z.softmax(1)
 
 
 def rows() -> Iterator[Any]:
@@ -70,7 +74,7 @@ def names(kind: str, inputs: SimpleNamespace) -> dict[str, Any]:
     return {
         "ao": ao,
         "torch": torch,
-        "softmax": lambda x: x.softmax(1),
+        "softmax": softmax,
         "mode": KINDS[kind],
         "sigmoid": sigmoid,
         "act": {"sigmoid": True} if sigmoid else {"softmax": True, "to_onehot_y": True},
@@ -121,50 +125,19 @@ def documented_arguments(section: str) -> set[str]:
     return {name for cell in cells for name in re.findall(r"`(\w+)[`=]", cell)}
 
 
-ARGUMENTS_OF_MMSEGMENTATION = (  # of version 1.2.2
-    "use_sigmoid use_mask reduction class_weight loss_weight loss_name avg_non_ignore "
-    "activate naive_dice eps gamma alpha smooth beta ignore_index ignore_label thres min_kept"
-)
-
-
 @pytest.mark.parametrize(
-    ("section", "library"),
-    [("segmentation_models.pytorch", smp), ("MONAI", monai), ("mmsegmentation", None)],
+    ("section", "library"), [("segmentation_models.pytorch", smp), ("MONAI", monai)]
 )
-def test_every_argument_has_a_row(section: str, library: Any):
-    """Arguments of the losses that docs/loss-map.md computes."""
-    named = re.findall(r"`(\w+Loss)\(", SECTIONS[section])
-    losses = {name for name in named if hasattr(library, name)}
-    arguments = {*ARGUMENTS_OF_MMSEGMENTATION.split()} if library is None else set()
-    assert library is None or len(losses) > 5
-    for name in losses:
-        arguments |= {*inspect.signature(getattr(library, name).__init__).parameters}
-    assert not arguments - documented_arguments(section) - {"self", "args", "kwargs"}
-
-
-MMSEGMENTATION = (
-    "CrossEntropyLoss DiceLoss FocalLoss LovaszLoss TverskyLoss OhemCrossEntropy BoundaryLoss "
-    "HuasdorffDisstanceLoss SiLogLoss KLDivLoss Accuracy"
-)
-NNUNET = (
-    "SoftDiceLoss MemoryEfficientSoftDiceLoss RobustCrossEntropyLoss TopKLoss DC_and_CE_loss "
-    "DC_and_BCE_loss DC_and_topk_loss DeepSupervisionWrapper"
-)
-
-
-@pytest.mark.parametrize(
-    ("section", "classes"),
-    [
-        ("segmentation_models.pytorch", [x for x in smp.__all__ if x.endswith("Loss")]),
-        ("MONAI", [kind.__name__ for kind in vars(monai).values() if isinstance(kind, type)]),
-        ("mmsegmentation", MMSEGMENTATION.split()),
-        ("nnU-Net", NNUNET.split()),
-    ],
-)
-def test_every_loss_has_a_row(section: str, classes: Collection[str]):
+def test_every_loss_and_argument_has_a_row(section: str, library: Any):
+    """Every loss of the library, and the arguments of those that docs/loss-map.md computes."""
     table = "\n".join(re.findall(r"^\|.*", SECTIONS[section], re.M))
-    assert len(classes) > 6
-    assert not [name for name in classes if not re.search(rf"`{name}\b", table)]
+    losses = [x for x, kind in vars(library).items() if isinstance(kind, type) and "Loss" in x]
+    assert len(losses) > 6
+    assert not [name for name in losses if not re.search(rf"`{name}\b", table)]
+    computed = {*re.findall(r"`(\w+Loss)\(", SECTIONS[section])} & {*losses}
+    arguments = {x for name in computed for x in inspect.signature(vars(library)[name]).parameters}
+    assert len(computed) > 5
+    assert not arguments - documented_arguments(section) - {"args", "kwargs"}
 
 
 # The formulas of mmsegmentation 1.2.2, mmseg/models/losses. loss_weight is 1.
@@ -175,82 +148,95 @@ def one_hot_of(labels: Tensor, classes: int) -> Tensor:
     return torch.stack([labels == k for k in range(classes)], 1).double()
 
 
-def mmseg_ohem(ignore_label: int, thres: float, min_kept: int) -> Callable:
+def mmseg_cross_entropy(
+    pred: Tensor,
+    target: Tensor,
+    use_sigmoid: bool = False,
+    class_weight: Tensor | None = None,
+    avg_non_ignore: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
+    """cross_entropy_loss.py"""
+    valid = target != 255
+    if use_sigmoid:
+        one_hot = target.clamp(max=1)
+        if pred.shape[1] > 1:
+            one_hot, valid = one_hot_of(target, pred.shape[1]), valid[:, None].expand(pred.shape)
+        losses = F.binary_cross_entropy_with_logits(pred, one_hot, reduction="none") * valid
+    else:
+        losses = F.cross_entropy(pred, target, class_weight, ignore_index=255, reduction="none")
+    if reduction == "sum":
+        return losses.sum()
+    if class_weight is not None:
+        return losses.sum() / class_weight[target].sum()
+    return losses.sum() / (valid.sum() if avg_non_ignore else valid.numel())
+
+
+def mmseg_ohem(
+    score: Tensor, target: Tensor, ignore_label: int, thres: float, min_kept: int
+) -> Tensor:
     """ohem_cross_entropy_loss.py"""
-
-    def loss(score: Tensor, target: Tensor) -> Tensor:
-        losses = F.cross_entropy(score, target, ignore_index=ignore_label, reduction="none")
-        mask = (target != ignore_label).flatten()
-        p = score.softmax(1).gather(1, target.where(target != ignore_label, 0)[:, None])
-        p, order = p.flatten()[mask].sort()
-        threshold = max(p[min(min_kept, len(p) - 1)], torch.tensor(thres))
-        return losses.flatten()[mask][order][p < threshold].mean()
-
-    return loss
+    losses = F.cross_entropy(score, target, ignore_index=ignore_label, reduction="none")
+    mask = (target != ignore_label).flatten()
+    p = score.softmax(1).gather(1, target.where(target != ignore_label, 0)[:, None])
+    p, order = p.flatten()[mask].sort()
+    threshold = max(p[min(min_kept, len(p) - 1)], torch.tensor(thres))
+    return losses.flatten()[mask][order][p < threshold].mean()
 
 
-def mmseg_dice(use_sigmoid: bool, eps: float) -> Callable:
+def mmseg_dice(pred: Tensor, target: Tensor, use_sigmoid: bool, eps: float) -> Tensor:
     """dice_loss.py"""
     assert not use_sigmoid
-
-    def loss(pred: Tensor, target: Tensor) -> Tensor:
-        inputs = pred.softmax(1).flatten(1)
-        targets = one_hot_of(target, pred.shape[1]).flatten(1)
-        b, c = (inputs * inputs).sum(1) + eps, (targets * targets).sum(1) + eps
-        return (1 - 2 * (inputs * targets).sum(1) / (b + c)).mean()
-
-    return loss
+    inputs = pred.softmax(1).flatten(1)
+    targets = one_hot_of(target, pred.shape[1]).flatten(1)
+    b, c = (inputs * inputs).sum(1) + eps, (targets * targets).sum(1) + eps
+    return (1 - 2 * (inputs * targets).sum(1) / (b + c)).mean()
 
 
 def mmseg_tversky(
+    pred: Tensor,
+    target: Tensor,
     smooth: float,
     alpha: float,
     beta: float,
     ignore_index: int = 255,
     class_weight: Tensor | None = None,
-) -> Callable:
+) -> Tensor:
     """tversky_loss.py"""
-
-    def loss(pred: Tensor, target: Tensor) -> Tensor:
-        p, valid = pred.softmax(1), (target != ignore_index).flatten(1)
-        total = pred.new_zeros(())
-        one_hot = one_hot_of(target, pred.shape[1])
-        for i in range(pred.shape[1]):
-            q, t = p[:, i].flatten(1), one_hot[:, i].flatten(1)
-            tp, fp, fn = ((x * valid).sum(1) for x in (q * t, q * (1 - t), (1 - q) * t))
-            class_loss = (1 - (tp + smooth) / (tp + alpha * fp + beta * fn + smooth)).mean()
-            total = total + class_loss * (1 if class_weight is None else class_weight[i])
-        return total / pred.shape[1]
-
-    return loss
+    p, valid = pred.softmax(1), (target != ignore_index).flatten(1)
+    total = pred.new_zeros(())
+    one_hot = one_hot_of(target, pred.shape[1])
+    for i in range(pred.shape[1]):
+        q, t = p[:, i].flatten(1), one_hot[:, i].flatten(1)
+        tp, fp, fn = ((x * valid).sum(1) for x in (q * t, q * (1 - t), (1 - q) * t))
+        class_loss = (1 - (tp + smooth) / (tp + alpha * fp + beta * fn + smooth)).mean()
+        total = total + class_loss * (1 if class_weight is None else class_weight[i])
+    return total / pred.shape[1]
 
 
 def mmseg_focal(
-    gamma: float, alpha: float, ignore_index: int = 255, class_weight: Tensor | None = None
-) -> Callable:
+    pred: Tensor,
+    target: Tensor,
+    gamma: float,
+    alpha: float,
+    ignore_index: int = 255,
+    class_weight: Tensor | None = None,
+) -> Tensor:
     """focal_loss.py: py_sigmoid_focal_loss"""
-
-    def loss(pred: Tensor, target: Tensor) -> Tensor:
-        one_hot, p = one_hot_of(target, pred.shape[1]), pred.sigmoid()
-        wrong = (1 - p) * one_hot + p * (1 - one_hot)
-        weight = (alpha * one_hot + (1 - alpha) * (1 - one_hot)) * wrong**gamma
-        losses = F.binary_cross_entropy_with_logits(pred, one_hot, reduction="none") * weight
-        if class_weight is not None:
-            losses = losses * class_weight.view(-1, 1, 1)
-        return (losses * (target != ignore_index)[:, None]).mean()
-
-    return loss
+    one_hot, p = one_hot_of(target, pred.shape[1]), pred.sigmoid()
+    wrong = (1 - p) * one_hot + p * (1 - one_hot)
+    weight = (alpha * one_hot + (1 - alpha) * (1 - one_hot)) * wrong**gamma
+    losses = F.binary_cross_entropy_with_logits(pred, one_hot, reduction="none") * weight
+    if class_weight is not None:
+        losses = losses * class_weight.view(-1, 1, 1)
+    return (losses * (target != ignore_index)[:, None]).mean()
 
 
-def mmseg_boundary() -> Callable:
+def mmseg_boundary(pred: Tensor, target: Tensor) -> Tensor:
     """boundary_loss.py"""
-
-    def loss(pred: Tensor, target: Tensor) -> Tensor:
-        positive, total = target.sum(), target.numel()
-        weight = torch.where(target == 1, (total - positive) / total, positive / total)
-        return F.binary_cross_entropy_with_logits(pred, target, weight)
-
-    return loss
+    positive, total = target.sum(), target.numel()
+    weight = torch.where(target == 1, (total - positive) / total, positive / total)
+    return F.binary_cross_entropy_with_logits(pred, target, weight)
 
 
 # The formulas of nnU-Net 2.8.1, nnunetv2/training/loss, of one process.
@@ -258,71 +244,60 @@ def mmseg_boundary() -> Callable:
 
 def nnunet_dice(
     apply_nonlin: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    loss_mask: Tensor | None = None,
     batch_dice: bool = False,
     do_bg: bool = True,
     smooth: float = 1.0,
-) -> Callable:
+) -> Tensor:
     """dice.py: SoftDiceLoss, and with the same values MemoryEfficientSoftDiceLoss"""
-
-    def loss(x: Tensor, y: Tensor, loss_mask: Tensor | None = None) -> Tensor:
-        x = apply_nonlin(x)
-        one_hot = y if x.shape == y.shape else torch.zeros_like(x).scatter_(1, y, 1)
-        mask = torch.ones_like(x[:, :1]) if loss_mask is None else loss_mask
-        axes = (0, 2, 3) if batch_dice else (2, 3)
-        parts = (x * one_hot, x * (1 - one_hot), (1 - x) * one_hot)
-        tp, fp, fn = ((part * mask).sum(axes) for part in parts)
-        score = (2 * tp + smooth) / (2 * tp + fp + fn + smooth).clip(1e-8)
-        return -(score if do_bg else score[..., 1:]).mean()
-
-    return loss
+    x = apply_nonlin(x)
+    one_hot = y if x.shape == y.shape else torch.zeros_like(x).scatter_(1, y, 1)
+    mask = torch.ones_like(x[:, :1]) if loss_mask is None else loss_mask
+    axes = (0, 2, 3) if batch_dice else (2, 3)
+    parts = (x * one_hot, x * (1 - one_hot), (1 - x) * one_hot)
+    tp, fp, fn = ((part * mask).sum(axes) for part in parts)
+    score = (2 * tp + smooth) / (2 * tp + fp + fn + smooth).clip(1e-8)
+    return -(score if do_bg else score[..., 1:]).mean()
 
 
-def nnunet_cross_entropy(weight: Tensor | None = None, **options: Any) -> Callable:
+def nnunet_cross_entropy(x: Tensor, y: Tensor, **options: Any) -> Tensor:
     """robust_ce_loss.py: RobustCrossEntropyLoss"""
-    return lambda x, y: F.cross_entropy(x, y[:, 0], weight, **options)
+    return F.cross_entropy(x, y[:, 0], **options)
 
 
-def nnunet_topk(k: float) -> Callable:
+def nnunet_topk(x: Tensor, y: Tensor, k: float) -> Tensor:
     """robust_ce_loss.py: TopKLoss"""
-
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        losses = F.cross_entropy(x, y[:, 0], reduction="none").flatten()
-        return losses.topk(int(losses.numel() * k / 100), sorted=False)[0].mean()
-
-    return loss
+    losses = F.cross_entropy(x, y[:, 0], reduction="none").flatten()
+    return losses.topk(int(losses.numel() * k / 100), sorted=False)[0].mean()
 
 
-def nnunet_dice_and(cross_entropy: Callable[..., Callable], nonlin: Callable) -> Callable:
+def nnunet_dice_and(
+    cross_entropy: Callable[..., Tensor],
+    first: dict[str, Any],
+    second: dict[str, Any],
+    x: Tensor,
+    y: Tensor,
+    weight_ce: float = 1,
+    weight_dice: float = 1,
+    ignore_label: int | None = None,
+) -> Tensor:
     """compound_losses.py"""
-
-    def build(
-        first: dict[str, Any],
-        second: dict[str, Any],
-        weight_ce: float = 1,
-        weight_dice: float = 1,
-        ignore_label: int | None = None,
-    ) -> Callable:
-        dice_options, ce_options = (second, first) if nonlin is torch.sigmoid else (first, second)
-        ignored = {} if ignore_label is None else {"ignore_index": ignore_label}
-        dice, ce = nnunet_dice(nonlin, **dice_options), cross_entropy(**ce_options, **ignored)
-
-        def loss(x: Tensor, y: Tensor) -> Tensor:
-            mask = y != (-1 if ignore_label is None else ignore_label)
-            overlap = dice(x, y.where(mask, 0), mask if ignored else None)
-            return weight_ce * ce(x, y) + weight_dice * overlap
-
-        return loss
-
-    return build
+    of_sigmoids = cross_entropy is F.binary_cross_entropy_with_logits
+    of_dice, of_ce = (second, first) if of_sigmoids else (first, second)
+    mask, ignored = None, {}
+    if ignore_label is not None:
+        mask, ignored = y != ignore_label, {"ignore_index": ignore_label}
+    labels = y if mask is None else y.where(mask, 0)
+    dice = nnunet_dice(torch.sigmoid if of_sigmoids else softmax, x, labels, mask, **of_dice)
+    return weight_ce * cross_entropy(x, y, **of_ce, **ignored) + weight_dice * dice
 
 
 FEW_LINES = runpy.run_path(str(ROOT / "examples/other_losses.py"))
-LIBRARIES: dict[str, Mapping[str, Any]] = {
-    "PyTorch": {"F": F, "nn": nn},
-    "segmentation_models.pytorch": vars(smp),
-    "MONAI": vars(monai),
+FORMULAS = {
     "mmsegmentation": {
-        "CrossEntropyLoss": mmseg_stand_in.CrossEntropyLoss,
+        "CrossEntropyLoss": mmseg_cross_entropy,
         "OhemCrossEntropy": mmseg_ohem,
         "DiceLoss": mmseg_dice,
         "TverskyLoss": mmseg_tversky,
@@ -334,8 +309,15 @@ LIBRARIES: dict[str, Mapping[str, Any]] = {
         "MemoryEfficientSoftDiceLoss": nnunet_dice,
         "RobustCrossEntropyLoss": nnunet_cross_entropy,
         "TopKLoss": nnunet_topk,
-        "DC_and_CE_loss": nnunet_dice_and(nnunet_cross_entropy, lambda x: x.softmax(1)),
-        "DC_and_BCE_loss": nnunet_dice_and(nn.BCEWithLogitsLoss, torch.sigmoid),
-        "DC_and_topk_loss": nnunet_dice_and(nnunet_topk, lambda x: x.softmax(1)),
+        "DC_and_CE_loss": partial(nnunet_dice_and, nnunet_cross_entropy),
+        "DC_and_BCE_loss": partial(nnunet_dice_and, F.binary_cross_entropy_with_logits),
+        "DC_and_topk_loss": partial(nnunet_dice_and, nnunet_topk),
     },
 }
+LIBRARIES: dict[str, Mapping[str, Any]] = {
+    "PyTorch": {"F": F, "nn": nn},
+    "segmentation_models.pytorch": vars(smp),
+    "MONAI": vars(monai),
+}
+for section, formulas in FORMULAS.items():  # with its options, a formula is a loss
+    LIBRARIES[section] = {name: partial(partial, x) for name, x in formulas.items()}
