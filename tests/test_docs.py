@@ -46,18 +46,8 @@ def commands() -> list:
 
 @pytest.mark.parametrize("snippet", blocks("python"))
 def test_snippet_runs(snippet: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    for package in (
-        "lightning",
-        "monai",
-        "peft",
-        "segmentation_models_pytorch",
-        "timm",
-        "torchvision",
-        "transformers",
-        "ultralytics",
-    ):
-        if package in snippet:
-            pytest.importorskip(package, reason="it is not installed")
+    for package in re.findall(r"^(?:import|from) (\w+)", snippet, re.M):
+        pytest.importorskip(package, reason="it is not installed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
