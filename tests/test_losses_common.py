@@ -261,22 +261,6 @@ def test_compiles_as_one_graph(build: Callable[[], Regularizer]) -> None:
     assert method.terms.keys() == eager.terms.keys()
 
 
-@each_method
-def test_wrong_inputs(build: Callable[[], Regularizer]) -> None:
-    features, labels, classifier = batch()
-    method = build()
-    name = type(method).__name__
-    with pytest.raises(ValueError, match=f"{name}: features: expected {D} channels"):
-        method(features[:, 1:], labels, classifier)
-    with pytest.raises(ValueError, match=f"{name}: labels"):
-        method(features, labels.float(), classifier)
-    if method.uses_classifier:
-        with pytest.raises(ValueError, match=f"{name}: classifier"):
-            method(features, labels)
-        with pytest.raises(ValueError, match="classifier: expected a module or weight"):
-            method(features, labels, nn.Conv2d(D, K + 1, 1))
-
-
 def test_gradient_of_ceco_in_evaluation() -> None:
     """It does not use the mean and the variance of the features."""
     torch.manual_seed(0)
