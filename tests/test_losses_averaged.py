@@ -1,7 +1,6 @@
 """Averages of models with a method: AveragedModel, which Lightning's callbacks use, over
 parameters and buffers."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,10 +21,8 @@ AVERAGES = {
 }
 
 
-def average(model: nn.Module, name: str) -> tuple[nn.Module, Callable[[nn.Module], Any]]:
-    """The average, and the function that updates it."""
-    averaged = swa_utils.AveragedModel(model, use_buffers=True, **AVERAGES[name])
-    return averaged.module, averaged.update_parameters
+def average(model: nn.Module, name: str) -> swa_utils.AveragedModel:
+    return swa_utils.AveragedModel(model, use_buffers=True, **AVERAGES[name])
 
 
 def model_and_loss(method: str) -> tuple[nn.Module, Any]:
@@ -47,16 +44,16 @@ def train(model: nn.Module, loss: Any, steps: int = 1) -> None:
 @pytest.mark.parametrize("method", ao.losses.METHODS)
 def test_the_average_of_a_model(method: str, kind: str) -> None:
     model, loss = model_and_loss(method)
-    averaged, update = average(model, kind)
+    averaged = average(model, kind)
     expected: dict[str, Tensor] = {}
     for n in range(4):
         train(model, loss)
-        update(model)
+        averaged.update_parameters(model)
         for name, value in model.state_dict().items():
             share = 1 / (n + 1) if n == 0 or kind == "swa" else 1 - DECAY
             before = expected.get(name, torch.zeros_like(value))
             expected[name] = before + share * (value - before)
-    state = averaged.state_dict()
+    state = averaged.module.state_dict()
     for name, value in model.state_dict().items():
         assert state[name].dtype == value.dtype and value.dtype != torch.bool
         if value.is_floating_point():
@@ -72,14 +69,14 @@ def test_the_average_of_a_model(method: str, kind: str) -> None:
 
 def test_the_average_has_the_classes_that_have_started() -> None:
     model, loss = model_and_loss("SAR")
-    averaged, update = average(model, "multi_ema")
+    averaged = average(model, "multi_ema")
     sar = loss.regularizer
     sar.delta = 1.0  # no class is recognised
     train(model, loss)
-    update(model)
+    averaged.update_parameters(model)
     (copied,) = (m for m in averaged.modules() if isinstance(m, ao.SAR))
     assert not copied.started.any()
     sar.delta = 0.0
     train(model, loss, 5)
-    update(model)
+    averaged.update_parameters(model)
     assert sar.started.any() and torch.equal(copied.started, sar.started)

@@ -11,6 +11,7 @@ from anchorops._ops import class_moments as class_moments_module
 from anchorops.losses import Regularizer
 from anchorops.losses.statistics import Request, class_statistics
 from tests.helpers.methods import METHODS, D, K, batch, open_gate
+from tests.helpers.operators import check_loss
 
 
 def methods_of(together: Regularizer) -> nn.ModuleList:
@@ -35,9 +36,7 @@ def test_combined_equals_its_parts_in_one_pass(monkeypatch: pytest.MonkeyPatch) 
         assert passes == [4]  # OCCL's views are pairs of MVSC's groups
         expected = torch.stack([method(features, labels, classifier) for method in apart]).sum()
         passes.clear()
-        torch.testing.assert_close(loss, expected)
-        (got,), (want,) = (torch.autograd.grad(x, features) for x in (loss, expected))
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+        check_loss(loss, expected, features, rtol=1e-5, atol=1e-7)
 
 
 def test_sums_only_for_methods_that_request_them() -> None:
