@@ -6,6 +6,7 @@ import inspect
 import re
 import runpy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import anchorops as ao
+from tests.helpers.operators import check_loss
 from tests.helpers.ranks import process_group
 
 ROOT = Path(__file__).parents[1]
@@ -102,24 +104,22 @@ def names(kind: str, inputs: SimpleNamespace) -> dict[str, Any]:
 
 
 @pytest.fixture
-def alone(tmp_path: Path) -> Iterator[None]:
-    """One process, as nnU-Net's losses over all processes need it."""
-    with process_group(tmp_path):
+def processes(section: str, tmp_path: Path) -> Iterator[None]:
+    """A group of one process: nnU-Net's scores of a batch are those of all processes."""
+    with process_group(tmp_path) if section == "nnU-Net" else nullcontext():
         yield
 
 
 @pytest.mark.parametrize("ratio", [1, 4])
 @pytest.mark.parametrize(("section", "kind", "theirs", "ours"), [*rows()])
 @pytest.mark.filterwarnings("ignore:single channel prediction")
-def test_row(section: str, kind: str, theirs: str, ours: str, ratio: int, alone: None):
+def test_row(section: str, kind: str, theirs: str, ours: str, ratio: int, processes: None):
     inputs = example(kind, ratio, "ignore" in theirs)
     known = names(kind, inputs)
     loss: Any = eval(ours, known | FEW_LINES)
     if isinstance(loss, nn.Module):
         loss = loss(inputs.logits, inputs.labels)
-    each = loss  # with reduction="none"
-    loss = each.square().sum() if each.dim() > 0 else each
-    (gradient,) = torch.autograd.grad(loss, inputs.logits, retain_graph=True)
+    (gradient,) = torch.autograd.grad(loss.sum(), inputs.logits, retain_graph=True)
     assert gradient.abs().max() > 1e-6
     expected: Any = eval(theirs, known | losses_of(section))
     if callable(expected):
@@ -129,13 +129,9 @@ def test_row(section: str, kind: str, theirs: str, ours: str, ratio: int, alone:
         elif section in ("MONAI", "nnU-Net"):
             target = target[:, None]
         expected = expected(inputs.z, target)
-    assert expected.shape == each.shape
-    expected = expected.square().sum() if each.dim() > 0 else expected
     # MONAI's focal loss computes in float32
-    bounds = {"rtol": 1e-5, "atol": 1e-6} if section == "MONAI" and "Focal" in theirs else {}
-    torch.testing.assert_close(loss.double(), expected.double(), **bounds)
-    right = torch.autograd.grad(expected, inputs.logits)[0]
-    torch.testing.assert_close(gradient, right, **bounds)
+    bounds = {"rtol": 1e-5, "atol": 1e-6} if "Focal" in theirs and section == "MONAI" else {}
+    check_loss(loss.to(expected.dtype), expected, inputs.logits, **bounds)
 
 
 def test_formulas_of_two_examples():
