@@ -74,9 +74,10 @@ barriers: setup
 	$(removed_barriers) 90
 	PTX_BACKEND=cuda $(removed_barriers) 80
 
-# the examples for nnU-Net and Ultralytics against their releases, in environments of their own of 7 GB
+# the examples for nnU-Net and Ultralytics, and nnU-Net's losses in docs/loss-map.md, against their
+# releases, in environments of their own of 7 GB
 check-nnunet check-ultralytics: check-%: setup build/%
-	OMP_NUM_THREADS=1 build/$*/bin/pytest tests/test_$*.py
+	OMP_NUM_THREADS=1 build/$*/bin/pytest tests/test_$*.py tests/test_other_libraries.py
 
 build/nnunet build/ultralytics: build/%:
 	$(PYTHON) -m venv $@

@@ -1,4 +1,5 @@
-"""attach: the model before, during and after it, and when the features are available."""
+"""attach: the model before, during and after it, when the features are available, several forwards
+before a call of the method, and the chosen classifier and features in common models."""
 
 import copy
 import itertools
@@ -15,7 +16,17 @@ import anchorops as ao
 from anchorops import Attachment
 from anchorops.doctor.catalogue.features import METHODS
 from anchorops.losses import Regularizer
-from tests.helpers.small_networks import D, K, Net, backward, batch
+from tests.helpers.small_networks import (
+    NO_TORCHVISION,
+    D,
+    K,
+    Net,
+    backward,
+    batch,
+    smp_model,
+    torchvision_model,
+    transformers_segformer,
+)
 
 
 class Keyword(Net):
@@ -202,6 +213,12 @@ def test_errors() -> None:
     attached(labels)
     with pytest.raises(RuntimeError, match="it was already called after this forward"):
         attached(labels)
+    whole = nn.Sequential(nn.Conv2d(3, D, 1), nn.Conv2d(D, K, 1))  # the method is in its layer 1
+    ao.attach(whole, ao.OCCL(K, D))
+    other = nn.Conv2d(D, K, 1)
+    other._forward_pre_hooks = whole[1]._forward_pre_hooks  # as torch.ao.quantization
+    with pytest.raises(RuntimeError, match=r"^OCCL: layer 1, .* first replace the layer, then att"):
+        nn.Sequential(whole[0], other)(x)
 
 
 @pytest.mark.parametrize("name", ["SAR", "OCCL", "MVSC", "CeCo", "CBP"])
@@ -325,3 +342,133 @@ def test_memory_that_to_empty_has_not_filled(name: str) -> None:
     attached.forget()
     torch.manual_seed(0)
     torch.testing.assert_close(backward(model, attached), expected)
+
+
+def test_the_labels_of_several_forwards_are_refused() -> None:
+    """Two views, and a classifier that runs twice in one forward."""
+    x, labels = batch()
+    model = Net()
+    occl = ao.attach(model, ao.OCCL(K, D))
+    model(x)
+    model(x.flip(3))
+    for _ in range(2):  # the error does not take the features
+        with pytest.raises(RuntimeError, match=r"OCCL: features of several forwards: .* once"):
+            occl(labels)
+    occl.forget()
+    model(x)
+    occl(labels)
+
+    class Twice(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x[..., ::2, ::2]).mean() + super().forward(x)
+
+    model = Twice()
+    occl = ao.attach(model, ao.OCCL(K, D))
+    model(x)
+    with pytest.raises(RuntimeError, match="use_last=True"):
+        occl(labels)
+    occl.detach()
+    occl = ao.attach(model, ao.OCCL(K, D), use_last=True)
+    model(x)
+    assert occl.features is not None and occl.features.shape == (2, D, 4, 4)  # of the last run
+    occl(labels)
+    with pytest.raises(ValueError, match="attach: use_last: expected True or False, got 1"):
+        ao.attach(model, ao.OCCL(K, D), use_last=1)  # type: ignore[arg-type]
+
+
+def test_forwards_whose_features_nobody_can_mean_do_not_count() -> None:
+    x, labels = batch()
+    model = Net()
+    occl = ao.attach(model, ao.OCCL(K, D))
+    for _ in range(2):  # gradient accumulation: a loss after each forward
+        (model(x).mean() + occl(labels)).backward()
+    for _ in range(2):  # steps without the method's loss
+        model(x).mean().backward()
+    (model(x).mean() + occl(labels)).backward()
+    first, last = model(x), model(x.flip(3))
+    first.mean().backward()  # it has not gone through the last features
+    model(x)
+    with pytest.raises(RuntimeError, match="several forwards"):
+        occl(labels)
+    last.mean().backward()
+    occl.forget()
+    with torch.no_grad():
+        model(x)
+    model(x)
+    with torch.no_grad():
+        model(x.flip(3))
+    model.train()
+    occl(labels)
+    model(x)
+    model.eval()
+    model(x)
+    model.train()
+    model(x)
+    assert occl(labels).isfinite()
+
+
+def test_several_forwards_of_a_compiled_model() -> None:
+    torch.compiler.reset()
+    x, labels = batch()
+    compiled: Any = torch.compile(Net(), fullgraph=True, backend="aot_eager")
+    occl = ao.attach(compiled, ao.OCCL(K, D))
+    for _ in range(2):
+        (compiled(x).mean() + occl(labels)).backward()
+    compiled(x)
+    compiled(x)
+    with pytest.raises(RuntimeError, match=r"several forwards.*forget\(\)"):
+        occl(labels)
+    occl.forget()
+    compiled(x)
+    occl(labels)
+
+
+def timm_classifier() -> nn.Module:
+    timm = pytest.importorskip("timm", reason=NO_TORCHVISION)
+    return timm.create_model("resnet18", pretrained=False, num_classes=K, drop_rate=0.5)
+
+
+@pytest.mark.parametrize(
+    ("build", "dim", "name"),
+    [
+        (smp_model("Unet"), 16, "segmentation_head.0"),  # 3×3
+        (torchvision_model("deeplabv3_resnet50"), 256, "classifier.4"),  # its auxiliary is alike
+        (transformers_segformer, D, "decode_head.classifier"),
+        (timm_classifier, 512, "fc"),
+    ],
+)
+def test_finds_the_classifier(build: Callable[[], nn.Module], dim: int, name: str) -> None:
+    model = build()
+    occl = ao.attach(model, ao.OCCL(K, dim))
+    assert occl.classifier_name == name and name in repr(occl)
+    x, labels = batch(32, images=4)
+    labels[0], labels[1] = labels[2], labels[3]
+    model(x)
+    assert occl._features is not None and occl._features.requires_grad
+    assert occl._features.shape[:2] == (4, dim)
+    assert occl(labels[:, 0, 0] if name == "fc" else labels) > 0
+
+
+def test_dropout_elsewhere_is_passed_over_too() -> None:
+    """FPN of segmentation-models-pytorch ends its decoder, not its head, with a dropout."""
+    model = smp_model("FPN")()
+    occl = ao.attach(model, ao.OCCL(K, 128))
+    inputs: list[Tensor] = []
+    dropout = model.get_submodule("decoder.dropout")
+    hook = dropout.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    model(batch(32)[0])
+    assert occl._features is inputs[0]
+    hook.remove()
+    occl.detach()
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_linear_classifier_on_tokens() -> None:
+    """(B, N, D) into a linear layer: a view as (B, D, N)."""
+    model = nn.Sequential(nn.Linear(D, K))
+    occl = ao.attach(model, ao.OCCL(K, D))
+    x, labels = torch.randn(2, 30, D, requires_grad=True), torch.randint(0, K, (2, 30))
+    model(x)
+    assert occl.features is x
+    expected = copy.deepcopy(occl.regularizer)(x.transpose(1, 2), labels, model[0])
+    torch.testing.assert_close(occl(labels), expected)

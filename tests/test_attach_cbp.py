@@ -25,7 +25,9 @@ REPARAMETRIZED: dict[str, Callable[[nn.Module], Any]] = {
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize("how", REPARAMETRIZED)
-def test_cbp_does_not_replace_a_weight_that_is_computed(how: str) -> None:
+def test_a_weight_that_is_computed(how: str) -> None:
+    """CBP does not replace it. The loss of another method, and the gradient of the features, are
+    those of a classifier with these values."""
     model = Net()
     REPARAMETRIZED[how](model.classifier)
     state = copy.deepcopy(model.state_dict())
@@ -35,14 +37,6 @@ def test_cbp_does_not_replace_a_weight_that_is_computed(how: str) -> None:
     assert model.classifier.bias is not None
     assert not model.classifier._forward_pre_hooks or "old" in how or how in ("pruned", "bias")
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
-@pytest.mark.parametrize("how", REPARAMETRIZED)
-def test_methods_share_a_weight_that_is_computed(how: str) -> None:
-    """The loss and the gradient of the features are those of a classifier with these values."""
-    model = Net()
-    REPARAMETRIZED[how](model.classifier)
     attached, alone = ao.attach(model, ao.OCCL(K, D)), ao.OCCL(K, D)
     x, labels = batch()
     model(x)

@@ -10,6 +10,7 @@ import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import cost_tables
 import operator_times
@@ -29,6 +30,14 @@ from anchorops.measure import example_labels, measure, peak_extra_bytes, summary
 
 ROOT = Path(__file__).parents[1]
 CPU, TRAINING = torch.device("cpu"), "forward + backward"
+
+
+def output_of(*words: object) -> str:
+    """Of a program of bench/ that ends well."""
+    command = [sys.executable, *map(str, words)]
+    ended = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert ended.returncode == 0, ended.stdout[-4000:] + ended.stderr[-4000:]
+    return ended.stdout
 
 
 def test_counted_bytes():
@@ -134,30 +143,12 @@ def test_measure_on_cuda(monkeypatch, clock, host: float, reads: int):
     """The order of events, with a replacement for CUDA: read a clean buffer for twice as long as
     the host needs for a call, and at most 20 ms; start, call, end."""
     order = []
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            order.append("event")
-
-        def elapsed_time(self, end: object) -> float:
-            assert isinstance(end, Event)
-            return 2.0  # milliseconds
-
-        def synchronize(self) -> None:
-            pass
-
-    class Clean:
-        def sum(self) -> None:  # only a read, because a write would leave dirty lines
-            order.append("read")
-
-    def zeros(size: int, dtype: torch.dtype, device: str) -> Clean:
-        assert (size, dtype, device) == (2**28, torch.float32, "cuda")
-        return Clean()
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+    event = Mock(**{"elapsed_time.return_value": 2.0})  # milliseconds
+    event.record.side_effect = lambda: order.append("event")
+    clean = Mock()
+    clean.sum.side_effect = lambda: order.append("read")  # a write would leave dirty lines
+    zeros = Mock(return_value=clean)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     properties = SimpleNamespace(total_memory=141 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
@@ -173,6 +164,7 @@ def test_measure_on_cuda(monkeypatch, clock, host: float, reads: int):
     of_a_read = ["read", "event", "read", "event"]
     once = [*["read"] * reads, "event", "call", "event"]
     assert order == [*of_a_read * 3, "call", *once * 3]
+    zeros.assert_called_once_with(2**28, dtype=torch.float32, device="cuda")
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
@@ -191,11 +183,7 @@ def test_peak_extra_bytes():
 @pytest.mark.slow
 def test_dry_run(tmp_path):
     """All lines of the day with a GPU, on the CPU; then the tables and the pictures of its rows."""
-    command = [sys.executable, "bench/run.py", "--device", "cuda", "--dry-run"]
-    answer = subprocess.run(
-        [*command, "--out", str(tmp_path)], cwd=ROOT, text=True, capture_output=True
-    )
-    assert answer.returncode == 0, answer.stdout[-4000:] + answer.stderr[-4000:]
+    output_of("bench/run.py", "--device", "cuda", "--dry-run", "--out", tmp_path)
     run = {"training_steps": []}
     for path in tmp_path.glob("*.json"):
         written = load(path)
@@ -222,8 +210,7 @@ def test_dry_run(tmp_path):
 def test_dry_run_of_training_steps_on_a_cpu(tmp_path):
     """The networks of `make bench`, which have the methods too."""
     path = tmp_path / "rows.json"
-    command = [sys.executable, "bench/training_step.py", "--device", "cpu", "--dry-run"]
-    subprocess.run([*command, "--rows", str(path)], cwd=ROOT, check=True)
+    output_of("bench/training_step.py", "--device", "cpu", "--dry-run", "--rows", path)
     rows = load(path)["training_steps"]
     methods = {row["name"].partition(",")[0] for row in rows}
     assert len({row["network"] for row in rows if row["late"]}) == 2  # as on a CPU
@@ -375,12 +362,8 @@ def test_doctor_benchmark(capsys, monkeypatch):
 @pytest.mark.slow
 def test_the_catalogue_by_pytest_benchmark():
     """Tiny, each call once."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench"]
-    run = subprocess.run(
-        [*command, "--benchmark-disable"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stdout
-    passed = re.search(r"(\d+) passed", run.stdout)
+    options = ["-q", "-p", "no:cacheprovider", "--benchmark-disable"]
+    passed = re.search(r"(\d+) passed", output_of("-m", "pytest", *options, "bench"))
     assert passed and int(passed[1]) >= len(catalogue.cases("bench"))
 
 
@@ -410,9 +393,7 @@ def test_rows_of_export(tmp_path):
     """Rows of small volumes stand in one file with the other sections of the run."""
     out = tmp_path / "rows.json"
     save(out, "operators", head_of(CPU), [])
-    command = [sys.executable, "bench/export.py", "--dry-run", "--rows", str(out)]
-    answer = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
-    assert answer.returncode == 0, answer.stderr
+    output_of("bench/export.py", "--dry-run", "--rows", out)
     run = json.loads(out.read_text())
     assert run["operators"] == []
     ways = [row["name"] for row in run["export"] if row["dtype"] == "float16"]
@@ -454,8 +435,7 @@ def test_counted_launches(tmp_path: Path):
     """In a process of its own, which registers Triton's kernels for tensors of the CPU."""
     pytest.importorskip("triton", reason="CPU builds of torch do not include Triton")
     path = tmp_path / "launches.json"
-    command = [sys.executable, "bench/counted_launches.py", "--steps", "centroid InfoNCE"]
-    subprocess.run([*command, "--out", str(path)], cwd=ROOT, check=True)
+    output_of("bench/counted_launches.py", "--steps", "centroid InfoNCE", "--out", path)
     (row,) = load(path)["rows"]
     # two launches forward, one backward, the temperature, and the gradient's seed
     assert row["launches"] == 5 and row["ours"] == 3 and row["operators"] == {"fill_": 2}

@@ -46,18 +46,8 @@ def commands() -> list:
 
 @pytest.mark.parametrize("snippet", blocks("python"))
 def test_snippet_runs(snippet: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    for package in (
-        "lightning",
-        "monai",
-        "peft",
-        "segmentation_models_pytorch",
-        "timm",
-        "torchvision",
-        "transformers",
-        "ultralytics",
-    ):
-        if package in snippet:
-            pytest.importorskip(package, reason="it is not installed")
+    for package in re.findall(r"^(?:import|from) (\w+)", snippet, re.M):
+        pytest.importorskip(package, reason="it is not installed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -211,11 +201,9 @@ def sources() -> str:
 
 def quoted_messages() -> list[str]:
     page = (ROOT / "docs/troubleshooting.md").read_text()
-    return re.findall(r"^\| `([^`]+)` \|", page, re.M)
-
-
-def test_messages_are_quoted():
-    assert len(quoted_messages()) > 10
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.M)
+    assert len(messages) > 10
+    return messages
 
 
 @pytest.mark.parametrize("message", quoted_messages())
@@ -252,14 +240,14 @@ def test_tables_of_the_cost_are_those_of_the_rows():
 
 def test_versions_that_were_tested():
     """One list of versions; no page speaks of all later ones."""
-    (others,) = re.findall(r"^ABI_TORCHES \?= (.*)", (ROOT / "Makefile").read_text(), re.M)
     page = (ROOT / "docs/install.md").read_text()
-    assert f"torch {', '.join(others.split()[:-1])} and {others.split()[-1]} |" in page
-    (others,) = re.findall(r"^TORCH \?= (.*)", (ROOT / "Makefile").read_text(), re.M)
-    assert f"torch {', '.join(others.split()[:-1])} and {others.split()[-1]} |" in page
+    listed = re.findall(r"^(?:ABI_TORCHES|TORCH) \?= (.*)", (ROOT / "Makefile").read_text(), re.M)
+    for *others, last in map(str.split, listed):
+        assert f"torch {', '.join(others)} and {last} |" in page
     for name, link in (("README.md", "docs/install.md"), ("docs/install.md", "")):
         assert f"({link}#what-was-tested)" in (ROOT / name).read_text()
-    newest = max(tuple(map(int, name.split("."))) for name in others.split())
+    versions = " ".join(listed).split()
+    newest = max(tuple(map(int, name.split("."))) for name in versions)
     assert f"\ntorch<{newest[0]}.{newest[1] + 1}\n" in (ROOT / "constraints.txt").read_text()
     for path in (ROOT / "docs").rglob("*.md"):
         claims = re.findall(

@@ -57,12 +57,16 @@ class MLP(nn.Module):
         return tokens.transpose(1, 2).reshape(x.shape[0], tokens.shape[2], *x.shape[2:])
 
 
+def mixed(head: Any, maps: list[Tensor]) -> Tensor:
+    return head.mix(cat(head, maps)).relu()
+
+
 class Head(nn.Module):
     """Maps of 32 channels. linear: they are linear layers of tokens, otherwise, as in
     mmsegmentation's SegformerHead, batch norm and ReLU follow a convolution. `after` makes the
     features from the head and the maps."""
 
-    def __init__(self, linear: bool = True, after: Callable[..., Any] | None = None) -> None:
+    def __init__(self, linear: bool = True, after: Callable[..., Any] = mixed) -> None:
         super().__init__()
         layers = [
             MLP(width, 32)
@@ -72,7 +76,7 @@ class Head(nn.Module):
         ]
         self.layers = nn.ModuleList(layers)
         self.mix = nn.Conv2d(3 * 32, 16, 1)
-        self.after = after or (lambda head, maps: head.mix(cat(head, maps)).relu())
+        self.after = after
 
     def reduced(self, maps: list[Tensor]) -> list[Tensor]:
         return [layer(x) for layer, x in zip(self.layers, maps, strict=True)]
@@ -97,6 +101,13 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return up(self.classifier(self.head(self.body(x))), x.shape[2:])
+
+
+class Flat(Net):
+    """One module that does everything."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return up(self.classifier(mixed(self.head, self.body(x))), x.shape[2:])
 
 
 class Pyramid(nn.Module):
@@ -247,13 +258,13 @@ def test_equals_the_unchanged_model(
 @pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "bilinear", "bicubic"])
 @pytest.mark.parametrize("linear", [False, True])
 def test_modes_and_maps_that_are_not_upsampled(mode: str, linear: bool) -> None:
-    def mixed(head: Any, maps: list[Tensor]) -> Tensor:
+    def resized(head: Any, maps: list[Tensor]) -> Tensor:
         a, b, c = head.reduced(maps)
         scale = nn.Upsample(scale_factor=4, mode=mode)
-        resized = F.interpolate(size=a.shape[2:], input=b, mode=mode)
-        return head.mix(input=torch.cat(tensors=(scale(c), a, resized), dim=-3))
+        middle = F.interpolate(size=a.shape[2:], input=b, mode=mode)
+        return head.mix(input=torch.cat(tensors=(scale(c), a, middle), dim=-3))
 
-    model = Net(Head(linear, mixed)).double().to(memory_format=torch.channels_last)
+    model = Net(Head(linear, resized)).double().to(memory_format=torch.channels_last)
     plain, handle = moved(model, images().double())
     line = "head.mix before the upsampling of 2 maps"
     assert handle.moved == [line + ", 2 multiplied with a linear layer" * linear]
@@ -323,7 +334,7 @@ BETWEEN: dict[str, Callable[..., Any]] = {  # a checkpoint, or torch.no_grad, ar
     "checkpoint": lambda head, maps: checkpoint(head.mix, cat(head, maps), use_reentrant=False),
     "reentrant": lambda head, maps: checkpoint(head.mix, cat(head, maps), use_reentrant=True),
     "no_grad": without_gradients,
-    "inside": lambda head, maps: checkpoint(Head().after, head, maps, use_reentrant=False),
+    "inside": lambda head, maps: checkpoint(mixed, head, maps, use_reentrant=False),
 }
 
 
@@ -333,7 +344,7 @@ def test_what_begins_between(how: str) -> None:
     why = "requires_grad" if how == "reentrant" else "where a checkpoint or torch.no_grad begins"
     with pytest.raises(ValueError, match=why):
         ao.late_upsampling(model, images())
-    model.head.after = Head().after
+    model.head.after = mixed
     ao.late_upsampling(model, images())
     model.head.after = BETWEEN[how]
     with pytest.raises(RuntimeError, match=r"checkpoint or torch.no_grad begins or ends between"):
@@ -473,14 +484,7 @@ def test_ddp_and_fully_sharded(alone: None, sharded: list[str]) -> None:
 @pytest.mark.parametrize("late_first", [False, True])
 @pytest.mark.parametrize("remove_late_first", [False, True])
 def test_low_resolution_beside(late_first: bool, remove_late_first: bool) -> None:
-    """One module holds both: its forward does everything."""
-
-    class Flat(Net):
-        def forward(self, x: Tensor) -> Tensor:
-            maps = self.body(x)
-            joined = self.head.mix(cat(self.head, maps)).relu()
-            return up(self.classifier(joined), x.shape[2:])
-
+    """One module holds both."""
     model, x = Flat(), images()
     plain = copy.deepcopy(model)
     functions = [ao.late_upsampling, ao.low_resolution]

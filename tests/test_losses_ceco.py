@@ -2,9 +2,7 @@
 
 import copy
 import re
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,44 +12,39 @@ from torch.profiler import ProfilerActivity, profile
 import anchorops as ao
 from anchorops.losses.batch_norm import batch_norm
 from tests.helpers.memory import peak_allocated_bytes
+from tests.helpers.methods import oracle
+from tests.helpers.operators import check_loss
 
 
-@pytest.fixture(scope="module")
-def oracle() -> dict[str, Tensor]:
-    arrays = np.load(Path(__file__).parent / "oracles" / "ceco_official.npz")
-    return {key: torch.as_tensor(arrays[key]) for key in arrays.files}
-
-
-def ceco_of_release(oracle: dict[str, Tensor]) -> ao.CeCo:
-    num_classes, center_dim = oracle["etf"].shape
-    reduced_dim, dim = oracle["reduce_conv"].shape[:2]
+def ceco_of_release(numbers: dict[str, Tensor]) -> ao.CeCo:
+    num_classes, center_dim = numbers["etf"].shape
+    reduced_dim, dim = numbers["reduce_conv"].shape[:2]
     ceco = ao.CeCo(
         num_classes,
         dim,
         reduced_dim=reduced_dim,
         center_dim=center_dim,
-        prior=oracle["prior"],
-        loss_weight=float(oracle["loss_weight"]),
-        scale=float(oracle["scale"]),
+        prior=numbers["prior"],
+        loss_weight=float(numbers["loss_weight"]),
+        scale=float(numbers["scale"]),
         dropout=0.0,
     )
     with torch.no_grad():
-        ceco.reduction.weight.copy_(oracle["reduce_conv"])
-        ceco.projection.weight.copy_(oracle["gain_weight"])
-        ceco.projection.bias.copy_(oracle["gain_bias"])
-        ceco.etf.copy_(oracle["etf"])
+        ceco.reduction.weight.copy_(numbers["reduce_conv"])
+        ceco.projection.weight.copy_(numbers["gain_weight"])
+        ceco.projection.bias.copy_(numbers["gain_bias"])
+        ceco.etf.copy_(numbers["etf"])
     return ceco
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_loss_and_gradient_of_the_release(
-    oracle: dict[str, Tensor], memory_format: torch.memory_format
-) -> None:
-    features = oracle["features"].clone(memory_format=memory_format).requires_grad_()
-    loss = ceco_of_release(oracle)(features, oracle["labels"])
+def test_loss_and_gradient_of_the_release(memory_format: torch.memory_format) -> None:
+    numbers = oracle("ceco_official.npz")
+    features = numbers["features"].clone(memory_format=memory_format).requires_grad_()
+    loss = ceco_of_release(numbers)(features, numbers["labels"])
     loss.backward()
-    torch.testing.assert_close(loss.double(), oracle["loss"], rtol=2e-6, atol=0)
-    torch.testing.assert_close(features.grad, oracle["dfeatures"], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(loss.double(), numbers["loss"], rtol=2e-6, atol=0)
+    torch.testing.assert_close(features.grad, numbers["dfeatures"], rtol=1e-4, atol=1e-7)
 
 
 def naive_loss(
@@ -102,9 +95,7 @@ def test_options_against_the_naive_computation(
     assert len(inputs) == (4 if freeze else 6)
     loss = ceco(features, labels)
     expected = naive_loss(ceco, features, labels, per_image, resolution == "label")
-    torch.testing.assert_close(loss, expected)
-    gradients = [torch.autograd.grad(x, inputs) for x in (loss, expected)]
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    check_loss(loss, expected, *inputs, rtol=1e-4, atol=1e-6)
     assert ceco.terms["present"] == (
         sum(len(im[im < 255].unique()) for im in labels) if per_image else 4
     )

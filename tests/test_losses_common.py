@@ -1,4 +1,4 @@
-"""Tests of every method: dtypes, layouts, compilation, state, composition, errors."""
+"""Tests of every method: dtypes, layouts, compilation, state, composition, averages of models."""
 
 import copy
 import io
@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import swa_utils
 
 import anchorops as ao
+from anchorops._ops import class_moments as class_moments_module
+from anchorops.doctor.catalogue import features as catalogue
 from anchorops.losses import Regularizer
+from anchorops.losses.statistics import Request, class_statistics
 from tests.helpers.methods import METHODS, D, K, batch, each_method, each_on_pixels, open_gate
-from tests.helpers.operators import Operators
+from tests.helpers.operators import Operators, check_loss
 from tests.helpers.slow import slow_but
 
 
@@ -261,22 +265,6 @@ def test_compiles_as_one_graph(build: Callable[[], Regularizer]) -> None:
     assert method.terms.keys() == eager.terms.keys()
 
 
-@each_method
-def test_wrong_inputs(build: Callable[[], Regularizer]) -> None:
-    features, labels, classifier = batch()
-    method = build()
-    name = type(method).__name__
-    with pytest.raises(ValueError, match=f"{name}: features: expected {D} channels"):
-        method(features[:, 1:], labels, classifier)
-    with pytest.raises(ValueError, match=f"{name}: labels"):
-        method(features, labels.float(), classifier)
-    if method.uses_classifier:
-        with pytest.raises(ValueError, match=f"{name}: classifier"):
-            method(features, labels)
-        with pytest.raises(ValueError, match="classifier: expected a module or weight"):
-            method(features, labels, nn.Conv2d(D, K + 1, 1))
-
-
 def test_gradient_of_ceco_in_evaluation() -> None:
     """It does not use the mean and the variance of the features."""
     torch.manual_seed(0)
@@ -284,3 +272,139 @@ def test_gradient_of_ceco_in_evaluation() -> None:
     labels = torch.randint(0, K, (2, 1, 3))
     ceco = METHODS["CeCo"]().double().eval()
     assert torch.autograd.gradcheck(lambda f: ceco(f, labels), features)
+
+
+def methods_of(together: Regularizer) -> nn.ModuleList:
+    assert isinstance(together, ao.Combined)
+    return together.methods
+
+
+def test_combined_equals_its_parts_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, labels, classifier = batch()
+    together = open_gate(METHODS["combined"]())
+    apart = [copy.deepcopy(method) for method in methods_of(together)]
+    passes = []
+    moments = class_moments_module.unchecked_moments
+
+    def counted(*args: object, **kwargs: object) -> ao.ops.ClassMoments:
+        passes.append(kwargs["groups"])
+        return moments(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("anchorops.losses.statistics.unchecked_moments", counted)
+    for _ in range(2):
+        loss = together(features, labels, classifier)
+        assert passes == [4]  # OCCL's views are pairs of MVSC's groups
+        expected = torch.stack([method(features, labels, classifier) for method in apart]).sum()
+        passes.clear()
+        check_loss(loss, expected, features, rtol=1e-5, atol=1e-7)
+
+
+def test_sums_only_for_methods_that_request_them() -> None:
+    """Statistics that SAR does not request are not reduced over the ranks."""
+    features, labels, _ = batch()
+    anchored = Request(anchors=torch.randn(K, D), with_sums=False)
+    views = Request(groups=2, seed=torch.zeros((), dtype=torch.int64))
+    for requests in ([anchored], [anchored, views]):
+        moments = class_statistics(features, labels, K, requests, 255)[0]
+        assert moments.sums.numel() == 0 and moments.sqdists.shape == (K,)
+
+
+def test_combined_with_images_and_two_sets_of_anchors() -> None:
+    features, labels, classifier = batch()
+    together = ao.Combined(
+        ao.SAR(K, D, gate="per_class", delta=0.0),
+        ao.SAR(K, D, embed=False),
+        ao.OCCL(K, D, split="images"),
+        ao.MVSC(K, D, groups=3),
+        ao.CeCo(K, D, reduced_dim=7, center_dim=9, dropout=0.0, resolution="feature"),
+    )
+    apart = [copy.deepcopy(method) for method in methods_of(together)]
+    expected = torch.stack([method(features, labels, classifier) for method in apart]).sum()
+    torch.testing.assert_close(together(features, labels, classifier), expected)
+    assert {"sar1.aux", "sar1.p2a", "sar2.p2a", "occl.centroid"} < set(together.terms)
+
+
+def test_combined_refuses_what_does_not_fit() -> None:
+    for other, message in (
+        (ao.OCCL(K + 1, D), "num_classes"),
+        (ao.OCCL(K, D + 1), "dim"),
+        (ao.OCCL(K, D, ignore_index=0), "ignore_index"),
+        (ao.OCCL(K, D, seed=1), "seed"),
+    ):
+        with pytest.raises(ValueError, match=f"Combined: regularizers: expected one {message}"):
+            ao.Combined(ao.MVSC(K, D), other)
+    for regularizers, message in (
+        ((), "at least one"),
+        ((ao.CBP(K, D), ao.CBP(K, D, update="ema")), "at most one CBP"),
+    ):
+        with pytest.raises(ValueError, match=f"Combined: regularizers: expected {message}"):
+            ao.Combined(*regularizers)
+
+
+DECAY = 0.75
+AVERAGES = {  # that Lightning's callbacks use
+    "swa": {},
+    "ema": {"avg_fn": swa_utils.get_ema_avg_fn(DECAY)},
+    "multi_ema": {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(DECAY)},
+}
+
+
+def average(model: nn.Module, name: str) -> swa_utils.AveragedModel:
+    return swa_utils.AveragedModel(model, use_buffers=True, **AVERAGES[name])
+
+
+def model_and_loss(method: str) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, D, 1), nn.Conv2d(D, K, 1))
+    return model, ao.attach(model, catalogue.METHODS[method](K, D))
+
+
+def train(model: nn.Module, loss: Any, steps: int = 1) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        logits = model(torch.randn(2, 4, 6, 5))
+        (logits.square().mean() + loss(torch.randint(0, K, (2, 6, 5)))).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", AVERAGES)
+@pytest.mark.parametrize("method", ao.losses.METHODS)
+def test_the_average_of_a_model(method: str, kind: str) -> None:
+    model, loss = model_and_loss(method)
+    averaged = average(model, kind)
+    expected: dict[str, Tensor] = {}
+    for n in range(4):
+        train(model, loss)
+        averaged.update_parameters(model)
+        for name, value in model.state_dict().items():
+            share = 1 / (n + 1) if n == 0 or kind == "swa" else 1 - DECAY
+            before = expected.get(name, torch.zeros_like(value))
+            expected[name] = before + share * (value - before)
+    state = averaged.module.state_dict()
+    for name, value in model.state_dict().items():
+        assert state[name].dtype == value.dtype and value.dtype != torch.bool
+        if value.is_floating_point():
+            torch.testing.assert_close(state[name], expected[name], rtol=1e-4, atol=1e-6)
+        else:
+            assert 0 <= state[name] <= value == 4
+    averaged.eval()(torch.randn(1, 4, 6, 5))
+    other, its_loss = model_and_loss(method)  # training continues from the average
+    other.load_state_dict(state)
+    train(other, its_loss, 2)
+    assert all(value.isfinite().all() for value in other.state_dict().values())
+
+
+def test_the_average_has_the_classes_that_have_started() -> None:
+    model, loss = model_and_loss("SAR")
+    averaged = average(model, "multi_ema")
+    sar = loss.regularizer
+    sar.delta = 1.0  # no class is recognised
+    train(model, loss)
+    averaged.update_parameters(model)
+    (copied,) = (m for m in averaged.modules() if isinstance(m, ao.SAR))
+    assert not copied.started.any()
+    sar.delta = 0.0
+    train(model, loss, 5)
+    averaged.update_parameters(model)
+    assert sar.started.any() and torch.equal(copied.started, sar.started)

@@ -39,7 +39,7 @@ RIGHT: dict[str, dict[str, Any]] = {  # by the names of what is called
     "MeanIoU": {"num_classes": 5, "predictions": LOGITS, "labels": LABELS},
     "centroid_info_nce": {"queries": ANCHORS, "keys": ANCHORS},
     "MaskLoss": {"logits": torch.zeros(3, 4, 5), "labels": MASKS},
-    "SAR CeCo": METHOD,
+    "SAR OCCL MVSC CeCo": METHOD,
     "CentroidGeometry": {"num_classes": 3, "dim": 2},
     "LabelImbalance": {"num_classes": 3},
     "features_with_anchors": {"features": FEATURES, "labels": LABELS, "anchors": ANCHORS},
@@ -239,6 +239,14 @@ TABLE: dict[str, Rows] = {
                 ({"num_masks": torch.tensor(0.0)}, "num_masks: expected a number above 0, got"),
             )
         ),
+    ],
+    "SAR OCCL MVSC CeCo": [
+        ({"features": FEATURES[:, 1:]}, "features: expected 3 channels"),
+        ({"labels": LABELS.float()}, "labels: expected an integer dtype, got torch.float32"),
+    ],
+    "SAR OCCL MVSC": [
+        ({"classifier": None}, "classifier: expected the model's classifier or its weight, got N"),
+        ({"classifier": ANCHORS[:4]}, "classifier: expected a module or weight"),
     ],
     "SAR": [
         ({"num_classes": 1}, "num_classes"),  # without batch statistics

@@ -15,52 +15,33 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import anchorops as ao
-from tests.helpers.small_networks import NO_TORCHVISION
+from tests import test_late_upsampling as late
+from tests.helpers.small_networks import NO_TORCHVISION, K
+from tests.test_late_upsampling import Flat, Head, up
 
 extraction = pytest.importorskip("torchvision.models.feature_extraction", reason=NO_TORCHVISION)
-K = 5
 IMAGES = torch.randn(1, 3, 64, 64)
 FUNCTIONS = [ao.low_resolution, ao.late_upsampling]
 
 
-class Head(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.classifier = nn.Conv2d(64, K, 1)
-
-    def forward(self, maps: list[Tensor]) -> Tensor:
-        return self.classifier(torch.cat([upsampled(x, 32) for x in maps], dim=1))
-
-
-class Net(nn.Module):
-    """Maps of 8×8 and 16×16 pixels, logits of 32×32."""
+class Net(late.Net):
+    """Its head, which late_upsampling changes, can be traced."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.large, self.small = nn.Conv2d(3, 32, 4, 4), nn.Conv2d(32, 32, 2, 2)
-        self.head = Head()
-
-    def forward(self, images: Tensor) -> Tensor:
-        large = self.large(images)
-        return upsampled(self.head([large, self.small(large)]), 64)
+        super().__init__(Head(linear=False))
 
 
-def upsampled(x: Tensor, size: int) -> Tensor:
-    return interpolate(x, (size, size), mode="bilinear")
+class Joined(TorchDispatchMode):
+    """Whether a convolution reads the joined map of 96 channels."""
 
-
-class Sizes(TorchDispatchMode):
-    """The largest map that a convolution to K channels reads."""
-
-    largest = 0
+    is_read = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.convolution.default and len(args[1]) == K:
-            self.largest = max(self.largest, args[0].shape[3])
+        if func is torch.ops.aten.convolution.default:
+            self.is_read |= args[0].shape[1] == 96
         return func(*args, **(kwargs or {}))
 
 
@@ -71,9 +52,9 @@ def function(request: pytest.FixtureRequest) -> Callable[..., Any]:
 
 def is_changed(function: object, model: nn.Module) -> bool:
     """Whether a training forward runs as `function` changed it."""
-    with Sizes() as sizes:
+    with Joined() as joined:
         logits = model.train()(IMAGES)
-    return logits.shape[3] == 32 if function is ao.low_resolution else sizes.largest == 16
+    return logits.shape[3] == 32 if function is ao.low_resolution else not joined.is_read
 
 
 @pytest.fixture
@@ -87,7 +68,7 @@ def test_accelerate(function: Callable[..., Any], accelerator: Accelerator) -> N
     model = Net()
     handle = function(model, IMAGES)
     assert not hasattr(model.forward, "__wrapped__")
-    assert [*inspect.signature(model.forward).parameters] == ["images"]
+    assert [*inspect.signature(model.forward).parameters] == ["x"]
     prepared = accelerator.prepare(model)
     assert is_changed(function, prepared)
     unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
@@ -133,7 +114,7 @@ def test_wraps(function: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("peft_first", [False, True])
 def test_peft(function: Callable[..., Any], peft_first: bool) -> None:
     model: Any = Net()
-    lora = peft.LoraConfig(target_modules=["large", "small"])
+    lora = peft.LoraConfig(target_modules=["stages.0", "stages.1"])
     handle = None if peft_first else function(model, IMAGES)
     model = peft.get_peft_model(model, lora)
     handle = handle or function(model, IMAGES)
@@ -144,20 +125,11 @@ def test_peft(function: Callable[..., Any], peft_first: bool) -> None:
     assert type(merged) is Net and not is_changed(function, merged)
 
 
-class Flat(Net):
-    """One module that does everything."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        maps = [large := self.large(images), self.small(large)]
-        joined = torch.cat([upsampled(x, 32) for x in maps], dim=1)
-        return upsampled(self.head.classifier(joined), 64)
-
-
 @pytest.mark.parametrize("peft_first", [False, True])
 def test_layers_that_peft_adds_or_merges(peft_first: bool) -> None:
     """They add calls to the forward that late_upsampling has changed, or remove some."""
     model: Any = Flat()
-    lora = peft.LoraConfig(target_modules=["large"])
+    lora = peft.LoraConfig(target_modules=["stages.0"])
     if peft_first:
         model = peft.get_peft_model(model, lora)
         handle = ao.late_upsampling(model, IMAGES)
@@ -181,14 +153,14 @@ def test_symbolic_traces_are_refused(function: Callable[..., Any]) -> None:
     for trace in (
         torch.fx.symbolic_trace,
         lambda whole: torch.fx.symbolic_trace(nn.Sequential(whole.eval())),
-        lambda whole: extraction.create_feature_extractor(whole.train(), ["small"]),
+        lambda whole: extraction.create_feature_extractor(whole.train(), ["body.stages.2"]),
     ):
         with pytest.raises(RuntimeError, match=message):
             trace(model)
     handle.remove()
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(IMAGES), expected)
-    features = extraction.create_feature_extractor(model, ["small"])(IMAGES)
-    assert features["small"].shape == (1, 32, 8, 8)
+    features = extraction.create_feature_extractor(model, ["body.stages.2"])(IMAGES)
+    assert features["body.stages.2"].shape == (1, 24, 8, 8)
 
 
 class Unbatched(Flat):
@@ -227,9 +199,10 @@ def test_a_model_that_calls_its_forward(
     handle = function(model, traced)
     results, expected = outputs(model(images)), outputs(plain(images))
     if function is ao.low_resolution:
-        assert all(x.shape[-2:] == (32, 32) for x in results)
-        results = [upsampled(x.reshape(1, K, 32, 32), 64) for x in results]
-        expected = [x.reshape(1, K, 64, 64) for x in expected]
+        pairs = [*zip(results, expected, strict=True)]
+        assert all(2 * x.shape[-1] == full.shape[-1] for x, full in pairs)
+        low = [(x.reshape(1, K, *x.shape[-2:]), full) for x, full in pairs]
+        results = [up(x, full.shape[-2:]).view_as(full) for x, full in low]
     else:
         assert is_changed(function, model)
     torch.testing.assert_close(results, expected)

@@ -67,18 +67,16 @@ def test_count(backend: str, sizes: tuple) -> None:
     )
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_each_loss(backend: str, name: str) -> None:
-    labels, expected = wrong_labels((3, 16, 24), 5, 255)
-    assert count(LOSSES[name](), torch.randn(3, 5, 4, 6), labels) == expected
-
-
-@pytest.mark.parametrize("name", SIGMOIDS)
-@pytest.mark.parametrize("channels", [1, 3])
-def test_sigmoids(backend: str, name: str, channels: int) -> None:
-    """Labels other than 0, 1 and the ignored one, of all channels."""
-    labels, expected = wrong_labels((3, channels, 16, 24), 2, 255)
-    assert count(SIGMOIDS[name](), torch.randn(3, channels, 4, 6), labels) == expected
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [*((name, 5) for name in LOSSES), *((name, k) for name in SIGMOIDS for k in (1, 3))],
+)
+def test_each_loss(backend: str, name: str, channels: int) -> None:
+    """With sigmoids, labels other than 0, 1 and the ignored one, of all channels."""
+    size, classes = ((channels, 16, 24), 2) if name in SIGMOIDS else ((16, 24), 5)
+    labels, expected = wrong_labels((3, *size), classes, 255)
+    loss = (LOSSES | SIGMOIDS)[name]()
+    assert count(loss, torch.randn(3, channels, 4, 6), labels) == expected
 
 
 @pytest.mark.parametrize(

@@ -111,13 +111,13 @@ def gradient_of(call: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Tens
     return torch.autograd.grad(call(leaf, *others).sum(), leaf)[0]
 
 
-def check_loss(ours: Tensor, expected: Tensor, logits: Tensor) -> None:
-    """Assert equal values and gradients."""
+def check_loss(ours: Tensor, expected: Tensor, *inputs: Tensor, **of_gradients: float) -> None:
+    """Assert equal values and, within these bounds, gradients."""
     torch.testing.assert_close(ours, expected)
     gradients = [
-        torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0] for loss in (ours, expected)
+        torch.autograd.grad(loss.sum(), inputs, retain_graph=True) for loss in (ours, expected)
     ]
-    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(*gradients, **of_gradients)
 
 
 def gradient_errors(
