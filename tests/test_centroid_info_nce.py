@@ -152,6 +152,7 @@ def test_values_and_gradients(case: Case, backend: str):
 @pytest.mark.on("simulated_triton", "triton")
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_large_tiles(case: Case, backend: str, monkeypatch):
+    """As with so many classes that large tiles keep a GPU busy."""
     from anchorops.kernels import centroid_info_nce, centroid_info_nce_backward
 
     for module in (centroid_info_nce, centroid_info_nce_backward):

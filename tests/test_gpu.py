@@ -21,6 +21,7 @@ from tests.test_guarantees import same_bits
 from tests.test_methods import METHODS, classifier_of, labels_of
 
 pytestmark = pytest.mark.on("gpu")
+# as of HRNet: 720 channels, and many pixels of one class beside each other
 CASE = Case((2, 720, 32, 64), 19, BF16, labels="coherent")
 LOGITS_CASE = moments((2, 19, 32, 64), (128, 256), layout="channels_last")
 
@@ -52,6 +53,8 @@ def test_environment(backend: str):
 
 
 def test_two_streams(calls: list[Call]):
+    """Twenty calls of each, which may run side by side, give the bits of a call alone: no buffer
+    is shared between streams."""
     expected = [function(inputs) for function, inputs in calls]
     streams = [torch.cuda.Stream() for _ in calls]
     torch.cuda.synchronize()
@@ -93,6 +96,8 @@ def test_graph_of_a_training_step(backend: str, name: str):
 
 @pytest.mark.on("triton")
 def test_losses_wait_for_nothing(backend: str):
+    """An error where the host would synchronise with the GPU. The number of hard examples and the
+    constants of a loss stay on the device."""
     logits, labels = logits_and_labels()
     logits.requires_grad_()
     losses = [
@@ -112,6 +117,7 @@ def test_losses_wait_for_nothing(backend: str):
 
 @pytest.mark.parametrize("method", [ao.OCCL, ao.MVSC])
 def test_each_replay_of_a_graph_draws_other_groups(backend: str, method):
+    """The seed is a tensor that the step itself counts up."""
     features, labels, anchors = make_inputs(CASE).values()
     method, classifier = method(*anchors.shape).cuda(), torch.randn_like(anchors)
 
