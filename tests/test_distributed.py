@@ -272,7 +272,7 @@ def check_metrics(rank: int, ranks: int) -> None:
             images, labels = batch_of(r, 0)
             for metric in (shared, whole) if r == rank else (whole,):
                 metric.update(images.repeat(1, repeats, 1, 1), labels)
-        states = {name: x.clone() for name, x in shared.metric_state.items()}
+        states = copy.deepcopy(shared.metric_state)
         torch.testing.assert_close(shared.compute(), whole.compute())
         torch.testing.assert_close(shared.metric_state, states, rtol=0, atol=0)
         with shared.sync_context():
