@@ -1,8 +1,5 @@
 """Class moments together with torch: second derivatives, saved tensors, other dtypes of anchors."""
 
-import gc
-import weakref
-
 import pytest
 import torch
 from torch import Tensor
@@ -84,37 +81,21 @@ def test_keys_that_do_not_follow_each_other_are_refused(backend: str, keys):
         backward(features, keys.int(), anchors, *gradients, 1, (2, 4, 6), (24, 6, 1), torch.float32)
 
 
-def test_features_are_not_kept_without_anchors():
-    features = torch.randn(2, 4, 5, 6, requires_grad=True) * 1
-    pointer, saved = features.data_ptr(), []
-    labels = some_labels((2, 4, 5, 6))
+@pytest.mark.parametrize(
+    ("anchors", "kept"),
+    [
+        (None, [9]),  # keys
+        (torch.randn(3, 4), [9, 12, 36]),  # and anchors, features
+        (torch.randn(3, 4, requires_grad=True), [9, 12, 12, 36]),  # and sums
+    ],
+    ids=["no anchors", "fixed", "learnable"],
+)
+def test_what_is_kept_for_the_backward_pass(anchors: Tensor | None, kept: list[int]):
+    features = torch.randn(9, 4, requires_grad=anchors is None or not anchors.requires_grad)
+    saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        sums = ao.ops.class_moments(features, labels, 3).sums
-        assert saved and all(t.data_ptr() != pointer for t in saved)
-        saved.clear()
-        ao.ops.class_moments(features, labels, 3, anchors=torch.randn(3, 4))
-        assert any(t.data_ptr() == pointer for t in saved)
-    saved.clear()
-    gone = weakref.ref(features)
-    del features
-    gc.collect()
-    assert gone() is None and sums.requires_grad
-    sums.sum().backward()
-
-
-def test_sums_are_kept_only_for_the_gradient_of_anchors():
-    saved = []
-    anchors = torch.randn(3, 4)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        ao.ops.class_moments(
-            torch.randn(9, 4, requires_grad=True), some_labels((9, 4)), 3, anchors=anchors
-        )
-        assert sorted(t.numel() for t in saved) == [9, 12, 36]  # keys, anchors, features
-        saved.clear()
-        ao.ops.class_moments(
-            torch.randn(9, 4), some_labels((9, 4)), 3, anchors=anchors.clone().requires_grad_()
-        )
-        assert sorted(t.numel() for t in saved) == [9, 12, 12, 36]
+        ao.ops.class_moments(features, some_labels((9, 4)), 3, anchors=anchors)
+    assert sorted(x.numel() for x in saved) == kept
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, F64], ids=str)

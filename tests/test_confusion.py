@@ -7,8 +7,10 @@ import torch.nn.functional as F
 
 import anchorops as ao
 from anchorops import reference
-from anchorops._shared.upsampling import upsample
+from anchorops.doctor.catalogue import ENTRIES, Case, Sample
+from anchorops.doctor.catalogue.pixels import Pixels
 from tests.helpers.cpu_kernels import same_for_all_threads
+from tests.helpers.operators import check
 from tests.helpers.softmax_cases import BF16, F16, F32
 from tests.test_class_keys import INTEGERS
 
@@ -22,9 +24,10 @@ def test_confidence_of_ties_and_what_is_not_finite(backend: str):
     logits[0, :, 0, 1] = torch.tensor([1.0, torch.inf, 0.0, 0.0])
     logits[0, :, 0, 2] = -torch.inf
     logits[0, 2:, 0, 3] = -torch.inf
-    classes, probabilities = ao.pixel_argmax(logits, (2, 6), confidence=True)
+    classes, probabilities = ao.pixel_argmax(logits.requires_grad_(), (2, 6), confidence=True)
     assert torch.equal(classes[0, 0], torch.tensor([2, 1, 0, 0, 0, 0]))
-    expected = logits.softmax(1).amax(1)
+    assert not probabilities.requires_grad
+    expected = logits.detach().softmax(1).amax(1)
     assert expected[0, 0, :3].isnan().all() and expected[0, 0, 3] == 0.5
     torch.testing.assert_close(probabilities, expected, equal_nan=True)
 
@@ -53,18 +56,11 @@ def test_confidence_of_ties_and_what_is_not_finite(backend: str):
 )
 def test_sizes(backend, size, pixels, align_corners):
     """The logit of our class is the largest, up to rounding."""
-    logits = torch.randn(size)
-    ours = ao.pixel_argmax(logits, pixels, align_corners=align_corners)
-    z = upsample(logits, pixels, align_corners)
-    assert ours.dtype == torch.int64 and ours.shape == z[:, 0].shape
-    assert ours.is_contiguous()
-    chosen = z.gather(1, ours[:, None])[:, 0]
-    assert (chosen >= z.amax(1) - 2**-22 * float(z.abs().max())).all()
+    maker = Pixels(size[1], size[2:], pixels, align_corners, batch=size[0])
+    sample = Sample("sizes", maker, {"align_corners": align_corners})
+    check(Case(ENTRIES["pixel_argmax"], sample), backend)
     if backend in ("cpu", "reference"):
-        options = {"align_corners": align_corners, "confidence": True}
-        classes, p = ao.pixel_argmax(logits.requires_grad_(), pixels, **options)
-        assert torch.equal(classes, ours) and p.max() <= 1 and not p.requires_grad
-        torch.testing.assert_close(p.double(), z.softmax(1).amax(1), rtol=0, atol=1e-6)
+        check(Case(ENTRIES["pixel_argmax with confidence"], sample), backend)
 
 
 @pytest.mark.parametrize("pixels", [(8, 12), (5, 7), (2, 3)])
@@ -139,25 +135,20 @@ def test_values_outside_are_left_out(backend):
         ((2, 5, 4, 6), (17, 25), True, F32),
         ((1, 37, 6, 7), (6, 7), False, BF16),
         ((1, 7, 9, 8), (3, 5), False, F16),
+        ((1, 3, 7, 33), (21, 99), False, F32),
+        ((1, 2, 7, 33), (7, 33), False, F32),
     ],
 )
 def test_correct_is_the_diagonal(backend, size, pixels, align_corners, dtype):
     """The arithmetic is the same, so this holds even if logits are equal up to rounding."""
-    logits = (torch.randn(size) * 4).round().div(4).to(dtype)
     labels = torch.randint(0, size[1], (size[0], *pixels))
     labels[torch.rand(labels.shape) < 0.2] = 255
     options = {"align_corners": align_corners}
-    predictions = ao.pixel_argmax(logits, pixels, **options)
-    matrix = reference.confusion(predictions, labels, size[1], ignore_index=255)
-    assert torch.equal(ao.ops.softmax_moments(logits, labels, **options).correct, matrix.diagonal())
-    assert torch.equal(ao.pixel_confusion(logits, labels, **options), matrix)
-
-
-@pytest.mark.parametrize("num_classes", [2, 3])
-@pytest.mark.parametrize("pixels", [(7, 33), (21, 99)])
-def test_correct_is_the_diagonal_for_almost_equal_logits(num_classes: int, pixels: tuple[int, int]):
-    base = 50 * torch.randn(1, 1, 7, 33)
-    logits = base + 1e-3 * torch.randint(-1, 2, (1, num_classes, 7, 33))
-    labels = torch.randint(0, num_classes, (1, *pixels))
-    diagonal = ao.pixel_confusion(logits, labels).diagonal()
-    assert torch.equal(ao.ops.softmax_moments(logits, labels).correct, diagonal)
+    base = 50 * torch.randn(size[0], 1, *size[2:])
+    for logits in (torch.randn(size).mul(4).round().div(4), base + torch.randint(0, 3, size) / 1e3):
+        logits = logits.to(dtype)
+        predictions = ao.pixel_argmax(logits, pixels, **options)
+        matrix = reference.confusion(predictions, labels, size[1], ignore_index=255)
+        moments = ao.ops.softmax_moments(logits, labels, **options)
+        assert torch.equal(moments.correct, matrix.diagonal())
+        assert torch.equal(ao.pixel_confusion(logits, labels, **options), matrix)

@@ -1,20 +1,18 @@
 """The memory that without_gpu/storages.py counts, compared with what torch's allocator reports on a
-CPU, and with fake tensors on "cuda"."""
+CPU."""
 
 import json
-from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from record import BASELINE, BOTH, LATE, OWN, compared
+from record import BASELINE, BOTH, compared
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
-from without_gpu.storages import Storages, as_on_cuda, largest_batch, make_fake
+from without_gpu.storages import Storages, largest_batch, make_fake
 
 import anchorops as ao
 from tests.helpers.memory import peak_allocated_bytes
@@ -112,77 +110,6 @@ def test_one_count_gives_the_peak_of_every_batch(loss_of):
     capacity = counted(loss_of, "SAR", 7).bytes_alive().max()
     assert largest_batch(capacity, fixed, per_image) == 7
     assert largest_batch(capacity - 1, fixed, per_image) == 6
-
-
-class Everything(nn.Module):
-    """The functions that autocast runs with other dtypes on CUDA than on the CPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convolution, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
-        self.group, self.layer = nn.GroupNorm(4, 16), nn.LayerNorm(16)
-        self.linear = nn.Linear(16, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.group(F.dropout(F.relu(self.norm(self.convolution(x))), 0.1))
-        x = torch.cat([x, F.interpolate(F.avg_pool2d(x, 2), x.shape[2:], mode="bilinear")])
-        tokens = self.layer(self.linear(x.flatten(2).transpose(1, 2)))
-        attention = self.linear(tokens) @ tokens.transpose(1, 2)
-        tokens = attention.softmax(-1) @ tokens
-        shares = tokens.log_softmax(-1).exp() + F.normalize(tokens, dim=-1)
-        return shares.pow(2).sum(1) + tokens.cumsum(1)[:, 0] + tokens.logsumexp(1)
-
-
-@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
-def test_autocast_makes_the_same_tensors_as_on_cuda(bf16):
-    made: dict[str, Counter] = {}
-    for device, mode in (("cpu", as_on_cuda()), ("cuda", nullcontext())):
-        model = Everything()
-        with FakeTensorMode(), mode, autocast(device, bf16):
-            with torch.device(device):
-                make_fake(model)
-            images = torch.empty(2, 3, 16, 16, device=device)
-            with Storages() as storages:
-                labels = torch.empty(4, 32, 32, dtype=torch.int64, device=device)
-                logits = model(images)
-                plain(logits[:, :, None, None], labels)
-        # the statistics of batch norm, [C], are float32 on CUDA
-        made[device] = Counter(
-            (x.shape, x.dtype) for x in storages.made if "batch_norm" not in x.operator
-        )
-        made[device].pop(((0,), "uint8"), None)  # cuDNN's reserve
-    assert made["cpu"] == made["cuda"]
-    assert bf16 == any(dtype == "bfloat16" for _, dtype in made["cuda"])
-
-
-class autocast:
-    """torch.autocast, which needs a GPU for "cuda"."""
-
-    def __init__(self, device: str, enabled: bool) -> None:
-        self.device, self.enabled = device, enabled
-
-    def __enter__(self) -> None:
-        torch.set_autocast_dtype(self.device, torch.bfloat16)
-        torch.set_autocast_enabled(self.device, self.enabled)
-
-    def __exit__(self, *error: object) -> None:
-        torch.set_autocast_enabled(self.device, False)
-        torch.clear_autocast_cache()
-
-
-def test_committed_rows():
-    run = json.loads(ROWS.read_text())
-    for row in run["rows"]:
-        assert sum(row["parts"].values()) == row["peak_bytes"]
-        batches = list(row["largest_batches"].values())
-        assert batches == sorted(batches) and batches[-1] > 0
-    groups = compared(run["rows"], *CASE)
-    assert len({key[:2] for key in groups}) == 7
-    for (name, *_), rows in groups.items():
-        late = name == "SegFormer-B5"  # where something is moved on a GPU
-        methods = ["SAR", "OCCL", "CeCo", "MVSC"]
-        assert [*rows] == [BASELINE, OWN, *([LATE, BOTH] if late else []), *methods]
-        assert all(rows[method]["late"] == late for method in methods)
 
 
 def test_late_upsampling_is_in_the_rows():

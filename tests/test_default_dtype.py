@@ -17,6 +17,7 @@ from anchorops.doctor.catalogue.entry import tensors_of
 from anchorops.doctor.catalogue.pixels import Loss
 from tests.helpers import methods
 from tests.helpers.operators import each, results
+from tests.helpers.simulated_gpu import SIMULATED
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
 on_cpu = pytest.mark.on("reference", "cpu")
@@ -44,12 +45,32 @@ def same(actual: list[Tensor], expected: list[Tensor], tolerance: float = 0.0) -
         torch.testing.assert_close(ours, right, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-@each("reference", "cpu", "simulated_triton")
+def of_many_pixels(case: Case) -> Inputs:
+    """More than the largest float16."""
+    inputs = case.sample.inputs()
+    if SIMULATED or len(case.entry.tables) == len(inputs):
+        return inputs
+    pixels = inputs["labels" if "labels" in inputs else "valid"].numel()
+    return case.sample.inputs(1 + math.isqrt(65_504 // pixels))
+
+
+@each("reference", "cpu", "simulated_triton", options=True)
 def test_operators(case: Case, backend: str, default_dtype: Callable[[], None]) -> None:
-    inputs = case.sample.inputs(1)
-    expected = results(case.ours, inputs)
+    """Also the terms of a loss."""
+    inputs = of_many_pixels(case)
+
+    def values() -> list[Tensor]:
+        found = results(case.ours, inputs)
+        if not isinstance(case.entry.ours, Loss):
+            return found
+        loss: Any = case.entry.ours.module(**case.sample.options)
+        loss.accuracy = True
+        loss(*inputs.values())
+        return [*found, *loss.terms.values()]
+
+    expected = values()
     default_dtype()
-    same(results(case.ours, inputs), expected, 1e-6)
+    same(values(), expected, 1e-6)
 
 
 def computed(metric: Any, *batch: Tensor) -> list[Tensor]:
@@ -116,33 +137,6 @@ def loss_gradient_and_terms(loss: Any, *inputs: Tensor) -> list[Tensor]:
     value = loss(x, *inputs[1:])
     gradient = torch.autograd.grad(value, x)[0]
     return [value.detach(), gradient, *loss.terms.values()]
-
-
-def of_many_pixels(case: Case) -> Inputs:
-    """More than the largest float16."""
-    pixels = case.sample.inputs()["labels" if "labels" in case.sample.inputs() else "valid"].numel()
-    return case.sample.inputs(1 + math.isqrt(65_504 // pixels))
-
-
-@each("reference", "cpu", options=True)
-def test_many_pixels(case: Case, backend: str, default_dtype: Callable[[], None]) -> None:
-    """Also the terms of a loss."""
-    if len(case.entry.tables) > 1:
-        pytest.skip("it has no pixels")
-    inputs = of_many_pixels(case)
-
-    def values() -> list[Tensor]:
-        found = results(case.ours, inputs)
-        if not isinstance(case.entry.ours, Loss):
-            return found
-        loss: Any = case.entry.ours.module(**case.sample.options)
-        loss.accuracy = True
-        loss(*inputs.values())
-        return [*found, *loss.terms.values()]
-
-    expected = values()
-    default_dtype()
-    same(values(), expected, 1e-6)
 
 
 @on_cpu

@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,23 +68,33 @@ def test_no_correlation_with_equal_lengths() -> None:
     assert diagnostics.pearson(10**9 + torch.arange(5), torch.arange(5)) == pytest.approx(1)
 
 
-def test_a_collection_of_metrics_of_other_arguments() -> None:
+ANCHORS = torch.full((K, D), 2.0)
+COLLECTIONS: dict[str, tuple[Callable[..., Any], tuple[dict[str, Any], ...]]] = {
+    "MeanIoU": (partial(ao.MeanIoU, K), ({"ignore_index": 2}, {"align_corners": True})),
+    "CentroidGeometry": (
+        partial(diagnostics.CentroidGeometry, K, D),
+        ({"ignore_index": 2}, {"anchors": ANCHORS}),
+    ),
+    "LabelImbalance": (partial(diagnostics.LabelImbalance, K), ({"ignore_index": 2},)),
+}
+
+
+@pytest.mark.parametrize("name", COLLECTIONS)
+def test_a_collection_joins_metrics_of_equal_arguments_alone(name: str) -> None:
+    """After the first batch, of which all is ignored, their states are the same."""
+    make, others = COLLECTIONS[name]
+    made = {"plain": {}, "same": {}} | {f"other {i}": x for i, x in enumerate(others)}
+    collection = MetricCollection({metric: make(**options) for metric, options in made.items()})
+    alone = {metric: make(**options) for metric, options in made.items()}
     features, labels = batches()[0]
-    for make, counts, inputs in (
-        (lambda **options: diagnostics.CentroidGeometry(K, D, **options), "counts", (features,)),
-        (lambda **options: diagnostics.LabelImbalance(K, **options), "pixels", ()),
-    ):
-        metrics = MetricCollection({"all": make(), "ignoring": make(ignore_index=2)})
-        metrics.update(*inputs, torch.where(labels == 2, 1, labels))  # equal states
-        metrics.update(*inputs, labels)
-        assert getattr(metrics["all"], counts)[2] > 0
-        assert getattr(metrics["ignoring"], counts)[2] == 0
-    near = diagnostics.CentroidGeometry(K, D, anchors=torch.full((K, D), 2.0))
-    metrics = MetricCollection({"zero": diagnostics.CentroidGeometry(K, D), "near": near})
-    metrics.update(features, torch.full_like(labels, 255))
-    metrics.update(features, labels)
-    got = metrics.compute()
-    torch.testing.assert_close(got["near_compactness"], got["zero_compactness"], rtol=1e-5, atol=0)
+    inputs = {"MeanIoU": (features[:, :K],), "CentroidGeometry": (features,)}.get(name, ())
+    for y in (torch.full_like(labels, 255), labels):
+        for metric in (collection, *alone.values()):
+            metric.update(*inputs, y)
+    groups = [sorted(group) for group in collection.compute_groups.values()]
+    assert sorted(groups) == [*([x] for x in made if "other" in x), ["plain", "same"]]
+    for metric, right in alone.items():
+        torch.testing.assert_close(collection[metric].compute(), right.compute())
 
 
 def test_geometry_in_a_module_of_bfloat16() -> None:

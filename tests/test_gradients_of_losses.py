@@ -88,17 +88,6 @@ def test_a_buffer_that_is_filled_again_before_the_backward_pass(name: str, backe
 
 
 @pytest.mark.on("cpu")
-def test_batched_gradients(backend: str) -> None:
-    """torch.vmap runs the backward pass of a loss that it did not see."""
-    x, labels = inputs(2, 4, 3, 5)
-    loss = ao.CrossEntropyDice()(x, labels)
-    (one,) = torch.autograd.grad(loss, x, retain_graph=True)
-    factors = torch.tensor([1.0, -2.0])
-    (both,) = torch.autograd.grad(loss, x, factors, is_grads_batched=True)
-    torch.testing.assert_close(both, torch.stack([one, -2 * one]))
-
-
-@pytest.mark.on("cpu")
 @pytest.mark.parametrize("name", ["CrossEntropy", "Dice", "pixel_cross_entropy"])
 def test_weights_that_change_before_the_backward_pass(name: str, backend: str) -> None:
     x, labels = inputs(2, 4, 3, 5)

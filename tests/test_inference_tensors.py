@@ -59,12 +59,6 @@ def test_operators(case: Case, backend: str) -> None:
     assert (check(case.ours, case.sample.inputs(1)) > 0) == case.entry.differentiable
 
 
-def test_centroids() -> None:
-    names = ("queries", "keys", "positives")
-    inputs = {name: torch.randn(6, 5) for name in names} | {"present": torch.rand(6) < 0.6}
-    assert check(ao.ops.centroid_info_nce, inputs | {"present_keys": torch.rand(6) < 0.8}) > 0
-
-
 @methods.each_method
 @pytest.mark.on("reference", "cpu")
 def test_methods(build: Callable[[], Any], backend: str) -> None:

@@ -164,26 +164,3 @@ def test_a_sigmoid_prediction_that_is_no_class_is_ignored():
     metric = ao.MeanIoU(1, sigmoid=True)
     metric.update(torch.tensor([[[[1, 0, 255, 255]]]]), torch.tensor([[[[1, 0, 1, 0]]]]))
     assert metric.confusion.tolist() == [[[1, 0], [0, 1]]]
-
-
-def test_a_collection_joins_metrics_of_equal_arguments_alone() -> None:
-    """The first batch has no label that one of them ignores, so their confusion is the same."""
-    made = {
-        "plain": {},
-        "same": {},
-        "zero": {"ignore_index": 0},
-        "corners": {"align_corners": True},
-    }
-    collection = MetricCollection(
-        {name: ao.MeanIoU(K, **options) for name, options in made.items()}
-    )
-    alone = {name: ao.MeanIoU(K, **options) for name, options in made.items()}
-    logits = torch.randn(2, K, 4, 4)
-    for labels in (torch.ones(2, 4, 4).long(), torch.randint(0, K, (2, 16, 16))):
-        for metric in (collection, *alone.values()):
-            metric.update(logits, labels)
-    groups = sorted(map(sorted, collection.compute_groups.values()))
-    assert groups == [["corners"], ["plain", "same"], ["zero"]]
-    values = collection.compute()
-    for name, metric in alone.items():
-        assert torch.equal(values[name], metric.compute())

@@ -149,19 +149,6 @@ def test_a_chosen_backend_is_refused(tmp_path: Path) -> None:
         _export("TorchScript", Model(case), _inputs(case, 1, 8, 8), tmp_path / "model.onnx")
 
 
-def test_compiled_code_keeps_the_operator() -> None:
-    case = CASES["uint8 and confidence"]
-    graphs: list[str] = []
-
-    def backend(module: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(str(module.graph))
-        return module
-
-    model, inputs = Model(case).eval(), _inputs(case, 2, 16, 24)
-    torch.compile(model, backend=backend, fullgraph=True, dynamic=True)(*inputs)
-    assert "anchorops.pixel_argmax.cpu" in graphs[0]
-
-
 def test_nothing_of_torch_is_replaced() -> None:
     """torch's own table of decompositions has none of ours."""
     assert type(_decomp.decomposition_table) is dict

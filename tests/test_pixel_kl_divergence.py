@@ -123,10 +123,8 @@ def test_divergences_and_gradients(backend: str, case: Case) -> None:
 @pytest.mark.on("simulated_triton")
 @pytest.mark.parametrize("case", [CASES[2], CASES[6], CASES[8]], ids=str)
 def test_lanes_of_one_pixel(backend: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    from anchorops.kernels import upsampling
-
-    monkeypatch.setattr(upsampling, "MOST_ROWS", 1)
-    monkeypatch.setattr(upsampling, "MOST_COLUMNS", 1)
+    for name in ("MOST_ROWS", "MOST_COLUMNS"):
+        monkeypatch.setattr(f"anchorops.kernels.upsampling.{name}", 1)
     check(case, backend)
 
 

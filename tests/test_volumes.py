@@ -1,6 +1,7 @@
 """Volumes: trilinear upsampling in every function of logits, labels with a channel."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -89,31 +90,22 @@ def test_labels_with_a_channel(volume: bool, backend: str) -> None:
     if not volume:
         logits, labels = logits[:, :, 0], labels[:, 0]
     with_channel, weights = labels[:, None], torch.rand(labels.shape)
+    teacher, size = logits.detach().flip(1), labels.shape[1:]
+    for call in (
+        ao.pixel_cross_entropy,
+        partial(ao.pixel_cross_entropy, weight=torch.rand(K)),
+        *(ao.CrossEntropy(), ao.CrossEntropy(ohem_min_kept=9), ao.CrossEntropy(focal_gamma=1.0)),
+        *(ao.Dice(), ao.CrossEntropyDice(), ao.pixel_confusion),
+        lambda x, y: ao.CrossEntropy()(x, y, weights),
+        lambda x, y: ao.CrossEntropyDice()(x, y, weights.view_as(y)),
+        lambda x, y: ao.pixel_kl_divergence(x, teacher, size, valid=y < K - 1),
+    ):
+        assert torch.equal(call(logits, with_channel), call(logits, labels))
     for weight in (None, torch.rand(K)):
-        mean = ao.pixel_cross_entropy(logits, with_channel, weight=weight)
-        assert mean == ao.pixel_cross_entropy(logits, labels, weight=weight)
-        maps = [
-            ao.pixel_cross_entropy(logits, y, weight=weight, reduction="none")
-            for y in (with_channel, labels)
-        ]
-        assert torch.equal(maps[0], maps[1][:, None])
+        each = partial(ao.pixel_cross_entropy, logits, weight=weight, reduction="none")
+        assert torch.equal(each(with_channel), each(labels)[:, None])
     moments = ao.ops.softmax_moments(logits, with_channel, pixel_losses=True)
     assert moments.pixel_losses.shape == with_channel.shape
-    for loss in (ao.CrossEntropy(), ao.CrossEntropyDice()):
-        expected = loss(logits, labels, weights)
-        for pixel_weights in (weights, weights[:, None]):
-            assert loss(logits, with_channel, pixel_weights) == expected
-    for loss in (ao.Dice(), ao.CrossEntropy(ohem_min_kept=9), ao.CrossEntropy(focal_gamma=1.0)):
-        assert loss(logits, with_channel) == loss(logits, labels)
-    matrix = ao.pixel_confusion(logits, with_channel)
-    assert torch.equal(matrix, ao.pixel_confusion(logits, labels))
-    teacher, size = logits.detach().flip(1), labels.shape[1:]
-    expected = ao.pixel_kl_divergence(logits, teacher, size, valid=labels < K - 1)
-    assert ao.pixel_kl_divergence(logits, teacher, size, valid=with_channel < K - 1) == expected
-    with pytest.raises(
-        ValueError, match=r"pixel_weights: expected a floating tensor .*, as labels"
-    ):
-        ao.CrossEntropy()(logits, with_channel, weights[1:])
 
 
 def test_the_rank_of_the_logits_decides() -> None:

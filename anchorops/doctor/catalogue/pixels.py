@@ -290,6 +290,7 @@ ENTRIES = [
                 ANY_SIZE,
                 {"reduction": "sum", "label_smoothing": 0.3, "align_corners": True},
                 WEIGHTS | {"reduction": "mean"},
+                WEIGHTS | {"reduction": "mean", "label_smoothing": 0.3},
                 WEIGHTS | {"reduction": "none", "label_smoothing": 0.3},
                 on_cpu=False,
             ),
