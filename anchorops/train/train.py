@@ -39,6 +39,9 @@ def train(
     how to go on, for messages. Raises ValueError for what cannot be trained, and Stopped."""
     expect(options.data.split == "val", "data.split", "val for fit", options.data.split)
     device = ranks.start(options.device)
+    parts, images = options.accumulate * ranks.world(), options.data.batch_size
+    multiple = f"a multiple of --accumulate × ranks = {parts}"
+    expect(images % parts == 0, "data.batch_size", multiple, images)
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -48,8 +51,11 @@ def train(
         ranks.on_first(lambda: check_run(run, config_of(options), found, resume))
         with Stop(advice) as stop:
             last = fit(options, run, data, device, stop, measure)
-    if last < options.data.steps:
-        limit = f"{run}: a limit ended the run after step {last} of {options.data.steps}"
+    steps = options.data.steps
+    if last == steps:
+        ranks.say(f"{run} has ended, after step {steps}")
+    else:
+        limit = f"{run}: a limit ended the run after step {last} of {steps}"
         ranks.say(f"{limit}; {advice} --max_steps null")
 
 

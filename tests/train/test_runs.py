@@ -81,9 +81,11 @@ def test_a_run_leaves_everything(straight: Path):
     assert state(straight, "best").keys() == {"model", "step"}
 
 
-def test_a_finished_run_goes_on_to_nothing(straight: Path, copied: Path):
-    """It is validated again. Free options may differ, and are kept."""
+def test_a_finished_run_goes_on_to_nothing(straight: Path, copied: Path, capsys):
+    """It is not validated again. Free options may differ, and are kept."""
     fitted(f"--run {copied} --resume --save_every 1 --data.workers 1")
+    assert f"{copied} has ended, after step 6\n" in capsys.readouterr().err
+    assert (copied / "best.ckpt").stat().st_mtime == (straight / "best.ckpt").stat().st_mtime
     assert_same_run(copied, straight)
     assert yaml.safe_load((copied / "config.yaml").read_text())["save_every"] == 1
 
