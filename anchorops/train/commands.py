@@ -159,7 +159,8 @@ def validate(words: Sequence[str]) -> dict[str, float]:
     """Print the figures of a network on a split of the data."""
     options, run, _ = parse("validate", words)
     model = trained(options, run)
-    of_run = read_yaml(run / DATA) if (run / DATA).exists() else None
+    exists = (run / DATA).exists()
+    of_run = read_yaml(run / DATA, "classes", "training pixels") if exists else None
     data = open_splits(options.data, options.seed, of_run)
     classes, known = len(data.validation.classes), model.classifier.out_channels
     if known != classes:
