@@ -175,14 +175,16 @@ def predict_masks(words: Sequence[str]) -> None:
     options, run, others = parse("predict", words)
     model, out = trained(options, run), Path(others["out"])
     names, resume = others["images"], others["resume"]
-    masks = [*ranks.on_first(lambda: masks_of(names, out, resume)).items()]
+    images_of = ranks.on_first(lambda: masks_of(names, out, resume))
+    masks = [*images_of.items()]
     device = next(model.parameters()).device
     kind = np.uint8 if model.classifier.out_channels <= 256 else np.uint16
     unlabelled = MaskFolder([(image, None) for _, image in masks], options.data.channels)
     batches = validation_batches(replace(options.data, eval_batch_size=1), unlabelled)
     own = masks[ranks.rank() :: ranks.world()]
     with Stop(GO_ON) as stop, torch.no_grad():
-        for (images, labels), (mask, path) in zip(stop.until_asked(batches), own, strict=True):
+        pairs = zip(stop.until_asked(batches), own, strict=True)
+        for (images, labels), (mask, path) in pairs:
             size = tuple(labels.shape[1:])
             try:
                 (classes,) = predict(model, images.to(device), size, options)
@@ -219,7 +221,8 @@ def demo(steps: int = 500, out: str = "runs/demo", seed: int = 0, threads: int =
             print(f"\n{runs[-1]}", file=sys.stderr)
             words = ["--config", preset, "--model.methods", f"[{methods}]"]
             words += ["--data.steps", str(steps), "--seed", str(seed)]
-            options, resume = parse("fit", words)[0], (runs[-1] / CONFIG).exists()
+            options, *_ = parse("fit", words)
+            resume = (runs[-1] / CONFIG).exists()
             train(options, runs[-1], resume, advice="go on with the same command")
     print(comparison(runs))
     print(*(run / "predictions.png" for run in runs), sep="\n")
