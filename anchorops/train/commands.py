@@ -4,10 +4,9 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from io import BytesIO, TextIOWrapper
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,9 @@ from .data.folders import MaskFolder
 from .data.splits import open_splits, validation_batches
 from .evaluation import check_sizes, evaluate, predict
 from .networks.models import Segmenter, trained_model
-from .options import Options, expect, flat
+from .options import Options, expect
 from .report import comparison
-from .run import (
-    BEST,
-    CONFIG,
-    DATA,
-    GO_ON,
-    Stop,
-    Stopped,
-    only_process,
-    read_yaml,
-    save_atomically,
-)
+from .run import BEST, CONFIG, DATA, GO_ON, Stop, Stopped, read_yaml, save_atomically
 from .train import Measure, place, train
 
 PRESETS = Path(__file__).with_name("presets")
@@ -80,9 +69,7 @@ def parser_of(command: str) -> ArgumentParser:
 
 def parse(command: str, words: Sequence[str]) -> tuple[Options, Path, dict[str, Any]]:
     """The options, the directory of the run, and the options of the command alone. Raises
-    ValueError for an option of an earlier version, an unknown preset and a wrong value, and what
-    argparse raises for the others."""
-    _refuse_renamed([x[2:].partition("=")[0] for x in words if x.startswith("--")], "")
+    ValueError for an unknown preset and a wrong value, and what argparse raises for the others."""
     parser, values = parser_of(command), None
     given = parser.parse_args(words)
     configs = [(name, part) for name in given.config for part in load_preset(name)]
@@ -91,14 +78,13 @@ def parse(command: str, words: Sequence[str]) -> tuple[Options, Path, dict[str, 
         if command != "fit":  # the weights with which the run began
             configs.insert(1, ("", {"model": {"weights": None}}))
     for file, content in configs:
-        _refuse_renamed(flat(content), f"--config {file}: ")
         for group in ("model", "data"):
             options = content.get(group, {})
             expect(isinstance(options, dict), f"config {file}: {group}", "options", options)
         try:
             values = parser.parse_object(content, values)
         except argparse.ArgumentError as error:
-            raise ValueError(f"--config {file}: {' '.join(str(error).split())}") from None
+            raise argparse.ArgumentError(None, f"--config {file}: {error}") from None
     chosen = vars(parser.instantiate(parser.parse_args(words, values)))
     own = {name: chosen.pop(name) for name in [*chosen] if name not in Options.__annotations__}
     options = Options(**chosen)
@@ -106,12 +92,6 @@ def parse(command: str, words: Sequence[str]) -> tuple[Options, Path, dict[str, 
     methods = "+".join(options.model.methods) or "plain"
     run = own["run"] or f"runs/{preset}-{methods}-seed{options.seed}"
     return options, Path(run).absolute(), own
-
-
-def _refuse_renamed(names: Iterable[str], place: str) -> None:
-    for name in names:
-        if name in RENAMED:
-            raise ValueError(f"{place}--{name} is now {RENAMED[name]}")
 
 
 def load_preset(name: str) -> list[dict[str, Any]]:
@@ -157,7 +137,8 @@ def validate(words: Sequence[str]) -> dict[str, float]:
     """Print the figures of a network on a split of the data."""
     options, run, _ = parse("validate", words)
     model = trained(options, run)
-    of_run = read_yaml(run / DATA) if (run / DATA).exists() else None
+    exists = (run / DATA).exists()
+    of_run = read_yaml(run / DATA, "classes", "training pixels") if exists else None
     data = open_splits(options.data, options.seed, of_run)
     classes, known = len(data.validation.classes), model.classifier.out_channels
     if known != classes:
@@ -193,19 +174,18 @@ def predict_masks(words: Sequence[str]) -> None:
     """Write the classes of each image: 8 bits, or 16 with more than 256 classes."""
     options, run, others = parse("predict", words)
     model, out = trained(options, run), Path(others["out"])
-    masks = [*ranks.on_first(lambda: masks_of(others["images"], out, others["resume"])).items()]
+    names, resume = others["images"], others["resume"]
+    images_of = ranks.on_first(lambda: masks_of(names, out, resume))
+    masks = [*images_of.items()]
     device = next(model.parameters()).device
     kind = np.uint8 if model.classifier.out_channels <= 256 else np.uint16
     unlabelled = MaskFolder([(image, None) for _, image in masks], options.data.channels)
     batches = validation_batches(replace(options.data, eval_batch_size=1), unlabelled)
+    own = masks[ranks.rank() :: ranks.world()]
     with Stop(GO_ON) as stop, torch.no_grad():
-        for batch, done in zip_longest(batches, range(0, len(masks), ranks.world())):
-            if stopped := stop.asked():
-                raise stopped
-            if batch is None:
-                continue
-            images, labels = batch
-            (mask, path), size = masks[done + ranks.rank()], tuple(labels.shape[1:])
+        pairs = zip(stop.until_asked(batches), own, strict=True)
+        for (images, labels), (mask, path) in pairs:
+            size = tuple(labels.shape[1:])
             try:
                 (classes,) = predict(model, images.to(device), size, options)
             except (RuntimeError, ValueError) as error:
@@ -235,15 +215,15 @@ def demo(steps: int = 500, out: str = "runs/demo", seed: int = 0, threads: int =
     expect(threads >= 1, "threads", "at least 1", threads)
     torch.set_num_threads(threads)
     runs = []
-    with only_process(Path(out)):
-        for preset in DEMO:
-            for methods in ("", "sar"):
-                runs.append(Path(out) / f"{preset}-{methods or 'plain'}")
-                print(f"\n{runs[-1]}", file=sys.stderr)
-                words = ["--config", preset, "--model.methods", f"[{methods}]"]
-                words += ["--data.steps", str(steps), "--seed", str(seed)]
-                options, resume = parse("fit", words)[0], (runs[-1] / CONFIG).exists()
-                train(options, runs[-1], resume, advice="go on with the same command")
+    for preset in DEMO:
+        for methods in ("", "sar"):
+            runs.append(Path(out) / f"{preset}-{methods or 'plain'}")
+            print(f"\n{runs[-1]}", file=sys.stderr)
+            words = ["--config", preset, "--model.methods", f"[{methods}]"]
+            words += ["--data.steps", str(steps), "--seed", str(seed)]
+            options, *_ = parse("fit", words)
+            resume = (runs[-1] / CONFIG).exists()
+            train(options, runs[-1], resume, advice="go on with the same command")
     print(comparison(runs))
     print(*(run / "predictions.png" for run in runs), sep="\n")
     print("docs/evidence.md compares all methods, also in longer trainings")
@@ -278,9 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = _explained(error)
         if message is None:
             raise
-        # an error of all ranks is found before they meet
+        # before the ranks meet, all on a machine find the same error
         alone = dist.is_initialized() and not isinstance(error, Stopped)
-        if alone or int(os.environ.get("RANK", 0)) == 0:
+        if alone or int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"anchorops-train: {message}", file=sys.stderr)
         return error.exit_status if isinstance(error, Stopped) else 1
     if dist.is_initialized():
@@ -301,8 +281,13 @@ def _explained(error: Exception) -> str | None:
     if isinstance(error, argparse.ArgumentError):
         text = " ".join(text.split())
         # of jsonargparse: Parser key "NAME": Does not validate … Errors: - REASON - Expected a None
-        text = re.sub(r'^Parser key "(\S+)": (Does not .*? Errors: - )?', r"--\1: ", text)
-        return text.partition(" - Expected a <class 'NoneType'>")[0]
+        text = re.sub(r'Parser key "(\S+)": (Does not .*? Errors: - )?', r"--\1: ", text)
+        text = re.sub(r"Group '(\w+)' does not accept option '(\w+)'", r"\1.\2 is unknown", text)
+        text = text.partition(" - Expected a <class 'NoneType'>")[0]
+        for old, new in RENAMED.items():
+            if re.search(rf"\b{old}\b", text):
+                text = f"{text}: --{old} is now {new}"
+        return text
     if isinstance(error, Stopped | ValueError | OSError | ModuleNotFoundError):
         # for an error in a worker of the data loader, the message contains the whole traceback
         return text.rpartition("\nValueError: ")[2]

@@ -4,7 +4,6 @@ resolution, never at the labels'."""
 import copy
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import zip_longest
 from operator import itemgetter
 from textwrap import shorten
 
@@ -139,22 +138,16 @@ def predict(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Splits, options: Options, stop: Stop) -> dict[str, float]:
-    """The figures of the validation images, of a model in eval mode. Raises Stopped before a batch,
-    on all ranks together."""
+    """The figures of the validation images, of a model in eval mode. Raises Stopped."""
     device = next(model.parameters()).device
     classes = data.validation.classes
     matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
     for buffer in model.buffers() if ranks.world() > 1 else ():
         dist.broadcast(buffer, 0)  # statistics of batch norm: those of the first rank
-    batches = validation_batches(options.data, data.validation)
-    for batch, _ in zip_longest(batches, range(ranks.largest(len(batches)))):
-        if stopped := stop.asked():
-            raise stopped
-        if batch is not None:
-            images, labels = batch
-            predicted = predict(model, images.to(device), labels.shape[1:], options)
-            labels = labels.to(device)
-            matrix += ao.confusion(predicted, labels, len(classes), ignore_index=IGNORED)
+    for images, labels in stop.until_asked(validation_batches(options.data, data.validation)):
+        predicted = predict(model, images.to(device), labels.shape[1:], options)
+        labels = labels.to(device)
+        matrix += ao.confusion(predicted, labels, len(classes), ignore_index=IGNORED)
     if ranks.world() > 1:
         dist.all_reduce(matrix)
     return summarize(matrix.cpu(), classes, data.frequencies, options.data.head_tail)
@@ -197,22 +190,31 @@ def check_sizes(
     sizes: (H, W) of the validation images. batch: of a training step.
     """
     crop, channels = options.data.crop, options.data.channels
-    model = copy.deepcopy(model).to("meta").train()
-    if batch and "more than 1 value per channel" in _failure(model, (batch, channels, *crop)):
+    model = copy.deepcopy(model).to("meta")
+
+    @cache
+    def failure(training: bool, batch: int, height: int, width: int) -> str:
+        """Why the network cannot take such images; an empty text if it can."""
+        try:
+            with torch.no_grad():
+                model.train(training)(torch.empty(batch, channels, height, width, device="meta"))
+        except NotImplementedError:  # of a layer that cannot run without data
+            return ""
+        except Exception as error:
+            return " ".join(str(error).split()) or type(error).__name__
+        return ""
+
+    if batch and "more than 1 value per channel" in failure(True, batch, *crop):
         raise ValueError(
             f"--data.batch_size: batch norm needs several values of each channel, got {batch} "
             f"crops of {crop[0]}×{crop[1]} for each rank and each of --accumulate"
         )
-    model.eval()
-
-    @cache
-    def failure(height: int, width: int) -> str:
-        return _failure(model, (1, channels, height, width))
 
     def checked(images: Tensor) -> Tensor:
         height, width = images.shape[2:]
-        if why := failure(height, width):
-            fit = ", ".join(f"{side}×{side}" for side in SQUARES if not failure(side, side))
+        if why := failure(False, 1, height, width):
+            taken = [side for side in SQUARES if not failure(False, 1, side, side)]
+            fit = ", ".join(f"{side}×{side}" for side in taken)
             raise ValueError(
                 f"--model.network {options.model.network} cannot take images of {height}×{width} "
                 f"({shorten(why, 120)}); of squares up to 1024 it takes {fit or 'none'}: give such "
@@ -225,15 +227,3 @@ def check_sizes(
     for size in {choose(sizes, key=itemgetter(axis)) for choose in (min, max) for axis in (0, 1)}:
         image = network_input(torch.zeros(channels, *size).byte(), options.data)
         predict(checked, image[None], size, options)
-
-
-def _failure(model: nn.Module, shape: Sequence[int]) -> str:
-    """Why the network cannot take such images; an empty text if it can."""
-    try:
-        with torch.no_grad():
-            model(torch.empty(*shape, device="meta"))
-    except NotImplementedError:  # of a layer that cannot run without data
-        return ""
-    except Exception as error:
-        return " ".join(str(error).split()) or type(error).__name__
-    return ""

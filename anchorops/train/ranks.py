@@ -8,18 +8,19 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from .options import expect
+
 T = TypeVar("T")
 
 
 def start(device: str) -> torch.device:
     """The device of this rank. Ranks without GPUs communicate by gloo."""
-    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))  # on this machine
+    gpus = torch.cuda.device_count()
     on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
-    if on_gpu and local >= gpus:
-        raise ValueError(
-            f"--device: expected a GPU for each process on this machine, got {gpus} for process "
-            f"{local + 1}; with cpu they share the CPU"
-        )
+    expected = f"a GPU for each of {processes} processes (or cpu)"
+    expect(not on_gpu or gpus >= processes, "device", expected, gpus)
     chosen = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(chosen)
@@ -42,18 +43,29 @@ def say(line: str) -> None:
         print(line, file=sys.stderr)
 
 
-def on_first(make: Callable[[], T]) -> T:
-    """What the first rank makes, on all ranks. If it raises an error, the others end without a
-    word."""
-    made: list[Any] = [None, True]
+def on_each(make: Callable[[], T]) -> T:
+    """What each rank makes. If this fails on the first rank, the others end without a word."""
+    failed = [True]
     try:
-        if rank() == 0:
-            made = [make(), False]
+        made = make()
+        failed = [False]
+        return made
     finally:
         if world() > 1:
-            dist.broadcast_object_list(made)
-    if made[1]:
-        sys.exit(1)
+            dist.broadcast_object_list(failed)
+            if failed[0] and rank() > 0:
+                sys.exit(1)
+
+
+def on_first(make: Callable[[], T]) -> T:
+    """What the first rank makes, on all ranks."""
+
+    def made_here() -> T | None:
+        return make() if rank() == 0 else None
+
+    made: list[Any] = [on_each(made_here)]
+    if world() > 1:
+        dist.broadcast_object_list(made)
     return made[0]
 
 
