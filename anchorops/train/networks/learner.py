@@ -119,10 +119,10 @@ class Learner(nn.Module):
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss = self.pixel_loss(self.model(images), labels)
         terms = dict(self.pixel_loss.terms)
-        if (head := self.model.auxiliary) is not None:
-            auxiliary = self.pixel_loss(head.logits(), labels)
-            loss = loss + self.auxiliary_weight * auxiliary
-            terms["auxiliary"] = self.auxiliary_weight * auxiliary.detach()
+        if (logits := self.model.auxiliary_logits()) is not None:
+            auxiliary = self.auxiliary_weight * self.pixel_loss(logits, labels)
+            loss = loss + auxiliary
+            terms["auxiliary"] = auxiliary.detach()
         if self.attachment is not None:
             loss = loss + self.attachment(labels)
             terms |= self.attachment.terms

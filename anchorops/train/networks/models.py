@@ -31,8 +31,9 @@ class Segmenter(nn.Module):
     (usually 4).
 
     The methods use the input of its classifier. If auxiliary_dim is given, the number of channels
-    of the backbone's second last map, there is an auxiliary head on this map. dropout: share of the
-    channels that are dropped before the classifier in training.
+    of the backbone's second last map, there is an auxiliary head on this map, in training:
+    mmsegmentation's FCNHead with one convolution. dropout: share of the channels that are dropped
+    before the classifier in training.
     """
 
     def __init__(
@@ -47,9 +48,17 @@ class Segmenter(nn.Module):
         self.body = body
         self.dropout = nn.Dropout2d(dropout) if dropout else nn.Identity()
         self.classifier = nn.Conv2d(dim, num_classes, 1)
-        self.auxiliary = (
-            AuxiliaryHead(self.backbone, auxiliary_dim, num_classes) if auxiliary_dim else None
-        )
+        self.auxiliary: nn.Sequential | None = None
+        self._map: Tensor | None = None  # of the backbone, for the auxiliary head
+        if auxiliary_dim is not None:
+            self.auxiliary = nn.Sequential(
+                nn.Conv2d(auxiliary_dim, AUXILIARY_DIM, 3, padding=1, bias=False),
+                nn.BatchNorm2d(AUXILIARY_DIM),
+                nn.ReLU(),
+                nn.Dropout2d(0.1),
+                nn.Conv2d(AUXILIARY_DIM, num_classes, 1),
+            )
+            self.backbone.register_forward_hook(self._keep)
 
     @property
     def backbone(self) -> nn.Module:
@@ -60,30 +69,14 @@ class Segmenter(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.classifier(self.dropout(self.body(images)))
 
-
-class AuxiliaryHead(nn.Sequential):
-    """Logits from the second last map of the backbone, only in training: mmsegmentation's FCNHead
-    with one convolution."""
-
-    def __init__(self, backbone: nn.Module, dim: int, num_classes: int) -> None:
-        super().__init__(
-            nn.Conv2d(dim, AUXILIARY_DIM, 3, padding=1, bias=False),
-            nn.BatchNorm2d(AUXILIARY_DIM),
-            nn.ReLU(),
-            nn.Dropout2d(0.1),
-            nn.Conv2d(AUXILIARY_DIM, num_classes, 1),
-        )
-        self._map: Tensor | None = None
-        backbone.register_forward_hook(self._keep)
-
     def _keep(self, backbone: nn.Module, images: tuple[Tensor], maps: Sequence[Tensor]) -> None:
         self._map = maps[-2] if self.training else None
 
-    def logits(self) -> Tensor:
-        """The logits (B, K, h, w) of the model's last forward; they can be read once."""
+    def auxiliary_logits(self) -> Tensor | None:
+        """Those (B, K, h, w) of the last forward in training, which can be read once; None if there
+        is no auxiliary head."""
         kept, self._map = self._map, None
-        assert kept is not None, "the model has not run in training mode"
-        return self(kept)
+        return None if self.auxiliary is None else self.auxiliary(kept)
 
 
 class HRNetBody(nn.Module):
