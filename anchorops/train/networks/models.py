@@ -93,8 +93,7 @@ class HRNetBody(nn.Module):
             out_indices=(1, 2, 3, 4),
             feature_location="",
         )
-        self.out_channels = self.backbone.feature_info.channels()
-        dim = sum(self.out_channels)
+        dim = sum(self.backbone.feature_info.channels())
         self.mix = Conv2dNormActivation(dim, dim, 1, inplace=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -123,8 +122,9 @@ def build_model(options: Model, num_classes: int, channels: int = 3) -> Segmente
     if options.weights:
         load_weights(model, read_weights(options.weights), options.weights, HEADS)
     if path := options.backbone_weights:
-        loaded, known = read_weights(path), {_flat_name(x) for x in model.backbone.state_dict()}
-        used = {name: x for name, x in loaded.items() if _flat_name(name) in known}
+        loaded = {_flat_name(name): x for name, x in read_weights(path).items()}
+        names = {_flat_name(name): name for name in model.backbone.state_dict()}
+        used = {names[flat]: x for flat, x in loaded.items() if flat in names}
         load_weights(model.backbone, used, path)
         unused = len(loaded) - len(used)
         ranks.say(f"backbone: {len(used)} tensors of {path} taken, {unused} not used")
@@ -138,7 +138,8 @@ def _body(options: Model, channels: int) -> tuple[nn.Module, int, Sequence[int]]
     pretrained = options.pretrained and not (options.weights or options.backbone_weights)
     if options.network.startswith("hrnet-"):
         body: Any = HRNetBody(options.network.replace("-", "_"), channels, pretrained)
-        return body, sum(body.out_channels), body.out_channels
+        stages = body.backbone.feature_info.channels()
+        return body, sum(stages), stages
     name = options.network.replace("segformer-", "segformer:mit_")
     architecture, _, encoder = name.partition(":")
     any_size = {"dynamic_img_size": True} if architecture == "dpt" else {}
@@ -210,10 +211,8 @@ def load_weights(
     does not have, or has for another number of classes. The number of batches that batch norm has
     seen may be missing. Raises ValueError for weights of another network, from the file `path`."""
     own = module.state_dict()
-    names = {_flat_name(name): name for name in own}
     taken = {}
     for name, x in weights.items():
-        name = names.get(_flat_name(name), name)
         fits = name in own and own[name].shape == x.shape
         if fits or not name.startswith(heads):
             taken[name] = x
