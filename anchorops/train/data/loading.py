@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
-from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
@@ -72,7 +71,7 @@ def augmented(image: Tensor, labels: Tensor, options: Data) -> tuple[Tensor, Ten
         image, labels = image.flip(2), labels.flip(1)
     if options.photometric:
         expect(options.channels == 3, "data.photometric", "3 channels", options.channels)
-        image = PhotometricDistort(hue=(-0.1, 0.1))(tv_tensors.Image(image)).as_subclass(Tensor)
+        image = PhotometricDistort(hue=(-0.1, 0.1))(image)
     margin = [0, options.crop[1] - width, 0, options.crop[0] - height]
     return pad(normalized(image), margin), pad(labels, margin, value=IGNORED)
 
@@ -116,31 +115,22 @@ def draws(
 
 
 @dataclass
-class Training:
-    """Augmented images; the augmentation of a draw is a pure function of (seed, draw)."""
+class Prepared:
+    """Images as the network needs them, and their labels. Those of (image, draw) are augmented by
+    a pure function of (seed, draw); (image, None) is for an evaluation, with unchanged labels."""
 
     dataset: Segmentation
     options: Data
-    seed: int
+    seed: int = 0
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, item: tuple[int, int | None]) -> tuple[Tensor, Tensor]:
         index, draw = item
         image, labels = self.dataset[index]
+        if draw is None:
+            return network_input(image, self.options), labels
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mixed_seed("augmentation", self.seed, draw))
             return augmented(image, labels, self.options)
-
-
-@dataclass
-class Validation:
-    """Images as the network needs them; unchanged labels."""
-
-    dataset: Segmentation
-    options: Data
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, labels = self.dataset[index]
-        return network_input(image, self.options), labels
 
 
 @atexit.register
