@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from io import BytesIO, TextIOWrapper
@@ -40,6 +41,7 @@ from .train import Measure, place, train
 PRESETS = Path(__file__).with_name("presets")
 SHARED = "shared"  # of the presets: settings that are written once
 DEMO = ("digits", "digits-segformer-b0")  # a laptop needs minutes for this
+PATIENCE = 5  # seconds in which torchrun ends the other ranks, after one has failed
 RENAMED = {  # options of earlier versions
     "ckpt_path": "--resume (of fit), --model.weights (of validate and predict)",
     "seed_everything": "--seed",
@@ -157,7 +159,8 @@ def validate(words: Sequence[str]) -> dict[str, float]:
     """Print the figures of a network on a split of the data."""
     options, run, _ = parse("validate", words)
     model = trained(options, run)
-    of_run = read_yaml(run / DATA) if (run / DATA).exists() else None
+    exists = (run / DATA).exists()
+    of_run = read_yaml(run / DATA, "classes", "training pixels") if exists else None
     data = open_splits(options.data, options.seed, of_run)
     classes, known = len(data.validation.classes), model.classifier.out_channels
     if known != classes:
@@ -278,11 +281,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = _explained(error)
         if message is None:
             raise
-        # an error of all ranks is found before they meet
-        alone = dist.is_initialized() and not isinstance(error, Stopped)
-        if alone or int(os.environ.get("RANK", 0)) == 0:
+        first, stopped = int(os.environ.get("RANK", 0)) == 0, isinstance(error, Stopped)
+        if not (first or stopped):  # if the first rank tells the same, torchrun ends this one
+            time.sleep(PATIENCE)
+        if first or not stopped:
             print(f"anchorops-train: {message}", file=sys.stderr)
-        return error.exit_status if isinstance(error, Stopped) else 1
+        return error.exit_status if stopped else 1
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0

@@ -68,16 +68,16 @@ def only_process(run: Path) -> Iterator[None]:
         yield
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Raises ValueError for a file that is damaged, or is not there."""
+def read_yaml(path: Path, *needed: str) -> dict[str, Any]:
+    """Raises ValueError for a file that is damaged, that is not there, or that lacks a name."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: expected the directory of a run") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({shorten(str(error), 200)})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged (it has no options)")
+    if not isinstance(content, dict) or not {*needed} <= content.keys():
+        raise ValueError(f"{path} is damaged (it has no {' or no '.join(needed) or 'options'})")
     return content
 
 
@@ -109,27 +109,29 @@ def check_run(
 
 
 class Log:
-    """metrics.csv and the events of TensorBoard: a line for each step at which something was
-    logged. Of a run that goes on after a step, later lines are cut."""
+    """metrics.csv and the events of TensorBoard, which the first rank writes: a line for each step
+    at which something was logged. Of a run that goes on after a step, later lines are cut."""
 
     def __init__(self, run: Path, step: int) -> None:
-        self.path, self._lines = run / METRICS, dict[int, dict[str, float]]()
+        self.path, self.lines = run / METRICS, dict[int, dict[str, float]]()
         if step and self.path.exists():
-            self._lines = {k: line for k, line in read_metrics(self.path).items() if k <= step}
-        self.events = SummaryWriter(str(run), purge_step=step + 1)
+            self.lines = {k: line for k, line in read_metrics(self.path).items() if k <= step}
+        self.events = SummaryWriter(str(run), purge_step=step + 1) if ranks.rank() == 0 else None
 
     def write(self, step: int, values: Mapping[str, float | Tensor]) -> None:
         """Add values, as float32, to the line of a step."""
+        if self.events is None or not values:
+            return
         for name, value in values.items():
             value = torch.as_tensor(value, dtype=torch.float32).item()
-            self._lines.setdefault(step, {})[name] = value
+            self.lines.setdefault(step, {})[name] = value
             self.events.add_scalar(name, value, step)
-        names = dict.fromkeys(name for line in self._lines.values() for name in line)
+        names = dict.fromkeys(name for line in self.lines.values() for name in line)
         file = io.StringIO()
         writer = csv.DictWriter(file, ["step", *names], lineterminator="\n")
         writer.writeheader()
-        for step in sorted(self._lines):
-            writer.writerow({"step": step, **self._lines[step]})
+        for step in sorted(self.lines):
+            writer.writerow({"step": step, **self.lines[step]})
         save_atomically(file.getvalue(), self.path)
         self.events.flush()
 

@@ -39,6 +39,9 @@ def train(
     how to go on, for messages. Raises ValueError for what cannot be trained, and Stopped."""
     expect(options.data.split == "val", "data.split", "val for fit", options.data.split)
     device = ranks.start(options.device)
+    parts, images = options.accumulate * ranks.world(), options.data.batch_size
+    multiple = f"a multiple of --accumulate × ranks = {parts}"
+    expect(images % parts == 0, "data.batch_size", multiple, images)
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -48,8 +51,11 @@ def train(
         ranks.on_first(lambda: check_run(run, config_of(options), found, resume))
         with Stop(advice) as stop:
             last = fit(options, run, data, device, stop, measure)
-    if last < options.data.steps:
-        limit = f"{run}: a limit ended the run after step {last} of {options.data.steps}"
+    steps = options.data.steps
+    if last == steps:
+        ranks.say(f"{run} has ended, after step {steps}")
+    else:
+        limit = f"{run}: a limit ended the run after step {last} of {steps}"
         ranks.say(f"{limit}; {advice} --max_steps null")
 
 
@@ -64,8 +70,7 @@ def fit(
     """Train from the last state, or from the beginning, to the end or to a limit; returns the last
     step."""
     steps, dtype = options.data.steps, PRECISIONS[options.precision]
-    state = read_checkpoint(run / LAST, "optimizer") if (run / LAST).exists() else None
-    learner = build(options, data, device, from_state=state is not None)
+    learner = build(options, data, device, from_state=(run / LAST).exists())
     # with unused parameters DDP keeps its buckets, so that gradients are summed in one order, also
     # where a run goes on
     parallel = DDP(learner, find_unused_parameters=True) if ranks.world() > 1 else learner
@@ -78,13 +83,13 @@ def fit(
         average = AveragedModel(learner.model, multi_avg_fn=average_of, use_buffers=True)
         parts["average"] = average
         validated = average.module
-    record = Record(options, run, data, parts, state)
-    step, due = record.step, record.due
+    record = Record(options, run, data, parts)
+    step = record.step
     last = min(steps, options.max_steps or steps)
     end = time.monotonic() + 3600 * (options.max_hours or math.inf)
     batches = iter(training_batches(options, data.training, step))
     while True:
-        if due:
+        if record.due(step):
             record.validate(step, validated, stop)
         if step >= last:
             return step
@@ -93,7 +98,7 @@ def fit(
         for part in range(options.accumulate):
             images, labels = (x.to(device, non_blocking=True) for x in next(batches))
             if measure and part == 0:
-                record.write(step, measure(step, learner, images, labels))
+                record.metrics.write(step, measure(step, learner, images, labels))
             adds = part + 1 < options.accumulate
             with parallel.no_sync() if adds and isinstance(parallel, DDP) else nullcontext():
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -109,10 +114,9 @@ def fit(
             parts["average"].update_parameters(learner.model)
         step += 1
         record.log(step, lr, terms)
-        due = step % options.val_every == 0 or step == steps
         stopped = stop.asked(late=time.monotonic() > end)
-        if stopped or due or step == last or step % options.save_every == 0:
-            record.save(step, due)
+        if stopped or record.due(step) or step == last or step % options.save_every == 0:
+            record.save(step)
         if stopped:
             raise stopped
 
@@ -146,29 +150,24 @@ def place(module: nn.Module, model: Segmenter, options: Options, device: torch.d
 class Record:
     """What a run leaves: its state, log, best weights and pictures, written by the first rank."""
 
-    def __init__(
-        self,
-        options: Options,
-        run: Path,
-        data: Splits,
-        parts: Mapping[str, Any],
-        state: Mapping[str, Any] | None,
-    ) -> None:
+    def __init__(self, options: Options, run: Path, data: Splits, parts: Mapping[str, Any]) -> None:
+        """parts: what has a state; it is loaded, if there is one."""
         self.options, self.run, self.data, self.parts = options, run, data, parts
-        self.step, self.due, self.best = 0, False, -1.0
-        if state is not None:
+        self.step = 0
+        if (run / LAST).exists():
+            state = read_checkpoint(run / LAST, "optimizer")
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-            self.step, self.due, self.best = state["step"], state["due"], state["best"]
-        leads = ranks.rank() == 0
-        self.files = Log(run, self.step) if leads else None
-        shown = None if leads else True  # None: on a terminal
+            self.step = state["step"]
+        self.metrics = Log(run, self.step)
+        shown = None if ranks.rank() == 0 else True  # None: on a terminal
         self.bar = tqdm(total=options.data.steps, initial=self.step, disable=shown)
         self._begin, self._steps = time.perf_counter(), 0
 
-    def write(self, step: int, values: Mapping[str, float | Tensor]) -> None:
-        if self.files and values:
-            self.files.write(step, values)
+    def due(self, step: int) -> bool:
+        """Whether the weights after this step are still to be validated."""
+        planned = step % self.options.val_every == 0 or step == self.options.data.steps
+        return step > 0 and planned and "val/miou" not in self.metrics.lines.get(step, {})
 
     def log(self, step: int, lr: float, terms: dict[str, Tensor]) -> None:
         """The losses of a step's last batch, the mean time of the steps since the last line or the
@@ -184,25 +183,24 @@ class Record:
                 memory = torch.cuda.max_memory_allocated() / 2**20
             values = {"loss": terms["loss"], "lr": lr, **terms}
             values |= {"seconds_per_step": seconds, "memory_mb": memory}
-            self.write(step, values)
+            self.metrics.write(step, values)
             self.bar.set_postfix(loss=float(terms["loss"]))
 
-    def save(self, step: int, due: bool) -> None:
-        """due: whether the validation of this step is still to be done."""
-        ranks.on_first(lambda: self._save({"step": step, "due": due, "best": self.best}))
+    def save(self, step: int) -> None:
+        ranks.on_first(lambda: self._save(step))
 
-    def _save(self, facts: dict[str, Any]) -> None:
+    def _save(self, step: int) -> None:
         """Raises ValueError, and keeps the earlier state, if a weight is not finite."""
-        state = facts | {name: part.state_dict() for name, part in self.parts.items()}
+        state = {name: part.state_dict() for name, part in self.parts.items()}
         numbers = [x for x in state["model"].values() if x.is_floating_point()]
         if not bool(nn.utils.get_total_norm(numbers).isfinite()):
             lr = self.options.model.lr
             raise ValueError(
-                f"not finite at step {facts['step']}: the network has diverged. Start again with "
+                f"not finite at step {step}: the network has diverged. Start again with "
                 f"--model.lr {lr / 10:g} (now {lr:g}), with --model.warmup 100 or --clip 1; or the "
                 "data are wrong (values far from 0 to 1 in floating images)"
             )
-        save_atomically(state, self.run / LAST)
+        save_atomically({"step": step, **state}, self.run / LAST)
 
     def validate(self, step: int, model: nn.Module, stop: Stop) -> None:
         """Raises Stopped; then the validation is repeated when the run goes on."""
@@ -212,10 +210,11 @@ class Record:
         self._begin, self._steps = time.perf_counter(), 0
 
     def _keep(self, step: int, model: nn.Module, figures: dict[str, float]) -> None:
+        """The log comes last, because it tells that the step is validated."""
         self.bar.write(f"step {step}: mIoU {100 * figures['miou']:.1f} %")
-        self.write(step, {f"val/{name}": figure for name, figure in figures.items()})
-        if figures["miou"] > self.best:
-            self.best = figures["miou"]
+        earlier = [line.get("val/miou", -1.0) for line in self.metrics.lines.values()]
+        if torch.tensor(figures["miou"]) > max(earlier, default=-1.0):  # float32, as in the log
             save_atomically({"model": model.state_dict(), "step": step}, self.run / BEST)
         picture = draw_predictions(model, self.data.validation, self.options)
         picture.save(self.run / "predictions.png")
+        self.metrics.write(step, {f"val/{name}": figure for name, figure in figures.items()})

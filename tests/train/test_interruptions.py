@@ -130,7 +130,13 @@ def test_an_error_of_one_rank_has_one_line(programs: Programs, folder: Path, tmp
     assert any(line.startswith(f"{path} cannot be read: ") for line in lines) and len(lines) <= 2
 
 
-def test_another_number_of_ranks(programs: Programs, straight: Straight):
-    status, said = programs.run(f"fit --run {straight(1)} --resume", ranks=2)
-    assert all(status)
-    assert re.search("ranks: 2, .* has 1: ", said)
+def test_an_error_of_all_ranks_has_one_line(programs: Programs, straight: Straight, tmp_path: Path):
+    """Of a run of another number of ranks, and of one whose network cannot be built."""
+    for words, message in {
+        f"fit --run {straight(1)} --resume": "ranks: 2, .* has 1: ",
+        f"{RUN} --run {tmp_path} --model.focal_gamma 1": "--model.focal_gamma: ",
+        f'{RUN} --run {tmp_path} --model.method_options {{"sar.detla":1}}': "SAR.*'detla'",
+    }.items():
+        status, said = programs.run(words, ranks=2)
+        (line,) = re.findall("anchorops-train: (.*)", said)
+        assert all(status) and re.search(message, line), said

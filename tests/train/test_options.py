@@ -69,6 +69,7 @@ COMMAND_LINES = {
     "fit --model.lr a": "--model.lr: Not of type PositiveFloat",
     "fit --model.lrr 1": "nrecognized arguments: --model.lrr",
     f"fit {TINY} --model.methods [sar,sar]": "--model.methods: expected each at most once",
+    f"fit {TINY} --accumulate 3": "--data.batch_size: expected a multiple of .* = 3, got 4",
     f"fit {TINY} --data.root x": "--data.root: expected none for digits, got x",
     "validate --run $new --model.weights nowhere": "new/config.yaml does not exist",
     "validate --model.weights nowhere": "nowhere does not exist: a run has its best weights after",

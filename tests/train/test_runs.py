@@ -81,9 +81,11 @@ def test_a_run_leaves_everything(straight: Path):
     assert state(straight, "best").keys() == {"model", "step"}
 
 
-def test_a_finished_run_goes_on_to_nothing(straight: Path, copied: Path):
-    """It is validated again. Free options may differ, and are kept."""
+def test_a_finished_run_goes_on_to_nothing(straight: Path, copied: Path, capsys):
+    """It is not validated again. Free options may differ, and are kept."""
     fitted(f"--run {copied} --resume --save_every 1 --data.workers 1")
+    assert f"{copied} has ended, after step 6\n" in capsys.readouterr().err
+    assert (copied / "best.ckpt").stat().st_mtime == (straight / "best.ckpt").stat().st_mtime
     assert_same_run(copied, straight)
     assert yaml.safe_load((copied / "config.yaml").read_text())["save_every"] == 1
 
@@ -224,6 +226,10 @@ def test_log_of_a_run_that_goes_on(tmp_path: Path):
 
 @pytest.mark.parametrize("end", [0, 40, -1000])
 def test_damaged_files(end: int, copied: Path, refused: Refused):
+    data = (copied / "data.yaml").read_bytes()
+    write(copied / "data.yaml", b"classes: [a, b]")
+    refused(f"validate --run {copied}", r"data.yaml is damaged \(it has no classes or no training")
+    write(copied / "data.yaml", data)
     shutil.copy(copied / "best.ckpt", copied / "last.ckpt")
     refused(f"fit --run {copied} --resume", "last.ckpt is of another kind: it has no optimizer")
     for command, name in (
@@ -301,14 +307,14 @@ def test_other_data(
         "classes": ("classes.txt", b"thing\nground\n"),
         "training pixels": ("masks/train/b.png", mask(0, height=4, width=5)),
         "validation pixels": ("masks/val/b.png", mask(0, height=4, width=5)),
-        "validation files": ("images/val/c.png", image(4, 5)),
+        "validation masks": ("masks/val/b.tif", mask(1, height=4, width=5)),
+        "validation images": ("images/val/b.tif", image(4, 5)),
     }
     for found, (name, content) in changes.items():
         root = Path(shutil.copytree(folder, run.with_name(found.replace(" ", "-"))))
         write(root / name, content)
-        if found == "validation files":
-            write(root / "images/val/b.png", None)
-            (root / "masks/val/b.png").rename(root / "masks/val/c.png")
+        if name.endswith(".tif"):
+            (root / name).with_suffix(".png").unlink()
         words = f"--run {run} --data.root {root}"
         message = f"-train: {found}: .* the numbers would not be those of the run"
         refused(f"fit {words} --resume --max_steps null", message)

@@ -99,10 +99,7 @@ def draws(
     """The batches of a rank, as lists of (image, draw), from a step on: draw 0, 1, 2, … of a run
     are shuffled passes over the images, one after another. They do not depend on ranks, workers or
     interruptions."""
-    parts = options.accumulate * world
-    size, rest = divmod(options.data.batch_size, parts)
-    multiple = f"a multiple of --accumulate × ranks = {parts}"
-    expect(rest == 0, "data.batch_size", multiple, options.data.batch_size)
+    size = options.data.batch_size // (options.accumulate * world)
 
     @lru_cache(2)
     def order(epoch: int) -> list[int]:

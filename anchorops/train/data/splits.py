@@ -3,7 +3,6 @@
 import hashlib
 import os
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
@@ -70,14 +69,17 @@ def class_counts(
     return pixels, images, sorted(sizes)
 
 
-def fingerprint(split: Segmentation, root: Path) -> str:
-    """Of the names of a split's images and masks under the root, in the order of the images, on
-    which that of the batches depends: 16 hexadecimal digits. "" for digits, which have no files."""
+def fingerprints(split: Segmentation, root: Path) -> dict[str, str]:
+    """Of the names of a split's images, and of its masks, under the root, in the order of the
+    images, on which that of the batches depends. None for digits, which have no files."""
     if not isinstance(split, MaskFolder):
-        return ""
-    paths = (path for path in chain(*split.pairs) if path)
-    names = (b"/" + os.fsencode(path.relative_to(root)) for path in paths)
-    return hashlib.sha256(b"\n".join(names)).hexdigest()[:16]
+        return {}
+    found = {}
+    for kind, paths in zip(("images", "masks"), zip(*split.pairs, strict=True), strict=True):
+        names = [os.fsencode(path.relative_to(root)) for path in paths if path]
+        digits = hashlib.sha256(b"/".join(names)).hexdigest()[:16]
+        found[kind] = f"{len(names)} names ({digits})"
+    return found
 
 
 def open_splits(options: Data, seed: int, of_run: dict[str, Any] | None = None) -> Splits:
@@ -99,7 +101,8 @@ def open_splits(options: Data, seed: int, of_run: dict[str, Any] | None = None) 
     found = of_run or {"classes": classes}
     if of_run is None:
         for name, split, counted in zip(("training", "validation"), splits, counts, strict=True):
-            found[f"{name} files"] = fingerprint(split, Path(options.root or ""))
+            for kind, names in fingerprints(split, Path(options.root or "")).items():
+                found[f"{name} {kind}"] = names
             found[f"{name} pixels"] = counted[0].tolist()
     if found["classes"] != classes:
         known = shorten(str(found["classes"]), 200)
