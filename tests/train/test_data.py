@@ -79,21 +79,22 @@ def test_padding_is_ignored_and_labels_are_not_interpolated():
     assert (labels[30:] == -1).all() and (labels[:, 60:] == -1).all()
 
 
-@pytest.mark.parametrize(
-    ("short_side", "long_side", "size"),
-    [
-        (None, None, (40, 80)),
-        (20, None, (20, 40)),
-        (None, 20, (10, 20)),
-        (20, 30, (15, 30)),
-        (20, 60, (20, 40)),
-        (1, None, (2, 2)),  # torch cannot scale to a single pixel
-    ],
-)
-def test_sides(short_side: int | None, long_side: int | None, size: tuple[int, int]):
-    options = Data("folder", short_side=short_side, long_side=long_side)
+# short and long side, and the size of an image of 40×80
+SIDES = {
+    (None, None): (40, 80),
+    (20, None): (20, 40),
+    (None, 20): (10, 20),
+    (20, 30): (15, 30),
+    (20, 60): (20, 40),
+    (1, None): (2, 2),  # torch cannot scale to a single pixel
+}
+
+
+@pytest.mark.parametrize("sides", SIDES)
+def test_sides(sides: tuple[int | None, int | None]):
+    options = Data("folder", short_side=sides[0], long_side=sides[1])
     image = torch.zeros(3, 40, 80, dtype=torch.uint8)
-    assert loading.network_input(image, options).shape[1:] == size
+    assert loading.network_input(image, options).shape[1:] == SIDES[sides]
 
 
 def test_crop_that_shows_one_class_is_drawn_again():
