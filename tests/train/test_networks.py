@@ -73,7 +73,7 @@ def test_dropout_replaces_that_of_the_architecture(architecture: str):
 def test_classifiers_start_from_a_given_deviation():
     model = build_model(Model("fpn:resnet18", auxiliary_weight=0.4, classifier_std=0.01), 50)
     for classifier in (model.classifier, model.auxiliary[-1]):
-        assert float(classifier.weight.std()) == pytest.approx(0.01, rel=0.05)
+        assert float(classifier.weight.detach().std()) == pytest.approx(0.01, rel=0.05)
         assert not classifier.bias.any()
 
 
@@ -229,14 +229,16 @@ def test_vectors_from_files(rows: Path):
     torch.testing.assert_close(basis @ basis.T, torch.eye(K))
 
 
-def test_a_run_goes_on_without_the_file(rows: Path, tmp_path: Path):
+def test_a_run_goes_on_without_the_file(rows: Path, tmp_path: Path, capsys: Any):
     options = f'{{"sar.anchors":"@{rows}"}}'
     words = f"{TINY} --run {tmp_path}/run --model.method_options {options}"
     fitted(f"{words} --max_steps 1")
+    assert "starts from random weights" in capsys.readouterr().err
     anchors = torch.from_numpy(np.load(rows)).float()
     rows.unlink()
     run = fitted(f"{words} --max_steps 2 --resume")
     assert torch.equal(state(run)["model"]["regularizer.anchors"], anchors)
+    assert "random weights" not in capsys.readouterr().err
 
 
 def test_ratios_are_those_of_the_gradients():
