@@ -118,11 +118,10 @@ def test_crop_that_shows_one_class_is_drawn_again():
 
 def test_photometric_distortion_keeps_the_order_of_channels():
     red = torch.tensor([200, 60, 20], dtype=torch.uint8).view(3, 1, 1)
-    distort = loading.PhotometricDistort(hue=(-0.1, 0.1))
-    seen = torch.stack([distort(red).flatten() for _ in range(100)])
+    seen = torch.stack([loading.distorted(red).flatten() for _ in range(100)])
     assert (seen[:, 0] == seen.amax(1)).all() and len(seen.unique(dim=0)) > 50
     with pytest.raises(ValueError, match=r"--data.photometric: expected .* 0 to 1, got 0 to 5"):
-        distort(torch.tensor([0.0, 5.0, 1.0]).view(3, 1, 1))
+        loading.distorted(torch.tensor([0.0, 5.0, 1.0]).view(3, 1, 1))
 
 
 def test_images_of_many_channels(folder: Path):

@@ -71,21 +71,21 @@ def augmented(image: Tensor, labels: Tensor, options: Data) -> tuple[Tensor, Ten
         image, labels = image.flip(2), labels.flip(1)
     if options.photometric:
         expect(options.channels == 3, "data.photometric", "3 channels", options.channels)
-        image = PhotometricDistort(hue=(-0.1, 0.1))(image)
+        image = distorted(image)
     margin = [0, options.crop[1] - width, 0, options.crop[0] - height]
     return pad(normalized(image), margin), pad(labels, margin, value=IGNORED)
 
 
-class PhotometricDistort(v2.RandomPhotometricDistort):
-    """Without a random order of channels, as in mmsegmentation. Raises ValueError for images of
-    floats beyond 0..1, which torchvision would clip."""
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        least, greatest = flat_inputs[0].min(), flat_inputs[0].max()
-        if flat_inputs[0].is_floating_point() and (least < -1e-3 or greatest > 1.001):  # of scaling
-            got = f"{least:g} to {greatest:g}"
-            expect(False, "data.photometric", "images of integers, or of 0 to 1", got)
-        return super().make_params(flat_inputs) | {"channel_permutation": None}
+def distorted(image: Tensor) -> Tensor:
+    """The photometric distortion, in which torchvision's random order of channels is left out, as
+    in mmsegmentation. Raises ValueError for floats beyond 0..1, which torchvision would clip."""
+    if image.is_floating_point():
+        least, greatest = image.aminmax()
+        within = bool(least >= -1e-3 and greatest <= 1.001)  # which scaling an image may exceed
+        got = f"{least:g} to {greatest:g}"
+        expect(within, "data.photometric", "images of integers, or of 0 to 1", got)
+    distort = v2.RandomPhotometricDistort(hue=(-0.1, 0.1))
+    return distort.transform(image, {**distort.make_params([image]), "channel_permutation": None})
 
 
 def mixed_seed(*parts: int | str) -> int:
