@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from io import BytesIO, TextIOWrapper
 from itertools import zip_longest
@@ -23,19 +23,9 @@ from .data.folders import MaskFolder
 from .data.splits import open_splits, validation_batches
 from .evaluation import check_sizes, evaluate, predict
 from .networks.models import Segmenter, trained_model
-from .options import Options, expect, flat
+from .options import Options, expect
 from .report import comparison
-from .run import (
-    BEST,
-    CONFIG,
-    DATA,
-    GO_ON,
-    Stop,
-    Stopped,
-    only_process,
-    read_yaml,
-    save_atomically,
-)
+from .run import BEST, CONFIG, DATA, GO_ON, Stop, Stopped, read_yaml, save_atomically
 from .train import Measure, place, train
 
 PRESETS = Path(__file__).with_name("presets")
@@ -82,9 +72,7 @@ def parser_of(command: str) -> ArgumentParser:
 
 def parse(command: str, words: Sequence[str]) -> tuple[Options, Path, dict[str, Any]]:
     """The options, the directory of the run, and the options of the command alone. Raises
-    ValueError for an option of an earlier version, an unknown preset and a wrong value, and what
-    argparse raises for the others."""
-    _refuse_renamed([x[2:].partition("=")[0] for x in words if x.startswith("--")], "")
+    ValueError for an unknown preset and a wrong value, and what argparse raises for the others."""
     parser, values = parser_of(command), None
     given = parser.parse_args(words)
     configs = [(name, part) for name in given.config for part in load_preset(name)]
@@ -93,14 +81,13 @@ def parse(command: str, words: Sequence[str]) -> tuple[Options, Path, dict[str, 
         if command != "fit":  # the weights with which the run began
             configs.insert(1, ("", {"model": {"weights": None}}))
     for file, content in configs:
-        _refuse_renamed(flat(content), f"--config {file}: ")
         for group in ("model", "data"):
             options = content.get(group, {})
             expect(isinstance(options, dict), f"config {file}: {group}", "options", options)
         try:
             values = parser.parse_object(content, values)
         except argparse.ArgumentError as error:
-            raise ValueError(f"--config {file}: {' '.join(str(error).split())}") from None
+            raise argparse.ArgumentError(None, f"--config {file}: {error}") from None
     chosen = vars(parser.instantiate(parser.parse_args(words, values)))
     own = {name: chosen.pop(name) for name in [*chosen] if name not in Options.__annotations__}
     options = Options(**chosen)
@@ -108,12 +95,6 @@ def parse(command: str, words: Sequence[str]) -> tuple[Options, Path, dict[str, 
     methods = "+".join(options.model.methods) or "plain"
     run = own["run"] or f"runs/{preset}-{methods}-seed{options.seed}"
     return options, Path(run).absolute(), own
-
-
-def _refuse_renamed(names: Iterable[str], place: str) -> None:
-    for name in names:
-        if name in RENAMED:
-            raise ValueError(f"{place}--{name} is now {RENAMED[name]}")
 
 
 def load_preset(name: str) -> list[dict[str, Any]]:
@@ -238,15 +219,14 @@ def demo(steps: int = 500, out: str = "runs/demo", seed: int = 0, threads: int =
     expect(threads >= 1, "threads", "at least 1", threads)
     torch.set_num_threads(threads)
     runs = []
-    with only_process(Path(out)):
-        for preset in DEMO:
-            for methods in ("", "sar"):
-                runs.append(Path(out) / f"{preset}-{methods or 'plain'}")
-                print(f"\n{runs[-1]}", file=sys.stderr)
-                words = ["--config", preset, "--model.methods", f"[{methods}]"]
-                words += ["--data.steps", str(steps), "--seed", str(seed)]
-                options, resume = parse("fit", words)[0], (runs[-1] / CONFIG).exists()
-                train(options, runs[-1], resume, advice="go on with the same command")
+    for preset in DEMO:
+        for methods in ("", "sar"):
+            runs.append(Path(out) / f"{preset}-{methods or 'plain'}")
+            print(f"\n{runs[-1]}", file=sys.stderr)
+            words = ["--config", preset, "--model.methods", f"[{methods}]"]
+            words += ["--data.steps", str(steps), "--seed", str(seed)]
+            options, resume = parse("fit", words)[0], (runs[-1] / CONFIG).exists()
+            train(options, runs[-1], resume, advice="go on with the same command")
     print(comparison(runs))
     print(*(run / "predictions.png" for run in runs), sep="\n")
     print("docs/evidence.md compares all methods, also in longer trainings")
@@ -281,7 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = _explained(error)
         if message is None:
             raise
-        first, stopped = int(os.environ.get("RANK", 0)) == 0, isinstance(error, Stopped)
+        first = int(os.environ.get("RANK", 0)) == 0
+        stopped = isinstance(error, Stopped)
         if not (first or stopped):  # if the first rank tells the same, torchrun ends this one
             time.sleep(PATIENCE)
         if first or not stopped:
@@ -305,8 +286,11 @@ def _explained(error: Exception) -> str | None:
     if isinstance(error, argparse.ArgumentError):
         text = " ".join(text.split())
         # of jsonargparse: Parser key "NAME": Does not validate … Errors: - REASON - Expected a None
-        text = re.sub(r'^Parser key "(\S+)": (Does not .*? Errors: - )?', r"--\1: ", text)
-        return text.partition(" - Expected a <class 'NoneType'>")[0]
+        text = re.sub(r'Parser key "(\S+)": (Does not .*? Errors: - )?', r"--\1: ", text)
+        text = re.sub(r"Group '(\w+)' does not accept option '(\w+)'", r"\1.\2 is unknown", text)
+        text = text.partition(" - Expected a <class 'NoneType'>")[0]
+        old = [name for name in RENAMED if re.search(rf"\b{name}\b", text)]
+        return f"{text}: --{old[0]} is now {RENAMED[old[0]]}" if old else text
     if isinstance(error, Stopped | ValueError | OSError | ModuleNotFoundError):
         # for an error in a worker of the data loader, the message contains the whole traceback
         return text.rpartition("\nValueError: ")[2]

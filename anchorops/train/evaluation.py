@@ -197,22 +197,31 @@ def check_sizes(
     sizes: (H, W) of the validation images. batch: of a training step.
     """
     crop, channels = options.data.crop, options.data.channels
-    model = copy.deepcopy(model).to("meta").train()
-    if batch and "more than 1 value per channel" in _failure(model, (batch, channels, *crop)):
+    model = copy.deepcopy(model).to("meta")
+
+    @cache
+    def failure(training: bool, batch: int, height: int, width: int) -> str:
+        """Why the network cannot take such images; an empty text if it can."""
+        try:
+            with torch.no_grad():
+                model.train(training)(torch.empty(batch, channels, height, width, device="meta"))
+        except NotImplementedError:  # of a layer that cannot run without data
+            return ""
+        except Exception as error:
+            return " ".join(str(error).split()) or type(error).__name__
+        return ""
+
+    if batch and "more than 1 value per channel" in failure(True, batch, *crop):
         raise ValueError(
             f"--data.batch_size: batch norm needs several values of each channel, got {batch} "
             f"crops of {crop[0]}×{crop[1]} for each rank and each of --accumulate"
         )
-    model.eval()
-
-    @cache
-    def failure(height: int, width: int) -> str:
-        return _failure(model, (1, channels, height, width))
 
     def checked(images: Tensor) -> Tensor:
         height, width = images.shape[2:]
-        if why := failure(height, width):
-            fit = ", ".join(f"{side}×{side}" for side in SQUARES if not failure(side, side))
+        if why := failure(False, 1, height, width):
+            taken = [side for side in SQUARES if not failure(False, 1, side, side)]
+            fit = ", ".join(f"{side}×{side}" for side in taken)
             raise ValueError(
                 f"--model.network {options.model.network} cannot take images of {height}×{width} "
                 f"({shorten(why, 120)}); of squares up to 1024 it takes {fit or 'none'}: give such "
@@ -225,15 +234,3 @@ def check_sizes(
     for size in {choose(sizes, key=itemgetter(axis)) for choose in (min, max) for axis in (0, 1)}:
         image = network_input(torch.zeros(channels, *size).byte(), options.data)
         predict(checked, image[None], size, options)
-
-
-def _failure(model: nn.Module, shape: Sequence[int]) -> str:
-    """Why the network cannot take such images; an empty text if it can."""
-    try:
-        with torch.no_grad():
-            model(torch.empty(*shape, device="meta"))
-    except NotImplementedError:  # of a layer that cannot run without data
-        return ""
-    except Exception as error:
-        return " ".join(str(error).split()) or type(error).__name__
-    return ""

@@ -2,16 +2,16 @@
 
 # pyright: reportAssignmentType=false, reportInvalidTypeForm=false
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jsonargparse.typing import (
     ClosedUnitInterval,
     NonNegativeFloat,
     NonNegativeInt,
+    OpenUnitInterval,
     PositiveFloat,
     PositiveInt,
 )
@@ -168,7 +168,7 @@ class Options:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     accumulate: PositiveInt = 1
     clip: PositiveFloat | None = None
-    ema: ClosedUnitInterval | None = None
+    ema: OpenUnitInterval | None = None
     deterministic: bool = False
     val_every: PositiveInt = 1_000
     log_every: PositiveInt = 10
@@ -192,7 +192,6 @@ class Options:
         expect(len({*methods}) == len(methods), "model.methods", "each at most once", methods)
         files = data.dataset != "digits" or data.root is None
         expect(files, "data.root", "none for digits", data.root)
-        expect(self.ema is None or self.ema < 1, "ema", "below 1", self.ema)
         expect(self.seed < 2**63, "seed", "below 2^63", self.seed)
         expect(data.cat_max_ratio > 0, "data.cat_max_ratio", "above 0", 0)
         head, tail = data.head_tail
@@ -223,11 +222,6 @@ def expect(holds: bool, option: str, expected: str, got: object) -> None:
     """Raises ValueError, in one line, where it does not hold."""
     if not holds:
         raise ValueError(f"--{option}: expected {expected}, got {got}")
-
-
-def config_of(options: Options) -> dict[str, Any]:
-    """The options as in a file."""
-    return json.loads(json.dumps(asdict(options)))
 
 
 def flat(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Training: read it from top to bottom."""
 
+import json
 import math
 import os
 import resource
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from .data.splits import Splits, open_splits, training_batches
 from .evaluation import check_sizes, evaluate
 from .networks.learner import Learner, build_optimizer, set_learning_rates
 from .networks.models import Segmenter, read_checkpoint, upsample_late
-from .options import Options, config_of, expect
+from .options import Options, expect
 from .report import draw_predictions
 from .run import BEST, GO_ON, LAST, Log, Stop, check_run, only_process, save_atomically
 
@@ -45,10 +46,11 @@ def train(
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    config = json.loads(json.dumps(asdict(options)))  # as in a file
     with only_process(run):
         data = open_splits(options.data, options.seed)
         found = {**data.found, "ranks": ranks.world()}
-        ranks.on_first(lambda: check_run(run, config_of(options), found, resume))
+        ranks.on_first(lambda: check_run(run, config, found, resume))
         with Stop(advice) as stop:
             last = fit(options, run, data, device, stop, measure)
     steps = options.data.steps

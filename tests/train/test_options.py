@@ -168,8 +168,9 @@ def test_command_lines(
 
 
 OPTIONS = {
-    "model: {lrr: 1}": "does not accept option 'lrr'",
-    "model: {lr: a}": "Not of type PositiveFloat",
+    "model: {lrr: 1}": "model.lrr is unknown",
+    "model: {lr: a}": "--model.lr: Not of type PositiveFloat",
+    "data: {images: 1}": "--data.images is now --images",
     "data: 3": "data: expected options, got 3",
     "trainer: {max_steps: 1}": "--trainer.max_steps is now --max_steps",
     "trainer: {profiler: 1}": "'trainer.profiler' is not accepted",

@@ -187,13 +187,13 @@ def hold(run: Path, pipe: Any) -> None:
 
 
 def test_two_processes_with_one_run(tmp_path: Path, refused: Refused):
-    run, fork = tmp_path / "run", multiprocessing.get_context("fork")
+    run, fork = tmp_path / "digits-plain", multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe()
     process = fork.Process(target=hold, args=(run, sender))
     process.start()
     worker, another = receiver.recv(), f"another process trains in {run}: give this one its own"
     refused(f"fit {TINY} --run {run}", another)
-    refused(f"demo --out {run}", another)
+    refused(f"demo --out {tmp_path}", another)
     assert [path.name for path in run.iterdir()] == ["run.lock"]
     process.kill()
     process.join()
