@@ -82,11 +82,6 @@ FORMATS: dict[str, tuple[bytes, Any, Any]] = {
         GREEN,
         LOSSY.format("JPEG"),
     ),
-    "two_orientations.tif": (
-        by_tifffile(GREY, extratags=[(0x112, "H", 2, (6, 6), True)]),
-        grey(GREY, 8),
-        GREY,
-    ),
     # of 16 bits, which Pillow reduces to 8
     "ppm.png": (b"P5 1 1 65535\n\x12\x34", UNKNOWN, UNKNOWN),
 }
