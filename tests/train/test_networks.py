@@ -21,7 +21,7 @@ from anchorops.train.networks import learner as losses
 from anchorops.train.networks.learner import Learner, build_loss, build_regularizer
 from anchorops.train.networks.models import build_model, upsample_late
 from anchorops.train.options import Model
-from tests.helpers.tiny_runs import TINY, assert_equal, fitted, state
+from tests.helpers.tiny_runs import TINY, fitted, state
 
 K, D = 11, 240  # of HRNet-W18-small on digits
 
@@ -248,7 +248,7 @@ def test_ratios_are_those_of_the_gradients():
     before, random = copy.deepcopy(learner.state_dict()), torch.get_rng_state()
     ratios = [*measure(methods, 0, learner, images, labels).values()]
     assert torch.equal(torch.get_rng_state(), random)
-    assert_equal(dict(learner.state_dict()), dict(before))
+    torch.testing.assert_close(learner.state_dict(), before, rtol=0, atol=0)
     assert all(parameter.grad is None for parameter in learner.parameters())
     learner.train().model(images)
     features = learner.attachment.features.detach().requires_grad_()
