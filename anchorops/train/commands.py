@@ -4,7 +4,6 @@ import argparse
 import os
 import re
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from io import BytesIO, TextIOWrapper
@@ -31,7 +30,6 @@ from .train import Measure, place, train
 PRESETS = Path(__file__).with_name("presets")
 SHARED = "shared"  # of the presets: settings that are written once
 DEMO = ("digits", "digits-segformer-b0")  # a laptop needs minutes for this
-PATIENCE = 5  # seconds in which torchrun ends the other ranks, after one has failed
 RENAMED = {  # options of earlier versions
     "ckpt_path": "--resume (of fit), --model.weights (of validate and predict)",
     "seed_everything": "--seed",
@@ -261,13 +259,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = _explained(error)
         if message is None:
             raise
-        first = int(os.environ.get("RANK", 0)) == 0
-        stopped = isinstance(error, Stopped)
-        if not (first or stopped):  # if the first rank tells the same, torchrun ends this one
-            time.sleep(PATIENCE)
-        if first or not stopped:
+        # before the ranks meet, all on a machine find the same error
+        alone = dist.is_initialized() and not isinstance(error, Stopped)
+        if alone or int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"anchorops-train: {message}", file=sys.stderr)
-        return error.exit_status if stopped else 1
+        return error.exit_status if isinstance(error, Stopped) else 1
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0

@@ -8,18 +8,18 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from .options import expect
+
 T = TypeVar("T")
 
 
 def start(device: str) -> torch.device:
     """The device of this rank. Ranks without GPUs communicate by gloo."""
-    local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
-    if on_gpu and local >= gpus:
-        raise ValueError(
-            f"--device: expected a GPU for each process on this machine, got {gpus} for process "
-            f"{local + 1}; with cpu they share the CPU"
-        )
+    expected = f"a GPU for each of {processes} processes (or cpu)"
+    expect(not on_gpu or gpus >= processes, "device", expected, gpus)
+    local = int(os.environ.get("LOCAL_RANK", 0))
     chosen = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(chosen)
@@ -55,6 +55,20 @@ def on_first(make: Callable[[], T]) -> T:
     if made[1]:
         sys.exit(1)
     return made[0]
+
+
+def on_each(make: Callable[[], T]) -> T:
+    """What each rank makes. If this fails on the first rank, the others end without a word."""
+    failed = [True]
+    try:
+        made = make()
+        failed = [False]
+        return made
+    finally:
+        if world() > 1:
+            dist.broadcast_object_list(failed)
+            if failed[0] and rank() > 0:
+                sys.exit(1)
 
 
 def largest(value: int) -> int:

@@ -72,7 +72,8 @@ def fit(
     """Train from the last state, or from the beginning, to the end or to a limit; returns the last
     step."""
     steps, dtype = options.data.steps, PRECISIONS[options.precision]
-    learner = build(options, data, device, from_state=(run / LAST).exists())
+    goes_on = (run / LAST).exists()
+    learner = ranks.on_each(lambda: build(options, data, device, from_state=goes_on))
     # with unused parameters DDP keeps its buckets, so that gradients are summed in one order, also
     # where a run goes on
     parallel = DDP(learner, find_unused_parameters=True) if ranks.world() > 1 else learner

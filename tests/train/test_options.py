@@ -12,7 +12,7 @@ import timm
 import torch
 import yaml
 
-from anchorops.train.commands import COMMANDS, PRESETS, RENAMED, main, parse, presets
+from anchorops.train.commands import PRESETS, RENAMED, main, parse, presets
 from anchorops.train.networks.models import build_model
 from anchorops.train.options import FREE, Model, Options
 from tests.helpers.image_files import image, write
@@ -186,19 +186,6 @@ def test_a_wrong_file_of_options(content: str, tmp_path: Path, refused: Refused)
     path = tmp_path / "own.yaml"
     path.write_text(content)
     refused(f"fit -c {path}", f"{path}.*{OPTIONS[content]}")
-
-
-@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "Connection reset")])
-def test_a_worker_that_was_killed(
-    error: Exception, monkeypatch: pytest.MonkeyPatch, refused: Refused
-):
-    """What its process leaves to read is a matter of chance."""
-
-    def fail(_: object) -> None:
-        raise error
-
-    monkeypatch.setitem(COMMANDS, "fit", fail)
-    refused("fit", "a process that loads images was ended from outside")
 
 
 def parsed(words: str) -> tuple[Options, Path, dict[str, Any]]:

@@ -27,7 +27,7 @@ from anchorops.train import train as training
 from anchorops.train.commands import main
 from anchorops.train.networks import learner, models
 from anchorops.train.options import Model
-from anchorops.train.run import Log, Stopped, only_process, read_metrics, save_atomically
+from anchorops.train.run import Stopped, only_process, read_metrics, save_atomically
 from tests.helpers.image_files import image, mask, write
 from tests.helpers.tiny_runs import (
     FOLDER,
@@ -214,16 +214,6 @@ def test_file_that_cannot_be_written(tmp_path: Path):
     assert torch.equal(torch.load(path)["a"], torch.ones(2))
 
 
-def test_log_of_a_run_that_goes_on(tmp_path: Path):
-    first = Log(tmp_path, 0)
-    for step in (2, 4, 6, 8):
-        first.write(step, {"loss": 1 / step})
-    first.write(4, {"val/iou/a, b": 0.125})
-    Log(tmp_path, 4).write(6, {"loss": 0.5})
-    lines = read_metrics(tmp_path / "metrics.csv")
-    assert lines == {2: {"loss": 0.5}, 4: {"loss": 0.25, "val/iou/a, b": 0.125}, 6: {"loss": 0.5}}
-
-
 @pytest.mark.parametrize("end", [0, 40, -1000])
 def test_damaged_files(end: int, copied: Path, refused: Refused):
     data = (copied / "data.yaml").read_bytes()
@@ -278,23 +268,20 @@ def test_files_of_the_validation_are_checked_before_a_run(folder: Path, refused:
     assert not (folder / "run/last.ckpt").exists()
 
 
-def die(*_: Any) -> Any:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.parametrize("damage", ["image", "killed"])
-def test_an_error_in_a_worker(
-    damage: str, small: None, folder: Path, monkeypatch, refused: Refused
+@pytest.mark.parametrize("error", [None, EOFError(), ConnectionResetError(104, "reset")], ids=repr)
+def test_a_worker_that_was_killed(
+    error: Exception | None, small: None, tmp_path: Path, monkeypatch, refused: Refused
 ):
-    path = folder / "images/train/a/1.jpg"
-    expected = f"-train: {path} cannot be read: "
-    if damage == "image":  # its header, which is read at the start, is left
-        write(path, path.read_bytes()[:-20])
-    else:
-        expected = "a process that loads images was ended from outside"
-        monkeypatch.setattr("anchorops.train.data.loading.Training.__getitem__", die)
-    words = f"fit {FOLDER} --data.root {folder} --run {folder}/run --data.workers 1"
-    refused(words, expected)
+    """What its process leaves to read is a matter of chance: nothing, or an error."""
+
+    def end(*_: Any) -> Any:
+        if error:
+            raise error
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("anchorops.train.data.loading.Training.__getitem__", end)
+    words = f"fit {TINY} --data.workers 1 --run {tmp_path}/run"
+    refused(words, "a process that loads images was ended from outside")
 
 
 def test_other_data(

@@ -3,7 +3,6 @@
 import json
 import runpy
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,15 @@ digits segformer-b0 ceco published 1500 0.5
 camvid efficientnet-lite0 plain published 1000 0.5 0.6 0.55
 camvid efficientnet-lite0 sar published 1000 0.53 0.61
 """
-TABLE = """
-|  | 500 steps: mIoU | tail | 1,500 steps: mIoU | tail |
-|---|--:|--:|--:|--:|
-| baseline | 55.0 ± 7.1 | 22.0 ± 2.8 | 50.5 | 20.2 |
-| CeCo | −2.0 ± 1.4 | −0.8 ± 0.6 | −0.5 | −0.2 |
-| CeCo, from scratch |  |  |  |  |
-"""
 PAGE = """
 CPU; torch 2 and GPU; torch 2; 12 runs of `run`
 3 of the 3 runs planned on digit scenes are missing
 All 1 runs planned on photographs are here.
 Baseline: +0.5 from 500 to 1,500 steps (one seed); converged at 500 steps.
+|  | 500 steps: mIoU | tail | 1,500 steps: mIoU | tail |
+| baseline | 55.0 ± 7.1 (n = 2) | 22.0 ± 2.8 (n = 2) | 50.5 | 20.2 |
+| CeCo | −2.0 ± 1.4 (n = 2) | −0.8 ± 0.6 (n = 2) | −0.5 | −0.2 |
+| CeCo, from scratch |  |  |  |  |
 ## Photographs,
 |  | steps | mIoU | tail | sky |
 | baseline | 1,000 | 55.0 ± 5.0 | 22.0 ± 2.0 | 90.0 |
@@ -70,10 +66,7 @@ def rows() -> list[dict[str, Any]]:
 
 def test_report_of_evidence(tmp_path: Path):
     """It has the runs that exist, and counts those that are missing."""
-    digits, photographs = rows()[:7], rows()[7:]
-    assert evidence_report.table(digits, 2).strip() == TABLE.strip()
-    assert "| baseline | 55.0 ± 7.1 (n = 2) |" in evidence_report.table(digits, 3)
-    assert len(evidence_report.curves(photographs).axes) == 3  # none of the body
+    assert len(evidence_report.curves(rows()[7:]).axes) == 3  # none of the body
     planned = [["digits", "segformer-b0", "sar", "published", 500, seed] for seed in range(3)]
     planned.append(["camvid", "efficientnet-lite0", "plain", "published", 1000, 0])
     evidence = {"command": "run", "device": "CPU", "torch": "2", "planned": planned, "rows": rows()}
@@ -87,28 +80,18 @@ def test_report_of_evidence(tmp_path: Path):
         assert (tmp_path / f"evidence-{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.fixture
-def evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Runs the script."""
+def test_options_of_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """Runs that have a row are not repeated."""
 
-    def run(words: str) -> None:
+    def evidence(words: str) -> str:
         monkeypatch.setattr(sys, "argv", [SCRIPT.name, "--out", str(tmp_path), *words.split()])
         runpy.run_path(str(SCRIPT), run_name="__main__")
+        return capsys.readouterr().out
 
-    return run
-
-
-def test_wrong_options_of_evidence(evidence: Callable[[str], None], capsys):
     with pytest.raises(SystemExit):
         evidence("--only nothing-*")
     assert "--only nothing-*: no run" in capsys.readouterr().err
-
-
-def test_evidence_with_a_row_is_not_repeated(
-    evidence: Callable[[str], None], tmp_path: Path, capsys
-):
     known = tmp_path / "rows.json"
     known.write_text(json.dumps({"rows": rows()[8:9]}))
-    evidence(f"--rows {known} --list --only camvid-*-plain-1000-*")
-    states = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert states == ["missing", "finished", "missing"]
+    lines = evidence(f"--rows {known} --list --only camvid-*-plain-1000-*").splitlines()
+    assert [line.split()[0] for line in lines] == ["missing", "finished", "missing"]
