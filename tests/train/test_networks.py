@@ -61,7 +61,7 @@ def test_dropout_replaces_that_of_the_architecture(architecture: str):
 
 
 def test_classifiers_start_from_a_given_deviation():
-    model = build_model(Model("fpn:resnet18", auxiliary_weight=0.4, classifier_std=0.01), 50)
+    model: Any = build_model(Model("fpn:resnet18", auxiliary_weight=0.4, classifier_std=0.01), 50)
     for classifier in (model.classifier, model.auxiliary[-1]):
         assert float(classifier.weight.detach().std()) == pytest.approx(0.01, rel=0.05)
         assert not classifier.bias.any()
