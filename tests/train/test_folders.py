@@ -114,7 +114,7 @@ def test_names(names: list[str], folder: Path):
     write(folder / f"images/train/{names[0]}_é.png", image())
     write(folder / f"masks/train/{names[1]}_é.png", mask(0))
     assert len(open_folder(folder)) == 3
-    for suffix in (normalize(form, "_é.PNG") for form in ("NFC", "NFD")):
+    for suffix in ("_é.PNG", normalize("NFD", "_é.PNG")):
         data = open_folder(folder, image_suffix=suffix, mask_suffix=suffix)
         assert len(data) == 1 and data[0][0].shape == (3, 6, 9)
 
@@ -123,19 +123,22 @@ def test_names(names: list[str], folder: Path):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientations(orientation: int, ending: str, tmp_path: Path):
     """Of each file, by its own EXIF. A mask without one was drawn on what is shown."""
-    paths = tmp_path / f"images/train/x{ending}", tmp_path / "masks/train/x.png"
-    exif, shown = Image.Exif(), []
+    exif = Image.Exif()
     exif[0x112] = orientation
-    for path, stored in zip(paths, (image(), image()[..., 0] // 7 % 2), strict=True):
+    stored = {
+        tmp_path / f"images/train/x{ending}": image(),
+        tmp_path / "masks/train/x.png": image()[..., 0] // 7 % 2,
+    }
+    for path, content in stored.items():
         path.parent.mkdir(parents=True)
-        Image.fromarray(stored).save(path, exif=exif)
-        shown.append(np.asarray(ImageOps.exif_transpose(Image.open(path))))
+        Image.fromarray(content).save(path, exif=exif)
+    shown, drawn = (np.asarray(ImageOps.exif_transpose(Image.open(path))) for path in stored)
     data = open_two(tmp_path)
-    for content in (paths[1].read_bytes(), shown[1]):
-        write(paths[1], content)
+    for content in (path.read_bytes(), drawn):
+        write(path, content)
         pixels, labels = data[0]
-        assert pixels.permute(1, 2, 0).tolist() == shown[0].tolist()
-        assert labels.tolist() == shown[1].tolist()
+        assert pixels.permute(1, 2, 0).tolist() == shown.tolist()
+        assert labels.tolist() == drawn.tolist()
 
 
 # an image, its mask, and the file that lists them

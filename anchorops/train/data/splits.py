@@ -119,7 +119,7 @@ def open_splits(options: Data, seed: int, of_run: dict[str, Any] | None = None) 
     if absent and of_run is None:
         ranks.say(f"no training pixels: {shorten(', '.join(absent), 200)}")
     _, images, _ = counts[0]
-    prior = images / images.sum().clamp(min=1)
+    prior = images / images.sum()
     return Splits(training, validation, sizes, pixels / pixels.sum(), prior, found)
 
 
