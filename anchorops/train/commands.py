@@ -175,7 +175,8 @@ def predict_masks(words: Sequence[str]) -> None:
     """Write the classes of each image: 8 bits, or 16 with more than 256 classes."""
     options, run, others = parse("predict", words)
     model, out = trained(options, run), Path(others["out"])
-    masks = [*ranks.on_first(lambda: masks_of(others["images"], out, others["resume"])).items()]
+    names, resume = others["images"], others["resume"]
+    masks = [*ranks.on_first(lambda: masks_of(names, out, resume)).items()]
     device = next(model.parameters()).device
     kind = np.uint8 if model.classifier.out_channels <= 256 else np.uint16
     unlabelled = MaskFolder([(image, None) for _, image in masks], options.data.channels)
@@ -187,7 +188,8 @@ def predict_masks(words: Sequence[str]) -> None:
             if batch is None:
                 continue
             images, labels = batch
-            (mask, path), size = masks[done + ranks.rank()], tuple(labels.shape[1:])
+            mask, path = masks[done + ranks.rank()]
+            size = tuple(labels.shape[1:])
             try:
                 (classes,) = predict(model, images.to(device), size, options)
             except (RuntimeError, ValueError) as error:
@@ -285,8 +287,10 @@ def _explained(error: Exception) -> str | None:
         text = re.sub(r'Parser key "(\S+)": (Does not .*? Errors: - )?', r"--\1: ", text)
         text = re.sub(r"Group '(\w+)' does not accept option '(\w+)'", r"\1.\2 is unknown", text)
         text = text.partition(" - Expected a <class 'NoneType'>")[0]
-        old = [name for name in RENAMED if re.search(rf"\b{name}\b", text)]
-        return f"{text}: --{old[0]} is now {RENAMED[old[0]]}" if old else text
+        for old, new in RENAMED.items():
+            if re.search(rf"\b{old}\b", text):
+                text = f"{text}: --{old} is now {new}"
+        return text
     if isinstance(error, Stopped | ValueError | OSError | ModuleNotFoundError):
         # for an error in a worker of the data loader, the message contains the whole traceback
         return text.rpartition("\nValueError: ")[2]

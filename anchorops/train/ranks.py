@@ -15,7 +15,8 @@ T = TypeVar("T")
 
 def start(device: str) -> torch.device:
     """The device of this rank. Ranks without GPUs communicate by gloo."""
-    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine
+    gpus = torch.cuda.device_count()
     on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
     expected = f"a GPU for each of {processes} processes (or cpu)"
     expect(not on_gpu or gpus >= processes, "device", expected, gpus)
@@ -42,21 +43,6 @@ def say(line: str) -> None:
         print(line, file=sys.stderr)
 
 
-def on_first(make: Callable[[], T]) -> T:
-    """What the first rank makes, on all ranks. If it raises an error, the others end without a
-    word."""
-    made: list[Any] = [None, True]
-    try:
-        if rank() == 0:
-            made = [make(), False]
-    finally:
-        if world() > 1:
-            dist.broadcast_object_list(made)
-    if made[1]:
-        sys.exit(1)
-    return made[0]
-
-
 def on_each(make: Callable[[], T]) -> T:
     """What each rank makes. If this fails on the first rank, the others end without a word."""
     failed = [True]
@@ -69,6 +55,14 @@ def on_each(make: Callable[[], T]) -> T:
             dist.broadcast_object_list(failed)
             if failed[0] and rank() > 0:
                 sys.exit(1)
+
+
+def on_first(make: Callable[[], T]) -> T:
+    """What the first rank makes, on all ranks."""
+    made: list[Any] = [on_each(lambda: make() if rank() == 0 else None)]
+    if world() > 1:
+        dist.broadcast_object_list(made)
+    return made[0]
 
 
 def largest(value: int) -> int:

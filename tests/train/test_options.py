@@ -27,7 +27,6 @@ OUT_OF_RANGE = {
     "0": """data.steps data.batch_size data.channels data.eval_batch_size data.train_images
         data.val_images data.short_side data.long_side accumulate val_every log_every save_every
         max_steps clip model.ohem_min_kept model.lr data.cat_max_ratio""",
-    "1": "ema",
     "2": "ema model.dropout data.cat_max_ratio",
     ".nan": "model.classifier_std clip",
     "[]": "model.eval_scales",
@@ -39,7 +38,6 @@ OUT_OF_RANGE = {
     "[2.0,0.5]": "data.scale",
     "[50,64]": "data.crop",
     "[99,1]": "model.window_stride",
-    "[1.1,0.1]": "data.head_tail",
 }
 
 
@@ -64,9 +62,7 @@ SAR = f"{DIGITS} hrnet-w18-small --model.method_options"
 COMMAND_LINES = {
     "trian": "expected one of the commands fit, validate, predict, demo, compare, presets, got",
     "demo --threads 0": "--threads: expected at least 1, got 0",
-    "fit --trainer.profiler=foo": "nrecognized arguments: --trainer.profiler=foo",
     **{f"fit --{name} 1": f"--{name} is now {re.escape(new)}" for name, new in RENAMED.items()},
-    "fit --model.lr a": "--model.lr: Not of type PositiveFloat",
     "fit --model.lrr 1": "nrecognized arguments: --model.lrr",
     f"fit {TINY} --model.methods [sar,sar]": "--model.methods: expected each at most once",
     f"fit {TINY} --accumulate 3": "--data.batch_size: expected a multiple of .* = 3, got 4",
@@ -74,13 +70,11 @@ COMMAND_LINES = {
     "validate --run $new --model.weights nowhere": "new/config.yaml does not exist",
     "validate --model.weights nowhere": "nowhere does not exist: a run has its best weights after",
     f"{FIT} --data.zipf 2": "--data.zipf: expected --data.dataset digits, got folder",
-    "fit --data.dataset ade20k --data.channels 4": "channels: expected --data.dataset folder, got",
     f"fit {TINY} --model.loss dice --model.ohem_min_kept 9": "--model.loss: expected another",
     f"fit {TINY} --model.focal_gamma 3": "--model.focal_gamma: expected --model.loss focal, got ce",
     # what the data or the network cannot be
     f"{FIT} --data.eval_batch_size 2": r"size: expected 1 for images of several sizes, got .*6, 9",
     f'{FIT} --data.label_map {{"1,2,3":0,"4":1}}': "or only colours .*, got .4.: 1",
-    f'{FIT} --data.label_map {{"red":0}}': "--data.label_map: expected .* got 'red'",
     f'{FIT} --data.label_map {{"1,2,3":2}}': "classes -1 to 1, got '1,2,3': 2",
     f'{FIT} --data.label_map {{"1":-1}}': "have pixels of ground; .*; 255 is ignored unless",
     f'{FIT} --data.label_map {{"0":-1,"1":-1}}': "validation have 0 pixels of classes",
@@ -93,35 +87,25 @@ COMMAND_LINES = {
     f"{DIGITS} hrnet-w18-small --model.weights $files/list": "list is damaged",
     f"{DIGITS} hrnet-w18-small --model.weights $files/code": "code is damaged",
     f"{DIGITS} hrnet-w18-small --model.weights $files/numbers": "numbers are not those .*missing",
-    f"{DIGITS} segformer-b0 --model.weights $run/best.ckpt": "best.ckpt are not those of .*missing",
-    f"{MOBILENET} $files/numbers": "numbers are not those .*missing",
     f"{MOBILENET} $files/channels": "channels are not those .*size mismatch for",
     f"{MOBILENET} $files/objects.npy": "objects.npy is damaged",
     # arguments of methods
     f'{SAR} {{"sar.detla":0.5}}': "SAR.*unexpected keyword argument 'detla'",
     f'{SAR} {{"sar.momentum":"foo"}}': "SAR: momentum: expected .* got 'foo'",
     f'{SAR} {{"occl.temperature":1}}': r"METHOD among --model.methods \['sar'\], got occl",
-    **{
-        f'{SAR} {{"sar.anchors":"@$files/{name}"}}': f"--model.method_options sar: .*{message}"
-        for name, message in {
-            "objects.npy": "allow_pickle=False",
-            "nowhere.npy": "No such file or directory: .*nowhere.npy",
-        }.items()
-    },
+    f'{SAR} {{"sar.anchors":"@$files/objects.npy"}}': "_options sar: .*allow_pickle=False",
+    f'{SAR} {{"sar.anchors":"@$files/nowhere.npy"}}': "_options sar: .*No such file .*nowhere.npy",
     f'{SAR} {{"sar.anchors":"@$files/wide.npy"}}': r"anchors: expected .*, 240\], got .*, 241\)",
     # runs
     f"fit {TINY} --run $run": "holds a run: --resume goes on with it",
     f"fit {TINY} --run $run --resume --model.lr 1": "--model.lr: 1.0, .*straight has 0.004: ",
-    f"fit {TINY} --run $run --resume --ema 0.9": "--ema: 0.9, .* has None",
     f'fit {TINY} --run $run --resume --model.method_options {{"sar.tau":0.5}}': (
         "--model.method_options: {'sar.tau': 0.5}, .* has None"
     ),
     "validate --run $run --model.network segformer-b1": "weights .*best.ckpt are not those of this",
-    "validate --run $run --model.weights $files/states": "states is damaged",
     "validate --run $run --model.weights $files/headless": "less: they have no classifier.weight",
     "validate --run $run --model.weights $files/linear": "linear are not .*classifier.weight",
     "fit --data.dataset ade20k --data.root $new": r"no image .*new/images/training/\*.jpg",
-    "predict --run nowhere": "nowhere/config.yaml does not exist: expected the directory",
     "compare $folder": "No such file .*metrics.csv",
     # images to predict
     PREDICT: "--images: expected files of images, got none",
@@ -145,7 +129,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({"model": pan, "channels": 3}, folder / "pan")
     torch.save([1, 2], folder / "list")
     torch.save({"model": {"x": folder}}, folder / "code")  # a path is no weight
-    torch.save({"model": [1, 2]}, folder / "states")
     hrnet = build_model(Model(), 11).state_dict()
     del pan["classifier.weight"]
     torch.save({"model": pan}, folder / "headless")

@@ -66,7 +66,7 @@ def program(*words: str | bytes, cwd: Path, **variables: str) -> subprocess.Comp
     return subprocess.run(command, capture_output=True, text=True, env=variables, cwd=cwd)
 
 
-def test_a_run_leaves_everything(straight: Path):
+def test_a_run_leaves_everything(straight: Path, capsys):
     files = {path.name for path in straight.iterdir()}
     expected = {"config.yaml", "data.yaml", "last.ckpt", "best.ckpt", "metrics.csv"}
     assert {*expected, "predictions.png"} <= files and not any("part" in name for name in files)
@@ -79,6 +79,10 @@ def test_a_run_leaves_everything(straight: Path):
     picture = np.array(Image.open(straight / "predictions.png"))
     assert picture.shape == (3 * 192, 8 * 192, 3) and len(np.unique(picture)) > 10
     assert state(straight, "best").keys() == {"model", "step"}
+    assert main(["compare", str(straight), str(straight)]) == 0
+    header, *rows = (words.split() for words in capsys.readouterr().out.splitlines())
+    assert rows[0] == rows[1] and header[:2] == ["run", "val/miou"]
+    assert rows[0][:2] == ["straight", f"{last['val/miou']:.3f}"]
 
 
 def test_a_finished_run_goes_on_to_nothing(straight: Path, copied: Path, capsys):
@@ -232,13 +236,6 @@ def test_damaged_files(end: int, copied: Path, refused: Refused):
     refused(f"compare {copied}", r"config.yaml is damaged \(")
 
 
-def test_comparison(straight: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["compare", str(straight), str(straight)]) == 0
-    header, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
-    assert rows[0] == rows[1] and header[:2] == ["run", "val/miou"]
-    assert rows[0][:2] == ["straight", f"{figures(straight)[6]['val/miou']:.3f}"]
-
-
 def test_run_on_images_of_any_size(folder: Path, refused: Refused, capsys):
     """The weights of a backbone replace a download. Then the run is evaluated on a third split."""
     names = [r"Straße $\frac$", "<i>thing", *(f"absent {k}" for k in range(12))]
@@ -259,13 +256,6 @@ def test_run_on_images_of_any_size(folder: Path, refused: Refused, capsys):
         shutil.rmtree(folder / kind / "train")
     found = validated(f"--run {run} --data.split test")
     assert {"test/miou", "test/iou/<i>thing"} < found.keys()
-
-
-def test_files_of_the_validation_are_checked_before_a_run(folder: Path, refused: Refused):
-    write(folder / "masks/val/b.png", mask(9, height=4, width=5))
-    words = f"fit {FOLDER} --data.root {folder} --run {folder}/run"
-    refused(words, r"masks/val/b.png: label values \[9\]")
-    assert not (folder / "run/last.ckpt").exists()
 
 
 @pytest.mark.parametrize("error", [None, EOFError(), ConnectionResetError(104, "reset")], ids=repr)
