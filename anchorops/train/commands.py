@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from io import BytesIO, TextIOWrapper
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -181,14 +180,9 @@ def predict_masks(words: Sequence[str]) -> None:
     kind = np.uint8 if model.classifier.out_channels <= 256 else np.uint16
     unlabelled = MaskFolder([(image, None) for _, image in masks], options.data.channels)
     batches = validation_batches(replace(options.data, eval_batch_size=1), unlabelled)
+    own = masks[ranks.rank() :: ranks.world()]
     with Stop(GO_ON) as stop, torch.no_grad():
-        for batch, done in zip_longest(batches, range(0, len(masks), ranks.world())):
-            if stopped := stop.asked():
-                raise stopped
-            if batch is None:
-                continue
-            images, labels = batch
-            mask, path = masks[done + ranks.rank()]
+        for (images, labels), (mask, path) in zip(stop.until_asked(batches), own, strict=True):
             size = tuple(labels.shape[1:])
             try:
                 (classes,) = predict(model, images.to(device), size, options)

@@ -4,7 +4,6 @@ resolution, never at the labels'."""
 import copy
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import zip_longest
 from operator import itemgetter
 from textwrap import shorten
 
@@ -139,22 +138,16 @@ def predict(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Splits, options: Options, stop: Stop) -> dict[str, float]:
-    """The figures of the validation images, of a model in eval mode. Raises Stopped before a batch,
-    on all ranks together."""
+    """The figures of the validation images, of a model in eval mode. Raises Stopped."""
     device = next(model.parameters()).device
     classes = data.validation.classes
     matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
     for buffer in model.buffers() if ranks.world() > 1 else ():
         dist.broadcast(buffer, 0)  # statistics of batch norm: those of the first rank
-    batches = validation_batches(options.data, data.validation)
-    for batch, _ in zip_longest(batches, range(ranks.largest(len(batches)))):
-        if stopped := stop.asked():
-            raise stopped
-        if batch is not None:
-            images, labels = batch
-            predicted = predict(model, images.to(device), labels.shape[1:], options)
-            labels = labels.to(device)
-            matrix += ao.confusion(predicted, labels, len(classes), ignore_index=IGNORED)
+    for images, labels in stop.until_asked(validation_batches(options.data, data.validation)):
+        predicted = predict(model, images.to(device), labels.shape[1:], options)
+        labels = labels.to(device)
+        matrix += ao.confusion(predicted, labels, len(classes), ignore_index=IGNORED)
     if ranks.world() > 1:
         dist.all_reduce(matrix)
     return summarize(matrix.cpu(), classes, data.frequencies, options.data.head_tail)

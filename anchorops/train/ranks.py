@@ -15,12 +15,12 @@ T = TypeVar("T")
 
 def start(device: str) -> torch.device:
     """The device of this rank. Ranks without GPUs communicate by gloo."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))  # on this machine
     gpus = torch.cuda.device_count()
     on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
     expected = f"a GPU for each of {processes} processes (or cpu)"
     expect(not on_gpu or gpus >= processes, "device", expected, gpus)
-    local = int(os.environ.get("LOCAL_RANK", 0))
     chosen = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(chosen)

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import zip_longest
 from pathlib import Path
 from textwrap import shorten
 from types import FrameType
@@ -185,3 +186,11 @@ class Stop:
         by = "--max_hours" if reason == 1 else signal.Signals(reason).name
         status = 0 if reason == 1 else 128 + reason
         return Stopped(f"stopped by {by}; {self.advice}", status)
+
+    def until_asked(self, batches: Any) -> Iterator[Any]:
+        """The batches of this rank. Raises Stopped before a batch, on all ranks together."""
+        for batch, _ in zip_longest(batches, range(ranks.largest(len(batches)))):
+            if stopped := self.asked():
+                raise stopped
+            if batch is not None:
+                yield batch
