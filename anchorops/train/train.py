@@ -132,6 +132,8 @@ def build(options: Options, data: Splits, device: torch.device, *, from_state: b
         given = {name: x for name, x in given.items() if not str(x).startswith("@")}
         model = replace(model, pretrained=False, weights=None, backbone_weights=None)
         model = replace(model, method_options=given)
+    elif not (model.pretrained or model.weights or model.backbone_weights):
+        ranks.say("the network starts from random weights, without --model.pretrained")
     torch.manual_seed(options.seed)
     learner = Learner(model, classes, options.data.channels, data.frequencies, data.prior)
     synchronised = ranks.world() if device.type == "cuda" else 1  # batch norm

@@ -60,18 +60,4 @@ def assert_same_run(run: Path, other: Path) -> None:
     """The whole states, the best weights and all figures are equal, bit for bit."""
     assert figures(run) == figures(other)
     for name in ("last", "best"):
-        assert_equal(state(run, name), state(other, name))
-
-
-def assert_equal(first: Any, second: Any, place: str = "") -> None:
-    if isinstance(first, Tensor):
-        assert torch.equal(first, second), place
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys(), place
-        for name in first:
-            assert_equal(first[name], second[name], f"{place}.{name}")
-    elif isinstance(first, list):
-        for i, pair in enumerate(zip(first, second, strict=True)):
-            assert_equal(*pair, f"{place}[{i}]")
-    else:
-        assert first == second, place
+        torch.testing.assert_close(state(run, name), state(other, name), rtol=0, atol=0)

@@ -47,8 +47,8 @@ def test_label_map_and_suffixes(tmp_path: Path):
 
 
 def test_label_map_of_colours(tmp_path: Path):
-    """The class values 0 and 1 are colours no more."""
-    rows = [[[128, 64, 0]] * 2, [[0, 0, 0]] * 2, [[255, 255, 255]] * 2]
+    """The class values 0 and 1 are colours no more. An opaque alpha channel is left out."""
+    rows = [[[128, 64, 0, 255]] * 2, [[0, 0, 0, 255]] * 2, [[255, 255, 255, 255]] * 2]
     write(tmp_path / "images/train/x.png", image(3, 2))
     write(tmp_path / "masks/train/x.png", np.array(rows, np.uint8))
     labels = {"128,64,0": 1, "0, 0, 0": 0, "255,255,255": -1}
@@ -68,16 +68,8 @@ def test_label_map_of_colours(tmp_path: Path):
         ("images/train/c.png", image()[..., :2], "expected 3 channels, got 2: save the image"),
         ("images/train/c.tif", image()[..., [0] * 5], r"got 5: .* \(fit --data.channels 5\)"),
         ("images/train/c.tif", np.full((6, 9), np.inf, "float32"), "expected finite"),
-        (
-            "images/train/d.png",
-            image(),
-            r"^d: expected an image .* and a mask .*images/train/d.png",
-        ),
-        (
-            "masks/train/d.png",
-            b"",
-            r"^d: expected an image .* and a mask .*, got .*masks/train/d.png",
-        ),
+        ("images/train/d.png", b"", r"^d: expected an image .* and a mask .*, got .*images.*d.png"),
+        ("masks/train/d.png", b"", r"^d: expected an image .* and a mask .*, got .*masks.*d.png"),
         ("images/train/b.jpg", b"", r"/b.png is next to .*train/b.jpg: expected one"),
         ("masks/train/b.tif", b"", r"b.tif is next to .*b.png: expected one"),
         ("classes.txt", None, r"classes.txt: expected names of classes, .*No such file"),
@@ -105,52 +97,48 @@ def test_files_that_are_found(folder: Path, tmp_path: Path):
         write(tmp_path / f"elsewhere/{kind}/c.png", content)
         (folder / kind / "train/more").symlink_to(tmp_path / "elsewhere" / kind)
     assert len(open_folder(folder)) == 3
-    (folder / "masks/train/a/loop").symlink_to(folder / "masks")
-    with pytest.raises(ValueError, match=r"a/loop/train/.*: expected an image .* and a mask "):
+    (folder / "masks/train/circle").symlink_to(folder / "images/train")
+    for name in ("1", "2"):
+        (folder / f"images/train/{name}").symlink_to(folder / "masks/train")
+    with pytest.raises(ValueError, match=r"/\d/circle: expected no link to a folder in which"):
         open_folder(folder)
 
 
-@pytest.mark.parametrize("forms", [("NFD", "NFC"), ("NFC", "NFD")])
-def test_names_in_two_forms_of_unicode(forms: tuple[str, str], folder: Path):
-    names = [normalize(form, "Füße/é") for form in forms]
+NAMES = [normalize(form, "Füße/é") for form in ("NFC", "NFD")]
+NO_UTF_8 = os.fsdecode(b"\xc3\xbc\xff")
+
+
+@pytest.mark.parametrize("names", [NAMES, NAMES[::-1], [NO_UTF_8, NO_UTF_8]])
+def test_names(names: list[str], folder: Path):
+    """In two forms of Unicode, and of bytes that are no UTF-8."""
     write(folder / f"images/train/{names[0]}_é.png", image())
     write(folder / f"masks/train/{names[1]}_é.png", mask(0))
     assert len(open_folder(folder)) == 3
-    for suffix in (normalize(form, "_é.PNG") for form in forms):
+    for suffix in ("_é.PNG", normalize("NFD", "_é.PNG")):
         data = open_folder(folder, image_suffix=suffix, mask_suffix=suffix)
         assert len(data) == 1 and data[0][0].shape == (3, 6, 9)
-
-
-def test_a_name_that_is_no_utf_8(folder: Path):
-    for kind, content in (("images", image()), ("masks", mask(0))):
-        write(folder / kind / "train" / os.fsdecode(b"\xc3\xbc\xff.png"), content)
-    assert len(open_folder(folder)) == 3
-    class_counts(open_folder(folder))
-
-
-def oriented(path: Path, array: np.ndarray, orientation: int) -> np.ndarray:
-    """Write a file, and return what PIL shows of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stored = Image.fromarray(array)
-    exif = stored.getexif()
-    exif[0x112] = orientation
-    stored.save(path, exif=exif)
-    with Image.open(path) as file:
-        return np.asarray(ImageOps.exif_transpose(file))
 
 
 @pytest.mark.parametrize("ending", [".png", ".jpg", ".tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientations(orientation: int, ending: str, tmp_path: Path):
-    """Of each file. A mask without one was drawn on what is shown."""
-    path, drawn = tmp_path / "masks/train/x.png", image()[..., 0] // 7 % 2
-    shown = oriented(tmp_path / f"images/train/x{ending}", image(), orientation)
-    labels, data = oriented(path, drawn, orientation), open_two(tmp_path)
-    for content in (path.read_bytes(), labels):
+    """Of each file, by its own EXIF. A mask without one was drawn on what is shown."""
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    stored = {
+        tmp_path / f"images/train/x{ending}": image(),
+        tmp_path / "masks/train/x.png": image()[..., 0] // 7 % 2,
+    }
+    for path, content in stored.items():
+        path.parent.mkdir(parents=True)
+        Image.fromarray(content).save(path, exif=exif)
+    shown, drawn = (np.asarray(ImageOps.exif_transpose(Image.open(path))) for path in stored)
+    data = open_two(tmp_path)
+    for content in (path.read_bytes(), drawn):
         write(path, content)
-        pixels, read = data[0]
+        pixels, labels = data[0]
         assert pixels.permute(1, 2, 0).tolist() == shown.tolist()
-        assert read.tolist() == labels.tolist()
+        assert labels.tolist() == drawn.tolist()
 
 
 # an image, its mask, and the file that lists them
@@ -187,10 +175,5 @@ def test_published_data_set(name: str, tmp_path: Path):
     data = open_files(options, split)
     assert len(data) == 1 and len(data.classes) == classes
     assert data[0][1][: len(labels), 0].tolist() == [*labels.values()]
-    with pytest.raises(
-        ValueError, match=rf"--data\.split: expected one of {name}, train, val.*, got other"
-    ):
+    with pytest.raises(ValueError, match=f"expected one of {name}, train, val.*, got other"):
         open_files(options, "other")
-    write(image_path, None)
-    with pytest.raises(ValueError, match=r"expected an image .* and a mask"):
-        open_files(options, split)

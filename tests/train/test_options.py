@@ -74,7 +74,7 @@ COMMAND_LINES = {
     f"fit {TINY} --model.focal_gamma 3": "--model.focal_gamma: expected --model.loss focal, got ce",
     # what the data or the network cannot be
     f"{FIT} --data.eval_batch_size 2": r"size: expected 1 for images of several sizes, got .*6, 9",
-    f'{FIT} --data.label_map {{"1,2,3":0,"4":1}}': "expected either values or colours, got both",
+    f'{FIT} --data.label_map {{"1,2,3":0,"4":1}}': "or only colours .*, got .4.: 1",
     f'{FIT} --data.label_map {{"1,2,3":2}}': "classes -1 to 1, got '1,2,3': 2",
     f'{FIT} --data.label_map {{"1":-1}}': "have pixels of ground; .*; 255 is ignored unless",
     f'{FIT} --data.label_map {{"0":-1,"1":-1}}': "validation have 0 pixels of classes",

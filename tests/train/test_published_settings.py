@@ -26,7 +26,7 @@ def test_networks_of_presets(network: str):
     with torch.device("meta"):
         model = build_model(Model(network, auxiliary_weight=0.4), 19)
         assert model(torch.empty(2, 3, 64, 96)).shape[:2] == (2, 19)
-        assert model.auxiliary.logits().shape[:2] == (2, 19)
+        assert model.auxiliary_logits().shape[:2] == (2, 19)
 
 
 @pytest.mark.parametrize("preset", NAMES)

@@ -269,7 +269,7 @@ def test_a_worker_that_was_killed(
             raise error
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr("anchorops.train.data.loading.Training.__getitem__", end)
+    monkeypatch.setattr("anchorops.train.data.loading.Prepared.__getitem__", end)
     words = f"fit {TINY} --data.workers 1 --run {tmp_path}/run"
     refused(words, "a process that loads images was ended from outside")
 

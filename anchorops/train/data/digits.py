@@ -1,7 +1,6 @@
 """Handwritten digits (UCI, in scikit-learn) on a noisy background: data without a download."""
 
-from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from functools import cache
 from typing import Literal
 
@@ -40,7 +39,7 @@ class DigitScenes:
     _: KW_ONLY
     seed: int
     exponent: float = 1.0
-    classes: Sequence[str] = field(default=("background", *map(str, range(10))), init=False)
+    classes = ("background", *map(str, range(10)))
 
     def __len__(self) -> int:
         return self.length

@@ -1,8 +1,8 @@
 """Data sets on disk: a plain folder of images and masks, and published ones in their layouts."""
 
-import glob
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
@@ -40,16 +40,11 @@ class Layout(NamedTuple):
 
     images: str
     masks: str
-    values: Sequence[int] | None
-    """Those of the classes in the masks; None: 0, 1, … for the lines of classes.txt."""
-    ignored: Iterable[int]
-    """Other values in the masks."""
-    splits: Mapping[str, str] = {"train": "train", "val": "val", "test": "test"}
-    """Their names in the files."""
-    classes: Sequence[str] | None = None
-    """Names, or numbers."""
-    listed: str | None = None
-    """The file with the names of a split's images; if None, they are all those that exist."""
+    values: Sequence[int] | None  # of the classes in the masks; None: as many as in classes.txt
+    ignored: Iterable[int]  # other values in the masks
+    splits: Mapping[str, str] = {"train": "train", "val": "val", "test": "test"}  # in the files
+    classes: Sequence[str] | None = None  # names; None: those in classes.txt, or numbers
+    listed: str | None = None  # the file with the names of a split's images; None: all that exist
 
 
 LAYOUTS = {
@@ -103,20 +98,12 @@ LAYOUTS = {
 @dataclass
 class MaskFolder:
     """Images and masks of labels on disk: pairs of their paths; all pixels of an image without a
-    mask are ignored. channels: of the images. labels: the class of each value in the masks, −1
-    ignored; any other value is an error. colours: whether they are colours, R·2¹⁶ + G·2⁸ + B."""
+    mask are ignored. channels: of the images. labels: what `label_table` returns."""
 
     pairs: Sequence[tuple[Path, Path | None]]
     channels: int
     classes: Sequence[str] = ()
-    labels: Mapping[int, int] = field(default_factory=dict)
-    colours: bool = False
-
-    def __post_init__(self) -> None:
-        # the last row is for all greater values
-        self._table = np.full((COLOURS if self.colours else VALUES) + 1, UNKNOWN, np.int16)
-        for value, label in self.labels.items():
-            self._table[value] = label
+    labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -126,13 +113,14 @@ class MaskFolder:
         int16 (H, W). Raises ValueError that names a wrong file."""
         image_path, mask_path = self.pairs[index]
         image = read_image(image_path, self.channels)
-        if mask_path is None:
+        if mask_path is None or self.labels is None:
             return image, torch.full(image.shape[1:], IGNORED)
-        values = read_mask(mask_path, colours=self.colours)
-        labels = self._table.take(values.astype(np.uint32), mode="clip")
+        colours = len(self.labels) > COLOURS
+        values = read_mask(mask_path, colours=colours)
+        labels = self.labels.take(values.astype(np.uint32), mode="clip")
         if (unknown := labels == UNKNOWN).any():
             first = np.unique(values[unknown])[:5].tolist()
-            if self.colours:
+            if colours:
                 first = ["{},{},{}".format(*value.to_bytes(3, "big")) for value in first]
             raise ValueError(
                 f"{mask_path}: label values {first} are not those of the {len(self.classes)} "
@@ -159,10 +147,7 @@ def open_files(options: Data, split: str) -> MaskFolder:
         classes = _read_classes(root / CLASSES)
         values = range(len(classes))
     classes = classes or [f"class {k + 1}" for k in range(len(values))]
-    labels, colours = _mapped(options.label_map or {}, len(classes))
-    if not colours:
-        own = {value: label for label, value in enumerate(values)}
-        labels = dict.fromkeys(layout.ignored, IGNORED) | own | labels
+    labels = label_table(values, layout.ignored, options.label_map or {})
 
     images = root / (layout.images.format(part) + (options.image_suffix or ""))
     masks = root / (layout.masks.format(part) + (options.mask_suffix or ""))
@@ -180,41 +165,53 @@ def open_files(options: Data, split: str) -> MaskFolder:
     if not names:
         raise ValueError(f"no image {images} (--data.root is the directory of the data set)")
     pairs = [(image_of[name], mask_of[name]) for name in names]
-    return MaskFolder(pairs, options.channels, classes, labels, colours)
+    return MaskFolder(pairs, options.channels, classes, labels)
 
 
 def _files(pattern: Path, known: Sequence[str]) -> dict[str, Path]:
     """Files by what stands for the * of a pattern, in order, also in linked subfolders. Hidden
     ones, such as the `._a.jpg` of macOS, are skipped. Names are in NFC, because macOS writes some
-    in NFD. Raises ValueError for two files of one name. known: the ends, if the pattern has none.
-    """
+    in NFD. known: the ends, if the pattern has none. Raises ValueError for two files of one name,
+    and for a link to a folder in which it is."""
     folder, end = pattern.parent, normalize("NFC", pattern.name.lower()).removeprefix("*")
+    found: list[Path] = []
+    for place, subfolders, names in os.walk(folder, followlinks=True):
+        path = Path(place)
+        if path.is_symlink() and path.resolve() in [x.resolve() for x in path.parents]:
+            raise ValueError(f"{path}: expected no link to a folder in which it is")
+        subfolders[:] = [x for x in subfolders if not x.startswith(".")]
+        found += [path / x for x in names if not x.startswith(".")]
     files: dict[str, Path] = {}
-    for path in sorted(map(Path, glob.glob("**", root_dir=folder, recursive=True))):
-        name = normalize("NFC", str(path))
+    for path in sorted(found):
+        name = normalize("NFC", str(path.relative_to(folder)))
         suffix = next((x for x in ([end] if end else known) if name.lower().endswith(x)), None)
-        if suffix is not None:
-            path = folder / path
-            if (other := files.setdefault(name[: -len(suffix)], path)) != path:
-                raise ValueError(f"{path} is next to {other}: expected one file of that name")
+        if suffix is not None and (other := files.setdefault(name[: -len(suffix)], path)) != path:
+            raise ValueError(f"{path} is next to {other}: expected one file of that name")
     return files
 
 
-def _mapped(label_map: Mapping[Any, int], classes: int) -> tuple[dict[int, int], bool]:
-    """The class of each value of --data.label_map, and whether they are colours."""
-    labels, lengths = dict[int, int](), set[int]()
+def label_table(
+    values: Sequence[int], ignored: Iterable[int], label_map: Mapping[Any, int]
+) -> np.ndarray:
+    """int16, the class of each value in masks: that of --data.label_map; 0, 1, … for `values`; −1
+    for ignored ones; −2 for others, and in the last row for all that are greater. Or, if
+    --data.label_map has colours, the class of each colour R·2¹⁶ + G·2⁸ + B."""
+    colours = any("," in str(key) for key in label_map)
+    count, limit, rows = (3, 256, COLOURS) if colours else (1, VALUES, VALUES)
+    table = np.full(rows + 1, UNKNOWN, np.int16)
+    if not colours:
+        table[[*ignored]] = IGNORED
+        table[[*values]] = range(len(values))
     for key, label in label_map.items():
         numbers = [int(x) if x.strip().isdecimal() else -1 for x in str(key).split(",")]
-        limit = {1: VALUES, 3: 256}.get(len(numbers), 0)
-        if not (all(0 <= x < limit for x in numbers) and IGNORED <= label < classes):
+        known = len(numbers) == count and all(0 <= x < limit for x in numbers)
+        if not (known and IGNORED <= label < len(values)):
             raise ValueError(
-                f"--data.label_map: expected values 0 to {VALUES - 1}, or colours 'R,G,B' of 0 to "
-                f"255, and classes {IGNORED} to {classes - 1}, got {key!r}: {label}"
+                f"--data.label_map: expected values 0 to {VALUES - 1}, or only colours 'R,G,B' of "
+                f"0 to 255, and classes {IGNORED} to {len(values) - 1}, got {key!r}: {label}"
             )
-        labels[int(np.polyval(numbers, 256))] = label
-        lengths.add(len(numbers))
-    expect(len(lengths) < 2, "data.label_map", "either values or colours", "both")
-    return labels, lengths == {3}
+        table[int(np.polyval(numbers, 256))] = label
+    return table
 
 
 def _read_classes(path: Path) -> list[str]:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
-from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
@@ -72,21 +71,21 @@ def augmented(image: Tensor, labels: Tensor, options: Data) -> tuple[Tensor, Ten
         image, labels = image.flip(2), labels.flip(1)
     if options.photometric:
         expect(options.channels == 3, "data.photometric", "3 channels", options.channels)
-        image = PhotometricDistort(hue=(-0.1, 0.1))(tv_tensors.Image(image)).as_subclass(Tensor)
+        image = distorted(image)
     margin = [0, options.crop[1] - width, 0, options.crop[0] - height]
     return pad(normalized(image), margin), pad(labels, margin, value=IGNORED)
 
 
-class PhotometricDistort(v2.RandomPhotometricDistort):
-    """Without a random order of channels, as in mmsegmentation. Raises ValueError for images of
-    floats beyond 0..1, which torchvision would clip."""
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        least, greatest = flat_inputs[0].min(), flat_inputs[0].max()
-        if flat_inputs[0].is_floating_point() and (least < -1e-3 or greatest > 1.001):  # of scaling
-            got = f"{least:g} to {greatest:g}"
-            expect(False, "data.photometric", "images of integers, or of 0 to 1", got)
-        return super().make_params(flat_inputs) | {"channel_permutation": None}
+def distorted(image: Tensor) -> Tensor:
+    """The photometric distortion, in which torchvision's random order of channels is left out, as
+    in mmsegmentation. Raises ValueError for floats beyond 0..1, which torchvision would clip."""
+    if image.is_floating_point():
+        least, greatest = image.aminmax()
+        within = bool(least >= -1e-3 and greatest <= 1.001)  # which scaling an image may exceed
+        got = f"{least:g} to {greatest:g}"
+        expect(within, "data.photometric", "images of integers, or of 0 to 1", got)
+    distort = v2.RandomPhotometricDistort(hue=(-0.1, 0.1))
+    return distort.transform(image, {**distort.make_params([image]), "channel_permutation": None})
 
 
 def mixed_seed(*parts: int | str) -> int:
@@ -113,31 +112,22 @@ def draws(
 
 
 @dataclass
-class Training:
-    """Augmented images; the augmentation of a draw is a pure function of (seed, draw)."""
+class Prepared:
+    """Images as the network needs them, and their labels. Those of (image, draw) are augmented by
+    a pure function of (seed, draw); (image, None) is for an evaluation, with unchanged labels."""
 
     dataset: Segmentation
     options: Data
-    seed: int
+    seed: int = 0
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, item: tuple[int, int | None]) -> tuple[Tensor, Tensor]:
         index, draw = item
         image, labels = self.dataset[index]
+        if draw is None:
+            return network_input(image, self.options), labels
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mixed_seed("augmentation", self.seed, draw))
             return augmented(image, labels, self.options)
-
-
-@dataclass
-class Validation:
-    """Images as the network needs them; unchanged labels."""
-
-    dataset: Segmentation
-    options: Data
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, labels = self.dataset[index]
-        return network_input(image, self.options), labels
 
 
 @atexit.register

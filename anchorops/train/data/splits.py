@@ -14,7 +14,7 @@ from .. import ranks
 from ..options import Data, Options, expect
 from .digits import DigitScenes
 from .folders import MaskFolder, open_files
-from .loading import Segmentation, Training, Validation, draws, loaded
+from .loading import Prepared, Segmentation, draws, loaded
 
 SCENES = 2_000  # of digits, in which classes are counted
 
@@ -44,8 +44,9 @@ def open_split(options: Data, name: str, seed: int) -> Segmentation:
     if name == "val":
         return DigitScenes("val", options.val_images, options.crop, seed=0)
     seed = seed if options.data_seed is None else options.data_seed
-    length, exponent = options.train_images, options.zipf
-    return DigitScenes("train", length, options.crop, seed=seed, exponent=exponent)
+    return DigitScenes(
+        "train", options.train_images, options.crop, seed=seed, exponent=options.zipf
+    )
 
 
 def class_counts(
@@ -118,7 +119,7 @@ def open_splits(options: Data, seed: int, of_run: dict[str, Any] | None = None) 
     if absent and of_run is None:
         ranks.say(f"no training pixels: {shorten(', '.join(absent), 200)}")
     _, images, _ = counts[0]
-    prior = images / images.sum().clamp(min=1)
+    prior = images / images.sum()
     return Splits(training, validation, sizes, pixels / pixels.sum(), prior, found)
 
 
@@ -126,7 +127,7 @@ def training_batches(options: Options, training: Segmentation, first_step: int) 
     """This rank's augmented images and labels, from a step on: `accumulate` batches for each. They
     follow from the seed, the step and the rank alone."""
     return loaded(
-        Training(training, options.data, options.seed),
+        Prepared(training, options.data, options.seed),
         num_workers=options.data.workers,
         batch_sampler=draws(len(training), options, first_step, ranks.rank(), ranks.world()),
         pin_memory=torch.cuda.is_available(),
@@ -136,8 +137,8 @@ def training_batches(options: Options, training: Segmentation, first_step: int) 
 def validation_batches(options: Data, images: Segmentation) -> Any:
     """Every image once, over all ranks, without augmentation."""
     return loaded(
-        Validation(images, options),
+        Prepared(images, options),
         num_workers=options.workers,
         batch_size=options.eval_batch_size,
-        sampler=range(ranks.rank(), len(images), ranks.world()),
+        sampler=[(index, None) for index in range(ranks.rank(), len(images), ranks.world())],
     )

@@ -46,19 +46,17 @@ def class_weights(kind: str, frequencies: Tensor | None) -> Tensor | None:
 
 def build_loss(options: Model, weights: Tensor | None) -> MomentsLoss:
     """The loss of the logits; its `terms` contain the accuracy. weights: [K], of the classes."""
-    common: dict[str, Any] = {"ignore_index": IGNORED, "accuracy": True}
+    common: dict[str, Any] = {"weight": weights, "ignore_index": IGNORED, "accuracy": True}
+    dice = ao.Dice(**common)
     if options.loss == "dice":
-        return ao.Dice(weight=weights, **common)
+        return dice
     cross_entropy = ao.CrossEntropy(
-        weights,
         focal_gamma=options.focal_gamma if options.loss == "focal" else 0.0,
         ohem_threshold=options.ohem_threshold,
         ohem_min_kept=options.ohem_min_kept,
         **common,
     )
-    if options.loss == "ce+dice":
-        return ao.CrossEntropyDice(cross_entropy, ao.Dice(weight=weights, **common))
-    return cross_entropy
+    return ao.CrossEntropyDice(cross_entropy, dice) if options.loss == "ce+dice" else cross_entropy
 
 
 def build_regularizer(
@@ -70,30 +68,30 @@ def build_regularizer(
     prior: [K], the share of the training images that contain each class, for CeCo.
     Raises ValueError for an option that no chosen method has, and for a file that does not fit.
     """
-    arguments: dict[str, dict[str, Any]] = {x: {"ignore_index": IGNORED} for x in options.methods}
-    if "cr" in arguments:
-        arguments["cr"]["embed"] = False
-    if "ceco" in arguments:
-        arguments["ceco"]["prior"] = prior
-    known, given = options.paper_options or {}, options.method_options or {}
-    for option, value in {**known, **SETTINGS[options.setting], **given}.items():
-        method, _, argument = option.partition(".")
-        if method in arguments:
-            arguments[method][argument] = value
-        else:
-            among = f"METHOD.ARGUMENT with a METHOD among --model.methods {options.methods}"
-            expect(option not in given, "model.method_options", among, option)
+    paper, given = options.paper_options or {}, options.method_options or {}
+    for name in given:
+        among = f"METHOD.ARGUMENT with a METHOD among --model.methods {options.methods}"
+        expect(name.partition(".")[0] in options.methods, "model.method_options", among, name)
+    chosen = {"cr.embed": False, "ceco.prior": prior, **paper, **SETTINGS[options.setting], **given}
     regularizers = []
-    for method, chosen in arguments.items():
+    for method in options.methods:
+        arguments: dict[str, Any] = {"ignore_index": IGNORED}
         try:
-            for argument, value in chosen.items():
-                if isinstance(value, str) and value.startswith("@"):
-                    vectors = np.load(value[1:], allow_pickle=False)
-                    chosen[argument] = torch.from_numpy(vectors).float()
-            regularizers.append(getattr(ao, CLASSES[method])(num_classes, dim, **chosen))
+            for name, value in chosen.items():
+                owner, _, argument = name.partition(".")
+                if owner == method:
+                    arguments[argument] = _vectors(value)
+            regularizers.append(getattr(ao, CLASSES[method])(num_classes, dim, **arguments))
         except (OSError, ValueError, EOFError, TypeError) as error:
             raise ValueError(f"--model.method_options {method}: {error}") from error
     return ao.Combined(*regularizers) if len(regularizers) > 1 else next(iter(regularizers), None)
+
+
+def _vectors(value: Any) -> Any:
+    """Those in the file that "@FILE.npy" names; any other value as it is."""
+    if not (isinstance(value, str) and value.startswith("@")):
+        return value
+    return torch.from_numpy(np.load(value[1:], allow_pickle=False)).float()
 
 
 class Learner(nn.Module):
@@ -119,10 +117,10 @@ class Learner(nn.Module):
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss = self.pixel_loss(self.model(images), labels)
         terms = dict(self.pixel_loss.terms)
-        if (head := self.model.auxiliary) is not None:
-            auxiliary = self.pixel_loss(head.logits(), labels)
-            loss = loss + self.auxiliary_weight * auxiliary
-            terms["auxiliary"] = self.auxiliary_weight * auxiliary.detach()
+        if (logits := self.model.auxiliary_logits()) is not None:
+            auxiliary = self.auxiliary_weight * self.pixel_loss(logits, labels)
+            loss = loss + auxiliary
+            terms["auxiliary"] = auxiliary.detach()
         if self.attachment is not None:
             loss = loss + self.attachment(labels)
             terms |= self.attachment.terms

@@ -31,8 +31,9 @@ class Segmenter(nn.Module):
     (usually 4).
 
     The methods use the input of its classifier. If auxiliary_dim is given, the number of channels
-    of the backbone's second last map, there is an auxiliary head on this map. dropout: share of the
-    channels that are dropped before the classifier in training.
+    of the backbone's second last map, there is an auxiliary head on this map, in training:
+    mmsegmentation's FCNHead with one convolution. dropout: share of the channels that are dropped
+    before the classifier in training.
     """
 
     def __init__(
@@ -47,9 +48,17 @@ class Segmenter(nn.Module):
         self.body = body
         self.dropout = nn.Dropout2d(dropout) if dropout else nn.Identity()
         self.classifier = nn.Conv2d(dim, num_classes, 1)
-        self.auxiliary = (
-            AuxiliaryHead(self.backbone, auxiliary_dim, num_classes) if auxiliary_dim else None
-        )
+        self.auxiliary: nn.Sequential | None = None
+        self._map: Tensor | None = None  # of the backbone, for the auxiliary head
+        if auxiliary_dim is not None:
+            self.auxiliary = nn.Sequential(
+                nn.Conv2d(auxiliary_dim, AUXILIARY_DIM, 3, padding=1, bias=False),
+                nn.BatchNorm2d(AUXILIARY_DIM),
+                nn.ReLU(),
+                nn.Dropout2d(0.1),
+                nn.Conv2d(AUXILIARY_DIM, num_classes, 1),
+            )
+            self.backbone.register_forward_hook(self._keep)
 
     @property
     def backbone(self) -> nn.Module:
@@ -60,30 +69,14 @@ class Segmenter(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.classifier(self.dropout(self.body(images)))
 
-
-class AuxiliaryHead(nn.Sequential):
-    """Logits from the second last map of the backbone, only in training: mmsegmentation's FCNHead
-    with one convolution."""
-
-    def __init__(self, backbone: nn.Module, dim: int, num_classes: int) -> None:
-        super().__init__(
-            nn.Conv2d(dim, AUXILIARY_DIM, 3, padding=1, bias=False),
-            nn.BatchNorm2d(AUXILIARY_DIM),
-            nn.ReLU(),
-            nn.Dropout2d(0.1),
-            nn.Conv2d(AUXILIARY_DIM, num_classes, 1),
-        )
-        self._map: Tensor | None = None
-        backbone.register_forward_hook(self._keep)
-
     def _keep(self, backbone: nn.Module, images: tuple[Tensor], maps: Sequence[Tensor]) -> None:
         self._map = maps[-2] if self.training else None
 
-    def logits(self) -> Tensor:
-        """The logits (B, K, h, w) of the model's last forward; they can be read once."""
+    def auxiliary_logits(self) -> Tensor | None:
+        """Those (B, K, h, w) of the last forward in training, which can be read once; None if there
+        is no auxiliary head."""
         kept, self._map = self._map, None
-        assert kept is not None, "the model has not run in training mode"
-        return self(kept)
+        return None if self.auxiliary is None else self.auxiliary(kept)
 
 
 class HRNetBody(nn.Module):
@@ -100,8 +93,7 @@ class HRNetBody(nn.Module):
             out_indices=(1, 2, 3, 4),
             feature_location="",
         )
-        self.out_channels = self.backbone.feature_info.channels()
-        dim = sum(self.out_channels)
+        dim = sum(self.backbone.feature_info.channels())
         self.mix = Conv2dNormActivation(dim, dim, 1, inplace=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -130,8 +122,9 @@ def build_model(options: Model, num_classes: int, channels: int = 3) -> Segmente
     if options.weights:
         load_weights(model, read_weights(options.weights), options.weights, HEADS)
     if path := options.backbone_weights:
-        loaded, known = read_weights(path), {_flat_name(x) for x in model.backbone.state_dict()}
-        used = {name: x for name, x in loaded.items() if _flat_name(name) in known}
+        loaded = {_flat_name(name): x for name, x in read_weights(path).items()}
+        names = {_flat_name(name): name for name in model.backbone.state_dict()}
+        used = {names[flat]: x for flat, x in loaded.items() if flat in names}
         load_weights(model.backbone, used, path)
         unused = len(loaded) - len(used)
         ranks.say(f"backbone: {len(used)} tensors of {path} taken, {unused} not used")
@@ -145,7 +138,8 @@ def _body(options: Model, channels: int) -> tuple[nn.Module, int, Sequence[int]]
     pretrained = options.pretrained and not (options.weights or options.backbone_weights)
     if options.network.startswith("hrnet-"):
         body: Any = HRNetBody(options.network.replace("-", "_"), channels, pretrained)
-        return body, sum(body.out_channels), body.out_channels
+        stages = body.backbone.feature_info.channels()
+        return body, sum(stages), stages
     name = options.network.replace("segformer-", "segformer:mit_")
     architecture, _, encoder = name.partition(":")
     any_size = {"dynamic_img_size": True} if architecture == "dpt" else {}
@@ -217,10 +211,8 @@ def load_weights(
     does not have, or has for another number of classes. The number of batches that batch norm has
     seen may be missing. Raises ValueError for weights of another network, from the file `path`."""
     own = module.state_dict()
-    names = {_flat_name(name): name for name in own}
     taken = {}
     for name, x in weights.items():
-        name = names.get(_flat_name(name), name)
         fits = name in own and own[name].shape == x.shape
         if fits or not name.startswith(heads):
             taken[name] = x
