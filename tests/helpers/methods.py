@@ -35,6 +35,7 @@ def batch(images: int = 3) -> tuple[Tensor, Tensor, nn.Conv2d]:
 
 
 def oracle(name: str) -> dict[str, Tensor]:
+    """What the released code of a method computed, in a file of tests/oracles."""
     arrays = np.load(Path(__file__).parents[1] / "oracles" / name)
     return {key: torch.as_tensor(arrays[key]) for key in arrays.files}
 
