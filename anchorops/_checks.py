@@ -302,12 +302,8 @@ def check_label_values(function: str, labels: Tensor, num_classes: int, ignore_i
 
 
 def check_num_classes(function: str, num_classes: object) -> int:
-    number = as_int(num_classes)
-    if number is None:
-        fail(function, "num_classes", "an int", describe(num_classes))
-    if not 1 <= number <= MAX_CLASSES:
-        fail(function, "num_classes", f"1 to {MAX_CLASSES}", number)
-    return number
+    expected = f"an int from 1 to {MAX_CLASSES}"
+    return check_int(function, "num_classes", num_classes, expected, 1, MAX_CLASSES)
 
 
 def check_ignore_index(function: str, ignore_index: object, num_classes: int) -> int:
@@ -364,6 +360,13 @@ def check_anchors(
     if not anchors.is_floating_point():
         fail(function, "anchors", "a floating dtype", anchors.dtype)
     check_device(function, "anchors", anchors, features, "features")
+
+
+def rows_of_classes(function: str, argument: str, vectors: Tensor) -> Tensor:
+    """[K, D], detached, from the weight of a classifier, anchors or centroids."""
+    if not isinstance(vectors, Tensor) or vectors.dim() not in (2, 4) or vectors.is_complex():
+        fail(function, argument, "a real tensor [K, D] or [K, D, 1, 1]", describe(vectors))
+    return vectors.detach().flatten(1)
 
 
 def as_number(value: object) -> Any:

@@ -15,6 +15,7 @@ from ._checks import (
     describe,
     fail,
     missing_extra,
+    rows_of_classes,
 )
 from ._shared.pixels import feature_rows, resize_labels
 
@@ -38,12 +39,6 @@ def plain(name: str, longest: int = LONGEST) -> str:
     return name.replace("$", r"\$")
 
 
-def _matrix(function: str, argument: str, value: Tensor) -> Tensor:
-    if not isinstance(value, Tensor) or value.dim() not in (2, 4):
-        fail(function, argument, "a tensor [K, D] or [K, D, 1, 1]", describe(value))
-    return value.detach().float().cpu().flatten(1)
-
-
 def _check_names(function: str, names: Sequence[str] | None, classes: int) -> None:
     if names is not None and len(names) != classes:
         fail(function, "names", f"one for each of {classes} classes", len(names))
@@ -58,7 +53,7 @@ def cosine_map(
 ) -> Figure:
     """Cosines between the rows of a classifier's weight, or between centroids, [K, D]. If centered,
     the mean of the rows is subtracted first."""
-    rows = _matrix("cosine_map", "vectors", vectors)
+    rows = rows_of_classes("cosine_map", "vectors", vectors).float().cpu()
     _check_names("cosine_map", names, len(rows))
     unit = F.normalize(rows - rows.mean(0) if centered else rows, dim=1)
     shown = [plain(name) for name in names or []]
@@ -124,7 +119,7 @@ def features_with_anchors(
     anchors: [K, D]. A row of zeros, the centroid of an absent class, is not drawn.
     """
     function = "features_with_anchors"
-    stars = _matrix(function, "anchors", anchors)
+    stars = rows_of_classes(function, "anchors", anchors).float().cpu()
     _check_names(function, names, len(stars))
     check_features(function, features)
     check_labels(function, labels, features)

@@ -103,7 +103,7 @@ TABLE: dict[str, Rows] = {
             | {"ignore_index": -1},
             r"num_classes: expected fewer than 2\^31 images × classes × groups, got 2147483648",
         ),
-        ({"num_classes": 0}, "num_classes: expected 1 to 65536, got 0"),
+        ({"num_classes": 0}, "num_classes: expected an int from 1 to 65536, got 0"),
         ({"ignore_index": 1.0}, "ignore_index: expected an int of 64 bits, got 1.0 of type fl"),
     ],
     "softmax_moments pixel_cross_entropy CrossEntropy Dice CrossEntropyDice": OF_LOGITS,
@@ -262,7 +262,8 @@ TABLE: dict[str, Rows] = {
         (
             {"features": FEATURES.flatten(2), "labels": LABELS[:1, 0]},
             "labels: expected batch size 2",
-        )
+        ),
+        ({"anchors": ANCHORS * 1j}, r"anchors: expected a real tensor \[K, D\] or \[K, D, 1, 1\]"),
     ],
     "imbalance_factor": [({"counts": np.arange(3)}, "counts: expected a re")],
     "pearson": [
