@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,14 +134,21 @@ def test_measure_leaves_out_its_own_process(clock, monkeypatch):
 @pytest.mark.parametrize(("host", "reads"), [(0.0, 1), (3e-3, 1 + 3), (1.0, 1 + 10)])
 def test_measure_on_cuda(monkeypatch, clock, host: float, reads: int):
     """The order of events, with a replacement for CUDA: read a clean buffer for twice as long as
-    the host needs for a call, and at most 20 ms; start, call, end."""
-    order = []
+    the host needs for a call, and at most 20 ms; start, call, end. On the GPU that is named."""
+    order, current = [], []
+
+    @contextmanager
+    def on_device(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.append(None)
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
             assert enable_timing
 
         def record(self) -> None:
+            assert current[-1] == torch.device("cuda:1")
             order.append("event")
 
         def elapsed_time(self, end: object) -> float:
@@ -158,7 +167,8 @@ def test_measure_on_cuda(monkeypatch, clock, host: float, reads: int):
         return Clean()
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", on_device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     properties = SimpleNamespace(total_memory=141 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch, "zeros", zeros)
@@ -167,7 +177,7 @@ def test_measure_on_cuda(monkeypatch, clock, host: float, reads: int):
         order.append("call")
         clock.now += host
 
-    measured, times = measure(run, 10**6, torch.device("cuda"), seconds=0)
+    measured, times = measure(run, 10**6, torch.device("cuda:1"), seconds=0)
     assert times == [2e-3] * 3
     assert measured.gbps == pytest.approx(0.5)
     of_a_read = ["read", "event", "read", "event"]
