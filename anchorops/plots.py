@@ -97,10 +97,11 @@ def _annotate(axes: Axes, points: Sequence[tuple[tuple[float, float], str]]) -> 
 
 
 def _principal_components(points: Tensor) -> Tensor:
-    """The first two: [N, D] → [N, 2]."""
+    """The first two: [N, D] → [N, 2]. A second one that does not exist is 0."""
     centered = points - points.mean(0)
     _, _, axes = torch.linalg.svd(centered, full_matrices=False)
-    return centered @ axes[:2].T
+    components = centered @ axes[:2].T
+    return F.pad(components, (0, 2 - components.shape[1]))
 
 
 def features_with_anchors(
@@ -159,10 +160,9 @@ def centroid_similarity(features: Tensor, centroids: Tensor, image: Tensor | Non
     features: (D, H, W) of one image; centroids: [D], or [G, D] for one panel each;
     image: (3, H', W') or (H', W'), values 0 to 1, shown as the first panel.
     """
-    if features.dim() != 3:
+    if not isinstance(features, Tensor) or features.dim() != 3:
         fail("centroid_similarity", "features", "a tensor (D, H, W)", describe(features))
-    vectors = centroids.detach().float().cpu()
-    vectors = vectors[None] if vectors.dim() == 1 else vectors
+    vectors = torch.atleast_2d(centroids.detach().float().cpu())
     if vectors.dim() != 2 or vectors.shape[1] != features.shape[0]:
         expected = f"[{features.shape[0]}] or [G, {features.shape[0]}]"
         fail("centroid_similarity", "centroids", expected, describe(centroids))
