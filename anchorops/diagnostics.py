@@ -242,12 +242,12 @@ class CentroidGeometry(Metric):
         shift = centroids - self.anchors[present]
         within = (self.sqdists[present] - counts * shift.square().sum(1)).clamp(min=0)
         mean = None if self.mean == "classes" else self.sums.sum(0) / self.counts.sum()
-        distances = F.pdist(centroids) if len(counts) > 1 else centroids.new_full((1,), torch.nan)
-        few = len(counts) < 2
-        nan = distances.new_tensor(torch.nan)
+        if len(counts) < 2:  # there is no pair
+            centroids = centroids.new_full((2, centroids.shape[1]), torch.nan)
+        distances = F.pdist(centroids)
         return {
-            "equiangularity": nan if few else equiangularity(centroids, mean),
-            "maximal_angle": nan if few else maximal_angle(centroids, mean),
+            "equiangularity": equiangularity(centroids, mean),
+            "maximal_angle": maximal_angle(centroids, mean),
             "compactness": within.sum() / counts.sum(),
             "min_distance": distances.min(),
             "mean_distance": distances.mean(),
