@@ -53,9 +53,9 @@ class Features(NamedTuple):
         if not self.half:
             f = f.masked_fill(formulas.labels_at(y, f)[:, None] < 0, torch.nan)
         inputs = {"features": in_layout(f.to(self.dtype), self.layout), "labels": y}
-        return inputs | (
-            {"anchors": normal(self.num_classes, d, random=random)} if self.anchors else {}
-        )
+        if self.anchors:
+            inputs["anchors"] = normal(self.num_classes, d, random=random)
+        return inputs
 
 
 FEATURES = {
@@ -71,9 +71,9 @@ FEATURES = {
     "16,000 classes, channels last": Features(
         16_000, (2, 32, 28, 28), "channels last", BF16, quick=True
     ),
-    "each image": Features(5, (3, 40, 16, 32), options={"per_image": True}),
-    "3 groups": Features(5, (2, 40, 16, 32), quick=True, options={"groups": 3, "seed": 7}),
 }
+IMAGES = {"each image": Features(5, (3, 40, 16, 32), options={"per_image": True})}
+GROUPS = {"3 groups": Features(5, (2, 40, 16, 32), quick=True, options={"groups": 3, "seed": 7})}
 SMALL = Features(4, (2, 6, 5, 7), half=True)
 KERNELS = {  # in CUDA's kernels planes, shifted planes, rows, and single elements
     f"{layout}, {dtype}": Features(5, size, layout.split(" of")[0], dtype, ratio=1)
@@ -225,9 +225,6 @@ METHODS: dict[str, Callable[..., Regularizer]] = {  # of the numbers of classes 
 STEPS = {"SAR": MOMENTS, "OCCL": CONTRAST, "MVSC": CONTRAST, "CeCo": UPSAMPLED}
 EPS: dict[str, Any] = {"normalize": 1e-6}
 EACH: dict[str, Any] = {"reduction": "none"}
-PLAIN = {name: features for name, features in FEATURES.items() if not features.options}
-IMAGES = {"each image": FEATURES["each image"]}
-GROUPS = {"3 groups": FEATURES["3 groups"]}
 OF_CLASSES: dict[str, Any] = {"num_classes": SMALL.num_classes}
 CLASS_MOMENTS = Entry(
     "class_moments",
@@ -235,8 +232,8 @@ CLASS_MOMENTS = Entry(
     class_moments,
     formulas.class_moments,
     (
-        *of_features("sums, distances", PLAIN | IMAGES),
-        *of_features("sums", without_anchors(PLAIN | IMAGES)),
+        *of_features("sums, distances", FEATURES | IMAGES),
+        *of_features("sums", without_anchors(FEATURES | IMAGES)),
         *of_features("sums and distances", KERNELS, "kernels", "cuda"),
         *of_features("only sums", without_anchors(KERNELS), "kernels", "cuda"),
         *of_features("only sums", LABELS, "kernels", "cuda"),
@@ -261,7 +258,7 @@ ENTRIES = [
         partial(ao.pixel_to_anchor_mse, ignore_index=-1),
         formulas.pixel_to_anchor_mse,
         (
-            *of_distances("pixel-to-anchor MSE", PLAIN),
+            *of_distances("pixel-to-anchor MSE", FEATURES),
             small("pixel_to_anchor_mse", SMALL),
             *of_options("pixel_to_anchor_mse", SMALL, {"reduction": "sum"}, on_cpu=False),
         ),
