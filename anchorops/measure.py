@@ -79,13 +79,11 @@ def example_labels(size: tuple[int, ...], num_classes: int, kind: str) -> Tensor
 
 
 def _sample(runs: Sequence[Run], device: torch.device, rounds: int) -> list[list[float]]:
-    """Seconds of each run in each round."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):  # whose stream records the events
-            times = _sample_cuda(runs, rounds)
-    else:
-        times = [[duration(run) for run in runs] for _ in range(rounds)]
-    return [list(column) for column in zip(*times, strict=True)]
+    """Of each round, the seconds of each run."""
+    if device.type != "cuda":
+        return [[duration(run) for run in runs] for _ in range(rounds)]
+    with torch.cuda.device(device):  # whose stream records the events
+        return _sample_cuda(runs, rounds)
 
 
 def duration(run: Run) -> float:
@@ -150,7 +148,8 @@ def in_turns(
     Args:
         runs: the calls; their results are not kept.
         device: where they run.
-        seconds, rounds: for about how long they are repeated, but at least so often.
+        seconds, rounds: for about how long they are repeated, but at least so often, and at most
+            1,000 times, on CUDA 100.
 
     Returns:
         The seconds of each run in each round, and `others` of `Measurement`.
@@ -160,9 +159,10 @@ def in_turns(
     chunk, most = (10, 100) if device.type == "cuda" else (1, 1000)
     processes, start = OtherProcesses(device), time.perf_counter()
     times = _sample(runs, device, rounds)
-    while len(times[0]) < most and time.perf_counter() - start < seconds:
-        times = [a + b for a, b in zip(times, _sample(runs, device, chunk), strict=True)]
-    return times, processes.cores()
+    while len(times) < most and time.perf_counter() - start < seconds:
+        times += _sample(runs, device, chunk)
+    others = processes.cores()
+    return [list(seconds) for seconds in zip(*times, strict=True)], others
 
 
 def measure(

@@ -20,6 +20,8 @@ def fixed_order_sum(values: Tensor) -> Tensor:
     if is_traced():
         values = values if values.dim() < 2 else values.sum(-1)
         return values.sum(dtype=torch.float64).to(values.dtype)
+    if values.numel() <= _RUN:
+        return values.sum()
     dtype = values.dtype
     while values.numel() > _RUN:
         values = _sums_of_runs(values).double()

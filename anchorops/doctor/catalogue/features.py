@@ -1,7 +1,7 @@
 """Operators of features: class moments, random groups, sums of upsampled features, centroid
 InfoNCE; and one step of each method whose loss is not a constant."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -156,18 +156,14 @@ def all_present(n: int, random: Generator) -> Inputs:
     return {name: inputs[name] for name in ("queries", "keys")}
 
 
-def class_moments(
-    features: Tensor, labels: Tensor, anchors: Tensor | None = None, **options: Any
-) -> tuple[Tensor, ...]:
-    moments = ao.ops.class_moments(features, labels, anchors=anchors, ignore_index=-1, **options)
-    return moments[:2] if moments.sqdists is None else (*moments[:2], moments.sqdists)
+class_moments = partial(ao.ops.class_moments, ignore_index=-1)
 
 
 def finite_sums(
-    moments: Callable[..., tuple[Tensor, ...]], features: Tensor, labels: Tensor
+    moments: Callable[..., Sequence[Any]], features: Tensor, labels: Tensor
 ) -> tuple[Tensor, ...]:
     """Counts, which sums are finite, and these."""
-    counts, sums = moments(features, labels, num_classes=5)
+    counts, sums, *_ = moments(features, labels, num_classes=5)
     return counts, sums.isfinite(), sums.nan_to_num(0, 0, 0)
 
 
