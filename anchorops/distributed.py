@@ -11,6 +11,7 @@ from ._moments import ClassMoments
 
 
 def _sum(x: Tensor, group: str) -> Tensor:
+    # torch's public collectives work in place; these have results, which torch.compile traces
     from torch.distributed import _functional_collectives as collectives
 
     # all_reduce accepts the name of a group; its annotation does not say so.
