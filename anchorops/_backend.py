@@ -14,9 +14,7 @@ from ._libraries import no_code_for, too_old, unusable
 from ._torch_state import is_traced
 
 _logger = logging.getLogger("anchorops")
-NAMES = ("cuda", "triton", "cpu", "reference")
-_OF_DEVICE = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}  # fastest first
-_TAKES_CPU = ("auto", "cpu")  # choices
+NAMES = ("cuda", "triton", "cpu", "reference")  # fastest first
 FUSED = ("cpu", "triton")  # the backends of most operators, besides `reference`
 CUDA_BACKENDS = (*FUSED, "cuda")  # of class keys, random groups and class moments
 # The functions that torch.onnx.export writes as standard operators: those of predictions.
@@ -233,7 +231,7 @@ def select(
         # what follows finds the same, but takes as long as a small operator of torch; is_cpu is
         # quicker than device.type
         missing = _libraries.MISSING["cpu"]
-        usual = tensor.is_cpu and chosen in _TAKES_CPU and "cpu" in backends
+        usual = tensor.is_cpu and chosen in ("auto", "cpu") and "cpu" in backends
         if usual and not (missing or excluded["cpu"] or (refusal and refusal("cpu"))):
             return "cpu"
     elif torch.onnx.is_in_onnx_export():
@@ -251,8 +249,7 @@ def select(
         if reason:
             raise ValueError(f"{function}: backend {chosen} does not support this call: {reason}")
         return chosen
-    device = tensor.device.type
-    for name in (*([faster] if faster else []), *_OF_DEVICE.get(device, ())):
+    for name in (*([faster] if faster else []), *NAMES[:-1]):
         # Kernels without a GPU are for tests: they are never selected automatically.
         if _libraries.MISSING[name] or _libraries.ON_HOST.get(name):
             continue
@@ -260,7 +257,7 @@ def select(
             continue
         if not _why_not(name, *call):
             return name
-    on_gpu = device == "cuda" and torch.cuda.is_available()
+    on_gpu = tensor.device.type == "cuda" and torch.cuda.is_available()
     if on_gpu and _libraries.MISSING["triton"] and not _why_not("triton", *call):
         _tell_that_triton_is_missing(function)
     return "reference"

@@ -242,13 +242,13 @@ def flat_pos_weight(function: str, pos_weight: object) -> Tensor:
     try:
         # as_tensor would move a tensor to torch's default device
         is_tensor = isinstance(pos_weight, Tensor)
-        numbers = pos_weight if is_tensor else torch.as_tensor(pos_weight, dtype=dtype)
+        weights = pos_weight if is_tensor else torch.as_tensor(pos_weight, dtype=dtype)
     except (TypeError, ValueError, RuntimeError):
         fail(function, "pos_weight", expected, describe(pos_weight))
-    shape = numbers.shape[1:] if numbers.dim() > 3 and numbers.shape[0] == 1 else numbers.shape
-    if numbers.is_complex() or numbers.numel() != shape[:1].numel():
+    shape = weights.shape[1:] if weights.dim() > 3 and weights.shape[0] == 1 else weights.shape
+    if weights.is_complex() or weights.numel() != shape[:1].numel():
         fail(function, "pos_weight", expected, describe(pos_weight))
-    return numbers.reshape(-1)
+    return weights.reshape(-1)
 
 
 def check_pos_weight(function: str, pos_weight: object, logits: Tensor) -> Tensor | float:
@@ -280,8 +280,9 @@ def check_integers(function: str, argument: str, values: Tensor) -> None:
 
 
 def check_label_values(function: str, labels: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Every label is a class or ignore_index; of two classes, these are no masks of 0 and 255 where
-    255 is ignored. This synchronises with the device."""
+    """Every label is a class or ignore_index. With two classes, labels of 0 and 255 alone are
+    refused where 255 is ignored: they may be masks in which 255 is the object. This synchronises
+    with the device, and torch.compile breaks the graph here."""
     if not (torch.compiler.is_compiling() or has_values(labels)):
         return
     labels = labels.long()  # torch has no comparisons for uint16 to uint64
@@ -302,12 +303,8 @@ def check_label_values(function: str, labels: Tensor, num_classes: int, ignore_i
 
 
 def check_num_classes(function: str, num_classes: object) -> int:
-    number = as_int(num_classes)
-    if number is None:
-        fail(function, "num_classes", "an int", describe(num_classes))
-    if not 1 <= number <= MAX_CLASSES:
-        fail(function, "num_classes", f"1 to {MAX_CLASSES}", number)
-    return number
+    expected = f"an int from 1 to {MAX_CLASSES}"
+    return check_int(function, "num_classes", num_classes, expected, 1, MAX_CLASSES)
 
 
 def check_ignore_index(function: str, ignore_index: object, num_classes: int) -> int:
@@ -352,18 +349,23 @@ def check_pixels(
 def check_anchors(
     function: str, anchors: Tensor, features: Tensor, num_classes: int | None = None
 ) -> None:
-    """anchors: floating [K, D] on the features' device."""
+    """anchors: floating [K, D] on the features' device; K is num_classes, if this is given."""
     check_strided(function, "anchors", anchors)
     dim = features.shape[1]
-    rows = "K" if num_classes is None else num_classes
-    if not isinstance(anchors, Tensor) or anchors.dim() != 2 or anchors.shape[1] != dim:
-        shape = f"[{rows}, {dim}] (features have D = {dim})"
+    fits = isinstance(anchors, Tensor) and anchors.dim() == 2 and anchors.shape[1] == dim
+    if not fits or num_classes not in (None, anchors.shape[0]):
+        shape = f"[{num_classes or 'K'}, {dim}] (features have D = {dim})"
         fail(function, "anchors", shape, describe(anchors))
-    if num_classes is not None and anchors.shape[0] != num_classes:
-        fail(function, "anchors", f"{num_classes} rows, as num_classes", anchors.shape[0])
     if not anchors.is_floating_point():
         fail(function, "anchors", "a floating dtype", anchors.dtype)
     check_device(function, "anchors", anchors, features, "features")
+
+
+def rows_of_classes(function: str, argument: str, vectors: Tensor) -> Tensor:
+    """[K, D], detached, from the weight of a classifier, anchors or centroids."""
+    if not isinstance(vectors, Tensor) or vectors.dim() not in (2, 4) or vectors.is_complex():
+        fail(function, argument, "a real tensor [K, D] or [K, D, 1, 1]", describe(vectors))
+    return vectors.detach().flatten(1)
 
 
 def as_number(value: object) -> Any:
@@ -385,7 +387,7 @@ def check_number(function: str, argument: str, value: object, *, above: bool = F
         fail(function, argument, "a float or an int of 64 bits", describe(value))
     # Comparisons alone: torch.compile cannot trace math.isfinite of a dynamic number.
     if isinstance(number, float) and LARGEST < number < math.inf:
-        fail(function, argument, "numbers that float32 can hold", describe(value))
+        fail(function, argument, "a number that float32 can hold", describe(value))
     if number is None or not (number > 0 if above else number >= 0) or not number < math.inf:
         least = "above 0" if above else "at least 0"
         fail(function, argument, f"a finite float or int, {least}", describe(value))

@@ -74,7 +74,8 @@ def savable(x: T) -> T:
 
 
 def in_transform(tensor: Tensor, *, only_derivatives: bool = False) -> bool:
-    """Whether a torch.func transform is applied to this tensor: any transform, or a derivative."""
+    """Whether a torch.func transform is applied to this tensor: any transform, or a derivative. For
+    this, and for `recomputing`, torch has no public function."""
     if torch.compiler.is_compiling():
         return False
     functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]

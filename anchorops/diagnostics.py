@@ -20,6 +20,7 @@ from ._checks import (
     describe,
     fail,
     missing_extra,
+    rows_of_classes,
 )
 from ._ops.class_moments import class_moments
 
@@ -27,13 +28,6 @@ try:
     from torchmetrics import Metric
 except ModuleNotFoundError as error:
     raise missing_extra("diagnostics", error) from error
-
-
-def _rows(function: str, argument: str, vectors: Tensor) -> Tensor:
-    """[K, D] in float64, from a weight [K, D] or [K, D, 1, 1]."""
-    if not isinstance(vectors, Tensor) or vectors.dim() not in (2, 4) or vectors.is_complex():
-        fail(function, argument, "a real tensor [K, D] or [K, D, 1, 1]", describe(vectors))
-    return vectors.detach().flatten(1).double()
 
 
 def _of_classes(function: str, argument: str, values: Tensor) -> Tensor:
@@ -44,7 +38,7 @@ def _of_classes(function: str, argument: str, values: Tensor) -> Tensor:
 
 
 def _centred_rows(function: str, vectors: Tensor, mean: Tensor | None) -> Tensor:
-    rows = _rows(function, "vectors", vectors)
+    rows = rows_of_classes(function, "vectors", vectors).double()
     if mean is None:
         return rows - rows.mean(0)
     real = isinstance(mean, Tensor) and not mean.is_complex()
@@ -62,7 +56,7 @@ def _pairwise_cosines(rows: Tensor) -> Tensor:
 
 def class_separability(weight: Tensor) -> Tensor:
     """½ Σ_i Σ_{j≠i} cos(w_i, w_j) of a classifier's rows (CBP, Eq. 8): 0 where orthogonal."""
-    return _pairwise_cosines(_rows("class_separability", "weight", weight)).sum()
+    return _pairwise_cosines(rows_of_classes("class_separability", "weight", weight).double()).sum()
 
 
 def equiangularity(vectors: Tensor, mean: Tensor | None = None) -> Tensor:
@@ -110,7 +104,7 @@ def pearson(x: Tensor, y: Tensor) -> Tensor:
 def norm_correlation(weight: Tensor, counts: Tensor) -> Tensor:
     """Pearson's correlation of ‖w_k‖ and the classes' pixel counts ("prior ambiguity" in CBP); NaN
     where all ‖w_k‖ are equal, up to the rounding of float32."""
-    norms = _rows("norm_correlation", "weight", weight).norm(dim=1)
+    norms = rows_of_classes("norm_correlation", "weight", weight).double().norm(dim=1)
     counts = _of_classes("norm_correlation", "counts", counts)
     if len(counts) != len(norms):
         fail("norm_correlation", "counts", f"a tensor [{len(norms)}], as weight", describe(counts))
@@ -248,12 +242,12 @@ class CentroidGeometry(Metric):
         shift = centroids - self.anchors[present]
         within = (self.sqdists[present] - counts * shift.square().sum(1)).clamp(min=0)
         mean = None if self.mean == "classes" else self.sums.sum(0) / self.counts.sum()
-        distances = F.pdist(centroids) if len(counts) > 1 else centroids.new_full((1,), torch.nan)
-        few = len(counts) < 2
-        nan = distances.new_tensor(torch.nan)
+        if len(counts) < 2:  # there is no pair
+            centroids = centroids.new_full((2, centroids.shape[1]), torch.nan)
+        distances = F.pdist(centroids)
         return {
-            "equiangularity": nan if few else equiangularity(centroids, mean),
-            "maximal_angle": nan if few else maximal_angle(centroids, mean),
+            "equiangularity": equiangularity(centroids, mean),
+            "maximal_angle": maximal_angle(centroids, mean),
             "compactness": within.sum() / counts.sum(),
             "min_distance": distances.min(),
             "mean_distance": distances.mean(),

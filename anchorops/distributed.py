@@ -11,6 +11,7 @@ from ._moments import ClassMoments
 
 
 def _sum(x: Tensor, group: str) -> Tensor:
+    # torch's public collectives work in place; these have results, which torch.compile traces
     from torch.distributed import _functional_collectives as collectives
 
     # all_reduce accepts the name of a group; its annotation does not say so.
@@ -59,14 +60,11 @@ def all_reduce(x: Tensor, group: str | None) -> Tensor:
 def reduce_moments(moments: ClassMoments, group: str | None) -> ClassMoments:
     """Class moments over all ranks: sums and counts are reduced, never means. There are always two
     collectives, for the counts and for the rest, whichever classes a rank has."""
-    if group is None or not (dist.is_available() and dist.is_initialized()):
+    if group is None:
         return moments
     counts, sums, sqdists = moments
-    parts = [sums] if sqdists is None else [sums, sqdists]
-    flat = all_reduce(torch.cat([part.flatten() for part in parts]), group)
-    reduced = flat.split([part.numel() for part in parts])
-    return ClassMoments(
-        all_reduce(counts, group),
-        reduced[0].view_as(sums),
-        None if sqdists is None else reduced[1].view_as(sqdists),
-    )
+    counts = all_reduce(counts, group)
+    if sqdists is None:
+        return ClassMoments(counts, all_reduce(sums, group), None)
+    both = all_reduce(torch.cat([sums, sqdists[..., None]], -1), group)
+    return ClassMoments(counts, both[..., :-1], both[..., -1])

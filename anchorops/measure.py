@@ -58,7 +58,7 @@ def example_labels(size: tuple[int, ...], num_classes: int, kind: str) -> Tensor
 
     Args:
         size: (N,), (B, N) or (B, H, W).
-        num_classes: K.
+        num_classes: K, at least 1.
         kind: "coherent", rectangles of 24×37 pixels (runs of 37 points) at odd offsets, or
             "random", each pixel drawn independently.
 
@@ -79,12 +79,11 @@ def example_labels(size: tuple[int, ...], num_classes: int, kind: str) -> Tensor
 
 
 def _sample(runs: Sequence[Run], device: torch.device, rounds: int) -> list[list[float]]:
-    """Seconds of each run in each round."""
-    if device.type == "cuda":
-        times = _sample_cuda(runs, rounds)
-    else:
-        times = [[duration(run) for run in runs] for _ in range(rounds)]
-    return [list(column) for column in zip(*times, strict=True)]
+    """Of each round, the seconds of each run."""
+    if device.type != "cuda":
+        return [[duration(run) for run in runs] for _ in range(rounds)]
+    with torch.cuda.device(device):  # whose stream records the events
+        return _sample_cuda(runs, rounds)
 
 
 def duration(run: Run) -> float:
@@ -149,7 +148,8 @@ def in_turns(
     Args:
         runs: the calls; their results are not kept.
         device: where they run.
-        seconds, rounds: for about how long they are repeated, but at least so often.
+        seconds, rounds: for about how long they are repeated, but at least so often, and at most
+            1,000 times, on CUDA 100.
 
     Returns:
         The seconds of each run in each round, and `others` of `Measurement`.
@@ -159,9 +159,10 @@ def in_turns(
     chunk, most = (10, 100) if device.type == "cuda" else (1, 1000)
     processes, start = OtherProcesses(device), time.perf_counter()
     times = _sample(runs, device, rounds)
-    while len(times[0]) < most and time.perf_counter() - start < seconds:
-        times = [a + b for a, b in zip(times, _sample(runs, device, chunk), strict=True)]
-    return times, processes.cores()
+    while len(times) < most and time.perf_counter() - start < seconds:
+        times += _sample(runs, device, chunk)
+    others = processes.cores()
+    return [list(seconds) for seconds in zip(*times, strict=True)], others
 
 
 def measure(
@@ -240,11 +241,11 @@ def peak_extra_bytes(run: Run, device: torch.device) -> int | None:
     None if the system does not report it: on the CPU only Linux does.
     """
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         outputs = _output_bytes(run())
-        return max(0, torch.cuda.max_memory_allocated() - before - outputs)
+        return max(0, torch.cuda.max_memory_allocated(device) - before - outputs)
     try:
         ctypes.CDLL(None).malloc_trim(0)  # otherwise reused memory would not be counted
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present size
@@ -267,7 +268,7 @@ def _status(field: str) -> int:
 def environment(device: torch.device) -> dict[str, str | None]:
     """Hardware, threads and versions, for the header of a table."""
     if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+        gpu = torch.cuda.get_device_properties(device)
         name = f"{gpu.name}, {gpu.multi_processor_count} multiprocessors"
     else:
         name = f"{_processor()}, {torch.get_num_threads()} threads"

@@ -15,6 +15,7 @@ from ._checks import (
     describe,
     fail,
     missing_extra,
+    rows_of_classes,
 )
 from ._shared.pixels import feature_rows, resize_labels
 
@@ -38,12 +39,6 @@ def plain(name: str, longest: int = LONGEST) -> str:
     return name.replace("$", r"\$")
 
 
-def _matrix(function: str, argument: str, value: Tensor) -> Tensor:
-    if not isinstance(value, Tensor) or value.dim() not in (2, 4):
-        fail(function, argument, "a tensor [K, D] or [K, D, 1, 1]", describe(value))
-    return value.detach().float().cpu().flatten(1)
-
-
 def _check_names(function: str, names: Sequence[str] | None, classes: int) -> None:
     if names is not None and len(names) != classes:
         fail(function, "names", f"one for each of {classes} classes", len(names))
@@ -58,7 +53,7 @@ def cosine_map(
 ) -> Figure:
     """Cosines between the rows of a classifier's weight, or between centroids, [K, D]. If centered,
     the mean of the rows is subtracted first."""
-    rows = _matrix("cosine_map", "vectors", vectors)
+    rows = rows_of_classes("cosine_map", "vectors", vectors).float().cpu()
     _check_names("cosine_map", names, len(rows))
     unit = F.normalize(rows - rows.mean(0) if centered else rows, dim=1)
     shown = [plain(name) for name in names or []]
@@ -102,10 +97,11 @@ def _annotate(axes: Axes, points: Sequence[tuple[tuple[float, float], str]]) -> 
 
 
 def _principal_components(points: Tensor) -> Tensor:
-    """The first two: [N, D] → [N, 2]."""
+    """The first two: [N, D] → [N, 2]. A second one that does not exist is 0."""
     centered = points - points.mean(0)
     _, _, axes = torch.linalg.svd(centered, full_matrices=False)
-    return centered @ axes[:2].T
+    components = centered @ axes[:2].T
+    return F.pad(components, (0, 2 - components.shape[1]))
 
 
 def features_with_anchors(
@@ -124,7 +120,7 @@ def features_with_anchors(
     anchors: [K, D]. A row of zeros, the centroid of an absent class, is not drawn.
     """
     function = "features_with_anchors"
-    stars = _matrix(function, "anchors", anchors)
+    stars = rows_of_classes(function, "anchors", anchors).float().cpu()
     _check_names(function, names, len(stars))
     check_features(function, features)
     check_labels(function, labels, features)
@@ -164,10 +160,9 @@ def centroid_similarity(features: Tensor, centroids: Tensor, image: Tensor | Non
     features: (D, H, W) of one image; centroids: [D], or [G, D] for one panel each;
     image: (3, H', W') or (H', W'), values 0 to 1, shown as the first panel.
     """
-    if features.dim() != 3:
+    if not isinstance(features, Tensor) or features.dim() != 3:
         fail("centroid_similarity", "features", "a tensor (D, H, W)", describe(features))
-    vectors = centroids.detach().float().cpu()
-    vectors = vectors[None] if vectors.dim() == 1 else vectors
+    vectors = torch.atleast_2d(centroids.detach().float().cpu())
     if vectors.dim() != 2 or vectors.shape[1] != features.shape[0]:
         expected = f"[{features.shape[0]}] or [G, {features.shape[0]}]"
         fail("centroid_similarity", "centroids", expected, describe(centroids))

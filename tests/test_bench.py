@@ -10,7 +10,7 @@ import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import cost_tables
 import operator_times
@@ -141,15 +141,23 @@ def test_measure_leaves_out_its_own_process(clock, monkeypatch):
 @pytest.mark.parametrize(("host", "reads"), [(0.0, 1), (3e-3, 1 + 3), (1.0, 1 + 10)])
 def test_measure_on_cuda(monkeypatch, clock, host: float, reads: int):
     """The order of events, with a replacement for CUDA: read a clean buffer for twice as long as
-    the host needs for a call, and at most 20 ms; start, call, end."""
+    the host needs for a call, and at most 20 ms; start, call, end. On the GPU that is named."""
     order = []
+    device = MagicMock()
+    entered = device.return_value.__enter__
     event = Mock(**{"elapsed_time.return_value": 2.0})  # milliseconds
-    event.record.side_effect = lambda: order.append("event")
+
+    def record() -> None:
+        assert entered.called and device.call_args.args == (torch.device("cuda:1"),)
+        order.append("event")
+
+    event.record.side_effect = record
     clean = Mock()
     clean.sum.side_effect = lambda: order.append("read")  # a write would leave dirty lines
     zeros = Mock(return_value=clean)
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     properties = SimpleNamespace(total_memory=141 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch, "zeros", zeros)
@@ -158,7 +166,7 @@ def test_measure_on_cuda(monkeypatch, clock, host: float, reads: int):
         order.append("call")
         clock.now += host
 
-    measured, times = measure(run, 10**6, torch.device("cuda"), seconds=0)
+    measured, times = measure(run, 10**6, torch.device("cuda:1"), seconds=0)
     assert times == [2e-3] * 3
     assert measured.gbps == pytest.approx(0.5)
     of_a_read = ["read", "event", "read", "event"]

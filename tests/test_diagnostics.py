@@ -239,3 +239,10 @@ def test_principal_components() -> None:
     projected = plots._principal_components(points)
     variances = torch.linalg.eigvalsh(points.T.cov())[-2:].flip(0)
     torch.testing.assert_close(projected.T.var(dim=1), variances)
+
+
+def test_points_of_one_channel_are_on_a_line() -> None:
+    """Their second component is 0; that of a single point as well."""
+    for features in (torch.randn(7, 1), torch.randn(1, 1)):
+        points = plots._principal_components(features)
+        assert points.shape == (len(features), 2) and not points[:, 1].any()

@@ -50,8 +50,8 @@ def upsample_rows(
     rows: slice,
     near: slice,
 ) -> Tensor:
-    """These rows of `upsample` (slices of a volume), from the rows `near` of `source` rows of the
-    logits: those of `rows_near`."""
+    """These rows of `upsample` (slices of a volume). near_logits: of the `source` rows of the
+    logits those in `near`, which are at least those of `rows_near`."""
     x = _wide(near_logits)
     sources = (source, *near_logits.shape[3:])
     for axis in range(2, x.dim()):
@@ -74,8 +74,8 @@ def transposed_rows(
     rows: slice,
     near: slice,
 ) -> Tensor:
-    """The gradient of `upsample_rows`, of logits of this shape, from that of its result. The sums
-    have a fixed order."""
+    """The gradient of `upsample_rows` in near_logits, of shape near_shape; dz: that in its result.
+    The sums have a fixed order."""
     x, sources = _wide(dz), (source, *near_shape[3:])
     for axis in reversed(range(2, x.dim())):
         lower, upper, weight = _sources_of_axis(axis, size, sources, align_corners, rows, near, dz)
@@ -101,8 +101,8 @@ def _sources_of_axis(
     near: slice,
     logits: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`bilinear_sources` along an axis, as F.interpolate: coordinates are float32, for float64
-    logits float64."""
+    """`bilinear_sources` of an axis, its weights `_wide`. Coordinates are float32 as those of
+    F.interpolate, for float64 logits float64."""
     dtype = statistics_dtype(logits.dtype)
     lower, upper, weight = bilinear_sources(
         size[axis - 2], sources[axis - 2], align_corners, dtype, logits.device

@@ -94,9 +94,7 @@ def _cost(run: Run, tiny_run: Run, device: torch.device, seconds: float) -> Cost
         for _ in range(20):
             if device.type == "cuda":
                 torch.cuda.synchronize()
-                times.append(duration(run))
-            else:
-                times.append(duration(tiny_run))
+            times.append(duration(run if device.type == "cuda" else tiny_run))
     finally:
         torch.set_num_threads(threads)
     return Cost(measured.median, peak, median(times))
@@ -113,7 +111,7 @@ def benchmark(size: float | None = None, seconds: float = 0.2) -> bool:
     """Prints errors and costs of every usable fused backend; True if all results are correct.
 
     Args:
-        size: of height and width of a batch on a CPU, 1 by default; on a GPU 2.
+        size: factor of the height and width of each batch; by default 1 on a CPU, 2 on a GPU.
         seconds: for about how long each call is repeated.
     """
     cuda = torch.cuda.is_available()

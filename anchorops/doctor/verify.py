@@ -130,7 +130,7 @@ def _row_of(case: Case, backend: str) -> Row:
 
 
 def run(case: Case, backend: str, device: torch.device) -> Row:
-    """One case on the device, whose default is the backend that is verified."""
+    """One case, by this backend on this device."""
     return _checked(_row_of(case, backend), device, partial(_compare, case, backend, device))
 
 

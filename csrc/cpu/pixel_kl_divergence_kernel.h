@@ -1,8 +1,9 @@
 // The vector kernels of pixel_kl_divergence.
 //
 // Logits are upsampled along the row first. Between two lines, e^(z / T) is a geometric sequence
-// down a column: up to DOWN rows of labels need two powers. Exponents are z * log2(e) / T. If
-// logits are large, this product is rounded too much, so their shift is subtracted before.
+// down a column: up to DOWN rows of labels need two powers of 2, of exponents z * log2(e) / T.
+// Where these are large, the product is rounded too much: e^(z / T) is then computed for each
+// pixel, if necessary relative to its largest logit.
 #pragma once
 
 #include <algorithm>
@@ -18,8 +19,9 @@ BEGIN_TARGET
 namespace anchorops::cpu::softmax::INSTRUCTION_SET {
 
 constexpr int DOWN = 4;
-constexpr float LN_2 = 0.693147181f,
-                MIN_EXPONENT = -57.0f;  // powers of smaller z are computed directly
+constexpr float MIN_EXPONENT = -57.0f;  // powers of smaller z are computed directly
+template <class Stat>
+constexpr Stat LOG2_OF_E = Stat(1.4426950408889634);
 
 template <class Stat>
 ALWAYS_INLINE VecOf<Stat> exp2(VecOf<Stat> x) {  // for x in [-126, 126]
@@ -28,19 +30,13 @@ ALWAYS_INLINE VecOf<Stat> exp2(VecOf<Stat> x) {  // for x in [-126, 126]
   return x;
 }
 
-template <class Stat>
-ALWAYS_INLINE VecOf<Stat> exp2_of_any(VecOf<Stat> x) {
-  if constexpr (std::is_same_v<Stat, float>) return exp<float>(x * LN_2);
-  return exp2<Stat>(x);
-}
-
 // Up to DOWN rows of labels between two rows of a model's logits, which are at the labels' columns.
 template <class Stat>
 struct Between {
   const Stat *low, *high;
-  Stat weight[DOWN] = {}, step = 0;  // of the lower row; from one row of labels to the next
-  Stat scale = 0;                    // log2(e) / T
-  bool ordinary = false;             // logits are finite or -inf
+  Stat weight[DOWN] = {}, step = 0;     // of the lower row; from one row of labels to the next
+  Stat scale = 0, scale_of_powers = 0;  // 1 / T, log2(e) / T
+  bool ordinary = false;                // logits are finite or -inf
 
   ALWAYS_INLINE VecOf<Stat> at(int64_t i, int row) const {
     const auto v = Simd<Stat>::load(low + i);
@@ -84,7 +80,8 @@ class ModelRows {
                               : std::min(lower + 1, model_.problem.logits.layout.height - 1);
     between.low = need(lower);
     between.high = need(upper);
-    between.scale = Stat(1.4426950408889634) / divergence_.temperature;
+    between.scale = 1 / divergence_.temperature;
+    between.scale_of_powers = LOG2_OF_E<Stat> / divergence_.temperature;
     between.ordinary = ordinary_[lower] && ordinary_[upper];
     if (count > 1) between.step = (between.weight[count - 1] - between.weight[0]) / (count - 1);
     return between;
@@ -169,18 +166,18 @@ void read_valid(const Divergence<Stat>& divergence, int64_t image, int64_t y, Ra
     for (int64_t t = 0; t < count; ++t) is_valid[t] = line[t * valid.stride_w];
 }
 
-// Sums over the classes of 2^s, 2^t and 2^t * (t - s), for one vector of pixels, where s and t are
-// the exponents of student and teacher.
+// Sums over the classes of e^s, e^t and e^t * (t - s) * log2(e), for one vector of pixels, where s
+// and t are the exponents of student and teacher.
 template <class Stat>
 struct DivergenceSums {
   using Vec = VecOf<Stat>;
   Vec student = {}, teacher = {}, difference = {};
 
   ALWAYS_INLINE void add(Vec s, Vec t) {
-    const Vec power = exp2_of_any<Stat>(t);
-    student += exp2_of_any<Stat>(s);
+    const Vec power = exp<Stat>(t);
+    student += exp<Stat>(s);
     teacher += power;
-    difference += power == 0 ? Vec{} : power * (t - s);
+    difference += power == 0 ? Vec{} : power * (LOG2_OF_E<Stat> * (t - s));
   }
   void operator+=(const DivergenceSums& other) {
     student += other.student;
@@ -206,20 +203,22 @@ ALWAYS_INLINE void add_classes(int64_t num_classes, DivergenceSums<Stat> (&sums)
   }
 }
 
-// 2^exponent of one class of one vector of pixels in the first row of labels, and the factor from
+// e^(z / T) of one class of one vector of pixels in the first row of labels, and the factor from
 // row to row. It underflows if `smallest` is below MIN_EXPONENT.
+//
+// Both passes must round alike. So nothing else reads the exponents: the compiler then fuses these
+// products with the sums that follow, or in no pass.
 template <class Stat>
 struct Powers {
-  VecOf<Stat> exponent, change, power, factor, smallest;
+  VecOf<Stat> z, down, power, factor, smallest;
 
   ALWAYS_INLINE Powers(const Between<Stat>& rows, int64_t i) {
     const auto low = Simd<Stat>::load(rows.low + i), high = Simd<Stat>::load(rows.high + i);
-    const auto down = high - low;
-    exponent = rows.scale * (low + rows.weight[0] * down);
-    change = (rows.scale * rows.step) * down;
-    power = exp2<Stat>(exponent);
-    factor = exp2<Stat>(change);
-    smallest = rows.scale * (low < high ? low : high);
+    down = high - low;
+    z = low + rows.weight[0] * down;
+    power = exp2<Stat>(rows.scale_of_powers * z);
+    factor = exp2<Stat>((rows.scale_of_powers * rows.step) * down);
+    smallest = rows.scale_of_powers * (low < high ? low : high);
   }
 };
 
@@ -288,8 +287,9 @@ double divergence_forward(const Divergence<Stat>& divergence, const TwoTiles& ti
         add_classes(num_classes, sums, [&](int64_t k, Sums(&some)[DOWN]) INLINE_LAMBDA {
           const int64_t i = k * line + t;
           Powers<Stat> student_powers(students, i), teacher_powers(teachers, i);
-          Vec difference = teacher_powers.exponent - student_powers.exponent;
-          const Vec change = teacher_powers.change - student_powers.change;
+          Vec difference = teachers.scale_of_powers * (teacher_powers.z - student_powers.z);
+          const Vec change = teachers.scale_of_powers * (teachers.step * teacher_powers.down -
+                                                         students.step * student_powers.down);
           if (underflow(student_powers, teacher_powers)) {
             for (int j = 0; j < rows; ++j)
               some[j].add(students.exponents(i, j, Vec{}), teachers.exponents(i, j, Vec{}));
@@ -408,9 +408,8 @@ void divergence_backward(const Divergence<Stat>& divergence, const TwoTiles& til
         Vec low_sum = V::load(low + i), high_sum = {};
         const auto by_rows = [&]() INLINE_LAMBDA {
           for (int j = 0; j < rows; ++j) {
-            const Vec q = student_factor[j] * exp2_of_any<Stat>(students.exponents(i, j, shift[j]));
-            const Vec p =
-                teacher_factor[j] * exp2_of_any<Stat>(teachers.exponents(i, j, teacher_shift[j]));
+            const Vec q = student_factor[j] * exp<Stat>(students.exponents(i, j, shift[j]));
+            const Vec p = teacher_factor[j] * exp<Stat>(teachers.exponents(i, j, teacher_shift[j]));
             const auto is_valid = V::load(divergence.is_valid + j * line + t) != 0;
             const Vec dz = is_valid ? q - p : Vec{};
             low_sum += (1 - students.weight[j]) * dz;

@@ -61,11 +61,11 @@ class Entry(NamedTuple):
         ours, formula: called with the inputs by name and the options, they return a tensor or
             several. Floating inputs have gradients. The formula computes in their dtype.
         differentiable: the result has a gradient in the first input.
-        exact: to rounding; the derivative has derivatives in the reference.
-        ignores: inputs of which nothing valid reads a part.
-        tables: inputs that are not of images.
-        dense: inputs that are contiguous or channels last.
-        rtol: of float64.
+        exact: results are right to rounding; in the reference gradients have derivatives.
+        ignores: what no valid pixel reads changes nothing, and has the gradient 0.
+        tables: names of the inputs that are of classes, not of pixels.
+        dense: names of the inputs that must be contiguous or channels last.
+        rtol: of results and gradients in float64.
     """
 
     name: str

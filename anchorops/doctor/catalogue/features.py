@@ -1,7 +1,7 @@
 """Operators of features: class moments, random groups, sums of upsampled features, centroid
 InfoNCE; and one step of each method whose loss is not a constant."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -53,9 +53,9 @@ class Features(NamedTuple):
         if not self.half:
             f = f.masked_fill(formulas.labels_at(y, f)[:, None] < 0, torch.nan)
         inputs = {"features": in_layout(f.to(self.dtype), self.layout), "labels": y}
-        return inputs | (
-            {"anchors": normal(self.num_classes, d, random=random)} if self.anchors else {}
-        )
+        if self.anchors:
+            inputs["anchors"] = normal(self.num_classes, d, random=random)
+        return inputs
 
 
 FEATURES = {
@@ -71,9 +71,9 @@ FEATURES = {
     "16,000 classes, channels last": Features(
         16_000, (2, 32, 28, 28), "channels last", BF16, quick=True
     ),
-    "each image": Features(5, (3, 40, 16, 32), options={"per_image": True}),
-    "3 groups": Features(5, (2, 40, 16, 32), quick=True, options={"groups": 3, "seed": 7}),
 }
+IMAGES = {"each image": Features(5, (3, 40, 16, 32), options={"per_image": True})}
+GROUPS = {"3 groups": Features(5, (2, 40, 16, 32), quick=True, options={"groups": 3, "seed": 7})}
 SMALL = Features(4, (2, 6, 5, 7), half=True)
 KERNELS = {  # in CUDA's kernels planes, shifted planes, rows, and single elements
     f"{layout}, {dtype}": Features(5, size, layout.split(" of")[0], dtype, ratio=1)
@@ -156,18 +156,14 @@ def all_present(n: int, random: Generator) -> Inputs:
     return {name: inputs[name] for name in ("queries", "keys")}
 
 
-def class_moments(
-    features: Tensor, labels: Tensor, anchors: Tensor | None = None, **options: Any
-) -> tuple[Tensor, ...]:
-    moments = ao.ops.class_moments(features, labels, anchors=anchors, ignore_index=-1, **options)
-    return moments[:2] if moments.sqdists is None else (*moments[:2], moments.sqdists)
+class_moments = partial(ao.ops.class_moments, ignore_index=-1)
 
 
 def finite_sums(
-    moments: Callable[..., tuple[Tensor, ...]], features: Tensor, labels: Tensor
+    moments: Callable[..., Sequence[Any]], features: Tensor, labels: Tensor
 ) -> tuple[Tensor, ...]:
     """Counts, which sums are finite, and these."""
-    counts, sums = moments(features, labels, num_classes=5)
+    counts, sums, *_ = moments(features, labels, num_classes=5)
     return counts, sums.isfinite(), sums.nan_to_num(0, 0, 0)
 
 
@@ -225,9 +221,6 @@ METHODS: dict[str, Callable[..., Regularizer]] = {  # of the numbers of classes 
 STEPS = {"SAR": MOMENTS, "OCCL": CONTRAST, "MVSC": CONTRAST, "CeCo": UPSAMPLED}
 EPS: dict[str, Any] = {"normalize": 1e-6}
 EACH: dict[str, Any] = {"reduction": "none"}
-PLAIN = {name: features for name, features in FEATURES.items() if not features.options}
-IMAGES = {"each image": FEATURES["each image"]}
-GROUPS = {"3 groups": FEATURES["3 groups"]}
 OF_CLASSES: dict[str, Any] = {"num_classes": SMALL.num_classes}
 CLASS_MOMENTS = Entry(
     "class_moments",
@@ -235,8 +228,8 @@ CLASS_MOMENTS = Entry(
     class_moments,
     formulas.class_moments,
     (
-        *of_features("sums, distances", PLAIN | IMAGES),
-        *of_features("sums", without_anchors(PLAIN | IMAGES)),
+        *of_features("sums, distances", FEATURES | IMAGES),
+        *of_features("sums", without_anchors(FEATURES | IMAGES)),
         *of_features("sums and distances", KERNELS, "kernels", "cuda"),
         *of_features("only sums", without_anchors(KERNELS), "kernels", "cuda"),
         *of_features("only sums", LABELS, "kernels", "cuda"),
@@ -261,7 +254,7 @@ ENTRIES = [
         partial(ao.pixel_to_anchor_mse, ignore_index=-1),
         formulas.pixel_to_anchor_mse,
         (
-            *of_distances("pixel-to-anchor MSE", PLAIN),
+            *of_distances("pixel-to-anchor MSE", FEATURES),
             small("pixel_to_anchor_mse", SMALL),
             *of_options("pixel_to_anchor_mse", SMALL, {"reduction": "sum"}, on_cpu=False),
         ),

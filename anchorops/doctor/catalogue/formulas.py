@@ -11,11 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import reference
+from ..._moments import SoftmaxMoments
 
-STATISTICS = (
-    *("counts", "correct", "losses", "intersections", "probability_sums", "squares"),
-    "pixel_losses",
-)
+STATISTICS = SoftmaxMoments._fields[:7]  # those of the classes, and the losses of the pixels
 
 
 def upsampled(x: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:

@@ -167,10 +167,9 @@ def cross_entropy_dice(
     )
 
 
-def statistics(logits: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, ...]:
+def statistics(logits: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor | None, ...]:
     options |= {"squares": True, "pixel_losses": True, "ignore_index": -1}
-    moments = ao.ops.softmax_moments(logits, labels, **options)
-    return tuple(getattr(moments, name) for name in formulas.STATISTICS)
+    return ao.ops.softmax_moments(logits, labels, **options)[: len(formulas.STATISTICS)]
 
 
 def divergence_of_valid(logits: Tensor, teacher: Tensor, valid: Tensor, **options: Any) -> Tensor:
