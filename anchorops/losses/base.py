@@ -86,16 +86,13 @@ def linear_weight(function: str, classifier: object, num_classes: int, dim: int)
 
 
 def classification_loss(
-    queries: Tensor, weight: Tensor, bias: Tensor | None, present: Tensor, **options: Any
+    queries: Tensor, weight: Tensor, bias: Tensor | None, **options: Any
 ) -> Tensor:
-    """The cross-entropy of a linear classifier for the queries [K, D] or [K, G, D] of its classes,
-    of those that are present: InfoNCE of its rows, to which the bias is one more channel."""
-    if bias is not None:
-        ones = queries.new_ones(()).expand(*queries.shape[:-1], 1)
-        queries = torch.cat((queries, ones), -1)
-        weight = torch.cat((weight, bias[:, None]), 1)
-    every = present.new_ones(len(weight))
-    return centroid_info_nce(queries, weight, present=present, present_keys=every, **options)
+    """The cross-entropy of a linear classifier for the queries [K, D] or [K, G, D] of its classes:
+    InfoNCE of its rows. options: of `centroid_info_nce`."""
+    if bias is None:
+        options["present_keys"] = queries.new_ones(len(weight), dtype=torch.bool)
+    return centroid_info_nce(queries, weight, bias=bias, **options)
 
 
 class Regularizer(InitializedModule):
