@@ -91,7 +91,8 @@ def centroids(
     are present. keys: which are in the denominators. bias: its dtype. length: of the rows. dtype:
     of all others, or of queries, keys and positives."""
     dtypes = dtype if isinstance(dtype, tuple) else (dtype,) * 3
-    described = size, dtypes, positives, absent, keys, bias, length, options
+    of_bias = {} if bias is None else {"bias": bias}
+    described = size, dtypes, positives, absent, keys, length, options | of_bias
     name = ", ".join(str(x).replace("torch.", "") for x in described)
     made = partial(make, size, dtypes, positives, absent, keys, bias, length)
     return Case(INFO_NCE, Sample(name, made, options, ()))
@@ -298,7 +299,7 @@ def test_wrong_shapes_in_the_operator_itself(argument: str):
     arguments |= {"temperature": torch.ones(()), "reduction": "mean", "normalize": None}
     operator = torch.ops.anchorops.centroid_info_nce.cpu
     operator(**arguments)
-    wrong = 1 if argument == "first" else torch.ones(5, 2)
+    wrong = 1 if argument == "first" else torch.ones(5)
     with pytest.raises(RuntimeError, match=f"centroid_info_nce.cpu: .*{argument}.*: "):
         operator(**(arguments | {argument: wrong}))
 

@@ -226,14 +226,17 @@ class Regularizer(InitializedModule):
         with torch.autocast("cpu" if features.is_meta else features.device.type, enabled=False):
             losses = self._losses(features, labels, classifier)
             # a caller's weight may be a tensor, which learns
-            (weight, first), *others = (
+            terms = [
                 (1.0, w * x) if isinstance(w, Tensor) else (w, x) for w, x in losses.terms.values()
-            )
+            ]
+            dtype = torch.promote_types(features.dtype, torch.float32)
             # in new memory: if the caller changes the loss in place, the terms keep their values
-            loss = first if others and weight == 1 else weight * first
-            for weight, term in others:
+            weight, loss = terms[0] if terms else (1.0, features.new_zeros((), dtype=dtype))
+            if len(terms) == 1 or weight != 1:
+                loss = weight * loss
+            for weight, term in terms[1:]:
                 loss = torch.add(loss, term, alpha=weight)
-            loss = loss.to(torch.promote_types(features.dtype, torch.float32))
+            loss = loss.to(dtype)
         parts = losses.terms | {key: (1.0, value) for key, value in losses.logs.items()}
         self._terms = {key: (weight, value.detach()) for key, (weight, value) in parts.items()}
         return loss

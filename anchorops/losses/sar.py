@@ -180,14 +180,15 @@ class SAR(Regularizer):
 
     @torch.no_grad()
     def _average(self, embedded: Tensor, gate: Tensor) -> Tensor:
-        """Â ← αÂ + (1−α)h(A) (Eq. 8) where the gate is open; the first time Â ← h(A). The result is
-        in new memory, because the backward pass needs it after later updates."""
+        """Â ← αÂ + (1−α)h(A) (Eq. 8) where the gate is open; the first time Â ← h(A). The result,
+        which holds where it is open, is in new memory, because the backward pass needs it after
+        later updates."""
         kept = self.semantic_anchors
-        average = torch.lerp(embedded.to(kept.dtype), kept, self.momentum)
+        embedded = embedded.to(kept.dtype)
+        average = torch.lerp(embedded, kept, self.momentum)
         average = torch.where(self.started[:, None], average, embedded)
-        average = torch.where(gate.unsqueeze(-1), average, kept)
         if self.training:
-            kept.copy_(average)
+            torch.where(gate.unsqueeze(-1), average, kept, out=kept)
         return average
 
     def _plan(
