@@ -143,7 +143,6 @@ CASES = [
     centroids(70, 2, 130, bias=F32, temperature=1.0),
     centroids(19, 40, bias=F32, absent=None, temperature=1.0, reduction="none"),
     centroids(33, 24, dtype=BF16, bias=BF16, reduction="sum"),
-    centroids(20, 9, dtype=F64, bias=F64),
     centroids(20, 3, 9, bias=F64, temperature=0.5, reduction="none"),
 ]
 LARGE = [  # tiles of many classes
