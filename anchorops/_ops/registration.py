@@ -215,7 +215,7 @@ def _register_autograd(
                 _raise_not_implemented(name, "torch.func's derivatives", function)
 
     def differentiable(*inputs: Any) -> Any:
-        # Each of these lines takes as long as a small operator of torch would for its checks.
+        # Only where one is active: to look at all tensors takes as long as an operator of torch.
         if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
             refuse_transforms([x for x in inputs if isinstance(x, Tensor)])
         if torch.is_grad_enabled():
