@@ -1,6 +1,6 @@
 """InfoNCE between class centroids, on tensor cores with the accuracy of float32.
 
-    x[r, k] = q_r·k_k/τ,  own[r]: that of row r's own key, which its positive may replace
+    x[r, k] = q_r·k_k/τ + b_k,  own[r]: that of row r's own key, which its positive may replace
     loss[r] = lse[r] − own[r],  lse[r] = log Σ e^x[r, k], of the denominator's keys and the own one
 
 1. Each program computes a tile of logits, and the sums of its rows.
@@ -27,6 +27,7 @@ class Problem(NamedTuple):
     queries: Any  # [R, D], contiguous
     keys: Any  # [K, D], contiguous
     positives: Any  # [R, D], contiguous, or None
+    bias: Any  # [K], contiguous, or None; with it all keys are in the denominators
     present: Any  # uint8 [R // groups, groups] by strides, or None: all
     present_c: int
     present_g: int
@@ -56,14 +57,15 @@ def problem_of(
     queries: Tensor,
     keys: Tensor,
     positives: Tensor | None,
+    bias: Tensor | None,
     present: Tensor | None,
     present_keys: Tensor | None,
     first: int,
     temperature: Tensor,
     eps: float | None,
 ) -> Problem:
-    """queries, positives [C, D] or [C, G, D]; keys [K, D]; present bool [C] or [C, G]; present_keys
-    bool [K]."""
+    """queries, positives [C, D] or [C, G, D]; keys [K, D]; bias [K]; present bool [C] or [C, G];
+    present_keys bool [K]."""
     *shape, dim = queries.shape
     classes, groups = (*shape, 1)[:2]
     strides = (0, 0) if present is None else (*present.stride(), 0)[:2]
@@ -71,6 +73,7 @@ def problem_of(
         queries.contiguous(),
         keys.contiguous(),
         None if positives is None else positives.contiguous(),
+        None if bias is None else bias.contiguous(),
         None if present is None else present.view(torch.uint8),
         *strides,
         None if present_keys is None else present_keys.contiguous().view(torch.uint8),
@@ -162,7 +165,9 @@ def _keys_of_tile(p, k):
     has_query = row < 0
     for g in range(p.groups):
         has_query |= _is_present(p, tl.minimum(row + g, p.rows))
-    if p.present_keys is None:
+    if p.bias is not None:
+        return k < p.num_keys, k < p.num_keys
+    elif p.present_keys is None:
         return has_query, has_query
     else:
         counted = tl.load(p.present_keys + k, mask=k < p.num_keys, other=0) != 0
@@ -215,6 +220,8 @@ def _logits_of_keys(
     used = counted[None, :] & (own == 0) if p.positives is not None else counted[None, :] | own
     q_scale, k_scale = scale_of(q_lengths, p.eps), scale_of(k_lengths, p.eps)
     x *= (q_scale * inverse_temperature(p))[:, None] * k_scale[None, :]
+    if p.bias is not None:
+        x += tl.load(p.bias + k, mask=needed, other=0.0).to(tl.float32)[None, :]
     x = tl.where(here[:, None] & used, x, -INF)
     ptrs = saved.logits + r.to(tl.int64)[:, None] * saved.pitch + k[None, :]
     tl.store(ptrs, x, mask=(r < p.rows)[:, None] & (k < saved.pitch)[None, :])
@@ -288,6 +295,7 @@ def centroid_info_nce(
     queries: Tensor,
     keys: Tensor,
     positives: Tensor | None,
+    bias: Tensor | None,
     present: Tensor | None,
     present_keys: Tensor | None,
     first: int,
@@ -297,7 +305,7 @@ def centroid_info_nce(
 ) -> tuple[Tensor, ...]:
     """losses; logits [R, pitch], rows [4, R], key_lengths [K] as in `Saved`; factor."""
     masks = present, present_keys
-    p = problem_of(queries, keys, positives, *masks, first, temperature, normalize)
+    p = problem_of(queries, keys, positives, bias, *masks, first, temperature, normalize)
     pitch, shape = ceil_div(p.num_keys, 16) * 16, queries.shape[:-1]
 
     def new(*size: int) -> Tensor:

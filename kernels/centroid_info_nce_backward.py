@@ -1,6 +1,7 @@
 """The gradients of centroid InfoNCE, from the kept logits x.
 
-    dx[r, k] = dloss[r]·(e^(x[r, k] − lse[r]) − [k is own])/τ,  dq = dx k,  dk = dxᵀ q
+    dx[r, k] = dloss[r]·(e^(x[r, k] − lse[r]) − [k is own])/τ,  dq = dx k,  dk = dxᵀ q,
+    db[k] = τ·Σ_r dx[r, k]
 
 Each program computes a tile of a gradient, and dx as it goes. If rows were normalised, the gradient
 of a normalised row q̂ = q/length is projected: dq = (dq̂ − (q̂·dq̂)·q̂)/length, and q̂·dq̂ is
@@ -64,12 +65,13 @@ def _dlosses(p, dlosses, r, length):
 
 @triton.jit
 def _gradient(
-    p, saved, dlosses, out_ptr, dpositives_ptr, pid, OF_KEYS: tl.constexpr,
+    p, saved, dlosses, out_ptr, dpositives_ptr, dbias_ptr, pid, OF_KEYS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A tile [m, d] of dq, or of dk: a sum over n, the keys, or the queries."""
-    m = pid // tl.cdiv(p.dim, BLOCK_D) * BLOCK_M + tl.arange(0, BLOCK_M)
-    d = pid % tl.cdiv(p.dim, BLOCK_D) * BLOCK_D + tl.arange(0, BLOCK_D)
+    blocks_d = tl.maximum(tl.cdiv(p.dim, BLOCK_D), 1)
+    m = pid // blocks_d * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = pid % blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)
     m_count, n_count = (p.num_keys, p.rows) if OF_KEYS else (p.rows, p.num_keys)
     m_ptr, n_ptr = (p.keys, p.queries) if OF_KEYS else (p.queries, p.keys)
     m_lengths, n_lengths = saved.query_lengths, saved.key_lengths
@@ -97,6 +99,8 @@ def _gradient(
         dx *= dloss
         if p.eps is not None:
             along += dx * tl.where(x == -INF, 0.0, x)
+        elif dbias_ptr is not None:
+            along += dx
         # read whether needed or not: a mask that depends on a load prevents prefetching
         y = read_rows(n_ptr, n, d, n < n_count, p.dim)
         y = tl.where((n_length != INF)[:, None], y, 0.0)
@@ -118,6 +122,9 @@ def _gradient(
                 p, (dx * scale_of(m_length, p.eps))[:, None] * row, y, y_length, along_y
             )
             tl.store(dpositives_ptr + ptrs, dy.to(dpositives_ptr.dtype.element_ty), mask=inside)
+    if dbias_ptr is not None:
+        dbias = (along_m * tl.load(p.temperature)).to(dbias_ptr.dtype.element_ty)
+        tl.store(dbias_ptr + m, dbias, mask=(m < m_count) & (pid % blocks_d == 0))
     if out_ptr is not None:
         acc = _through_scale(p, acc, row, m_length, along_m)
         tl.store(out_ptr + ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside)
@@ -125,19 +132,19 @@ def _gradient(
 
 @triton.jit
 def _gradients_kernel(
-    p, saved, dlosses, dqueries_ptr, dkeys_ptr, dpositives_ptr, of_keys,
+    p, saved, dlosses, dqueries_ptr, dkeys_ptr, dpositives_ptr, dbias_ptr, of_keys,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The first `of_keys` programs are the keys': with several groups they take longer."""
     pid = tl.program_id(0)
     if pid >= of_keys:
         _gradient(
-            p, saved, dlosses, dqueries_ptr, dpositives_ptr, pid - of_keys, False,
+            p, saved, dlosses, dqueries_ptr, dpositives_ptr, None, pid - of_keys, False,
             BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-    elif dkeys_ptr is not None:
+    elif (dkeys_ptr is not None) | (dbias_ptr is not None):
         _gradient(
-            p, saved, dlosses, dkeys_ptr, None, pid, True,
+            p, saved, dlosses, dkeys_ptr, None, dbias_ptr, pid, True,
             BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
@@ -148,7 +155,7 @@ ENOUGH = 192  # large tiles, to keep a GPU busy
 
 
 def _tiles(count: int, p: Problem, tile: dict[str, int]) -> int:
-    return ceil_div(count, tile["BLOCK_M"]) * ceil_div(p.dim, tile["BLOCK_D"])
+    return ceil_div(count, tile["BLOCK_M"]) * max(ceil_div(p.dim, tile["BLOCK_D"]), 1)
 
 
 def centroid_info_nce_backward(
@@ -156,6 +163,7 @@ def centroid_info_nce_backward(
     queries: Tensor,
     keys: Tensor,
     positives: Tensor | None,
+    bias: Tensor | None,
     present: Tensor | None,
     present_keys: Tensor | None,
     logits: Tensor,
@@ -169,16 +177,19 @@ def centroid_info_nce_backward(
     of_queries: bool,
     of_keys: bool,
     of_positives: bool,
+    of_bias: bool,
 ) -> tuple[Tensor, ...]:
-    """dqueries, dkeys, dpositives: dense, in the dtypes of the inputs; empty if not wanted."""
-    p = problem_of(queries, keys, positives, None, None, first, temperature, normalize)
-    wanted = zip((queries, keys, positives), (of_queries, of_keys, of_positives), strict=True)
-    dq, dk, dp = (x.new_empty(x.shape) if x is not None and y else None for x, y in wanted)
-    results = tuple(queries.new_empty(0) if x is None else x for x in (dq, dk, dp))
-    if p.rows == 0 or p.dim == 0:
+    """dqueries, dkeys, dpositives, dbias, dense, in the inputs' dtypes; empty if not wanted."""
+    p = problem_of(queries, keys, positives, bias, None, None, first, temperature, normalize)
+    inputs, needed = (queries, keys, positives, bias), (of_queries, of_keys, of_positives, of_bias)
+    wanted = zip(inputs, needed, strict=True)
+    gradients = [x.new_empty(x.shape) if x is not None and y else None for x, y in wanted]
+    results = tuple(queries.new_empty(0) if x is None else x for x in gradients)
+    if p.rows == 0:
         return tuple(x.zero_() for x in results)
+    dq, dk, dp, db = gradients
     of_rows = 0 if dq is None and dp is None else p.rows
-    of_classes = 0 if dk is None else p.num_keys
+    of_classes = 0 if dk is None and db is None else p.num_keys
     few = _tiles(of_rows, p, LARGE) + _tiles(of_classes, p, LARGE) < ENOUGH
     is_amd = not architecture().startswith("sm_")  # whose compiler spills registers of large tiles
     tile = SMALL if few or is_amd else LARGE
@@ -186,7 +197,7 @@ def centroid_info_nce_backward(
     upstream = Upstream(flat, flat.stride(0), factor)
     programs = _tiles(of_rows, p, tile) + _tiles(of_classes, p, tile)
     _gradients_kernel[(programs,)](
-        *(p, saved_of(logits, rows, key_lengths), upstream, dq, dk, dp),
+        *(p, saved_of(logits, rows, key_lengths), upstream, *gradients),
         _tiles(of_classes, p, tile),
         **tile,
         **without_spills(),

@@ -43,6 +43,7 @@ def make(
     positives: bool,
     absent: float | None,
     keys: str | None,
+    bias: torch.dtype | None,
     length: float,
     n: int,
     random: Generator,
@@ -67,6 +68,9 @@ def make(
         counted = uniform(num_classes, random=random) < {"all": 1.0, "some": 0.6}[keys]
         inputs["present_keys"] = counted
         used = counted if positives else counted | has_query
+    if bias is not None:
+        inputs["bias"] = normal(num_classes, random=random).to(bias)
+        used = torch.ones(num_classes) > 0
     inputs["keys"][~used] = torch.nan
     for name in {"queries", "positives"} & {*inputs}:
         inputs[name][~present] = torch.nan
@@ -79,16 +83,18 @@ def centroids(
     positives: bool = False,
     absent: float | None = 0.3,
     keys: str | None = None,
+    bias: torch.dtype | None = None,
     length: float = 1.0,
     **options: Any,
 ) -> Case:
     """size: of the queries, [K, D] or [K, G, D]. absent: the share of absent queries; None: all
-    are present. keys: which are in the denominators. length: of the rows. dtype: of all, or of
-    queries, keys and positives."""
+    are present. keys: which are in the denominators. bias: its dtype. length: of the rows. dtype:
+    of all others, or of queries, keys and positives."""
     dtypes = dtype if isinstance(dtype, tuple) else (dtype,) * 3
-    described = size, dtypes, positives, absent, keys, length, options
+    of_bias = {} if bias is None else {"bias": bias}
+    described = size, dtypes, positives, absent, keys, length, options | of_bias
     name = ", ".join(str(x).replace("torch.", "") for x in described)
-    made = partial(make, size, dtypes, positives, absent, keys, length)
+    made = partial(make, size, dtypes, positives, absent, keys, bias, length)
     return Case(INFO_NCE, Sample(name, made, options, ()))
 
 
@@ -134,6 +140,10 @@ CASES = [
     centroids(20, 9, dtype=(F32, F64, F64), positives=True),
     centroids(20, 9, dtype=(BF16, F32, F64), positives=True, normalize=EPS),
     centroids(70, 2, 24, absent=None, keys="all", temperature=1.0),  # as of a classifier
+    centroids(70, 2, 130, bias=F32, temperature=1.0),
+    centroids(19, 40, bias=F32, absent=None, temperature=1.0, reduction="none"),
+    centroids(33, 24, dtype=BF16, bias=BF16, reduction="sum"),
+    centroids(20, 3, 9, bias=F64, temperature=0.5, reduction="none"),
 ]
 LARGE = [  # tiles of many classes
     centroids(140, 2, 72),
@@ -141,6 +151,7 @@ LARGE = [  # tiles of many classes
     centroids(150, 1, 136, normalize=EPS),
     centroids(130, 1, 64, dtype=BF16, positives=True),
     centroids(257, 40, keys="some", dtype=F16),
+    centroids(140, 2, 136, bias=F32, temperature=1.0),
 ]
 
 
@@ -193,9 +204,10 @@ def test_upstream_gradients(positives: bool, backend: str):
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("needed", ["queries", "keys", "positives"])
+@pytest.mark.parametrize("needed", ["queries", "keys", "positives", "bias"])
 def test_one_gradient(needed: str, backend: str):
-    case = centroids(19, 2, 64, positives=True, normalize=EPS)
+    with_bias = {"bias": F32} if needed == "bias" else {"positives": True, "normalize": EPS}
+    case = centroids(19, 2, 64, **with_bias)
     inputs = case.sample.inputs()
     names = [name for name, x in inputs.items() if x.is_floating_point()]
     expected = dict(zip(names, results(case.ours, inputs)[1:], strict=True))[needed]
@@ -225,18 +237,23 @@ def test_rows_as_long_as_eps(backend: str):
 
 
 @pytest.mark.on("cpu", "reference", "simulated_triton")
-@pytest.mark.parametrize("with_keys", [False, True])
-def test_in_parts(with_keys: bool, backend: str, monkeypatch):
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"positives": True, "normalize": EPS},
+        {"keys": "some", "normalize": EPS},
+        {"bias": F32},
+    ],
+)
+def test_in_parts(others: dict[str, Any], backend: str, monkeypatch):
     """The logits of a few classes at a time: the same losses and gradients."""
-    inputs = centroids(
-        6, 3, 5, positives=not with_keys, keys="some" if with_keys else None
-    ).sample.inputs()
-    options = {"temperature": 0.5, "reduction": "mean", "normalize": EPS}
+    case = centroids(6, 3, 5, temperature=0.5, **others)
+    inputs = case.sample.inputs()
     found = []
     for logits in (MODULE.LOGITS_AT_ONCE, 1):
         monkeypatch.setattr(MODULE, "LOGITS_AT_ONCE", logits)
         monkeypatch.setattr(MODULE, "LOGITS_OF_PART", 2 * 3 * 6)
-        found.append(results(partial(ao.ops.centroid_info_nce, **options), inputs))
+        found.append(results(case.ours, inputs))
     torch.testing.assert_close(*found)
 
 
@@ -246,18 +263,33 @@ def test_second_derivatives(normalize: float | None, logits_at_once: int, monkey
     """Of the reference; test_guarantees_of_torch.py has the first ones, and the other backends."""
     monkeypatch.setattr(MODULE, "LOGITS_AT_ONCE", logits_at_once)
     monkeypatch.setattr(MODULE, "LOGITS_OF_PART", 5 * 6)
-    shapes = (6, 3, 5), (6, 5), (6, 3, 5)
+    shapes = (6, 3, 5), (6, 5), (6, 3, 5), (6,)
     leaves = [torch.randn(shape, dtype=F64, requires_grad=True) for shape in shapes]
     present, every = torch.rand(6, 3) < 0.7, torch.ones(6) > 0
-    options = {"temperature": 0.5, "reduction": "none", "normalize": normalize, "present": present}
+    of_bias = {"temperature": 0.5, "reduction": "none", "present": present}
+    options = of_bias | {"normalize": normalize}
 
-    def losses(queries: Tensor, keys: Tensor, positives: Tensor) -> Tensor:
-        default = ao.ops.centroid_info_nce(queries, keys, positives=positives, **options)
-        other = ao.ops.centroid_info_nce(queries, keys, present_keys=every, **options)
-        return torch.stack((default, other))
+    def losses(queries: Tensor, keys: Tensor, positives: Tensor, bias: Tensor) -> Tensor:
+        others = {"positives": positives}, {"present_keys": every}
+        runs = [ao.ops.centroid_info_nce(queries, keys, **options, **x) for x in others]
+        with_bias = ao.ops.centroid_info_nce(queries, keys, bias=bias, **of_bias)
+        return torch.stack((*runs, with_bias))
 
     with ao.use_backend("reference"):
         assert torch.autograd.gradgradcheck(losses, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("argument", ["queries", "keys", "positives", "bias", "present", "first"])
+def test_wrong_shapes_in_the_operator_itself(argument: str):
+    rows = torch.randn(4, 3)
+    arguments = {"queries": rows, "keys": rows, "positives": rows, "bias": rows[:, 0]}
+    arguments |= {"present": rows[:, 0] > 0, "present_keys": None, "first": 0}
+    arguments |= {"temperature": torch.ones(()), "reduction": "mean", "normalize": None}
+    operator = torch.ops.anchorops.centroid_info_nce.cpu
+    operator(**arguments)
+    wrong = 1 if argument == "first" else torch.ones(5)
+    with pytest.raises(RuntimeError, match=f"centroid_info_nce.cpu: .*{argument}.*: "):
+        operator(**(arguments | {argument: wrong}))
 
 
 @pytest.mark.parametrize(

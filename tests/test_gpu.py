@@ -71,7 +71,7 @@ def test_two_streams(calls: list[Call]):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.on("triton" if "CeCo" in name else "gpu"))
+        pytest.param(name, marks=pytest.mark.on("gpu" if name == "CR" else "triton"))
         for name in METHODS
         if name != "CBP"  # it has no gradient
     ],
@@ -115,6 +115,7 @@ def test_losses_wait_for_nothing(backend: str):
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.on("triton")
 @pytest.mark.parametrize("method", [ao.OCCL, ao.MVSC])
 def test_each_replay_of_a_graph_draws_other_groups(backend: str, method):
     """The seed is a tensor that the step itself counts up."""

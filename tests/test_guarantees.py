@@ -143,7 +143,7 @@ NOTHING: dict[str, Callable[[str, Tensor], Tensor]] = {  # of an input by its na
 def test_nothing_valid(what: str, case: Case, backend: str, poisoned: None):
     """What is ignored is NaN. Results and gradients are 0."""
     given, tables = case.sample.inputs(1), () if what == "all ignored" else case.entry.tables
-    if len(tables) == len(given):
+    if given.keys() <= set(tables):
         pytest.skip("the inputs are tables of classes")
     if what == "no label" and "features" in given:
         pytest.skip("features have at least one label")

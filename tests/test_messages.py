@@ -217,6 +217,12 @@ TABLE: dict[str, Rows] = {
         ({"present": torch.ones(3) > 0}, r"present: expected \(5,\) on cpu, got .* \(3,\)"),
         ({"present_keys": torch.ones(5, 1) > 0}, r"present_keys: expected \(5,\) on cpu"),
         ({"present_keys": torch.ones(5)}, "present_keys: expected a bool tensor"),
+        ({"bias": torch.ones(3)}, r"bias: expected \(5,\) on cpu, got .* \(3,\)"),
+        ({"bias": torch.ones(5) > 0}, "bias: expected float32, bfloat16, .*, got torch.bool"),
+        (
+            {"bias": torch.ones(5), "present_keys": torch.ones(5) > 0},
+            "bias: expected None with positives, present_keys or normalize, got ",
+        ),
     ],
     "MaskLoss": [
         ({"logits": LOGITS[0, 0]}, r"logits: expected a tensor \(N, h, w\), got .* \(4, 6\)"),

@@ -85,7 +85,7 @@ def loss_gradients_and_state(
 
 def places(name: str) -> pytest.MarkDecorator:
     """Where a method runs: CUDA has no sums of upsampled features (CeCo), and no InfoNCE."""
-    without = any(x in name for x in ("CeCo", "OCCL", "MVSC", "combined"))
+    without = any(x in name for x in ("CeCo", "OCCL", "MVSC", "SAR", "combined"))
     cuda = () if without else ("simulated_cuda", "cuda")
     return pytest.mark.on("cpu", "simulated_triton", "triton", *cuda)
 
@@ -117,6 +117,10 @@ def test_losses_gradients_and_state(backend: str, name: str, images: Images) -> 
     for what, right in expected.items():
         if right is None:
             assert actual[what] is None, what
+        elif what.endswith(("embedding.0.bias", "embedding.3.bias")):
+            # a batch norm follows: the gradient is 0, but for rounding
+            weight = expected[what.replace("bias", "weight")]
+            assert actual[what].abs().max() <= 1e-5 * weight.abs().max()
         else:
             # CeCo reduces the channels in the features' dtype, so all else has its rounding errors
             rounded = [right.dtype, images.dtype] if "CeCo" in name else [right.dtype]

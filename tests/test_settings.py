@@ -142,7 +142,7 @@ RIGHT: dict[Callable[..., Any], dict[str, Any]] = {  # what the calls need besid
     ao.pixel_kl_divergence: {"logits": LOGITS, "teacher_logits": LOGITS.sin(), "size": (16, 24)},
     ao.mask_rle: {"logits": LOGITS[0], "size": (16, 24), "boxes": None},
     ao.ops.centroid_info_nce: {"queries": ROWS, "keys": ROWS.sin()}
-    | dict.fromkeys(("positives", "present", "present_keys")),
+    | dict.fromkeys(("positives", "bias", "present", "present_keys")),
 }
 # CBP's classifier is made, and its arguments are checked, by a public function
 NAMES: dict[Callable[..., Any], str] = {ao.CBP: "(CBP|category_basis)"}

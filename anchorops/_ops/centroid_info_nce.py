@@ -1,9 +1,10 @@
 """InfoNCE between the centroids of K classes: products of queries and keys, and a cross-entropy of
 their rows.
 
-    x[r, k] = q_r·k_k/τ,  own[r]: that of row r's own key, which its positive may replace
+    x[r, k] = q_r·k_k/τ + b_k,  own[r]: that of row r's own key, which its positive may replace
     loss[r] = lse[r] − own[r],  lse[r] = log Σ e^x[r, k], of the denominator's keys and the own one
-    dx[r, k] = dloss[r]·(e^(x[r, k] − lse[r]) − [k is own])/τ,  dq = dx k,  dk = dxᵀ q
+    dx[r, k] = dloss[r]·(e^(x[r, k] − lse[r]) − [k is own])/τ,  dq = dx k,  dk = dxᵀ q,
+    db[k] = τ·Σ_r dx[r, k]
 
 GPUs keep the logits x for the gradient; a CPU the slopes e^(x − lse) − [k is own], in their memory.
 """
@@ -33,54 +34,54 @@ from .registration import Gradient, define, run
 
 LOGITS_AT_ONCE = 2**23  # 32 MiB in float32; more are computed in parts, and again for the gradient
 LOGITS_OF_PART = 2**20
+INPUTS = "queries", "keys", "positives", "bias"  # those with gradients
 
 # queries and positives [C, D] or [C, G, D] are of the classes from `first` on; C = K, or they
-# are a part. keys [K, D]; present: bool [C] or [C, G], None: all; present_keys: bool [K], None:
-# the classes with a present query. temperature: (), of the losses' dtype (why a tensor: as_scalar
-# of _moments.py). losses: a scalar, or [C] or [C, G] for the reduction "none". kept: what a backend
-# keeps for the gradient.
+# are a part. keys [K, D]; bias [K]; present: bool [C] or [C, G], None: all; present_keys: bool [K],
+# None: the classes with a present query, or all if there is a bias. temperature: (), of the losses'
+# dtype (why a tensor: as_scalar of _moments.py). losses: a scalar, or [C] or [C, G] for the
+# reduction "none". kept: what a backend keeps for the gradient.
 _SCHEMA = (
-    "(Tensor queries, Tensor keys, Tensor? positives, Tensor? present, Tensor? present_keys, "
-    "SymInt first, Tensor temperature, str reduction, float? normalize) -> (Tensor losses, {kept})"
+    "(Tensor queries, Tensor keys, Tensor? positives, Tensor? bias, Tensor? present, "
+    "Tensor? present_keys, SymInt first, Tensor temperature, str reduction, float? normalize) "
+    "-> (Tensor losses, {kept})"
 )
 _BACKWARD_SCHEMA = (
-    "(Tensor dlosses, Tensor queries, Tensor keys, Tensor? positives, Tensor? present, "
-    "Tensor? present_keys, {kept}, SymInt first, Tensor temperature, str reduction, "
-    "float? normalize, bool of_queries, bool of_keys, bool of_positives) "
-    "-> (Tensor dqueries, Tensor dkeys, Tensor dpositives)"
+    "(Tensor dlosses, Tensor queries, Tensor keys, Tensor? positives, Tensor? bias, "
+    "Tensor? present, Tensor? present_keys, {kept}, SymInt first, Tensor temperature, "
+    "str reduction, float? normalize, bool of_queries, bool of_keys, bool of_positives, "
+    "bool of_bias) -> (Tensor dqueries, Tensor dkeys, Tensor dpositives, Tensor dbias)"
 )
 
 
 def _fake(backend: str, queries: Tensor, keys: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     shape, num_classes = queries.shape[:-1], keys.shape[0]
     new = partial(queries.new_empty, dtype=statistics_dtype(queries.dtype))
-    losses, rows = new(shape if arguments[5] == "none" else ()), math.prod(shape)
+    losses, rows = new(shape if arguments[6] == "none" else ()), math.prod(shape)
     if backend == "cpu":
         return losses, new((rows, num_classes))
     pitch = (num_classes + 15) // 16 * 16
     return losses, new((rows, pitch)), new((4, rows)), new(num_classes), new(())
 
 
-def _backward_fake(
-    dlosses: Tensor, queries: Tensor, keys: Tensor, positives: Tensor | None, *arguments: Any
-) -> tuple[Tensor, ...]:
-    inputs = queries, keys, queries if positives is None else positives
-    needed = zip(inputs, arguments[-3:], strict=True)
+def _backward_fake(dlosses: Tensor, queries: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    inputs = queries, *(queries if x is None else x for x in arguments[:3])
+    needed = zip(inputs, arguments[-4:], strict=True)
     return tuple(x.new_empty(x.shape if wanted else 0) for x, wanted in needed)
 
 
 def _setup_context(ctx: Any, inputs: Any, results: Any) -> None:
     ctx.first, ctx.options = inputs.first, (inputs.reduction, inputs.normalize)
-    ctx.save_for_backward(*inputs[:5], *results[1:], inputs.temperature)
+    ctx.save_for_backward(*inputs[:6], *results[1:], inputs.temperature)
 
 
 def _backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
     if grads.losses is None:
         return {}
     *tensors, temperature = ctx.saved_tensors
-    needed = ctx.needs[:3]
+    needed = ctx.needs[:4]
     gradients = operator(grads.losses, *tensors, ctx.first, temperature, *ctx.options, *needed)
-    named = zip(("queries", "keys", "positives"), needed, gradients, strict=True)
+    named = zip(INPUTS, needed, gradients, strict=True)
     return {name: gradient for name, wanted, gradient in named if wanted}
 
 
@@ -110,6 +111,7 @@ def centroid_info_nce(
     keys: Tensor,
     *,
     positives: Tensor | None = None,
+    bias: Tensor | None = None,
     present: Tensor | None = None,
     present_keys: Tensor | None = None,
     temperature: float = 0.07,
@@ -130,6 +132,8 @@ def centroid_info_nce(
         queries: [K, D], or [K, G, D] for G queries of each class; float.
         keys: [K, D]; float.
         positives: same shape as queries; replace the query's own key.
+        bias: [K], float, of a classifier whose rows are the keys: it is added to their logits, and
+            all keys are in the denominators. Not with positives, present_keys or normalize.
         present: bool [K], or [K, G] for [K, G, D] queries. Absent queries have no loss, and their
             keys are not in the denominators. Rows of absent classes may contain NaN.
         present_keys: bool [K]: the keys in the denominator in addition to the query's own; by
@@ -154,7 +158,12 @@ def centroid_info_nce(
     _check("keys", keys, (queries.shape[0], queries.shape[-1]), queries)
     if positives is not None:
         _check("positives", positives, tuple(queries.shape), queries)
-    for argument, tensor in (("queries", queries), ("keys", keys), ("positives", positives)):
+    if bias is not None:
+        _check("bias", bias, (queries.shape[0],), queries)
+        if not (positives is present_keys is normalize is None):
+            expected = "None with positives, present_keys or normalize"
+            fail(function, "bias", expected, describe(bias))
+    for argument, tensor in zip(INPUTS, (queries, keys, positives, bias), strict=True):
         if tensor is not None and tensor.dtype not in FLOATING:
             fail(function, argument, "float32, bfloat16, float16 or float64", tensor.dtype)
     for argument, mask, shape in (
@@ -173,13 +182,14 @@ def centroid_info_nce(
     shape = queries.shape[:-1]
     # not shape.numel(), which torch.export makes a constant
     if backend != "reference" and math.prod(shape) * keys.shape[0] <= LOGITS_AT_ONCE:
-        tensors = queries, keys, positives, present, present_keys
+        tensors = queries, keys, positives, bias, present, present_keys
         options = 0, as_scalar(temperature, queries), reduction, normalize
-        return run(function, backend, *map(savable, tensors), *options)[0]
+        return run(function, backend, *tensors, *options)[0]
     if queries.dim() == 2:
         queries = queries[:, None]
         positives, present = (x if x is None else x[:, None] for x in (positives, present))
-    tensors: Any = tuple(map(savable, (queries, keys, positives, present, present_keys)))
+    inputs = queries, keys, positives, bias, present, present_keys
+    tensors: Any = tuple(map(savable, inputs))
     losses = _losses_in_parts(backend, *tensors, temperature=temperature, normalize=normalize)
     if reduction == "none":
         return losses.view(shape)
@@ -193,6 +203,7 @@ def _losses_in_parts(
     queries: Tensor,
     keys: Tensor,
     positives: Tensor | None,
+    bias: Tensor | None,
     present: Tensor | None,
     present_keys: Tensor | None,
     temperature: float,
@@ -202,20 +213,21 @@ def _losses_in_parts(
     (num_classes, groups), device = queries.shape[:2], queries.device
     if present is None:
         present = torch.ones((num_classes, groups), dtype=torch.bool, device=device)
-    if present_keys is None:
+    if present_keys is None and bias is None:
         present_keys = present.any(1)
     arguments = present_keys, temperature, normalize
     # torch.func's transforms do not support torch.utils.checkpoint.
-    transformed = any(x is not None and in_transform(x) for x in (queries, keys, positives))
+    inputs = queries, keys, positives, bias
+    transformed = any(x is not None and in_transform(x) for x in inputs)
     if transformed or num_classes * groups * num_classes <= LOGITS_AT_ONCE:
-        return _losses_of_part(backend, 0, queries, keys, positives, present, *arguments)
+        return _losses_of_part(backend, 0, *inputs, present, *arguments)
     most = max(LOGITS_OF_PART // (num_classes * groups), 1)
     again = partial(checkpoint, _losses_of_part, use_reentrant=False, preserve_rng_state=False)
     losses = []
     for first in range(0, num_classes, most):
         part = slice(first, first + most)
         of_part = None if positives is None else positives[part]
-        tensors = queries[part], keys, of_part, present[part]
+        tensors = queries[part], keys, of_part, bias, present[part]
         losses.append(again(backend, first, *tensors, *arguments))
     return torch.cat(losses)
 
@@ -226,12 +238,13 @@ def _losses_of_part(
     queries: Tensor,
     keys: Tensor,
     positives: Tensor | None,
+    bias: Tensor | None,
     present: Tensor,
-    present_keys: Tensor,
+    present_keys: Tensor | None,
     temperature: float,
     normalize: float | None,
 ) -> Tensor:
-    tensors = queries, keys, positives, present, present_keys
+    tensors = queries, keys, positives, bias, present, present_keys
     if backend != "reference":
         options = first, as_scalar(temperature, queries), "none", normalize
         return run("centroid_info_nce", backend, *tensors, *options)[0]

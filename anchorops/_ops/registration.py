@@ -206,18 +206,22 @@ def _register_autograd(
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     node = type(name, (torch.autograd.Function,), methods)
 
-    def differentiable(*inputs: Any) -> Any:
-        tensors = [x for x in inputs if isinstance(x, Tensor)]
+    def refuse_transforms(tensors: Sequence[Tensor]) -> None:
         for x in tensors:
             if forward_ad.unpack_dual(x).tangent is not None:
                 _raise_not_implemented(name, "forward-mode derivatives", function)
-        needs_gradient = False
         for x in tensors:
             if in_transform(x, only_derivatives=True):
                 _raise_not_implemented(name, "torch.func's derivatives", function)
-            needs_gradient |= x.requires_grad
-        if needs_gradient and torch.is_grad_enabled():
-            return node.apply(*inputs)
+
+    def differentiable(*inputs: Any) -> Any:
+        # Only where one is active: to look at all tensors takes as long as an operator of torch.
+        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            refuse_transforms([x for x in inputs if isinstance(x, Tensor)])
+        if torch.is_grad_enabled():
+            for x in inputs:
+                if isinstance(x, Tensor) and x.requires_grad:
+                    return node.apply(*inputs)
         return implementation(*inputs)
 
     library.impl(overload, differentiable, "Autograd")

@@ -86,16 +86,13 @@ def linear_weight(function: str, classifier: object, num_classes: int, dim: int)
 
 
 def classification_loss(
-    queries: Tensor, weight: Tensor, bias: Tensor | None, present: Tensor, **options: Any
+    queries: Tensor, weight: Tensor, bias: Tensor | None, **options: Any
 ) -> Tensor:
-    """The cross-entropy of a linear classifier for the queries [K, D] or [K, G, D] of its classes,
-    of those that are present: InfoNCE of its rows, to which the bias is one more channel."""
-    if bias is not None:
-        ones = queries.new_ones(()).expand(*queries.shape[:-1], 1)
-        queries = torch.cat((queries, ones), -1)
-        weight = torch.cat((weight, bias[:, None]), 1)
-    every = present.new_ones(len(weight))
-    return centroid_info_nce(queries, weight, present=present, present_keys=every, **options)
+    """The cross-entropy of a linear classifier for the queries [K, D] or [K, G, D] of its classes:
+    InfoNCE of its rows. options: of `centroid_info_nce`."""
+    if bias is None:
+        options["present_keys"] = queries.new_ones(len(weight), dtype=torch.bool)
+    return centroid_info_nce(queries, weight, bias=bias, **options)
 
 
 class Regularizer(InitializedModule):
@@ -229,14 +226,17 @@ class Regularizer(InitializedModule):
         with torch.autocast("cpu" if features.is_meta else features.device.type, enabled=False):
             losses = self._losses(features, labels, classifier)
             # a caller's weight may be a tensor, which learns
-            (weight, first), *others = (
+            terms = [
                 (1.0, w * x) if isinstance(w, Tensor) else (w, x) for w, x in losses.terms.values()
-            )
+            ]
+            dtype = torch.promote_types(features.dtype, torch.float32)
             # in new memory: if the caller changes the loss in place, the terms keep their values
-            loss = first if others and weight == 1 else weight * first
-            for weight, term in others:
+            weight, loss = terms[0] if terms else (1.0, features.new_zeros((), dtype=dtype))
+            if len(terms) == 1 or weight != 1:
+                loss = weight * loss
+            for weight, term in terms[1:]:
                 loss = torch.add(loss, term, alpha=weight)
-            loss = loss.to(torch.promote_types(features.dtype, torch.float32))
+            loss = loss.to(dtype)
         parts = losses.terms | {key: (1.0, value) for key, value in losses.logs.items()}
         self._terms = {key: (weight, value.detach()) for key, (weight, value) in parts.items()}
         return loss

@@ -231,7 +231,6 @@ class CBP(Regularizer):
             self.centroids.zero_()
 
     def plan(self, features: Tensor, labels: Tensor, classifier: Classifier | None) -> Plan:
-        zero = features.new_zeros((), dtype=torch.promote_types(features.dtype, torch.float32))
         if self.training and not (self._moves_rows or torch.compiler.is_compiling()):
             self._moves_rows = True
             warnings.warn(
@@ -243,7 +242,7 @@ class CBP(Regularizer):
                 stacklevel=2,
             )
         if self.update == "ema":
-            return Plan(Request(), lambda moments: self._remember(moments, zero))
+            return Plan(Request(), self._remember)
         if self.update == "penalty":
             weight, _ = linear_weight("CBP", classifier, self.num_classes, self.dim)
             rows = F.normalize(weight, dim=1)
@@ -251,16 +250,16 @@ class CBP(Regularizer):
             pairs = max(self.num_classes * (self.num_classes - 1), 1)
             penalty = cosines.square().sum() / pairs
             return Plan(None, lambda _: Losses({"penalty": (self.penalty_weight, penalty)}, {}))
-        return Plan(None, lambda _: Losses({"basis": (1.0, zero)}, {}))
+        return Plan(None, lambda _: Losses({}, {}))
 
     def reduce(self, moments: ClassMoments, request: Request) -> ClassMoments:
         return reduce_moments(moments, self.process_group or "world")
 
     @torch.no_grad()
-    def _remember(self, moments: ClassMoments | None, zero: Tensor) -> Losses:
+    def _remember(self, moments: ClassMoments | None) -> Losses:
         assert moments is not None
         if self.training:
             # not out=self.centroids: a compiler would leave out what changed them before, which is
             # check_first_pass
             self.centroids.copy_(moments.sums / moments.counts.clamp(min=1)[:, None])
-        return Losses({"basis": (1.0, zero)}, {})
+        return Losses({}, {})

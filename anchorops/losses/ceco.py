@@ -161,13 +161,13 @@ class CeCo(Regularizer):
         # normalised, to the length √C: one operator, where F.normalize has four
         hidden = F.rms_norm(hidden, (size,), eps=1e-24 / size)
         hidden = F.dropout(hidden, self.dropout, self.training)  # √C·ẑ_k
-        temperature, present = math.sqrt(size) / self.scale, counts > 0
+        present = counts > 0
         loss = classification_loss(
             hidden.transpose(0, -2),
             etf,
-            temperature * (prior + 1e-12).log(),
-            present.transpose(0, -1),
-            temperature=temperature,
+            (prior + 1e-12).log(),
+            present=present.transpose(0, -1),
+            temperature=math.sqrt(size) / self.scale,
             reduction="sum" if self.per_image else "mean",
         )
         if self.per_image:  # every rank has its own images

@@ -103,7 +103,7 @@ class MVSC(Regularizer):
             visual = prototypes.transpose(0, 1)  # V', with a gradient of r (Eq. 4)
             if self.enhance:
                 visual = visual + (means - means.detach())
-            classified = classification_loss(visual, weight, bias, present, temperature=1.0)
+            classified = classification_loss(visual, weight, bias, present=present, temperature=1.0)
             terms: dict[str, Term] = {
                 "cos": (self.cos_weight, self._consistency(prototypes, seed)),
                 "fca": (self.fca_weight, self._alignment(means, prototypes, present)),

@@ -18,6 +18,7 @@ from .._checks import (
     fail,
 )
 from .._moments import ClassMoments
+from .._ops.centroid_info_nce import centroid_info_nce
 from .._shared.sums import fixed_order_sum
 from ..anchors import orthogonal_anchors, random_anchors, simplex_etf
 from .base import Classifier, Losses, Plan, Regularizer, Term, linear_weight
@@ -153,14 +154,15 @@ class SAR(Regularizer):
         weight, bias = linear_weight("SAR", classifier, self.num_classes, self.dim)
         dtype = next(self.embedding.parameters()).dtype
         embedded = self.embedding(self.anchors.to(dtype))  # h(A)
-        logits = F.linear(embedded.to(weight.dtype), weight, bias)
-        classes = torch.arange(self.num_classes, device=logits.device)
-        ce = F.cross_entropy(logits, classes, reduction="none")  # −log p_k of the anchor of class k
+        rows = embedded.to(weight.dtype)
+        # −log p_k of the anchor of class k
+        ce = centroid_info_nce(rows, weight, bias=bias, temperature=1.0, reduction="none")
         unsure = ce >= _loss_of(self.tau)
         aux = self.aux_weight, self._auxiliary_loss(ce, unsure)
         recognised = ce < _loss_of(self.delta)
         if self.delta < 0.5:  # a larger p_k is the largest
-            recognised &= logits.argmax(1) == classes
+            classes = torch.arange(self.num_classes, device=ce.device)
+            recognised &= F.linear(rows, weight, bias).argmax(1) == classes
         gate = share = recognised.all()
         if self.gate == "per_class":
             gate, share = recognised, recognised.mean(dtype=ce.dtype)
@@ -178,14 +180,15 @@ class SAR(Regularizer):
 
     @torch.no_grad()
     def _average(self, embedded: Tensor, gate: Tensor) -> Tensor:
-        """Â ← αÂ + (1−α)h(A) (Eq. 8) where the gate is open; the first time Â ← h(A). The result is
-        in new memory, because the backward pass needs it after later updates."""
+        """Â ← αÂ + (1−α)h(A) (Eq. 8) where the gate is open; the first time Â ← h(A). The result,
+        which holds where it is open, is in new memory, because the backward pass needs it after
+        later updates."""
         kept = self.semantic_anchors
-        average = torch.lerp(embedded.to(kept.dtype), kept, self.momentum)
+        embedded = embedded.to(kept.dtype)
+        average = torch.lerp(embedded, kept, self.momentum)
         average = torch.where(self.started[:, None], average, embedded)
-        average = torch.where(gate.unsqueeze(-1), average, kept)
         if self.training:
-            kept.copy_(average)
+            torch.where(gate.unsqueeze(-1), average, kept, out=kept)
         return average
 
     def _plan(

@@ -9,8 +9,9 @@ def centroid_info_nce(
     queries: Tensor,
     keys: Tensor,
     positives: Tensor | None,
+    bias: Tensor | None,
     present: Tensor,
-    present_keys: Tensor,
+    present_keys: Tensor | None,
     first: int,
     temperature: float,
     normalize: float | None,
@@ -18,7 +19,8 @@ def centroid_info_nce(
     """L_i = −log [ e^{q_i·p_i/τ} / ( e^{q_i·p_i/τ} + Σ_{j≠i} e^{q_i·k_j/τ} ) ] as [C, G], of the
     queries [C, G, D] of the classes i from `first` on, and their positives p_i, by default k_i.
 
-    j are the classes with `present_keys`, bool [K]. L is 0 where not `present`, bool [C, G].
+    j are the classes with `present_keys`, bool [K]; with a bias [K], which is added to the logits
+    of keys, they are all classes. L is 0 where not `present`, bool [C, G].
     Products and sums are in float32 (float64 for float64). What is absent may be NaN, so it is
     removed by selection. normalize: the eps of F.normalize, for all rows.
     """
@@ -26,6 +28,8 @@ def centroid_info_nce(
     classes = torch.arange(keys.shape[0], device=keys.device)
     # A mask, not gather or index_select: on a GPU, their gradients are added in any order.
     is_own_key = classes == classes[first : first + queries.shape[0], None]  # [C, K]
+    if present_keys is None:
+        present_keys = classes >= 0
     used_keys = present_keys
     if positives is None:
         used_keys = used_keys | (is_own_key & present.any(1)[:, None]).any(0)
@@ -36,6 +40,8 @@ def centroid_info_nce(
 
     queries, keys, is_own_key = rows(queries, present), rows(keys, used_keys), is_own_key[:, None]
     logits = queries @ keys.T / temperature
+    if bias is not None:
+        logits = logits + bias.to(dtype)
     if positives is not None:
         product = (queries * rows(positives, present)).sum(-1, keepdim=True)
         logits = torch.where(is_own_key, product / temperature, logits)

@@ -163,18 +163,43 @@ Tensor gradient_of(const Rows<Stat>& x, const Tensor& dx, const std::optional<do
 // The arguments of both operators.
 struct Arguments {
   const Tensor &queries, &keys;
-  const std::optional<Tensor>&positives, &present, &present_keys;
+  const std::optional<Tensor>&positives, &bias, &present, &present_keys;
   int64_t first;
   const Tensor& temperature;  // []
   const std::string& reduction;
   const std::optional<double>& eps;
 };
 
+void check(const char* name, const Tensor& x, const std::vector<int64_t>& sizes,
+           std::optional<ScalarType> dtype = std::nullopt) {
+  STD_TORCH_CHECK(x.sizes().equals(sizes) && (!dtype || x.scalar_type() == *dtype),
+                  "centroid_info_nce.cpu: ", name, ": unexpected shape or dtype");
+}
+
+// Returns the sizes [C] or [C, G] of the rows.
+std::vector<int64_t> check(const Arguments& x) {
+  STD_TORCH_CHECK((x.queries.dim() == 2 || x.queries.dim() == 3) && x.keys.dim() == 2,
+                  "centroid_info_nce.cpu: queries, keys: expected [C, D] or [C, G, D], and [K, D]");
+  const std::vector<int64_t> sizes(x.queries.sizes().begin(), x.queries.sizes().end());
+  const std::vector<int64_t> rows(sizes.begin(), sizes.end() - 1);
+  const int64_t num_classes = x.keys.size(0);
+  STD_TORCH_CHECK(x.first >= 0 && x.first <= num_classes - rows[0],
+                  "centroid_info_nce.cpu: first: expected keys of all classes of the queries");
+  check("keys", x.keys, {num_classes, sizes.back()});
+  check("temperature", x.temperature, {}, statistics_dtype(x.queries.scalar_type()));
+  if (x.positives) check("positives", *x.positives, sizes);
+  if (x.bias) check("bias", *x.bias, {num_classes});
+  if (x.present) check("present", *x.present, rows, ScalarType::Bool);
+  if (x.present_keys) check("present_keys", *x.present_keys, {num_classes}, ScalarType::Bool);
+  return rows;
+}
+
 template <class Stat>
 struct Problem {
   int64_t num_rows, num_classes, dim, groups, first;
   Stat temperature;
   double factor = 1;       // by which the reduction multiplies losses
+  std::vector<Stat> bias;  // [K], or empty
   Flags present, counted;  // [R]; [K]: the keys in the denominators of other queries
   Rows<Stat> queries, keys;
   std::optional<Rows<Stat>> positives;
@@ -187,11 +212,20 @@ struct Problem {
         temperature(*x.temperature.const_data_ptr<Stat>()) {
     num_rows = x.queries.size(0) * groups;
     present = flags_of(x.present, num_rows);
+    if (x.bias) {
+      bias.resize(num_classes);
+      for_dtype("centroid_info_nce.cpu", x.bias->scalar_type(), [&](auto element) {
+        const auto* const data = x.bias->const_data_ptr<decltype(element)>();
+        for (int64_t k = 0; k < num_classes; ++k)
+          bias[k] = static_cast<Stat>(data[k * x.bias->stride(0)]);
+      });
+    }
     if (x.reduction == "mean")
       factor = 1.0 / std::max<int64_t>(std::count(present.begin(), present.end(), 1), 1);
     Flags has_query(num_classes);
     for (int64_t r = 0; r < num_rows; ++r) has_query[class_of(r)] |= present[r];
-    counted = x.present_keys ? flags_of(x.present_keys, num_classes) : has_query;
+    const bool by_query = !x.present_keys && !x.bias;
+    counted = by_query ? has_query : flags_of(x.present_keys, num_classes);
     Flags read = counted;
     if (!x.positives)
       for (int64_t k = 0; k < num_classes; ++k) read[k] |= has_query[k];
@@ -226,9 +260,13 @@ std::tuple<Tensor, Tensor> forward(const Arguments& arguments) {
       return;
     }
     const int64_t k = problem.class_of(r);
+    Stat temperature = problem.temperature;
+    if (!problem.bias.empty()) {
+      for (int64_t j = 0; j < num_classes; ++j) x[j] = x[j] / temperature + problem.bias[j];
+      temperature = 1;
+    }
     const Stat product = positives ? dot(queries[r], (*positives)[r], problem.dim) : x[k];
-    const Stat own = product / problem.temperature;
-    of_rows[r] = kernel(x, counted.data(), num_classes, k, own, problem.temperature);
+    of_rows[r] = kernel(x, counted.data(), num_classes, k, product / temperature, temperature);
   });
   if (arguments.reduction == "none") return {losses, slopes};
   const Tensor reduced = new_empty({}, DTYPE<Stat>);
@@ -237,11 +275,12 @@ std::tuple<Tensor, Tensor> forward(const Arguments& arguments) {
   return {reduced, slopes};
 }
 
-// The gradients of queries, keys and positives; empty if they are not wanted.
+// The gradients of queries, keys, positives and bias; empty if they are not wanted.
 template <class Stat>
-std::tuple<Tensor, Tensor, Tensor> backward(const Arguments& arguments, const Tensor& dlosses,
-                                            const Tensor& slopes, bool of_queries, bool of_keys,
-                                            bool of_positives) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Arguments& arguments,
+                                                    const Tensor& dlosses, const Tensor& slopes,
+                                                    bool of_queries, bool of_keys,
+                                                    bool of_positives, bool of_bias) {
   const Problem<Stat> problem(arguments);
   const auto &queries = problem.queries, &keys = problem.keys;
   const auto& positives = problem.positives;
@@ -280,7 +319,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Arguments& arguments, const Te
   };
   Tensor dqueries = absent(arguments.queries.scalar_type()),
          dkeys = absent(arguments.keys.scalar_type()),
-         dpositives = absent(arguments.positives.value_or(arguments.queries).scalar_type());
+         dpositives = absent(arguments.positives.value_or(arguments.queries).scalar_type()),
+         dbias = absent(arguments.bias.value_or(arguments.queries).scalar_type());
   if (of_queries) {
     const Tensor dx = like(queries);
     multiply(dproducts, keys.matrix, view(dx, num_rows, dim, dim, 1), scale);
@@ -298,31 +338,50 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Arguments& arguments, const Te
     add_of_own(dx, queries);
     dpositives = gradient_of(*positives, dx, arguments.eps);
   }
-  return {dqueries, dkeys, dpositives};
+  if (of_bias) {
+    dbias = new_empty({num_classes}, arguments.bias->scalar_type());
+    std::vector<double> sums(num_classes);
+    const Stat* const dx = dproducts.const_data_ptr<Stat>();
+    for (int64_t i = 0; i < num_rows * num_classes; ++i) sums[i % num_classes] += dx[i];
+    for_dtype("centroid_info_nce.cpu", dbias.scalar_type(), [&](auto element) {
+      auto* const target = dbias.mutable_data_ptr<decltype(element)>();
+      for (int64_t k = 0; k < num_classes; ++k)
+        target[k] = static_cast<decltype(element)>(sums[k] * scale * problem.temperature);
+    });
+  }
+  return {dqueries, dkeys, dpositives, dbias};
 }
 
-std::tuple<Tensor, Tensor> centroid_info_nce(Tensor queries, Tensor keys,
-                                             std::optional<Tensor> positives,
-                                             std::optional<Tensor> present,
-                                             std::optional<Tensor> present_keys, int64_t first,
-                                             Tensor temperature, std::string reduction,
-                                             std::optional<double> normalize) {
-  const Arguments arguments = {queries, keys,        positives, present,  present_keys,
-                               first,   temperature, reduction, normalize};
+std::tuple<Tensor, Tensor> centroid_info_nce(
+    Tensor queries, Tensor keys, std::optional<Tensor> positives, std::optional<Tensor> bias,
+    std::optional<Tensor> present, std::optional<Tensor> present_keys, int64_t first,
+    Tensor temperature, std::string reduction, std::optional<double> normalize) {
+  const Arguments arguments = {queries,      keys,  positives,   bias,      present,
+                               present_keys, first, temperature, reduction, normalize};
+  check(arguments);
   const bool is_double = queries.scalar_type() == ScalarType::Double;
   return is_double ? forward<double>(arguments) : forward<float>(arguments);
 }
 
-std::tuple<Tensor, Tensor, Tensor> centroid_info_nce_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> centroid_info_nce_backward(
     Tensor dlosses, Tensor queries, Tensor keys, std::optional<Tensor> positives,
-    std::optional<Tensor> present, std::optional<Tensor> present_keys, Tensor slopes, int64_t first,
-    Tensor temperature, std::string reduction, std::optional<double> normalize, bool of_queries,
-    bool of_keys, bool of_positives) {
-  const Arguments arguments = {queries, keys,        positives, present,  present_keys,
-                               first,   temperature, reduction, normalize};
+    std::optional<Tensor> bias, std::optional<Tensor> present, std::optional<Tensor> present_keys,
+    Tensor slopes, int64_t first, Tensor temperature, std::string reduction,
+    std::optional<double> normalize, bool of_queries, bool of_keys, bool of_positives,
+    bool of_bias) {
+  const Arguments arguments = {queries,      keys,  positives,   bias,      present,
+                               present_keys, first, temperature, reduction, normalize};
+  const std::vector<int64_t> rows = check(arguments);
+  const ScalarType dtype = statistics_dtype(queries.scalar_type());
+  check("dlosses", dlosses, reduction == "none" ? rows : std::vector<int64_t>{}, dtype);
+  const int64_t num_rows = rows[0] * (rows.size() > 1 ? rows[1] : 1);
+  check("slopes", slopes, {num_rows, keys.size(0)}, dtype);
+  STD_TORCH_CHECK(slopes.is_contiguous() && (positives || !of_positives) && (bias || !of_bias),
+                  "centroid_info_nce_backward.cpu: expected contiguous slopes, and no gradient of "
+                  "what is not given");
   const bool is_double = queries.scalar_type() == ScalarType::Double;
   const auto run = is_double ? backward<double> : backward<float>;
-  return run(arguments, dlosses, slopes, of_queries, of_keys, of_positives);
+  return run(arguments, dlosses, slopes, of_queries, of_keys, of_positives, of_bias);
 }
 
 }  // namespace

@@ -22,6 +22,7 @@ from .inputs import F32, in_layout, labels_of, normal, uniform
 
 BF16, F16 = torch.bfloat16, torch.float16
 MOMENTS, GROUPED = ("class_moments",), ("class_moments", "split_groups")
+ANCHORED = (*MOMENTS, "centroid_info_nce")
 CONTRAST = (*GROUPED, "centroid_info_nce")
 UPSAMPLED = ("upsampled_sums", "centroid_info_nce")
 
@@ -156,6 +157,11 @@ def all_present(n: int, random: Generator) -> Inputs:
     return {name: inputs[name] for name in ("queries", "keys")}
 
 
+def with_bias(n: int, random: Generator) -> Inputs:
+    inputs = centroids((21, 3, 40), False, n, random)
+    return inputs | {"bias": normal(len(inputs["keys"]), random=random)}
+
+
 class_moments = partial(ao.ops.class_moments, ignore_index=-1)
 
 
@@ -218,7 +224,7 @@ METHODS: dict[str, Callable[..., Regularizer]] = {  # of the numbers of classes 
     "CeCo, images": partial(ceco, per_image=True),
     "combined": combined,
 }
-STEPS = {"SAR": MOMENTS, "OCCL": CONTRAST, "MVSC": CONTRAST, "CeCo": UPSAMPLED}
+STEPS = {"SAR": ANCHORED, "OCCL": CONTRAST, "MVSC": CONTRAST, "CeCo": UPSAMPLED}
 EPS: dict[str, Any] = {"normalize": 1e-6}
 EACH: dict[str, Any] = {"reduction": "none"}
 OF_CLASSES: dict[str, Any] = {"num_classes": SMALL.num_classes}
@@ -319,12 +325,13 @@ ENTRIES = [
             Sample("InfoNCE, groups", partial(centroids, (21, 3, 40), True)),
             Sample("InfoNCE, keys", partial(centroids, (21, 40), False)),
             Sample("InfoNCE, all present", all_present, {}, ("all",)),
+            Sample("InfoNCE, bias", with_bias, {}, ("all",)),
             Sample("InfoNCE, normalised", partial(centroids, (21, 3, 40), True), EPS),
             Sample("InfoNCE, each loss", partial(centroids, (21, 40), False), EACH, ("all",)),
             Sample("InfoNCE, 1,000 classes", partial(centroids, (1000, 20), True), EPS, ("all",)),
             small("centroid_info_nce", partial(centroids, (6, 2, 5), True)),
         ),
-        tables=("queries", "keys", "present", "positives"),
+        tables=("queries", "keys", "present", "positives", "bias"),
     ),
     *(
         Entry(

@@ -379,6 +379,7 @@ def centroid_info_nce(
     keys: Tensor,
     present: Tensor | None = None,
     positives: Tensor | None = None,
+    bias: Tensor | None = None,
     *,
     present_keys: Tensor | None = None,
     temperature: float = 0.07,
@@ -395,8 +396,10 @@ def centroid_info_nce(
     targets = keys[:, None] if positives is None else positives.view_as(rows)
     positive = (rows * targets).sum(-1, keepdim=True) / temperature
     used = here.any(1) if present_keys is None else present_keys
-    used = used & ~torch.eye(len(keys), dtype=torch.bool, device=keys.device)
     others = torch.einsum("igd,jd->igj", rows, keys) / temperature
+    if bias is not None:
+        positive, others, used = positive + bias[:, None, None], others + bias, bias == bias
+    used = used & ~torch.eye(len(keys), dtype=torch.bool, device=keys.device)
     others = others.masked_fill(~used[:, None], -torch.inf)
     losses = torch.cat([positive, others], -1).logsumexp(-1) - positive[..., 0]
     if reduction == "none":
