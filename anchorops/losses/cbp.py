@@ -94,7 +94,8 @@ class CBP(Regularizer):
             does not shard, and for which torch.ao.quantization.prepare_qat raises TypeError: call
             it before `attach`. With "penalty" it must not be sharded: the first forward raises
             ValueError.
-        momentum: for "ema", w ← momentum·w + (1 − momentum)·centroid on present classes.
+        momentum: for "ema", w ← momentum·w + (1 − momentum)·centroid on present classes (the paper
+            names this average, without an equation).
         ignore_index, process_group, check_labels: as in `Regularizer`; without a
             process_group "ema" uses all ranks, because their classifiers must stay equal.
 
