@@ -48,7 +48,7 @@ def same(actual: list[Tensor], expected: list[Tensor], tolerance: float = 0.0) -
 def of_many_pixels(case: Case) -> Inputs:
     """More than the largest float16."""
     inputs = case.sample.inputs()
-    if SIMULATED or len(case.entry.tables) == len(inputs):
+    if SIMULATED or inputs.keys() <= {*case.entry.tables}:
         return inputs
     pixels = inputs["labels" if "labels" in inputs else "valid"].numel()
     return case.sample.inputs(1 + math.isqrt(65_504 // pixels))

@@ -22,7 +22,7 @@ from .inputs import F32, in_layout, labels_of, normal, uniform
 
 BF16, F16 = torch.bfloat16, torch.float16
 MOMENTS, GROUPED = ("class_moments",), ("class_moments", "split_groups")
-ANCHORED = (*MOMENTS, "centroid_info_nce")
+ANCHORED = ("centroid_info_nce", *MOMENTS)
 CONTRAST = (*GROUPED, "centroid_info_nce")
 UPSAMPLED = ("upsampled_sums", "centroid_info_nce")
 
