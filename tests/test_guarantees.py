@@ -141,7 +141,8 @@ NOTHING: dict[str, Callable[[str, Tensor], Tensor]] = {  # of an input by its na
 @each(options=True, ignores=True)
 @pytest.mark.parametrize("what", NOTHING)
 def test_nothing_valid(what: str, case: Case, backend: str, poisoned: None):
-    """What is ignored is NaN. Results and gradients are 0."""
+    """An empty batch or image, or only ignored pixels, which are NaN: results and gradients are
+    0."""
     given, tables = case.sample.inputs(1), () if what == "all ignored" else case.entry.tables
     if given.keys() <= set(tables):
         pytest.skip("the inputs are tables of classes")
