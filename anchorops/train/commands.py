@@ -282,10 +282,10 @@ def _explained(error: Exception) -> str | None:
         text = " ".join(text.split())
         # of jsonargparse: Parser key "NAME": Does not validate … Errors: - REASON - Expected a None
         text = re.sub(r'Parser key "(\S+)": (Does not .*? Errors: - )?', r"--\1: ", text)
-        text = re.sub(r"Group '(\w+)' does not accept option '(\w+)'", r"\1.\2 is unknown", text)
+        text = re.sub(r"Group '(\w+)' does not accept option '(\w+)'", r"--\1.\2 is unknown", text)
         text = text.partition(" - Expected a <class 'NoneType'>")[0]
         for old, new in RENAMED.items():
-            if re.search(rf"\b{old}\b", text):
+            if re.search(rf"(--|'){re.escape(old)}(?![\w.])", text):
                 text = f"{text}: --{old} is now {new}"
         return text
     if isinstance(error, Stopped | ValueError | OSError | ModuleNotFoundError):

@@ -141,9 +141,12 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
     """The values that were logged at each step. Raises ValueError for a file that is damaged."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
+            lines = csv.DictReader(file)
+            if "step" not in (lines.fieldnames or ()):
+                raise KeyError("step")
             return {
                 int(line.pop("step")): {name: float(x) for name, x in line.items() if x}
-                for line in csv.DictReader(file)
+                for line in lines
             }
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r})") from None

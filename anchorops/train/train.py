@@ -86,7 +86,7 @@ def fit(
         average = AveragedModel(learner.model, multi_avg_fn=average_of, use_buffers=True)
         parts["average"] = average
         validated = average.module
-    record = Record(options, run, data, parts)
+    record = ranks.on_each(lambda: Record(options, run, data, parts))
     step = record.step
     last = min(steps, options.max_steps or steps)
     end = time.monotonic() + 3600 * (options.max_hours or math.inf)
@@ -217,9 +217,9 @@ class Record:
     def _keep(self, step: int, model: nn.Module, figures: dict[str, float]) -> None:
         """The log comes last, because it tells that the step is validated."""
         self.bar.write(f"step {step}: mIoU {100 * figures['miou']:.1f} %")
-        earlier = [line.get("val/miou", -1.0) for line in self.metrics.lines.values()]
-        if torch.tensor(figures["miou"]) > max(earlier, default=-1.0):  # float32, as in the log
-            save_atomically({"model": model.state_dict(), "step": step}, self.run / BEST)
+        best, miou = self.run / BEST, figures["miou"]
+        if not best.exists() or miou > read_checkpoint(best, "miou")["miou"]:
+            save_atomically({"model": model.state_dict(), "step": step, "miou": miou}, best)
         picture = draw_predictions(model, self.data.validation, self.options)
         picture.save(self.run / "predictions.png")
         self.metrics.write(step, {f"val/{name}": figure for name, figure in figures.items()})

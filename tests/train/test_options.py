@@ -64,6 +64,7 @@ COMMAND_LINES = {
     "demo --threads 0": "--threads: expected at least 1, got 0",
     **{f"fit --{name} 1": f"--{name} is now {re.escape(new)}" for name, new in RENAMED.items()},
     "fit --model.lrr 1": "nrecognized arguments: --model.lrr",
+    "validate data/images": "nrecognized arguments: data/images$",
     f"fit {TINY} --model.methods [sar,sar]": "--model.methods: expected each at most once",
     f"fit {TINY} --accumulate 3": "--data.batch_size: expected a multiple of .* = 3, got 4",
     f"fit {TINY} --data.root x": "--data.root: expected none for digits, got x",

@@ -78,7 +78,7 @@ def test_a_run_leaves_everything(straight: Path, capsys):
     assert {"loss", "val/miou"} <= set(events.Tags()["scalars"])
     picture = np.array(Image.open(straight / "predictions.png"))
     assert picture.shape == (3 * 192, 8 * 192, 3) and len(np.unique(picture)) > 10
-    assert state(straight, "best").keys() == {"model", "step"}
+    assert state(straight, "best").keys() == {"model", "step", "miou"}
     assert main(["compare", str(straight), str(straight)]) == 0
     header, *rows = (words.split() for words in capsys.readouterr().out.splitlines())
     assert rows[0] == rows[1] and header[:2] == ["run", "val/miou"]
@@ -86,12 +86,16 @@ def test_a_run_leaves_everything(straight: Path, capsys):
 
 
 def test_a_finished_run_goes_on_to_nothing(straight: Path, copied: Path, capsys):
-    """It is not validated again. Free options may differ, and are kept."""
+    """It is not validated again. Free options may differ, and are kept. Without its log it is
+    validated, but its best weights stay."""
     fitted(f"--run {copied} --resume --save_every 1 --data.workers 1")
     assert f"{copied} has ended, after step 6\n" in capsys.readouterr().err
     assert (copied / "best.ckpt").stat().st_mtime == (straight / "best.ckpt").stat().st_mtime
     assert_same_run(copied, straight)
     assert yaml.safe_load((copied / "config.yaml").read_text())["save_every"] == 1
+    (copied / "metrics.csv").unlink()
+    fitted(f"--run {copied} --resume")
+    assert (copied / "best.ckpt").stat().st_mtime == (straight / "best.ckpt").stat().st_mtime
 
 
 def test_limits_of_a_run(small: None, tmp_path: Path, refused: Refused, capsys):
@@ -224,6 +228,11 @@ def test_damaged_files(end: int, copied: Path, refused: Refused):
     write(copied / "data.yaml", b"classes: [a, b]")
     refused(f"validate --run {copied}", r"data.yaml is damaged \(it has no classes or no training")
     write(copied / "data.yaml", data)
+    lines = (copied / "metrics.csv").read_bytes()
+    for damaged in (b"", b"x\n", b"step,loss\na,b\n"):
+        write(copied / "metrics.csv", damaged)
+        refused(f"fit --run {copied} --resume", r"metrics.csv is damaged \(")
+    write(copied / "metrics.csv", lines)
     shutil.copy(copied / "best.ckpt", copied / "last.ckpt")
     refused(f"fit --run {copied} --resume", "last.ckpt is of another kind: it has no optimizer")
     for command, name in (
