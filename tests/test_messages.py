@@ -24,6 +24,8 @@ MASKS, MAPS = torch.ones(3, 8, 10, dtype=torch.uint8), torch.ones(2, 8, 10, dtyp
 IDS, IMAGES = torch.ones(3, dtype=torch.int64), torch.tensor([0, 1, 1])
 MATCHED = {"labels": MAPS, "ids": IDS, "images": IMAGES}
 VALID, LONG = LABELS > 0, LOGITS[0, :, :1, :1].expand(5, 2**23 + 1, 1)
+ONE_BIAS = torch.nn.Linear(3, 5)
+ONE_BIAS.bias = torch.nn.Parameter(torch.zeros(1))
 Rows = list[tuple[dict[str, Any], str]]
 METHOD = {"num_classes": 5, "dim": 3, "features": FEATURES, "labels": LABELS, "classifier": ANCHORS}
 RIGHT: dict[str, dict[str, Any]] = {  # by the names of what is called
@@ -253,6 +255,7 @@ TABLE: dict[str, Rows] = {
     "SAR OCCL MVSC": [
         ({"classifier": None}, "classifier: expected the model's classifier or its weight, got N"),
         ({"classifier": ANCHORS[:4]}, "classifier: expected a module or weight"),
+        ({"classifier": ONE_BIAS}, r"classifier: expected a bias \[5\], got .* of shape \(1,\)"),
     ],
     "SAR": [
         ({"num_classes": 1}, "num_classes"),  # without batch statistics

@@ -135,7 +135,8 @@ def centroid_info_nce(
         bias: [K], float, of a classifier whose rows are the keys: it is added to their logits, and
             all keys are in the denominators. Not with positives, present_keys or normalize.
         present: bool [K], or [K, G] for [K, G, D] queries. Absent queries have no loss, and their
-            keys are not in the denominators. Rows of absent classes may contain NaN.
+            keys are not in the denominators. Rows of absent classes may contain NaN (not keys
+            with a bias).
         present_keys: bool [K]: the keys in the denominator in addition to the query's own; by
             default the classes with a present query.
         temperature: τ > 0, a normal number of float32 (at least 2⁻¹²⁶).

@@ -77,6 +77,8 @@ def linear_weight(function: str, classifier: object, num_classes: int, dim: int)
         fail(function, "classifier", expected, "a DTensor")
     if weight.dtype not in FLOATING:
         fail(function, "classifier", "a weight that is not quantised", describe(weight))
+    if bias is not None and bias.shape != (num_classes,):
+        fail(function, "classifier", f"a bias [{num_classes}]", describe(bias))
     weight = savable(weight)
     if weight.dim() > 2:
         one_position = weight.shape[2:].numel() == 1
