@@ -70,5 +70,5 @@ def test_launches(name: str, backend: str) -> None:
 
     before = launches.total()
     CALLS[name]().backward()
-    # the moments and their gradient; those of classes also make keys and list them by tile
-    assert launches.total() - before == (5 if name == "pixel_to_anchor_mse" else 2)
+    # the moments, their sums and gradient; those of classes also make keys and list them by tile
+    assert launches.total() - before == (5 if name == "pixel_to_anchor_mse" else 3)
