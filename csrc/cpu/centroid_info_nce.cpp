@@ -342,7 +342,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Arguments& arguments,
     dbias = new_empty({num_classes}, arguments.bias->scalar_type());
     std::vector<double> sums(num_classes);
     const Stat* const dx = dproducts.const_data_ptr<Stat>();
-    for (int64_t i = 0; i < num_rows * num_classes; ++i) sums[i % num_classes] += dx[i];
+    for (int64_t r = 0; r < num_rows; ++r)
+      for (int64_t k = 0; k < num_classes; ++k) sums[k] += dx[r * num_classes + k];
     for_dtype("centroid_info_nce.cpu", dbias.scalar_type(), [&](auto element) {
       auto* const target = dbias.mutable_data_ptr<decltype(element)>();
       for (int64_t k = 0; k < num_classes; ++k)
