@@ -275,8 +275,12 @@ def _softmax_moments_kernel(
 
 
 @triton.jit
-def _sum_programs(partials, sums, statistic, image, rows, num_classes, ROWS: tl.constexpr):
-    """sums[statistic][image, k] = Σ partials[statistic][image, row, k], of some classes."""
+def _sum_programs(
+    partials, sums, FIRST: tl.constexpr, image, rows, num_classes, ROWS: tl.constexpr
+):
+    """sums[i][image, k] = Σ partials[i][image, row, k], of some classes; i: the number of the
+    program's statistic, less FIRST."""
+    statistic = tl.program_id(2) - FIRST
     ptrs, sums_ptrs = partials[0], sums[0]
     for i in tl.static_range(1, len(partials)):
         ptrs = tl.where(statistic == i, partials[i], ptrs)
@@ -321,10 +325,9 @@ def _sums_of_programs_kernel(
     the last one adds the numbers of pixels."""
     image, statistic = tl.program_id(0), tl.program_id(2)
     if statistic < len(floats):
-        _sum_programs(floats, float_sums, statistic, image, rows, num_classes, ROWS)
+        _sum_programs(floats, float_sums, 0, image, rows, num_classes, ROWS)
     elif statistic < len(floats) + len(integers):
-        statistic -= len(floats)
-        _sum_programs(integers, integer_sums, statistic, image, rows, num_classes, ROWS)
+        _sum_programs(integers, integer_sums, len(floats), image, rows, num_classes, ROWS)
     elif (tl.program_id(1) == 0) & (image == 0):
         tl.store(divisor_ptr, tl.maximum(_sum_numbers(valid_ptr, images * rows, ROWS), 1))
         if outside_ptr is not None:
