@@ -16,19 +16,18 @@ from anchorops.train.options import Data
 from tests.helpers.image_files import image, mask, write
 
 
-def open_folder(root: Path, split: str = "train", **options: Any) -> MaskFolder:
-    return open_files(Data("folder", str(root), **options), split)
+def open_folder(root: Path, **options: Any) -> MaskFolder:
+    return open_files(Data("folder", str(root), **options), "train")
 
 
 def open_two(root: Path, **options: Any) -> MaskFolder:
-    """The training split of a folder, with two classes."""
+    """With two classes."""
     (root / "classes.txt").write_text("ground\nthing\n")
     return open_folder(root, **options)
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_folder(split: str, folder: Path):
-    data = open_folder(folder, split)
+def test_folder(folder: Path):
+    data = open_folder(folder)
     (pixels, labels), (smaller, _) = data[0], data[1]
     assert pixels.shape == (3, 6, 9) and smaller.shape == (3, 4, 5)
     assert pixels.dtype == torch.uint8 and labels[:, 0].tolist() == [0, 1, -1, 0, 1, -1]
@@ -64,14 +63,10 @@ def test_label_map_of_colours(tmp_path: Path):
         ("masks/train/b.png", mask(7, height=4, width=5), r"label values \[7\] are not those of"),
         ("masks/train/b.png", mask(1), r"the size of its image, \(4, 5\), got \(6, 9\)"),
         ("masks/train/b.png", image(4, 5), "expected one channel of integer labels"),
-        ("images/train/c.png", image()[..., [0, 1, 2, 2]], r"got 4: save .* alpha channel, .*4"),
-        ("images/train/c.png", image()[..., :2], "expected 3 channels, got 2: save the image"),
-        ("images/train/c.tif", image()[..., [0] * 5], r"got 5: .* \(fit --data.channels 5\)"),
-        ("images/train/c.tif", np.full((6, 9), np.inf, "float32"), "expected finite"),
+        ("images/train/c.png", image()[..., [0, 1, 2, 2]], r"got 4: save .* alpha channel.*s 4\)$"),
         ("images/train/d.png", b"", r"^d: expected an image .* and a mask .*, got .*images.*d.png"),
         ("masks/train/d.png", b"", r"^d: expected an image .* and a mask .*, got .*masks.*d.png"),
         ("images/train/b.jpg", b"", r"/b.png is next to .*train/b.jpg: expected one"),
-        ("masks/train/b.tif", b"", r"b.tif is next to .*b.png: expected one"),
         ("classes.txt", None, r"classes.txt: expected names of classes, .*No such file"),
         ("classes.txt", "Straße".encode("latin-1"), r"classes.txt: .*'utf-8' .* byte 0xdf"),
         ("classes.txt", b"a\nb\na\n", r"classes.txt: expected different names, got "),
@@ -81,8 +76,6 @@ def test_wrong_files(name: str, content: Any, message: str, folder: Path):
     """They are found before the first step, when the classes are counted."""
     write(folder / "images/train/c.png", image())
     write(folder / "masks/train/c.png", mask(0))
-    if name == "images/train/c.tif":
-        write(folder / "images/train/c.png", None)
     write(folder / name, content)
     with pytest.raises(ValueError, match=message):
         class_counts(open_folder(folder))
