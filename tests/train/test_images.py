@@ -169,11 +169,11 @@ METADATA = {
     "short pHYs": chunk(b"pHYs", b"123"),
     "short gAMA": chunk(b"gAMA", b"1"),
     "short sRGB": chunk(b"sRGB", b""),
-    "wrong checksum": chunk(b"pHYs", b"123456789")[:-1] + b"?",
     "large profile": chunk(b"iCCP", b"x\0\0" + LARGE),
     "damaged profile": chunk(b"iCCP", b"x\0?"),
     "large text": chunk(b"zTXt", b"x\0\0" + LARGE),
     "damaged EXIF": chunk(b"eXIf", b"neither II nor MM"),
+    "EXIF with a wrong checksum": chunk(b"eXIf", b"MM\0*")[:-1] + b"?",
 }
 
 

@@ -55,10 +55,6 @@ def stopped(status: list[int], signum: int) -> bool:
     return 128 + signum in status and {*status} <= {128 + signum, -TERM}
 
 
-def slow(*case: Any) -> Any:
-    return pytest.param(case, marks=pytest.mark.slow)
-
-
 # ranks, place, call, signal and rank; a step calls once, a validation for each batch of a rank
 @pytest.mark.parametrize(
     "case",
@@ -68,8 +64,9 @@ def slow(*case: Any) -> Any:
         (1, "validation", 1, INT, None),
         (2, "step", 4, INT, 1),
         (2, "validation", 0, TERM, 0),
-        slow(2, "step", 5, KILL, 0),
-        slow(3, "step", 3, TERM, None),  # sums of three depend on their order
+        pytest.param((2, "step", 5, KILL, 0), marks=pytest.mark.slow),
+        # sums of three depend on their order
+        pytest.param((3, "step", 3, TERM, None), marks=pytest.mark.slow),
     ],
 )
 def test_a_run_goes_on_bit_for_bit(
