@@ -166,12 +166,11 @@ def test_damaged_file(name: str, damage: str, tmp_path: Path):
 
 LARGE = zlib.compress(bytes(3_000_000))
 METADATA = {
-    "short pHYs": chunk(b"pHYs", b"123"),
-    "short gAMA": chunk(b"gAMA", b"1"),
-    "short sRGB": chunk(b"sRGB", b""),
+    "short": chunk(b"pHYs", b"123") + chunk(b"gAMA", b"1") + chunk(b"sRGB", b""),
     "large profile": chunk(b"iCCP", b"x\0\0" + LARGE),
     "damaged profile": chunk(b"iCCP", b"x\0?"),
-    "large text": chunk(b"zTXt", b"x\0\0" + LARGE),
+    "large texts": chunk(b"zTXt", b"x\0\0" + LARGE) + chunk(b"iTXt", b"x\0\1\0\0\0" + LARGE),
+    "damaged texts": chunk(b"zTXt", b"x\0?") + chunk(b"tEXt", b"Raw profile type exif\0\n\n\n?"),
     "damaged EXIF": chunk(b"eXIf", b"neither II nor MM"),
     "EXIF with a wrong checksum": chunk(b"eXIf", b"MM\0*")[:-1] + b"?",
 }

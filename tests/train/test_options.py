@@ -49,11 +49,7 @@ def test_values_out_of_range(value: str, refused: Refused):
 # what is not refused ends after some steps
 FIT = f"fit {FOLDER} --data.root $folder --run $new"
 PREDICT = "predict --run $run --out $new"
-PAN = (
-    f"{PREDICT} --model.weights $files/pan --model.network pan:resnet18 --data.crop [128,128] "
-    "--images $files/small.png"
-)
-CANNOT_TAKE = r"/small.png of \(64, 64\): Given input size"
+PAN = "--run $run --model.network pan:resnet18 --data.crop [128,128] --model.weights $files"
 DIGITS = f"fit {TINY} --run $new --model.network"
 SAR = f"{DIGITS} hrnet-w18-small --model.method_options"
 COMMAND_LINES = {
@@ -81,6 +77,7 @@ COMMAND_LINES = {
     f"{DIGITS} alexnet": "--model.network alexnet: .*architecture",
     f"{DIGITS} hrnet-w99": "--model.network hrnet-w99: Unknown model",
     f"{DIGITS} dpt:tu-vit_tiny_patch16_224 --model.auxiliary_weight 1": "expected 0 for DPT, got 1",
+    f"{DIGITS} hrnet-w18-small --model.weights $files/list": "list is damaged",
     f"{DIGITS} hrnet-w18-small --model.weights $files/code": "code is damaged",
     # arguments of methods
     f'{SAR} {{"sar.detla":0.5}}': "SAR.*unexpected keyword argument 'detla'",
@@ -91,6 +88,7 @@ COMMAND_LINES = {
     f"fit {TINY} --run $run": "holds a run: --resume goes on with it",
     f"fit {TINY} --run $run --resume --model.lr 1": "--model.lr: 1.0, .*straight has 0.004: ",
     "validate --run $run --model.network segformer-b1": "weights .*best.ckpt are not those of this",
+    f"validate {PAN}/linear": "linear are not those .*classifier.weight",
     "validate --run $run --model.weights $files/headless": "less: they have no classifier.weight",
     "fit --data.dataset ade20k --data.root $new": r"no image .*new/images/training/\*.jpg",
     "compare $folder": "No such file .*metrics.csv",
@@ -98,7 +96,7 @@ COMMAND_LINES = {
     PREDICT: "--images: expected files of images, got none",
     f"{PREDICT} --images $new.png": "new.png cannot be read: .*No such file",
     f"{PREDICT} --images $folder/images/val/b.png $folder/images/val/b.png": "masks, got .*b.png, ",
-    PAN: CANNOT_TAKE,
+    f"predict {PAN}/pan --out $new --images $files/small.png": r"small.png of \(64, 64\): Given in",
     "predict --run $run --out $folder/masks/val --images $folder/images/val/b.png": (
         "--out: expected another directory, or --resume .*masks/val/b.png"
     ),
@@ -112,7 +110,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(folder / "small.png", image(64, 64))
     pan = build_model(Model("pan:resnet18"), 2).state_dict()
     torch.save({"model": pan, "channels": 3}, folder / "pan")
+    torch.save([1, 2], folder / "list")
     torch.save({"model": {"x": folder}}, folder / "code")  # a path is no weight
+    torch.save({"model": pan | {"classifier.weight": torch.zeros(2, 9)}}, folder / "linear")
     del pan["classifier.weight"]
     torch.save({"model": pan}, folder / "headless")
     np.save(folder / "objects.npy", np.array([[{}]]))

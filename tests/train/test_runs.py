@@ -161,13 +161,10 @@ def test_a_demo_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mon
     assert trained == [(names[0], False), (names[1], False), *again]
 
 
-# in place of a library of training, which the program imports
-LIBRARY = b"import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)"
-
-
 def test_an_interrupt_while_the_program_starts(tmp_path: Path):
-    """It ends without a traceback."""
-    write(tmp_path / "jsonargparse.py", LIBRARY)
+    """Here a library that it imports. It ends without a traceback."""
+    library = b"import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)"
+    write(tmp_path / "jsonargparse.py", library)
     done = program("fit", "--run", "run", cwd=tmp_path)
     assert not done.stderr and done.returncode == -signal.SIGINT
 
@@ -210,6 +207,8 @@ def test_file_that_cannot_be_written(tmp_path: Path):
         part.symlink_to("/dev/full")
         with pytest.raises(OSError, match=r"state.pt could not be written: .*No space .*intact"):
             save_atomically(content, path)
+    with pytest.raises(OSError, match=r"state.pt could not be written: .*No such file"):
+        save_atomically("text", tmp_path / "nowhere/state.pt")
     assert torch.equal(torch.load(path)["a"], torch.ones(2))
 
 
@@ -226,8 +225,9 @@ def test_damaged_files(copied: Path, refused: Refused):
     shutil.copy(copied / "best.ckpt", copied / "last.ckpt")
     refused(f"fit --run {copied} --resume", "last.ckpt is of another kind: it has no optimizer")
     for command, name in (("validate", "best.ckpt"), ("fit --resume", "last.ckpt")):
-        write(copied / name, (copied / name).read_bytes()[:-1000])
-        refused(f"{command} --run {copied}", rf"{copied / name} is damaged \(")
+        for end in (-1000, 40, 0):
+            write(copied / name, (copied / name).read_bytes()[:end])
+            refused(f"{command} --run {copied}", rf"{copied / name} is damaged \(")
     write(copied / "config.yaml", b"step,loss\n1,2,3,4\n")
     refused(f"compare {copied}", r"config.yaml is damaged \(")
 
@@ -263,9 +263,7 @@ def test_a_worker_that_was_killed(
     refused(words, "a process that loads images was ended from outside")
 
 
-def test_other_data(
-    small: None, folder: Path, tmp_path_factory, monkeypatch, capsys, refused: Refused
-):
+def test_other_data(small: None, folder: Path, tmp_path_factory, monkeypatch, refused: Refused):
     """Moved data are the same; the printed command remembers where they are."""
     run = tmp_path_factory.mktemp("runs") / "run"
     fitted(f"{FOLDER} --data.root {folder} --run {run} --max_steps 1 --val_every 1")

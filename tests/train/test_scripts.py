@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from trainings import report as evidence_report
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "bench/evidence.py"
@@ -37,3 +38,4 @@ def test_evidence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     assert "| SAR | 1,000 | +0.1 ± 0.7 (n = 2) | +0.0 ± 0.4 (n = 2) |" in page
     picture = tmp_path / "evidence-camvid-efficientnet-lite0.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert len(evidence_report.curves(rows).axes) == 2 * 3  # two schedules; none of the body
