@@ -107,7 +107,9 @@ def test_predictions_go_on(programs: Programs, straight: Straight, tmp_path: Pat
     assert stopped(status, TERM), said
     assert "go on with the same command and --resume" in said
     assert sorted(path.name for path in out.iterdir()) == ["a.png", "b.png"]
+    write(out / "a.png", b"as it was")
     succeeds(programs, f"{words} --resume", 2)
+    assert (out / "a.png").read_bytes() == b"as it was"
     assert sorted(path.name for path in out.iterdir()) == ["a.png", "b.png", "c.png"]
 
 

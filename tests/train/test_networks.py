@@ -90,6 +90,7 @@ def test_weights_start_a_model_with_other_classes(auxiliary: bool, tmp_path: Pat
     ("name", "make"),
     [
         ("fpn:mit_b0", lambda: smp.create_model("fpn", "mit_b0", encoder_weights=None)),
+        ("fpn:tu-convnext_atto", lambda: timm.create_model("convnext_atto")),
         ("fpn:tu-mobilenetv3_small_050", lambda: timm.create_model("mobilenetv3_small_050").half()),
     ],
 )
