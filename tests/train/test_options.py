@@ -124,8 +124,7 @@ def test_command_lines(
     words: str, straight: Path, files: Path, folder: Path, tmp_path: Path, refused: Refused
 ):
     places = {"run": straight, "files": files, "folder": folder, "new": tmp_path / "new"}
-    message = COMMAND_LINES[words]
-    refused(Template(words).substitute(places), message)
+    refused(Template(words).substitute(places), COMMAND_LINES[words])
 
 
 OPTIONS = {
