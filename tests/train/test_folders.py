@@ -16,19 +16,12 @@ from anchorops.train.options import Data
 from tests.helpers.image_files import image, mask, write
 
 
-def open_folder(root: Path, split: str = "train", **options: Any) -> MaskFolder:
-    return open_files(Data("folder", str(root), **options), split)
+def open_folder(root: Path, **options: Any) -> MaskFolder:
+    return open_files(Data("folder", str(root), **options), "train")
 
 
-def open_two(root: Path, **options: Any) -> MaskFolder:
-    """The training split of a folder, with two classes."""
-    (root / "classes.txt").write_text("ground\nthing\n")
-    return open_folder(root, **options)
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_folder(split: str, folder: Path):
-    data = open_folder(folder, split)
+def test_folder(folder: Path):
+    data = open_folder(folder)
     (pixels, labels), (smaller, _) = data[0], data[1]
     assert pixels.shape == (3, 6, 9) and smaller.shape == (3, 4, 5)
     assert pixels.dtype == torch.uint8 and labels[:, 0].tolist() == [0, 1, -1, 0, 1, -1]
@@ -37,25 +30,24 @@ def test_folder(split: str, folder: Path):
     assert sizes == [(4, 5), (6, 9)] and list(data.classes) == ["ground", "thing"]
 
 
-def test_label_map_and_suffixes(tmp_path: Path):
-    write(tmp_path / "images/train/x_rgb.png", image())
-    write(tmp_path / "images/train/x_depth.png", mask(9))
-    write(tmp_path / "masks/train/x_label.png", mask(7, 128, 0))
+def test_label_map_and_suffixes(folder: Path):
+    write(folder / "images/train/x_rgb.png", image())
+    write(folder / "masks/train/x_label.png", mask(7, 128, 0))
     suffixes = {"image_suffix": "_rgb.png", "mask_suffix": "_label.png"}
-    data = open_two(tmp_path, **suffixes, label_map={7: -1, 128: 1})
+    data = open_folder(folder, **suffixes, label_map={7: -1, 128: 1})
     assert len(data) == 1 and data[0][1][:3, 0].tolist() == [-1, 1, 0]
 
 
-def test_label_map_of_colours(tmp_path: Path):
+def test_label_map_of_colours(folder: Path):
     """The class values 0 and 1 are colours no more. An opaque alpha channel is left out."""
     rows = [[[128, 64, 0, 255]] * 2, [[0, 0, 0, 255]] * 2, [[255, 255, 255, 255]] * 2]
-    write(tmp_path / "images/train/x.png", image(3, 2))
-    write(tmp_path / "masks/train/x.png", np.array(rows, np.uint8))
+    write(folder / "images/train/x.png", image(3, 2))
+    write(folder / "masks/train/x.png", np.array(rows, np.uint8))
     labels = {"128,64,0": 1, "0, 0, 0": 0, "255,255,255": -1}
-    assert open_two(tmp_path, label_map=labels)[0][1].tolist() == [[1, 1], [0, 0], [-1, -1]]
+    assert open_folder(folder, label_map=labels)[2][1].tolist() == [[1, 1], [0, 0], [-1, -1]]
     del labels["128,64,0"]
     with pytest.raises(ValueError, match=r"x.png: label values \['128,64,0'\] are not"):
-        open_two(tmp_path, label_map=labels)[0]
+        open_folder(folder, label_map=labels)[2]
 
 
 @pytest.mark.parametrize(
@@ -64,14 +56,10 @@ def test_label_map_of_colours(tmp_path: Path):
         ("masks/train/b.png", mask(7, height=4, width=5), r"label values \[7\] are not those of"),
         ("masks/train/b.png", mask(1), r"the size of its image, \(4, 5\), got \(6, 9\)"),
         ("masks/train/b.png", image(4, 5), "expected one channel of integer labels"),
-        ("images/train/c.png", image()[..., [0, 1, 2, 2]], r"got 4: save .* alpha channel, .*4"),
-        ("images/train/c.png", image()[..., :2], "expected 3 channels, got 2: save the image"),
-        ("images/train/c.tif", image()[..., [0] * 5], r"got 5: .* \(fit --data.channels 5\)"),
-        ("images/train/c.tif", np.full((6, 9), np.inf, "float32"), "expected finite"),
+        ("images/train/c.png", image()[..., [0, 1, 2, 2]], r"got 4: save .* alpha channel.*s 4\)$"),
         ("images/train/d.png", b"", r"^d: expected an image .* and a mask .*, got .*images.*d.png"),
         ("masks/train/d.png", b"", r"^d: expected an image .* and a mask .*, got .*masks.*d.png"),
         ("images/train/b.jpg", b"", r"/b.png is next to .*train/b.jpg: expected one"),
-        ("masks/train/b.tif", b"", r"b.tif is next to .*b.png: expected one"),
         ("classes.txt", None, r"classes.txt: expected names of classes, .*No such file"),
         ("classes.txt", "Straße".encode("latin-1"), r"classes.txt: .*'utf-8' .* byte 0xdf"),
         ("classes.txt", b"a\nb\na\n", r"classes.txt: expected different names, got "),
@@ -81,8 +69,6 @@ def test_wrong_files(name: str, content: Any, message: str, folder: Path):
     """They are found before the first step, when the classes are counted."""
     write(folder / "images/train/c.png", image())
     write(folder / "masks/train/c.png", mask(0))
-    if name == "images/train/c.tif":
-        write(folder / "images/train/c.png", None)
     write(folder / name, content)
     with pytest.raises(ValueError, match=message):
         class_counts(open_folder(folder))
@@ -121,22 +107,21 @@ def test_names(names: list[str], folder: Path):
 
 @pytest.mark.parametrize("ending", [".png", ".jpg", ".tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientations(orientation: int, ending: str, tmp_path: Path):
+def test_orientations(orientation: int, ending: str, folder: Path):
     """Of each file, by its own EXIF. A mask without one was drawn on what is shown."""
     exif = Image.Exif()
     exif[0x112] = orientation
     stored = {
-        tmp_path / f"images/train/x{ending}": image(),
-        tmp_path / "masks/train/x.png": image()[..., 0] // 7 % 2,
+        folder / f"images/train/x{ending}": image(),
+        folder / "masks/train/x.png": image()[..., 0] // 7 % 2,
     }
     for path, content in stored.items():
-        path.parent.mkdir(parents=True)
         Image.fromarray(content).save(path, exif=exif)
     shown, drawn = (np.asarray(ImageOps.exif_transpose(Image.open(path))) for path in stored)
-    data = open_two(tmp_path)
+    data = open_folder(folder)
     for content in (path.read_bytes(), drawn):
         write(path, content)
-        pixels, labels = data[0]
+        pixels, labels = data[2]
         assert pixels.permute(1, 2, 0).tolist() == shown.tolist()
         assert labels.tolist() == drawn.tolist()
 
