@@ -24,7 +24,7 @@ from .networks.models import Segmenter, trained_model
 from .options import Options, expect
 from .report import comparison
 from .run import BEST, CONFIG, DATA, GO_ON, Stop, Stopped, read_yaml, save_atomically
-from .train import Measure, place, train
+from .train import place, train
 
 PRESETS = Path(__file__).with_name("presets")
 SHARED = "shared"  # of the presets: settings that are written once
@@ -117,10 +117,10 @@ def presets() -> str:
     return "\n".join(lines)
 
 
-def fit(words: Sequence[str], measure: Measure | None = None) -> Path:
+def fit(words: Sequence[str]) -> Path:
     """Train; returns the directory of the run."""
     options, run, others = parse("fit", words)
-    train(options, run, others["resume"], measure=measure)
+    train(options, run, others["resume"])
     return run
 
 

@@ -5,7 +5,7 @@ import math
 import os
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,13 +29,9 @@ from .report import draw_predictions
 from .run import BEST, GO_ON, LAST, Log, Stop, check_run, only_process, save_atomically
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-# more values for the log, of the step, the learner, and a batch's images and labels
-Measure = Callable[[int, Learner, Tensor, Tensor], Mapping[str, float]]
 
 
-def train(
-    options: Options, run: Path, resume: bool, advice: str = GO_ON, measure: Measure | None = None
-) -> None:
+def train(options: Options, run: Path, resume: bool, advice: str = GO_ON) -> None:
     """Train in the directory of a run, or go on in it: from its last state, if it has one. advice:
     how to go on, for messages. Raises ValueError for what cannot be trained, and Stopped."""
     expect(options.data.split == "val", "data.split", "val for fit", options.data.split)
@@ -52,7 +48,7 @@ def train(
         found = {**data.found, "ranks": ranks.world()}
         ranks.on_first(lambda: check_run(run, config, found, resume))
         with Stop(advice) as stop:
-            last = fit(options, run, data, device, stop, measure)
+            last = fit(options, run, data, device, stop)
     steps = options.data.steps
     if last == steps:
         ranks.say(f"{run} has ended, after step {steps}")
@@ -61,14 +57,7 @@ def train(
         ranks.say(f"{limit}; {advice} --max_steps null")
 
 
-def fit(
-    options: Options,
-    run: Path,
-    data: Splits,
-    device: torch.device,
-    stop: Stop,
-    measure: Measure | None = None,
-) -> int:
+def fit(options: Options, run: Path, data: Splits, device: torch.device, stop: Stop) -> int:
     """Train from the last state, or from the beginning, to the end or to a limit; returns the last
     step."""
     steps, dtype = options.data.steps, PRECISIONS[options.precision]
@@ -100,8 +89,6 @@ def fit(
         lr = set_learning_rates(optimizer, options.model, step, steps)
         for part in range(options.accumulate):
             images, labels = (x.to(device, non_blocking=True) for x in next(batches))
-            if measure and part == 0:
-                record.metrics.write(step, measure(step, learner, images, labels))
             adds = part + 1 < options.accumulate
             with parallel.no_sync() if adds and isinstance(parallel, DDP) else nullcontext():
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):

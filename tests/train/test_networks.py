@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from trainings.gradient_ratios import measure
+from trainings.gradient_ratios import MeasuringLearner
 
 import anchorops as ao
 from anchorops.train.networks import learner as losses
@@ -232,11 +232,10 @@ def test_a_run_goes_on_without_the_file(rows: Path, tmp_path: Path, capsys: Any)
 
 
 def test_ratios_are_those_of_the_gradients():
-    methods = ("cbp", "occl", "mvsc")
-    learner: Any = Learner(Model(methods=methods), K)
+    learner: Any = MeasuringLearner(Model(methods=["cbp", "occl", "mvsc"]), K)
     images, labels = torch.randn(2, 3, 32, 32), torch.randint(K, (2, 32, 32))
     before, random = copy.deepcopy(learner.state_dict()), torch.get_rng_state()
-    ratios = [*measure(methods, 0, learner, images, labels).values()]
+    ratios = [*learner.ratios(images, labels).values()]
     assert torch.equal(torch.get_rng_state(), random)
     torch.testing.assert_close(learner.state_dict(), before, rtol=0, atol=0)
     assert all(parameter.grad is None for parameter in learner.parameters())
