@@ -18,7 +18,6 @@ from jsonargparse.typing import (
 
 from . import MULTIPLE
 
-PUBLISHED = "published"  # the methods' own defaults
 Published = Literal[
     "cityscapes", "ade20k", "pascal-context", "coco-stuff-10k", "coco-stuff-164k", "camvid"
 ]
@@ -38,9 +37,8 @@ class Model:
         classifier_std: Draw the classifiers' weights from N(0, std²), not as torch does.
         channels_last: Keep weights and features in the channels-last memory layout.
         methods: Regularisers in addition to the loss, any number of them.
-        setting: Arguments of the methods: their defaults, or those for random initial weights.
-        paper_options: Arguments of any methods that a preset's paper has, as METHOD.ARGUMENT.
-        method_options: Arguments of the chosen methods, before all others; "@FILE.npy": vectors.
+        paper_options: Arguments of any methods that a preset has, as METHOD.ARGUMENT.
+        method_options: Arguments of the chosen methods, before a preset's; "@FILE.npy": vectors.
         loss: The loss of the logits at full resolution.
         focal_gamma: Exponent of the focal factor, with the loss focal.
         ohem_threshold: Use only pixels whose true class has at most this probability.
@@ -67,7 +65,6 @@ class Model:
     classifier_std: NonNegativeFloat | None = None
     channels_last: bool = False
     methods: Sequence[Literal["cr", "sar", "cbp", "occl", "ceco", "mvsc"]] = ()
-    setting: Literal["published", "from-scratch"] = PUBLISHED
     paper_options: dict[str, bool | int | float | str | None] | None = None
     method_options: dict[str, bool | int | float | str | None] | None = None
     loss: Literal["ce", "focal", "dice", "ce+dice"] = "ce"

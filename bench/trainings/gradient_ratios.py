@@ -1,5 +1,5 @@
-"""The methods' gradients on the features, relative to that of the loss of the logits, among the terms
-of the training program: bench/evidence.py trains with them.
+"""The methods' gradients on the features, relative to that of the loss of the logits, in the log of
+the training program: bench/evidence.py trains with it.
 """
 
 import copy

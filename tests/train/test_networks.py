@@ -193,12 +193,9 @@ def built(method: str, given: Any = None, **options: Any) -> Any:
 
 
 def test_settings():
-    """The named arguments of the chosen methods; options override them, and they override those of
-    the preset's paper."""
+    """The arguments of the chosen methods in a preset; options override them."""
     paper: Any = {"paper_options": {"occl.category_weight": 0.1, "ceco.loss_weight": 0.5}}
     assert built("ceco", **paper).loss_weight == 0.5
-    paper["setting"] = "from-scratch"
-    assert built("ceco", **paper).loss_weight == 0.2
     assert built("ceco", {"ceco.loss_weight": 0.3}, **paper).loss_weight == 0.3
 
 

@@ -4,7 +4,6 @@ Vectors for the methods come from files: `--model.method_options '{sar.anchors: 
 are in the state of a run too, so one that goes on does not need the file.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,21 +14,10 @@ import anchorops as ao
 
 from ...losses import METHODS, MomentsLoss, Regularizer
 from .. import IGNORED
-from ..options import PUBLISHED, Model, expect
+from ..options import Model, expect
 from .models import Segmenter, build_model
 
 CLASSES = {"cr": "SAR"} | {name.lower(): name for name in METHODS}
-
-# The published weights of OCCL and CeCo are for a backbone from ImageNet. With random weights their
-# gradient on the features is several times that of the cross-entropy (docs/methods.md).
-SETTINGS: Mapping[str, Mapping[str, Any]] = {
-    PUBLISHED: {},
-    "from-scratch": {
-        "occl.centroid_weight": 0.1,
-        "occl.category_weight": 0.03,
-        "ceco.loss_weight": 0.2,
-    },
-}
 
 
 def class_weights(kind: str, frequencies: Tensor | None) -> Tensor | None:
@@ -63,7 +51,7 @@ def build_regularizer(
     options: Model, num_classes: int, dim: int, prior: Tensor | None = None
 ) -> Regularizer | None:
     """The methods as one regulariser, or None if there are none. Their arguments are those of the
-    preset's paper, which the setting overrides, and the options, which override both.
+    preset and the options, which override them.
 
     prior: [K], the share of the training images that contain each class, for CeCo.
     Raises ValueError for an option that no chosen method has, and for a file that does not fit.
@@ -72,7 +60,7 @@ def build_regularizer(
     for name in given:
         among = f"METHOD.ARGUMENT with a METHOD among --model.methods {options.methods}"
         expect(name.partition(".")[0] in options.methods, "model.method_options", among, name)
-    chosen = {"cr.embed": False, "ceco.prior": prior, **paper, **SETTINGS[options.setting], **given}
+    chosen = {"cr.embed": False, "ceco.prior": prior, **paper, **given}
     regularizers = []
     for method in options.methods:
         arguments: dict[str, Any] = {"ignore_index": IGNORED}
