@@ -43,7 +43,6 @@ class Model:
         focal_gamma: Exponent of the focal factor, with the loss focal.
         ohem_threshold: Use only pixels whose true class has at most this probability.
         ohem_min_kept: Use at least this number of a batch's pixels, the hardest.
-        class_weights: Weights of the loss from class frequencies f: 1/√f or 1/f, mean 1.
         optimizer: sgd has momentum 0.9.
         lr: Learning rate after warm-up.
         weight_decay: Weight decay; not applied to biases and normalisation layers.
@@ -71,7 +70,6 @@ class Model:
     focal_gamma: NonNegativeFloat = 2.0
     ohem_threshold: ClosedUnitInterval | None = None
     ohem_min_kept: PositiveInt | None = None
-    class_weights: Literal["none", "inverse-sqrt", "inverse"] = "none"
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: PositiveFloat = 0.01
     weight_decay: NonNegativeFloat = 5e-4

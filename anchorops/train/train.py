@@ -122,7 +122,7 @@ def build(options: Options, data: Splits, device: torch.device, *, from_state: b
     elif not (model.pretrained or model.weights or model.backbone_weights):
         ranks.say("the network starts from random weights, without --model.pretrained")
     torch.manual_seed(options.seed)
-    learner = Learner(model, classes, options.data.channels, data.frequencies, data.prior)
+    learner = Learner(model, classes, options.data.channels, data.prior)
     synchronised = ranks.world() if device.type == "cuda" else 1  # batch norm
     batch = options.data.batch_size // (options.accumulate * ranks.world())
     check_sizes(learner.model, options, data.sizes, batch * synchronised)

@@ -118,15 +118,6 @@ def test_weights_of_a_backbone(
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("kind", "power"), [("inverse-sqrt", 0.5), ("inverse", 1)])
-def test_class_weights(kind: str, power: float):
-    """On the shares of pixels, of which one is 0."""
-    learner = Learner(Model(class_weights=kind), 4, 3, torch.tensor([0.64, 0.32, 0.04, 0]))
-    expected = torch.tensor([0.64, 0.32, 0.04]) ** -power
-    expected = torch.cat((expected / expected.mean(), torch.ones(1)))
-    torch.testing.assert_close(learner.pixel_loss.weight, expected)
-
-
 @pytest.mark.parametrize(
     ("options", "terms"),
     [
@@ -141,7 +132,7 @@ def test_class_weights(kind: str, power: float):
 def test_losses(options: dict[str, Any], terms: list[Any]):
     logits, labels = torch.randn(2, 4, 5, 5), torch.randint(4, (2, 10, 10))
     labels[0, 0] = -1
-    loss = build_loss(Model(**options), None)
+    loss = build_loss(Model(**options))
     expected = [term(ignore_index=-1)(logits, labels) for term in terms]
     torch.testing.assert_close(loss(logits, labels), sum(expected))
     right = (ao.pixel_argmax(logits, (10, 10)) == labels).sum() / (labels >= 0).sum()

@@ -20,21 +20,9 @@ from .models import Segmenter, build_model
 CLASSES = {"cr": "SAR"} | {name.lower(): name for name in METHODS}
 
 
-def class_weights(kind: str, frequencies: Tensor | None) -> Tensor | None:
-    """Weights [K] with mean 1, from the classes' shares f [K] of the pixels: "inverse-sqrt", 1/√f;
-    "inverse", 1/f; None for "none". A class without pixels has weight 1."""
-    if kind == "none" or frequencies is None:
-        return None
-    seen = frequencies > 0
-    weights = torch.ones_like(frequencies)
-    weights[seen] = frequencies[seen].pow(-0.5 if kind == "inverse-sqrt" else -1.0)
-    weights[seen] /= weights[seen].mean()
-    return weights
-
-
-def build_loss(options: Model, weights: Tensor | None) -> MomentsLoss:
-    """The loss of the logits; its `terms` contain the accuracy. weights: [K], of the classes."""
-    common: dict[str, Any] = {"weight": weights, "ignore_index": IGNORED, "accuracy": True}
+def build_loss(options: Model) -> MomentsLoss:
+    """The loss of the logits; its `terms` contain the accuracy."""
+    common: dict[str, Any] = {"ignore_index": IGNORED, "accuracy": True}
     dice = ao.Dice(**common)
     if options.loss == "dice":
         return dice
@@ -87,16 +75,11 @@ class Learner(nn.Module):
     network has an auxiliary head, the same loss of its logits is added, times auxiliary_weight."""
 
     def __init__(
-        self,
-        options: Model,
-        num_classes: int,
-        channels: int = 3,
-        frequencies: Tensor | None = None,
-        prior: Tensor | None = None,
+        self, options: Model, num_classes: int, channels: int = 3, prior: Tensor | None = None
     ) -> None:
         super().__init__()
         self.model = build_model(options, num_classes, channels)
-        self.pixel_loss = build_loss(options, class_weights(options.class_weights, frequencies))
+        self.pixel_loss = build_loss(options)
         self.auxiliary_weight = options.auxiliary_weight
         dim = self.model.classifier.in_channels
         regularizer = build_regularizer(options, num_classes, dim, prior)
