@@ -6,7 +6,7 @@ import os
 import resource
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+import anchorops as ao
+
 from . import ranks
 from .data.loading import mixed_seed
 from .data.splits import Splits, open_splits, training_batches
 from .evaluation import check_sizes, evaluate
 from .networks.learner import Learner, build_optimizer, set_learning_rates
-from .networks.models import Segmenter, read_checkpoint, upsample_late
+from .networks.models import Segmenter, read_checkpoint
 from .options import Options, expect
 from .report import draw_predictions
 from .run import BEST, GO_ON, LAST, Log, Stop, check_run, only_process, save_atomically
@@ -136,7 +138,9 @@ def place(module: nn.Module, model: Segmenter, options: Options, device: torch.d
     """On the device, in the memory layout; upsampling as late as the network allows."""
     layout = torch.channels_last if options.model.channels_last else torch.preserve_format
     module.to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
-    upsample_late(model, torch.zeros(1, options.data.channels, *options.data.crop, device=device))
+    with suppress(ValueError):  # there is nothing to move
+        images = torch.zeros(1, options.data.channels, *options.data.crop, device=device)
+        ao.late_upsampling(model, images)
 
 
 class Record:

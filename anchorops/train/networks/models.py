@@ -1,6 +1,5 @@
 """Segmentation networks: a body that returns features (B, D, h, w), and a 1×1 convolution."""
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
-
-import anchorops as ao
 
 from .. import ranks
 from ..options import Model
@@ -154,12 +151,6 @@ def _body(options: Model, channels: int) -> tuple[nn.Module, int, Sequence[int]]
     *layers, classifier = head.head if architecture == "dpt" else [head[0]]
     body.segmentation_head = nn.Sequential(*layers)
     return body, int(classifier.in_channels), body.encoder.out_channels
-
-
-def upsample_late(model: Segmenter, images: Tensor) -> None:
-    """`late_upsampling`, where there is something to move."""
-    with contextlib.suppress(ValueError):
-        ao.late_upsampling(model, images)
 
 
 def read_checkpoint(path: Path, needed: str) -> dict[str, Any]:
