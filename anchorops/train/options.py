@@ -181,33 +181,21 @@ class Options:
         scales = self.model.eval_scales
         finite = len(scales) > 0 and max(scales) < math.inf
         expect(finite, "model.eval_scales", "finite numbers, at least one", scales)
+        possible = data.dataset != "digits" or data.channels == 3
+        expect(possible, "data.channels", "3 for digits", data.channels)
         ordered = data.scale[0] <= data.scale[1] < math.inf
         expect(ordered, "data.scale", "least ≤ greatest, finite", data.scale)
         methods = self.model.methods
         expect(len({*methods}) == len(methods), "model.methods", "each at most once", methods)
-        files = data.dataset != "digits" or data.root is None
-        expect(files, "data.root", "none for digits", data.root)
         expect(self.seed < 2**63, "seed", "below 2^63", self.seed)
-        expect(data.cat_max_ratio > 0, "data.cat_max_ratio", "above 0", 0)
-        head, tail = data.head_tail
-        expect(tail <= head, "data.head_tail", "that of head first", data.head_tail)
         loss, gamma = self.model.loss, self.model.focal_gamma
         mined = (self.model.ohem_threshold, self.model.ohem_min_kept) != (None, None)
         expect(loss != "dice" or not mined, "model.loss", "another than dice with ohem", loss)
         expect(loss == "focal" or gamma == 2, "model.focal_gamma", "--model.loss focal", loss)
         no_map = self.model.network.startswith("dpt:") and self.model.auxiliary_weight > 0
         expect(not no_map, "model.auxiliary_weight", "0 for DPT", self.model.auxiliary_weight)
-        for dataset, names in OWN.items():
-            for name in names.split():
-                own = data.dataset == dataset or getattr(data, name) == getattr(Data, name)
-                expect(own, f"data.{name}", f"--data.dataset {dataset}", data.dataset)
 
 
-# options that other data sets do not have
-OWN = {
-    "digits": "train_images val_images zipf data_seed",
-    "folder": "image_suffix mask_suffix label_map channels",
-}
 # options on which no number of a run depends; they may differ where it goes on
 FREE = ["data.root", "data.workers", "data.eval_batch_size"]
 FREE += ["save_every", "max_steps", "max_hours"]
