@@ -29,26 +29,20 @@ from .train import place, train
 PRESETS = Path(__file__).with_name("presets")
 SHARED = "shared"  # of the presets: settings that are written once
 DEMO = ("digits", "digits-segformer-b0")  # a laptop needs minutes for this
-RENAMED = {  # options of earlier versions
+RENAMED = {  # options of earlier versions, as patterns
+    r"(?:trainer|data)\.(precision|deterministic|max_steps|images)": r"--\1",
+    r"trainer\.(?:devices|num_nodes|strategy)": "torchrun -m anchorops.train -- fit …",
+    r"trainer\.accelerator": "--device",
+    r"trainer\.accumulate_grad_batches": "--accumulate",
+    r"trainer\.gradient_clip_val": "--clip",
+    r"trainer\.max_time": "--max_hours",
+    r"trainer\.val_check_interval": "--val_every",
+    r"trainer\.log_every_n_steps": "--log_every",
+    r"trainer\.callbacks": "--ema, for averaged weights",
     "ckpt_path": "--resume (of fit), --model.weights (of validate and predict)",
     "seed_everything": "--seed",
-    "saving.every": "--save_every",
-    "data.images": "--images",
-    "data.allow_changes": "--model.weights, for a new run on other data",
-    "trainer.accelerator": "--device",
-    "trainer.devices": "torchrun --nproc-per-node N -m anchorops.train -- fit …",
-    "trainer.num_nodes": "torchrun --nnodes N -m anchorops.train -- fit …",
-    "trainer.strategy": "torchrun -m anchorops.train -- fit …",
-    "trainer.precision": "--precision",
-    "trainer.accumulate_grad_batches": "--accumulate",
-    "trainer.gradient_clip_val": "--clip",
-    "trainer.deterministic": "--deterministic",
-    "trainer.max_steps": "--max_steps",
-    "trainer.max_time": "--max_hours",
-    "trainer.val_check_interval": "--val_every",
-    "trainer.log_every_n_steps": "--log_every",
-    "trainer.callbacks": "--ema, for averaged weights",
-    "model.compile": "no option (the weights of the run: --config PRESET --model.weights FILE)",
+    r"saving\.every": "--save_every",
+    r"data\.allow_changes": "--model.weights, for a new run on other data",
 }
 
 
@@ -285,8 +279,8 @@ def _explained(error: Exception) -> str | None:
         text = re.sub(r"Group '(\w+)' does not accept option '(\w+)'", r"--\1.\2 is unknown", text)
         text = text.partition(" - Expected a <class 'NoneType'>")[0]
         for old, new in RENAMED.items():
-            if re.search(rf"(--|'){re.escape(old)}(?![\w.])", text):
-                text = f"{text}: --{old} is now {new}"
+            if found := re.search(rf"(?<=--|.'){old}(?![\w.])", text):
+                text = f"{text}: --{found[0]} is now {found.expand(new)}"
         return text
     if isinstance(error, Stopped | ValueError | OSError | ModuleNotFoundError):
         # for an error in a worker of the data loader, the message contains the whole traceback

@@ -1,6 +1,5 @@
 """Where options come from; and options and files that cannot be, which end with one line."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from string import Template
@@ -12,7 +11,7 @@ import timm
 import torch
 import yaml
 
-from anchorops.train.commands import PRESETS, RENAMED, main, parse, presets
+from anchorops.train.commands import PRESETS, main, parse, presets
 from anchorops.train.networks.models import build_model
 from anchorops.train.options import FREE, Model, Options
 from tests.helpers.image_files import image, write
@@ -61,7 +60,10 @@ SAR = f"{DIGITS} hrnet-w18-small --model.method_options"
 COMMAND_LINES = {
     "trian": "expected one of the commands fit, validate, predict, demo, compare, presets, got",
     "demo --threads 0": "--threads: expected at least 1, got 0",
-    **{f"fit --{name} 1": f"--{name} is now {re.escape(new)}" for name, new in RENAMED.items()},
+    "fit --ckpt_path 1": r"--ckpt_path is now --resume \(of fit\), --model.weights",
+    "fit --trainer.devices 2": "--trainer.devices is now torchrun -m",
+    "fit --trainer.gradient_clip_val 1": "--trainer.gradient_clip_val is now --clip$",
+    "fit --trainer.precision 1": "--trainer.precision is now --precision$",
     "fit --model.lrr 1": "nrecognized arguments: --model.lrr",
     "validate data/images": "nrecognized arguments: data/images$",
     f"fit {TINY} --model.methods [sar,sar]": "--model.methods: expected each at most once",
