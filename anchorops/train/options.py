@@ -38,7 +38,7 @@ class Model:
         channels_last: Keep weights and features in the channels-last memory layout.
         methods: Regularisers in addition to the loss, any number of them.
         paper_options: Arguments of any methods that a preset has, as METHOD.ARGUMENT.
-        method_options: Arguments of the chosen methods, before a preset's; "@FILE.npy": vectors.
+        method_options: Arguments of the chosen methods, before those of a preset.
         loss: The loss of the logits at full resolution.
         focal_gamma: Exponent of the focal factor, with the loss focal.
         ohem_threshold: Use only pixels whose true class has at most this probability.

@@ -116,11 +116,8 @@ def fit(options: Options, run: Path, data: Splits, device: torch.device, stop: S
 def build(options: Options, data: Splits, device: torch.device, *, from_state: bool) -> Learner:
     """The network with its methods and losses, on its device."""
     model, classes = options.model, len(data.training.classes)
-    if from_state:  # which has what the files of weights and vectors had
-        given = model.method_options or {}
-        given = {name: x for name, x in given.items() if not str(x).startswith("@")}
+    if from_state:  # which has what the files of weights had
         model = replace(model, pretrained=False, weights=None, backbone_weights=None)
-        model = replace(model, method_options=given)
     elif not (model.pretrained or model.weights or model.backbone_weights):
         ranks.say("the network starts from random weights, without --model.pretrained")
     torch.manual_seed(options.seed)

@@ -95,9 +95,6 @@ COMMAND_LINES = {
     f'{SAR} {{"sar.detla":0.5}}': "SAR.*unexpected keyword argument 'detla'",
     f'{SAR} {{"sar.momentum":"foo"}}': "SAR: momentum: expected .* got 'foo'",
     f'{SAR} {{"occl.temperature":1}}': r"METHOD among --model.methods \['sar'\], got occl",
-    f'{SAR} {{"sar.anchors":"@$files/objects.npy"}}': "_options sar: .*allow_pickle=False",
-    f'{SAR} {{"sar.anchors":"@$files/nowhere.npy"}}': "_options sar: .*No such file .*nowhere.npy",
-    f'{SAR} {{"sar.anchors":"@$files/wide.npy"}}': r"anchors: expected .*, 240\], got .*, 241\)",
     # runs
     f"fit {TINY} --run $run": "holds a run: --resume goes on with it",
     f"fit {TINY} --run $run --resume --model.lr 1": "--model.lr: 1.0, .*straight has 0.004: ",
@@ -138,7 +135,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({"model": hrnet | {"classifier.weight": weight}}, folder / "linear")
     torch.save({"x": torch.zeros(1)}, folder / "numbers")
     torch.save(timm.create_model(mobilenet, in_chans=4).state_dict(), folder / "channels")
-    np.save(folder / "wide.npy", np.zeros((11, 241)))
     np.save(folder / "objects.npy", np.array([[{}]]))
     return folder
 

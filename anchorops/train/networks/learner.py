@@ -1,12 +1,7 @@
-"""The network with its losses, as one module, which DDP wraps and torch.compile compiles.
-
-Vectors for the methods come from files: `--model.method_options '{sar.anchors: "@clip.npy"}'`. They
-are in the state of a run too, so one that goes on does not need the file.
-"""
+"""The network with its losses, as one module, which DDP wraps and torch.compile compiles."""
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +37,7 @@ def build_regularizer(
     preset and the options, which override them.
 
     prior: [K], the share of the training images that contain each class, for CeCo.
-    Raises ValueError for an option that no chosen method has, and for a file that does not fit.
+    Raises ValueError for an option that no chosen method has.
     """
     paper, given = options.paper_options or {}, options.method_options or {}
     for name in given:
@@ -52,22 +47,15 @@ def build_regularizer(
     regularizers = []
     for method in options.methods:
         arguments: dict[str, Any] = {"ignore_index": IGNORED}
+        for name, value in chosen.items():
+            owner, _, argument = name.partition(".")
+            if owner == method:
+                arguments[argument] = value
         try:
-            for name, value in chosen.items():
-                owner, _, argument = name.partition(".")
-                if owner == method:
-                    arguments[argument] = _vectors(value)
             regularizers.append(getattr(ao, CLASSES[method])(num_classes, dim, **arguments))
-        except (OSError, ValueError, EOFError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"--model.method_options {method}: {error}") from error
     return ao.Combined(*regularizers) if len(regularizers) > 1 else next(iter(regularizers), None)
-
-
-def _vectors(value: Any) -> Any:
-    """Those in the file that "@FILE.npy" names; any other value as it is."""
-    if not (isinstance(value, str) and value.startswith("@")):
-        return value
-    return torch.from_numpy(np.load(value[1:], allow_pickle=False)).float()
 
 
 class Learner(nn.Module):
