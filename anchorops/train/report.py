@@ -14,7 +14,7 @@ from .evaluation import predict
 from .options import Options, flat
 from .run import CONFIG, METRICS, read_metrics, read_yaml
 
-PICTURES, SIDE = 8, 192  # validation images in predictions.png, and their pixels
+PICTURES, SIZE = 8, (192, 192)  # validation images in predictions.png, and their pixels
 COLUMNS = ["val/miou", "val/head", "val/body", "val/tail", "val/macc"]  # of a comparison
 COLUMNS += ["seconds_per_step", "memory_mb"]
 
@@ -39,22 +39,18 @@ def comparison(runs: Sequence[Path]) -> str:
 def draw_predictions(model: nn.Module, dataset: Segmentation, options: Options) -> Image.Image:
     """The first validation images; under each its labels, and under these its prediction. Class 0
     is black, ignored pixels are white, and the other classes have colours at random."""
-    count = min(PICTURES, len(dataset))
     size = (len(dataset.classes) + 1, 3)
     colors = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
     colors[0] = 0
     colors[-1] = 255  # that of label −1
-    picture = Image.new("RGB", (SIDE * count, SIDE * 3))
-    for column in range(count):
-        image, labels = dataset[column]
+    columns = []
+    for index in range(min(PICTURES, len(dataset))):
+        image, labels = dataset[index]
         images = network_input(image, options.data)[None].to(next(model.parameters()).device)
         (classes,) = predict(model, images, labels.shape, options)
         three = image[[0, 1, 2] if len(image) >= 3 else [0, 0, 0]]
         pixels = to_dtype(three, torch.uint8, scale=True).permute(1, 2, 0).numpy()
         parts = pixels, colors[labels.numpy()], colors[classes.cpu().numpy()]
-        for row, part in enumerate(parts):
-            tile = ImageOps.pad(
-                Image.fromarray(part), (SIDE, SIDE), Image.Resampling.NEAREST, "gray"
-            )
-            picture.paste(tile, (SIDE * column, SIDE * row))
-    return picture
+        tiles = [ImageOps.pad(Image.fromarray(x), SIZE, Image.Resampling.NEAREST) for x in parts]
+        columns.append(np.vstack([np.asarray(tile) for tile in tiles]))
+    return Image.fromarray(np.hstack(columns))
