@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -22,17 +23,18 @@ from tests.helpers.image_files import write
 
 def test_scenes_of_digits():
     """A function of seed, split and index. Their frequencies have a long tail."""
-    scenes, again = (DigitScenes("train", 2000, (64, 96), seed=3) for _ in range(2))
+    options = Data(crop=(64, 96), train_images=2000)
+    scenes, again = (DigitScenes(options, "train", seed=3) for _ in range(2))
     image, labels = scenes[7]
     scenes[8]
     assert image.shape == (3, 64, 96) and labels.shape == (64, 96)
     assert torch.equal(image, again[7][0]) and torch.equal(labels, again[7][1])
-    options = Data(zipf=3.0, data_seed=5, crop=(64, 96), train_images=50)
-    train, val = (open_split(options, name, seed=3) for name in ("train", "val"))
-    same = DigitScenes("train", 9, (64, 96), seed=5, exponent=3.0)
+    steep = replace(options, zipf=3.0, data_seed=5)
+    train, val = (open_split(steep, name, seed=3) for name in ("train", "val"))
+    same = DigitScenes(steep, "train", seed=5)
     assert all(torch.equal(train[i][0], same[i][0]) for i in range(9))
-    assert torch.equal(val[7][0], DigitScenes("val", 9, (64, 96), seed=0)[7][0])
-    for other in (train, val, DigitScenes("train", 9, (64, 96), seed=4)):
+    assert torch.equal(val[7][0], DigitScenes(options, "val", seed=1)[7][0])
+    for other in (train, val, DigitScenes(options, "train", seed=5)):
         assert not torch.equal(image, other[7][0])
     pixels, images, _ = class_counts(scenes)
     assert images[0] == 2000 and images[1] > 2 * images[10]
@@ -57,7 +59,8 @@ def test_draws_do_not_depend_on_ranks_or_interruptions():
 
 def test_augmentation_is_a_function_of_the_draw():
     options = Data("folder", crop=(32, 32), scale=(0.5, 2.0), flip=True, photometric=True)
-    data = Prepared(DigitScenes("train", 4, (40, 48), seed=0), options, seed=5)
+    scenes = DigitScenes(Data(crop=(40, 48)), "train", seed=0)
+    data = Prepared(scenes, options, seed=5)
     before = torch.get_rng_state()
     image, labels = data[1, 10]
     assert torch.equal(torch.get_rng_state(), before) and image.shape == (3, 32, 32)

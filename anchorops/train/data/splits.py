@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import ranks
 from ..options import Data, Options, expect
-from .digits import DigitScenes
+from .digits import SPLITS, DigitScenes
 from .folders import MaskFolder, open_files
 from .loading import Prepared, Segmentation, draws, loaded
 
@@ -40,13 +40,8 @@ def open_split(options: Data, name: str, seed: int) -> Segmentation:
     """Raises ValueError if the data set has no such split."""
     if options.dataset != "digits":
         return open_files(options, name)
-    expect(name in ("train", "val"), "data.split", "one of digits, train or val", name)
-    if name == "val":
-        return DigitScenes("val", options.val_images, options.crop, seed=0)
-    seed = seed if options.data_seed is None else options.data_seed
-    return DigitScenes(
-        "train", options.train_images, options.crop, seed=seed, exponent=options.zipf
-    )
+    expect(name in SPLITS, "data.split", "one of digits, train or val", name)
+    return DigitScenes(options, name, seed if options.data_seed is None else options.data_seed)
 
 
 def class_counts(
