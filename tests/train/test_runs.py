@@ -289,15 +289,15 @@ def test_other_data(
     """Moved data are the same; the printed command remembers where they are."""
     run = tmp_path_factory.mktemp("runs") / "run"
     fitted(f"{FOLDER} --data.root {folder} --run {run} --max_steps 1 --val_every 1")
-    changes: dict[str, tuple[str, Any]] = {
-        "classes": ("classes.txt", b"thing\nground\n"),
-        "training pixels": ("masks/train/b.png", mask(0, height=4, width=5)),
-        "validation pixels": ("masks/val/b.png", mask(0, height=4, width=5)),
-        "validation masks": ("masks/val/b.tif", mask(1, height=4, width=5)),
-        "validation images": ("images/val/b.tif", image(4, 5)),
-    }
-    for found, (name, content) in changes.items():
-        root = Path(shutil.copytree(folder, run.with_name(found.replace(" ", "-"))))
+    changes: list[tuple[str, str, Any]] = [
+        ("classes", "classes.txt", b"thing\nground\n"),
+        ("training pixels", "masks/train/b.png", mask(0, height=4, width=5)),
+        ("validation pixels", "masks/val/b.png", mask(0, height=4, width=5)),
+        ("validation files", "masks/val/b.tif", mask(1, height=4, width=5)),
+        ("validation files", "images/val/b.tif", image(4, 5)),
+    ]
+    for number, (found, name, content) in enumerate(changes):
+        root = Path(shutil.copytree(folder, run.with_name(str(number))))
         write(root / name, content)
         if name.endswith(".tif"):
             (root / name).with_suffix(".png").unlink()

@@ -64,17 +64,13 @@ def class_counts(
     return pixels, images, sorted(sizes)
 
 
-def fingerprints(split: Segmentation, root: Path) -> dict[str, str]:
-    """Of the names of a split's images, and of its masks, under the root, in the order of the
-    images, on which that of the batches depends. None for digits, which have no files."""
+def fingerprint(split: Segmentation, root: Path) -> str:
+    """Of the names of a split's images and masks under the root, in the order of the images, on
+    which that of the batches depends. Scenes of digits have no files."""
     if not isinstance(split, MaskFolder):
-        return {}
-    found = {}
-    for kind, paths in zip(("images", "masks"), zip(*split.pairs, strict=True), strict=True):
-        names = [os.fsencode(path.relative_to(root)) for path in paths if path]
-        digits = hashlib.sha256(b"/".join(names)).hexdigest()[:16]
-        found[kind] = f"{len(names)} names ({digits})"
-    return found
+        return "none"
+    names = [os.fsencode(path.relative_to(root)) for pair in split.pairs for path in pair if path]
+    return f"{len(names)} names ({hashlib.sha256(b'/'.join(names)).hexdigest()[:16]})"
 
 
 def open_splits(options: Data, seed: int, of_run: dict[str, Any] | None = None) -> Splits:
@@ -96,8 +92,7 @@ def open_splits(options: Data, seed: int, of_run: dict[str, Any] | None = None) 
     found = of_run or {"classes": classes}
     if of_run is None:
         for name, split, counted in zip(("training", "validation"), splits, counts, strict=True):
-            for kind, names in fingerprints(split, Path(options.root or "")).items():
-                found[f"{name} {kind}"] = names
+            found[f"{name} files"] = fingerprint(split, Path(options.root or ""))
             found[f"{name} pixels"] = counted[0].tolist()
     if found["classes"] != classes:
         known = shorten(str(found["classes"]), 200)
