@@ -5,7 +5,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from jsonargparse import ArgumentParser, auto_cli
 from PIL import Image
 
 from . import ranks
-from .data.folders import MaskFolder
-from .data.splits import open_splits, validation_batches
+from .data.images import read_image
+from .data.loading import network_input
+from .data.splits import open_splits
 from .evaluation import check_sizes, evaluate, predict
 from .networks.models import Segmenter, trained_model
 from .options import Options, expect
@@ -170,18 +170,16 @@ def predict_masks(words: Sequence[str]) -> None:
     model, out = trained(options, run), Path(others["out"])
     names, resume = others["images"], others["resume"]
     images_of = ranks.on_first(lambda: masks_of(names, out, resume))
-    masks = [*images_of.items()]
+    own = [*images_of.items()][ranks.rank() :: ranks.world()]
     device = next(model.parameters()).device
     kind = np.uint8 if model.classifier.out_channels <= 256 else np.uint16
-    unlabelled = MaskFolder([(image, None) for _, image in masks], options.data.channels)
-    batches = validation_batches(replace(options.data, eval_batch_size=1), unlabelled)
-    own = masks[ranks.rank() :: ranks.world()]
     with Stop(GO_ON) as stop, torch.no_grad():
-        pairs = zip(stop.until_asked(batches), own, strict=True)
-        for (images, labels), (mask, path) in pairs:
-            size = tuple(labels.shape[1:])
+        for mask, path in stop.until_asked(own):
+            image = read_image(path, options.data.channels)
+            size = tuple(image.shape[1:])
+            images = network_input(image, options.data)[None].to(device)
             try:
-                (classes,) = predict(model, images.to(device), size, options)
+                (classes,) = predict(model, images, size, options)
             except (RuntimeError, ValueError) as error:
                 raise ValueError(f"{path} of {size}: {' '.join(str(error).split())}") from error
             encoded = BytesIO()
@@ -242,8 +240,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command not in COMMANDS:
             raise ValueError(f"expected one of the commands {known}, got {command!r}")
         COMMANDS[command](rest)
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception as error:
         message = _explained(error)
         if message is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from anchorops.train import ranks
 from anchorops.train.data import loading
 from anchorops.train.data.digits import SPLITS, DigitScenes, _digit_images
-from anchorops.train.data.folders import MaskFolder
+from anchorops.train.data.images import read_image
 from anchorops.train.data.loading import Prepared, augmented
 from anchorops.train.data.splits import class_counts, open_split, validation_batches
 from anchorops.train.options import Data, Options
@@ -124,22 +124,22 @@ def test_photometric_distortion_keeps_the_order_of_channels():
 
 
 def test_images_of_many_channels(folder: Path):
-    """In training and in prediction."""
+    """In training, and in an evaluation or a prediction."""
     path = folder / "images/train/a/1.tif"
     write(path.with_suffix(".jpg"), None)
     write(path, np.full((6, 9, 5), 65_535, np.uint16))
     options = Data("folder", str(folder), channels=5, short_side=12, crop=(32, 64))
     image, _ = Prepared(open_split(options, "train", 0), options, seed=0)[0, 0]
     assert image.shape == (5, 32, 64) and (image[:, :12, :18] == 2).all()
-    ((image, labels),) = validation_batches(options, MaskFolder([(path, None)], 5))
-    assert image.shape == (1, 5, 12, 18) and (image == 2).all()
-    assert labels.shape == (1, 6, 9) and (labels == -1).all()
+    image = loading.network_input(read_image(path, 5), options)
+    assert image.shape == (5, 12, 18) and (image == 2).all()
 
 
 def test_fewer_images_than_ranks(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ranks, "world", lambda: 2)
     monkeypatch.setattr(ranks, "rank", lambda: 1)
-    assert not [*validation_batches(Data(workers=1), MaskFolder([(Path("a.png"), None)], 3))]
+    options = Data(workers=1, val_images=1)
+    assert not [*validation_batches(options, DigitScenes(options, "val", seed=0))]
 
 
 def test_workers_end_with_python():

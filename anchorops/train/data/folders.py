@@ -97,13 +97,13 @@ LAYOUTS = {
 
 @dataclass
 class MaskFolder:
-    """Images and masks of labels on disk: pairs of their paths; all pixels of an image without a
-    mask are ignored. channels: of the images. labels: what `label_table` returns."""
+    """Images and masks of labels on disk: pairs of their paths. channels: of the images. labels:
+    what `label_table` returns."""
 
-    pairs: Sequence[tuple[Path, Path | None]]
+    pairs: Sequence[tuple[Path, Path]]
     channels: int
-    classes: Sequence[str] = ()
-    labels: np.ndarray | None = None
+    classes: Sequence[str]
+    labels: np.ndarray
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -113,8 +113,6 @@ class MaskFolder:
         int16 (H, W). Raises ValueError that names a wrong file."""
         image_path, mask_path = self.pairs[index]
         image = read_image(image_path, self.channels)
-        if mask_path is None or self.labels is None:
-            return image, torch.full(image.shape[1:], IGNORED)
         colours = len(self.labels) > COLOURS
         values = read_mask(mask_path, colours=colours)
         labels = self.labels.take(values.astype(np.uint32), mode="clip")

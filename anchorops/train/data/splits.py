@@ -69,7 +69,7 @@ def fingerprint(split: Segmentation, root: Path) -> str:
     which that of the batches depends. Scenes of digits have no files."""
     if not isinstance(split, MaskFolder):
         return "none"
-    names = [os.fsencode(path.relative_to(root)) for pair in split.pairs for path in pair if path]
+    names = [os.fsencode(path.relative_to(root)) for pair in split.pairs for path in pair]
     return f"{len(names)} names ({hashlib.sha256(b'/'.join(names)).hexdigest()[:16]})"
 
 
