@@ -189,12 +189,6 @@ def predict_masks(words: Sequence[str]) -> None:
             print(mask)
 
 
-def _compare(words: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="anchorops-train compare", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=Path, help="directories of runs that have ended")
-    print(comparison(parser.parse_args(words).runs))
-
-
 def demo(steps: int = 500, out: str = "runs/demo") -> None:
     """HRNet-W18-small and SegFormer-B0 on digit scenes, plain and with SAR, on one CPU thread.
 
@@ -222,7 +216,7 @@ COMMANDS = {
     "validate": validate,
     "predict": predict_masks,
     "demo": lambda words: auto_cli(demo, args=list(words), exit_on_error=False),
-    "compare": _compare,
+    "compare": lambda words: print(comparison([Path(word) for word in words])),
     "presets": lambda _: print(presets()),
 }
 
@@ -266,10 +260,9 @@ def _explained(error: Exception) -> str | None:
         )
     if isinstance(error, argparse.ArgumentError):
         text = " ".join(text.split())
-        # of jsonargparse: Parser key "NAME": Does not validate … Errors: - REASON - Expected a None
+        # of jsonargparse: Parser key "NAME": Does not validate against … Errors: - REASON …
         text = re.sub(r'Parser key "(\S+)": (Does not .*? Errors: - )?', r"--\1: ", text)
         text = re.sub(r"Group '(\w+)' does not accept option '(\w+)'", r"--\1.\2 is unknown", text)
-        text = text.partition(" - Expected a <class 'NoneType'>")[0]
         for old, new in RENAMED.items():
             if found := re.search(rf"(?<=--|.'){old}(?![\w.])", text):
                 text = f"{text}: --{found[0]} is now {found.expand(new)}"
