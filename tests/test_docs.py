@@ -135,7 +135,7 @@ def check_train(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
                 patched.setattr(commands, name, lambda *_, **__: "")
             assert commands.main([command, *rest]) == 0
     elif rest == ["--help"]:
-        with pytest.raises(SystemExit, match="^0$"):
+        with pytest.raises(SystemExit, match=r"^0$"):
             commands.main([command, *rest])
     else:  # of a run that is not there
         monkeypatch.setattr(commands, "CONFIG", commands.PRESETS / "folder.yaml")

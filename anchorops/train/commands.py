@@ -17,8 +17,7 @@ from PIL import Image
 
 from . import ranks
 from .data.images import read_image
-from .data.loading import network_input
-from .data.splits import open_splits
+from .data.loading import network_input, open_splits
 from .evaluation import check_sizes, evaluate, predict
 from .networks.models import Segmenter, trained_model
 from .options import Options, expect

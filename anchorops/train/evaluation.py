@@ -15,8 +15,7 @@ from torch import Tensor, nn
 import anchorops as ao
 
 from . import IGNORED, MULTIPLE, ranks
-from .data.loading import network_input
-from .data.splits import Splits, validation_batches
+from .data.loading import Splits, network_input, validation_batches
 from .options import Options
 from .run import Stop
 

@@ -21,8 +21,7 @@ from tqdm import tqdm
 import anchorops as ao
 
 from . import ranks
-from .data.loading import mixed_seed
-from .data.splits import Splits, open_splits, training_batches
+from .data.loading import Splits, mixed_seed, open_splits, training_batches
 from .evaluation import check_sizes, evaluate
 from .networks.learner import Learner, build_optimizer, set_learning_rates
 from .networks.models import Segmenter, read_checkpoint

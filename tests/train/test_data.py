@@ -15,8 +15,13 @@ from anchorops.train import ranks
 from anchorops.train.data import loading
 from anchorops.train.data.digits import SPLITS, DigitScenes, _digit_images
 from anchorops.train.data.images import read_image
-from anchorops.train.data.loading import Prepared, augmented
-from anchorops.train.data.splits import class_counts, open_split, validation_batches
+from anchorops.train.data.loading import (
+    Prepared,
+    augmented,
+    class_counts,
+    open_split,
+    validation_batches,
+)
 from anchorops.train.options import Data, Options
 from tests.helpers.image_files import write
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 
 from anchorops.train.data.folders import MaskFolder, open_files
-from anchorops.train.data.splits import class_counts
+from anchorops.train.data.loading import class_counts
 from anchorops.train.options import Data
 from tests.helpers.image_files import image, mask, write
 
