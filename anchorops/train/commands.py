@@ -21,8 +21,7 @@ from .data.loading import network_input, open_splits
 from .evaluation import check_sizes, evaluate, predict
 from .networks.models import Segmenter, trained_model
 from .options import Options, expect
-from .report import comparison
-from .run import BEST, CONFIG, DATA, GO_ON, Stop, Stopped, read_yaml, save_atomically
+from .run import BEST, CONFIG, DATA, GO_ON, Stop, Stopped, comparison, read_yaml, save_atomically
 from .train import place, train
 
 PRESETS = Path(__file__).with_name("presets")

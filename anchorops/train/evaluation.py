@@ -1,5 +1,5 @@
-"""The class of every pixel, and the figures of a confusion matrix. Logits are kept at the network's
-resolution, never at the labels'."""
+"""The class of every pixel, pictures, and the figures of a confusion matrix. Logits are kept at the
+network's resolution, never at the labels'."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -7,20 +7,24 @@ from functools import cache
 from operator import itemgetter
 from textwrap import shorten
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import to_dtype
 
 import anchorops as ao
 
 from . import IGNORED, MULTIPLE, ranks
-from .data.loading import Splits, network_input, validation_batches
+from .data.loading import Segmentation, Splits, network_input, validation_batches
 from .options import Options
 from .run import Stop
 
 TILE = 128  # label rows and columns whose logits exist at the same time
 LOWEST_LOGIT = -1e30  # instead of −∞, whose product with a weight of 0 would be NaN
+PICTURES, SIZE = 8, (192, 192)  # validation images in predictions.png, and their pixels
 SQUARES = (32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 768, 1024)
 
 
@@ -178,6 +182,27 @@ def summarize(
         **{f"iou/{name}": value for name, value in zip(classes, iou, strict=True)},
     }
     return {name: value.item() for name, value in figures.items() if not value.isnan()}
+
+
+@torch.no_grad()
+def draw_predictions(model: nn.Module, dataset: Segmentation, options: Options) -> Image.Image:
+    """The first validation images; under each its labels, and under these its prediction. Class 0
+    is black, ignored pixels are white, and the other classes have colours at random."""
+    size = (len(dataset.classes) + 1, 3)
+    colors = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+    colors[0] = 0
+    colors[-1] = 255  # that of label −1
+    columns = []
+    for index in range(min(PICTURES, len(dataset))):
+        image, labels = dataset[index]
+        images = network_input(image, options.data)[None].to(next(model.parameters()).device)
+        (classes,) = predict(model, images, labels.shape, options)
+        three = image[[0, 1, 2] if len(image) >= 3 else [0, 0, 0]]
+        pixels = to_dtype(three, torch.uint8, scale=True).permute(1, 2, 0).numpy()
+        parts = pixels, colors[labels.numpy()], colors[classes.cpu().numpy()]
+        tiles = [ImageOps.pad(Image.fromarray(x), SIZE, Image.Resampling.NEAREST) for x in parts]
+        columns.append(np.vstack([np.asarray(tile) for tile in tiles]))
+    return Image.fromarray(np.hstack(columns))
 
 
 def check_sizes(

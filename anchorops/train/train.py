@@ -22,11 +22,10 @@ import anchorops as ao
 
 from . import ranks
 from .data.loading import Splits, mixed_seed, open_splits, training_batches
-from .evaluation import check_sizes, evaluate
+from .evaluation import check_sizes, draw_predictions, evaluate
 from .networks.learner import Learner, build_optimizer, set_learning_rates
 from .networks.models import Segmenter, read_checkpoint
 from .options import Options, expect
-from .report import draw_predictions
 from .run import BEST, GO_ON, LAST, Log, Stop, check_run, only_process, save_atomically
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,4 +1,4 @@
-"""The splits that the options name: opened, counted, augmented, and loaded as batches of this rank."""
+"""The splits that the options name: opened, counted, augmented, and loaded in batches."""
 
 import atexit
 import hashlib
