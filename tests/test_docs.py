@@ -126,7 +126,7 @@ def check_train(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The training program parses its arguments to the end; nothing is trained."""
     pytest.importorskip("jsonargparse", reason="the packages for training are not installed")
     from anchorops.train import commands
-    from anchorops.train.networks.learner import build_regularizer
+    from anchorops.train.networks import build_regularizer
 
     command, *rest = words[words[0] == "--" :]
     if command in ("demo", "compare", "presets"):

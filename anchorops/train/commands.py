@@ -19,7 +19,7 @@ from . import ranks
 from .data.images import read_image
 from .data.loading import network_input, open_splits
 from .evaluation import check_sizes, evaluate, predict
-from .networks.models import Segmenter, trained_model
+from .networks import Segmenter, trained_model
 from .options import Options, expect
 from .run import BEST, CONFIG, DATA, GO_ON, Stop, Stopped, comparison, read_yaml, save_atomically
 from .train import place, train

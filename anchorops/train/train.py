@@ -23,8 +23,7 @@ import anchorops as ao
 from . import ranks
 from .data.loading import Splits, mixed_seed, open_splits, training_batches
 from .evaluation import check_sizes, draw_predictions, evaluate
-from .networks.learner import Learner, build_optimizer, set_learning_rates
-from .networks.models import Segmenter, read_checkpoint
+from .networks import Learner, Segmenter, build_optimizer, read_checkpoint, set_learning_rates
 from .options import Options, expect
 from .run import BEST, GO_ON, LAST, Log, Stop, check_run, only_process, save_atomically
 

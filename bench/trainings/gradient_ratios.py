@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import anchorops as ao
-from anchorops.train.networks.learner import Learner
+from anchorops.train.networks import Learner
 from anchorops.train.options import Model
 
 

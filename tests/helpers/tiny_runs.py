@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from anchorops.train.commands import fit
-from anchorops.train.networks.models import Segmenter
+from anchorops.train.networks import Segmenter
 from anchorops.train.options import Model
 from anchorops.train.run import read_metrics
 

@@ -17,9 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainings.gradient_ratios import MeasuringLearner
 
 import anchorops as ao
-from anchorops.train.networks import learner as losses
-from anchorops.train.networks.learner import Learner, build_loss, build_regularizer
-from anchorops.train.networks.models import build_model
+from anchorops.train.networks import (
+    Learner,
+    build_loss,
+    build_model,
+    build_optimizer,
+    build_regularizer,
+)
 from anchorops.train.options import Model
 from tests.helpers.tiny_runs import TINY, fitted
 
@@ -171,7 +175,7 @@ def test_a_step(methods: tuple[str, ...]):
 def test_learning_rates_of_backbone_head_and_methods():
     model = Learner(Model(methods=["sar", "mvsc"]), K).model
     options = Model(lr=0.1, weight_decay=0.01, head_lr_factor=10.0)
-    groups = losses.build_optimizer(options, model).param_groups
+    groups = build_optimizer(options, model).param_groups
     rates = {p: group["lr"] for group in groups for p in group["params"]}
     assert len(rates) == sum(len(group["params"]) for group in groups)
     slow = {*model.backbone.parameters(), *model.get_submodule("regularizer").parameters()}

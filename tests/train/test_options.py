@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from anchorops.train.commands import PRESETS, main, parse, presets
-from anchorops.train.networks.models import build_model
+from anchorops.train.networks import build_model
 from anchorops.train.options import FREE, Model, Options
 from tests.helpers.image_files import image, write
 from tests.helpers.tiny_runs import FOLDER, TINY

@@ -22,10 +22,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from anchorops.train import __main__ as start
-from anchorops.train import commands
+from anchorops.train import commands, networks
 from anchorops.train import train as training
 from anchorops.train.commands import main
-from anchorops.train.networks import learner, models
 from anchorops.train.options import Model
 from anchorops.train.run import Stopped, only_process, read_metrics, save_atomically
 from tests.helpers.image_files import image, mask, write
@@ -46,8 +45,7 @@ Refused = Callable[..., None]
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small network, and empty pictures."""
-    monkeypatch.setattr(learner, "build_model", small_network)
-    monkeypatch.setattr(models, "build_model", small_network)
+    monkeypatch.setattr(networks, "build_model", small_network)
     monkeypatch.setattr(training, "draw_predictions", lambda *_: Image.new("RGB", (1, 1)))
 
 
@@ -250,7 +248,7 @@ def test_run_on_images_of_any_size(folder: Path, refused: Refused, capsys):
     names = [r"Straße $\frac$", "<i>thing", *(f"absent {k}" for k in range(12))]
     (folder / "classes.txt").write_text("\n".join([*names, "", ""]), encoding="utf-8")
     weights = folder / "mit_b0.pth"
-    torch.save(models.build_model(Model("segformer-b0"), 2).backbone.state_dict(), weights)
+    torch.save(networks.build_model(Model("segformer-b0"), 2).backbone.state_dict(), weights)
     for kind in ("images", "masks"):
         shutil.copytree(folder / kind / "val", folder / kind / "test")
     words = f"{FOLDER} --data.root {folder} --run {folder}/run --model.pretrained true --clip 1"
