@@ -17,7 +17,7 @@ from torchvision.ops import Conv2dNormActivation
 import anchorops as ao
 
 from ..losses import METHODS, MomentsLoss, Regularizer
-from . import IGNORED, ranks
+from . import IGNORED
 from .options import Model, expect
 
 # the parts that depend on the classes; in a checkpoint, a method is under "regularizer"
@@ -128,8 +128,6 @@ def build_model(options: Model, num_classes: int, channels: int = 3) -> Segmente
         names = {_flat_name(name): name for name in model.backbone.state_dict()}
         used = {names[flat]: x for flat, x in loaded.items() if flat in names}
         load_weights(model.backbone, used, path)
-        unused = len(loaded) - len(used)
-        ranks.say(f"backbone: {len(used)} tensors of {path} taken, {unused} not used")
     return model
 
 

@@ -105,9 +105,7 @@ def test_weights_start_a_model_with_other_classes(auxiliary: bool, tmp_path: Pat
         ("fpn:tu-convnext_atto", "safetensors", lambda: timm.create_model("convnext_atto")),
     ],
 )
-def test_weights_of_a_backbone(
-    name: str, kind: str, make: Callable[[], Any], tmp_path: Path, capsys: Any
-):
+def test_weights_of_a_backbone(name: str, kind: str, make: Callable[[], Any], tmp_path: Path):
     """Under the names of timm, which may number stages otherwise, or of smp, here with the rest of
     its network. A head is not used; batch norm's counters may be missing."""
     given, path = make().state_dict(), tmp_path / f"x.{kind}"
@@ -118,9 +116,6 @@ def test_weights_of_a_backbone(
     sums = {float(x.double().sum()) for x in given.values()}
     assert all(float(x.double().sum()) in sums for x in backbone.values())
     assert not any(x.dtype == torch.half for x in backbone.values())
-    taken = sum(kind != "half precision" or x.dim() > 0 for x in backbone.values())
-    said = f"backbone: {taken} tensors of {path} taken, {len(given) - taken} not used"
-    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
