@@ -49,11 +49,8 @@ def train(options: Options, run: Path, resume: bool, advice: str = GO_ON) -> Non
         with Stop(advice) as stop:
             last = fit(options, run, data, device, stop)
     steps = options.data.steps
-    if last == steps:
-        ranks.say(f"{run} has ended, after step {steps}")
-    else:
-        limit = f"{run}: a limit ended the run after step {last} of {steps}"
-        ranks.say(f"{limit}; {advice} --max_steps null")
+    limit = f"a limit ended the run after step {last} of {steps}; {advice} --max_steps null"
+    ranks.say(f"{run}: {limit}" if last < steps else f"{run} has ended, after step {steps}")
 
 
 def fit(options: Options, run: Path, data: Splits, device: torch.device, stop: Stop) -> int:
@@ -152,7 +149,7 @@ class Record:
         self.metrics = Log(run, self.step)
         shown = None if ranks.rank() == 0 else True  # None: on a terminal
         self.bar = tqdm(total=options.data.steps, initial=self.step, disable=shown)
-        self._begin, self._steps = time.perf_counter(), 0
+        self._begin, self._from = time.perf_counter(), self.step
 
     def due(self, step: int) -> bool:
         """Whether the weights after this step are still to be validated."""
@@ -162,12 +159,11 @@ class Record:
     def log(self, step: int, lr: float, terms: dict[str, Tensor]) -> None:
         """The losses of a step's last batch, the mean time of the steps since the last line or the
         last validation, and the peak memory in MB: of a GPU's tensors, or of the process."""
-        self._steps += 1
         self.bar.update()
         if step % self.options.log_every == 0:
             now = time.perf_counter()
-            seconds = (now - self._begin) / self._steps
-            self._begin, self._steps = now, 0
+            seconds = (now - self._begin) / (step - self._from)
+            self._begin, self._from = now, step
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
             if torch.cuda.is_initialized():
                 memory = torch.cuda.max_memory_allocated() / 2**20
@@ -197,7 +193,7 @@ class Record:
         figures = evaluate(model.eval(), self.data, self.options, stop)
         ranks.on_first(lambda: self._keep(step, model, figures))
         model.train()
-        self._begin, self._steps = time.perf_counter(), 0
+        self._begin, self._from = time.perf_counter(), step
 
     def _keep(self, step: int, model: nn.Module, figures: dict[str, float]) -> None:
         """The log comes last, because it tells that the step is validated."""
