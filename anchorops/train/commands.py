@@ -206,7 +206,6 @@ def demo(steps: int = 500, out: str = "runs/demo") -> None:
             train(options, runs[-1], resume, advice="go on with the same command")
     print(comparison(runs))
     print(*(run / "predictions.png" for run in runs), sep="\n")
-    print("docs/evidence.md compares all methods, also in longer trainings")
 
 
 COMMANDS = {
@@ -228,9 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # torchrun has "--" between its options and ours
     command, *rest = [word for word in words if word != "--"] or [""]
     try:
-        known = ", ".join(COMMANDS)
         if command not in COMMANDS:
-            raise ValueError(f"expected one of the commands {known}, got {command!r}")
+            raise ValueError(f"expected one of {', '.join(COMMANDS)}, got {command!r}")
         COMMANDS[command](rest)
     except Exception as error:
         message = _explained(error)

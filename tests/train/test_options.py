@@ -58,7 +58,7 @@ DIGITS = f"fit {TINY} --run $new --model.network"
 MOBILENET = f"{DIGITS} fpn:tu-mobilenetv3_small_050 --model.backbone_weights"
 SAR = f"{DIGITS} hrnet-w18-small --model.method_options"
 COMMAND_LINES = {
-    "trian": "expected one of the commands fit, validate, predict, demo, compare, presets, got",
+    "trian": "expected one of fit, validate, predict, demo, compare, presets, got",
     "demo --threads 0": "nrecognized arguments: --threads 0$",
     "demo --steps 0": "--data.steps: Not of type PositiveInt",
     "fit --ckpt_path 1": r"--ckpt_path is now --resume \(of fit\), --model.weights",
