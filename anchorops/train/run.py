@@ -72,11 +72,9 @@ def only_process(run: Path) -> Iterator[None]:
 
 
 def read_yaml(path: Path, *needed: str) -> dict[str, Any]:
-    """Raises ValueError for a file that is damaged, that is not there, or that lacks a name."""
+    """Raises ValueError for a file that is damaged or that lacks a name."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: expected the directory of a run") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({shorten(str(error), 200)})") from None
     if not isinstance(content, dict) or not {*needed} <= content.keys():

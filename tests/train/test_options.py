@@ -70,7 +70,7 @@ COMMAND_LINES = {
     f"fit {TINY} --model.methods [sar,sar]": "--model.methods: expected each at most once",
     f"fit {TINY} --accumulate 3": "--data.batch_size: expected a multiple of .* = 3, got 4",
     f"fit {TINY} --data.channels 4": "--data.channels: expected 3 for digits, got 4",
-    "validate --run $new --model.weights nowhere": "new/config.yaml does not exist",
+    "validate --run $new --model.weights nowhere": "No such file .*new/config.yaml'$",
     "validate --model.weights nowhere": "nowhere does not exist: a run has its best weights after",
     f"fit {TINY} --model.loss dice --model.ohem_min_kept 9": "--model.loss: expected another",
     f"fit {TINY} --model.focal_gamma 3": "--model.focal_gamma: expected --model.loss focal, got ce",
