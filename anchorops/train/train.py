@@ -112,8 +112,6 @@ def build(options: Options, data: Splits, device: torch.device, *, from_state: b
     model, classes = options.model, len(data.training.classes)
     if from_state:  # which has what the files of weights had
         model = replace(model, pretrained=False, weights=None, backbone_weights=None)
-    elif not (model.pretrained or model.weights or model.backbone_weights):
-        ranks.say("the network starts from random weights, without --model.pretrained")
     torch.manual_seed(options.seed)
     learner = Learner(model, classes, options.data.channels, data.prior)
     synchronised = ranks.world() if device.type == "cuda" else 1  # batch norm
