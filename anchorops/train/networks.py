@@ -171,13 +171,11 @@ def read_checkpoint(path: Path, needed: str) -> dict[str, Any]:
 def read_weights(path: Path | str) -> dict[str, Tensor]:
     """Those in a checkpoint of this program, also of an earlier version, or in another file of a
     state dict. Raises ValueError if there is none, or if it is damaged."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path} does not exist: a run has its best weights after a validation")
     try:
         # weights_only, because earlier versions of timm run what a file says
         weights = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} is damaged ({shorten(repr(error), 200)})") from error
+        raise ValueError(f"{path} is missing or damaged ({shorten(repr(error), 200)})") from error
     old = {x.removeprefix(OLD_PREFIX): weights[x] for x in weights if x.startswith(OLD_PREFIX)}
     return old or weights
 
