@@ -236,15 +236,14 @@ def open_splits(options: Data, seed: int, of_run: dict[str, Any] | None = None) 
         raise ValueError(f"the data are not those of the run, with the classes {known}")
     pixels = torch.tensor(found["training pixels"])
     absent = [name for name, x in zip(classes, pixels.tolist(), strict=True) if not x]
-    seen = [name for name in classes if name not in absent]
-    if len(seen) < 2 or not validation_pixels.any():
+    message = f"no training pixels: {shorten(', '.join(absent), 200)}"
+    if len(absent) > len(classes) - 2 or not validation_pixels.any():
         raise ValueError(
-            f"the training masks have pixels of {', '.join(seen) or 'no class'}; those of the "
-            f"validation have {validation_pixels.sum()} pixels of classes: expected two classes, "
-            "and any pixel; 255 is ignored unless --data.label_map makes it a class"
+            f"{message}; pixels of classes in the validation: {validation_pixels.sum()}: expected "
+            "two classes, and any pixel; 255 is ignored unless --data.label_map makes it a class"
         )
     if absent and of_run is None:
-        ranks.say(f"no training pixels: {shorten(', '.join(absent), 200)}")
+        ranks.say(message)
     _, images, _ = counts[0]
     prior = images / images.sum()
     return Splits(training, validation, sizes, pixels / pixels.sum(), prior, found)
