@@ -129,8 +129,7 @@ def validate(words: Sequence[str]) -> dict[str, float]:
     """Print the figures of a network on a split of the data."""
     options, run, _ = parse("validate", words)
     model = trained(options, run)
-    exists = (run / DATA).exists()
-    of_run = read_yaml(run / DATA, "classes", "training pixels") if exists else None
+    of_run = read_yaml(run / DATA, "classes", "training pixels") if (run / DATA).exists() else None
     data = open_splits(options.data, options.seed, of_run)
     classes, known = len(data.validation.classes), model.classifier.out_channels
     if known != classes:
@@ -153,13 +152,12 @@ def masks_of(images: Sequence[str], out: Path, resume: bool) -> dict[Path, Path]
     expect(len(images) > 0, "images", "files of images", "none")
     paths = [Path(os.path.abspath(image)) for image in images]
     common = os.path.commonpath([path.parent for path in paths])
-    masks = [out / path.relative_to(common).with_suffix(".png") for path in paths]
-    once = len({*masks}) == len(masks)
-    expect(once, "images", "images of different masks", ", ".join(map(str, masks)))
+    masks = {out / path.relative_to(common).with_suffix(".png"): path for path in paths}
+    expect(len(masks) == len(paths), "images", "images of different masks", ", ".join(images))
     exist = {mask for mask in masks if mask.exists()}
     other = "another directory, or --resume to keep what is there"
     expect(resume or not exist, "out", other, ", ".join(map(str, exist)))
-    return {mask: path for mask, path in zip(masks, paths, strict=True) if mask not in exist}
+    return {mask: path for mask, path in masks.items() if mask not in exist}
 
 
 def predict_masks(words: Sequence[str]) -> None:
