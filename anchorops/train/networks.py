@@ -171,11 +171,13 @@ def read_checkpoint(path: Path, needed: str) -> dict[str, Any]:
 def read_weights(path: Path | str) -> dict[str, Tensor]:
     """Those in a checkpoint of this program, also of an earlier version, or in another file of a
     state dict. Raises ValueError if there is none, or if it is damaged."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path} does not exist: a run has its best weights after a validation")
     try:
         # weights_only, because earlier versions of timm run what a file says
         weights = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} is missing or damaged ({shorten(repr(error), 200)})") from error
+        raise ValueError(f"{path} is damaged ({shorten(repr(error), 200)})") from error
     old = {x.removeprefix(OLD_PREFIX): weights[x] for x in weights if x.startswith(OLD_PREFIX)}
     return old or weights
 
@@ -188,8 +190,7 @@ def trained_model(options: Model, path: Path, channels: int) -> Segmenter:
     classes = len(weights["classifier.weight"])
     options = replace(options, pretrained=False, weights=None, backbone_weights=None)
     model = build_model(options, classes, channels)
-    bias = {"classifier.bias": torch.zeros(classes)}
-    load_weights(model, {**bias, **weights}, path, HEADS[1:])
+    load_weights(model, {"classifier.bias": torch.zeros(classes), **weights}, path, HEADS[1:])
     return model
 
 

@@ -166,8 +166,7 @@ class Record:
             if torch.cuda.is_initialized():
                 memory = torch.cuda.max_memory_allocated() / 2**20
             values = {"loss": terms["loss"], "lr": lr, **terms}
-            values |= {"seconds_per_step": seconds, "memory_mb": memory}
-            self.metrics.write(step, values)
+            self.metrics.write(step, values | {"seconds_per_step": seconds, "memory_mb": memory})
             self.bar.set_postfix(loss=float(terms["loss"]))
 
     def save(self, step: int) -> None:
