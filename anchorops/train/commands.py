@@ -248,10 +248,7 @@ def _explained(error: Exception) -> str | None:
     # the first three are of the sockets by which the workers of the data loader pass on images
     of_socket = isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)
     if of_socket or "DataLoader worker (pid" in text:
-        return (
-            "a process that loads images was ended from outside, usually for want of memory: give "
-            "fewer --data.workers"
-        )
+        return "a process that loads images has ended (want of memory?): give fewer --data.workers"
     if isinstance(error, argparse.ArgumentError):
         text = " ".join(text.split())
         # of jsonargparse: Parser key "NAME": Does not validate against … Errors: - REASON …

@@ -5,6 +5,7 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -150,10 +151,12 @@ def loaded(dataset: Any, **options: Any) -> Any:
     terminals send to all processes of a group: only the training process reacts. They end with its
     last batch, or when they notice that it has ended."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # workers inherit this
+    hook, sys.excepthook = sys.excepthook, lambda *_: None  # and this, for their threads at an end
     try:  # without a generator of its own, an iterator draws from torch's random numbers
         return iter(DataLoader(dataset, generator=torch.Generator(), **options))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        sys.excepthook = hook
 
 
 class Splits(NamedTuple):
