@@ -26,7 +26,6 @@ import fnmatch
 import json
 import sys
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -34,11 +33,12 @@ from typing import Any
 import torch
 from record import commit
 from trainings import report
-from trainings.gradient_ratios import measure
+from trainings.gradient_ratios import MeasuringLearner
 from trainings.plan import CAMVID, Run, plan
 from trainings.report import MEASURES
 
 from anchorops.measure import environment
+from anchorops.train import train
 from anchorops.train.commands import fit, validate
 from anchorops.train.run import BEST, LAST, METRICS, Stopped, read_metrics, save_atomically
 
@@ -47,9 +47,10 @@ def train_one(run: Run, out: Path) -> None:
     """Start the run or go on with it, and write its row."""
     directory, code = out / run.name, commit()  # before the training, in which it may change
     torch.set_num_threads(1)
+    train.Learner = MeasuringLearner  # its terms are logged
     goes_on = ["--resume"] if (directory / LAST).exists() else []
     try:
-        fit(["--run", str(directory), *run.options, *goes_on], partial(measure, run.names))
+        fit(["--run", str(directory), *run.options, *goes_on])
     except Stopped as stopped:
         sys.exit(stopped.exit_status)
     lines = read_metrics(directory / METRICS)

@@ -5,7 +5,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -17,38 +16,31 @@ from jsonargparse import ArgumentParser, auto_cli
 from PIL import Image
 
 from . import ranks
-from .data.folders import MaskFolder
-from .data.splits import open_splits, validation_batches
+from .data.images import read_image
+from .data.loading import network_input, open_splits
 from .evaluation import check_sizes, evaluate, predict
-from .networks.models import Segmenter, trained_model
+from .networks import Segmenter, trained_model
 from .options import Options, expect
-from .report import comparison
-from .run import BEST, CONFIG, DATA, GO_ON, Stop, Stopped, read_yaml, save_atomically
-from .train import Measure, place, train
+from .run import BEST, CONFIG, DATA, GO_ON, Stop, Stopped, comparison, read_yaml, save_atomically
+from .train import place, train
 
 PRESETS = Path(__file__).with_name("presets")
 SHARED = "shared"  # of the presets: settings that are written once
 DEMO = ("digits", "digits-segformer-b0")  # a laptop needs minutes for this
-RENAMED = {  # options of earlier versions
+RENAMED = {  # options of earlier versions, as patterns
+    r"(?:trainer|data)\.(precision|deterministic|max_steps|images)": r"--\1",
+    r"trainer\.(?:devices|num_nodes|strategy)": "torchrun -m anchorops.train -- fit …",
+    r"trainer\.accelerator": "--device",
+    r"trainer\.accumulate_grad_batches": "--accumulate",
+    r"trainer\.gradient_clip_val": "--clip",
+    r"trainer\.max_time": "--max_hours",
+    r"trainer\.val_check_interval": "--val_every",
+    r"trainer\.log_every_n_steps": "--log_every",
+    r"trainer\.callbacks": "--ema, for averaged weights",
     "ckpt_path": "--resume (of fit), --model.weights (of validate and predict)",
     "seed_everything": "--seed",
-    "saving.every": "--save_every",
-    "data.images": "--images",
-    "data.allow_changes": "--model.weights, for a new run on other data",
-    "trainer.accelerator": "--device",
-    "trainer.devices": "torchrun --nproc-per-node N -m anchorops.train -- fit …",
-    "trainer.num_nodes": "torchrun --nnodes N -m anchorops.train -- fit …",
-    "trainer.strategy": "torchrun -m anchorops.train -- fit …",
-    "trainer.precision": "--precision",
-    "trainer.accumulate_grad_batches": "--accumulate",
-    "trainer.gradient_clip_val": "--clip",
-    "trainer.deterministic": "--deterministic",
-    "trainer.max_steps": "--max_steps",
-    "trainer.max_time": "--max_hours",
-    "trainer.val_check_interval": "--val_every",
-    "trainer.log_every_n_steps": "--log_every",
-    "trainer.callbacks": "--ema, for averaged weights",
-    "model.compile": "no option (the weights of the run: --config PRESET --model.weights FILE)",
+    r"saving\.every": "--save_every",
+    r"data\.allow_changes": "--model.weights, for a new run on other data",
 }
 
 
@@ -117,10 +109,10 @@ def presets() -> str:
     return "\n".join(lines)
 
 
-def fit(words: Sequence[str], measure: Measure | None = None) -> Path:
+def fit(words: Sequence[str]) -> Path:
     """Train; returns the directory of the run."""
     options, run, others = parse("fit", words)
-    train(options, run, others["resume"], measure=measure)
+    train(options, run, others["resume"])
     return run
 
 
@@ -137,8 +129,7 @@ def validate(words: Sequence[str]) -> dict[str, float]:
     """Print the figures of a network on a split of the data."""
     options, run, _ = parse("validate", words)
     model = trained(options, run)
-    exists = (run / DATA).exists()
-    of_run = read_yaml(run / DATA, "classes", "training pixels") if exists else None
+    of_run = read_yaml(run / DATA, "classes", "training pixels") if (run / DATA).exists() else None
     data = open_splits(options.data, options.seed, of_run)
     classes, known = len(data.validation.classes), model.classifier.out_channels
     if known != classes:
@@ -161,13 +152,12 @@ def masks_of(images: Sequence[str], out: Path, resume: bool) -> dict[Path, Path]
     expect(len(images) > 0, "images", "files of images", "none")
     paths = [Path(os.path.abspath(image)) for image in images]
     common = os.path.commonpath([path.parent for path in paths])
-    masks = [out / path.relative_to(common).with_suffix(".png") for path in paths]
-    once = len({*masks}) == len(masks)
-    expect(once, "images", "images of different masks", ", ".join(map(str, masks)))
+    masks = {out / path.relative_to(common).with_suffix(".png"): path for path in paths}
+    expect(len(masks) == len(paths), "images", "images of different masks", ", ".join(images))
     exist = {mask for mask in masks if mask.exists()}
     other = "another directory, or --resume to keep what is there"
     expect(resume or not exist, "out", other, ", ".join(map(str, exist)))
-    return {mask: path for mask, path in zip(masks, paths, strict=True) if mask not in exist}
+    return {mask: path for mask, path in masks.items() if mask not in exist}
 
 
 def predict_masks(words: Sequence[str]) -> None:
@@ -176,18 +166,16 @@ def predict_masks(words: Sequence[str]) -> None:
     model, out = trained(options, run), Path(others["out"])
     names, resume = others["images"], others["resume"]
     images_of = ranks.on_first(lambda: masks_of(names, out, resume))
-    masks = [*images_of.items()]
+    own = [*images_of.items()][ranks.rank() :: ranks.world()]
     device = next(model.parameters()).device
     kind = np.uint8 if model.classifier.out_channels <= 256 else np.uint16
-    unlabelled = MaskFolder([(image, None) for _, image in masks], options.data.channels)
-    batches = validation_batches(replace(options.data, eval_batch_size=1), unlabelled)
-    own = masks[ranks.rank() :: ranks.world()]
     with Stop(GO_ON) as stop, torch.no_grad():
-        pairs = zip(stop.until_asked(batches), own, strict=True)
-        for (images, labels), (mask, path) in pairs:
-            size = tuple(labels.shape[1:])
+        for mask, path in stop.until_asked(own):
+            image = read_image(path, options.data.channels)
+            size = tuple(image.shape[1:])
+            images = network_input(image, options.data)[None].to(device)
             try:
-                (classes,) = predict(model, images.to(device), size, options)
+                (classes,) = predict(model, images, size, options)
             except (RuntimeError, ValueError) as error:
                 raise ValueError(f"{path} of {size}: {' '.join(str(error).split())}") from error
             encoded = BytesIO()
@@ -197,36 +185,25 @@ def predict_masks(words: Sequence[str]) -> None:
             print(mask)
 
 
-def _compare(words: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="anchorops-train compare", allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=Path, help="directories of runs that have ended")
-    print(comparison(parser.parse_args(words).runs))
-
-
-def demo(steps: int = 500, out: str = "runs/demo", seed: int = 0, threads: int = 1) -> None:
-    """HRNet-W18-small and SegFormer-B0 on digit scenes, plain and with SAR.
+def demo(steps: int = 500, out: str = "runs/demo") -> None:
+    """HRNet-W18-small and SegFormer-B0 on digit scenes, plain and with SAR, on one CPU thread.
 
     Args:
         steps: Of each of the four runs.
         out: Directory of the runs; those that it has go on.
-        seed: Of the runs.
-        threads: CPU threads of torch.
     """
-    expect(threads >= 1, "threads", "at least 1", threads)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     runs = []
     for preset in DEMO:
         for methods in ("", "sar"):
             runs.append(Path(out) / f"{preset}-{methods or 'plain'}")
             print(f"\n{runs[-1]}", file=sys.stderr)
-            words = ["--config", preset, "--model.methods", f"[{methods}]"]
-            words += ["--data.steps", str(steps), "--seed", str(seed)]
+            words = ["--config", preset, f"--model.methods=[{methods}]", f"--data.steps={steps}"]
             options, *_ = parse("fit", words)
             resume = (runs[-1] / CONFIG).exists()
             train(options, runs[-1], resume, advice="go on with the same command")
     print(comparison(runs))
     print(*(run / "predictions.png" for run in runs), sep="\n")
-    print("docs/evidence.md compares all methods, also in longer trainings")
 
 
 COMMANDS = {
@@ -234,7 +211,7 @@ COMMANDS = {
     "validate": validate,
     "predict": predict_masks,
     "demo": lambda words: auto_cli(demo, args=list(words), exit_on_error=False),
-    "compare": _compare,
+    "compare": lambda words: print(comparison([Path(word) for word in words])),
     "presets": lambda _: print(presets()),
 }
 
@@ -248,12 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # torchrun has "--" between its options and ours
     command, *rest = [word for word in words if word != "--"] or [""]
     try:
-        known = ", ".join(COMMANDS)
         if command not in COMMANDS:
-            raise ValueError(f"expected one of the commands {known}, got {command!r}")
+            raise ValueError(f"expected one of {', '.join(COMMANDS)}, got {command!r}")
         COMMANDS[command](rest)
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception as error:
         message = _explained(error)
         if message is None:
@@ -274,19 +248,15 @@ def _explained(error: Exception) -> str | None:
     # the first three are of the sockets by which the workers of the data loader pass on images
     of_socket = isinstance(error, ConnectionResetError | ConnectionRefusedError | EOFError)
     if of_socket or "DataLoader worker (pid" in text:
-        return (
-            "a process that loads images was ended from outside, usually for want of memory: give "
-            "fewer --data.workers"
-        )
+        return "a process that loads images has ended (want of memory?): give fewer --data.workers"
     if isinstance(error, argparse.ArgumentError):
         text = " ".join(text.split())
-        # of jsonargparse: Parser key "NAME": Does not validate … Errors: - REASON - Expected a None
+        # of jsonargparse: Parser key "NAME": Does not validate against … Errors: - REASON …
         text = re.sub(r'Parser key "(\S+)": (Does not .*? Errors: - )?', r"--\1: ", text)
         text = re.sub(r"Group '(\w+)' does not accept option '(\w+)'", r"--\1.\2 is unknown", text)
-        text = text.partition(" - Expected a <class 'NoneType'>")[0]
         for old, new in RENAMED.items():
-            if re.search(rf"(--|'){re.escape(old)}(?![\w.])", text):
-                text = f"{text}: --{old} is now {new}"
+            if found := re.search(rf"(?<=--|.'){old}(?![\w.])", text):
+                text = f"{text}: --{found[0]} is now {found.expand(new)}"
         return text
     if isinstance(error, Stopped | ValueError | OSError | ModuleNotFoundError):
         # for an error in a worker of the data loader, the message contains the whole traceback

@@ -1,5 +1,5 @@
-"""The class of every pixel, and the figures of a confusion matrix. Logits are kept at the network's
-resolution, never at the labels'."""
+"""The class of every pixel, pictures, and the figures of a confusion matrix. Logits are kept at the
+network's resolution, never at the labels'."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -7,21 +7,24 @@ from functools import cache
 from operator import itemgetter
 from textwrap import shorten
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import to_dtype
 
 import anchorops as ao
 
 from . import IGNORED, MULTIPLE, ranks
-from .data.loading import network_input
-from .data.splits import Splits, validation_batches
+from .data.loading import Segmentation, Splits, network_input, validation_batches
 from .options import Options
 from .run import Stop
 
 TILE = 128  # label rows and columns whose logits exist at the same time
 LOWEST_LOGIT = -1e30  # instead of −∞, whose product with a weight of 0 would be NaN
+PICTURES, SIZE = 8, (192, 192)  # validation images in predictions.png, and their pixels
 SQUARES = (32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 768, 1024)
 
 
@@ -31,31 +34,23 @@ def pad_to_multiple(images: Tensor) -> Tensor:
     return F.pad(images, (0, -width % MULTIPLE, 0, -height % MULTIPLE))
 
 
-# Low-resolution logits (B, K, h, w), and the matrices rows [H, h] and columns [W, w], float32 on
-# the CPU. The logits at full resolution are rows · logits · columnsᵀ: upsampling, cropping,
-# averaging overlapping windows and scaling are all linear, and the same for each row and for each
-# column. For a flipped image, `columns` are flipped. Therefore predictions from several scales and
-# flips are sums of terms.
-Term = tuple[Tensor, Tensor, Tensor]
+def largest(logits: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Classes int64 (B, H, W) with the largest logits at full resolution, which are rows · logits ·
+    columnsᵀ: upsampling, cropping, averaging overlapping windows and scaling are all linear, and
+    the same for each row and for each column. They are computed tile by tile.
 
-
-def largest(terms: Sequence[Term], *, softmax: bool) -> Tensor:
-    """Classes int64 (B, H, W) with the largest sum over the terms: of their logits or, with
-    softmax, of their probabilities. It is computed tile by tile."""
-    batch, height, width = map(len, terms[0])
-    device = terms[0][0].device
-    classes = torch.empty(batch, height, width, dtype=torch.int64, device=device)
-    for top in range(0, height, TILE):
-        for left in range(0, width, TILE):
-            sums = torch.zeros((), device=device)
-            for logits, rows, columns in terms:
-                rows, columns = rows[top : top + TILE], columns[left : left + TILE]
-                i, j = (weights.any(0).nonzero()[:, 0] for weights in (rows, columns))
-                used = logits[:, :, i[:, None].to(device), j.to(device)].float()
-                used = used.clamp(min=LOWEST_LOGIT)
-                scores = rows[:, i].to(device) @ used @ columns[:, j].T.to(device)
-                sums = sums + (scores.softmax(1) if softmax else scores)
-            tile = ao.pixel_argmax(sums, (sums.shape[2], sums.shape[3]))
+    logits: (B, K, h, w), of low resolution. rows, columns: [H, h] and [W, w], float32 on the CPU.
+    """
+    device, size = logits.device, (len(rows), len(columns))
+    classes = torch.empty(len(logits), *size, dtype=torch.int64, device=device)
+    for top in range(0, size[0], TILE):
+        for left in range(0, size[1], TILE):
+            above, beside = rows[top : top + TILE], columns[left : left + TILE]
+            i, j = (weights.any(0).nonzero()[:, 0] for weights in (above, beside))
+            used = logits[:, :, i[:, None].to(device), j.to(device)].float()
+            used = used.clamp(min=LOWEST_LOGIT)
+            scores = above[:, i].to(device) @ used @ beside[:, j].T.to(device)
+            tile = ao.pixel_argmax(scores, (scores.shape[2], scores.shape[3]))
             classes[:, top : top + TILE, left : left + TILE] = tile
     return classes
 
@@ -84,12 +79,17 @@ def _interpolate(rows: Tensor, size: int) -> Tensor:
     return F.interpolate(rows[None], size, mode="linear", align_corners=False)[0]
 
 
-def _window_logits(
+def predict(
     model: Callable[[Tensor], Tensor], images: Tensor, size: Sequence[int], options: Options
-) -> Term:
-    """The logits of images (B, C, h, w), of windows or whole, for labels of this size."""
-    height, width = images.shape[2:]
-    sliding = options.model.evaluation == "sliding"
+) -> Tensor:
+    """Classes int64 (B, *size) of images (B, C, h, w), from whole images, or from sliding windows
+    whose logits are averaged where they overlap."""
+    (height, width), sliding = images.shape[2:], options.model.evaluation == "sliding"
+    padded = pad_to_multiple(images)
+    aligned = padded.shape == images.shape  # padded and scaled images are interpolated twice
+    if not sliding and (aligned or (height, width) == tuple(size)):
+        whole = (size[0], size[1]) if aligned else (padded.shape[2], padded.shape[3])
+        return ao.pixel_argmax(model(padded), whole)[:, : size[0], : size[1]]
     rows, columns = options.data.crop if sliding else (height, width)
     down, right = options.model.window_stride or (max(1, rows * 2 // 3), max(1, columns * 2 // 3))
     tops, lefts = _starts(height, rows, down), _starts(width, columns, right)
@@ -103,37 +103,10 @@ def _window_logits(
                 shape = (batch, classes, len(tops), low_height, len(lefts), low_width)
                 logits = part.new_empty(shape)
             logits[:, :, i, :, j] = part
+    del part, padded  # their memory
     row_weights = _weights(tops, height, rows, logits.shape[3], size[0])
     column_weights = _weights(lefts, width, columns, logits.shape[5], size[1])
-    return logits.flatten(4).flatten(2, 3), row_weights, column_weights
-
-
-def predict(
-    model: Callable[[Tensor], Tensor], images: Tensor, size: Sequence[int], options: Options
-) -> Tensor:
-    """Classes int64 (B, *size) of images (B, C, h, w), from whole images, or from sliding windows
-    whose logits are averaged where they overlap. With several scales, or with the mirror images,
-    their probabilities are averaged (as mmsegmentation's test-time augmentation)."""
-    height, width = size
-    scales, flip = tuple(options.model.eval_scales), options.model.eval_flip
-    several = flip or scales != (1.0,)
-    padded = pad_to_multiple(images)
-    aligned = padded.shape == images.shape  # padded and scaled images are interpolated twice
-    once = aligned or images.shape[2:] == (height, width)
-    if once and not several and options.model.evaluation == "whole":
-        whole = (height, width) if aligned else (padded.shape[2], padded.shape[3])
-        return ao.pixel_argmax(model(padded), whole)[:, :height, :width]
-    terms = []
-    for scale in scales:
-        scaled = images
-        if scale != 1:
-            sides = [max(1, round(side * scale)) for side in images.shape[2:]]
-            scaled = F.interpolate(images, sides, mode="bilinear", antialias=True)
-        terms.append(_window_logits(model, scaled, size, options))
-        if flip:
-            logits, rows, columns = _window_logits(model, scaled.flip(3), size, options)
-            terms.append((logits, rows, columns.flip(0)))
-    return largest(terms, softmax=several)
+    return largest(logits.flatten(4).flatten(2, 3), row_weights, column_weights)
 
 
 @torch.no_grad()
@@ -181,11 +154,32 @@ def summarize(
     return {name: value.item() for name, value in figures.items() if not value.isnan()}
 
 
+@torch.no_grad()
+def draw_predictions(model: nn.Module, dataset: Segmentation, options: Options) -> Image.Image:
+    """The first validation images; under each its labels, and under these its prediction. Class 0
+    is black, ignored pixels are white, and the other classes have colours at random."""
+    size = (len(dataset.classes) + 1, 3)
+    colors = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+    colors[0] = 0
+    colors[-1] = 255  # that of label −1
+    columns = []
+    for index in range(min(PICTURES, len(dataset))):
+        image, labels = dataset[index]
+        images = network_input(image, options.data)[None].to(next(model.parameters()).device)
+        (classes,) = predict(model, images, labels.shape, options)
+        three = image[[0, 1, 2] if len(image) >= 3 else [0, 0, 0]]
+        pixels = to_dtype(three, torch.uint8, scale=True).permute(1, 2, 0).numpy()
+        parts = pixels, colors[labels.numpy()], colors[classes.cpu().numpy()]
+        tiles = [ImageOps.pad(Image.fromarray(x), SIZE, Image.Resampling.NEAREST) for x in parts]
+        columns.append(np.vstack([np.asarray(tile) for tile in tiles]))
+    return Image.fromarray(np.hstack(columns))
+
+
 def check_sizes(
     model: nn.Module, options: Options, sizes: Sequence[tuple[int, int]], batch: int = 0
 ) -> None:
     """Raises ValueError if the network cannot take a batch of crops in training, or an image in the
-    validation: a whole one, a window or a scaled one. It runs on a copy without data.
+    validation: a whole one or a window, scaled to its sides. It runs on a copy without data.
 
     sizes: (H, W) of the validation images. batch: of a training step.
     """

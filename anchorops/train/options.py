@@ -18,7 +18,6 @@ from jsonargparse.typing import (
 
 from . import MULTIPLE
 
-PUBLISHED = "published"  # the methods' own defaults
 Published = Literal[
     "cityscapes", "ade20k", "pascal-context", "coco-stuff-10k", "coco-stuff-164k", "camvid"
 ]
@@ -38,14 +37,12 @@ class Model:
         classifier_std: Draw the classifiers' weights from N(0, std²), not as torch does.
         channels_last: Keep weights and features in the channels-last memory layout.
         methods: Regularisers in addition to the loss, any number of them.
-        setting: Arguments of the methods: their defaults, or those for random initial weights.
-        paper_options: Arguments of any methods that a preset's paper has, as METHOD.ARGUMENT.
-        method_options: Arguments of the chosen methods, before all others; "@FILE.npy": vectors.
+        paper_options: Arguments of any methods that a preset has, as METHOD.ARGUMENT.
+        method_options: Arguments of the chosen methods, before those of a preset.
         loss: The loss of the logits at full resolution.
         focal_gamma: Exponent of the focal factor, with the loss focal.
         ohem_threshold: Use only pixels whose true class has at most this probability.
         ohem_min_kept: Use at least this number of a batch's pixels, the hardest.
-        class_weights: Weights of the loss from class frequencies f: 1/√f or 1/f, mean 1.
         optimizer: sgd has momentum 0.9.
         lr: Learning rate after warm-up.
         weight_decay: Weight decay; not applied to biases and normalisation layers.
@@ -54,8 +51,6 @@ class Model:
         power: Exponent of the polynomial decay to zero.
         evaluation: Predict whole images, or overlapping windows of the size of a crop.
         window_stride: Rows and columns from one window to the next; if not given, 2/3 of a crop.
-        eval_scales: Average the probabilities of the images in these scales.
-        eval_flip: Average with the probabilities of the mirrored images, too.
     """
 
     network: str = "hrnet-w18-small"
@@ -67,14 +62,12 @@ class Model:
     classifier_std: NonNegativeFloat | None = None
     channels_last: bool = False
     methods: Sequence[Literal["cr", "sar", "cbp", "occl", "ceco", "mvsc"]] = ()
-    setting: Literal["published", "from-scratch"] = PUBLISHED
     paper_options: dict[str, bool | int | float | str | None] | None = None
     method_options: dict[str, bool | int | float | str | None] | None = None
     loss: Literal["ce", "focal", "dice", "ce+dice"] = "ce"
     focal_gamma: NonNegativeFloat = 2.0
     ohem_threshold: ClosedUnitInterval | None = None
     ohem_min_kept: PositiveInt | None = None
-    class_weights: Literal["none", "inverse-sqrt", "inverse"] = "none"
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: PositiveFloat = 0.01
     weight_decay: NonNegativeFloat = 5e-4
@@ -83,8 +76,6 @@ class Model:
     power: NonNegativeFloat = 0.9
     evaluation: Literal["whole", "sliding"] = "whole"
     window_stride: tuple[PositiveInt, PositiveInt] | None = None
-    eval_scales: Sequence[PositiveFloat] = (1.0,)
-    eval_flip: bool = False
 
 
 @dataclass
@@ -183,36 +174,21 @@ class Options:
         expect(multiples, "data.crop", f"two multiples of {MULTIPLE}", crop)
         fits = stride[0] <= crop[0] and stride[1] <= crop[1]
         expect(fits, "model.window_stride", f"at most the crop's {crop}", stride)
-        scales = self.model.eval_scales
-        finite = len(scales) > 0 and max(scales) < math.inf
-        expect(finite, "model.eval_scales", "finite numbers, at least one", scales)
+        possible = data.dataset != "digits" or data.channels == 3
+        expect(possible, "data.channels", "3 for digits", data.channels)
         ordered = data.scale[0] <= data.scale[1] < math.inf
         expect(ordered, "data.scale", "least ≤ greatest, finite", data.scale)
         methods = self.model.methods
         expect(len({*methods}) == len(methods), "model.methods", "each at most once", methods)
-        files = data.dataset != "digits" or data.root is None
-        expect(files, "data.root", "none for digits", data.root)
         expect(self.seed < 2**63, "seed", "below 2^63", self.seed)
-        expect(data.cat_max_ratio > 0, "data.cat_max_ratio", "above 0", 0)
-        head, tail = data.head_tail
-        expect(tail <= head, "data.head_tail", "that of head first", data.head_tail)
         loss, gamma = self.model.loss, self.model.focal_gamma
         mined = (self.model.ohem_threshold, self.model.ohem_min_kept) != (None, None)
         expect(loss != "dice" or not mined, "model.loss", "another than dice with ohem", loss)
         expect(loss == "focal" or gamma == 2, "model.focal_gamma", "--model.loss focal", loss)
         no_map = self.model.network.startswith("dpt:") and self.model.auxiliary_weight > 0
         expect(not no_map, "model.auxiliary_weight", "0 for DPT", self.model.auxiliary_weight)
-        for dataset, names in OWN.items():
-            for name in names.split():
-                own = data.dataset == dataset or getattr(data, name) == getattr(Data, name)
-                expect(own, f"data.{name}", f"--data.dataset {dataset}", data.dataset)
 
 
-# options that other data sets do not have
-OWN = {
-    "digits": "train_images val_images zipf data_seed",
-    "folder": "image_suffix mask_suffix label_map channels",
-}
 # options on which no number of a run depends; they may differ where it goes on
 FREE = ["data.root", "data.workers", "data.eval_batch_size"]
 FREE += ["save_every", "max_steps", "max_hours"]

@@ -59,11 +59,7 @@ def on_each(make: Callable[[], T]) -> T:
 
 def on_first(make: Callable[[], T]) -> T:
     """What the first rank makes, on all ranks."""
-
-    def made_here() -> T | None:
-        return make() if rank() == 0 else None
-
-    made: list[Any] = [on_each(made_here)]
+    made: list[Any] = [on_each(lambda: make() if rank() == 0 else None)]
     if world() > 1:
         dist.broadcast_object_list(made)
     return made[0]

@@ -1,5 +1,5 @@
 """The directory of a run: its configuration, its state, its log, and that one process trains in it.
-Files are either complete or absent."""
+Files are either complete or absent. Runs are compared by their logs."""
 
 import csv
 import fcntl
@@ -7,7 +7,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from pathlib import Path
@@ -25,6 +25,8 @@ from .options import FREE, flat
 
 CONFIG, DATA, LOCK, METRICS = "config.yaml", "data.yaml", "run.lock", "metrics.csv"
 LAST, BEST = "last.ckpt", "best.ckpt"
+COLUMNS = ["val/miou", "val/head", "val/body", "val/tail", "val/macc"]  # of a comparison
+COLUMNS += ["seconds_per_step", "memory_mb"]
 GO_ON = "go on with the same command and --resume"
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
@@ -70,11 +72,9 @@ def only_process(run: Path) -> Iterator[None]:
 
 
 def read_yaml(path: Path, *needed: str) -> dict[str, Any]:
-    """Raises ValueError for a file that is damaged, that is not there, or that lacks a name."""
+    """Raises ValueError for a file that is damaged or that lacks a name."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: expected the directory of a run") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({shorten(str(error), 200)})") from None
     if not isinstance(content, dict) or not {*needed} <= content.keys():
@@ -150,6 +150,22 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
             }
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r})") from None
+
+
+def comparison(runs: Sequence[Path]) -> str:
+    """A table of the last figures of runs; – for a group without classes. Raises ValueError for a
+    run that has not ended."""
+    rows = [["run", *COLUMNS]]
+    for run in runs:
+        lines = read_metrics(run / METRICS)
+        steps = flat(read_yaml(run / CONFIG)).get("data.steps")
+        if steps not in lines or "val/miou" not in lines[steps]:
+            raise ValueError(f"{run} has not ended: {max(lines)} of {steps} steps are in {METRICS}")
+        last = {name: x for line in lines.values() for name, x in line.items()}
+        figures = [f"{last[name]:.3f}" if name in last else "–" for name in COLUMNS]
+        rows.append([run.resolve().name, *figures])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 class Stopped(Exception):

@@ -5,8 +5,8 @@ import math
 import os
 import resource
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,24 +18,19 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+import anchorops as ao
+
 from . import ranks
-from .data.loading import mixed_seed
-from .data.splits import Splits, open_splits, training_batches
-from .evaluation import check_sizes, evaluate
-from .networks.learner import Learner, build_optimizer, set_learning_rates
-from .networks.models import Segmenter, read_checkpoint, upsample_late
+from .data.loading import Splits, mixed_seed, open_splits, training_batches
+from .evaluation import check_sizes, draw_predictions, evaluate
+from .networks import Learner, Segmenter, build_optimizer, read_checkpoint, set_learning_rates
 from .options import Options, expect
-from .report import draw_predictions
 from .run import BEST, GO_ON, LAST, Log, Stop, check_run, only_process, save_atomically
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-# more values for the log, of the step, the learner, and a batch's images and labels
-Measure = Callable[[int, Learner, Tensor, Tensor], Mapping[str, float]]
 
 
-def train(
-    options: Options, run: Path, resume: bool, advice: str = GO_ON, measure: Measure | None = None
-) -> None:
+def train(options: Options, run: Path, resume: bool, advice: str = GO_ON) -> None:
     """Train in the directory of a run, or go on in it: from its last state, if it has one. advice:
     how to go on, for messages. Raises ValueError for what cannot be trained, and Stopped."""
     expect(options.data.split == "val", "data.split", "val for fit", options.data.split)
@@ -52,23 +47,13 @@ def train(
         found = {**data.found, "ranks": ranks.world()}
         ranks.on_first(lambda: check_run(run, config, found, resume))
         with Stop(advice) as stop:
-            last = fit(options, run, data, device, stop, measure)
+            last = fit(options, run, data, device, stop)
     steps = options.data.steps
-    if last == steps:
-        ranks.say(f"{run} has ended, after step {steps}")
-    else:
-        limit = f"{run}: a limit ended the run after step {last} of {steps}"
-        ranks.say(f"{limit}; {advice} --max_steps null")
+    limit = f"a limit ended the run after step {last} of {steps}; {advice} --max_steps null"
+    ranks.say(f"{run}: {limit}" if last < steps else f"{run} has ended, after step {steps}")
 
 
-def fit(
-    options: Options,
-    run: Path,
-    data: Splits,
-    device: torch.device,
-    stop: Stop,
-    measure: Measure | None = None,
-) -> int:
+def fit(options: Options, run: Path, data: Splits, device: torch.device, stop: Stop) -> int:
     """Train from the last state, or from the beginning, to the end or to a limit; returns the last
     step."""
     steps, dtype = options.data.steps, PRECISIONS[options.precision]
@@ -100,8 +85,6 @@ def fit(
         lr = set_learning_rates(optimizer, options.model, step, steps)
         for part in range(options.accumulate):
             images, labels = (x.to(device, non_blocking=True) for x in next(batches))
-            if measure and part == 0:
-                record.metrics.write(step, measure(step, learner, images, labels))
             adds = part + 1 < options.accumulate
             with parallel.no_sync() if adds and isinstance(parallel, DDP) else nullcontext():
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -127,15 +110,10 @@ def fit(
 def build(options: Options, data: Splits, device: torch.device, *, from_state: bool) -> Learner:
     """The network with its methods and losses, on its device."""
     model, classes = options.model, len(data.training.classes)
-    if from_state:  # which has what the files of weights and vectors had
-        given = model.method_options or {}
-        given = {name: x for name, x in given.items() if not str(x).startswith("@")}
+    if from_state:  # which has what the files of weights had
         model = replace(model, pretrained=False, weights=None, backbone_weights=None)
-        model = replace(model, method_options=given)
-    elif not (model.pretrained or model.weights or model.backbone_weights):
-        ranks.say("the network starts from random weights, without --model.pretrained")
     torch.manual_seed(options.seed)
-    learner = Learner(model, classes, options.data.channels, data.frequencies, data.prior)
+    learner = Learner(model, classes, options.data.channels, data.prior)
     synchronised = ranks.world() if device.type == "cuda" else 1  # batch norm
     batch = options.data.batch_size // (options.accumulate * ranks.world())
     check_sizes(learner.model, options, data.sizes, batch * synchronised)
@@ -149,7 +127,9 @@ def place(module: nn.Module, model: Segmenter, options: Options, device: torch.d
     """On the device, in the memory layout; upsampling as late as the network allows."""
     layout = torch.channels_last if options.model.channels_last else torch.preserve_format
     module.to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
-    upsample_late(model, torch.zeros(1, options.data.channels, *options.data.crop, device=device))
+    with suppress(ValueError):  # there is nothing to move
+        images = torch.zeros(1, options.data.channels, *options.data.crop, device=device)
+        ao.late_upsampling(model, images)
 
 
 class Record:
@@ -167,7 +147,7 @@ class Record:
         self.metrics = Log(run, self.step)
         shown = None if ranks.rank() == 0 else True  # None: on a terminal
         self.bar = tqdm(total=options.data.steps, initial=self.step, disable=shown)
-        self._begin, self._steps = time.perf_counter(), 0
+        self._begin, self._from = time.perf_counter(), self.step
 
     def due(self, step: int) -> bool:
         """Whether the weights after this step are still to be validated."""
@@ -177,18 +157,16 @@ class Record:
     def log(self, step: int, lr: float, terms: dict[str, Tensor]) -> None:
         """The losses of a step's last batch, the mean time of the steps since the last line or the
         last validation, and the peak memory in MB: of a GPU's tensors, or of the process."""
-        self._steps += 1
         self.bar.update()
         if step % self.options.log_every == 0:
             now = time.perf_counter()
-            seconds = (now - self._begin) / self._steps
-            self._begin, self._steps = now, 0
+            seconds = (now - self._begin) / (step - self._from)
+            self._begin, self._from = now, step
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
             if torch.cuda.is_initialized():
                 memory = torch.cuda.max_memory_allocated() / 2**20
             values = {"loss": terms["loss"], "lr": lr, **terms}
-            values |= {"seconds_per_step": seconds, "memory_mb": memory}
-            self.metrics.write(step, values)
+            self.metrics.write(step, values | {"seconds_per_step": seconds, "memory_mb": memory})
             self.bar.set_postfix(loss=float(terms["loss"]))
 
     def save(self, step: int) -> None:
@@ -212,7 +190,7 @@ class Record:
         figures = evaluate(model.eval(), self.data, self.options, stop)
         ranks.on_first(lambda: self._keep(step, model, figures))
         model.train()
-        self._begin, self._steps = time.perf_counter(), 0
+        self._begin, self._from = time.perf_counter(), step
 
     def _keep(self, step: int, model: nn.Module, figures: dict[str, float]) -> None:
         """The log comes last, because it tells that the step is validated."""

@@ -107,7 +107,7 @@ class Network(NamedTuple):
 
     def regularizer(self, method: str) -> Regularizer:
         """With the options of its paper."""
-        from anchorops.train.networks.learner import build_regularizer
+        from anchorops.train.networks import build_regularizer
         from anchorops.train.options import Model
 
         names: Any = names_of(method)
@@ -205,7 +205,7 @@ def unet_of_volumes(num_classes: int, levels: int = 6) -> nn.Module:
 
 
 def of_training_program(name: str, num_classes: int) -> nn.Module:
-    from anchorops.train.networks.models import build_model
+    from anchorops.train.networks import build_model
     from anchorops.train.options import Model
 
     return build_model(Model(name), num_classes)

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from anchorops.train.commands import DEMO
-from anchorops.train.options import PUBLISHED
 
 HRNET, SEGFORMER, EFFICIENTNET = "hrnet-w18-small", "segformer-b0", "efficientnet-lite0"
 CAMVID = "camvid"
 PRESETS = {**dict(zip((HRNET, SEGFORMER), DEMO, strict=True)), EFFICIENTNET: CAMVID}
 BACKBONE_WEIGHTS = "data/tf_efficientnet_lite0-imagenet-fp16.pth"
-SCRATCH = "from-scratch"
+PUBLISHED, SCRATCH = "published", "from-scratch"  # weights of the methods; a preset of its own
 # schedule: steps between them
 EVALUATIONS = {500: 100, 1_000: 250, 1_500: 250, 3_000: 500, 4_000: 500, 8_000: 1_000}
 SCHEDULES = (500, 1_500, 4_000)
@@ -62,18 +61,18 @@ class Run(NamedTuple):
     @property
     def options(self) -> list[str]:
         """Those of `anchorops-train fit`."""
+        presets = [PRESETS[self.model], *[SCRATCH] * (self.setting == SCRATCH)]
         options = {
-            "config": PRESETS[self.model],
             **{f"data.{name}": value for name, value in SCENES[self.scenes].items()},
             "model.methods": f"[{', '.join(self.names)}]",
-            "model.setting": self.setting,
             "data.steps": self.steps,
             "val_every": EVALUATIONS[self.steps],
             "seed": self.seed,
         }
         if self.scenes == CAMVID:
             options["model.backbone_weights"] = BACKBONE_WEIGHTS
-        return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        named = [*(("config", name) for name in presets), *options.items()]
+        return [word for name, value in named for word in (f"--{name}", str(value))]
 
 
 def plan() -> list[Run]:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 from record import grouped, json_of, markdown_table
+from trainings.plan import PUBLISHED
 
-from anchorops.train.networks.learner import CLASSES
-from anchorops.train.options import PUBLISHED
+from anchorops.train.networks import CLASSES
 from anchorops.train.run import save_atomically
 
 MEASURES = {"miou": "mIoU", "head": "head", "body": "body", "tail": "tail"}  # and their titles
@@ -87,7 +87,7 @@ The baseline is the network without a [method](methods.md). Its mIoU, of all cla
 tail, is given in %; that of a method as the difference to the baseline of the same seeds, in
 points. Figures are mean ± standard deviation (in pictures a band) over {seeds} seeds, or over n;
 those without ± are of one seed, which does not show whether a method helps. "From scratch" is
-`--model.setting from-scratch`; the others have the published weights. A network has converged at a
+`--config from-scratch`; the others have the published weights. A network has converged at a
 schedule if the next one adds less than {converged:g} point to the baseline's mIoU.
 
 {missing}

@@ -56,11 +56,10 @@ def _serve() -> None:
     from PIL import Image
 
     import anchorops as ao
-    from anchorops.train import __main__, commands, train
-    from anchorops.train.networks import learner, models
+    from anchorops.train import __main__, commands, networks, train
     from tests.helpers.tiny_runs import small_network
 
-    learner.build_model = models.build_model = small_network
+    networks.build_model = small_network
     train.draw_predictions = lambda *_: Image.new("RGB", (1, 1))
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)

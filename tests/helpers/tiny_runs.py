@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from anchorops.train.commands import fit
-from anchorops.train.networks.models import Segmenter
+from anchorops.train.networks import Segmenter
 from anchorops.train.options import Model
 from anchorops.train.run import read_metrics
 
@@ -39,9 +39,9 @@ def small_network(options: Model, num_classes: int, channels: int = 3) -> Segmen
     return Segmenter(Body(), 16, num_classes, dropout=options.dropout)
 
 
-def fitted(words: str, measure: Any = None) -> Path:
+def fitted(words: str) -> Path:
     """The directory of the run that `anchorops-train fit` trains with these words."""
-    return fit(words.split(), measure)
+    return fit(words.split())
 
 
 def state(run: Path, name: str = "last") -> dict[str, Any]:

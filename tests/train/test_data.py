@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -12,26 +13,31 @@ from torch import Tensor
 
 from anchorops.train.data import loading
 from anchorops.train.data.digits import SPLITS, DigitScenes, _digit_images
-from anchorops.train.data.folders import MaskFolder
-from anchorops.train.data.loading import Prepared, augmented
-from anchorops.train.data.splits import class_counts, open_split, validation_batches
+from anchorops.train.data.images import read_image
+from anchorops.train.data.loading import (
+    Prepared,
+    augmented,
+    class_counts,
+    open_split,
+)
 from anchorops.train.options import Data, Options
 from tests.helpers.image_files import write
 
 
 def test_scenes_of_digits():
     """A function of seed, split and index. Their frequencies have a long tail."""
-    scenes, again = (DigitScenes("train", 2000, (64, 96), seed=3) for _ in range(2))
+    options = Data(crop=(64, 96), train_images=2000)
+    scenes, again = (DigitScenes(options, "train", seed=3) for _ in range(2))
     image, labels = scenes[7]
     scenes[8]
     assert image.shape == (3, 64, 96) and labels.shape == (64, 96)
     assert torch.equal(image, again[7][0]) and torch.equal(labels, again[7][1])
-    options = Data(zipf=3.0, data_seed=5, crop=(64, 96), train_images=50)
-    train, val = (open_split(options, name, seed=3) for name in ("train", "val"))
-    same = DigitScenes("train", 9, (64, 96), seed=5, exponent=3.0)
+    steep = replace(options, zipf=3.0, data_seed=5)
+    train, val = (open_split(steep, name, seed=3) for name in ("train", "val"))
+    same = DigitScenes(steep, "train", seed=5)
     assert all(torch.equal(train[i][0], same[i][0]) for i in range(9))
-    assert torch.equal(val[7][0], DigitScenes("val", 9, (64, 96), seed=0)[7][0])
-    for other in (train, val, DigitScenes("train", 9, (64, 96), seed=4)):
+    assert torch.equal(val[7][0], DigitScenes(options, "val", seed=1)[7][0])
+    for other in (train, val, DigitScenes(options, "train", seed=5)):
         assert not torch.equal(image, other[7][0])
     pixels, images, _ = class_counts(scenes)
     assert images[0] == 2000 and images[1] > 2 * images[10]
@@ -56,7 +62,8 @@ def test_draws_do_not_depend_on_ranks_or_interruptions():
 
 def test_augmentation_is_a_function_of_the_draw():
     options = Data("folder", crop=(32, 32), scale=(0.5, 2.0), flip=True, photometric=True)
-    data = Prepared(DigitScenes("train", 4, (40, 48), seed=0), options, seed=5)
+    scenes = DigitScenes(Data(crop=(40, 48)), "train", seed=0)
+    data = Prepared(scenes, options, seed=5)
     before = torch.get_rng_state()
     image, labels = data[1, 10]
     assert torch.equal(torch.get_rng_state(), before) and image.shape == (3, 32, 32)
@@ -117,16 +124,15 @@ def test_photometric_distortion_keeps_the_order_of_channels():
 
 
 def test_images_of_many_channels(folder: Path):
-    """In training and in prediction."""
+    """In training, and in an evaluation or a prediction."""
     path = folder / "images/train/a/1.tif"
     write(path.with_suffix(".jpg"), None)
     write(path, np.full((6, 9, 5), 65_535, np.uint16))
     options = Data("folder", str(folder), channels=5, short_side=12, crop=(32, 64))
     image, _ = Prepared(open_split(options, "train", 0), options, seed=0)[0, 0]
     assert image.shape == (5, 32, 64) and (image[:, :12, :18] == 2).all()
-    ((image, labels),) = validation_batches(options, MaskFolder([(path, None)], 5))
-    assert image.shape == (1, 5, 12, 18) and (image == 2).all()
-    assert labels.shape == (1, 6, 9) and (labels == -1).all()
+    image = loading.network_input(read_image(path, 5), options)
+    assert image.shape == (5, 12, 18) and (image == 2).all()
 
 
 def test_workers_end_with_python():

@@ -10,8 +10,6 @@ from PIL import Image
 
 import anchorops as ao
 from anchorops.train import commands
-from anchorops.train import train as training
-from anchorops.train.networks.models import upsample_late
 from anchorops.train.run import read_metrics
 from tests.helpers.image_files import image, write
 from tests.helpers.tiny_runs import FOLDER, fitted
@@ -31,13 +29,13 @@ def array(path: Path) -> np.ndarray:
     [
         "--model.methods [cbp,sar]",  # CBP removes the classifier's bias
         "--model.evaluation sliding --model.window_stride [16,24] --data.short_side 40",
-        "--model.eval_scales [1,2] --model.eval_flip true --model.auxiliary_weight 0.4",
+        "--model.auxiliary_weight 0.4",
     ],
 )
 def test_predictions_are_those_of_the_evaluation(folder: Path, options: str) -> None:
     run = fitted(f"{FOLDER} {options} --val_every 1 --data.root {folder} --run {folder}/run")
     images = [folder / "images/val/a/1.jpg", folder / "images/val/b.png"]
-    with mock.patch.object(training, "upsample_late", wraps=upsample_late) as late:
+    with mock.patch.object(ao, "late_upsampling", wraps=ao.late_upsampling) as late:
         predict(run, f"--out {folder}/new/out", images)
     assert late.called
     # an option that a message names for other images, but not of this network

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from anchorops.train.commands import PRESETS, parse
-from anchorops.train.networks.learner import build_regularizer
-from anchorops.train.networks.models import build_model
+from anchorops.train.networks import build_model, build_regularizer
 from anchorops.train.options import Model
 
 # section 4.2 of CBP and OCCL names families of networks, not only the one of its table

@@ -1,8 +1,7 @@
 """Handwritten digits (UCI, in scikit-learn) on a noisy background: data without a download."""
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from functools import cache
-from typing import Literal
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from .. import IGNORED
+from ..options import Data
 
 SPLITS = ("train", "val")
 
@@ -28,27 +28,27 @@ def _digit_images(split: str) -> list[np.ndarray]:
 class DigitScenes:
     """Scenes of two to five digits whose frequencies follow Zipf's law: 0 is common, 9 is rare.
 
-    Scene i of a split is a pure function of (seed, split, i). Classes: background, then the digits;
-    the soft border of a stroke is ignored. size: height and width of a scene in pixels, at least
-    32; exponent: digit d is drawn with probability proportional to (d + 1)^−exponent.
+    Scene i of a split, train or val, is a pure function of (seed, split, i) and of the size, that
+    of a crop; the seed of val is 0. Digit d is drawn with probability proportional to (d + 1)^−zipf
+    (val: zipf 1). Classes: background, then the digits; the soft border of a stroke is ignored.
     """
 
-    split: Literal["train", "val"]
-    length: int
-    size: tuple[int, int]
-    _: KW_ONLY
+    options: Data
+    split: str
     seed: int
-    exponent: float = 1.0
     classes = ("background", *map(str, range(10)))
 
     def __len__(self) -> int:
-        return self.length
+        return self.options.train_images if self.split == "train" else self.options.val_images
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Image uint8 (3, H, W) and labels int16 (H, W), −1 ignored."""
-        weights = np.arange(1, 11, dtype=np.float64) ** -self.exponent
-        random = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
-        height, width = self.size
+        seed, zipf = self.seed, self.options.zipf
+        if self.split == "val":
+            seed, zipf = 0, 1.0
+        weights = np.arange(1, 11, dtype=np.float64) ** -zipf
+        random = np.random.default_rng([seed, SPLITS.index(self.split), index])
+        height, width = self.options.crop
         coarse = Image.fromarray(random.integers(0, 128, (5, 5, 3), dtype=np.uint8))
         ground = coarse.resize((width, height), Image.Resampling.BICUBIC)  # smooth dim colours
         scene = np.array(ground, np.float32) / 255

@@ -1,1 +1,0 @@
-"""Networks, their heads, and the losses that train them."""
