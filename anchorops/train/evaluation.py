@@ -34,23 +34,31 @@ def pad_to_multiple(images: Tensor) -> Tensor:
     return F.pad(images, (0, -width % MULTIPLE, 0, -height % MULTIPLE))
 
 
-def largest(logits: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Classes int64 (B, H, W) with the largest logits at full resolution, which are rows · logits ·
-    columnsᵀ: upsampling, cropping, averaging overlapping windows and scaling are all linear, and
-    the same for each row and for each column. They are computed tile by tile.
+# Low-resolution logits (B, K, h, w), and the matrices rows [H, h] and columns [W, w], float32 on
+# the CPU. The logits at full resolution are rows · logits · columnsᵀ: upsampling, cropping,
+# averaging overlapping windows and scaling are all linear, and the same for each row and for each
+# column. For a flipped image, `columns` are flipped. Therefore predictions from several scales and
+# flips are sums of terms.
+Term = tuple[Tensor, Tensor, Tensor]
 
-    logits: (B, K, h, w), of low resolution. rows, columns: [H, h] and [W, w], float32 on the CPU.
-    """
-    device, size = logits.device, (len(rows), len(columns))
-    classes = torch.empty(len(logits), *size, dtype=torch.int64, device=device)
-    for top in range(0, size[0], TILE):
-        for left in range(0, size[1], TILE):
-            above, beside = rows[top : top + TILE], columns[left : left + TILE]
-            i, j = (weights.any(0).nonzero()[:, 0] for weights in (above, beside))
-            used = logits[:, :, i[:, None].to(device), j.to(device)].float()
-            used = used.clamp(min=LOWEST_LOGIT)
-            scores = above[:, i].to(device) @ used @ beside[:, j].T.to(device)
-            tile = ao.pixel_argmax(scores, (scores.shape[2], scores.shape[3]))
+
+def largest(terms: Sequence[Term], *, softmax: bool) -> Tensor:
+    """Classes int64 (B, H, W) with the largest sum over the terms: of their logits or, with
+    softmax, of their probabilities. It is computed tile by tile."""
+    batch, height, width = map(len, terms[0])
+    device = terms[0][0].device
+    classes = torch.empty(batch, height, width, dtype=torch.int64, device=device)
+    for top in range(0, height, TILE):
+        for left in range(0, width, TILE):
+            sums = torch.zeros((), device=device)
+            for logits, rows, columns in terms:
+                rows, columns = rows[top : top + TILE], columns[left : left + TILE]
+                i, j = (weights.any(0).nonzero()[:, 0] for weights in (rows, columns))
+                used = logits[:, :, i[:, None].to(device), j.to(device)].float()
+                used = used.clamp(min=LOWEST_LOGIT)
+                scores = rows[:, i].to(device) @ used @ columns[:, j].T.to(device)
+                sums = sums + (scores.softmax(1) if softmax else scores)
+            tile = ao.pixel_argmax(sums, (sums.shape[2], sums.shape[3]))
             classes[:, top : top + TILE, left : left + TILE] = tile
     return classes
 
@@ -79,17 +87,12 @@ def _interpolate(rows: Tensor, size: int) -> Tensor:
     return F.interpolate(rows[None], size, mode="linear", align_corners=False)[0]
 
 
-def predict(
+def _window_logits(
     model: Callable[[Tensor], Tensor], images: Tensor, size: Sequence[int], options: Options
-) -> Tensor:
-    """Classes int64 (B, *size) of images (B, C, h, w), from whole images, or from sliding windows
-    whose logits are averaged where they overlap."""
-    (height, width), sliding = images.shape[2:], options.model.evaluation == "sliding"
-    padded = pad_to_multiple(images)
-    aligned = padded.shape == images.shape  # padded and scaled images are interpolated twice
-    if not sliding and (aligned or (height, width) == tuple(size)):
-        whole = (size[0], size[1]) if aligned else (padded.shape[2], padded.shape[3])
-        return ao.pixel_argmax(model(padded), whole)[:, : size[0], : size[1]]
+) -> Term:
+    """The logits of images (B, C, h, w), of windows or whole, for labels of this size."""
+    height, width = images.shape[2:]
+    sliding = options.model.evaluation == "sliding"
     rows, columns = options.data.crop if sliding else (height, width)
     down, right = options.model.window_stride or (max(1, rows * 2 // 3), max(1, columns * 2 // 3))
     tops, lefts = _starts(height, rows, down), _starts(width, columns, right)
@@ -103,10 +106,37 @@ def predict(
                 shape = (batch, classes, len(tops), low_height, len(lefts), low_width)
                 logits = part.new_empty(shape)
             logits[:, :, i, :, j] = part
-    del part, padded  # their memory
     row_weights = _weights(tops, height, rows, logits.shape[3], size[0])
     column_weights = _weights(lefts, width, columns, logits.shape[5], size[1])
-    return largest(logits.flatten(4).flatten(2, 3), row_weights, column_weights)
+    return logits.flatten(4).flatten(2, 3), row_weights, column_weights
+
+
+def predict(
+    model: Callable[[Tensor], Tensor], images: Tensor, size: Sequence[int], options: Options
+) -> Tensor:
+    """Classes int64 (B, *size) of images (B, C, h, w), from whole images, or from sliding windows
+    whose logits are averaged where they overlap. With several scales, or with the mirror images,
+    their probabilities are averaged (as mmsegmentation's test-time augmentation)."""
+    height, width = size
+    scales, flip = tuple(options.model.eval_scales), options.model.eval_flip
+    several = flip or scales != (1.0,)
+    padded = pad_to_multiple(images)
+    aligned = padded.shape == images.shape  # padded and scaled images are interpolated twice
+    once = aligned or images.shape[2:] == (height, width)
+    if once and not several and options.model.evaluation == "whole":
+        whole = (height, width) if aligned else (padded.shape[2], padded.shape[3])
+        return ao.pixel_argmax(model(padded), whole)[:, :height, :width]
+    terms = []
+    for scale in scales:
+        scaled = images
+        if scale != 1:
+            sides = [max(1, round(side * scale)) for side in images.shape[2:]]
+            scaled = F.interpolate(images, sides, mode="bilinear", antialias=True)
+        terms.append(_window_logits(model, scaled, size, options))
+        if flip:
+            logits, rows, columns = _window_logits(model, scaled.flip(3), size, options)
+            terms.append((logits, rows, columns.flip(0)))
+    return largest(terms, softmax=several)
 
 
 @torch.no_grad()
@@ -179,7 +209,7 @@ def check_sizes(
     model: nn.Module, options: Options, sizes: Sequence[tuple[int, int]], batch: int = 0
 ) -> None:
     """Raises ValueError if the network cannot take a batch of crops in training, or an image in the
-    validation: a whole one or a window, scaled to its sides. It runs on a copy without data.
+    validation: a whole one, a window or a scaled one. It runs on a copy without data.
 
     sizes: (H, W) of the validation images. batch: of a training step.
     """

@@ -51,6 +51,8 @@ class Model:
         power: Exponent of the polynomial decay to zero.
         evaluation: Predict whole images, or overlapping windows of the size of a crop.
         window_stride: Rows and columns from one window to the next; if not given, 2/3 of a crop.
+        eval_scales: Average the probabilities of the images in these scales.
+        eval_flip: Average with the probabilities of the mirrored images, too.
     """
 
     network: str = "hrnet-w18-small"
@@ -76,6 +78,8 @@ class Model:
     power: NonNegativeFloat = 0.9
     evaluation: Literal["whole", "sliding"] = "whole"
     window_stride: tuple[PositiveInt, PositiveInt] | None = None
+    eval_scales: Sequence[PositiveFloat] = (1.0,)
+    eval_flip: bool = False
 
 
 @dataclass
@@ -174,6 +178,9 @@ class Options:
         expect(multiples, "data.crop", f"two multiples of {MULTIPLE}", crop)
         fits = stride[0] <= crop[0] and stride[1] <= crop[1]
         expect(fits, "model.window_stride", f"at most the crop's {crop}", stride)
+        scales = self.model.eval_scales
+        finite = len(scales) > 0 and max(scales) < math.inf
+        expect(finite, "model.eval_scales", "finite numbers, at least one", scales)
         possible = data.dataset != "digits" or data.channels == 3
         expect(possible, "data.channels", "3 for digits", data.channels)
         ordered = data.scale[0] <= data.scale[1] < math.inf

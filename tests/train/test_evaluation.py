@@ -43,9 +43,9 @@ def stored(
     return F.interpolate(total / times, size, mode="bilinear")
 
 
-def how(window: Size | None, stride: Size | None = None) -> Options:
+def how(window: Size | None, stride: Size | None = None, scales=(1.0,), flip=False) -> Options:
     options = Options(data=Data(crop=window or (64, 64)))
-    options.model = Model(window_stride=stride)
+    options.model = Model(window_stride=stride, eval_scales=scales, eval_flip=flip)
     options.model.evaluation = "sliding" if window else "whole"
     return options
 
@@ -56,26 +56,35 @@ def assert_largest(classes: Tensor, logits: Tensor) -> None:
     torch.testing.assert_close(chosen, logits.amax(1))
 
 
-# sizes of the image and the labels, window, stride
+# sizes of the image and the labels, window, stride, scales, and whether it is flipped too
 @pytest.mark.parametrize(
     "case",
     [
-        ((64, 96), (64, 96), None, None),
-        ((40, 60), (40, 60), None, None),  # padded
-        ((40, 60), (33, 277), None, None),  # both
-        (IMAGE, IMAGE, (64, 64), (64, 32)),
-        (IMAGE, IMAGE, (64, 96), (10, 90)),
-        ((40, 61), (40, 61), (64, 32), None),  # a window higher than the image
-        ((150, 301), (201, 207), (64, 96), None),
+        ((40, 60), (40, 60), None, None, (1,), False),  # padded
+        ((40, 60), (33, 277), None, None, (1,), True),  # padded and scaled
+        ((64, 160), (64, 160), (64, 64), (64, 32), (1,), False),
+        ((40, 61), (40, 61), (64, 32), None, (1,), False),  # a window higher than the image
+        ((150, 301), (201, 207), (64, 96), None, (1,), False),
+        ((64, 128), (130, 140), None, None, (0.5, 1, 2), False),
+        ((64, 128), (64, 128), (64, 64), None, (0.5, 1, 2), True),
     ],
 )
 def test_classes_of_stored_logits(case: tuple[Any, ...]):
-    """As in mmsegmentation: logits are upsampled to the image's size, then to the labels' size."""
-    image_size, size, window, stride = case
+    """With several scales or mirror images, of the mean of their probabilities, as in
+    mmsegmentation: logits are upsampled to the image's size, then to the labels' size."""
+    image_size, size, window, stride, scales, flip = case
+    options = how(window, stride, scales, flip)
     model, images = nn.Conv2d(3, 7, 4, 4), torch.randn(2, 3, *image_size)
+    maps = []
     with torch.no_grad():
-        classes = predict(model, images, size, how(window, stride))
-        assert_largest(classes, stored(model, images, size, window, stride))
+        classes = predict(model, images, size, options)
+        for scale in scales:
+            sides = [round(scale * side) for side in image_size]
+            scaled = F.interpolate(images, sides, mode="bilinear", antialias=scale != 1)
+            maps.append(stored(model, scaled, size, window, stride))
+            if flip:
+                maps.append(stored(model, scaled.flip(3), size, window, stride).flip(3))
+    assert_largest(classes, sum(x.softmax(1) for x in maps) if len(maps) > 1 else maps[0])
 
 
 def test_a_whole_image_is_interpolated_once():

@@ -29,7 +29,7 @@ def array(path: Path) -> np.ndarray:
     [
         "--model.methods [cbp,sar]",  # CBP removes the classifier's bias
         "--model.evaluation sliding --model.window_stride [16,24] --data.short_side 40",
-        "--model.auxiliary_weight 0.4",
+        "--model.eval_scales [1,2] --model.eval_flip true --model.auxiliary_weight 0.4",
     ],
 )
 def test_predictions_are_those_of_the_evaluation(folder: Path, options: str) -> None:
