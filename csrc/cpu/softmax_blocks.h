@@ -113,14 +113,21 @@ struct Block {
   // Loads a row of the pixels from a line over the tile's labels; `other` where there is no pixel.
   template <class Element, class Vec>
   ALWAYS_INLINE void load_pixels(const Element* line, Element other, Vec* pixels) const {
-    if (is_whole()) {
-      Floats neighbours[WIDTH];
-      std::memcpy(neighbours, line + columns[0], sizeof neighbours);
-      Simd<float>::deinterleave<WIDTH>(neighbours);
-      std::memcpy(pixels, neighbours, sizeof neighbours);
+    const int64_t labels = row.tile.label_columns.end - row.tile.label_columns.begin;
+    if (columns[L - 1] < 0 || columns[L - 1] + WIDTH > labels) {
+      for (int i = 0; i < WIDTH; ++i) pixels[i] = gather(line, load_ints(columns + i * L), other);
       return;
     }
-    for (int i = 0; i < WIDTH; ++i) pixels[i] = gather(line, load_ints(columns + i * L), other);
+    Floats cells[WIDTH];  // WIDTH neighbours of each cell
+    if (is_whole())
+      std::memcpy(cells, line + columns[0], sizeof cells);
+    else
+      for (int lane = 0; lane < L; ++lane)
+        std::memcpy(reinterpret_cast<char*>(cells) + lane * WIDTH * sizeof(Element),
+                    line + std::max(columns[lane], 0), WIDTH * sizeof(Element));
+    Simd<float>::deinterleave<WIDTH>(cells);
+    for (int i = 0; i < WIDTH; ++i)
+      pixels[i] = load_ints(columns + i * L) >= 0 ? Vec(cells[i]) : Vec{} + other;
   }
   // Loads a row of the pixels from a map; 0 if there is no map.
   ALWAYS_INLINE void load_map(int64_t j, const Map<float>& map, Floats* pixels) const {
