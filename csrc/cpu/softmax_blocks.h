@@ -119,12 +119,8 @@ struct Block {
       return;
     }
     Floats cells[WIDTH];  // WIDTH neighbours of each cell
-    if (is_whole())
-      std::memcpy(cells, line + columns[0], sizeof cells);
-    else
-      for (int lane = 0; lane < L; ++lane)
-        std::memcpy(reinterpret_cast<char*>(cells) + lane * WIDTH * sizeof(Element),
-                    line + std::max(columns[lane], 0), WIDTH * sizeof(Element));
+    for (int i = 0; i < WIDTH; ++i) cells[i] = load_fours(line, columns + i * L / WIDTH);
+    if (is_whole()) std::memcpy(cells, line + columns[0], sizeof cells);
     Simd<float>::deinterleave<WIDTH>(cells);
     for (int i = 0; i < WIDTH; ++i)
       pixels[i] = load_ints(columns + i * L) >= 0 ? Vec(cells[i]) : Vec{} + other;
@@ -255,7 +251,6 @@ ALWAYS_INLINE void sum_classes(const Block& block, Floats* sums, Visit visit) {
   const int64_t stride = block.row.workspace.packed.stride;
   const float* upper = block.row.upper_row(0) + block.column;
   const float* lower = block.row.lower_row(0) + block.column;
-  for (int n = 0; n < HEIGHT * WIDTH; ++n) sums[n] = Floats{};
   for (int64_t start = 0; start < num_classes; start += 128) {
     Floats some[HEIGHT * WIDTH] = {};  // sums of few terms, to keep rounding errors small
     const int64_t end = std::min<int64_t>(start + 128, num_classes);
@@ -264,25 +259,24 @@ ALWAYS_INLINE void sum_classes(const Block& block, Floats* sums, Visit visit) {
       visit(k, Corners(upper + k * stride, lower + k * stride), some);
     }
 #pragma GCC unroll 16
-    for (int n = 0; n < HEIGHT * WIDTH; ++n) sums[n] += some[n];
+    for (int n = 0; n < HEIGHT * WIDTH; ++n) sums[n] = start == 0 ? some[n] : sums[n] + some[n];
   }
 }
 
-// The sums of e^z. label_powers: e^z of the true classes [HEIGHT][WIDTH][lanes], where there are
-// some.
+// The sums of e^z. label_powers: e^z of the true classes [HEIGHT][WIDTH][lanes], 1 where there is
+// none.
 void sum_powers(const Block& block, const BlockClasses& classes, Floats* sums,
-                float* label_powers) {
-  float powers[HEIGHT * PIXELS] = {};  // the compiler knows that no other memory changes
+                float* __restrict__ label_powers) {
+  std::fill(label_powers, label_powers + HEIGHT * PIXELS, 1.0f);
   sum_classes(block, sums, [&](int64_t k, const Corners& z, Floats* some) INLINE_LAMBDA {
     if (may_have_class(classes.bits, k)) [[unlikely]]
       return for_powers(block, z, 0, [&](int j, int i, Floats v) INLINE_LAMBDA {
         some[j * WIDTH + i] += v;
-        classes.put(k, j * WIDTH + i, v, powers);
+        classes.put(k, j * WIDTH + i, v, label_powers);
       });
     for_powers(block, z, 0,
                [&](int j, int i, Floats v) INLINE_LAMBDA { some[j * WIDTH + i] += v; });
   });
-  std::memcpy(label_powers, powers, sizeof powers);
 }
 
 // The sums of w_k * e^z, or of w_k * (e^z)^2, with w_k = scale * weights[k].
@@ -297,12 +291,12 @@ void sum_weighted(const Block& block, int64_t first, const float* weights, float
   });
 }
 
-// e^z of the true classes of the pixels [rows][WIDTH][lanes], 0 where there is none. It is not
+// e^z of the true classes of the pixels [rows][WIDTH][lanes], 1 where there is none. It is not
 // inlined: a pixel at the smallest loss must be used in both passes, or in none.
 __attribute__((noinline)) void find_label_powers(const Block& block, const BlockClasses& classes,
                                                  float* powers) {
   const CellRow& row = block.row;
-  std::memset(powers, 0, row.rows * PIXELS * sizeof(float));
+  std::fill(powers, powers + row.rows * PIXELS, 1.0f);
   classes.for_classes(row.problem.logits.num_classes, [&](int64_t k) INLINE_LAMBDA {
     for (int64_t first = 0; first < row.rows; first += HEIGHT)
       for_powers(block, block.corners(k), first, [&](int j, int i, Floats v) INLINE_LAMBDA {

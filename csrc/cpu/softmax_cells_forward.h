@@ -79,9 +79,10 @@ void add_block(const Block& block, const BlockClasses& classes,
     V::store(c + n * L, block.label_losses(classes, n, V::load(powers + n * L), totals[n]));
   for (int64_t j = 0; j < row.rows; ++j) block.store_map(j, maps.totals, totals + j * WIDTH);
   classes.for_classes(row.problem.logits.num_classes, [&](int64_t k) INLINE_LAMBDA {
+    Ints counts = {};
     for (int64_t n = 0; n < count; ++n)
-      sums.counts[k] +=
-          __builtin_popcount(lanes_of(classes.pixel_classes(n) == static_cast<int32_t>(k)));
+      counts -= classes.pixel_classes(n) == static_cast<int32_t>(k);
+    for (int lane = 0; lane < L; ++lane) sums.counts[k] += counts[lane];
   });
   if (sums.intersections) {
     for (int64_t n = 0; n < count; ++n)
@@ -143,12 +144,17 @@ void forward_cells(const Problem<float>& problem, const Tile& tile,
     for (int64_t at = 0; at < row.passes * row.blocks; ++at) {
       const Block block(row, at);
       int32_t predicted[HEIGHT * PIXELS];
-      Floats totals[HEIGHT * WIDTH] = {};
+      Floats totals[HEIGHT * WIDTH];
       BlockClasses classes;
       block.find_classes(classes);
       const bool any_valid = classes.any();
       float powers[HEIGHT * PIXELS];
-      if (any_valid) sum_powers(block, classes, totals, powers);
+      if (any_valid) {
+        sum_powers(block, classes, totals, powers);
+      } else {
+        std::memset(totals, 0, sizeof totals);
+        std::memset(powers, 0, sizeof powers);
+      }
       Ints steep = {};
       for (int64_t n = 0; n < row.rows * WIDTH; ++n)
         steep |= (classes.pixel_classes(n) >= 0) & ~((totals[n] >= STEEP) & (totals[n] <= 1e38f));

@@ -2,6 +2,7 @@
 // scattering.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -63,6 +64,24 @@ ALWAYS_INLINE Vector<Element, LANES<float>> gather(const Element* table, Ints in
   for (int i = 0; i < LANES<float>; ++i)
     if (index[i] >= 0) result[i] = table[index[i]];
   return result;
+#endif
+}
+
+// The bits of four neighbours in the table at each of some indices, or at 0 for a negative one.
+template <class Element>
+ALWAYS_INLINE Floats load_fours(const Element* table, const int32_t* index) {
+  static_assert(sizeof(Element) == 4);
+  const auto at = [&](int i) INLINE_LAMBDA { return table + std::max(index[i], 0); };
+#if VECTOR_BYTES == 64
+  __m512i v = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at(0))));
+  v = _mm512_inserti32x4(v, _mm_loadu_si128(reinterpret_cast<const __m128i*>(at(1))), 1);
+  v = _mm512_inserti32x4(v, _mm_loadu_si128(reinterpret_cast<const __m128i*>(at(2))), 2);
+  return Floats(_mm512_inserti32x4(v, _mm_loadu_si128(reinterpret_cast<const __m128i*>(at(3))), 3));
+#else
+  Floats v;
+  for (int i = 0; i < LANES<float> / 4; ++i)
+    std::memcpy(reinterpret_cast<char*>(&v) + 16 * i, at(i), 16);
+  return v;
 #endif
 }
 
