@@ -36,8 +36,9 @@ struct BlockClasses {
   // Calls visit(k) for the classes, and sometimes for one that no pixel has.
   template <class Visit>
   ALWAYS_INLINE void for_classes(int64_t num_classes, Visit visit) const {
-    for (int64_t k = 0; k < num_classes; ++k)
-      if (may_have_class(bits, k)) visit(k);
+    for (int64_t first = 0; first < num_classes; first += 64)
+      for (uint64_t rest = bits[first / 64 % CLASS_WORDS]; rest != 0; rest &= rest - 1)
+        if (const int64_t k = first + __builtin_ctzll(rest); k < num_classes) visit(k);
   }
   // Writes the values of vector n of the pixels where they have class k.
   ALWAYS_INLINE void put(int64_t k, int64_t n, Floats values, float* target) const {
@@ -119,8 +120,10 @@ struct Block {
       return;
     }
     Floats cells[WIDTH];  // WIDTH neighbours of each cell
-    for (int i = 0; i < WIDTH; ++i) cells[i] = load_fours(line, columns + i * L / WIDTH);
-    if (is_whole()) std::memcpy(cells, line + columns[0], sizeof cells);
+    if (is_whole())
+      std::memcpy(cells, line + columns[0], sizeof cells);
+    else
+      for (int i = 0; i < WIDTH; ++i) cells[i] = load_fours(line, columns + i * L / WIDTH);
     Simd<float>::deinterleave<WIDTH>(cells);
     for (int i = 0; i < WIDTH; ++i)
       pixels[i] = load_ints(columns + i * L) >= 0 ? Vec(cells[i]) : Vec{} + other;
