@@ -135,7 +135,11 @@ struct Block {
     const Tile& tile = row.tile;
     const float* line = map.data + tile.image * map.stride_b + (row.y + j) * map.stride_h +
                         tile.label_columns.begin * map.stride_w;
-    if (map.stride_w == 1) return load_pixels(line, 0.0f, pixels);
+    if (map.stride_w == 1) {
+      for (int lane = 0; lane < L; lane += 2)  // the same pixels of the next row of cells
+        __builtin_prefetch(line + row.rows * map.stride_h + columns[lane]);
+      return load_pixels(line, 0.0f, pixels);
+    }
     for (int t = 0; t < PIXELS; ++t)
       if (columns[t] >= 0) pixels[t / L][t % L] = line[columns[t] * map.stride_w];
   }
