@@ -60,7 +60,9 @@ bool factors_of_block(const Block& block, const BlockClasses& classes,
       if (!losses.options.plain) {
         Floats c = {}, alpha, beta;
         if (losses.needs_c()) c = block.label_losses(classes, n, power, total);
-        const auto p = [c]() INLINE_LAMBDA { return probabilities_of<float>(c); };
+        const auto p = [&]() INLINE_LAMBDA {
+          return Probabilities<float>{power * q, (total - power) * q};
+        };
         losses.derivatives(k, c, block.losses_of_all_classes(losses, j, i, log(total)), p, alpha,
                            beta);
         smoothing_term = label_term * beta;

@@ -96,9 +96,11 @@ void add_block(const Block& block, const BlockClasses& classes,
       const Ints k = classes.pixel_classes(n);
       const Floats u =
           block.losses_of_all_classes(image_losses, n / WIDTH, n % WIDTH, log(totals[n]));
-      const Floats plain = V::load(c + n * L);
-      const auto p = [plain]() INLINE_LAMBDA { return probabilities_of<float>(plain); };
-      const Floats loss = image_losses.loss(k, plain, u, p);
+      const auto p = [&]() INLINE_LAMBDA {
+        const Floats power = V::load(powers + n * L);
+        return Probabilities<float>{power / totals[n], (totals[n] - power) / totals[n]};
+      };
+      const Floats loss = image_losses.loss(k, V::load(c + n * L), u, p);
       V::store(shaped + n * L, k >= 0 ? loss : Floats{});
     }
   }
