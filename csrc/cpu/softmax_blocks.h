@@ -119,6 +119,7 @@ struct Block {
       for (int i = 0; i < WIDTH; ++i) pixels[i] = gather(line, load_ints(columns + i * L), other);
       return;
     }
+    static_assert(WIDTH == 4);
     Floats cells[WIDTH];  // WIDTH neighbours of each cell
     if (is_whole())
       std::memcpy(cells, line + columns[0], sizeof cells);
@@ -171,6 +172,7 @@ struct Block {
     // rows are processed HEIGHT at a time
     for (int64_t n = row.rows * WIDTH; n % (HEIGHT * WIDTH) != 0; ++n)
       std::memset(classes.classes + n * L, -1, sizeof(Ints));
+    // mostly a cell has no others
     classes.add(highest);
     classes.add(lowest < highest ? lowest : Ints{} - 1);
     for (int64_t n = 0; n < row.rows * WIDTH; ++n) {

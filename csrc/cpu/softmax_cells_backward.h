@@ -31,7 +31,8 @@ bool factors_of_block(const Block& block, const BlockClasses& classes,
   const auto class_values = [&](const float* by_class, Ints k) INLINE_LAMBDA {
     return by_class ? pick(by_class + image_offset, k) : Floats{};
   };
-  const bool any_valid = classes.any();
+  const bool with_slopes = classes.any() && dprobability_sums;
+  const bool with_squares = classes.any() && dsquares;
   const float scale = gradients.slope_scale;
   const bool needs_power = gradients.dintersections || losses.needs_c();
   float powers[ROWS * PIXELS];
@@ -39,9 +40,9 @@ bool factors_of_block(const Block& block, const BlockClasses& classes,
   Floats slopes[HEIGHT * WIDTH], squares[HEIGHT * WIDTH];
   Ints steep = {};
   for (int64_t j = 0; j < row.rows; ++j) {
-    if (any_valid && j % HEIGHT == 0) {
-      if (dprobability_sums) sum_weighted<false>(block, j, dprobability_sums, scale, slopes);
-      if (dsquares) sum_weighted<true>(block, j, dsquares, scale, squares);
+    if (j % HEIGHT == 0) {
+      if (with_slopes) sum_weighted<false>(block, j, dprobability_sums, scale, slopes);
+      if (with_squares) sum_weighted<true>(block, j, dsquares, scale, squares);
     }
     Floats totals[WIDTH], weights[WIDTH], dpixel_losses[WIDTH];
     block.load_map(j, row.totals_map(gradients.totals), totals);
@@ -69,8 +70,8 @@ bool factors_of_block(const Block& block, const BlockClasses& classes,
         label_term *= alpha;
       }
       Floats rest = losses.total * smoothing_term;
-      if (dprobability_sums) rest -= slopes[in_sums] * q / scale;
-      if (dsquares) rest -= 2 * q * squares[in_sums] * q / scale;
+      if (with_slopes) rest -= slopes[in_sums] * q / scale;
+      if (with_squares) rest -= 2 * q * squares[in_sums] * q / scale;
       Floats of_label = {};
       if (gradients.dintersections) {
         of_label = class_values(gradients.dintersections, k);
