@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "softmax_cells.h"
 
@@ -11,9 +12,6 @@ BEGIN_TARGET
 namespace anchorops::cpu::softmax::INSTRUCTION_SET {
 
 // A bit for each of some classes. Classes that differ by 64 * CLASS_WORDS have the same bit.
-ALWAYS_INLINE void add_class(uint64_t* bits, int32_t k) {
-  if (k >= 0) bits[k / 64u % CLASS_WORDS] |= uint64_t{1} << k % 64u;
-}
 ALWAYS_INLINE bool may_have_class(const uint64_t* bits, uint64_t k) {
   return bits[k / 64 % CLASS_WORDS] >> k % 64 & 1;
 }
@@ -21,12 +19,27 @@ ALWAYS_INLINE bool may_have_class(const uint64_t* bits, uint64_t k) {
 // The classes of a block's pixels [rows][WIDTH][lanes], -1 where there is none.
 struct BlockClasses {
   int32_t classes[ROWS * PIXELS];
-  Ints cell_classes;                             // the largest of each cell, mostly the only one
-  int32_t others[ROWS * PIXELS + LANES<float>];  // the pixels that are of another class
-  int64_t count;                                 // number of the others
-  uint64_t bits[CLASS_WORDS];                    // of all classes
+  uint64_t bits[CLASS_WORDS] = {};  // of all classes
 
   Ints pixel_classes(int64_t n) const { return load_ints(classes + n * LANES<float>); }
+  bool any() const {
+    return std::any_of(bits, bits + CLASS_WORDS, [](uint64_t word) { return word != 0; });
+  }
+  // Adds the bits of some pixels' classes, of which mostly a few are different.
+  ALWAYS_INLINE void add(Ints k) {
+    for (uint32_t rest = lanes_of(k >= 0); rest != 0;) {
+      const int32_t next = k[__builtin_ctz(rest)];
+      bits[next / 64u % CLASS_WORDS] |= uint64_t{1} << next % 64u;
+      rest &= lanes_of(k != next);
+    }
+  }
+  // Calls visit(k) for the classes, and sometimes for one that no pixel has.
+  template <class Visit>
+  ALWAYS_INLINE void for_classes(int64_t num_classes, Visit visit) const {
+    for (int64_t first = 0; first < num_classes; first += 64)
+      for (uint64_t rest = bits[first / 64 % CLASS_WORDS]; rest != 0; rest &= rest - 1)
+        if (const int64_t k = first + __builtin_ctzll(rest); k < num_classes) visit(k);
+  }
   // Writes the values of vector n of the pixels where they have class k.
   ALWAYS_INLINE void put(int64_t k, int64_t n, Floats values, float* target) const {
     float* const at = target + n * LANES<float>;
@@ -101,14 +114,20 @@ struct Block {
   // Loads a row of the pixels from a line over the tile's labels; `other` where there is no pixel.
   template <class Element, class Vec>
   ALWAYS_INLINE void load_pixels(const Element* line, Element other, Vec* pixels) const {
-    if (is_whole()) {
-      Floats neighbours[WIDTH];
-      std::memcpy(neighbours, line + columns[0], sizeof neighbours);
-      Simd<float>::deinterleave<WIDTH>(neighbours);
-      std::memcpy(pixels, neighbours, sizeof neighbours);
+    const int64_t labels = row.tile.label_columns.end - row.tile.label_columns.begin;
+    if (columns[L - 1] < 0 || columns[L - 1] + WIDTH > labels) {
+      for (int i = 0; i < WIDTH; ++i) pixels[i] = gather(line, load_ints(columns + i * L), other);
       return;
     }
-    for (int i = 0; i < WIDTH; ++i) pixels[i] = gather(line, load_ints(columns + i * L), other);
+    static_assert(WIDTH == 4);
+    Floats cells[WIDTH];  // WIDTH neighbours of each cell
+    if (is_whole())
+      std::memcpy(cells, line + columns[0], sizeof cells);
+    else
+      for (int i = 0; i < WIDTH; ++i) cells[i] = load_fours(line, columns + i * L / WIDTH);
+    Simd<float>::deinterleave<WIDTH>(cells);
+    for (int i = 0; i < WIDTH; ++i)
+      pixels[i] = load_ints(columns + i * L) >= 0 ? Vec(cells[i]) : Vec{} + other;
   }
   // Loads a row of the pixels from a map; 0 if there is no map.
   ALWAYS_INLINE void load_map(int64_t j, const Map<float>& map, Floats* pixels) const {
@@ -117,7 +136,11 @@ struct Block {
     const Tile& tile = row.tile;
     const float* line = map.data + tile.image * map.stride_b + (row.y + j) * map.stride_h +
                         tile.label_columns.begin * map.stride_w;
-    if (map.stride_w == 1) return load_pixels(line, 0.0f, pixels);
+    if (map.stride_w == 1) {
+      for (int lane = 0; lane < L; lane += 2)  // the same pixels of the next row of cells
+        __builtin_prefetch(line + row.rows * map.stride_h + columns[lane]);
+      return load_pixels(line, 0.0f, pixels);
+    }
     for (int t = 0; t < PIXELS; ++t)
       if (columns[t] >= 0) pixels[t / L][t % L] = line[columns[t] * map.stride_w];
   }
@@ -136,32 +159,26 @@ struct Block {
   }
 
   ALWAYS_INLINE void find_classes(BlockClasses& classes) const {
-    classes.cell_classes = Ints{} - 1;
+    Ints lowest = Ints{} + std::numeric_limits<int32_t>::max(), highest = Ints{} - 1;  // of a cell
     for (int64_t j = 0; j < row.rows; ++j) {
       Ints k[WIDTH];
       load_pixels(row.workspace.classes + j * row.workspace.label_stride, -1, k);
       std::memcpy(classes.classes + j * PIXELS, k, sizeof k);
-      for (int i = 0; i < WIDTH; ++i)
-        classes.cell_classes = k[i] > classes.cell_classes ? k[i] : classes.cell_classes;
+      for (int i = 0; i < WIDTH; ++i) {
+        lowest = (k[i] >= 0) & (k[i] < lowest) ? k[i] : lowest;
+        highest = k[i] > highest ? k[i] : highest;
+      }
     }
     // rows are processed HEIGHT at a time
     for (int64_t n = row.rows * WIDTH; n % (HEIGHT * WIDTH) != 0; ++n)
       std::memset(classes.classes + n * L, -1, sizeof(Ints));
-    classes.count = 0;
+    // mostly a cell has no others
+    classes.add(highest);
+    classes.add(lowest < highest ? lowest : Ints{} - 1);
     for (int64_t n = 0; n < row.rows * WIDTH; ++n) {
-      const Ints k = load_ints(classes.classes + n * L);
-      classes.count +=
-          put_lanes((k >= 0) & (k != classes.cell_classes), n * L, classes.others + classes.count);
+      const Ints k = classes.pixel_classes(n);
+      classes.add((k > lowest) & (k < highest) ? k : Ints{} - 1);
     }
-    std::memset(classes.bits, 0, sizeof classes.bits);
-    int32_t last = -1;  // cells of one class are neighbours
-    for (int lane = 0; lane < L; ++lane) {
-      const int32_t k = classes.cell_classes[lane];
-      if (k != last) add_class(classes.bits, k);
-      last = k;
-    }
-    for (int64_t n = 0; n < classes.count; ++n)
-      add_class(classes.bits, classes.classes[classes.others[n]]);
   }
   // -log p of the true classes of vector n of the pixels, from their e^z and its sum over all
   // classes; 0 where there is no class.
@@ -243,7 +260,6 @@ ALWAYS_INLINE void sum_classes(const Block& block, Floats* sums, Visit visit) {
   const int64_t stride = block.row.workspace.packed.stride;
   const float* upper = block.row.upper_row(0) + block.column;
   const float* lower = block.row.lower_row(0) + block.column;
-  for (int n = 0; n < HEIGHT * WIDTH; ++n) sums[n] = Floats{};
   for (int64_t start = 0; start < num_classes; start += 128) {
     Floats some[HEIGHT * WIDTH] = {};  // sums of few terms, to keep rounding errors small
     const int64_t end = std::min<int64_t>(start + 128, num_classes);
@@ -252,25 +268,24 @@ ALWAYS_INLINE void sum_classes(const Block& block, Floats* sums, Visit visit) {
       visit(k, Corners(upper + k * stride, lower + k * stride), some);
     }
 #pragma GCC unroll 16
-    for (int n = 0; n < HEIGHT * WIDTH; ++n) sums[n] += some[n];
+    for (int n = 0; n < HEIGHT * WIDTH; ++n) sums[n] = start == 0 ? some[n] : sums[n] + some[n];
   }
 }
 
-// The sums of e^z. label_powers: e^z of the true classes [HEIGHT][WIDTH][lanes], where there are
-// some.
+// The sums of e^z. label_powers: e^z of the true classes [HEIGHT][WIDTH][lanes], 1 where there is
+// none.
 void sum_powers(const Block& block, const BlockClasses& classes, Floats* sums,
-                float* label_powers) {
-  float powers[HEIGHT * PIXELS] = {};  // the compiler knows that no other memory changes
+                float* __restrict__ label_powers) {
+  std::fill(label_powers, label_powers + HEIGHT * PIXELS, 1.0f);
   sum_classes(block, sums, [&](int64_t k, const Corners& z, Floats* some) INLINE_LAMBDA {
     if (may_have_class(classes.bits, k)) [[unlikely]]
       return for_powers(block, z, 0, [&](int j, int i, Floats v) INLINE_LAMBDA {
         some[j * WIDTH + i] += v;
-        classes.put(k, j * WIDTH + i, v, powers);
+        classes.put(k, j * WIDTH + i, v, label_powers);
       });
     for_powers(block, z, 0,
                [&](int j, int i, Floats v) INLINE_LAMBDA { some[j * WIDTH + i] += v; });
   });
-  std::memcpy(label_powers, powers, sizeof powers);
 }
 
 // The sums of w_k * e^z, or of w_k * (e^z)^2, with w_k = scale * weights[k].
@@ -285,17 +300,18 @@ void sum_weighted(const Block& block, int64_t first, const float* weights, float
   });
 }
 
-// e^z of the true classes of the pixels [rows][WIDTH][lanes], where there are some. It is not
+// e^z of the true classes of the pixels [rows][WIDTH][lanes], 1 where there is none. It is not
 // inlined: a pixel at the smallest loss must be used in both passes, or in none.
 __attribute__((noinline)) void find_label_powers(const Block& block, const BlockClasses& classes,
                                                  float* powers) {
   const CellRow& row = block.row;
-  for (int64_t k = 0; k < row.problem.logits.num_classes; ++k)
-    if (may_have_class(classes.bits, k))
-      for (int64_t first = 0; first < row.rows; first += HEIGHT)
-        for_powers(block, block.corners(k), first, [&](int j, int i, Floats v) INLINE_LAMBDA {
-          classes.put(k, (first + j) * WIDTH + i, v, powers);
-        });
+  std::fill(powers, powers + row.rows * PIXELS, 1.0f);
+  classes.for_classes(row.problem.logits.num_classes, [&](int64_t k) INLINE_LAMBDA {
+    for (int64_t first = 0; first < row.rows; first += HEIGHT)
+      for_powers(block, block.corners(k), first, [&](int j, int i, Floats v) INLINE_LAMBDA {
+        classes.put(k, (first + j) * WIDTH + i, v, powers);
+      });
+  });
 }
 
 }  // namespace anchorops::cpu::softmax::INSTRUCTION_SET

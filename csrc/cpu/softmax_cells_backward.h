@@ -31,17 +31,18 @@ bool factors_of_block(const Block& block, const BlockClasses& classes,
   const auto class_values = [&](const float* by_class, Ints k) INLINE_LAMBDA {
     return by_class ? pick(by_class + image_offset, k) : Floats{};
   };
-  const bool any_valid = any(classes.cell_classes >= 0);
+  const bool with_slopes = classes.any() && dprobability_sums;
+  const bool with_squares = classes.any() && dsquares;
   const float scale = gradients.slope_scale;
   const bool needs_power = gradients.dintersections || losses.needs_c();
-  float powers[ROWS * PIXELS] = {};
+  float powers[ROWS * PIXELS];
   if (needs_power) find_label_powers(block, classes, powers);
-  Floats slopes[HEIGHT * WIDTH] = {}, squares[HEIGHT * WIDTH] = {};
+  Floats slopes[HEIGHT * WIDTH], squares[HEIGHT * WIDTH];
   Ints steep = {};
   for (int64_t j = 0; j < row.rows; ++j) {
-    if (any_valid && j % HEIGHT == 0) {
-      if (dprobability_sums) sum_weighted<false>(block, j, dprobability_sums, scale, slopes);
-      if (dsquares) sum_weighted<true>(block, j, dsquares, scale, squares);
+    if (j % HEIGHT == 0) {
+      if (with_slopes) sum_weighted<false>(block, j, dprobability_sums, scale, slopes);
+      if (with_squares) sum_weighted<true>(block, j, dsquares, scale, squares);
     }
     Floats totals[WIDTH], weights[WIDTH], dpixel_losses[WIDTH];
     block.load_map(j, row.totals_map(gradients.totals), totals);
@@ -51,7 +52,7 @@ bool factors_of_block(const Block& block, const BlockClasses& classes,
     for (int i = 0; i < WIDTH; ++i) {
       const int64_t n = j * WIDTH + i, in_sums = j % HEIGHT * WIDTH + i;
       const Ints k = classes.pixel_classes(n), valid = k >= 0;
-      const Floats total = totals[i], power = V::load(powers + n * L);
+      const Floats total = totals[i], power = needs_power ? V::load(powers + n * L) : Floats{};
       steep |= valid & ~((total >= STEEP) & (total <= 1e38f));
       const Floats q = 1 / total;
       Floats label_term = class_values(gradients.dlosses, k), smoothing_term = {};
@@ -60,14 +61,17 @@ bool factors_of_block(const Block& block, const BlockClasses& classes,
       if (!losses.options.plain) {
         Floats c = {}, alpha, beta;
         if (losses.needs_c()) c = block.label_losses(classes, n, power, total);
-        const auto p = [c]() INLINE_LAMBDA { return probabilities_of<float>(c); };
+        const auto p = [&]() INLINE_LAMBDA {
+          return Probabilities<float>{power * q, (total - power) * q};
+        };
         losses.derivatives(k, c, block.losses_of_all_classes(losses, j, i, log(total)), p, alpha,
                            beta);
         smoothing_term = label_term * beta;
         label_term *= alpha;
       }
       Floats rest = losses.total * smoothing_term;
-      rest -= (slopes[in_sums] + 2 * q * squares[in_sums]) * q / scale;
+      if (with_slopes) rest -= slopes[in_sums] * q / scale;
+      if (with_squares) rest -= 2 * q * squares[in_sums] * q / scale;
       Floats of_label = {};
       if (gradients.dintersections) {
         of_label = class_values(gradients.dintersections, k);
@@ -148,17 +152,20 @@ ALWAYS_INLINE WeightedSums sums_by_pixels(const Block& block, const Corners& z, 
   Series e = block.series(z, row.down_starts[0]);  // not used if far
   for (int64_t j = 0; j < row.rows; ++j) {
     if (j > 0 && j % HEIGHT == 0) e = block.series(z, row.down_starts[j]);
-    Floats all = {}, right_sum = {}, power = e.first;
+    Floats powers[WIDTH] = {e.first};
+    for (int i = 1; i < WIDTH; ++i) powers[i] = powers[i - 1] * e.right;
+    e.next_row();
+    for (int i = 0; far && i < WIDTH; ++i) {
+      const Floats v = exp<float>(z.at(block.down(j), block.right(i)));
+      powers[i] = v == v ? v : Floats{};
+    }
+    Floats all = {}, right_sum = {};
     for (int i = 0; i < WIDTH; ++i) {
-      const Floats right = block.right(i);
-      const Floats v = far ? exp<float>(z.at(block.down(j), right)) : power;
-      const Floats dz = v == v ? gradient(v, j, i) : Floats{};
+      const Floats dz = gradient(powers[i], j, i);
       all += dz;
-      right_sum += dz * right;
-      power *= e.right;
+      right_sum += dz * block.right(i);
     }
     sums.add_row(all, right_sum, row.down[j]);
-    e.next_row();
   }
   return sums;
 }

@@ -51,24 +51,17 @@ void add_probability_sums(const CellRow& row, double* probability_sums, double* 
   }
 }
 
-// Adds the values of a block's pixels [rows][WIDTH][lanes] to the sums of their classes: pixels
-// that have the class of their cell cell by cell, the others one by one.
-template <class Sum>
-ALWAYS_INLINE void add_by_class(int64_t rows, const BlockClasses& classes, const float* values,
-                                Sum* sums) {
-  constexpr int L = LANES<float>;
-  Floats cell_sums = {};
-  for (int64_t n = 0; n < rows * WIDTH; ++n)
-    cell_sums += classes.pixel_classes(n) == classes.cell_classes
-                     ? Simd<float>::load(values + n * L)
-                     : Floats{};
-  for (int lane = 0; lane < L; ++lane)
-    if (const int32_t k = classes.cell_classes[lane]; k >= 0)
-      sums[k] += static_cast<Sum>(cell_sums[lane]);
-  for (int64_t n = 0; n < classes.count; ++n) {
-    const int32_t t = classes.others[n];
-    sums[classes.classes[t]] += static_cast<Sum>(values[t]);
-  }
+// Adds the values of a block's pixels [rows][WIDTH][lanes] to the sums of their classes.
+void add_by_class(const CellRow& row, const BlockClasses& classes, const float* values,
+                  double* sums) {
+  classes.for_classes(row.problem.logits.num_classes, [&](int64_t k) INLINE_LAMBDA {
+    Floats sum = {};
+    for (int64_t n = 0; n < row.rows * WIDTH; ++n)
+      sum += classes.pixel_classes(n) == static_cast<int32_t>(k)
+                 ? Simd<float>::load(values + n * LANES<float>)
+                 : Floats{};
+    sums[k] += sum_of_lanes(widen(fold(sum)));
+  });
 }
 
 // Adds a block to the sums and writes its maps. totals: the sums of e^z over the classes. powers:
@@ -81,21 +74,20 @@ void add_block(const Block& block, const BlockClasses& classes,
   const CellRow& row = block.row;
   const int64_t count = row.rows * WIDTH;
   float c[SIZE], shaped[SIZE], values[SIZE];
-  Ints counts = {};
   if (image_losses.options.min_loss > -__builtin_inff()) find_label_powers(block, classes, powers);
-  for (int64_t n = 0; n < count; ++n) {
-    const Ints k = classes.pixel_classes(n);
+  for (int64_t n = 0; n < count; ++n)
     V::store(c + n * L, block.label_losses(classes, n, V::load(powers + n * L), totals[n]));
-    counts -= (k >= 0) & (k == classes.cell_classes);
-  }
   for (int64_t j = 0; j < row.rows; ++j) block.store_map(j, maps.totals, totals + j * WIDTH);
-  for (int lane = 0; lane < L; ++lane)
-    if (classes.cell_classes[lane] >= 0) sums.counts[classes.cell_classes[lane]] += counts[lane];
-  for (int64_t n = 0; n < classes.count; ++n) ++sums.counts[classes.classes[classes.others[n]]];
+  classes.for_classes(row.problem.logits.num_classes, [&](int64_t k) INLINE_LAMBDA {
+    Ints counts = {};
+    for (int64_t n = 0; n < count; ++n)
+      counts -= classes.pixel_classes(n) == static_cast<int32_t>(k);
+    for (int lane = 0; lane < L; ++lane) sums.counts[k] += counts[lane];
+  });
   if (sums.intersections) {
     for (int64_t n = 0; n < count; ++n)
       V::store(values + n * L, V::load(powers + n * L) / totals[n]);
-    add_by_class(block.row.rows, classes, values, sums.intersections);
+    add_by_class(row, classes, values, sums.intersections);
   }
   const float* losses = c;
   if (!image_losses.options.plain) {
@@ -104,9 +96,11 @@ void add_block(const Block& block, const BlockClasses& classes,
       const Ints k = classes.pixel_classes(n);
       const Floats u =
           block.losses_of_all_classes(image_losses, n / WIDTH, n % WIDTH, log(totals[n]));
-      const Floats plain = V::load(c + n * L);
-      const auto p = [plain]() INLINE_LAMBDA { return probabilities_of<float>(plain); };
-      const Floats loss = image_losses.loss(k, plain, u, p);
+      const auto p = [&]() INLINE_LAMBDA {
+        const Floats power = V::load(powers + n * L);
+        return Probabilities<float>{power / totals[n], (totals[n] - power) / totals[n]};
+      };
+      const Floats loss = image_losses.loss(k, V::load(c + n * L), u, p);
       V::store(shaped + n * L, k >= 0 ? loss : Floats{});
     }
   }
@@ -124,7 +118,7 @@ void add_block(const Block& block, const BlockClasses& classes,
       const Floats loss = V::load(losses + n * L);
       V::store(values + n * L, image_losses.sum_term(s, V::load(c + n * L), loss, weight));
     }
-    add_by_class(block.row.rows, classes, values, sums.loss_sums[s]);
+    add_by_class(row, classes, values, sums.loss_sums[s]);
   }
   if (!maps.pixel_losses) return;
   for (int64_t j = 0; j < row.rows; ++j) {
@@ -152,12 +146,17 @@ void forward_cells(const Problem<float>& problem, const Tile& tile,
     for (int64_t at = 0; at < row.passes * row.blocks; ++at) {
       const Block block(row, at);
       int32_t predicted[HEIGHT * PIXELS];
-      Floats totals[HEIGHT * WIDTH] = {};
+      Floats totals[HEIGHT * WIDTH];
       BlockClasses classes;
       block.find_classes(classes);
-      const bool any_valid = any(classes.cell_classes >= 0);
+      const bool any_valid = classes.any();
       float powers[HEIGHT * PIXELS];
-      if (any_valid) sum_powers(block, classes, totals, powers);
+      if (any_valid) {
+        sum_powers(block, classes, totals, powers);
+      } else {
+        std::memset(totals, 0, sizeof totals);
+        std::memset(powers, 0, sizeof powers);
+      }
       Ints steep = {};
       for (int64_t n = 0; n < row.rows * WIDTH; ++n)
         steep |= (classes.pixel_classes(n) >= 0) & ~((totals[n] >= STEEP) & (totals[n] <= 1e38f));

@@ -2,6 +2,7 @@
 // scattering.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -45,22 +46,6 @@ ALWAYS_INLINE uint32_t lanes_of(Ints mask) {
 
 ALWAYS_INLINE bool any(Ints mask) { return lanes_of(mask) != 0; }
 
-// Writes first + lane for each lane in the mask, one after the other. target has space for LANES
-// numbers. Returns how many lanes are in the mask.
-ALWAYS_INLINE int put_lanes(Ints mask, int64_t first, int32_t* target) {
-#if VECTOR_BYTES == 64
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i numbers = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(first)));
-  _mm512_storeu_si512(target, _mm512_maskz_compress_epi32(lanes_of(mask), numbers));
-  return __builtin_popcount(lanes_of(mask));
-#else
-  int count = 0;
-  for (uint32_t lanes = lanes_of(mask); lanes; lanes &= lanes - 1)
-    target[count++] = static_cast<int32_t>(first) + __builtin_ctz(lanes);
-  return count;
-#endif
-}
-
 // table[index]; `other` where index is negative.
 template <class Element>
 ALWAYS_INLINE Vector<Element, LANES<float>> gather(const Element* table, Ints index,
@@ -79,6 +64,24 @@ ALWAYS_INLINE Vector<Element, LANES<float>> gather(const Element* table, Ints in
   for (int i = 0; i < LANES<float>; ++i)
     if (index[i] >= 0) result[i] = table[index[i]];
   return result;
+#endif
+}
+
+// The bits of four neighbours in the table at each of some indices, or at 0 for a negative one.
+template <class Element>
+ALWAYS_INLINE Floats load_fours(const Element* table, const int32_t* index) {
+  static_assert(sizeof(Element) == 4);
+  const auto at = [&](int i) INLINE_LAMBDA { return table + std::max(index[i], 0); };
+#if VECTOR_BYTES == 64
+  __m512i v = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at(0))));
+  v = _mm512_inserti32x4(v, _mm_loadu_si128(reinterpret_cast<const __m128i*>(at(1))), 1);
+  v = _mm512_inserti32x4(v, _mm_loadu_si128(reinterpret_cast<const __m128i*>(at(2))), 2);
+  return Floats(_mm512_inserti32x4(v, _mm_loadu_si128(reinterpret_cast<const __m128i*>(at(3))), 3));
+#else
+  Floats v;
+  for (int i = 0; i < LANES<float> / 4; ++i)
+    std::memcpy(reinterpret_cast<char*>(&v) + 16 * i, at(i), 16);
+  return v;
 #endif
 }
 
