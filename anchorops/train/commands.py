@@ -41,6 +41,7 @@ RENAMED = {  # options of earlier versions, as patterns
     "seed_everything": "--seed",
     r"saving\.every": "--save_every",
     r"data\.allow_changes": "--model.weights, for a new run on other data",
+    r"model\.setting": "--config from-scratch",
 }
 
 
@@ -65,6 +66,7 @@ def parse(command: str, words: Sequence[str]) -> tuple[Options, Path, dict[str, 
     parser, values = parser_of(command), None
     given = parser.parse_args(words)
     configs = [(name, part) for name in given.config for part in load_preset(name)]
+    paper: dict[str, Any] = {}  # to which each file adds, as `from-scratch` does
     if given.run and (command != "fit" or (given.resume and not configs)):
         configs.insert(0, (f"{given.run}/{CONFIG}", read_yaml(Path(given.run) / CONFIG)))
         if command != "fit":  # the weights with which the run began
@@ -73,6 +75,9 @@ def parse(command: str, words: Sequence[str]) -> tuple[Options, Path, dict[str, 
         for group in ("model", "data"):
             options = content.get(group, {})
             expect(isinstance(options, dict), f"config {file}: {group}", "options", options)
+        if isinstance(added := content.get("model", {}).get("paper_options"), dict):
+            paper |= added
+            content["model"]["paper_options"] = dict(paper)
         try:
             values = parser.parse_object(content, values)
         except argparse.ArgumentError as error:
@@ -80,7 +85,7 @@ def parse(command: str, words: Sequence[str]) -> tuple[Options, Path, dict[str, 
     chosen = vars(parser.instantiate(parser.parse_args(words, values)))
     own = {name: chosen.pop(name) for name in [*chosen] if name not in Options.__annotations__}
     options = Options(**chosen)
-    preset = Path(given.config[-1]).stem if given.config else "no-preset"
+    preset = "-".join(Path(name).stem for name in given.config) or "no-preset"
     methods = "+".join(options.model.methods) or "plain"
     run = own["run"] or f"runs/{preset}-{methods}-seed{options.seed}"
     return options, Path(run).absolute(), own
@@ -206,12 +211,19 @@ def demo(steps: int = 500, out: str = "runs/demo") -> None:
     print(*(run / "predictions.png" for run in runs), sep="\n")
 
 
+def compare(words: Sequence[str]) -> None:
+    """Print a table of the last figures of runs."""
+    parser = argparse.ArgumentParser(prog="anchorops-train compare", allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", type=Path, help="directories of runs that have ended")
+    print(comparison(parser.parse_args(words).runs))
+
+
 COMMANDS = {
     "fit": fit,
     "validate": validate,
     "predict": predict_masks,
     "demo": lambda words: auto_cli(demo, args=list(words), exit_on_error=False),
-    "compare": lambda words: print(comparison([Path(word) for word in words])),
+    "compare": compare,
     "presets": lambda _: print(presets()),
 }
 

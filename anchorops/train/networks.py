@@ -23,7 +23,6 @@ from .options import Model, expect
 # the parts that depend on the classes; in a checkpoint, a method is under "regularizer"
 HEADS = ("classifier.", "auxiliary.", "regularizer.")
 OLD_PREFIX = "learner.model."  # of the names of weights in a checkpoint of an earlier version
-BATCHES_SEEN = "num_batches_tracked"  # by batch norm
 AUXILIARY_DIM = 256
 CLASSES = {"cr": "SAR"} | {name.lower(): name for name in METHODS}  # of the methods
 
@@ -201,8 +200,9 @@ def load_weights(
     heads: tuple[str, ...] = (),
 ) -> None:
     """Start from weights, of any floating dtype. Those of these heads are left out that the module
-    does not have, or has for another number of classes. The number of batches that batch norm has
-    seen may be missing. Raises ValueError for weights of another network, from the file `path`."""
+    does not have, or has for another number of classes. torch adds the number of batches that batch
+    norm has seen, if it is missing. Raises ValueError for weights of another network, from the file
+    `path`."""
     own = module.state_dict()
     taken = {}
     for name, x in weights.items():
@@ -213,7 +213,7 @@ def load_weights(
         missing, unknown = nn.Module.load_state_dict(module, taken, strict=False)
     except RuntimeError as error:  # of other shapes
         missing, unknown = [str(error)], []
-    missing = [x for x in missing if not x.startswith(heads) and not x.endswith(BATCHES_SEEN)]
+    missing = [x for x in missing if not x.startswith(heads)]
     if missing or unknown:
         raise ValueError(
             f"weights {path} are not those of this --model.network and these --data.channels: "

@@ -187,7 +187,12 @@ class Options:
         expect(ordered, "data.scale", "least ≤ greatest, finite", data.scale)
         methods = self.model.methods
         expect(len({*methods}) == len(methods), "model.methods", "each at most once", methods)
+        files = data.dataset != "digits" or data.root is None
+        expect(files, "data.root", "none for digits", data.root)
         expect(self.seed < 2**63, "seed", "below 2^63", self.seed)
+        expect(data.cat_max_ratio > 0, "data.cat_max_ratio", "above 0", 0)
+        head, tail = data.head_tail
+        expect(tail <= head, "data.head_tail", "that of head first", data.head_tail)
         loss, gamma = self.model.loss, self.model.focal_gamma
         mined = (self.model.ohem_threshold, self.model.ohem_min_kept) != (None, None)
         expect(loss != "dice" or not mined, "model.loss", "another than dice with ohem", loss)

@@ -24,12 +24,13 @@ OUT_OF_RANGE = {
         data.data_seed data.zipf seed max_hours""",
     "0": """data.steps data.batch_size data.channels data.eval_batch_size data.train_images
         data.val_images data.short_side data.long_side accumulate val_every log_every save_every
-        max_steps clip model.ohem_min_kept model.lr""",
+        max_steps clip model.ohem_min_kept model.lr data.cat_max_ratio""",
     "2": "ema model.dropout data.cat_max_ratio",
     "[]": "model.eval_scales",
     "[0.0]": "model.eval_scales",
     "[.inf]": "model.eval_scales",
     "[1,.inf]": "data.scale",
+    "[0.001,0.01]": "data.head_tail",
     str(2**63): "seed",
     "[2.0,0.5]": "data.scale",
     "[50,64]": "data.crop",
@@ -62,6 +63,8 @@ COMMAND_LINES = {
     f"fit {TINY} --model.methods [sar,sar]": "--model.methods: expected each at most once",
     f"fit {TINY} --accumulate 3": "--data.batch_size: expected a multiple of .* = 3, got 4",
     f"fit {TINY} --data.channels 4": "--data.channels: expected 3 for digits, got 4",
+    f"fit {TINY} --data.root x": "--data.root: expected none for digits, got x",
+    "fit --model.setting from-scratch": "--model.setting is now --config from-scratch$",
     "validate --run $new --model.weights nowhere": "No such file .*new/config.yaml'$",
     "validate --model.weights nowhere": "nowhere does not exist: a run has its best weights after",
     f"fit {TINY} --model.loss dice --model.ohem_min_kept 9": "--model.loss: expected another",
@@ -158,6 +161,10 @@ def test_names_of_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert options.data.crop == (256, 256) and options.model.lr == 3
     assert run == tmp_path / "runs/folder-sar-seed0"
     assert parsed("fit --seed 1")[1] == tmp_path / "runs/no-preset-plain-seed1"
+    options, run, _ = parsed("fit -c pascal-context-deeplabv3-r101 -c from-scratch")
+    arguments = options.model.paper_options or {}
+    assert arguments["sar.loss_weight"] == 0.05 and arguments["ceco.loss_weight"] == 0.2
+    assert run.name == "pascal-context-deeplabv3-r101-from-scratch-plain-seed0"
     assert main(["presets"]) == 0 and "81.4 with sar" in capsys.readouterr().out
     assert len(presets().splitlines()) == len([*PRESETS.glob("*.yaml")]) - 1
     with pytest.raises(ValueError, match=r"(?s)got foldr\. The presets:.*81.4 with sar"):
