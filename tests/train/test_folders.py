@@ -83,6 +83,11 @@ def test_files_that_are_found(folder: Path, tmp_path: Path):
         write(tmp_path / f"elsewhere/{kind}/c.png", content)
         (folder / kind / "train/more").symlink_to(tmp_path / "elsewhere" / kind)
     assert len(open_folder(folder)) == 3
+    (folder / "masks/train/circle").symlink_to(folder / "images/train")
+    for name in ("1", "2"):
+        (folder / f"images/train/{name}").symlink_to(folder / "masks/train")
+    with pytest.raises(ValueError, match=r"/\d/circle: expected no link to a folder in which"):
+        open_folder(folder)
 
 
 NAMES = [normalize(form, "Füße/é") for form in ("NFC", "NFD")]

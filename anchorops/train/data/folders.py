@@ -1,8 +1,8 @@
 """Data sets on disk: a plain folder of images and masks, and published ones in their layouts."""
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from glob import iglob
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
@@ -169,12 +169,19 @@ def open_files(options: Data, split: str) -> MaskFolder:
 def _files(pattern: Path, known: Sequence[str]) -> dict[str, Path]:
     """Files by what stands for the * of a pattern, in order, also in linked subfolders. Hidden
     ones, such as the `._a.jpg` of macOS, are skipped. Names are in NFC, because macOS writes some
-    in NFD. known: the ends, if the pattern has none. Raises ValueError for two files of one name.
-    """
+    in NFD. known: the ends, if the pattern has none. Raises ValueError for two files of one name,
+    and for a link to a folder in which it is."""
     folder, end = pattern.parent, normalize("NFC", pattern.name.lower()).removeprefix("*")
+    found: list[Path] = []
+    for place, subfolders, names in os.walk(folder, followlinks=True):
+        path = Path(place)
+        if path.is_symlink() and path.resolve() in [x.resolve() for x in path.parents]:
+            raise ValueError(f"{path}: expected no link to a folder in which it is")
+        subfolders[:] = [x for x in subfolders if not x.startswith(".")]
+        found += [path / x for x in names if not x.startswith(".")]
     files: dict[str, Path] = {}
-    for found in sorted(map(Path, iglob("**/*", root_dir=folder, recursive=True))):
-        path, name = folder / found, normalize("NFC", str(found))
+    for path in sorted(found):
+        name = normalize("NFC", str(path.relative_to(folder)))
         suffix = next((x for x in ([end] if end else known) if name.lower().endswith(x)), None)
         if suffix is not None and (other := files.setdefault(name[: -len(suffix)], path)) != path:
             raise ValueError(f"{path} is next to {other}: expected one file of that name")
