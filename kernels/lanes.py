@@ -15,6 +15,8 @@ from .upsampling import (
     corners_of,
     corners_of_class,
     first_pixel,
+    loaded,
+    next_class,
     rows_of_lane,
     strides_of,
     upsampled,
@@ -126,11 +128,15 @@ def classes_of(labels):
 
 
 @triton.jit
-def next_label(labels, after):
-    """The smallest label of all lanes beyond `after`, NO_CLASS if there is none."""
+def next_label(labels, after, but=None):
+    """The smallest label of all lanes beyond `after`, NO_CLASS if there is none. Without those that
+    are `but` of their lane."""
     smallest = tl.full(labels[0].shape, NO_CLASS, tl.int32)
     for i in tl.static_range(len(labels)):
-        smallest = tl.minimum(smallest, tl.where(labels[i] > after, labels[i], NO_CLASS))
+        further = labels[i] > after
+        if but is not None:  # depends on `after`, so that it is not kept in registers
+            further &= labels[i] != tl.maximum(but, after)
+        smallest = tl.minimum(smallest, tl.where(further, labels[i], NO_CLASS))
     return tl.min(tl.min(smallest, ROW_AXIS), 0)
 
 
@@ -146,22 +152,22 @@ def _ends_of_cell(span, axis, CELLS: tl.constexpr):
 def label_of_cell(
     label_map, image, axes, lanes, labels, num_classes, ignore_index, CELLS: tl.constexpr
 ):
-    """The largest label of a cell's four outermost pixels, −1 if they are ignored. It does not
+    """The largest label of a cell's four outermost pixels, 0 if they are ignored. It does not
     depend on how the cell's pixels are divided into lanes."""
     if CELLS.y.same:
-        return labels[0]
+        return tl.maximum(labels[0], 0)
     else:
         Y: tl.constexpr = CELLS.y
         X: tl.constexpr = CELLS.x
         ptr = label_map.ptr + image.to(tl.int64) * label_map.stride_b
         rows = [y.to(tl.int64) * label_map.stride_h for y in _ends_of_cell(lanes.y, axes.y, Y)]
         columns = [x.to(tl.int64) * label_map.stride_w for x in _ends_of_cell(lanes.x, axes.x, X)]
-        largest = tl.full(lanes.x.cell.shape, -1, tl.int64)
+        largest = tl.zeros(lanes.x.cell.shape, tl.int64)
         for i in tl.static_range(2):
             for j in tl.static_range(2):
                 label = tl.load(ptr + rows[i] + columns[j]).to(tl.int64)
                 valid = (label < num_classes) & (label != ignore_index)
-                largest = tl.maximum(largest, tl.where(valid, label, -1))
+                largest = tl.maximum(largest, tl.where(valid, label, 0))
         return largest.to(tl.int32)
 
 
@@ -170,15 +176,20 @@ def reference_of(ptrs, label, stride_k, CELLS: tl.constexpr):
     """The Reference of this label; ptrs: corner_ptrs of class 0. It has none if a logit of the
     class is not finite; or if it is large, and far from that of another class, 0 or 1, so that it
     is not what all classes share."""
-    offset = tl.maximum(label, 0).to(tl.int64) * stride_k
-    four = corners_of([tl.load(ptr + offset) for ptr in ptrs], CELLS)
-    offset = tl.where(label == 0, stride_k, 0).to(tl.int64)
-    others = corners_of([tl.load(ptr + offset) for ptr in ptrs], CELLS)
-    usable = label >= 0
+    four = corners_of_class(ptrs, label, stride_k, CELLS)
+    others = corners_of_class(ptrs, tl.where(label == 0, 1, 0), stride_k, CELLS)
+    usable = tl.full(label.shape, True, tl.int1)
     for x in tl.static_range(4):
         distance = tl.minimum(tl.abs(four[x]), tl.abs(four[x] - others[x]))
         usable &= (tl.abs(four[x]) < INF) & (distance < _LARGEST_REFERENCE)
     return Reference(tl.where(usable, label, -1), [tl.where(usable, x, 0.0) for x in four])
+
+
+@triton.jit
+def reference_again(ptrs, label, stride_k, CELLS: tl.constexpr):
+    """The Reference whose label is known, so that its logits need no registers until here."""
+    four = corners_of_class(ptrs, tl.maximum(label, 0), stride_k, CELLS)
+    return Reference(label, [tl.where(label >= 0, x, 0.0) for x in four])
 
 
 @triton.jit
@@ -229,14 +240,21 @@ def values_of_labels(ptr, stride, labels):
 
 
 @triton.jit
-def true_logits(logits, lanes, labels, reference, CELLS: tl.constexpr):
-    """z_y of each pixel, less the reference, read for one label of the tile after the other; 0
-    where ignored."""
-    true = [tl.zeros(label.shape, tl.float32) for label in labels]
-    label = next_label(labels, -1)
+def add_true_logits(x, ptrs, stride_k, lanes, labels, reference, CELLS: tl.constexpr):
+    """x less the negative z_y of the pixels, and plus the positive ones, where z_y is less the
+    reference; they are read for one label of the tile after the other, without that of the
+    reference. ptrs: corner_ptrs of class 0. Returns them too: kept beside those that move, they
+    would need registers."""
+    ce = x
+    lse = x
+    k = tl.full((), 0, tl.int32)
+    label = next_label(labels, -1, reference.label)
     while label < NO_CLASS:
-        four = relative(corners_of_class(logits, label, lanes, CELLS), reference)
-        z = upsampled(four, lanes, CELLS)
-        true = [tl.where(labels[i] == label, z[i], true[i]) for i in () + CELLS.columns]
-        label = next_label(labels, label)
-    return true
+        ptrs = next_class(ptrs, (label - k).to(tl.int64) * stride_k, CELLS)
+        k = label
+        z = upsampled(relative(corners_of(loaded(ptrs), CELLS), reference), lanes, CELLS)
+        z = [tl.where(labels[i] == label, z[i], 0.0) for i in () + CELLS.columns]
+        ce = [ce[i] - tl.minimum(z[i], 0.0) for i in () + CELLS.columns]
+        lse = [lse[i] + tl.maximum(z[i], 0.0) for i in () + CELLS.columns]
+        label = next_label(labels, label, reference.label)
+    return ce, lse, next_class(ptrs, -k.to(tl.int64) * stride_k, CELLS)

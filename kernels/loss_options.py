@@ -1,7 +1,7 @@
 """Label smoothing, focal factor, smallest loss and pixel weights of softmax moments, for a pixel of
 class y:
 
-    c = −log p_y = lse − z_y,   both less the reference of lanes.py
+    c = −log p_y
     u = Σ_k v_k·(−log p_k) = V·lse − Σ_k v_k z_k,   V = Σ_k v_k
     m = (1 − e^−c)^γ, 0 if c < min_loss
     L = m·(a_y·c + u)
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .lanes import LOG2_E, true_logits, values_of_labels
+from .lanes import LOG2_E, values_of_labels
 from .launch import Constant
 from .upsampling import corner_ptrs, corners_of, loaded, next_class, upsampled
 
@@ -118,12 +118,6 @@ def _weights_of_labels(labels, options, image):
 
 
 @triton.jit
-def cross_entropy(z, lse):
-    """c = −log p, where the reference was subtracted from z and lse."""
-    return tl.where(lse < z, 0.0, lse - z)  # negative by rounding; NaN remains
-
-
-@triton.jit
 def is_used(c, options):
     """Whether c is at least min_loss, or NaN. Both directions compute c in the same way, so they
     use the same pixels."""
@@ -198,7 +192,7 @@ def _slopes_of_loss(c, u, a, used, options):
 
 @triton.jit
 def slopes_of_losses(
-    d, logits, lanes, labels, lse, reference, options, image,
+    d, c, logits, lanes, labels, lse, reference, options, image,
     WEIGHTED: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     """d·∂L/∂c and d·∂L/∂u of each pixel. WEIGHTED: d contains the weight."""
@@ -206,8 +200,6 @@ def slopes_of_losses(
     if options.focal_gamma is None and options.min_loss is None:
         return [d[i] * a[i] for i in () + CELLS.columns], d
     else:
-        z = true_logits(logits, lanes, labels, reference, CELLS)
-        c = [cross_entropy(z[i], lse[i]) for i in () + CELLS.columns]
         used = [is_used(c[i], options) for i in () + CELLS.columns]
         if WEIGHTED:
             d = [share_of_pixel(d[i], used[i], options) for i in () + CELLS.columns]

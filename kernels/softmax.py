@@ -1,14 +1,15 @@
 """Σ_k e^(z_k) of the pixels of a tile, in the forward direction of softmax moments; and the
 exponentials of even cells, which the divergence and gradients take over.
 
-The logits are read class by class. Σ_k e^(z_k − m) of each pixel stays in registers, where m is the
-largest logit of the pixel's cell so far. If the neighbours of a cell differ by about 70 (by 28 in
-even cells, where a row's terms are a geometric sequence), this may underflow. Then a second loop
-over the classes sums them again, relative to the largest logit of each pixel.
+The logits are read class by class, less those of a reference (lanes.py): one class of each cell,
+that of labels in it. What all classes of a pixel share, as an offset of 1,000, then cancels before
+it is rounded. The sum of each pixel stays in registers. With the reference's own term it is at
+least 1. It overflows if a class is 88 above the reference. Then, and if the neighbours of an even
+cell, where a row's terms are a geometric sequence, differ by 88, a second loop over the classes
+sums them again, relative to the largest logit of each pixel.
 
-lse and z are less a reference (lanes.py): the logits of one class, that of labels in the cell. What
-all classes of a pixel share, as an offset of 1,000, then cancels before it is rounded. And if the
-pixel is of that class, lse is −log p.
+If p_y is almost 1, −log p_y is computed from the sum and the term of the label, which is rounded as
+in the sum: lse − z_y would have few digits.
 """
 
 from typing import Any, NamedTuple
@@ -33,8 +34,8 @@ from .upsampling import (
 # Below this sum, terms that matter may have underflowed.
 SMALLEST_SUM = Constant(2.0**-100)
 # If the first exponential of a row underflows, below 2^-126, so do the others. With this spread
-# they are below 2^(-126 + 3/4 · 80) = 2^-66, and this sum does not feel them.
-LARGEST_SPREAD, _SMALLEST_SUM_OF_ROWS = Constant(80.0), Constant(2.0**-40)
+# they are below 2^(-126 + 3/4 · 128) = 2^-30, and this sum does not feel them.
+_LARGEST_SPREAD, _SMALLEST_SUM_OF_ROWS = Constant(128.0), Constant(1.0)
 # The same for gradients, where a lane has one shift, and also along a column. Pixels of a lane
 # differ by at most 3/2 of it, so that e^(z − m) and e^(m − lse) are at most 2^60, also where
 # ignored. If the first exponential of a row underflows, p is below 2^(-126 + 3/4 · 40 + 60).
@@ -49,6 +50,7 @@ class Softmax(NamedTuple):
     """What the first pass over the classes computes for the pixels of a tile."""
 
     reference: Any  # Reference of each cell
+    sums: Any  # Σ_k e^(z_k − the reference); ∞ if that may underflow or overflow
     lse: Any  # log Σ_k e^(z_k − the reference), 0 where ignored
     predicted: Any  # the class of the largest logit
     weighted: Any  # Σ_k v_k x_k of the four logits x of a cell: see loss_options.py
@@ -58,13 +60,6 @@ class Softmax(NamedTuple):
 def finite_or_zero(shift):
     """The shift, or 0 if it is −inf: if all logits are −inf, a shift of −inf would give NaN."""
     return tl.where(shift == -INF, 0.0, shift)
-
-
-@triton.jit
-def _exponents(four, shift):
-    """log2 e^(x − m) of a cell's four logits x, where shift = −m·log2(e). The weights of a pixel's
-    four logits add up to 1, so this can be upsampled."""
-    return [tl.fma(x, LOG2_E, shift) for x in four]
 
 
 @triton.jit
@@ -120,26 +115,26 @@ def products(x, y, CELLS: tl.constexpr):
 
 
 @triton.jit
-def _exponentials(four, shift, spread, lanes, CELLS: tl.constexpr):
-    """e^(z − m) of a lane's pixels; and the larger of `spread` and |log2| of the quotient of both
-    ends of a row."""
+def _exponentials(four, reference, spread, lanes, CELLS: tl.constexpr):
+    """e^z of a lane's pixels, less the reference; and the larger of `spread` and |log2| of the
+    quotient of both ends of a row."""
+    exponents = [x * LOG2_E for x in relative(four, reference)]
     if CELLS.x.even:
         # The limit is for −∞, so that two of them have a difference.
-        ends = [tl.maximum(x, LOWEST, tl.PropagateNan.ALL) for x in _exponents(four, shift)]
+        ends = [tl.maximum(x, LOWEST, tl.PropagateNan.ALL) for x in exponents]
         exponentials, across, _ = exponentials_of_rows(ends, lanes, CELLS)
         return exponentials, tl.maximum(spread, across)
     else:
-        exponents = upsampled(_exponents(four, shift), lanes, CELLS)
-        return [tl.exp2(x) for x in exponents], spread
+        return [tl.exp2(x) for x in upsampled(exponents, lanes, CELLS)], spread
 
 
 @triton.jit
-def _sums_by_cell(logits, lanes, options, image, PREDICT: tl.constexpr, CELLS: tl.constexpr):
-    """For each pixel Σ_k e^(z_k − m), where m is the largest logit of the cell, and with PREDICT
-    the class of its largest logit; for each cell m, and Σ_k v_k x_k of its four logits x; the
-    largest spread of _exponentials."""
+def _sums_by_cell(
+    logits, lanes, reference, options, image, PREDICT: tl.constexpr, CELLS: tl.constexpr
+):
+    """For each pixel Σ_k e^(z_k − the reference), and with PREDICT the class of its largest logit;
+    for each cell Σ_k v_k x_k of its four logits x; the largest spread of _exponentials."""
     zero = tl.zeros(lanes.x.cell.shape, tl.float32)
-    maximum, shift = zero + LOWEST, zero + LOWEST * -LOG2_E
     zeros = zeros_of_pixels(lanes, CELLS)
     sums, best = [zeros for _ in () + CELLS.columns], [zeros - INF for _ in () + CELLS.columns]
     predicted = [zeros.to(tl.int32) for _ in () + CELLS.columns]
@@ -153,19 +148,13 @@ def _sums_by_cell(logits, lanes, options, image, PREDICT: tl.constexpr, CELLS: t
         ptrs = following(ptrs, k, logits, CELLS)
         stored = loaded(ptrs)
         next_v = weight_of_all(tl.minimum(k + 1, logits.num_classes - 1), options, image)
-        # tl.maximum of NaN and a number returns the number; the sum is still NaN
-        highest = tl.maximum(tl.maximum(four[0], four[1]), tl.maximum(four[2], four[3]))
-        maximum = tl.maximum(maximum, highest)
-        new_shift = maximum * -LOG2_E
-        scale = tl.exp2(new_shift - shift)
-        shift = new_shift
-        exponentials, spread = _exponentials(four, shift, spread, lanes, CELLS)
-        sums = [tl.fma(sums[i], scale, exponentials[i]) for i in () + CELLS.columns]
+        exponentials, spread = _exponentials(four, reference, spread, lanes, CELLS)
+        sums = [sums[i] + exponentials[i] for i in () + CELLS.columns]
         if PREDICT:
             z = upsampled(four, lanes, CELLS)
             predicted = [tl.where(z[i] > best[i], k, predicted[i]) for i in () + CELLS.columns]
             best = [tl.where(z[i] > best[i], z[i], best[i]) for i in () + CELLS.columns]
-    return sums, maximum, predicted, weighted, spread
+    return sums, predicted, weighted, spread
 
 
 @triton.jit
@@ -207,40 +196,31 @@ def _sums_by_pixel(logits, lanes, reference, CELLS: tl.constexpr):
 
 
 @triton.jit
-def _lse(log_sums, largest, sums, own, reference, CELLS: tl.constexpr):
-    """log Σ_k e^(z_k − m) + m of each pixel, where the reference was subtracted from z and m.
-    log_sums: log2 of the sums, `own`: the reference's term of them. If that is almost all, lse is
-    −log p = 2·artanh((sum − own) / (sum + own)), for log(1 + ε) has no more digits than 1 + ε has
-    of ε."""
-    lse = [tl.fma(log_sums[i], LN_2, largest[i]) for i in () + CELLS.columns]
-    most = tl.where(reference.label >= 0, _ALMOST_ALL, -1.0)
-    others = [tl.where(sums[i] < own[i], 0.0, sums[i] - own[i]) for i in () + CELLS.columns]
-    s = [others[i] / (sums[i] + own[i]) for i in () + CELLS.columns]
-    series = [tl.fma(y * y, tl.fma(y * y, 1 / 5, 1 / 3), 1.0) for y in s]
-    return [
-        tl.where(others[i] < most * own[i], 2 * s[i] * series[i], lse[i])
-        for i in () + CELLS.columns
-    ]
+def _log_quotient(difference, total):
+    """log(a / b) = 2·artanh((a − b) / (a + b)) of almost equal numbers: log(1 + ε) has no more
+    digits than 1 + ε has of ε."""
+    s = difference / total
+    return 2 * s * tl.fma(s * s, tl.fma(s * s, 1 / 5, 1 / 3), 1.0)
 
 
 @triton.jit
-def _lse_by_cell(sums, maximum, reference, lanes, CELLS: tl.constexpr):
-    """_lse, from the sums of _sums_by_cell."""
-    shift = maximum * -LOG2_E
-    rounding = tl.fma(maximum, LOG2_E, shift)
-    log_sums = [tl.log2(y) - rounding for y in sums]
-    largest = upsampled([maximum - x for x in reference.four], lanes, CELLS)
-    own, _ = _exponentials(reference.four, shift, shift, lanes, CELLS)
-    return _lse(log_sums, largest, sums, own, reference, CELLS)
+def _log(x):
+    """log x, x ≥ 1."""
+    return tl.where(x - 1 < _ALMOST_ALL, _log_quotient(x - 1, x + 1), tl.log2(x) * LN_2)
 
 
 @triton.jit
-def _lse_by_pixel(logits, reference, lanes, CELLS: tl.constexpr):
-    """_lse, from sums of each pixel."""
-    sums, largest = _sums_by_pixel(logits, lanes, reference, CELLS)
-    log_sums = [tl.log2(y) for y in sums]
-    own = [probability(0.0, y) for y in largest]
-    return _lse(log_sums, largest, sums, own, reference, CELLS)
+def losses_of_class(four, sums, lse, reference, lanes, CELLS: tl.constexpr):
+    """−log p of a lane's pixels, from the four logits of their class; and the smaller of it and
+    lse."""
+    z = upsampled(relative(four, reference), lanes, CELLS)
+    own, _ = _exponentials(four, reference, 0.0, lanes, CELLS)
+    others = [sums[i] - own[i] for i in () + CELLS.columns]
+    near = [_log_quotient(others[i], sums[i] + own[i]) for i in () + CELLS.columns]
+    # lse − z is negative by rounding; NaN remains
+    far = [tl.where(lse[i] < z[i], 0.0, lse[i] - z[i]) for i in () + CELLS.columns]
+    c = [tl.where(others[i] < _ALMOST_ALL * own[i], near[i], far[i]) for i in () + CELLS.columns]
+    return c, [tl.where(z[i] >= 0, c[i], lse[i]) for i in () + CELLS.columns]
 
 
 @triton.jit
@@ -248,20 +228,22 @@ def softmax_of(
     logits, lanes, labels, cell_label, options, image, PREDICT: tl.constexpr, CELLS: tl.constexpr
 ):
     """Softmax; `predicted` only with PREDICT. cell_label: see lanes.label_of_cell."""
-    sums, maximum, predicted, weighted, spread = _sums_by_cell(
-        logits, lanes, options, image, PREDICT, CELLS
-    )
-    SMALLEST: tl.constexpr = _SMALLEST_SUM_OF_ROWS if CELLS.x.even else SMALLEST_SUM
-    by_pixel = any_of((spread > LARGEST_SPREAD) | underflow(sums, labels, SMALLEST))
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
     reference = reference_of(ptrs, cell_label, logits.stride_k, CELLS)
-    lse = _lse_by_cell(sums, maximum, reference, lanes, CELLS)
+    sums, predicted, weighted, spread = _sums_by_cell(
+        logits, lanes, reference, options, image, PREDICT, CELLS
+    )
+    SMALLEST: tl.constexpr = _SMALLEST_SUM_OF_ROWS if CELLS.x.even else SMALLEST_SUM
+    by_pixel = any_of((spread > _LARGEST_SPREAD) | underflow(sums, labels, SMALLEST))
+    lse = [tl.log2(y) * LN_2 for y in sums]
     if by_pixel:
-        lse = _lse_by_pixel(logits, reference, lanes, CELLS)
+        of_pixels, largest = _sums_by_pixel(logits, lanes, reference, CELLS)
+        lse = [_log(of_pixels[i]) + largest[i] for i in () + CELLS.columns]
+        sums = [tl.full(x.shape, INF, tl.float32) for x in sums]
         if PREDICT:
             _, predicted = largest_logits(logits, lanes, CELLS)
     lse = [tl.where(labels[i] >= 0, lse[i], 0.0) for i in () + CELLS.columns]
-    return Softmax(reference, lse, predicted, weighted)
+    return Softmax(reference, sums, lse, predicted, weighted)
 
 
 @triton.jit

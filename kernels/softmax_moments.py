@@ -28,7 +28,6 @@ from .lanes import (
     number_of,
     pixel_map_of,
     probability,
-    relative,
     store_map,
     sum_of,
 )
@@ -42,7 +41,6 @@ from .launch import (
     without_spills,
 )
 from .loss_options import (
-    cross_entropy,
     is_used,
     loss_of_pixel,
     loss_options_of,
@@ -50,7 +48,7 @@ from .loss_options import (
     share_of_pixel,
     weight_of_class,
 )
-from .softmax import probabilities, softmax_of
+from .softmax import losses_of_class, probabilities, softmax_of
 from .upsampling import (
     LOGITS,
     SIZES,
@@ -65,7 +63,6 @@ from .upsampling import (
     loaded,
     logits_of_image,
     strides_of,
-    upsampled,
     upsampling_of,
 )
 
@@ -116,17 +113,20 @@ def _add_true_classes(
     partials, row, logits, lanes, labels, softmax, u, weight_map, options, image,
     KEEP: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
-    """Adds the statistics of the true class, for one label of the tile after the other. With KEEP
-    it returns the losses of the pixels."""
+    """Adds the statistics of the true class, for one label of the tile after the other. Returns the
+    smaller of lse and −log p_y, from which the gradient computes both without loss of digits; and
+    with KEEP the losses of the pixels."""
     if weight_map.ptr is not None:
         weights = load_map(weight_map, image, lanes, labels, CELLS)
     pixel_losses = [tl.zeros(label.shape, tl.float32) for label in labels]
+    sums, smaller = softmax.sums, softmax.lse
+    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
     label = next_label(labels, -1)
     while label < NO_CLASS:
-        four = corners_of_class(logits, label, lanes, CELLS)
-        z = upsampled(relative(four, softmax.reference), lanes, CELLS)
         mine = [labels[i] == label for i in () + CELLS.columns]
-        c = [cross_entropy(z[i], softmax.lse[i]) for i in () + CELLS.columns]
+        four = corners_of_class(ptrs, label, logits.stride_k, CELLS)
+        c, of_class = losses_of_class(four, sums, smaller, softmax.reference, lanes, CELLS)
+        smaller = [tl.where(mine[i], of_class[i], smaller[i]) for i in () + CELLS.columns]
         a = weight_of_class(label, options, image)
         used = [is_used(c[i], options) for i in () + CELLS.columns]
         losses = [loss_of_pixel(c[i], u[i], a, used[i], options) for i in () + CELLS.columns]
@@ -143,7 +143,7 @@ def _add_true_classes(
                 tl.where(mine[i], losses[i], pixel_losses[i]) for i in () + CELLS.columns
             ]
         if partials.intersections is not None:
-            p = [probability(z[i], softmax.lse[i]) for i in () + CELLS.columns]
+            p = [probability(0.0, x) for x in c]
             _add_where(mine, partials.intersections + row + label, p)
         _count_where(mine, partials.counts + row + label)
         if partials.correct is not None:
@@ -153,7 +153,7 @@ def _add_true_classes(
             kept = [mine[i] & used[i] for i in () + CELLS.columns]
             _count_where(kept, partials.used + row + label)
         label = next_label(labels, label)
-    return pixel_losses
+    return smaller, pixel_losses
 
 
 @triton.jit
@@ -203,7 +203,7 @@ def _softmax_moments_kernel(
     valid_ptr,  # int64 [B · chunks]: the number of valid pixels
     outside_ptr,  # int64 [B · chunks] or None: that of labels out of range
     pixel_losses_ptr,  # float32 [B, H, W] or None, contiguous; also the next one
-    lse_ptr,
+    lse_ptr,  # the smaller of lse and −log p_y
     height,
     width,
     label_height,
@@ -256,20 +256,20 @@ def _softmax_moments_kernel(
             partials.correct is not None,
             CELLS,
         )
-        if lse_ptr is not None:
-            store_map(contiguous_map(lse_ptr, axes), softmax.lse, image, lanes, CELLS)
         u = losses_of_all_classes(
             softmax.weighted, softmax.lse, softmax.reference, lanes, loss_options, image, CELLS
         )
-        pixel_losses = _add_true_classes(
+        if partials.probability_sums is not None or partials.squares is not None:
+            _add_all_classes(partials, row, logits, lanes, labels, softmax, CELLS)
+        smaller, pixel_losses = _add_true_classes(
             partials, row, logits, lanes, labels, softmax, u, weight_map,
             loss_options, image, pixel_losses_ptr is not None, CELLS,
         )  # fmt: skip
+        if lse_ptr is not None:
+            store_map(contiguous_map(lse_ptr, axes), smaller, image, lanes, CELLS)
         if pixel_losses_ptr is not None:
             pixel_losses_map = contiguous_map(pixel_losses_ptr, axes)
             store_map(pixel_losses_map, pixel_losses, image, lanes, CELLS)
-        if partials.probability_sums is not None or partials.squares is not None:
-            _add_all_classes(partials, row, logits, lanes, labels, softmax, CELLS)
         tl.debug_barrier()  # other threads may add the next tile to these numbers
     tl.store(valid_ptr + program, valid)
 

@@ -5,13 +5,14 @@ with c and u of loss_options.py.
 First the terms of a pixel that are the same for all classes are computed; then dz, for one class
 after the other. The transpose of β·v_k is v_k times the transpose of β, which is computed once.
 
-z and lse are less a reference, as in softmax.py. For a pixel of its class −α·(1 − p_y) is computed
-from lse = −log p_y, because 1 − p_y of a rounded p_y has few digits where p_y is almost 1.
+z and lse are less a reference, as in softmax.py. −α·(1 − p_y) is computed from −log p_y, because
+1 − p_y of a rounded p_y has few digits where p_y is almost 1.
 
-In even cells p_k = e^(z_k − m)·e^(m − lse), where m is the largest lse of a lane: the first factor
+In even cells p_k = e^(z_k − m)·e^(m − lse), where m is a logit of the reference: the first factor
 is a geometric sequence along a row, the second one is the same for all classes. If neighbours of a
-cell differ by more than about 28 (14 with sums of probabilities), this may underflow or overflow.
-Then the program computes its gradients again, with an exponential for each pixel.
+cell differ by more than about 28 (14 with sums of probabilities), or another class is 44 above the
+reference, this may underflow or overflow. Then the program computes its gradients again, with an
+exponential for each pixel.
 """
 
 from typing import Any, NamedTuple
@@ -22,9 +23,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .lanes import (
+    INF,
     LABELS,
     LOG2_E,
     PixelMap,
+    add_true_logits,
     classes_of,
     contiguous_map,
     label_of_cell,
@@ -32,9 +35,8 @@ from .lanes import (
     load_labels,
     load_map,
     pixel_map_of,
-    probability,
+    reference_again,
     reference_of,
-    true_logits,
     values_of_labels,
 )
 from .launch import Constant, most_rows, registers
@@ -53,7 +55,6 @@ from .softmax import (
     probabilities,
     products,
     scales_of,
-    shift_of_lane,
 )
 from .upsampling import (
     LOGITS,
@@ -87,6 +88,8 @@ from .upsampling_transposed import (
 
 # With the slopes of a class's sums, which may be as large as 1/p: p that is lost is below 2^-81.
 _LARGEST_SPREAD_BY_CLASS = Constant(20.0)
+# Of |log2 Σ_k e^(z_k − m)|. Pixels of a lane differ by at most 2^60, so e^(z − m) is below 2^124.
+_LARGEST_LOG_SUM = Constant(64.0)
 
 
 class ClassGradient(NamedTuple):
@@ -111,6 +114,7 @@ class Pixels(NamedTuple):
     logits: Any  # Logits of the image
     lanes: Any
     labels: Any  # of each pixel of a lane, −1 if ignored
+    ce: Any  # −log p_y
     lse: Any
     reference: Any  # Reference of each cell
 
@@ -158,7 +162,7 @@ def _add_of_labels(x, gradient, weight_map, pixels, CELLS: tl.constexpr):
     if gradient.ptr is None:
         return x
     else:
-        image, _, lanes, labels, _, _ = pixels
+        image, _, lanes, labels, _, _, _ = pixels
         ptr = gradient.ptr + image * gradient.stride_b
         added = values_of_labels(ptr, gradient.stride_k, labels)
         if weight_map.ptr is not None:
@@ -183,21 +187,17 @@ def _subtract_intersections(x, gradients, pixels, CELLS: tl.constexpr):
     if gradients.dintersections.ptr is None:
         return x
     else:
-        image, logits, lanes, labels, lse, reference = pixels
-        ptr = gradients.dintersections.ptr + image * gradients.dintersections.stride_b
-        dintersections = values_of_labels(ptr, gradients.dintersections.stride_k, labels)
-        z = true_logits(logits, lanes, labels, reference, CELLS)
-        return [
-            tl.fma(-probability(z[i], lse[i]), dintersections[i], x[i]) for i in () + CELLS.columns
-        ]
+        ptr = gradients.dintersections.ptr + pixels.image * gradients.dintersections.stride_b
+        dintersections = values_of_labels(ptr, gradients.dintersections.stride_k, pixels.labels)
+        p = [other_classes(c)[1] for c in pixels.ce]
+        return [tl.fma(-p[i], dintersections[i], x[i]) for i in () + CELLS.columns]
 
 
 @triton.jit
-def _subtract_all_classes(x, gradients, pixels, CELLS: tl.constexpr):
-    """x − Σ_j p_j·(dprobability_sums[j] + 2·p_j·dsquares[j])"""
+def _subtract_all_classes(x, ptrs, gradients, pixels, CELLS: tl.constexpr):
+    """x − Σ_j p_j·(dprobability_sums[j] + 2·p_j·dsquares[j]); and ptrs."""
     if gradients.dprobability_sums.ptr is not None or gradients.dsquares.ptr is not None:
-        image, logits, lanes, _, lse, reference = pixels
-        ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
+        image, logits, lanes, _, _, lse, reference = pixels
         stored = loaded(ptrs)
         for k in range(logits.num_classes):
             p = probabilities(corners_of(stored, CELLS), lse, reference, lanes, CELLS)
@@ -209,7 +209,17 @@ def _subtract_all_classes(x, gradients, pixels, CELLS: tl.constexpr):
                 tl.fma(-p[i], tl.fma(p[i], dsquare, dprobability_sum), x[i])
                 for i in () + CELLS.columns
             ]
-    return x
+        ptrs = next_class(ptrs, -(logits.num_classes - 1).to(tl.int64) * logits.stride_k, CELLS)
+    return x, ptrs
+
+
+@triton.jit
+def _any_valid(labels):
+    """Whether a pixel of a lane is not ignored."""
+    largest = labels[0]
+    for i in tl.static_range(1, len(labels)):
+        largest = tl.maximum(largest, labels[i])
+    return tl.max(largest, ROW_AXIS, keep_dims=True) >= 0
 
 
 @triton.jit
@@ -218,22 +228,8 @@ def _valid_cells(four, labels, CELLS: tl.constexpr):
     if CELLS.x.select:
         return four
     else:
-        largest = labels[0]
-        for i in tl.static_range(1, len(labels)):
-            largest = tl.maximum(largest, labels[i])
-        valid = tl.max(largest, ROW_AXIS, keep_dims=True) >= 0
+        valid = _any_valid(labels)
         return [tl.where(valid, x, 0.0) for x in four]
-
-
-@triton.jit
-def _weight_of_others(k, reference, EXACT: tl.constexpr, CELLS: tl.constexpr):
-    """0 for pixels of class k if it is the reference's: α·(1 − p) instead of α − α·p."""
-    if not EXACT:
-        return 1.0
-    elif CELLS.y.same:  # the reference of a pixel is its class, if it has one
-        return tl.where(reference.label >= 0, 0.0, 1.0)
-    else:
-        return tl.where(reference.label == k, 0.0, 1.0)
 
 
 @triton.jit
@@ -243,7 +239,7 @@ def _pixel_gradients(
 ):  # fmt: skip
     """dz_k of each pixel, except for β·v_k."""
     factors, alphas, _, classes = terms
-    image, _, _, labels, _, reference = pixels
+    image, labels = pixels.image, pixels.labels
     twice_dsquare = 2 * values.dsquare
     dz = ()
     for i in tl.static_range(len(p)):
@@ -258,18 +254,34 @@ def _pixel_gradients(
         dz = dz + (gradient,)
     if (classes >> (k & 31).to(tl.uint32)) & 1 != 0:
         alpha = _class_value(gradients.dlosses, image, k)
-        others = _weight_of_others(k, reference, EXACT, CELLS)
         dintersection = _class_value(gradients.dintersections, image, k)
         of_label = ()
         for i in tl.static_range(len(p)):
             label_term = alphas[i] if BY_PIXEL else alpha
             if gradients.dintersections.ptr is not None:
                 label_term = tl.fma(p[i], -dintersection, label_term)
-            of_label = of_label + (
-                tl.where(labels[i] == k, tl.fma(dz[i], others, -label_term), dz[i]),
-            )
+            true = -label_term if EXACT else dz[i] - label_term
+            of_label = of_label + (tl.where(labels[i] == k, true, dz[i]),)
         dz = of_label
     return dz
+
+
+@triton.jit
+def _scales_of_lane(lse, labels, reference, lanes, CELLS: tl.constexpr):
+    """In an even cell −m·log2(e) of each lane, where m is the largest of the reference's four
+    logits; −∞ if all pixels are ignored, so that all e^(z − m) are 0. Then e^(m − lse) of each
+    pixel, 0 where ignored. And a spread, ∞ if one of them may overflow."""
+    four = reference.four
+    largest = tl.maximum(tl.maximum(four[0], four[1]), tl.maximum(four[2], four[3]))
+    shift = tl.where(_any_valid(labels), largest * -LOG2_E, -INF)
+    z = upsampled([tl.fma(x, LOG2_E, shift) for x in four], lanes, CELLS)
+    log_sums = [tl.fma(lse[i], LOG2_E, z[i]) for i in () + CELLS.columns]
+    most = tl.zeros(lse[0].shape, tl.float32)
+    for i in tl.static_range(len(lse)):
+        most = tl.maximum(most, tl.where(labels[i] >= 0, tl.abs(log_sums[i]), 0.0))
+    most = tl.max(most, ROW_AXIS, keep_dims=True)
+    spread = tl.where(most > _LARGEST_LOG_SUM, INF, 0.0)
+    return shift, scales_of(log_sums, labels, CELLS), spread
 
 
 @triton.jit
@@ -300,7 +312,7 @@ def _softmax_moments_bwd_kernel(
     labels_b,
     labels_h,
     labels_w,
-    lse_ptr,  # float32 [B, H, W], contiguous
+    lse_ptr,  # float32 [B, H, W], contiguous: the smaller of lse and −log p_y
     gradients,  # Gradients
     dpixel_losses_ptr,  # float32 [B, H, W], or None
     dpixel_losses_b,
@@ -339,16 +351,18 @@ def _softmax_moments_bwd_kernel(
     logits = Logits(logits_ptr, num_classes, logits_b, logits_k, logits_h, logits_w)
     logits = logits_of_image(logits, image)
     lanes = lanes_of_program(program, axes, logits, CELLS, TILE)
-    cells = cells_of_program(program, lanes, CELLS, TILE)
     label_map = PixelMap(labels_ptr, labels_b, labels_h, labels_w)
     labels = load_labels(label_map, image, lanes, num_classes, ignore_index, CELLS)
-    lse = load_map(contiguous_map(lse_ptr, axes), image, lanes, labels, CELLS)
     cell_label = label_of_cell(
         label_map, image, axes, lanes, labels, num_classes, ignore_index, CELLS
     )
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
     reference = reference_of(ptrs, cell_label, logits.stride_k, CELLS)
-    pixels = Pixels(image, logits, lanes, labels, lse, reference)
+    smaller = load_map(contiguous_map(lse_ptr, axes), image, lanes, labels, CELLS)
+    ce, lse, ptrs = add_true_logits(smaller, ptrs, logits.stride_k, lanes, labels, reference, CELLS)
+    pixels = Pixels(image, logits, lanes, labels, ce, lse, reference)
+    if CELLS.x.even:
+        shift, scales, spread = _scales_of_lane(lse, labels, reference, lanes, CELLS)
 
     d = [tl.zeros(label.shape, tl.float32) for label in labels]
     dpixel_losses = PixelMap(dpixel_losses_ptr, dpixel_losses_b, dpixel_losses_h, dpixel_losses_w)
@@ -356,13 +370,14 @@ def _softmax_moments_bwd_kernel(
     weight_map = PixelMap(weights_ptr, weights_b, weights_h, weights_w)
     d = _add_of_labels(d, gradients.dlosses, weight_map, pixels, CELLS)
     alphas, betas = slopes_of_losses(
-        d, logits, lanes, labels, lse, reference, loss_options, image, weights_ptr is not None,
-        CELLS,
+        d, ce, logits, lanes, labels, lse, reference, loss_options, image,
+        weights_ptr is not None, CELLS,
     )  # fmt: skip
     alphas = [tl.where(labels[i] >= 0, alphas[i], 0.0) for i in () + CELLS.columns]
     factors = add_sum_of_weights(alphas, betas, loss_options, image, CELLS)
     factors = _subtract_intersections(factors, gradients, pixels, CELLS)
-    factors = _subtract_all_classes(factors, gradients, pixels, CELLS)
+    factors, ptrs = _subtract_all_classes(factors, ptrs, gradients, pixels, CELLS)
+    cells = cells_of_program(program, lanes, CELLS, TILE)
     beta = betas
     if loss_options.all_weights is not None:
         beta = transposed(betas, lanes, cells, axes, CELLS, TILE)
@@ -373,21 +388,10 @@ def _softmax_moments_bwd_kernel(
     dptrs, written = gradient_ptrs(dlogits, program, cells, axes, dlogits_block, CELLS)
     factors = [tl.where(labels[i] >= 0, factors[i], 0.0) for i in () + CELLS.columns]
     if EXACT:
-        rest = [other_classes(x)[0] for x in lse]
-        of_reference = [labels[i] == reference.label for i in () + CELLS.columns]
-        alphas = [
-            tl.where(of_reference[i], alphas[i] * rest[i], alphas[i]) for i in () + CELLS.columns
-        ]
+        alphas = [alphas[i] * other_classes(ce[i])[0] for i in () + CELLS.columns]
     terms = Terms(factors, alphas, beta, classes_of(labels))
     by_pixel = True
     if CELLS.x.even:
-        z = upsampled(reference.four, lanes, CELLS)
-        shift, spread = shift_of_lane(
-            [(lse[i] + z[i]) * LOG2_E for i in () + CELLS.columns], labels
-        )
-        z = upsampled([tl.fma(x, LOG2_E, shift) for x in reference.four], lanes, CELLS)
-        log_sums = [tl.fma(lse[i], LOG2_E, z[i]) for i in () + CELLS.columns]
-        scales = scales_of(log_sums, labels, CELLS)
         terms_of_rows = terms
         if not BY_CLASS:  # p·factor as e^(z − m)·(e^(m − lse)·factor)
             terms_of_rows = Terms(products(scales, factors, CELLS), alphas, beta, terms.classes)
@@ -415,7 +419,8 @@ def _softmax_moments_bwd_kernel(
     if by_pixel:
         lse = load_again(lse_ptr, image, axes, lanes, labels, CELLS)
         if CELLS.x.even:
-            reference = reference_of(ptrs, reference.label, logits.stride_k, CELLS)
+            reference = reference_again(ptrs, reference.label, logits.stride_k, CELLS)
+        _, lse, ptrs = add_true_logits(lse, ptrs, logits.stride_k, lanes, labels, reference, CELLS)
         stored = loaded(ptrs)
         for k in range(num_classes):
             four = _valid_cells(corners_of(stored, CELLS), labels, CELLS)

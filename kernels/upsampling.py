@@ -478,10 +478,10 @@ def corners_of(stored, CELLS: tl.constexpr):
 
 
 @triton.jit
-def corners_of_class(logits, k, lanes, CELLS: tl.constexpr):
-    """The four logits of a cell, of class k."""
-    ptr = logits.ptr + k.to(tl.int64) * logits.stride_k
-    return corners_of(loaded(corner_ptrs(ptr, lanes, CELLS)), CELLS)
+def corners_of_class(ptrs, k, stride_k, CELLS: tl.constexpr):
+    """The four logits of a cell, of class k. ptrs: corner_ptrs of class 0."""
+    offset = k.to(tl.int64) * stride_k
+    return corners_of([tl.load(ptr + offset) for ptr in ptrs], CELLS)
 
 
 @triton.jit

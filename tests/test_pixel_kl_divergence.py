@@ -239,6 +239,15 @@ def test_gradients_of_logits_far_apart(spread: float, stride: int, backend: str)
     assert ours <= 2 * plain + FLOOR
 
 
+@pytest.mark.on("reference", "simulated_triton", "triton")
+def test_a_class_far_from_zero(backend: str) -> None:
+    """lse·log2(e) has a rounding error beyond the range of exponents."""
+    logits, teacher = torch.randn(2, 1, 3, 3, 4)
+    logits[:, 0] = teacher[:, 1] = 1e10
+    ours, plain = errors(logits, teacher, (12, 16), reduction="none")
+    assert ours <= 2 * plain + FLOOR
+
+
 @pytest.mark.parametrize("scale", [3.0, 1e10])
 @pytest.mark.parametrize("pixels", [(8, 12), (16, 24), (9, 13), (4, 6)])
 def test_equal_logits(pixels: tuple[int, int], scale: float, backend: str) -> None:

@@ -362,12 +362,15 @@ def test_a_row_that_begins_below_the_smallest_number(backend: str):
 
 
 @pytest.mark.on("reference", "simulated_triton")
-def test_ignored_rows_far_above_a_valid_one(backend: str):
+@pytest.mark.parametrize(
+    ("of_label", "of_others"), [([-300, 0], [-400, -400]), ([0, 0], [-100, 200])]
+)
+def test_ignored_rows_far_above_a_valid_one(of_label: list, of_others: list, backend: str):
     """In a cell, e^z of the last row of pixels is e^225 times that of the first one, which alone is
     valid."""
     case = moments((1, 2, 8, 3), (32, 12), statistics=CE)
-    logits = torch.full((1, 2, 8, 3), -400.0)
-    logits[:, 0] = torch.tensor([-300.0, 0.0]).repeat(4)[:, None]
+    rows = torch.tensor([of_label, of_others], dtype=F32).repeat(1, 4)
+    logits = rows[None, :, :, None].expand(1, 2, 8, 3)
     labels = torch.where(torch.arange(32)[:, None] % 8 == 2, 0, -1).expand(1, 32, 12)
     as_reference(case, logits=logits, labels=labels)
 
@@ -417,7 +420,8 @@ def confident_logits(kind: str, size: tuple[int, int, int, int]) -> tuple[Tensor
             for option in ("plain", "weighted", "focal", "pixel losses")
         ),
         *(
-            pytest.param("one class", (2, k, 6, 8), (6 * n, 8 * n), "plain", marks=on_triton)
+            pytest.param(kind, (2, k, 6, 8), (6 * n, 8 * n), option, marks=on_triton)
+            for kind, option in (("one class", "plain"), ("two classes", "focal"))
             for k in (2, 5)
             for n in (1, 2, 3, 4)
         ),
@@ -446,13 +450,20 @@ def test_gradients_of_confident_pixels(kind: str, size, pixels, option: str, bac
     assert error <= 2 * torch_error + FLOOR
 
 
-@cpu
 @pytest.mark.parametrize(
-    ("size", "pixels"),
-    [(32, 128), (64, 128), (33, 99), (50, 150), (100, 300), (33, 100), (20, 200)],
-)
-@pytest.mark.parametrize("num_classes", [3, 19, 150])
-def test_losses_of_confident_pixels(size: int, pixels: int, num_classes: int, backend: str):
+    ("num_classes", "size", "pixels"),
+    [
+        *(
+            pytest.param(num_classes, *sizes, marks=cpu)
+            for sizes in (
+                (32, 128), (64, 128), (33, 99), (50, 150), (100, 300), (33, 100), (20, 200)
+            )
+            for num_classes in (3, 19, 150)
+        ),
+        *(pytest.param(k, 6, 6 * n, marks=on_triton) for k in (2, 5) for n in (2, 3, 4, 8)),
+    ],
+)  # fmt: skip
+def test_losses_of_confident_pixels(num_classes: int, size: int, pixels: int, backend: str):
     """The label's own logit and the sum of the exponentials are rounded alike."""
     logits = 10 * torch.randn(1, num_classes, size, size)
     z = formulas.upsampled(logits.double(), (pixels, pixels))
@@ -562,14 +573,17 @@ def test_gradients_of_logits_with_an_offset(offset: float, stride: int, backend:
     assert error <= 2 * torch_error + 4 * torch.finfo(F32).eps
 
 
-def test_terms_of_a_row_that_may_be_lost(backend: str):
+@pytest.mark.parametrize(("lowest", "label"), [(-95.0, 1), (-120.0, 2)])
+def test_terms_of_a_row_that_may_be_lost(lowest: float, label: int, backend: str):
     """The largest logits are those of class 0 in the upper row, and e^z of class 1 rises along the
-    rows: computed from its first pixel, it would be lost in the lower row."""
-    logits = torch.zeros(1, 2, 2, 2)
-    logits[0, 0, 1], logits[0, 1] = -62, torch.tensor([-95.0, -40])
-    labels = torch.ones(1, 8, 8, dtype=torch.long)
+    rows: computed from its first pixel, it would be lost in the lower row. label: of a pixel, that
+    of class 1 or of one whose logits are far below."""
+    logits = torch.zeros(1, 3, 2, 2)
+    logits[0, 0, 1], logits[0, 1], logits[0, 2] = -62, torch.tensor([lowest, -40]), -2000
+    labels = torch.full((1, 8, 8), 255)
+    labels[0, 2:6, 2:6], labels[0, 5, 2] = 1, label
     upsampled = F.interpolate(logits.double(), (8, 8), mode="bilinear")
-    exact = F.cross_entropy(upsampled, labels, reduction="none")
+    exact = F.cross_entropy(upsampled, labels, reduction="none", ignore_index=255)
     losses = ao.pixel_cross_entropy(logits, labels, reduction="none")
     torch.testing.assert_close(losses.double(), exact, rtol=1e-6, atol=2e-5)
 
