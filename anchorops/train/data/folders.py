@@ -1,5 +1,6 @@
 """Data sets on disk: a plain folder of images and masks, and published ones in their layouts."""
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,12 +99,14 @@ LAYOUTS = {
 @dataclass
 class MaskFolder:
     """Images and masks of labels on disk: pairs of their paths. channels: of the images. labels:
-    what `label_table` returns."""
+    what `label_table` returns. fingerprint: of the names under the root, in the order of the
+    images, on which that of the batches depends."""
 
     pairs: Sequence[tuple[Path, Path]]
     channels: int
     classes: Sequence[str]
     labels: np.ndarray
+    fingerprint: str
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -163,7 +166,9 @@ def open_files(options: Data, split: str) -> MaskFolder:
     if not names:
         raise ValueError(f"no image {images} (--data.root is the directory of the data set)")
     pairs = [(image_of[name], mask_of[name]) for name in names]
-    return MaskFolder(pairs, options.channels, classes, labels)
+    paths = [os.fsencode(path.relative_to(root)) for pair in pairs for path in pair]
+    fingerprint = f"{len(paths)} names ({hashlib.sha256(b'/'.join(paths)).hexdigest()[:16]})"
+    return MaskFolder(pairs, options.channels, classes, labels, fingerprint)
 
 
 def _files(pattern: Path, known: Sequence[str]) -> dict[str, Path]:

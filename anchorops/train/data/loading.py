@@ -1,16 +1,13 @@
 """The splits that the options name: opened, counted, augmented, and loaded in batches."""
 
 import atexit
-import hashlib
 import multiprocessing
-import os
 import signal
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
 
@@ -204,15 +201,6 @@ def class_counts(
     return pixels, images, sorted(sizes)
 
 
-def fingerprint(split: Segmentation, root: Path) -> str:
-    """Of the names of a split's images and masks under the root, in the order of the images, on
-    which that of the batches depends. Scenes of digits have no files."""
-    if not isinstance(split, MaskFolder):
-        return "none"
-    names = [os.fsencode(path.relative_to(root)) for pair in split.pairs for path in pair]
-    return f"{len(names)} names ({hashlib.sha256(b'/'.join(names)).hexdigest()[:16]})"
-
-
 def open_splits(options: Data, seed: int, of_run: dict[str, Any] | None = None) -> Splits:
     """Every image and mask is read, on the first rank.
     of_run: what was found for the training whose network is validated, which then needs no training
@@ -232,7 +220,7 @@ def open_splits(options: Data, seed: int, of_run: dict[str, Any] | None = None) 
     found = of_run or {"classes": classes}
     if of_run is None:
         for name, split, counted in zip(("training", "validation"), splits, counts, strict=True):
-            found[f"{name} files"] = fingerprint(split, Path(options.root or ""))
+            found[f"{name} files"] = split.fingerprint
             found[f"{name} pixels"] = counted[0].tolist()
     if found["classes"] != classes:
         known = shorten(str(found["classes"]), 200)
