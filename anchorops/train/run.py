@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import zip_longest
 from pathlib import Path
 from textwrap import shorten
@@ -176,22 +176,15 @@ class Stopped(Exception):
         self.exit_status = exit_status
 
 
-class Stop:
+class Stop(ExitStack):
     """In its block, SIGTERM and Ctrl-C only ask to stop. advice: how to go on."""
 
     def __init__(self, advice: str) -> None:
+        super().__init__()
         self.advice, self._received = advice, 0
-
-    def __enter__(self) -> "Stop":
-        self._before = {signum: signal.getsignal(signum) for signum in STOPPING}
-        for signum, handler in self._before.items():
-            if handler != signal.SIG_IGN:  # as by `nohup`, or by a script's shell
-                signal.signal(signum, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
+        for signum in STOPPING:
+            if signal.getsignal(signum) != signal.SIG_IGN:  # as by `nohup`, or by a script's shell
+                self.callback(signal.signal, signum, signal.signal(signum, self._receive))
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         self._received = signum
