@@ -202,8 +202,8 @@ class Options:
 
 
 # options on which no number of a run depends; they may differ where it goes on
-FREE = ["data.root", "data.workers", "data.eval_batch_size"]
-FREE += ["save_every", "max_steps", "max_hours"]
+FREE = ["--data.root", "--data.workers", "--data.eval_batch_size"]
+FREE += ["--save_every", "--max_steps", "--max_hours"]
 
 
 def expect(holds: bool, option: str, expected: str, got: object) -> None:
@@ -213,11 +213,11 @@ def expect(holds: bool, option: str, expected: str, got: object) -> None:
 
 
 def flat(options: Mapping[str, Any]) -> dict[str, Any]:
-    """{"data.root": …} of {"data": {"root": …}}."""
+    """{"--data.root": …} of {"data": {"root": …}}."""
     flattened: dict[str, Any] = {}
     for name, value in options.items():
         if isinstance(value, Mapping):
-            flattened |= {f"{name}.{option}": x for option, x in value.items()}
+            flattened |= {f"--{name}.{option}": x for option, x in value.items()}
         else:
-            flattened[name] = value
+            flattened[f"--{name}"] = value
     return flattened

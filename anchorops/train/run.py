@@ -82,19 +82,14 @@ def read_yaml(path: Path, *needed: str) -> dict[str, Any]:
     return content
 
 
-def check_run(
-    run: Path, options: Mapping[str, Any], found: Mapping[str, Any], resume: bool
-) -> None:
+def check_run(run: Path, options: Mapping[str, Any], found: dict[str, Any], resume: bool) -> None:
     """Write what a run is. Raises ValueError if the directory has another run, or if the run would
     go on with other options or data, and therefore to other numbers.
     found: what tells the data from others, and the number of ranks."""
     if resume:
-        saved = flat(read_yaml(run / CONFIG))
-        before = read_yaml(run / DATA)
-        pairs = {f"--{name}": (x, saved.get(name)) for name, x in flat(options).items()}
-        pairs |= {name: (x, before.get(name)) for name, x in found.items()}
-        for name, (now, then) in pairs.items():
-            if now != then and name.removeprefix("--") not in FREE:
+        before = flat(read_yaml(run / CONFIG)) | read_yaml(run / DATA)
+        for name, now in (flat(options) | found).items():
+            if now != (then := before.get(name)) and name not in FREE:
                 raise ValueError(
                     f"{name}: {shorten(str(now), 200)}, {run} has {shorten(str(then), 200)}: the "
                     "numbers would not be those of the run without a stop. Leave it as it was, or "
@@ -158,7 +153,7 @@ def comparison(runs: Sequence[Path]) -> str:
     rows = [["run", *COLUMNS]]
     for run in runs:
         lines = read_metrics(run / METRICS)
-        steps = flat(read_yaml(run / CONFIG)).get("data.steps")
+        steps = flat(read_yaml(run / CONFIG)).get("--data.steps")
         if steps not in lines or "val/miou" not in lines[steps]:
             raise ValueError(f"{run} has not ended: {max(lines)} of {steps} steps are in {METRICS}")
         last = {name: x for line in lines.values() for name, x in line.items()}
