@@ -5,15 +5,14 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from io import BytesIO, TextIOWrapper
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import imagecodecs
 import torch
 import torch.distributed as dist
 from jsonargparse import ArgumentParser, auto_cli
-from PIL import Image
 
 from . import ranks
 from .data.images import read_image
@@ -169,11 +168,10 @@ def predict_masks(words: Sequence[str]) -> None:
     """Write the classes of each image: 8 bits, or 16 with more than 256 classes."""
     options, run, others = parse("predict", words)
     model, out = trained(options, run), Path(others["out"])
-    names, resume = others["images"], others["resume"]
-    images_of = ranks.on_first(lambda: masks_of(names, out, resume))
+    images_of = ranks.on_first(lambda: masks_of(others["images"], out, others["resume"]))
     own = [*images_of.items()][ranks.rank() :: ranks.world()]
     device = next(model.parameters()).device
-    kind = np.uint8 if model.classifier.out_channels <= 256 else np.uint16
+    kind = torch.uint8 if model.classifier.out_channels <= 256 else torch.uint16
     with Stop(GO_ON) as stop, torch.no_grad():
         for mask, path in stop.until_asked(own):
             image = read_image(path, options.data.channels)
@@ -183,10 +181,8 @@ def predict_masks(words: Sequence[str]) -> None:
                 (classes,) = predict(model, images, size, options)
             except (RuntimeError, ValueError) as error:
                 raise ValueError(f"{path} of {size}: {' '.join(str(error).split())}") from error
-            encoded = BytesIO()
-            Image.fromarray(classes.cpu().numpy().astype(kind)).save(encoded, "PNG")
             mask.parent.mkdir(parents=True, exist_ok=True)
-            save_atomically(encoded.getvalue(), mask)
+            save_atomically(imagecodecs.png_encode(classes.cpu().to(kind).numpy()), mask)
             print(mask)
 
 
