@@ -204,21 +204,19 @@ def load_weights(
     norm has seen, if it is missing. Raises ValueError for weights of another network, from the file
     `path`."""
     own = module.state_dict()
-    taken = {}
+    taken = {name: x for name, x in own.items() if name.startswith(heads)}
     for name, x in weights.items():
         fits = name in own and own[name].shape == x.shape
         if fits or not name.startswith(heads):
             taken[name] = x
     try:  # some encoders of smp have another load_state_dict
-        missing, unknown = nn.Module.load_state_dict(module, taken, strict=False)
-    except RuntimeError as error:  # of other shapes
-        missing, unknown = [str(error)], []
-    missing = [x for x in missing if not x.startswith(heads)]
-    if missing or unknown:
+        nn.Module.load_state_dict(module, taken)
+    except RuntimeError as error:
+        reasons = "; ".join(shorten(line, 200) for line in str(error).splitlines()[1:4])
         raise ValueError(
             f"weights {path} are not those of this --model.network and these --data.channels: "
-            f"missing {shorten(str(missing), 200)}, unknown {shorten(str(unknown), 200)}"
-        )
+            f"{reasons}"
+        ) from None
 
 
 def _flat_name(name: str) -> str:
