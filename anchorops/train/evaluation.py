@@ -3,6 +3,7 @@ network's resolution, never at the labels'."""
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from operator import itemgetter
 from textwrap import shorten
@@ -13,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import to_dtype
+from torchvision.transforms.v2.functional import resize, to_dtype
 
 import anchorops as ao
 
@@ -75,10 +76,8 @@ def _weights(starts: Sequence[int], length: int, window: int, low: int, size: in
     scales the result to full resolution. starts: the first pixels of the windows."""
     window = min(length, window)
     padded = window + -window % MULTIPLE
-    image = torch.zeros(len(starts), low, length, dtype=torch.float32)
     upsampled = _interpolate(torch.eye(low, dtype=torch.float32), padded)[:, :window]
-    for part, start in zip(image, starts, strict=True):
-        part[:, start : start + window] = upsampled
+    image = torch.stack([F.pad(upsampled, (start, length - start - window)) for start in starts])
     image /= image.any(1).sum(0)
     return _interpolate(image.flatten(0, 1), size).T
 
@@ -128,10 +127,8 @@ def predict(
         return ao.pixel_argmax(model(padded), whole)[:, :height, :width]
     terms = []
     for scale in scales:
-        scaled = images
-        if scale != 1:
-            sides = [max(1, round(side * scale)) for side in images.shape[2:]]
-            scaled = F.interpolate(images, sides, mode="bilinear", antialias=True)
+        sides = [max(1, round(side * scale)) for side in images.shape[2:]]
+        scaled = resize(images, sides, antialias=True)
         terms.append(_window_logits(model, scaled, size, options))
         if flip:
             logits, rows, columns = _window_logits(model, scaled.flip(3), size, options)
@@ -220,10 +217,8 @@ def check_sizes(
     def failure(training: bool, batch: int, height: int, width: int) -> str:
         """Why the network cannot take such images; an empty text if it can."""
         try:
-            with torch.no_grad():
+            with torch.no_grad(), suppress(NotImplementedError):  # of a layer that needs data
                 model.train(training)(torch.empty(batch, channels, height, width, device="meta"))
-        except NotImplementedError:  # of a layer that cannot run without data
-            return ""
         except Exception as error:
             return " ".join(str(error).split()) or type(error).__name__
         return ""
