@@ -53,9 +53,7 @@ class Segmenter(nn.Module):
         self._map: Tensor | None = None  # of the backbone, for the auxiliary head
         if auxiliary_dim is not None:
             self.auxiliary = nn.Sequential(
-                nn.Conv2d(auxiliary_dim, AUXILIARY_DIM, 3, padding=1, bias=False),
-                nn.BatchNorm2d(AUXILIARY_DIM),
-                nn.ReLU(),
+                *Conv2dNormActivation(auxiliary_dim, AUXILIARY_DIM, 3, inplace=False),
                 nn.Dropout2d(0.1),
                 nn.Conv2d(AUXILIARY_DIM, num_classes, 1),
             )
