@@ -299,20 +299,17 @@ def build_optimizer(options: Model, model: Segmenter) -> torch.optim.Optimizer:
     outside the backbone and the methods."""
     methods = [module for module in model.modules() if isinstance(module, Regularizer)]
     others = {x for module in (model.backbone, *methods) for x in module.parameters()}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             rate = options.lr * (1.0 if parameter in others else options.head_lr_factor)
             # a plain float, because the state is loaded with weights_only
             decay = float(options.weight_decay) if parameter.dim() > 1 else 0.0
-            groups.setdefault((rate, decay), []).append(parameter)
-    listed = [
-        {"params": parameters, "lr": rate, "peak": rate, "weight_decay": decay}
-        for (rate, decay), parameters in groups.items()
-    ]
+            settings = {"params": [], "lr": rate, "peak": rate, "weight_decay": decay}
+            groups.setdefault((rate, decay), settings)["params"].append(parameter)
     if options.optimizer == "sgd":
-        return torch.optim.SGD(listed, momentum=0.9, fused=True)
-    return torch.optim.AdamW(listed, fused=True)
+        return torch.optim.SGD(groups.values(), momentum=0.9, fused=True)
+    return torch.optim.AdamW(groups.values(), fused=True)
 
 
 def set_learning_rates(
