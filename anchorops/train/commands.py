@@ -73,7 +73,7 @@ def parse(command: str, words: Sequence[str]) -> tuple[Options, Path, dict[str, 
     for file, content in configs:
         for group in ("model", "data"):
             options = content.get(group, {})
-            expect(isinstance(options, dict), f"config {file}: {group}", "options", options)
+            expect(isinstance(options, dict), f"--config {file}: {group}", "options", options)
         if isinstance(added := content.get("model", {}).get("paper_options"), dict):
             paper |= added
             content["model"]["paper_options"] = dict(paper)
@@ -96,10 +96,7 @@ def load_preset(name: str) -> list[dict[str, Any]]:
     if Path(name).is_file():
         return [read_yaml(Path(name))]
     path = PRESETS / f"{name}.yaml"
-    if not path.exists():
-        raise ValueError(
-            f"--config: expected a file or a preset, got {name}. The presets:\n{presets()}"
-        )
+    expect(path.exists(), "--config", "a file or a preset", f"{name}. The presets:\n{presets()}")
     content, shared = read_yaml(path), read_yaml(PRESETS / f"{SHARED}.yaml")
     return [*(shared[part] for part in content.pop(SHARED, [])), content]
 
@@ -136,8 +133,7 @@ def validate(words: Sequence[str]) -> dict[str, float]:
     of_run = read_yaml(run / DATA, "classes", "training pixels") if (run / DATA).exists() else None
     data = open_splits(options.data, options.seed, of_run)
     classes, known = len(data.validation.classes), model.classifier.out_channels
-    if known != classes:
-        raise ValueError(f"validate: expected data of {known} classes, got {classes}")
+    expect(known == classes, "--data.root", f"data of {known} classes", classes)
     check_sizes(model, options, data.sizes)
     with Stop("the figures are not complete") as stop:
         figures = evaluate(model, data, options, stop)
@@ -153,14 +149,14 @@ def masks_of(images: Sequence[str], out: Path, resume: bool) -> dict[Path, Path]
 
     Raises ValueError for a mask that exists or would be written twice.
     """
-    expect(len(images) > 0, "images", "files of images", "none")
+    expect(len(images) > 0, "--images", "files of images", "none")
     paths = [Path(os.path.abspath(image)) for image in images]
     common = os.path.commonpath([path.parent for path in paths])
     masks = {out / path.relative_to(common).with_suffix(".png"): path for path in paths}
-    expect(len(masks) == len(paths), "images", "images of different masks", ", ".join(images))
-    exist = {mask for mask in masks if mask.exists()}
+    expect(len(masks) == len(paths), "--images", "images of different masks", ", ".join(images))
+    exist = {*filter(Path.exists, masks)}
     other = "another directory, or --resume to keep what is there"
-    expect(resume or not exist, "out", other, ", ".join(map(str, exist)))
+    expect(resume or not exist, "--out", other, ", ".join(map(str, exist)))
     return {mask: path for mask, path in masks.items() if mask not in exist}
 
 

@@ -250,7 +250,7 @@ def build_regularizer(
     paper, given = options.paper_options or {}, options.method_options or {}
     for name in given:
         among = f"METHOD.ARGUMENT with a METHOD among --model.methods {options.methods}"
-        expect(name.partition(".")[0] in options.methods, "model.method_options", among, name)
+        expect(name.partition(".")[0] in options.methods, "--model.method_options", among, name)
     chosen = {"cr.embed": False, "ceco.prior": prior, **paper, **given}
     regularizers = []
     for method in options.methods:

@@ -33,11 +33,11 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def train(options: Options, run: Path, resume: bool, advice: str = GO_ON) -> None:
     """Train in the directory of a run, or go on in it: from its last state, if it has one. advice:
     how to go on, for messages. Raises ValueError for what cannot be trained, and Stopped."""
-    expect(options.data.split == "val", "data.split", "val for fit", options.data.split)
+    expect(options.data.split == "val", "--data.split", "val for fit", options.data.split)
     device = ranks.start(options.device)
     parts, images = options.accumulate * ranks.world(), options.data.batch_size
     multiple = f"a multiple of --accumulate × ranks = {parts}"
-    expect(images % parts == 0, "data.batch_size", multiple, images)
+    expect(images % parts == 0, "--data.batch_size", multiple, images)
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

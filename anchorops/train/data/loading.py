@@ -73,7 +73,7 @@ def augmented(image: Tensor, labels: Tensor, options: Data) -> tuple[Tensor, Ten
     if options.flip and torch.rand(1) < 0.5:
         image, labels = image.flip(2), labels.flip(1)
     if options.photometric:
-        expect(options.channels == 3, "data.photometric", "3 channels", options.channels)
+        expect(options.channels == 3, "--data.photometric", "3 channels", options.channels)
         image = distorted(image)
     margin = [0, options.crop[1] - width, 0, options.crop[0] - height]
     return pad(normalized(image), margin), pad(labels, margin, value=IGNORED)
@@ -86,7 +86,7 @@ def distorted(image: Tensor) -> Tensor:
         least, greatest = image.aminmax()
         within = bool(least >= -1e-3 and greatest <= 1.001)  # which scaling an image may exceed
         got = f"{least:g} to {greatest:g}"
-        expect(within, "data.photometric", "images of integers, or of 0 to 1", got)
+        expect(within, "--data.photometric", "images of integers, or of 0 to 1", got)
     distort = v2.RandomPhotometricDistort(hue=(-0.1, 0.1))
     return distort.transform(image, {**distort.make_params([image]), "channel_permutation": None})
 
@@ -177,7 +177,7 @@ def open_split(options: Data, name: str, seed: int) -> Segmentation:
     """Raises ValueError if the data set has no such split."""
     if options.dataset != "digits":
         return open_files(options, name)
-    expect(name in SPLITS, "data.split", "one of digits, train or val", name)
+    expect(name in SPLITS, "--data.split", "one of digits, train or val", name)
     return DigitScenes(options, name, seed if options.data_seed is None else options.data_seed)
 
 
@@ -215,7 +215,7 @@ def open_splits(options: Data, seed: int, of_run: dict[str, Any] | None = None) 
     training, validation = splits[0], splits[-1]
     validation_pixels, _, sizes = counts[-1]
     one_size = options.eval_batch_size == 1 or len(sizes) == 1
-    expect(one_size, "data.eval_batch_size", "1 for images of several sizes", sizes[:2])
+    expect(one_size, "--data.eval_batch_size", "1 for images of several sizes", sizes[:2])
     classes = list(validation.classes)
     found = of_run or {"classes": classes}
     if of_run is None:
