@@ -6,13 +6,11 @@ import fcntl
 import io
 import os
 import signal
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import zip_longest
 from pathlib import Path
 from textwrap import shorten
-from types import FrameType
 from typing import Any
 
 import torch
@@ -67,7 +65,7 @@ def only_process(run: Path) -> Iterator[None]:
                 "demo --out)"
             ) from None
         except OSError as error:
-            print(f"{run} cannot be locked ({error}): start no second process", file=sys.stderr)
+            ranks.say(f"{run} cannot be locked ({error}): start no second process")
         yield
 
 
@@ -126,8 +124,7 @@ class Log:
         file = io.StringIO()
         writer = csv.DictWriter(file, ["step", *names], lineterminator="\n")
         writer.writeheader()
-        for step in sorted(self.lines):
-            writer.writerow({"step": step, **self.lines[step]})
+        writer.writerows({"step": step, **self.lines[step]} for step in sorted(self.lines))
         save_atomically(file.getvalue(), self.path)
         self.events.flush()
 
@@ -135,14 +132,13 @@ class Log:
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
     """The values that were logged at each step. Raises ValueError for a file that is damaged."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            lines = csv.DictReader(file)
-            if "step" not in (lines.fieldnames or ()):
-                raise KeyError("step")
-            return {
-                int(line.pop("step")): {name: float(x) for name, x in line.items() if x}
-                for line in lines
-            }
+        lines = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
+        if "step" not in (lines.fieldnames or ()):
+            raise KeyError("step")
+        return {
+            int(line.pop("step")): {name: float(x) for name, x in line.items() if x}
+            for line in lines
+        }
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r})") from None
 
@@ -181,7 +177,7 @@ class Stop(ExitStack):
             if signal.getsignal(signum) != signal.SIG_IGN:  # as by `nohup`, or by a script's shell
                 self.callback(signal.signal, signum, signal.signal(signum, self._receive))
 
-    def _receive(self, signum: int, frame: FrameType | None) -> None:
+    def _receive(self, signum: int, _: object) -> None:
         self._received = signum
 
     def asked(self, *, late: bool = False) -> Stopped | None:
