@@ -137,7 +137,6 @@ def validate(words: Sequence[str]) -> dict[str, float]:
     check_sizes(model, options, data.sizes)
     with Stop("the figures are not complete") as stop:
         figures = evaluate(model, data, options, stop)
-    figures = {f"{options.data.split}/{name}": figure for name, figure in figures.items()}
     if ranks.rank() == 0:
         print(*(f"{name}: {value:.6f}" for name, value in figures.items()), sep="\n")
     return figures

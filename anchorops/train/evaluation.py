@@ -138,7 +138,7 @@ def predict(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Splits, options: Options, stop: Stop) -> dict[str, float]:
-    """The figures of the validation images, of a model in eval mode. Raises Stopped."""
+    """Figures of the validation images, as SPLIT/NAME, of a model in eval mode. Raises Stopped."""
     device = next(model.parameters()).device
     classes = data.validation.classes
     matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
@@ -150,7 +150,8 @@ def evaluate(model: nn.Module, data: Splits, options: Options, stop: Stop) -> di
         matrix += ao.confusion(predicted, labels, len(classes), ignore_index=IGNORED)
     if ranks.world() > 1:
         dist.all_reduce(matrix)
-    return summarize(matrix.cpu(), classes, data.frequencies, options.data.head_tail)
+    figures = summarize(matrix.cpu(), classes, data.frequencies, options.data.head_tail)
+    return {f"{options.data.split}/{name}": figure for name, figure in figures.items()}
 
 
 def summarize(

@@ -194,10 +194,10 @@ class Record:
 
     def _keep(self, step: int, model: nn.Module, figures: dict[str, float]) -> None:
         """The log comes last, because it tells that the step is validated."""
-        self.bar.write(f"step {step}: mIoU {100 * figures['miou']:.1f} %")
-        best, miou = self.run / BEST, figures["miou"]
+        self.bar.write(f"step {step}: mIoU {100 * figures['val/miou']:.1f} %")
+        best, miou = self.run / BEST, figures["val/miou"]
         if not best.exists() or miou > read_checkpoint(best, "miou")["miou"]:
             save_atomically({"model": model.state_dict(), "step": step, "miou": miou}, best)
         picture = draw_predictions(model, self.data.validation, self.options)
         picture.save(self.run / "predictions.png")
-        self.metrics.write(step, {f"val/{name}": figure for name, figure in figures.items()})
+        self.metrics.write(step, figures)
