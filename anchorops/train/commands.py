@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
+from linecache import getline
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +83,11 @@ def parse(command: str, words: Sequence[str]) -> tuple[Options, Path, dict[str, 
         except argparse.ArgumentError as error:
             raise argparse.ArgumentError(None, f"--config {file}: {error}") from None
     chosen = vars(parser.instantiate(parser.parse_args(words, values)))
-    own = {name: chosen.pop(name) for name in [*chosen] if name not in Options.__annotations__}
-    options = Options(**chosen)
+    options = Options(**{name: chosen.pop(name) for name in Options.__annotations__})
     preset = "-".join(Path(name).stem for name in given.config) or "no-preset"
     methods = "+".join(options.model.methods) or "plain"
-    run = own["run"] or f"runs/{preset}-{methods}-seed{options.seed}"
-    return options, Path(run).absolute(), own
+    run = chosen["run"] or f"runs/{preset}-{methods}-seed{options.seed}"
+    return options, Path(run).absolute(), chosen
 
 
 def load_preset(name: str) -> list[dict[str, Any]]:
@@ -103,11 +103,9 @@ def load_preset(name: str) -> list[dict[str, Any]]:
 
 def presets() -> str:
     """The presets, each with the first line of its file."""
-    lines = []
-    for path in sorted({*PRESETS.glob("*.yaml")} - {PRESETS / f"{SHARED}.yaml"}):
-        first, *_ = path.read_text(encoding="utf-8").splitlines()
-        lines.append(f"  {path.stem}: {first.removeprefix('# ')}")
-    return "\n".join(lines)
+    paths = sorted({*PRESETS.glob("*.yaml")} - {PRESETS / f"{SHARED}.yaml"})
+    lines = [f"  {path.stem}: {getline(str(path), 1).removeprefix('# ')}" for path in paths]
+    return "".join(lines).rstrip()
 
 
 def fit(words: Sequence[str]) -> Path:
@@ -119,7 +117,7 @@ def fit(words: Sequence[str]) -> Path:
 
 def trained(options: Options, run: Path) -> Segmenter:
     """The network of the best weights of a run, or of those that the options name."""
-    path = Path(options.model.weights) if options.model.weights else run / BEST
+    path = Path(options.model.weights or run / BEST)
     device = ranks.start(options.device)
     model = trained_model(options.model, path, options.data.channels)
     place(model, model, options, device)
@@ -224,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # of a terminal without UTF-8, and names that are none
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = sys.argv[1:] if arguments is None else arguments
     # torchrun has "--" between its options and ours
     command, *rest = [word for word in words if word != "--"] or [""]
     try:
@@ -264,6 +262,6 @@ def _explained(error: Exception) -> str | None:
     if isinstance(error, Stopped | ValueError | OSError | ModuleNotFoundError):
         # for an error in a worker of the data loader, the message contains the whole traceback
         return text.rpartition("\nValueError: ")[2]
-    if ranks.world() > 1 and any(x in text for x in ("peer", "Gloo", "gloo", "NCCL")):
+    if ranks.world() > 1 and re.search("peer|Gloo|gloo|NCCL", text):
         return "another rank has ended, which tells why"
     return None
