@@ -44,8 +44,7 @@ def train(options: Options, run: Path, resume: bool, advice: str = GO_ON) -> Non
     config = json.loads(json.dumps(asdict(options)))  # as in a file
     with only_process(run):
         data = open_splits(options.data, options.seed)
-        found = {**data.found, "ranks": ranks.world()}
-        ranks.on_first(lambda: check_run(run, config, found, resume))
+        ranks.on_first(lambda: check_run(run, config, data.found, resume))
         with Stop(advice) as stop:
             last = fit(options, run, data, device, stop)
     steps = options.data.steps

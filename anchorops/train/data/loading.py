@@ -42,8 +42,7 @@ def scaled_size(image: Tensor, options: Data, scale: float) -> list[int]:
 def normalized(image: Tensor) -> Tensor:
     """float32 in 0..1, minus the mean, divided by the standard deviation: those of ImageNet for
     three channels."""
-    channels = len(image)
-    mean, std = IMAGENET if channels == 3 else ([0.5] * channels, [0.25] * channels)
+    mean, std = IMAGENET if len(image) == 3 else ([0.5], [0.25])
     return functional.normalize(functional.to_dtype(image, torch.float32, scale=True), mean, std)
 
 
@@ -162,7 +161,7 @@ class Splits(NamedTuple):
     training: of a validation without a training, the validation split. sizes: distinct (H, W) of
     the validation masks. frequencies: float32 [K], each class's share of the training pixels.
     prior: float32 [K], of the training images that contain each class, with sum 1: CeCo's π. found:
-    what tells the data from others.
+    what tells the data from others, and the number of ranks.
     """
 
     training: Segmentation
@@ -217,7 +216,7 @@ def open_splits(options: Data, seed: int, of_run: dict[str, Any] | None = None) 
     one_size = options.eval_batch_size == 1 or len(sizes) == 1
     expect(one_size, "--data.eval_batch_size", "1 for images of several sizes", sizes[:2])
     classes = list(validation.classes)
-    found = of_run or {"classes": classes}
+    found = of_run or {"classes": classes, "ranks": ranks.world()}
     if of_run is None:
         for name, split, counted in zip(("training", "validation"), splits, counts, strict=True):
             found[f"{name} files"] = split.fingerprint
@@ -226,7 +225,7 @@ def open_splits(options: Data, seed: int, of_run: dict[str, Any] | None = None) 
         known = shorten(str(found["classes"]), 200)
         raise ValueError(f"the data are not those of the run, with the classes {known}")
     pixels = torch.tensor(found["training pixels"])
-    absent = [name for name, x in zip(classes, pixels.tolist(), strict=True) if not x]
+    absent = [name for name, x in zip(classes, found["training pixels"], strict=True) if not x]
     message = f"no training pixels: {shorten(', '.join(absent), 200)}"
     if len(absent) > len(classes) - 2 or not validation_pixels.any():
         raise ValueError(
