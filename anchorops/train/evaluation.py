@@ -59,7 +59,7 @@ def largest(terms: Sequence[Term], *, softmax: bool) -> Tensor:
                 used = used.clamp(min=LOWEST_LOGIT)
                 scores = rows[:, i].to(device) @ used @ columns[:, j].T.to(device)
                 sums = sums + (scores.softmax(1) if softmax else scores)
-            tile = ao.pixel_argmax(sums, (sums.shape[2], sums.shape[3]))
+            tile = ao.pixel_argmax(sums, sums.shape[2:])
             classes[:, top : top + TILE, left : left + TILE] = tile
     return classes
 
@@ -123,7 +123,7 @@ def predict(
     aligned = padded.shape == images.shape  # padded and scaled images are interpolated twice
     once = aligned or images.shape[2:] == (height, width)
     if once and not several and options.model.evaluation == "whole":
-        whole = (height, width) if aligned else (padded.shape[2], padded.shape[3])
+        whole = size if aligned else padded.shape[2:]
         return ao.pixel_argmax(model(padded), whole)[:, :height, :width]
     terms = []
     for scale in scales:
@@ -233,8 +233,7 @@ def check_sizes(
     def checked(images: Tensor) -> Tensor:
         height, width = images.shape[2:]
         if why := failure(False, 1, height, width):
-            taken = [side for side in SQUARES if not failure(False, 1, side, side)]
-            fit = ", ".join(f"{side}×{side}" for side in taken)
+            fit = ", ".join(f"{x}×{x}" for x in SQUARES if not failure(False, 1, x, x))
             raise ValueError(
                 f"--model.network {options.model.network} cannot take images of {height}×{width} "
                 f"({shorten(why, 120)}); of squares up to 1024 it takes {fit or 'none'}: give such "

@@ -150,7 +150,7 @@ def _body(options: Model, channels: int) -> tuple[nn.Module, int, Sequence[int]]
     head = body.segmentation_head
     *layers, classifier = head.head if architecture == "dpt" else [head[0]]
     body.segmentation_head = nn.Sequential(*layers)
-    return body, int(classifier.in_channels), body.encoder.out_channels
+    return body, classifier.in_channels, body.encoder.out_channels
 
 
 def read_checkpoint(path: Path, needed: str) -> dict[str, Any]:
@@ -317,7 +317,7 @@ def set_learning_rates(
 ) -> float:
     """Linear warm-up, then polynomial decay to zero; step: the number of steps before. Returns the
     rate of the first group."""
-    warmup = min(1.0, (step + 1) / options.warmup) if options.warmup else 1.0
+    warmup = min(1.0, (step + 1) / max(1, options.warmup))
     factor = warmup * max(0.0, 1 - step / steps) ** options.power
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor

@@ -94,9 +94,7 @@ def check_run(run: Path, options: Mapping[str, Any], found: dict[str, Any], resu
                     "start a run in another directory, with --model.weights from this one's weights"
                 )
     elif (run / LAST).exists() or (run / BEST).exists():
-        raise ValueError(
-            f"{run} holds a run: --resume goes on with it, --run gives this one its own"
-        )
+        raise ValueError(f"{run} holds a run: --resume goes on with it, --run names another")
     for name, content in ((DATA, found), (CONFIG, options)):
         text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
         save_atomically(text, run / name)
@@ -181,8 +179,7 @@ class Stop(ExitStack):
         self._received = signum
 
     def asked(self, *, late: bool = False) -> Stopped | None:
-        """Whether a rank was asked to stop, or is late: the same on all ranks, which call this
-        together."""
+        """Whether a rank was asked to stop, or is late: all ranks call this, with one answer."""
         reason = ranks.largest(self._received or int(late))
         if not reason:
             return None

@@ -53,8 +53,7 @@ def train(options: Options, run: Path, resume: bool, advice: str = GO_ON) -> Non
 
 
 def fit(options: Options, run: Path, data: Splits, device: torch.device, stop: Stop) -> int:
-    """Train from the last state, or from the beginning, to the end or to a limit; returns the last
-    step."""
+    """Train from the last state or the start, to the end or a limit; returns the last step."""
     steps, dtype = options.data.steps, PRECISIONS[options.precision]
     goes_on = (run / LAST).exists()
     learner = ranks.on_each(lambda: build(options, data, device, from_state=goes_on))
@@ -175,7 +174,7 @@ class Record:
         """Raises ValueError, and keeps the earlier state, if a weight is not finite."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
         numbers = [x for x in state["model"].values() if x.is_floating_point()]
-        if not bool(nn.utils.get_total_norm(numbers).isfinite()):
+        if not nn.utils.get_total_norm(numbers).isfinite():
             lr = self.options.model.lr
             raise ValueError(
                 f"not finite at step {step}: the network has diverged. Start again with "
