@@ -5,15 +5,15 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from io import BytesIO, TextIOWrapper
+from io import TextIOWrapper
+from linecache import getline
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import imagecodecs
 import torch
 import torch.distributed as dist
 from jsonargparse import ArgumentParser, auto_cli
-from PIL import Image
 
 from . import ranks
 from .data.images import read_image
@@ -74,7 +74,7 @@ def parse(command: str, words: Sequence[str]) -> tuple[Options, Path, dict[str, 
     for file, content in configs:
         for group in ("model", "data"):
             options = content.get(group, {})
-            expect(isinstance(options, dict), f"config {file}: {group}", "options", options)
+            expect(isinstance(options, dict), f"--config {file}: {group}", "options", options)
         if isinstance(added := content.get("model", {}).get("paper_options"), dict):
             paper |= added
             content["model"]["paper_options"] = dict(paper)
@@ -83,12 +83,11 @@ def parse(command: str, words: Sequence[str]) -> tuple[Options, Path, dict[str, 
         except argparse.ArgumentError as error:
             raise argparse.ArgumentError(None, f"--config {file}: {error}") from None
     chosen = vars(parser.instantiate(parser.parse_args(words, values)))
-    own = {name: chosen.pop(name) for name in [*chosen] if name not in Options.__annotations__}
-    options = Options(**chosen)
+    options = Options(**{name: chosen.pop(name) for name in Options.__annotations__})
     preset = "-".join(Path(name).stem for name in given.config) or "no-preset"
     methods = "+".join(options.model.methods) or "plain"
-    run = own["run"] or f"runs/{preset}-{methods}-seed{options.seed}"
-    return options, Path(run).absolute(), own
+    run = chosen["run"] or f"runs/{preset}-{methods}-seed{options.seed}"
+    return options, Path(run).absolute(), chosen
 
 
 def load_preset(name: str) -> list[dict[str, Any]]:
@@ -97,21 +96,16 @@ def load_preset(name: str) -> list[dict[str, Any]]:
     if Path(name).is_file():
         return [read_yaml(Path(name))]
     path = PRESETS / f"{name}.yaml"
-    if not path.exists():
-        raise ValueError(
-            f"--config: expected a file or a preset, got {name}. The presets:\n{presets()}"
-        )
+    expect(path.exists(), "--config", "a file or a preset", f"{name}. The presets:\n{presets()}")
     content, shared = read_yaml(path), read_yaml(PRESETS / f"{SHARED}.yaml")
     return [*(shared[part] for part in content.pop(SHARED, [])), content]
 
 
 def presets() -> str:
     """The presets, each with the first line of its file."""
-    lines = []
-    for path in sorted({*PRESETS.glob("*.yaml")} - {PRESETS / f"{SHARED}.yaml"}):
-        first, *_ = path.read_text(encoding="utf-8").splitlines()
-        lines.append(f"  {path.stem}: {first.removeprefix('# ')}")
-    return "\n".join(lines)
+    paths = sorted({*PRESETS.glob("*.yaml")} - {PRESETS / f"{SHARED}.yaml"})
+    lines = [f"  {path.stem}: {getline(str(path), 1).removeprefix('# ')}" for path in paths]
+    return "".join(lines).rstrip()
 
 
 def fit(words: Sequence[str]) -> Path:
@@ -123,7 +117,7 @@ def fit(words: Sequence[str]) -> Path:
 
 def trained(options: Options, run: Path) -> Segmenter:
     """The network of the best weights of a run, or of those that the options name."""
-    path = Path(options.model.weights) if options.model.weights else run / BEST
+    path = Path(options.model.weights or run / BEST)
     device = ranks.start(options.device)
     model = trained_model(options.model, path, options.data.channels)
     place(model, model, options, device)
@@ -137,12 +131,10 @@ def validate(words: Sequence[str]) -> dict[str, float]:
     of_run = read_yaml(run / DATA, "classes", "training pixels") if (run / DATA).exists() else None
     data = open_splits(options.data, options.seed, of_run)
     classes, known = len(data.validation.classes), model.classifier.out_channels
-    if known != classes:
-        raise ValueError(f"validate: expected data of {known} classes, got {classes}")
+    expect(known == classes, "--data.root", f"data of {known} classes", classes)
     check_sizes(model, options, data.sizes)
     with Stop("the figures are not complete") as stop:
         figures = evaluate(model, data, options, stop)
-    figures = {f"{options.data.split}/{name}": figure for name, figure in figures.items()}
     if ranks.rank() == 0:
         print(*(f"{name}: {value:.6f}" for name, value in figures.items()), sep="\n")
     return figures
@@ -154,14 +146,14 @@ def masks_of(images: Sequence[str], out: Path, resume: bool) -> dict[Path, Path]
 
     Raises ValueError for a mask that exists or would be written twice.
     """
-    expect(len(images) > 0, "images", "files of images", "none")
+    expect(len(images) > 0, "--images", "files of images", "none")
     paths = [Path(os.path.abspath(image)) for image in images]
     common = os.path.commonpath([path.parent for path in paths])
     masks = {out / path.relative_to(common).with_suffix(".png"): path for path in paths}
-    expect(len(masks) == len(paths), "images", "images of different masks", ", ".join(images))
-    exist = {mask for mask in masks if mask.exists()}
+    expect(len(masks) == len(paths), "--images", "images of different masks", ", ".join(images))
+    exist = {*filter(Path.exists, masks)}
     other = "another directory, or --resume to keep what is there"
-    expect(resume or not exist, "out", other, ", ".join(map(str, exist)))
+    expect(resume or not exist, "--out", other, ", ".join(map(str, exist)))
     return {mask: path for mask, path in masks.items() if mask not in exist}
 
 
@@ -169,11 +161,10 @@ def predict_masks(words: Sequence[str]) -> None:
     """Write the classes of each image: 8 bits, or 16 with more than 256 classes."""
     options, run, others = parse("predict", words)
     model, out = trained(options, run), Path(others["out"])
-    names, resume = others["images"], others["resume"]
-    images_of = ranks.on_first(lambda: masks_of(names, out, resume))
+    images_of = ranks.on_first(lambda: masks_of(others["images"], out, others["resume"]))
     own = [*images_of.items()][ranks.rank() :: ranks.world()]
     device = next(model.parameters()).device
-    kind = np.uint8 if model.classifier.out_channels <= 256 else np.uint16
+    kind = torch.uint8 if model.classifier.out_channels <= 256 else torch.uint16
     with Stop(GO_ON) as stop, torch.no_grad():
         for mask, path in stop.until_asked(own):
             image = read_image(path, options.data.channels)
@@ -183,10 +174,8 @@ def predict_masks(words: Sequence[str]) -> None:
                 (classes,) = predict(model, images, size, options)
             except (RuntimeError, ValueError) as error:
                 raise ValueError(f"{path} of {size}: {' '.join(str(error).split())}") from error
-            encoded = BytesIO()
-            Image.fromarray(classes.cpu().numpy().astype(kind)).save(encoded, "PNG")
             mask.parent.mkdir(parents=True, exist_ok=True)
-            save_atomically(encoded.getvalue(), mask)
+            save_atomically(imagecodecs.png_encode(classes.cpu().to(kind).numpy()), mask)
             print(mask)
 
 
@@ -233,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # of a terminal without UTF-8, and names that are none
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = sys.argv[1:] if arguments is None else arguments
     # torchrun has "--" between its options and ours
     command, *rest = [word for word in words if word != "--"] or [""]
     try:
@@ -273,6 +262,6 @@ def _explained(error: Exception) -> str | None:
     if isinstance(error, Stopped | ValueError | OSError | ModuleNotFoundError):
         # for an error in a worker of the data loader, the message contains the whole traceback
         return text.rpartition("\nValueError: ")[2]
-    if ranks.world() > 1 and any(x in text for x in ("peer", "Gloo", "gloo", "NCCL")):
+    if ranks.world() > 1 and re.search("peer|Gloo|gloo|NCCL", text):
         return "another rank has ended, which tells why"
     return None

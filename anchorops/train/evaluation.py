@@ -3,6 +3,7 @@ network's resolution, never at the labels'."""
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from operator import itemgetter
 from textwrap import shorten
@@ -13,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import to_dtype
+from torchvision.transforms.v2.functional import resize, to_dtype
 
 import anchorops as ao
 
@@ -58,7 +59,7 @@ def largest(terms: Sequence[Term], *, softmax: bool) -> Tensor:
                 used = used.clamp(min=LOWEST_LOGIT)
                 scores = rows[:, i].to(device) @ used @ columns[:, j].T.to(device)
                 sums = sums + (scores.softmax(1) if softmax else scores)
-            tile = ao.pixel_argmax(sums, (sums.shape[2], sums.shape[3]))
+            tile = ao.pixel_argmax(sums, sums.shape[2:])
             classes[:, top : top + TILE, left : left + TILE] = tile
     return classes
 
@@ -75,10 +76,8 @@ def _weights(starts: Sequence[int], length: int, window: int, low: int, size: in
     scales the result to full resolution. starts: the first pixels of the windows."""
     window = min(length, window)
     padded = window + -window % MULTIPLE
-    image = torch.zeros(len(starts), low, length, dtype=torch.float32)
     upsampled = _interpolate(torch.eye(low, dtype=torch.float32), padded)[:, :window]
-    for part, start in zip(image, starts, strict=True):
-        part[:, start : start + window] = upsampled
+    image = torch.stack([F.pad(upsampled, (start, length - start - window)) for start in starts])
     image /= image.any(1).sum(0)
     return _interpolate(image.flatten(0, 1), size).T
 
@@ -124,14 +123,12 @@ def predict(
     aligned = padded.shape == images.shape  # padded and scaled images are interpolated twice
     once = aligned or images.shape[2:] == (height, width)
     if once and not several and options.model.evaluation == "whole":
-        whole = (height, width) if aligned else (padded.shape[2], padded.shape[3])
+        whole = size if aligned else padded.shape[2:]
         return ao.pixel_argmax(model(padded), whole)[:, :height, :width]
     terms = []
     for scale in scales:
-        scaled = images
-        if scale != 1:
-            sides = [max(1, round(side * scale)) for side in images.shape[2:]]
-            scaled = F.interpolate(images, sides, mode="bilinear", antialias=True)
+        sides = [max(1, round(side * scale)) for side in images.shape[2:]]
+        scaled = resize(images, sides, antialias=True)
         terms.append(_window_logits(model, scaled, size, options))
         if flip:
             logits, rows, columns = _window_logits(model, scaled.flip(3), size, options)
@@ -141,7 +138,7 @@ def predict(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Splits, options: Options, stop: Stop) -> dict[str, float]:
-    """The figures of the validation images, of a model in eval mode. Raises Stopped."""
+    """Figures of the validation images, as SPLIT/NAME, of a model in eval mode. Raises Stopped."""
     device = next(model.parameters()).device
     classes = data.validation.classes
     matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
@@ -153,7 +150,8 @@ def evaluate(model: nn.Module, data: Splits, options: Options, stop: Stop) -> di
         matrix += ao.confusion(predicted, labels, len(classes), ignore_index=IGNORED)
     if ranks.world() > 1:
         dist.all_reduce(matrix)
-    return summarize(matrix.cpu(), classes, data.frequencies, options.data.head_tail)
+    figures = summarize(matrix.cpu(), classes, data.frequencies, options.data.head_tail)
+    return {f"{options.data.split}/{name}": figure for name, figure in figures.items()}
 
 
 def summarize(
@@ -220,10 +218,8 @@ def check_sizes(
     def failure(training: bool, batch: int, height: int, width: int) -> str:
         """Why the network cannot take such images; an empty text if it can."""
         try:
-            with torch.no_grad():
+            with torch.no_grad(), suppress(NotImplementedError):  # of a layer that needs data
                 model.train(training)(torch.empty(batch, channels, height, width, device="meta"))
-        except NotImplementedError:  # of a layer that cannot run without data
-            return ""
         except Exception as error:
             return " ".join(str(error).split()) or type(error).__name__
         return ""
@@ -237,8 +233,7 @@ def check_sizes(
     def checked(images: Tensor) -> Tensor:
         height, width = images.shape[2:]
         if why := failure(False, 1, height, width):
-            taken = [side for side in SQUARES if not failure(False, 1, side, side)]
-            fit = ", ".join(f"{side}×{side}" for side in taken)
+            fit = ", ".join(f"{x}×{x}" for x in SQUARES if not failure(False, 1, x, x))
             raise ValueError(
                 f"--model.network {options.model.network} cannot take images of {height}×{width} "
                 f"({shorten(why, 120)}); of squares up to 1024 it takes {fit or 'none'}: give such "

@@ -53,9 +53,7 @@ class Segmenter(nn.Module):
         self._map: Tensor | None = None  # of the backbone, for the auxiliary head
         if auxiliary_dim is not None:
             self.auxiliary = nn.Sequential(
-                nn.Conv2d(auxiliary_dim, AUXILIARY_DIM, 3, padding=1, bias=False),
-                nn.BatchNorm2d(AUXILIARY_DIM),
-                nn.ReLU(),
+                *Conv2dNormActivation(auxiliary_dim, AUXILIARY_DIM, 3, inplace=False),
                 nn.Dropout2d(0.1),
                 nn.Conv2d(AUXILIARY_DIM, num_classes, 1),
             )
@@ -152,7 +150,7 @@ def _body(options: Model, channels: int) -> tuple[nn.Module, int, Sequence[int]]
     head = body.segmentation_head
     *layers, classifier = head.head if architecture == "dpt" else [head[0]]
     body.segmentation_head = nn.Sequential(*layers)
-    return body, int(classifier.in_channels), body.encoder.out_channels
+    return body, classifier.in_channels, body.encoder.out_channels
 
 
 def read_checkpoint(path: Path, needed: str) -> dict[str, Any]:
@@ -204,21 +202,19 @@ def load_weights(
     norm has seen, if it is missing. Raises ValueError for weights of another network, from the file
     `path`."""
     own = module.state_dict()
-    taken = {}
+    taken = {name: x for name, x in own.items() if name.startswith(heads)}
     for name, x in weights.items():
         fits = name in own and own[name].shape == x.shape
         if fits or not name.startswith(heads):
             taken[name] = x
     try:  # some encoders of smp have another load_state_dict
-        missing, unknown = nn.Module.load_state_dict(module, taken, strict=False)
-    except RuntimeError as error:  # of other shapes
-        missing, unknown = [str(error)], []
-    missing = [x for x in missing if not x.startswith(heads)]
-    if missing or unknown:
+        nn.Module.load_state_dict(module, taken)
+    except RuntimeError as error:
+        reasons = "; ".join(shorten(line, 200) for line in str(error).splitlines()[1:4])
         raise ValueError(
             f"weights {path} are not those of this --model.network and these --data.channels: "
-            f"missing {shorten(str(missing), 200)}, unknown {shorten(str(unknown), 200)}"
-        )
+            f"{reasons}"
+        ) from None
 
 
 def _flat_name(name: str) -> str:
@@ -254,7 +250,7 @@ def build_regularizer(
     paper, given = options.paper_options or {}, options.method_options or {}
     for name in given:
         among = f"METHOD.ARGUMENT with a METHOD among --model.methods {options.methods}"
-        expect(name.partition(".")[0] in options.methods, "model.method_options", among, name)
+        expect(name.partition(".")[0] in options.methods, "--model.method_options", among, name)
     chosen = {"cr.embed": False, "ceco.prior": prior, **paper, **given}
     regularizers = []
     for method in options.methods:
@@ -303,20 +299,17 @@ def build_optimizer(options: Model, model: Segmenter) -> torch.optim.Optimizer:
     outside the backbone and the methods."""
     methods = [module for module in model.modules() if isinstance(module, Regularizer)]
     others = {x for module in (model.backbone, *methods) for x in module.parameters()}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
             rate = options.lr * (1.0 if parameter in others else options.head_lr_factor)
             # a plain float, because the state is loaded with weights_only
             decay = float(options.weight_decay) if parameter.dim() > 1 else 0.0
-            groups.setdefault((rate, decay), []).append(parameter)
-    listed = [
-        {"params": parameters, "lr": rate, "peak": rate, "weight_decay": decay}
-        for (rate, decay), parameters in groups.items()
-    ]
+            settings = {"params": [], "lr": rate, "peak": rate, "weight_decay": decay}
+            groups.setdefault((rate, decay), settings)["params"].append(parameter)
     if options.optimizer == "sgd":
-        return torch.optim.SGD(listed, momentum=0.9, fused=True)
-    return torch.optim.AdamW(listed, fused=True)
+        return torch.optim.SGD(groups.values(), momentum=0.9, fused=True)
+    return torch.optim.AdamW(groups.values(), fused=True)
 
 
 def set_learning_rates(
@@ -324,7 +317,7 @@ def set_learning_rates(
 ) -> float:
     """Linear warm-up, then polynomial decay to zero; step: the number of steps before. Returns the
     rate of the first group."""
-    warmup = min(1.0, (step + 1) / options.warmup) if options.warmup else 1.0
+    warmup = min(1.0, (step + 1) / max(1, options.warmup))
     factor = warmup * max(0.0, 1 - step / steps) ** options.power
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor

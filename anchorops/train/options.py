@@ -172,52 +172,51 @@ class Options:
     max_hours: PositiveFloat | None = None
 
     def __post_init__(self) -> None:
-        data, crop = self.data, self.data.crop
-        stride = self.model.window_stride or (1, 1)
+        model, data, crop = self.model, self.data, self.data.crop
+        stride = model.window_stride or (1, 1)
         multiples = crop[0] % MULTIPLE == crop[1] % MULTIPLE == 0
-        expect(multiples, "data.crop", f"two multiples of {MULTIPLE}", crop)
+        expect(multiples, "--data.crop", f"two multiples of {MULTIPLE}", crop)
         fits = stride[0] <= crop[0] and stride[1] <= crop[1]
-        expect(fits, "model.window_stride", f"at most the crop's {crop}", stride)
-        scales = self.model.eval_scales
+        expect(fits, "--model.window_stride", f"at most the crop's {crop}", stride)
+        scales = model.eval_scales
         finite = len(scales) > 0 and max(scales) < math.inf
-        expect(finite, "model.eval_scales", "finite numbers, at least one", scales)
-        possible = data.dataset != "digits" or data.channels == 3
-        expect(possible, "data.channels", "3 for digits", data.channels)
+        expect(finite, "--model.eval_scales", "finite numbers, at least one", scales)
+        if data.dataset == "digits":
+            expect(data.channels == 3, "--data.channels", "3 for digits", data.channels)
+            expect(data.root is None, "--data.root", "none for digits", data.root)
         ordered = data.scale[0] <= data.scale[1] < math.inf
-        expect(ordered, "data.scale", "least ≤ greatest, finite", data.scale)
-        methods = self.model.methods
-        expect(len({*methods}) == len(methods), "model.methods", "each at most once", methods)
-        files = data.dataset != "digits" or data.root is None
-        expect(files, "data.root", "none for digits", data.root)
-        expect(self.seed < 2**63, "seed", "below 2^63", self.seed)
-        expect(data.cat_max_ratio > 0, "data.cat_max_ratio", "above 0", 0)
+        expect(ordered, "--data.scale", "least ≤ greatest, finite", data.scale)
+        methods = model.methods
+        expect(len({*methods}) == len(methods), "--model.methods", "each at most once", methods)
+        expect(self.seed < 2**63, "--seed", "below 2^63", self.seed)
+        expect(data.cat_max_ratio > 0, "--data.cat_max_ratio", "above 0", 0)
         head, tail = data.head_tail
-        expect(tail <= head, "data.head_tail", "that of head first", data.head_tail)
-        loss, gamma = self.model.loss, self.model.focal_gamma
-        mined = (self.model.ohem_threshold, self.model.ohem_min_kept) != (None, None)
-        expect(loss != "dice" or not mined, "model.loss", "another than dice with ohem", loss)
-        expect(loss == "focal" or gamma == 2, "model.focal_gamma", "--model.loss focal", loss)
-        no_map = self.model.network.startswith("dpt:") and self.model.auxiliary_weight > 0
-        expect(not no_map, "model.auxiliary_weight", "0 for DPT", self.model.auxiliary_weight)
+        expect(tail <= head, "--data.head_tail", "that of head first", data.head_tail)
+        loss, gamma = model.loss, model.focal_gamma
+        mined = (model.ohem_threshold, model.ohem_min_kept) != (None, None)
+        expect(loss != "dice" or not mined, "--model.loss", "another than dice with ohem", loss)
+        expect(loss == "focal" or gamma == 2, "--model.focal_gamma", "--model.loss focal", loss)
+        no_map = model.network.startswith("dpt:") and model.auxiliary_weight > 0
+        expect(not no_map, "--model.auxiliary_weight", "0 for DPT", model.auxiliary_weight)
 
 
 # options on which no number of a run depends; they may differ where it goes on
-FREE = ["data.root", "data.workers", "data.eval_batch_size"]
-FREE += ["save_every", "max_steps", "max_hours"]
+FREE = ["--data.root", "--data.workers", "--data.eval_batch_size"]
+FREE += ["--save_every", "--max_steps", "--max_hours"]
 
 
-def expect(holds: bool, option: str, expected: str, got: object) -> None:
-    """Raises ValueError, in one line, where it does not hold."""
+def expect(holds: bool, of: object, expected: str, got: object) -> None:
+    """Raises ValueError, in one line, where it does not hold. of: the option or the file."""
     if not holds:
-        raise ValueError(f"--{option}: expected {expected}, got {got}")
+        raise ValueError(f"{of}: expected {expected}, got {got}")
 
 
 def flat(options: Mapping[str, Any]) -> dict[str, Any]:
-    """{"data.root": …} of {"data": {"root": …}}."""
+    """{"--data.root": …} of {"data": {"root": …}}."""
     flattened: dict[str, Any] = {}
     for name, value in options.items():
         if isinstance(value, Mapping):
-            flattened |= {f"{name}.{option}": x for option, x in value.items()}
+            flattened |= {f"--{name}.{option}": x for option, x in value.items()}
         else:
-            flattened[name] = value
+            flattened[f"--{name}"] = value
     return flattened

@@ -20,7 +20,7 @@ def start(device: str) -> torch.device:
     gpus = torch.cuda.device_count()
     on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
     expected = f"a GPU for each of {processes} processes (or cpu)"
-    expect(not on_gpu or gpus >= processes, "device", expected, gpus)
+    expect(not on_gpu or gpus >= processes, "--device", expected, gpus)
     chosen = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(chosen)

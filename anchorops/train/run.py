@@ -6,13 +6,11 @@ import fcntl
 import io
 import os
 import signal
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import zip_longest
 from pathlib import Path
 from textwrap import shorten
-from types import FrameType
 from typing import Any
 
 import torch
@@ -67,7 +65,7 @@ def only_process(run: Path) -> Iterator[None]:
                 "demo --out)"
             ) from None
         except OSError as error:
-            print(f"{run} cannot be locked ({error}): start no second process", file=sys.stderr)
+            ranks.say(f"{run} cannot be locked ({error}): start no second process")
         yield
 
 
@@ -82,28 +80,21 @@ def read_yaml(path: Path, *needed: str) -> dict[str, Any]:
     return content
 
 
-def check_run(
-    run: Path, options: Mapping[str, Any], found: Mapping[str, Any], resume: bool
-) -> None:
+def check_run(run: Path, options: Mapping[str, Any], found: dict[str, Any], resume: bool) -> None:
     """Write what a run is. Raises ValueError if the directory has another run, or if the run would
     go on with other options or data, and therefore to other numbers.
     found: what tells the data from others, and the number of ranks."""
     if resume:
-        saved = flat(read_yaml(run / CONFIG))
-        before = read_yaml(run / DATA)
-        pairs = {f"--{name}": (x, saved.get(name)) for name, x in flat(options).items()}
-        pairs |= {name: (x, before.get(name)) for name, x in found.items()}
-        for name, (now, then) in pairs.items():
-            if now != then and name.removeprefix("--") not in FREE:
+        before = flat(read_yaml(run / CONFIG)) | read_yaml(run / DATA)
+        for name, now in (flat(options) | found).items():
+            if now != (then := before.get(name)) and name not in FREE:
                 raise ValueError(
                     f"{name}: {shorten(str(now), 200)}, {run} has {shorten(str(then), 200)}: the "
                     "numbers would not be those of the run without a stop. Leave it as it was, or "
                     "start a run in another directory, with --model.weights from this one's weights"
                 )
     elif (run / LAST).exists() or (run / BEST).exists():
-        raise ValueError(
-            f"{run} holds a run: --resume goes on with it, --run gives this one its own"
-        )
+        raise ValueError(f"{run} holds a run: --resume goes on with it, --run names another")
     for name, content in ((DATA, found), (CONFIG, options)):
         text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
         save_atomically(text, run / name)
@@ -131,8 +122,7 @@ class Log:
         file = io.StringIO()
         writer = csv.DictWriter(file, ["step", *names], lineterminator="\n")
         writer.writeheader()
-        for step in sorted(self.lines):
-            writer.writerow({"step": step, **self.lines[step]})
+        writer.writerows({"step": step, **self.lines[step]} for step in sorted(self.lines))
         save_atomically(file.getvalue(), self.path)
         self.events.flush()
 
@@ -140,14 +130,13 @@ class Log:
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
     """The values that were logged at each step. Raises ValueError for a file that is damaged."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            lines = csv.DictReader(file)
-            if "step" not in (lines.fieldnames or ()):
-                raise KeyError("step")
-            return {
-                int(line.pop("step")): {name: float(x) for name, x in line.items() if x}
-                for line in lines
-            }
+        lines = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
+        if "step" not in (lines.fieldnames or ()):
+            raise KeyError("step")
+        return {
+            int(line.pop("step")): {name: float(x) for name, x in line.items() if x}
+            for line in lines
+        }
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r})") from None
 
@@ -158,7 +147,7 @@ def comparison(runs: Sequence[Path]) -> str:
     rows = [["run", *COLUMNS]]
     for run in runs:
         lines = read_metrics(run / METRICS)
-        steps = flat(read_yaml(run / CONFIG)).get("data.steps")
+        steps = flat(read_yaml(run / CONFIG)).get("--data.steps")
         if steps not in lines or "val/miou" not in lines[steps]:
             raise ValueError(f"{run} has not ended: {max(lines)} of {steps} steps are in {METRICS}")
         last = {name: x for line in lines.values() for name, x in line.items()}
@@ -176,29 +165,21 @@ class Stopped(Exception):
         self.exit_status = exit_status
 
 
-class Stop:
+class Stop(ExitStack):
     """In its block, SIGTERM and Ctrl-C only ask to stop. advice: how to go on."""
 
     def __init__(self, advice: str) -> None:
+        super().__init__()
         self.advice, self._received = advice, 0
+        for signum in STOPPING:
+            if signal.getsignal(signum) != signal.SIG_IGN:  # as by `nohup`, or by a script's shell
+                self.callback(signal.signal, signum, signal.signal(signum, self._receive))
 
-    def __enter__(self) -> "Stop":
-        self._before = {signum: signal.getsignal(signum) for signum in STOPPING}
-        for signum, handler in self._before.items():
-            if handler != signal.SIG_IGN:  # as by `nohup`, or by a script's shell
-                signal.signal(signum, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-    def _receive(self, signum: int, frame: FrameType | None) -> None:
+    def _receive(self, signum: int, _: object) -> None:
         self._received = signum
 
     def asked(self, *, late: bool = False) -> Stopped | None:
-        """Whether a rank was asked to stop, or is late: the same on all ranks, which call this
-        together."""
+        """Whether a rank was asked to stop, or is late: all ranks call this, with one answer."""
         reason = ranks.largest(self._received or int(late))
         if not reason:
             return None

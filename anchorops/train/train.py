@@ -33,19 +33,18 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def train(options: Options, run: Path, resume: bool, advice: str = GO_ON) -> None:
     """Train in the directory of a run, or go on in it: from its last state, if it has one. advice:
     how to go on, for messages. Raises ValueError for what cannot be trained, and Stopped."""
-    expect(options.data.split == "val", "data.split", "val for fit", options.data.split)
+    expect(options.data.split == "val", "--data.split", "val for fit", options.data.split)
     device = ranks.start(options.device)
     parts, images = options.accumulate * ranks.world(), options.data.batch_size
     multiple = f"a multiple of --accumulate × ranks = {parts}"
-    expect(images % parts == 0, "data.batch_size", multiple, images)
+    expect(images % parts == 0, "--data.batch_size", multiple, images)
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     config = json.loads(json.dumps(asdict(options)))  # as in a file
     with only_process(run):
         data = open_splits(options.data, options.seed)
-        found = {**data.found, "ranks": ranks.world()}
-        ranks.on_first(lambda: check_run(run, config, found, resume))
+        ranks.on_first(lambda: check_run(run, config, data.found, resume))
         with Stop(advice) as stop:
             last = fit(options, run, data, device, stop)
     steps = options.data.steps
@@ -54,8 +53,7 @@ def train(options: Options, run: Path, resume: bool, advice: str = GO_ON) -> Non
 
 
 def fit(options: Options, run: Path, data: Splits, device: torch.device, stop: Stop) -> int:
-    """Train from the last state, or from the beginning, to the end or to a limit; returns the last
-    step."""
+    """Train from the last state or the start, to the end or a limit; returns the last step."""
     steps, dtype = options.data.steps, PRECISIONS[options.precision]
     goes_on = (run / LAST).exists()
     learner = ranks.on_each(lambda: build(options, data, device, from_state=goes_on))
@@ -176,7 +174,7 @@ class Record:
         """Raises ValueError, and keeps the earlier state, if a weight is not finite."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
         numbers = [x for x in state["model"].values() if x.is_floating_point()]
-        if not bool(nn.utils.get_total_norm(numbers).isfinite()):
+        if not nn.utils.get_total_norm(numbers).isfinite():
             lr = self.options.model.lr
             raise ValueError(
                 f"not finite at step {step}: the network has diverged. Start again with "
@@ -194,10 +192,10 @@ class Record:
 
     def _keep(self, step: int, model: nn.Module, figures: dict[str, float]) -> None:
         """The log comes last, because it tells that the step is validated."""
-        self.bar.write(f"step {step}: mIoU {100 * figures['miou']:.1f} %")
-        best, miou = self.run / BEST, figures["miou"]
+        self.bar.write(f"step {step}: mIoU {100 * figures['val/miou']:.1f} %")
+        best, miou = self.run / BEST, figures["val/miou"]
         if not best.exists() or miou > read_checkpoint(best, "miou")["miou"]:
             save_atomically({"model": model.state_dict(), "step": step, "miou": miou}, best)
         picture = draw_predictions(model, self.data.validation, self.options)
         picture.save(self.run / "predictions.png")
-        self.metrics.write(step, {f"val/{name}": figure for name, figure in figures.items()})
+        self.metrics.write(step, figures)

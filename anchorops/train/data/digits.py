@@ -37,6 +37,7 @@ class DigitScenes:
     split: str
     seed: int
     classes = ("background", *map(str, range(10)))
+    fingerprint = "none"  # of files
 
     def __len__(self) -> int:
         return self.options.train_images if self.split == "train" else self.options.val_images

@@ -1,5 +1,6 @@
 """Data sets on disk: a plain folder of images and masks, and published ones in their layouts."""
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,12 +99,14 @@ LAYOUTS = {
 @dataclass
 class MaskFolder:
     """Images and masks of labels on disk: pairs of their paths. channels: of the images. labels:
-    what `label_table` returns."""
+    what `label_table` returns. fingerprint: of the names under the root, in the order of the
+    images, on which that of the batches depends."""
 
     pairs: Sequence[tuple[Path, Path]]
     channels: int
     classes: Sequence[str]
     labels: np.ndarray
+    fingerprint: str
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -124,11 +127,9 @@ class MaskFolder:
                 f"{mask_path}: label values {first} are not those of the {len(self.classes)} "
                 "classes nor ignored; name more classes, or map the values with --data.label_map"
             )
-        if image.shape[1:] != labels.shape:
-            raise ValueError(
-                f"{mask_path}: expected the size of its image, {tuple(image.shape[1:])}, got "
-                f"{labels.shape}; both are upright, by their EXIF orientations"
-            )
+        size = tuple(image.shape[1:])
+        upright = f"{labels.shape}; both are upright, by their EXIF orientations"
+        expect(size == labels.shape, mask_path, f"the size of its image, {size}", upright)
         return image, torch.from_numpy(labels)
 
 
@@ -136,9 +137,9 @@ def open_files(options: Data, split: str) -> MaskFolder:
     """A split of a data set on disk (docs/training.md). Raises ValueError for a split that it does
     not have, for wrong names of classes, and for an image or a mask without the other."""
     layout = LAYOUTS[options.dataset]
-    expect(options.root is not None, "data.root", "the directory of the data set", "nothing")
+    expect(options.root is not None, "--data.root", "the directory of the data set", "nothing")
     known = ", ".join(layout.splits)
-    expect(split in layout.splits, "data.split", f"one of {options.dataset}, {known}", split)
+    expect(split in layout.splits, "--data.split", f"one of {options.dataset}, {known}", split)
     root, part = Path(options.root or ""), layout.splits[split]
     values, classes = layout.values, layout.classes
     if values is None:
@@ -150,20 +151,19 @@ def open_files(options: Data, split: str) -> MaskFolder:
     images = root / (layout.images.format(part) + (options.image_suffix or ""))
     masks = root / (layout.masks.format(part) + (options.mask_suffix or ""))
     image_of, mask_of = _files(images, IMAGES), _files(masks, MASKS)
-    if layout.listed is None:
-        names = [*dict.fromkeys([*image_of, *mask_of])]
-    else:
+    either = image_of | mask_of
+    names = list(either)
+    if layout.listed is not None:
         names = (root / layout.listed.format(part)).read_text(encoding="utf-8").split()
+    both = f"an image {images} and a mask {masks} of this name"
     for name in names:
-        if name not in image_of or name not in mask_of:
-            found = image_of.get(name) or mask_of.get(name) or "none of them"
-            raise ValueError(
-                f"{name}: expected an image {images} and a mask {masks} of this name, got {found}"
-            )
+        expect(name in image_of and name in mask_of, name, both, either.get(name, "none of them"))
     if not names:
         raise ValueError(f"no image {images} (--data.root is the directory of the data set)")
     pairs = [(image_of[name], mask_of[name]) for name in names]
-    return MaskFolder(pairs, options.channels, classes, labels)
+    paths = [os.fsencode(path.relative_to(root)) for pair in pairs for path in pair]
+    fingerprint = f"{len(paths)} names ({hashlib.sha256(b'/'.join(paths)).hexdigest()[:16]})"
+    return MaskFolder(pairs, options.channels, classes, labels, fingerprint)
 
 
 def _files(pattern: Path, known: Sequence[str]) -> dict[str, Path]:
@@ -175,7 +175,7 @@ def _files(pattern: Path, known: Sequence[str]) -> dict[str, Path]:
     found: list[Path] = []
     for place, subfolders, names in os.walk(folder, followlinks=True):
         path = Path(place)
-        if path.is_symlink() and path.resolve() in [x.resolve() for x in path.parents]:
+        if path.is_symlink() and path.resolve() in map(Path.resolve, path.parents):
             raise ValueError(f"{path}: expected no link to a folder in which it is")
         subfolders[:] = [x for x in subfolders if not x.startswith(".")]
         found += [path / x for x in names if not x.startswith(".")]
@@ -219,6 +219,5 @@ def _read_classes(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected names of classes, a line each: {error}") from None
     classes = [line.strip() for line in lines if line.strip()]
-    if len({*classes}) < len(classes):
-        raise ValueError(f"{path}: expected different names, got {shorten(str(classes), 200)}")
+    expect(len({*classes}) == len(classes), path, "different names", shorten(str(classes), 200))
     return classes

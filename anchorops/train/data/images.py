@@ -12,6 +12,7 @@ import numpy as np
 import tifffile
 import torch
 from PIL import Image, UnidentifiedImageError
+from scipy.io import loadmat
 from tifffile import PHOTOMETRIC, PLANARCONFIG
 from torch import Tensor
 
@@ -74,13 +75,10 @@ def _decoded(path: Path, formats: tuple[str, ...], *, stored: bool = False) -> n
     try:
         content = path.read_bytes()
         if path.suffix == ".mat":
-            from scipy.io import loadmat
-
             array = loadmat(path)["S"]
-        elif content.startswith(TIFF_STARTS):
-            array, orientation = _decoded_tiff(content, "JPEG" in formats, stored)
         else:
-            array, orientation = _decoded_by_pillow(content, formats, stored)
+            decoded = _decoded_tiff if content.startswith(TIFF_STARTS) else _decoded_by_pillow
+            array, orientation = decoded(content, formats, stored)
         array = np.atleast_3d(array)
         if array.ndim > 3:
             raise ValueError(f"expected an image, got an array of shape {array.shape}")
@@ -105,7 +103,7 @@ def _decoded_by_pillow(
         raise ValueError(f"expected {', '.join(formats)} or TIFF") from None
     with suppress(Exception):  # Pillow has no common one for damaged EXIF
         orientation = image.getexif().get(ORIENTATION)
-    if bits == 16 and image.mode != "I;16":  # which Pillow reduces to 8
+    if bits == 16:  # which Pillow reduces to 8, except for grey ones
         array = imagecodecs.png_decode(content)
     elif not stored and image.mode in ("P", "CMYK"):
         array = np.asarray(image.convert("RGB"))
@@ -131,14 +129,13 @@ def _only_pixels(content: bytes) -> bytes:
     return b"".join(kept)
 
 
-def _decoded_tiff(content: bytes, lossy: bool, stored: bool) -> tuple[np.ndarray, Any]:
-    """lossy: whether lossy compression is permitted."""
+def _decoded_tiff(content: bytes, formats: tuple[str, ...], stored: bool) -> tuple[np.ndarray, Any]:
     with tifffile.TiffFile(io.BytesIO(content)) as file:
         if not file.series or not file.pages.first.dataoffsets:
             raise ValueError("it has no image, or is truncated")
         series, page = file.series[0], file.pages.first  # the first image may have several pages
         compression = repr(page.compression)
-        if not lossy and any(name in compression for name in LOSSY):
+        if "JPEG" not in formats and any(name in compression for name in LOSSY):
             raise ValueError(f"{compression} may change labels: save the mask with another one")
         ends = [max(np.add(x.dataoffsets, x.databytecounts)) for x in series if x is not None]
         if max(ends) > len(content):  # the decoder of JPEG makes what is missing grey

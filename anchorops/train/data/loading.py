@@ -1,16 +1,13 @@
 """The splits that the options name: opened, counted, augmented, and loaded in batches."""
 
 import atexit
-import hashlib
 import multiprocessing
-import os
 import signal
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
 
@@ -45,8 +42,7 @@ def scaled_size(image: Tensor, options: Data, scale: float) -> list[int]:
 def normalized(image: Tensor) -> Tensor:
     """float32 in 0..1, minus the mean, divided by the standard deviation: those of ImageNet for
     three channels."""
-    channels = len(image)
-    mean, std = IMAGENET if channels == 3 else ([0.5] * channels, [0.25] * channels)
+    mean, std = IMAGENET if len(image) == 3 else ([0.5], [0.25])
     return functional.normalize(functional.to_dtype(image, torch.float32, scale=True), mean, std)
 
 
@@ -76,7 +72,7 @@ def augmented(image: Tensor, labels: Tensor, options: Data) -> tuple[Tensor, Ten
     if options.flip and torch.rand(1) < 0.5:
         image, labels = image.flip(2), labels.flip(1)
     if options.photometric:
-        expect(options.channels == 3, "data.photometric", "3 channels", options.channels)
+        expect(options.channels == 3, "--data.photometric", "3 channels", options.channels)
         image = distorted(image)
     margin = [0, options.crop[1] - width, 0, options.crop[0] - height]
     return pad(normalized(image), margin), pad(labels, margin, value=IGNORED)
@@ -89,7 +85,7 @@ def distorted(image: Tensor) -> Tensor:
         least, greatest = image.aminmax()
         within = bool(least >= -1e-3 and greatest <= 1.001)  # which scaling an image may exceed
         got = f"{least:g} to {greatest:g}"
-        expect(within, "data.photometric", "images of integers, or of 0 to 1", got)
+        expect(within, "--data.photometric", "images of integers, or of 0 to 1", got)
     distort = v2.RandomPhotometricDistort(hue=(-0.1, 0.1))
     return distort.transform(image, {**distort.make_params([image]), "channel_permutation": None})
 
@@ -165,7 +161,7 @@ class Splits(NamedTuple):
     training: of a validation without a training, the validation split. sizes: distinct (H, W) of
     the validation masks. frequencies: float32 [K], each class's share of the training pixels.
     prior: float32 [K], of the training images that contain each class, with sum 1: CeCo's π. found:
-    what tells the data from others.
+    what tells the data from others, and the number of ranks.
     """
 
     training: Segmentation
@@ -180,7 +176,7 @@ def open_split(options: Data, name: str, seed: int) -> Segmentation:
     """Raises ValueError if the data set has no such split."""
     if options.dataset != "digits":
         return open_files(options, name)
-    expect(name in SPLITS, "data.split", "one of digits, train or val", name)
+    expect(name in SPLITS, "--data.split", "one of digits, train or val", name)
     return DigitScenes(options, name, seed if options.data_seed is None else options.data_seed)
 
 
@@ -204,15 +200,6 @@ def class_counts(
     return pixels, images, sorted(sizes)
 
 
-def fingerprint(split: Segmentation, root: Path) -> str:
-    """Of the names of a split's images and masks under the root, in the order of the images, on
-    which that of the batches depends. Scenes of digits have no files."""
-    if not isinstance(split, MaskFolder):
-        return "none"
-    names = [os.fsencode(path.relative_to(root)) for pair in split.pairs for path in pair]
-    return f"{len(names)} names ({hashlib.sha256(b'/'.join(names)).hexdigest()[:16]})"
-
-
 def open_splits(options: Data, seed: int, of_run: dict[str, Any] | None = None) -> Splits:
     """Every image and mask is read, on the first rank.
     of_run: what was found for the training whose network is validated, which then needs no training
@@ -227,18 +214,18 @@ def open_splits(options: Data, seed: int, of_run: dict[str, Any] | None = None) 
     training, validation = splits[0], splits[-1]
     validation_pixels, _, sizes = counts[-1]
     one_size = options.eval_batch_size == 1 or len(sizes) == 1
-    expect(one_size, "data.eval_batch_size", "1 for images of several sizes", sizes[:2])
+    expect(one_size, "--data.eval_batch_size", "1 for images of several sizes", sizes[:2])
     classes = list(validation.classes)
-    found = of_run or {"classes": classes}
+    found = of_run or {"classes": classes, "ranks": ranks.world()}
     if of_run is None:
         for name, split, counted in zip(("training", "validation"), splits, counts, strict=True):
-            found[f"{name} files"] = fingerprint(split, Path(options.root or ""))
+            found[f"{name} files"] = split.fingerprint
             found[f"{name} pixels"] = counted[0].tolist()
     if found["classes"] != classes:
         known = shorten(str(found["classes"]), 200)
         raise ValueError(f"the data are not those of the run, with the classes {known}")
     pixels = torch.tensor(found["training pixels"])
-    absent = [name for name, x in zip(classes, pixels.tolist(), strict=True) if not x]
+    absent = [name for name, x in zip(classes, found["training pixels"], strict=True) if not x]
     message = f"no training pixels: {shorten(', '.join(absent), 200)}"
     if len(absent) > len(classes) - 2 or not validation_pixels.any():
         raise ValueError(
