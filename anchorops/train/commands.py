@@ -6,7 +6,6 @@ import re
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
-from linecache import getline
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +103,9 @@ def load_preset(name: str) -> list[dict[str, Any]]:
 def presets() -> str:
     """The presets, each with the first line of its file."""
     paths = sorted({*PRESETS.glob("*.yaml")} - {PRESETS / f"{SHARED}.yaml"})
-    lines = [f"  {path.stem}: {getline(str(path), 1).removeprefix('# ')}" for path in paths]
-    return "".join(lines).rstrip()
+    first = [path.read_text(encoding="utf-8").partition("\n")[0] for path in paths]
+    lines = zip(paths, first, strict=True)
+    return "\n".join(f"  {path.stem}: {line.removeprefix('# ')}" for path, line in lines)
 
 
 def fit(words: Sequence[str]) -> Path:
@@ -131,7 +131,7 @@ def validate(words: Sequence[str]) -> dict[str, float]:
     of_run = read_yaml(run / DATA, "classes", "training pixels") if (run / DATA).exists() else None
     data = open_splits(options.data, options.seed, of_run)
     classes, known = len(data.validation.classes), model.classifier.out_channels
-    expect(known == classes, "--data.root", f"data of {known} classes", classes)
+    expect(known == classes, "validate", f"data of {known} classes, as the weights", classes)
     check_sizes(model, options, data.sizes)
     with Stop("the figures are not complete") as stop:
         figures = evaluate(model, data, options, stop)

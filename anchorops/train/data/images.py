@@ -103,7 +103,7 @@ def _decoded_by_pillow(
         raise ValueError(f"expected {', '.join(formats)} or TIFF") from None
     with suppress(Exception):  # Pillow has no common one for damaged EXIF
         orientation = image.getexif().get(ORIENTATION)
-    if bits == 16:  # which Pillow reduces to 8, except for grey ones
+    if bits == 16 and image.mode != "I;16":  # which Pillow reduces to 8
         array = imagecodecs.png_decode(content)
     elif not stored and image.mode in ("P", "CMYK"):
         array = np.asarray(image.convert("RGB"))
