@@ -13,7 +13,7 @@ from .upsampling import (
     at_pixels,
     both,
     corners_of,
-    corners_of_class,
+    corners_of_classes,
     first_pixel,
     loaded,
     next_class,
@@ -129,12 +129,12 @@ def classes_of(labels):
 
 @triton.jit
 def next_label(labels, after, but=None):
-    """The smallest label of all lanes beyond `after`, NO_CLASS if there is none. Without those that
-    are `but` of their lane."""
+    """The smallest label of all lanes beyond `after`, NO_CLASS if there is none. but: a label of
+    each lane that does not count there."""
     smallest = tl.full(labels[0].shape, NO_CLASS, tl.int32)
     for i in tl.static_range(len(labels)):
         further = labels[i] > after
-        if but is not None:  # depends on `after`, so that it is not kept in registers
+        if but is not None:  # tl.maximum, because comparisons before the loop need registers
             further &= labels[i] != tl.maximum(but, after)
         smallest = tl.minimum(smallest, tl.where(further, labels[i], NO_CLASS))
     return tl.min(tl.min(smallest, ROW_AXIS), 0)
@@ -149,26 +149,33 @@ def _ends_of_cell(span, axis, CELLS: tl.constexpr):
 
 
 @triton.jit
-def label_of_cell(
+def labels_of_cell(
     label_map, image, axes, lanes, labels, num_classes, ignore_index, CELLS: tl.constexpr
 ):
-    """The largest label of a cell's four outermost pixels, 0 if they are ignored. It does not
-    depend on how the cell's pixels are divided into lanes."""
+    """The labels of a cell's four outermost pixels, −1 if ignored. They do not depend on how the
+    cell's pixels are divided into lanes."""
     if CELLS.y.same:
-        return tl.maximum(labels[0], 0)
+        return (labels[0],)
     else:
         Y: tl.constexpr = CELLS.y
         X: tl.constexpr = CELLS.x
         ptr = label_map.ptr + image.to(tl.int64) * label_map.stride_b
         rows = [y.to(tl.int64) * label_map.stride_h for y in _ends_of_cell(lanes.y, axes.y, Y)]
         columns = [x.to(tl.int64) * label_map.stride_w for x in _ends_of_cell(lanes.x, axes.x, X)]
-        largest = tl.zeros(lanes.x.cell.shape, tl.int64)
-        for i in tl.static_range(2):
-            for j in tl.static_range(2):
-                label = tl.load(ptr + rows[i] + columns[j]).to(tl.int64)
-                valid = (label < num_classes) & (label != ignore_index)
-                largest = tl.maximum(largest, tl.where(valid, label, 0))
-        return largest.to(tl.int32)
+        found = ()
+        for i in tl.static_range(4):
+            label = tl.load(ptr + rows[i // 2] + columns[i % 2]).to(tl.int64)
+            valid = (label >= 0) & (label < num_classes) & (label != ignore_index)
+            found = found + (tl.where(valid, label, -1).to(tl.int32),)
+        return found
+
+
+@triton.jit
+def largest_label(labels):
+    largest = labels[0]
+    for i in tl.static_range(1, len(labels)):
+        largest = tl.maximum(largest, labels[i])
+    return largest
 
 
 @triton.jit
@@ -176,20 +183,13 @@ def reference_of(ptrs, label, stride_k, CELLS: tl.constexpr):
     """The Reference of this label; ptrs: corner_ptrs of class 0. It has none if a logit of the
     class is not finite; or if it is large, and far from that of another class, 0 or 1, so that it
     is not what all classes share."""
-    four = corners_of_class(ptrs, label, stride_k, CELLS)
-    others = corners_of_class(ptrs, tl.where(label == 0, 1, 0), stride_k, CELLS)
-    usable = tl.full(label.shape, True, tl.int1)
+    four = corners_of_classes(ptrs, tl.maximum(label, 0), stride_k, CELLS)
+    others = corners_of_classes(ptrs, tl.where(label == 0, 1, 0), stride_k, CELLS)
+    usable = label >= 0
     for x in tl.static_range(4):
         distance = tl.minimum(tl.abs(four[x]), tl.abs(four[x] - others[x]))
         usable &= (tl.abs(four[x]) < INF) & (distance < _LARGEST_REFERENCE)
     return Reference(tl.where(usable, label, -1), [tl.where(usable, x, 0.0) for x in four])
-
-
-@triton.jit
-def reference_again(ptrs, label, stride_k, CELLS: tl.constexpr):
-    """The Reference whose label is known, so that its logits need no registers until here."""
-    four = corners_of_class(ptrs, tl.maximum(label, 0), stride_k, CELLS)
-    return Reference(label, [tl.where(label >= 0, x, 0.0) for x in four])
 
 
 @triton.jit
@@ -241,10 +241,9 @@ def values_of_labels(ptr, stride, labels):
 
 @triton.jit
 def add_true_logits(x, ptrs, stride_k, lanes, labels, reference, CELLS: tl.constexpr):
-    """x less the negative z_y of the pixels, and plus the positive ones, where z_y is less the
-    reference; they are read for one label of the tile after the other, without that of the
-    reference. ptrs: corner_ptrs of class 0. Returns them too: kept beside those that move, they
-    would need registers."""
+    """−log p_y and lse of each pixel from x, the smaller of them: x − min(z, 0) and x + max(z, 0),
+    where z is z_y less the reference, read for one label of the tile after the other. ptrs:
+    corner_ptrs of class 0. Returns them too: kept beside those that move, they need registers."""
     ce = x
     lse = x
     k = tl.full((), 0, tl.int32)

@@ -29,6 +29,7 @@ from .lanes import (
 )
 from .launch import FORWARD_LANES, Constant, without_spills
 from .softmax import (
+    LARGEST_SPREAD,
     LOWEST,
     SMALLEST_SUM,
     any_of,
@@ -67,7 +68,7 @@ TEACHER = ("teacher_height", "teacher_width", *strides_of("teacher", "bkhw"))
 VALID = strides_of("valid", "bhw")
 # In even cells exponentials below 2^-66 may be lost (softmax.py): with this sum, p below 2^-36. And
 # t − s is at most 2^13 (_add_class_of_rows), so a term of the divergence is below 2^-23.
-_LARGEST_SPREAD, _SMALLEST_SUM_OF_ROWS = Constant(80.0), Constant(2.0**-30)
+_SMALLEST_SUM_OF_ROWS = Constant(2.0**-30)
 
 
 class Upsamplings(NamedTuple):
@@ -267,7 +268,7 @@ def _no_sums(lanes, CELLS: tl.constexpr):
 @triton.jit
 def _add_class_of_rows(sums, spread, stored, lanes, slope, shifts, CELLS: tl.constexpr):
     """_add_class in an even cell, whose rows are geometric sequences. And the larger of `spread`
-    and that of this class, which also exceeds _LARGEST_SPREAD if t − s exceeds 2^13."""
+    and that of this class, which also exceeds LARGEST_SPREAD if t − s exceeds 2^13."""
     # The limit is for −∞, so that two of them have a difference.
     four, teacher_four = corners_of(stored[0], CELLS), corners_of(stored[1], CELLS)
     ends = [tl.maximum(tl.fma(x, slope, -shifts[0]), LOWEST, tl.PropagateNan.ALL) for x in four]
@@ -363,7 +364,7 @@ def _divergences(
         ROWS: tl.constexpr = CELLS.x.even and CELLS.x.pixels == 4
         SMALLEST: tl.constexpr = _SMALLEST_SUM_OF_ROWS if ROWS else SMALLEST_SUM
         unsafe = underflow(sums[0], valid, SMALLEST) | underflow(sums[1], valid, SMALLEST)
-        by_pixel = any_of((spread > _LARGEST_SPREAD) | unsafe)
+        by_pixel = any_of((spread > LARGEST_SPREAD) | unsafe)
         if by_pixel:
             results = _results_by_pixel(logits, teacher, lanes, teacher_lanes, slope, CELLS, None)
         return results

@@ -14,7 +14,7 @@ from .lanes import (
     LABELS,
     NO_CLASS,
     PixelMap,
-    label_of_cell,
+    labels_of_cell,
     load_labels,
     next_label,
     number_of,
@@ -43,10 +43,10 @@ def softmax_of_errors(
     logits, label_map, image, axes, lanes, labels, ignore_index, CELLS: tl.constexpr
 ):
     """Softmax of the pixels (softmax.py)."""
-    label = label_of_cell(
+    cell_labels = labels_of_cell(
         label_map, image, axes, lanes, labels, logits.num_classes, ignore_index, CELLS
     )
-    return softmax_of(logits, lanes, labels, label, LossOptions(), 0, False, CELLS)
+    return softmax_of(logits, lanes, labels, cell_labels, LossOptions(), 0, False, CELLS)
 
 
 @triton.jit

@@ -1,15 +1,17 @@
 """Σ_k e^(z_k) of the pixels of a tile, in the forward direction of softmax moments; and the
 exponentials of even cells, which the divergence and gradients take over.
 
-The logits are read class by class, less those of a reference (lanes.py): one class of each cell,
-that of labels in it. What all classes of a pixel share, as an offset of 1,000, then cancels before
-it is rounded. The sum of each pixel stays in registers. With the reference's own term it is at
-least 1. It overflows if a class is 88 above the reference. Then, and if the neighbours of an even
-cell, where a row's terms are a geometric sequence, differ by 88, a second loop over the classes
-sums them again, relative to the largest logit of each pixel.
+The logits are read class by class. Σ_k e^(z_k − m) of each pixel stays in registers, where m is the
+largest logit of the pixel's cell so far. If the neighbours of a cell differ by about 70 (by 28 in
+even cells, where a row's terms are a geometric sequence), this may underflow. Then a second loop
+over the classes sums them again, relative to the largest logit of each pixel.
 
-If p_y is almost 1, −log p_y is computed from the sum and the term of the label, which is rounded as
-in the sum: lse − z_y would have few digits.
+lse and z are less a reference (lanes.py): the logits of one class, that of labels in the cell. What
+all classes of a pixel share, as an offset of 1,000, then cancels before it is rounded.
+
+If p_y is almost 1, −log p_y is computed from the sum and the term of the label: lse − z_y would
+have few digits. This term is rounded as in the sum, because m begins with the logits of labels in
+the cell: if these are the largest ones, it does not change.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +19,16 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .lanes import INF, LN_2, LOG2_E, probability, reference_of, relative, sum_of
+from .lanes import (
+    INF,
+    LN_2,
+    LOG2_E,
+    largest_label,
+    probability,
+    reference_of,
+    relative,
+    sum_of,
+)
 from .launch import Constant
 from .loss_options import add_weighted, weight_of_all
 from .pixel_argmax import largest_logits
@@ -25,6 +36,7 @@ from .upsampling import (
     ROW_AXIS,
     corner_ptrs,
     corners_of,
+    corners_of_classes,
     following,
     loaded,
     upsampled,
@@ -34,8 +46,8 @@ from .upsampling import (
 # Below this sum, terms that matter may have underflowed.
 SMALLEST_SUM = Constant(2.0**-100)
 # If the first exponential of a row underflows, below 2^-126, so do the others. With this spread
-# they are below 2^(-126 + 3/4 · 128) = 2^-30, and this sum does not feel them.
-_LARGEST_SPREAD, _SMALLEST_SUM_OF_ROWS = Constant(128.0), Constant(1.0)
+# they are below 2^(-126 + 3/4 · 80) = 2^-66, and this sum does not feel them.
+LARGEST_SPREAD, _SMALLEST_SUM_OF_ROWS = Constant(80.0), Constant(2.0**-40)
 # The same for gradients, where a lane has one shift, and also along a column. Pixels of a lane
 # differ by at most 3/2 of it, so that e^(z − m) and e^(m − lse) are at most 2^60, also where
 # ignored. If the first exponential of a row underflows, p is below 2^(-126 + 3/4 · 40 + 60).
@@ -50,7 +62,8 @@ class Softmax(NamedTuple):
     """What the first pass over the classes computes for the pixels of a tile."""
 
     reference: Any  # Reference of each cell
-    sums: Any  # Σ_k e^(z_k − the reference); ∞ if that may underflow or overflow
+    sums: Any  # Σ_k e^(z_k − m); ∞ if that may underflow
+    shift: Any  # −m·log2(e) of each cell
     lse: Any  # log Σ_k e^(z_k − the reference), 0 where ignored
     predicted: Any  # the class of the largest logit
     weighted: Any  # Σ_k v_k x_k of the four logits x of a cell: see loss_options.py
@@ -60,6 +73,13 @@ class Softmax(NamedTuple):
 def finite_or_zero(shift):
     """The shift, or 0 if it is −inf: if all logits are −inf, a shift of −inf would give NaN."""
     return tl.where(shift == -INF, 0.0, shift)
+
+
+@triton.jit
+def _exponents(four, shift):
+    """log2 e^(x − m) of a cell's four logits x, where shift = −m·log2(e). The weights of a pixel's
+    four logits add up to 1, so this can be upsampled."""
+    return [tl.fma(x, LOG2_E, shift) for x in four]
 
 
 @triton.jit
@@ -115,31 +135,51 @@ def products(x, y, CELLS: tl.constexpr):
 
 
 @triton.jit
-def _exponentials(four, reference, spread, lanes, CELLS: tl.constexpr):
-    """e^z of a lane's pixels, less the reference; and the larger of `spread` and |log2| of the
-    quotient of both ends of a row."""
-    exponents = [x * LOG2_E for x in relative(four, reference)]
+def _exponentials(four, shift, spread, lanes, CELLS: tl.constexpr):
+    """e^(z − m) of a lane's pixels; and the larger of `spread` and |log2| of the quotient of both
+    ends of a row."""
     if CELLS.x.even:
         # The limit is for −∞, so that two of them have a difference.
-        ends = [tl.maximum(x, LOWEST, tl.PropagateNan.ALL) for x in exponents]
+        ends = [tl.maximum(x, LOWEST, tl.PropagateNan.ALL) for x in _exponents(four, shift)]
         exponentials, across, _ = exponentials_of_rows(ends, lanes, CELLS)
         return exponentials, tl.maximum(spread, across)
     else:
-        return [tl.exp2(x) for x in upsampled(exponents, lanes, CELLS)], spread
+        exponents = upsampled(_exponents(four, shift), lanes, CELLS)
+        return [tl.exp2(x) for x in exponents], spread
+
+
+@triton.jit
+def _largest_of(four):
+    """tl.maximum of NaN and a number returns the number."""
+    return tl.maximum(tl.maximum(four[0], four[1]), tl.maximum(four[2], four[3]))
+
+
+@triton.jit
+def _largest_of_labels(ptrs, stride_k, labels, CELLS: tl.constexpr):
+    """The largest logit of a cell, of classes that are not −1; LOWEST if there is none. ptrs:
+    corner_ptrs of class 0."""
+    maximum = tl.full(labels[0].shape, LOWEST, tl.float32)
+    for i in tl.static_range(len(labels)):
+        four = corners_of_classes(ptrs, tl.maximum(labels[i], 0), stride_k, CELLS)
+        maximum = tl.maximum(maximum, tl.where(labels[i] >= 0, _largest_of(four), LOWEST))
+    return maximum
 
 
 @triton.jit
 def _sums_by_cell(
-    logits, lanes, reference, options, image, PREDICT: tl.constexpr, CELLS: tl.constexpr
+    logits, lanes, cell_labels, options, image, PREDICT: tl.constexpr, CELLS: tl.constexpr
 ):
-    """For each pixel Σ_k e^(z_k − the reference), and with PREDICT the class of its largest logit;
-    for each cell Σ_k v_k x_k of its four logits x; the largest spread of _exponentials."""
+    """For each pixel Σ_k e^(z_k − m), where m is the largest logit of the cell, and with PREDICT
+    the class of its largest logit; for each cell m, and Σ_k v_k x_k of its four logits x; the
+    largest spread of _exponentials."""
     zero = tl.zeros(lanes.x.cell.shape, tl.float32)
     zeros = zeros_of_pixels(lanes, CELLS)
     sums, best = [zeros for _ in () + CELLS.columns], [zeros - INF for _ in () + CELLS.columns]
     predicted = [zeros.to(tl.int32) for _ in () + CELLS.columns]
     weighted, spread = (zero, zero, zero, zero), zero
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
+    maximum = _largest_of_labels(ptrs, logits.stride_k, cell_labels, CELLS)
+    shift = maximum * -LOG2_E
     stored, next_v = loaded(ptrs), weight_of_all(0, options, image)
     for k in range(logits.num_classes):
         four, v = corners_of(stored, CELLS), next_v
@@ -148,13 +188,17 @@ def _sums_by_cell(
         ptrs = following(ptrs, k, logits, CELLS)
         stored = loaded(ptrs)
         next_v = weight_of_all(tl.minimum(k + 1, logits.num_classes - 1), options, image)
-        exponentials, spread = _exponentials(four, reference, spread, lanes, CELLS)
-        sums = [sums[i] + exponentials[i] for i in () + CELLS.columns]
+        maximum = tl.maximum(maximum, _largest_of(four))  # without NaN; the sum is still NaN
+        new_shift = maximum * -LOG2_E
+        scale = tl.exp2(new_shift - shift)
+        shift = new_shift
+        exponentials, spread = _exponentials(four, shift, spread, lanes, CELLS)
+        sums = [tl.fma(sums[i], scale, exponentials[i]) for i in () + CELLS.columns]
         if PREDICT:
             z = upsampled(four, lanes, CELLS)
             predicted = [tl.where(z[i] > best[i], k, predicted[i]) for i in () + CELLS.columns]
             best = [tl.where(z[i] > best[i], z[i], best[i]) for i in () + CELLS.columns]
-    return sums, predicted, weighted, spread
+    return sums, maximum, predicted, weighted, spread
 
 
 @triton.jit
@@ -210,32 +254,43 @@ def _log(x):
 
 
 @triton.jit
-def losses_of_class(four, sums, lse, reference, lanes, CELLS: tl.constexpr):
+def losses_of_class(four, sums, lse, softmax, lanes, CELLS: tl.constexpr):
     """−log p of a lane's pixels, from the four logits of their class; and the smaller of it and
     lse."""
-    z = upsampled(relative(four, reference), lanes, CELLS)
-    own, _ = _exponentials(four, reference, 0.0, lanes, CELLS)
+    z = upsampled(relative(four, softmax.reference), lanes, CELLS)
+    own, _ = _exponentials(four, softmax.shift, 0.0, lanes, CELLS)
     others = [sums[i] - own[i] for i in () + CELLS.columns]
     near = [_log_quotient(others[i], sums[i] + own[i]) for i in () + CELLS.columns]
     # lse − z is negative by rounding; NaN remains
     far = [tl.where(lse[i] < z[i], 0.0, lse[i] - z[i]) for i in () + CELLS.columns]
-    c = [tl.where(others[i] < _ALMOST_ALL * own[i], near[i], far[i]) for i in () + CELLS.columns]
+    # a smaller z is that of a cell without a reference: the gradient then computes lse − z
+    is_near = [(others[i] < _ALMOST_ALL * own[i]) & (z[i] >= 0) for i in () + CELLS.columns]
+    c = [tl.where(is_near[i], near[i], far[i]) for i in () + CELLS.columns]
     return c, [tl.where(z[i] >= 0, c[i], lse[i]) for i in () + CELLS.columns]
 
 
 @triton.jit
+def _lse_by_cell(sums, maximum, shift, reference, lanes, CELLS: tl.constexpr):
+    """log Σ_k e^(z_k − m) + m, where the reference was subtracted from m."""
+    rounding = tl.fma(maximum, LOG2_E, shift)
+    largest = upsampled([maximum - x for x in reference.four], lanes, CELLS)
+    return [tl.fma(tl.log2(sums[i]) - rounding, LN_2, largest[i]) for i in () + CELLS.columns]
+
+
+@triton.jit
 def softmax_of(
-    logits, lanes, labels, cell_label, options, image, PREDICT: tl.constexpr, CELLS: tl.constexpr
+    logits, lanes, labels, cell_labels, options, image, PREDICT: tl.constexpr, CELLS: tl.constexpr
 ):
-    """Softmax; `predicted` only with PREDICT. cell_label: see lanes.label_of_cell."""
-    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
-    reference = reference_of(ptrs, cell_label, logits.stride_k, CELLS)
-    sums, predicted, weighted, spread = _sums_by_cell(
-        logits, lanes, reference, options, image, PREDICT, CELLS
+    """Softmax; `predicted` only with PREDICT. cell_labels: see lanes.labels_of_cell."""
+    sums, maximum, predicted, weighted, spread = _sums_by_cell(
+        logits, lanes, cell_labels, options, image, PREDICT, CELLS
     )
     SMALLEST: tl.constexpr = _SMALLEST_SUM_OF_ROWS if CELLS.x.even else SMALLEST_SUM
-    by_pixel = any_of((spread > _LARGEST_SPREAD) | underflow(sums, labels, SMALLEST))
-    lse = [tl.log2(y) * LN_2 for y in sums]
+    by_pixel = any_of((spread > LARGEST_SPREAD) | underflow(sums, labels, SMALLEST))
+    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
+    reference = reference_of(ptrs, largest_label(cell_labels), logits.stride_k, CELLS)
+    shift = maximum * -LOG2_E
+    lse = _lse_by_cell(sums, maximum, shift, reference, lanes, CELLS)
     if by_pixel:
         of_pixels, largest = _sums_by_pixel(logits, lanes, reference, CELLS)
         lse = [_log(of_pixels[i]) + largest[i] for i in () + CELLS.columns]
@@ -243,7 +298,7 @@ def softmax_of(
         if PREDICT:
             _, predicted = largest_logits(logits, lanes, CELLS)
     lse = [tl.where(labels[i] >= 0, lse[i], 0.0) for i in () + CELLS.columns]
-    return Softmax(reference, sums, lse, predicted, weighted)
+    return Softmax(reference, sums, shift, lse, predicted, weighted)
 
 
 @triton.jit

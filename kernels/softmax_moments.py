@@ -21,7 +21,7 @@ from .lanes import (
     NO_CLASS,
     PixelMap,
     contiguous_map,
-    label_of_cell,
+    labels_of_cell,
     load_labels,
     load_map,
     next_label,
@@ -57,11 +57,11 @@ from .upsampling import (
     class_planes,
     corner_ptrs,
     corners_of,
-    corners_of_class,
     following,
     lanes_of_tile,
     loaded,
     logits_of_image,
+    next_class,
     strides_of,
     upsampling_of,
 )
@@ -124,8 +124,9 @@ def _add_true_classes(
     label = next_label(labels, -1)
     while label < NO_CLASS:
         mine = [labels[i] == label for i in () + CELLS.columns]
-        four = corners_of_class(ptrs, label, logits.stride_k, CELLS)
-        c, of_class = losses_of_class(four, sums, smaller, softmax.reference, lanes, CELLS)
+        offset = label.to(tl.int64) * logits.stride_k
+        four = corners_of(loaded(next_class(ptrs, offset, CELLS)), CELLS)
+        c, of_class = losses_of_class(four, sums, smaller, softmax, lanes, CELLS)
         smaller = [tl.where(mine[i], of_class[i], smaller[i]) for i in () + CELLS.columns]
         a = weight_of_class(label, options, image)
         used = [is_used(c[i], options) for i in () + CELLS.columns]
@@ -243,14 +244,14 @@ def _softmax_moments_kernel(
             label_map, image, lanes, num_classes, ignore_index, CELLS, outside_ptr, program
         )
         valid += number_of([label >= 0 for label in labels])
-        cell_label = label_of_cell(
+        cell_labels = labels_of_cell(
             label_map, image, axes, lanes, labels, num_classes, ignore_index, CELLS
         )
         softmax = softmax_of(
             logits,
             lanes,
             labels,
-            cell_label,
+            cell_labels,
             loss_options,
             image,
             partials.correct is not None,

@@ -8,11 +8,10 @@ after the other. The transpose of β·v_k is v_k times the transpose of β, whic
 z and lse are less a reference, as in softmax.py. −α·(1 − p_y) is computed from −log p_y, because
 1 − p_y of a rounded p_y has few digits where p_y is almost 1.
 
-In even cells p_k = e^(z_k − m)·e^(m − lse), where m is a logit of the reference: the first factor
+In even cells p_k = e^(z_k − m)·e^(m − lse), where m is the largest lse of a lane: the first factor
 is a geometric sequence along a row, the second one is the same for all classes. If neighbours of a
-cell differ by more than about 28 (14 with sums of probabilities), or another class is 44 above the
-reference, this may underflow or overflow. Then the program computes its gradients again, with an
-exponential for each pixel.
+cell differ by more than about 28 (14 with sums of probabilities), this may underflow or overflow.
+Then the program computes its gradients again, with an exponential for each pixel.
 """
 
 from typing import Any, NamedTuple
@@ -23,19 +22,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .lanes import (
-    INF,
     LABELS,
     LOG2_E,
     PixelMap,
     add_true_logits,
     classes_of,
     contiguous_map,
-    label_of_cell,
+    labels_of_cell,
+    largest_label,
     load_again,
     load_labels,
     load_map,
     pixel_map_of,
-    reference_again,
     reference_of,
     values_of_labels,
 )
@@ -55,6 +53,7 @@ from .softmax import (
     probabilities,
     products,
     scales_of,
+    shift_of_lane,
 )
 from .upsampling import (
     LOGITS,
@@ -88,8 +87,6 @@ from .upsampling_transposed import (
 
 # With the slopes of a class's sums, which may be as large as 1/p: p that is lost is below 2^-81.
 _LARGEST_SPREAD_BY_CLASS = Constant(20.0)
-# Of |log2 Σ_k e^(z_k − m)|. Pixels of a lane differ by at most 2^60, so e^(z − m) is below 2^124.
-_LARGEST_LOG_SUM = Constant(64.0)
 
 
 class ClassGradient(NamedTuple):
@@ -214,21 +211,15 @@ def _subtract_all_classes(x, ptrs, gradients, pixels, CELLS: tl.constexpr):
 
 
 @triton.jit
-def _any_valid(labels):
-    """Whether a pixel of a lane is not ignored."""
-    largest = labels[0]
-    for i in tl.static_range(1, len(labels)):
-        largest = tl.maximum(largest, labels[i])
-    return tl.max(largest, ROW_AXIS, keep_dims=True) >= 0
-
-
-@triton.jit
 def _valid_cells(four, labels, CELLS: tl.constexpr):
     """The four logits of a cell, 0 if all of its pixels are ignored, because p·0 of NaN is NaN."""
     if CELLS.x.select:
         return four
     else:
-        valid = _any_valid(labels)
+        largest = labels[0]
+        for i in tl.static_range(1, len(labels)):
+            largest = tl.maximum(largest, labels[i])
+        valid = tl.max(largest, ROW_AXIS, keep_dims=True) >= 0
         return [tl.where(valid, x, 0.0) for x in four]
 
 
@@ -264,24 +255,6 @@ def _pixel_gradients(
             of_label = of_label + (tl.where(labels[i] == k, true, dz[i]),)
         dz = of_label
     return dz
-
-
-@triton.jit
-def _scales_of_lane(lse, labels, reference, lanes, CELLS: tl.constexpr):
-    """In an even cell −m·log2(e) of each lane, where m is the largest of the reference's four
-    logits; −∞ if all pixels are ignored, so that all e^(z − m) are 0. Then e^(m − lse) of each
-    pixel, 0 where ignored. And a spread, ∞ if one of them may overflow."""
-    four = reference.four
-    largest = tl.maximum(tl.maximum(four[0], four[1]), tl.maximum(four[2], four[3]))
-    shift = tl.where(_any_valid(labels), largest * -LOG2_E, -INF)
-    z = upsampled([tl.fma(x, LOG2_E, shift) for x in four], lanes, CELLS)
-    log_sums = [tl.fma(lse[i], LOG2_E, z[i]) for i in () + CELLS.columns]
-    most = tl.zeros(lse[0].shape, tl.float32)
-    for i in tl.static_range(len(lse)):
-        most = tl.maximum(most, tl.where(labels[i] >= 0, tl.abs(log_sums[i]), 0.0))
-    most = tl.max(most, ROW_AXIS, keep_dims=True)
-    spread = tl.where(most > _LARGEST_LOG_SUM, INF, 0.0)
-    return shift, scales_of(log_sums, labels, CELLS), spread
 
 
 @triton.jit
@@ -353,16 +326,22 @@ def _softmax_moments_bwd_kernel(
     lanes = lanes_of_program(program, axes, logits, CELLS, TILE)
     label_map = PixelMap(labels_ptr, labels_b, labels_h, labels_w)
     labels = load_labels(label_map, image, lanes, num_classes, ignore_index, CELLS)
-    cell_label = label_of_cell(
+    cell_labels = labels_of_cell(
         label_map, image, axes, lanes, labels, num_classes, ignore_index, CELLS
     )
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
-    reference = reference_of(ptrs, cell_label, logits.stride_k, CELLS)
+    reference = reference_of(ptrs, largest_label(cell_labels), logits.stride_k, CELLS)
     smaller = load_map(contiguous_map(lse_ptr, axes), image, lanes, labels, CELLS)
     ce, lse, ptrs = add_true_logits(smaller, ptrs, logits.stride_k, lanes, labels, reference, CELLS)
     pixels = Pixels(image, logits, lanes, labels, ce, lse, reference)
     if CELLS.x.even:
-        shift, scales, spread = _scales_of_lane(lse, labels, reference, lanes, CELLS)
+        z = upsampled(reference.four, lanes, CELLS)
+        shift, spread = shift_of_lane(
+            [(lse[i] + z[i]) * LOG2_E for i in () + CELLS.columns], labels
+        )
+        z = upsampled([tl.fma(x, LOG2_E, shift) for x in reference.four], lanes, CELLS)
+        log_sums = [tl.fma(lse[i], LOG2_E, z[i]) for i in () + CELLS.columns]
+        scales = scales_of(log_sums, labels, CELLS)
 
     d = [tl.zeros(label.shape, tl.float32) for label in labels]
     dpixel_losses = PixelMap(dpixel_losses_ptr, dpixel_losses_b, dpixel_losses_h, dpixel_losses_w)
@@ -419,7 +398,7 @@ def _softmax_moments_bwd_kernel(
     if by_pixel:
         lse = load_again(lse_ptr, image, axes, lanes, labels, CELLS)
         if CELLS.x.even:
-            reference = reference_again(ptrs, reference.label, logits.stride_k, CELLS)
+            reference = reference_of(ptrs, reference.label, logits.stride_k, CELLS)
         _, lse, ptrs = add_true_logits(lse, ptrs, logits.stride_k, lanes, labels, reference, CELLS)
         stored = loaded(ptrs)
         for k in range(num_classes):

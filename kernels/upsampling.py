@@ -478,8 +478,8 @@ def corners_of(stored, CELLS: tl.constexpr):
 
 
 @triton.jit
-def corners_of_class(ptrs, k, stride_k, CELLS: tl.constexpr):
-    """The four logits of a cell, of class k. ptrs: corner_ptrs of class 0."""
+def corners_of_classes(ptrs, k, stride_k, CELLS: tl.constexpr):
+    """The four logits of a cell, of a class k of its own. ptrs: corner_ptrs of class 0."""
     offset = k.to(tl.int64) * stride_k
     return corners_of([tl.load(ptr + offset) for ptr in ptrs], CELLS)
 

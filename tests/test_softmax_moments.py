@@ -389,12 +389,13 @@ def test_rounding_errors_of_many_factors(num_classes: int, allowed: float, backe
 
 
 def confident_logits(kind: str, size: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
-    """Logits whose margin is 10 everywhere, or 8 between a left and a right half whose logits
-    differ, and their classes [B, h, w]."""
+    """Logits whose margin is 10, of one class or of another one in the right half; or 16 with
+    smaller differences; and their classes [B, h, w]."""
     classes = torch.randint(0, size[1], (size[0], 1, 1)).expand(size[0], *size[2:]).clone()
     logits, margin = torch.randn(size) / 2, 10.0
-    if kind == "two classes":
+    if kind != "one class":
         classes[..., size[3] // 2 :] = (classes[..., :1] + 1) % size[1]
+    if kind == "two classes":
         logits, margin = logits / 10, 16.0
     return logits.scatter_add(
         1, classes[:, None], torch.full((size[0], 1, *size[2:]), margin)
@@ -421,7 +422,7 @@ def confident_logits(kind: str, size: tuple[int, int, int, int]) -> tuple[Tensor
         ),
         *(
             pytest.param(kind, (2, k, 6, 8), (6 * n, 8 * n), option, marks=on_triton)
-            for kind, option in (("one class", "plain"), ("two classes", "focal"))
+            for kind, option in (("one class", "plain"), ("a border", "plain"))
             for k in (2, 5)
             for n in (1, 2, 3, 4)
         ),
@@ -460,7 +461,11 @@ def test_gradients_of_confident_pixels(kind: str, size, pixels, option: str, bac
             )
             for num_classes in (3, 19, 150)
         ),
-        *(pytest.param(k, 6, 6 * n, marks=on_triton) for k in (2, 5) for n in (2, 3, 4, 8)),
+        # in cells of 8 × 8 pixels, one of 5 classes may have inner pixels alone
+        *(
+            pytest.param(k, 6, 6 * n, marks=on_triton)
+            for k, n in ((2, 2), (2, 3), (2, 4), (2, 8), (5, 2), (5, 3), (5, 4))
+        ),
     ],
 )  # fmt: skip
 def test_losses_of_confident_pixels(num_classes: int, size: int, pixels: int, backend: str):

@@ -12,9 +12,9 @@ computed from low-resolution logits.
 
 The upsampled logits are never stored: the backward pass computes p again, from the logits and
 lse[q] = log Σ_k e^{z_k(q)}, 0 where ignored. lse is for the backward pass of the same backend:
-Triton's is less the logit of a class that it finds again from the labels. The CPU keeps the sum of
-the exponentials in its place, and none for two classes: p is then a function of the difference of
-the logits.
+Triton's is less the logit of a class that it finds again from the labels, and it keeps −log p_y
+where that is smaller. The CPU keeps the sum of the exponentials in its place, and none for two
+classes: p is then a function of the difference of the logits.
 
 Logits of one channel are those of a sigmoid: the classes are 0 and 1, and z = (0, x).
 """
