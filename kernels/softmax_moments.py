@@ -228,8 +228,13 @@ def _softmax_moments_kernel(
     program = tl.program_id(0)
     image, chunk = program // chunks, program % chunks
     row = program.to(tl.int64) * num_classes
-    for i in tl.static_range(len(partials)):
-        _clear(partials[i], row, num_classes)
+    _clear(partials.losses, row, num_classes)
+    _clear(partials.intersections, row, num_classes)
+    _clear(partials.probability_sums, row, num_classes)
+    _clear(partials.squares, row, num_classes)
+    _clear(partials.counts, row, num_classes)
+    _clear(partials.correct, row, num_classes)
+    _clear(partials.used, row, num_classes)
     _clear(outside_ptr, program, 1)
     valid = tl.full((), 0, tl.int64)
     tl.debug_barrier()  # other threads may add to these numbers
