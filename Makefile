@@ -13,6 +13,8 @@ BENCH ?= build/bench
 ABI_TORCHES ?= 2.10 2.11 2.13
 # of make check-torch: those of docs/install.md
 TORCH ?= 2.10.0 2.12.1 2.14.1 2.15.0
+# the oldest that the kernels support: that of torch 2.10
+TRITON ?= 3.6.0
 
 .PHONY: setup test check-torch check-nnunet check-ultralytics proofs faults barriers demo bench counted-memory kernels-report kernels-report-older lint format docs package check-abi clean
 release_of_nnunet = nnunetv2==2.8.1
@@ -54,12 +56,14 @@ build/torch/%:
 # for changes of kernels: CUDA's in the machine for PTX (if nvcc is there), machine code, and the tests
 # that take long. Three processes, because a few of them take minutes, and others wait behind them.
 # Then Triton's kernels in the machine: all cases as compiled for sm_80; and for sm_90 a case of each
-# kernel, and the quick checks of --verify, which have all instructions that sm_90 alone has.
+# kernel, and the quick checks of --verify, which have all instructions that sm_90 alone has; and a
+# case of each kernel as compiled by the oldest Triton.
 in_machine = OMP_NUM_THREADS=1 PTX_ARCH=$1 $(BIN)/pytest -n 2 --dist worksteal
-proofs: setup
+proofs: setup build/triton/$(TRITON)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadgroup -m slow
 	$(call in_machine,80) tests
 	$(call in_machine,90) -m 'not slow' tests/test_every_kernel.py tests/test_verify.py
+	PYTHONPATH=build/triton/$(TRITON) $(call in_machine,80) tests/test_every_kernel.py
 	PYTHONPATH=tests/proofs:bench $(BIN)/python -m ptx.traffic
 
 # do the tests notice each planted fault? make faults FAULTS='kernels/lanes.py C++' takes those whose
@@ -103,7 +107,6 @@ kernels-report: setup
 	$(BIN)/python bench/kernels_report.py
 
 # the same with an older Triton, which GPUs at hand may have, in a directory of its own of 600 MB
-TRITON ?= 3.6.0
 kernels-report-older: setup build/triton/$(TRITON)
 	PYTHONPATH=build/triton/$(TRITON) $(BIN)/python bench/kernels_report.py --targets sm_80 sm_90 sm_100 sm_120
 
