@@ -17,6 +17,7 @@ from anchorops.doctor.catalogue import Case, formulas
 from anchorops.doctor.catalogue.budget import FLOOR, error_and_limit
 from tests.helpers.operators import check, gradient_errors, gradient_of, results
 from tests.helpers.softmax_cases import ALL, BF16, CE, F16, F32, F64, moments, run, run_reference
+from tests.helpers.softmax_cases import ours as statistics_of
 
 cpu = pytest.mark.on("cpu")
 on_cpu = pytest.mark.on("cpu", "reference")
@@ -563,6 +564,29 @@ def test_losses_are_never_negative(size, pixels, align_corners: bool, backend: s
         )
         assert moments.pixel_losses is not None
         assert (moments.pixel_losses >= 0).all() and (moments.losses >= 0).all()
+
+
+@pytest.mark.on("reference", "simulated_triton", "cpu")
+@pytest.mark.parametrize("masked", [900.0, 1e9])
+def test_a_valid_pixel_inside_a_cell_of_masked_classes(masked: float, backend: str):
+    logits = torch.tensor([-masked, -masked, 1.0, 3.0])[:, None, None].expand(1, 4, 2, 2)
+    labels = torch.full((1, 8, 8), -1)
+    labels[0, 3, 3] = 2
+    as_reference(moments((1, 4, 2, 2), (8, 8), statistics=CE), logits=logits, labels=labels)
+
+
+@pytest.mark.on("simulated_triton", "triton", "cpu")
+def test_both_directions_use_the_same_pixels(backend: str):
+    """The smallest loss is that of a pixel; cells have labels of a class far below."""
+    logits = 0.3 * torch.randn(1, 3, 4, 4) + torch.tensor([-20.0, -27, -1e4])[:, None, None]
+    labels = torch.zeros((1, 12, 12), dtype=torch.int64)
+    labels[:, 1::3, 1::3] = 2
+    losses = ao.pixel_cross_entropy(logits, labels, reduction="none")
+    for smallest in losses[labels == 0][::4]:
+        pixels = {"statistics": ("pixel_losses",), "min_loss": smallest.item()}
+        found = statistics_of(logits.requires_grad_(), labels, **pixels)
+        (used,) = (x[losses == smallest] for x in found if x.shape == labels.shape)
+        assert (used > 0).all() and torch.autograd.grad(used.sum(), logits)[0].any()
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3, 4])
