@@ -207,11 +207,18 @@ def test_conversions():
 
 
 def test_zeros_and_bits_of_nan():
-    """−0 is less than 0; what only copies keeps the bits of NaN."""
+    """−0 is less than 0, a number goes before NaN; what only copies keeps the bits of NaN."""
     zero, negative = np.zeros(32, "f4"), -np.zeros(32, "f4")
     for x, y in ((zero, negative), (negative, zero)):
         assert np.signbit(compute("min.f32 {to}, {0}, {1};", x, y, dtype="f4")).all()
         assert not np.signbit(compute("max.NaN.f32 {to}, {0}, {1};", x, y, dtype="f4")).any()
+    one, less, not_a_number = (np.full(32, bits, "u2") for bits in (0x3F80, 0xBF80, 0x7FC0))
+    for name, x, result in (
+        ("max", less, 0x3F80),
+        ("min", less, 0xBF80),
+        ("max", not_a_number, 0x3F80),
+    ):
+        assert (compute(f"{name}.bf16 {{to}}, {{0}}, {{1}};", one, x, dtype="u2") == result).all()
     nan = np.full(32, 0xFFC00001, "u4")
     text = "setp.eq.u32 %p1, %r0, %r0; selp.f32 {to}, {0}, {0}, %p1;"
     assert compute(text, nan, dtype="u4").tolist() == nan.tolist()
@@ -326,7 +333,7 @@ def test_nan_is_one():
         "shfl.sync.idx.b32 %r4, %r3, 0, 31, 7;",
         "bar.sync 0, 32;",
         "add.bf16x2 %r4, %r5, %r6;",
-        "max.bf16 %h1, %h2, %h3;",
+        "max.bf16x2 %r4, %r5, %r6;",
         "abs.bf16 %h1, %h2;",
         "setp.eq.f16x2 %p1, %r4, %r5;",
         "cp.async.ca.shared.global [%r4], [%d0], 4, %p1;",

@@ -159,6 +159,14 @@ def _extreme(i: Instruction, m: _Modifiers) -> Operation:
     if ty[0] == "f":
         keep_nan = m.take("NaN") is not None
         return _float(i, m, partial(arithmetic.extreme, is_min=is_min, keep_nan=keep_nan))
+    if ty == "bf16":
+        keep_nan, wide = m.take("NaN") is not None, arithmetic.from_bfloat16
+
+        def compute(x, y):
+            result = arithmetic.extreme(wide(x), wide(y), is_min, keep_nan)
+            return arithmetic.to_bfloat16(result)
+
+        return _plain(i, compute, "u2", "u2", "u2")
     function = np.minimum if is_min else np.maximum
     if m.take("relu"):
         return _integer(i, lambda x, y: np.maximum(function(x, y), x.dtype.type(0)))
