@@ -259,9 +259,9 @@ def losses_of_class(four, sums, lse, softmax, lanes, CELLS: tl.constexpr):
     lse."""
     z = upsampled(relative(four, softmax.reference), lanes, CELLS)
     own, _ = _exponentials(four, softmax.shift, 0.0, lanes, CELLS)
-    others = [sums[i] - own[i] for i in () + CELLS.columns]
+    # both differences are negative by rounding; NaN remains
+    others = [tl.where(sums[i] < own[i], 0.0, sums[i] - own[i]) for i in () + CELLS.columns]
     near = [_log_quotient(others[i], sums[i] + own[i]) for i in () + CELLS.columns]
-    # lse − z is negative by rounding; NaN remains
     far = [tl.where(lse[i] < z[i], 0.0, lse[i] - z[i]) for i in () + CELLS.columns]
     # a smaller z is that of a cell without a reference: the gradient then computes lse − z
     is_near = [(others[i] < _ALMOST_ALL * own[i]) & (z[i] >= 0) for i in () + CELLS.columns]
