@@ -212,13 +212,18 @@ def test_zeros_and_bits_of_nan():
     for x, y in ((zero, negative), (negative, zero)):
         assert np.signbit(compute("min.f32 {to}, {0}, {1};", x, y, dtype="f4")).all()
         assert not np.signbit(compute("max.NaN.f32 {to}, {0}, {1};", x, y, dtype="f4")).any()
-    one, less, not_a_number = (np.full(32, bits, "u2") for bits in (0x3F80, 0xBF80, 0x7FC0))
-    for name, x, result in (
-        ("max", less, 0x3F80),
-        ("min", less, 0xBF80),
-        ("max", not_a_number, 0x3F80),
+    for ty, one, less, not_a_number in (
+        ("bf16", 0x3F80, 0xBF80, 0x7FC0),
+        ("f16", 0x3C00, 0xBC00, 0x7E00),
     ):
-        assert (compute(f"{name}.bf16 {{to}}, {{0}}, {{1}};", one, x, dtype="u2") == result).all()
+        ones = np.full(32, one, "u2")
+        for name, bits, result in (
+            ("max", less, one),
+            ("min", less, less),
+            ("max", not_a_number, one),
+        ):
+            text, other = f"{name}.{ty} {{to}}, {{0}}, {{1}};", np.full(32, bits, "u2")
+            assert (compute(text, ones, other, dtype="u2") == result).all()
     nan = np.full(32, 0xFFC00001, "u4")
     text = "setp.eq.u32 %p1, %r0, %r0; selp.f32 {to}, {0}, {0}, %p1;"
     assert compute(text, nan, dtype="u4").tolist() == nan.tolist()

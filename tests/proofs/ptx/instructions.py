@@ -156,17 +156,15 @@ def _divide(i: Instruction, m: _Modifiers) -> Operation:
 
 def _extreme(i: Instruction, m: _Modifiers) -> Operation:
     ty, is_min = i.types[-1], i.name == "min"
-    if ty[0] == "f":
+    if "f" in ty:
         keep_nan = m.take("NaN") is not None
-        return _float(i, m, partial(arithmetic.extreme, is_min=is_min, keep_nan=keep_nan))
-    if ty == "bf16":
-        keep_nan, wide = m.take("NaN") is not None, arithmetic.from_bfloat16
-
-        def compute(x, y):
-            result = arithmetic.extreme(wide(x), wide(y), is_min, keep_nan)
-            return arithmetic.to_bfloat16(result)
-
-        return _plain(i, compute, "u2", "u2", "u2")
+        function = partial(arithmetic.extreme, is_min=is_min, keep_nan=keep_nan)
+        if ty == "bf16":
+            wide, narrow = arithmetic.from_bfloat16, arithmetic.to_bfloat16
+            return _plain(i, lambda x, y: narrow(function(wide(x), wide(y))), "u2", "u2", "u2")
+        if ty == "f16":
+            return _plain(i, function, "f2", "f2", "f2")
+        return _float(i, m, function)
     function = np.minimum if is_min else np.maximum
     if m.take("relu"):
         return _integer(i, lambda x, y: np.maximum(function(x, y), x.dtype.type(0)))
