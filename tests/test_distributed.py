@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,7 +24,7 @@ from anchorops.doctor.catalogue import cases
 from anchorops.doctor.catalogue import features as catalogue
 from anchorops.losses import Regularizer, occl, statistics
 from tests.helpers.operators import Operators
-from tests.helpers.ranks import process_group
+from tests.helpers.ranks import process_group, run_ranks
 from tests.test_messages import ONLY_SIZE
 
 K, D = 6, 8
@@ -318,4 +317,4 @@ def run_rank(rank: int, ranks: int, folder: str) -> None:
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_equal_one_process(ranks: int, tmp_path: Path) -> None:
-    multiprocessing.spawn(run_rank, (ranks, str(tmp_path)), nprocs=ranks)  # pyright: ignore
+    run_ranks(ranks, run_rank, ranks, str(tmp_path))

@@ -8,7 +8,6 @@ import os
 import re
 import runpy
 import shlex
-import socket
 import sys
 from functools import cache
 from pathlib import Path
@@ -48,10 +47,7 @@ def commands() -> list:
 def test_snippet_runs(snippet: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     for package in re.findall(r"^(?:import|from) (\w+)", snippet, re.M):
         pytest.importorskip(package, reason="it is not installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torchrun = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    torchrun = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     for name, value in torchrun.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.chdir(tmp_path)  # some write a file

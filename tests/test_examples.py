@@ -5,9 +5,9 @@ import json
 import os
 import re
 import runpy
-import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tests.helpers.ranks import run_ranks
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -133,15 +134,16 @@ def test_semi_supervised(printed_by: Callable[..., str]) -> None:
     assert alone > 0.4 and with_unlabelled > alone + 0.02
 
 
-def run_rank(rank: int, ports: list[int], folder: str) -> None:
-    """Run a process with the variables of torchrun; the second time with --fsdp."""
-    for port, options in zip(ports, ([], ["--fsdp"]), strict=True):
-        settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in settings.items()})
-        os.environ["MASTER_ADDR"] = "127.0.0.1"
+def run_rank(rank: int, folder: str) -> None:
+    """One process as torchrun starts it, with and without --fsdp; the ranks meet in a file."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    init = dist.init_process_group
+    for name, options in (("ddp", []), ("fsdp", ["--fsdp"])):
+        place = f"file://{folder}/{name}"
+        dist.init_process_group = partial(init, init_method=place, rank=rank, world_size=2)
         sys.argv = ["ddp_and_fsdp.py", "--steps", "2", *options]
         with (
-            open(f"{folder}/{rank}{''.join(options)}.txt", "w") as printed,
+            open(f"{folder}/{name}{rank}.txt", "w") as printed,
             contextlib.redirect_stdout(printed),
         ):
             runpy.run_path(str(EXAMPLES / "ddp_and_fsdp.py"), run_name="__main__")
@@ -150,12 +152,8 @@ def run_rank(rank: int, ports: list[int], folder: str) -> None:
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    with socket.socket() as one, socket.socket() as other:
-        for free in (one, other):
-            free.bind(("127.0.0.1", 0))
-        ports = [free.getsockname()[1] for free in (one, other)]
-    multiprocessing.spawn(run_rank, (ports, str(tmp_path)), nprocs=2)  # pyright: ignore
-    printed = [(tmp_path / name).read_text() for name in ("0.txt", "0--fsdp.txt")]
+    run_ranks(2, run_rank, str(tmp_path))
+    printed = [(tmp_path / name).read_text() for name in ("ddp0.txt", "fsdp0.txt")]
     for text, wrapper in zip(printed, ("DistributedDataParallel", "FSDPSequential"), strict=True):
         assert f"{wrapper}, step 2: " in text
     losses = [re.findall(r"(?:ce|aux) (\d+\.\d+)", text) for text in printed]

@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 import anchorops as ao
 from anchorops.doctor.catalogue.masks import mask_loss
 from tests.helpers.operators import check_loss
-from tests.helpers.ranks import process_group
+from tests.helpers.ranks import process_group, run_ranks
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "mask_losses.py"
 LOGITS = torch.zeros(3, 4, 5)
@@ -185,4 +184,4 @@ def run_rank(rank: int, folder: str) -> None:
 def test_two_ranks(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="it is not installed")
     example()
-    multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=2)  # pyright: ignore
+    run_ranks(2, run_rank, str(tmp_path))

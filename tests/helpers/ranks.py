@@ -1,12 +1,30 @@
 """Processes that reduce statistics with each other."""
 
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+
+def run_ranks(ranks: int, run: Callable[..., None], *arguments: Any) -> None:
+    """Call run(rank, *arguments) in one new process for each rank."""
+    multiprocessing.spawn(_run, (run, *arguments), nprocs=ranks)  # pyright: ignore
+
+
+def _run(rank: int, run: Callable[..., None], *arguments: Any) -> None:
+    run(rank, *arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # without the end of the interpreter: a thread of gloo that waits for it then calls abort, and
+    # FSDP keeps its process group, thus the threads (github.com/pytorch/pytorch/issues/190489)
+    os._exit(0)
 
 
 @contextmanager
