@@ -108,6 +108,18 @@ def test_numbers_of_modules(name: str) -> None:
     compiles_twice(lambda loss: loss(LOGITS, LABELS), numbers, make)
 
 
+def test_images_with_pixel_weights() -> None:
+    """One number of images, and all others; the weights have a gradient."""
+
+    def loss(weights: Tensor) -> Tensor:
+        logits, labels = (x[:1].expand(weights.shape[0], *x.shape[1:]) for x in (LOGITS, LABELS))
+        return ao.CrossEntropy()(logits, labels, weights)
+
+    compiles_twice(
+        loss, range(2, 6), lambda n: torch.rand(n, *LABELS.shape[1:], requires_grad=True)
+    )
+
+
 class Exported(torch.nn.Module):
     """Losses and predictions with each kind of option."""
 

@@ -98,6 +98,11 @@ def test_compiled() -> None:
             z = torch.randn(n, 9, 13)
             given = z, maps, ids[:n].clone(), images[:n].clone()
             torch.testing.assert_close(compiled(*given), loss(*given))
+    masks = {0: torch.export.Dim("masks", min=2, max=9)}
+    given = z, torch.ones(4, 9, 13, dtype=torch.int32)
+    program = torch.export.export(loss, given, dynamic_shapes=dict(logits=masks, labels=masks))
+    given = given[0][:3], given[1][:3]
+    torch.testing.assert_close(program.module()(*given), loss(*given))
 
 
 SIZES = {

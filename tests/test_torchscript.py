@@ -24,6 +24,7 @@ class Net(nn.Module):
         return torch.nn.functional.interpolate(self.classifier(x), size=[64, 64], mode="bilinear")
 
 
+OTHERS = LOSSES | SIGMOIDS | {"MaskLoss": ao.MaskLoss}
 CHANGES = {
     "low_resolution": lambda model, x: ao.low_resolution(model, x).remove,
     "late_upsampling": lambda model, x: ao.late_upsampling(model, x).remove,
@@ -48,10 +49,10 @@ def test_script_is_refused(name: str, inside: bool) -> None:
     torch.testing.assert_close(torch.jit.script(whole)(x), expected)
 
 
-@pytest.mark.parametrize("name", METHODS | LOSSES | SIGMOIDS)
+@pytest.mark.parametrize("name", METHODS | OTHERS)
 def test_a_loss_that_the_model_does_not_call(name: str) -> None:
     model, x = Net().eval(), torch.randn(1, 3, 64, 64)
-    model.loss = METHODS[name](5, 64) if name in METHODS else (LOSSES | SIGMOIDS)[name]()
+    model.loss = METHODS[name](5, 64) if name in METHODS else OTHERS[name]()
     scripted: Any = torch.jit.script(model)
     torch.testing.assert_close(scripted(x), model(x))
     assert scripted.state_dict().keys() == model.state_dict().keys()

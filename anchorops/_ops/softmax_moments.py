@@ -134,7 +134,7 @@ def _dpixel_weights(
     gradient = torch.zeros_like(losses)
     for by_class, factor in ((dlosses, torch.where(losses.isfinite(), losses, 0)), (dused, 1)):
         if by_class is not None:
-            label_gradients = by_class.expand(len(labels), num_classes).gather(1, classes)
+            label_gradients = by_class.expand(labels.shape[0], num_classes).gather(1, classes)
             gradient += label_gradients.view_as(losses) * factor
     return torch.where(used, gradient, 0)
 

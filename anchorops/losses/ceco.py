@@ -148,7 +148,7 @@ class CeCo(Regularizer):
         if features.stride(1) == 1:
             reduced = F.linear(features.movedim(1, -1), weight).movedim(-1, 1)
         else:
-            reduced = torch.bmm(weight.expand(len(features), -1, -1), features.flatten(2))
+            reduced = torch.bmm(weight.expand(features.shape[0], -1, -1), features.flatten(2))
             reduced = reduced.unflatten(2, features.shape[2:])
         return reduced if features.dim() == 4 else reduced[:, :, None]
 

@@ -93,6 +93,7 @@ class MaskLoss(PixelLoss):
         self.focal_alpha = focal_alpha
         self.focal_gamma = check_number("MaskLoss", "focal_gamma", focal_gamma)
 
+    @torch.jit.unused
     def forward(
         self,
         logits: Tensor,
@@ -113,8 +114,8 @@ class MaskLoss(PixelLoss):
             ignore_index = None
         elif images is not None:
             fail("MaskLoss", "images", "None without ids", describe(images))
-        if len(labels) != len(logits):
-            expected = f"{len(logits)} masks, as logits (or maps, with ids)"
+        if labels.shape[0] != logits.shape[0]:
+            expected = f"{logits.shape[0]} masks, as logits (or maps, with ids)"
             fail("MaskLoss", "labels", expected, describe(labels))
         given = logits[:, None], labels[:, None], ignore_index, self.check_labels and ids is None
         masks, ignore_index = check_pixels("MaskLoss", *given, sigmoid=True)
@@ -168,7 +169,7 @@ class MaskLoss(PixelLoss):
 
     def _divisor(self, num_masks: Tensor | float | None, losses: Tensor) -> Tensor | float:
         if num_masks is None:
-            return max(len(losses), 1)
+            return max(losses.shape[0], 1)
         if not isinstance(num_masks, Tensor):
             return check_number("MaskLoss", "num_masks", num_masks, above=True)
         if num_masks.numel() != 1 or num_masks.is_complex() or num_masks.dtype == torch.bool:
@@ -182,7 +183,7 @@ class MaskLoss(PixelLoss):
 def masks_of_ids(maps: Tensor, ids: Tensor, images: Tensor, void: int | None) -> Tensor:
     """uint8 (N, H, W): 1 where the map (B, H, W) of its image has the id, 255 where it has the id
     `void`, else 0. ids, images: int64 [N]."""
-    masks = maps.new_empty((len(ids), *maps.shape[1:]), dtype=torch.uint8)
+    masks = maps.new_empty((ids.shape[0], *maps.shape[1:]), dtype=torch.uint8)
     strips = 1  # compiled code copies no maps
     if not torch.compiler.is_compiling():
         labels = max(masks.numel(), maps.numel())
