@@ -42,6 +42,9 @@ class Attachment:
     is not known, and the call raises an error. Runs without gradients, in eval mode, or repeated by
     torch.utils.checkpoint do not count, nor do runs through which a backward pass has gone
     (these count in a compiled model, and where the features need no gradient).
+
+    Call it inside of what `torch.func.functional_call` runs: afterwards the classifier has its own
+    parameters again.
     """
 
     def __init__(
