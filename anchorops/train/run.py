@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from . import ranks
-from .options import FREE, flat
+from .options import FREE, expect, flat
 
 CONFIG, DATA, LOCK, METRICS = "config.yaml", "data.yaml", "run.lock", "metrics.csv"
 LAST, BEST = "last.ckpt", "best.ckpt"
@@ -54,6 +54,8 @@ def save_atomically(state: Any, path: Path) -> None:
 def only_process(run: Path) -> Iterator[None]:
     """Raises ValueError if another process trains in the directory. A killed process holds nothing,
     nor do its workers, which end later than it: they would inherit what flock gives."""
+    written = str(run).encode(errors="replace").decode()
+    expect(written == str(run), "--run", "a path in UTF-8, as TensorBoard does", ascii(str(run)))
     run.mkdir(parents=True, exist_ok=True)
     with open(run / LOCK, "w") as file:
         try:
@@ -108,29 +110,40 @@ class Log:
         self.path, self.lines = run / METRICS, dict[int, dict[str, float]]()
         if step and self.path.exists():
             self.lines = {k: line for k, line in read_metrics(self.path).items() if k <= step}
+        self.names = dict[str, None]()  # the file's columns, once this process has written it
         self.events = SummaryWriter(str(run), purge_step=step + 1) if ranks.rank() == 0 else None
 
     def write(self, step: int, values: Mapping[str, float | Tensor]) -> None:
-        """Add values, as float32, to the line of a step."""
+        """Add values, as float32, to the line of a step. New lines are appended, for speed."""
         if self.events is None or not values:
             return
+        appended = step not in self.lines and values.keys() <= self.names.keys()
+        line = self.lines.setdefault(step, {})
         for name, value in values.items():
-            value = torch.as_tensor(value, dtype=torch.float32).item()
-            self.lines.setdefault(step, {})[name] = value
-            self.events.add_scalar(name, value, step)
-        names = dict.fromkeys(name for line in self.lines.values() for name in line)
-        file = io.StringIO()
-        writer = csv.DictWriter(file, ["step", *names], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({"step": step, **self.lines[step]} for step in sorted(self.lines))
-        save_atomically(file.getvalue(), self.path)
+            line[name] = torch.as_tensor(value, dtype=torch.float32).item()
+            self.events.add_scalar(name, line[name], step)
+        if not appended:
+            self.names = dict.fromkeys(name for line in self.lines.values() for name in line)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, ["step", *self.names], lineterminator="\n")
+        if appended:
+            writer.writerow({"step": step, **line})
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(text.getvalue())
+                file.flush()
+                os.fsync(file.fileno())
+        else:
+            writer.writeheader()
+            writer.writerows({"step": step, **self.lines[step]} for step in sorted(self.lines))
+            save_atomically(text.getvalue(), self.path)
         self.events.flush()
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
-    """The values that were logged at each step. Raises ValueError for a file that is damaged."""
+    """The values that were logged at each step; of a last line without an end, whose process was
+    killed, nothing. Raises ValueError for a file that is damaged."""
     try:
-        lines = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")))
+        lines = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8").rpartition("\n")[0]))
         if "step" not in (lines.fieldnames or ()):
             raise KeyError("step")
         return {

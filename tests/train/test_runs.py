@@ -25,7 +25,7 @@ from anchorops.train import __main__ as start
 from anchorops.train import commands, networks
 from anchorops.train import train as training
 from anchorops.train.commands import main
-from anchorops.train.run import Stopped, only_process, read_metrics, save_atomically
+from anchorops.train.run import Log, Stopped, only_process, read_metrics, save_atomically
 from tests.helpers.image_files import image, mask, write
 from tests.helpers.tiny_runs import (
     FOLDER,
@@ -212,6 +212,17 @@ def test_file_that_cannot_be_written(tmp_path: Path):
     assert torch.equal(torch.load(path)["a"], torch.ones(2))
 
 
+def test_log(tmp_path: Path):
+    """The file is written anew only for a new column. A part of a line is no line."""
+    log, path = Log(tmp_path, 0), tmp_path / "metrics.csv"
+    for step, name, appended in ((1, "a", 0), (2, "a", 1), (2, "b", 0), (3, "b", 1)):
+        before = path.stat().st_ino if path.exists() else None
+        log.write(step, {name: step / 2})
+        assert (path.stat().st_ino == before) == appended
+    write(path, path.read_bytes() + b"4,1")  # of a process that was killed
+    assert read_metrics(path) == {1: {"a": 0.5}, 2: {"a": 1.0, "b": 1.0}, 3: {"b": 1.5}}
+
+
 def test_damaged_files(copied: Path, refused: Refused):
     data = (copied / "data.yaml").read_bytes()
     write(copied / "data.yaml", b"classes: [a, b]")
@@ -239,7 +250,7 @@ def test_run_on_images_of_any_size(folder: Path, refused: Refused, capsys):
     words = f"{FOLDER} --data.root {folder} --run {folder}/run --clip 1 --precision bf16"
     refused(f"fit {words} --data.split test", "--data.split: expected val for fit, got test")
     run = fitted(words)
-    assert "no training pixels: absent 0, absent 1, " in capsys.readouterr().err
+    assert "classes without training pixels: absent 0, absent 1, " in capsys.readouterr().err
     assert f"val/iou/{names[0]}" in read_metrics(run / "metrics.csv")[2]
     for kind in ("images", "masks"):  # the training images are not needed
         (folder / kind / "train").rename(folder / kind / "test")
