@@ -142,10 +142,8 @@ def validate(words: Sequence[str]) -> dict[str, float]:
 
 def masks_of(images: Sequence[str], out: Path, resume: bool) -> dict[Path, Path]:
     """The mask of each image, and the image: out/NAME.png, or out/SUBFOLDER/NAME.png if the images
-    are in several folders. resume: leave out the masks that exist.
-
-    Raises ValueError for a mask that exists or would be written twice.
-    """
+    are in several folders. resume: leave out the masks that exist. Raises ValueError for a mask
+    that exists or would be written twice."""
     expect(len(images) > 0, "--images", "files of images", "none")
     paths = [Path(os.path.abspath(image)) for image in images]
     common = os.path.commonpath([path.parent for path in paths])

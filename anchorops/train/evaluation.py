@@ -76,14 +76,11 @@ def _weights(starts: Sequence[int], length: int, window: int, low: int, size: in
     scales the result to full resolution. starts: the first pixels of the windows."""
     window = min(length, window)
     padded = window + -window % MULTIPLE
-    upsampled = _interpolate(torch.eye(low, dtype=torch.float32), padded)[:, :window]
+    one_hot = torch.eye(low, dtype=torch.float32)[None]
+    upsampled = F.interpolate(one_hot, padded, mode="linear")[0, :, :window]
     image = torch.stack([F.pad(upsampled, (start, length - start - window)) for start in starts])
     image /= image.any(1).sum(0)
-    return _interpolate(image.flatten(0, 1), size).T
-
-
-def _interpolate(rows: Tensor, size: int) -> Tensor:
-    return F.interpolate(rows[None], size, mode="linear", align_corners=False)[0]
+    return F.interpolate(image.flatten(0, 1)[None], size, mode="linear")[0].T
 
 
 def _window_logits(

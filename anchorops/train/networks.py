@@ -104,12 +104,11 @@ class HRNetBody(nn.Module):
 
 def build_model(options: Model, num_classes: int, channels: int = 3) -> Segmenter:
     """The network. channels: of the images. The file of weights may be a checkpoint of this
-    program, or any file of a state dict.
-
-    Raises ValueError for an unknown name, and for weights that do not match."""
+    program, or any file of a state dict. Raises ValueError for an unknown name, and for weights
+    that do not match."""
     try:
         body, dim, stages = _body(options, channels)
-    except (KeyError, RuntimeError) as error:  # of smp, of timm
+    except (KeyError, RuntimeError, ValueError) as error:  # of smp, of timm
         raise ValueError(f"--model.network {options.network}: {error}") from None
     auxiliary_dim = stages[-2] if options.auxiliary_weight > 0 else None
     model = Segmenter(body, dim, num_classes, auxiliary_dim, options.dropout)
@@ -254,11 +253,9 @@ def build_regularizer(
     chosen = {"cr.embed": False, "ceco.prior": prior, **paper, **given}
     regularizers = []
     for method in options.methods:
-        arguments: dict[str, Any] = {"ignore_index": IGNORED}
-        for name, value in chosen.items():
-            owner, _, argument = name.partition(".")
-            if owner == method:
-                arguments[argument] = value
+        prefix = f"{method}."
+        own = {name: x for name, x in chosen.items() if name.startswith(prefix)}
+        arguments = {"ignore_index": IGNORED} | {x.removeprefix(prefix): own[x] for x in own}
         try:
             regularizers.append(getattr(ao, CLASSES[method])(num_classes, dim, **arguments))
         except (ValueError, TypeError) as error:

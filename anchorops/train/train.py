@@ -177,8 +177,8 @@ class Record:
         if not nn.utils.get_total_norm(numbers).isfinite():
             lr = self.options.model.lr
             raise ValueError(
-                f"not finite at step {step}: the network has diverged. Start again with "
-                f"--model.lr {lr / 10:g} (now {lr:g}), with --model.warmup 100 or --clip 1; or the "
+                f"not finite at step {step}: the network has diverged. Start another --run, "
+                f"with --model.lr {lr / 10:g} (now {lr:g}), --model.warmup 100 or --clip 1; or the "
                 "data are wrong (values far from 0 to 1 in floating images)"
             )
         save_atomically({"step": step, **state}, self.run / LAST)

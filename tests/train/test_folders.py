@@ -54,6 +54,7 @@ def test_label_map_of_colours(folder: Path):
     ("name", "content", "message"),
     [
         ("masks/train/b.png", mask(7, height=4, width=5), r"label values \[7\] are not those of"),
+        ("masks/train/c.tif", mask(0) + np.int64(2**32 + 1), r"values \[4294967297\] are not"),
         ("masks/train/b.png", mask(1), r"the size of its image, \(4, 5\), got \(6, 9\)"),
         ("masks/train/b.png", image(4, 5), "expected one channel of integer labels"),
         ("images/train/c.png", image()[..., [0, 1, 2, 2]], r"got 4: save .* alpha channel.*s 4\)$"),
@@ -68,7 +69,7 @@ def test_label_map_of_colours(folder: Path):
 def test_wrong_files(name: str, content: Any, message: str, folder: Path):
     """They are found before the first step, when the classes are counted."""
     write(folder / "images/train/c.png", image())
-    write(folder / "masks/train/c.png", mask(0))
+    write(folder / "masks/train/c.tif", mask(0))
     write(folder / name, content)
     with pytest.raises(ValueError, match=message):
         class_counts(open_folder(folder))

@@ -73,7 +73,7 @@ COMMAND_LINES = {
     f"{FIT} --data.eval_batch_size 2": r"size: expected 1 for images of several sizes, got .*6, 9",
     f'{FIT} --data.label_map {{"1,2,3":0,"4":1}}': "or only colours .*, got .4.: 1",
     f'{FIT} --data.label_map {{"1,2,3":2}}': "classes -1 to 1, got '1,2,3': 2",
-    f'{FIT} --data.label_map {{"1":-1}}': "no training pixels: thing; .*; 255 is ignored unless",
+    f'{FIT} --data.label_map {{"1":-1}}': "training pixels: thing; .*; 255 is ignored unless",
     f'{FIT} --data.label_map {{"0":-1,"1":-1}}': "in the validation: 0: expected two",
     # networks
     f"{DIGITS} pan:resnet18": r"cannot take images of 32×32 \(.*\); of squares .* 128×128,",
@@ -89,6 +89,7 @@ COMMAND_LINES = {
     # runs
     f"fit {TINY} --run $run": "holds a run: --resume goes on with it",
     f"fit {TINY} --run $run --resume --model.lr 1": "--model.lr: 1.0, .*straight has 0.004: ",
+    f"fit {TINY} --run $new\udcff": r"--run: expected a path in UTF-8, .*new.udcff'$",
     "validate --run $run --model.network segformer-b1": "weights .*best.ckpt are not those of this",
     f"validate {PAN}/linear": "linear are not those .*classifier.weight",
     "validate --run $run --model.weights $files/headless": "less: they have no classifier.weight",

@@ -86,13 +86,7 @@ LAYOUTS = {
         ignored=(*range(182), NO_CLASS),
         splits={"train": "train2017", "val": "val2017"},
     ),
-    "camvid": Layout(
-        "{}/*.png",
-        "{}annot/*.png",
-        range(11),
-        ignored=(11, NO_CLASS),
-        classes=CAMVID,
-    ),
+    "camvid": Layout("{}/*.png", "{}annot/*.png", range(11), (11, NO_CLASS), classes=CAMVID),
 }
 
 
@@ -118,8 +112,9 @@ class MaskFolder:
         image = read_image(image_path, self.channels)
         colours = len(self.labels) > COLOURS
         values = read_mask(mask_path, colours=colours)
-        labels = self.labels.take(values.astype(np.uint32), mode="clip")
-        if (unknown := labels == UNKNOWN).any():
+        rows = values.astype(np.uint32)
+        labels = self.labels.take(rows, mode="clip")
+        if (unknown := (labels == UNKNOWN) | (rows != values)).any():
             first = np.unique(values[unknown])[:5].tolist()
             if colours:
                 first = ["{},{},{}".format(*value.to_bytes(3, "big")) for value in first]

@@ -23,6 +23,7 @@ TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Pillow reduces some other formats to 8 bits without a word
 LABEL_FORMATS = ("PNG", "GIF", "BMP")
 IMAGE_FORMATS = (*LABEL_FORMATS, "JPEG", "WEBP")
+Image.MAX_IMAGE_PIXELS = None  # the files are the user's own
 LOSSY = ("JPEG", "JP2000", "WEBP", "LERC")  # parts of the names of compressions in TIFF
 
 

@@ -221,12 +221,11 @@ def open_splits(options: Data, seed: int, of_run: dict[str, Any] | None = None) 
         for name, split, counted in zip(("training", "validation"), splits, counts, strict=True):
             found[f"{name} files"] = split.fingerprint
             found[f"{name} pixels"] = counted[0].tolist()
-    if found["classes"] != classes:
-        known = shorten(str(found["classes"]), 200)
-        raise ValueError(f"the data are not those of the run, with the classes {known}")
+    known, present = (shorten(str(names), 200) for names in (found["classes"], classes))
+    expect(found["classes"] == classes, "--data", f"those of the run, with {known}", present)
     pixels = torch.tensor(found["training pixels"])
     absent = [name for name, x in zip(classes, found["training pixels"], strict=True) if not x]
-    message = f"no training pixels: {shorten(', '.join(absent), 200)}"
+    message = f"classes without training pixels: {shorten(', '.join(absent) or 'none', 200)}"
     if len(absent) > len(classes) - 2 or not validation_pixels.any():
         raise ValueError(
             f"{message}; pixels of classes in the validation: {validation_pixels.sum()}: expected "
