@@ -216,10 +216,7 @@ def _valid_cells(four, labels, CELLS: tl.constexpr):
     if CELLS.x.select:
         return four
     else:
-        largest = labels[0]
-        for i in tl.static_range(1, len(labels)):
-            largest = tl.maximum(largest, labels[i])
-        valid = tl.max(largest, ROW_AXIS, keep_dims=True) >= 0
+        valid = tl.max(largest_label(labels), ROW_AXIS, keep_dims=True) >= 0
         return [tl.where(valid, x, 0.0) for x in four]
 
 
