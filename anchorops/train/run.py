@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from . import ranks
-from .options import FREE, expect, flat
+from .options import FREE, flat
 
 CONFIG, DATA, LOCK, METRICS = "config.yaml", "data.yaml", "run.lock", "metrics.csv"
 LAST, BEST = "last.ckpt", "best.ckpt"
@@ -54,8 +54,6 @@ def save_atomically(state: Any, path: Path) -> None:
 def only_process(run: Path) -> Iterator[None]:
     """Raises ValueError if another process trains in the directory. A killed process holds nothing,
     nor do its workers, which end later than it: they would inherit what flock gives."""
-    written = str(run).encode(errors="replace").decode()
-    expect(written == str(run), "--run", "a path in UTF-8, as TensorBoard does", ascii(str(run)))
     run.mkdir(parents=True, exist_ok=True)
     with open(run / LOCK, "w") as file:
         try:

@@ -34,6 +34,8 @@ def train(options: Options, run: Path, resume: bool, advice: str = GO_ON) -> Non
     """Train in the directory of a run, or go on in it: from its last state, if it has one. advice:
     how to go on, for messages. Raises ValueError for what cannot be trained, and Stopped."""
     expect(options.data.split == "val", "--data.split", "val for fit", options.data.split)
+    in_utf8 = str(run).encode(errors="replace").decode() == str(run)
+    expect(in_utf8, "--run", "a path in UTF-8, for TensorBoard", ascii(str(run)))
     device = ranks.start(options.device)
     parts, images = options.accumulate * ranks.world(), options.data.batch_size
     multiple = f"a multiple of --accumulate × ranks = {parts}"

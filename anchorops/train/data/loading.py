@@ -222,7 +222,7 @@ def open_splits(options: Data, seed: int, of_run: dict[str, Any] | None = None) 
             found[f"{name} files"] = split.fingerprint
             found[f"{name} pixels"] = counted[0].tolist()
     known, present = (shorten(str(names), 200) for names in (found["classes"], classes))
-    expect(found["classes"] == classes, "--data", f"those of the run, with {known}", present)
+    expect(found["classes"] == classes, "validate", f"data of the run's {known}", present)
     pixels = torch.tensor(found["training pixels"])
     absent = [name for name, x in zip(classes, found["training pixels"], strict=True) if not x]
     message = f"classes without training pixels: {shorten(', '.join(absent) or 'none', 200)}"
