@@ -4,13 +4,14 @@ get a signal at a chosen place. They are forked from one process that has import
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 ROOT = Path(__file__).parents[2]
 PLACES = {  # a function, and the place of its call that gets the signal
@@ -45,7 +46,10 @@ class Programs:
         before = len(self.log.read_text())
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin and stdout
-        stdin.write(json.dumps({"words": words.split(), "ranks": ranks, "at": at}) + "\n")
+        # in which the ranks meet; as the one of torchrun, it listens before they start
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        asked = {"words": words.split(), "ranks": ranks, "at": at, "port": store.port}
+        stdin.write(json.dumps(asked) + "\n")
         stdin.flush()
         status = json.loads(stdout.readline())
         return status, self.log.read_text()[before:]
@@ -82,13 +86,11 @@ def _serve() -> None:
 
     for line in sys.stdin:
         asked = json.loads(line)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         ranks, children = asked["ranks"], []
         for rank in range(ranks):
-            several = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-            several |= {"LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1"}
+            several = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
+            several |= {"LOCAL_WORLD_SIZE": ranks, "TORCHELASTIC_USE_AGENT_STORE": True}
+            several |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": asked["port"]}
             variables = {name: str(x) for name, x in several.items()} if ranks > 1 else {}
             children.append(start(asked["words"], asked["at"], variables))
         print(json.dumps(_wait_as_torchrun(children)), flush=True)
