@@ -234,6 +234,8 @@ TABLE: dict[str, Rows] = {
         (MATCHED | {"ids": IDS[:2]}, r"ids: expected a tensor \[3\], .*, got .* \(2,\)"),
         (MATCHED | {"images": IMAGES[:2]}, r"images: expected a tensor \[3\], .* \(2,\)"),
         (MATCHED | {"images": IMAGES > 0}, "images: expected an integer dtype, got torch.bool"),
+        (MATCHED | {"images": IMAGES + 1}, r"images: .* from 0 to 1, .*got \[1, 2\]"),
+        (MATCHED | {"images": IMAGES - 1}, r"images: .* from 0 to 1, .*got \[-1, 0\]"),
         (MATCHED | {"images": None}, "images: expected the number of each mask's map, of 2 ma"),
         ({"images": IMAGES}, "images: expected None without ids, got "),
         ({"num_masks": -1.0}, f"num_masks: expected {EACH_NUMBER}, got -1.0"),
@@ -243,7 +245,6 @@ TABLE: dict[str, Rows] = {
             for row, message in (
                 ({"labels": MASKS + 1}, r"labels: expected values in \[0, 2\) or .*, got \[2\]"),
                 (MATCHED | {"ids": IDS * 5}, r"ids: expected ids that are in their maps, got "),
-                (MATCHED | {"images": IMAGES + 1}, r"images: .* from 0 to 1, .*got \[1, 2\]"),
                 ({"num_masks": torch.tensor(0.0)}, "num_masks: expected a number above 0, got"),
             )
         ),

@@ -17,6 +17,7 @@ from .._checks import (
 from .._moments import Options, Wanted, as_scalar
 from .._ops.softmax_moments import moments_of, weighted
 from .._shared.sums import fixed_order_sum
+from .._torch_state import has_values, in_transform
 from .pixel import PixelLoss, Terms
 
 # Bytes of a strip of rows of the maps of ids as int64, and of the copies for the masks. Copies of
@@ -55,7 +56,8 @@ class MaskLoss(PixelLoss):
             (B, H, W) of the ids of instances, any integer dtype, one for each image: then masks of
             the instances are made with one byte for each label.
         ids: integer [N]: the mask of n are the pixels with this id in its map.
-        images: integer [N]: the number of the map; may be left out if there is one map.
+        images: integer [N]: the number of the map; may be left out if there is one map. Numbers on
+            the CPU are always checked.
         num_masks: a number above 0, or a tensor of one number; N by default, but at least 1. On
             several GPUs it is the number of all ranks divided by that of the ranks: with DDP, the
             gradients are then those of one process.
@@ -158,8 +160,10 @@ class MaskLoss(PixelLoss):
                 expected = f"the number of each mask's map, of {len(maps)} maps"
                 fail("MaskLoss", "images", expected, "None")
             images = torch.zeros_like(ids)
+        on_host = images.is_cpu and not in_transform(images) and has_values(images)
         images = images.to(maps.device, torch.int64)
-        if self.check_labels and ((images < 0) | (images >= len(maps))).any():
+        checked = self.check_labels or on_host  # index_select would raise an IndexError on the CPU
+        if checked and ((images < 0) | (images >= len(maps))).any():
             expected = f"numbers from 0 to {len(maps) - 1}, as there are {len(maps)} maps"
             fail("MaskLoss", "images", expected, images.unique().tolist())
         masks = masks_of_ids(maps, ids, images, self.ignore_index)
