@@ -41,8 +41,9 @@ class CeCo(Regularizer):
         reduced_dim, center_dim: channels of g and of ẑ; center_dim ≥ K − 1.
         scale: of the cosines.
         prior: π [K], any positive scale; uniform if None. `diagnostics.LabelImbalance` computes it.
-        resolution: "label" as in the released code (upsampled, but this tensor is not stored), or
-            "feature": the labels are resized to the features by nearest-neighbour interpolation.
+        resolution: "label" as in the released code (upsampled with align_corners=True, but this
+            tensor is not stored), or "feature": the labels are resized to the features by
+            nearest-neighbour interpolation.
         per_image: centers of each image instead of the batch.
         freeze_projection: True as in the released code; False trains it.
         dropout: probability, for ẑ, below 1.
