@@ -104,6 +104,16 @@ def reduced_focal(
     return (torch.where(p < threshold, 1, ((1 - p) / threshold) ** gamma) * losses).mean()
 
 
+def skeleton_recall(
+    logits: Tensor, skeletons: Tensor, batch: bool = False, smooth: float = 1.0
+) -> Tensor:
+    """Kirchhoff et al., arXiv 2404.03010: the recall of each class but 0 on a map of skeletons,
+    which has the class of a pixel on the (widened) skeleton of the labels, and 0 elsewhere."""
+    m: Any = ao.ops.softmax_moments(logits, skeletons, per_image=not batch)
+    recalls = (m.intersections + smooth) / (m.counts + smooth)
+    return 1 - recalls[..., 1:].mean()
+
+
 def dice_of_all_classes(logits: Tensor, labels: Tensor, eps: float = 1e-3) -> Tensor:
     """One score for all classes of an image (mmsegmentation)."""
     m: Any = ao.ops.softmax_moments(logits, labels, per_image=True, squares=True)

@@ -150,6 +150,18 @@ def test_formulas_of_two_examples():
     torch.testing.assert_close(actual.double(), expected)
 
 
+@pytest.mark.parametrize("batch", [False, True])
+def test_skeleton_recall(batch: bool):
+    """Its formula, because its library is not installed."""
+    inputs = example("softmax", 4, True)
+    on_skeleton = torch.stack([inputs.labels == k for k in range(1, inputs.K)], 1).double()
+    axes = (0, 2, 3) if batch else (2, 3)
+    right = (inputs.z.softmax(1)[:, 1:] * on_skeleton).sum(axes)
+    expected = 1 - ((right + 0.3) / (on_skeleton.sum(axes) + 0.3)).mean()
+    actual = FEW_LINES["skeleton_recall"](inputs.logits, inputs.labels, batch=batch, smooth=0.3)
+    check_loss(actual, expected, inputs.logits)
+
+
 def documented_arguments(section: str) -> set[str]:
     table = SECTIONS[section].split("### Arguments")[1]
     cells = re.findall(r"^\| ([^|]+) \|", table, re.M)
