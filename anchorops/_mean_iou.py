@@ -63,6 +63,8 @@ class MeanIoU(Metric):
     full_state_update = False
     is_differentiable = False
     higher_is_better = True
+    plot_lower_bound, plot_upper_bound, plot_legend_name = 0.0, 1.0, "Class"
+    plot = Metric._plot
     confusion: Tensor
 
     def __init__(

@@ -175,6 +175,7 @@ class CentroidGeometry(Metric):
         ignore_index: as in `class_moments`.
     """
 
+    plot = Metric._plot
     counts: Tensor
     sums: Tensor
     sqdists: Tensor
@@ -262,6 +263,7 @@ class LabelImbalance(Metric):
     π.
     """
 
+    plot = Metric._plot
     pixels: Tensor
     images: Tensor
 

@@ -177,6 +177,20 @@ def test_label_imbalance() -> None:
     )
 
 
+def test_plot_of_metrics() -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is not installed")
+    features, labels = batches()[0]
+    for metric, batch in (
+        (ao.MeanIoU(K, average="none"), (features[:, :K], labels)),
+        (diagnostics.CentroidGeometry(K, D), (features, labels)),
+        (diagnostics.LabelImbalance(K), (labels,)),
+    ):
+        metric.update(*batch)
+        figure, _ = metric.plot()
+        assert draws(figure).std() > 0
+        pyplot.close(figure)
+
+
 def draws(figure: Any) -> np.ndarray:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
