@@ -174,8 +174,8 @@ def check_logits(
         expected = (
             "at least 2 classes in dimension 1 (for one sigmoid: pixel_binary_cross_entropy, "
             "BinaryCrossEntropy, Dice(sigmoid=True), pixel_confusion(sigmoid=True), MeanIoU(1, "
-            "sigmoid=True), pixel_argmax(sigmoid=True); elsewhere give the logits of two classes, "
-            "torch.cat([torch.zeros_like(x), x], 1))"
+            "sigmoid=True), CalibrationError(1, sigmoid=True), pixel_argmax(sigmoid=True); "
+            "elsewhere give the logits of two classes, torch.cat([torch.zeros_like(x), x], 1))"
         )
         fail(function, "logits", expected, f"shape {tuple(logits.shape)}")
     if not min_classes <= num_classes <= MAX_CLASSES:

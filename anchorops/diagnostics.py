@@ -1,4 +1,5 @@
-"""Neural-collapse and separability measures, as functions of vectors and as torchmetrics Metrics.
+"""Neural-collapse and separability measures, as functions of vectors and as torchmetrics Metrics;
+and the calibration error of predictions.
 
 Sources: CBP (doi 10.1016/j.patcog.2024.110431, Eq. 8), CeCo (CVPR 2023, Figs. 2, 5, 6, Table 12).
 """
@@ -10,24 +11,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import (
+    MAX_CLASSES,
     check_choice,
     check_count,
     check_features,
+    check_flags,
     check_ignore_index,
+    check_int,
     check_integers,
     check_labels,
     check_num_classes,
+    check_pixels,
     describe,
     fail,
     missing_extra,
     rows_of_classes,
 )
 from ._ops.class_moments import class_moments
+from ._ops.pixel_argmax import pixel_argmax
 
 try:
     from torchmetrics import Metric
 except ModuleNotFoundError as error:
     raise missing_extra("diagnostics", error) from error
+
+MAX_BINS = 8191  # the keys of hits and misses, of one bin more, are 16,384: the classes of a GPU
 
 
 def _of_classes(function: str, argument: str, values: Tensor) -> Tensor:
@@ -302,3 +310,144 @@ class LabelImbalance(Metric):
             "pixel_imbalance": imbalance_factor(self.pixels),
             "center_imbalance": imbalance_factor(self.images),
         }
+
+
+class CalibrationError(Metric):
+    """How far the confidence of the predictions is from their accuracy, over all pixels that
+    `update` received.
+
+        gap_b = |hits_b − confidence_sums_b| / counts_b,   share_b = counts_b / Σ_i counts_i
+        l1 = Σ_b share_b·gap_b (ECE),   l2 = √(Σ_b share_b·gap_b²),   max = max_b gap_b
+
+    over the bins b of the confidence, the largest probability of a pixel: [b / n_bins, (b + 1) /
+    n_bins) and, as in torchmetrics, a last bin of those that are 1. A hit is a right prediction.
+
+    It equals torchmetrics' CalibrationError(task="multiclass") of upsampled logits, with sigmoid
+    task="binary", except for pixels whose confidence is within rounding of an edge of two bins, and
+    for bins of more than 2²⁴ pixels, where its float32 sums stop. It is NaN if no pixel is valid,
+    or if the confidence of a valid one is NaN. `update` reads low-resolution logits; neither the
+    upsampled ones nor the confidences of pixels are kept.
+
+    Args:
+        num_classes: K, 2 to 65,536; with sigmoid C, at least 1.
+        sigmoid: each pixel of each channel is a prediction of its own, all in the same bins. The
+            confidence is the probability of 1, and a hit is a label 1, as in
+            BinaryCalibrationError.
+        n_bins: number of bins, 1 to 8,191, of equal width.
+        norm: "l1", "l2" or "max".
+        ignore_index: the label to ignore, 255 by default; with K > 255 it must be given. Pixels
+            whose label is no class are ignored too.
+        align_corners: of the upsampling, as in F.interpolate.
+        check_labels: as in `confusion`; a sigmoid has two classes, 0 and 1.
+        metric_arguments: of torchmetrics.Metric, for example sync_on_compute.
+
+    The state is `counts` and `hits`, int64, and `confidence_sums`, float64, all [n_bins + 1], which
+    `plots.reliability` draws. `compute` adds the states of all ranks. Sources: Guo et al., arXiv
+    1706.04599 (l1, max); Kumar et al., arXiv 1909.10155 (l2).
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = False
+    plot_lower_bound, plot_upper_bound = 0.0, 1.0
+    plot = Metric._plot
+    counts: Tensor
+    hits: Tensor
+    confidence_sums: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        sigmoid: bool = False,
+        n_bins: int = 15,
+        norm: str = "l1",
+        ignore_index: int | None = None,
+        align_corners: bool = False,
+        check_labels: bool = False,
+        **metric_arguments: Any,
+    ) -> None:
+        super().__init__(**metric_arguments)
+        function = "CalibrationError"
+        flags = {"align_corners": align_corners, "check_labels": check_labels}
+        check_flags(function, sigmoid=sigmoid, **flags)
+        least = 1 if sigmoid else 2
+        expected = f"an int from {least} to {MAX_CLASSES}"
+        if not sigmoid:
+            expected += " (one sigmoid: CalibrationError(1, sigmoid=True))"
+        num_classes = check_int(function, "num_classes", num_classes, expected, least, MAX_CLASSES)
+        self.n_bins = check_int(
+            function, "n_bins", n_bins, f"an int from 1 to {MAX_BINS}", 1, MAX_BINS
+        )
+        check_choice(function, "norm", norm, ("l1", "l2", "max"))
+        self.num_classes, self.sigmoid, self.norm = num_classes, sigmoid, norm
+        self.align_corners, self.check_labels = align_corners, check_labels
+        classes = 2 if sigmoid else num_classes
+        self.ignore_index = check_ignore_index(function, ignore_index, classes)
+        dtypes = {"counts": torch.int64, "hits": torch.int64, "confidence_sums": torch.float64}
+        for name, dtype in dtypes.items():
+            self.add_state(name, torch.zeros(self.n_bins + 1, dtype=dtype), "sum")
+        arguments = torch.tensor([self.ignore_index, align_corners, check_labels])
+        self.add_state("arguments", arguments, "max")  # see MeanIoU
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Add the pixels of a batch to the bins.
+
+        Args:
+            logits: (B, K, h, w) or (B, K, d, h, w), floating; with sigmoid of C channels.
+            labels: integer, (B, H, W) or (B, D, H, W) of any size, also with a channel, (B, 1, …).
+                With sigmoid 0 and 1, (B, C, …); if C = 1 also (B, H, W) or (B, D, H, W).
+
+        Raises:
+            ValueError: wrong shape, dtype, device or label.
+        """
+        function, sigmoid = "CalibrationError", self.sigmoid
+        labels, _ = check_pixels(
+            function,
+            logits,
+            labels,
+            self.ignore_index,
+            self.check_labels,
+            sigmoid=sigmoid,
+            points=False,
+        )
+        if logits.shape[1] != self.num_classes:
+            expected = f"{self.num_classes} channels in dimension 1, as num_classes"
+            fail(function, "logits", expected, describe(logits))
+        predictions, confidences = pixel_argmax(
+            logits,
+            labels.shape[2 - logits.dim() :],
+            align_corners=self.align_corners,
+            confidence=True,
+            dtype=torch.int32,
+            sigmoid=sigmoid,
+        )
+        labels = labels.long()  # torch has no comparisons for uint16 to uint64
+        classes = 2 if sigmoid else self.num_classes
+        valid = (labels >= 0) & (labels < classes) & (labels != self.ignore_index)
+        if sigmoid:
+            confidences = torch.where(predictions == 1, confidences, 1 - confidences)
+        hits = labels == (1 if sigmoid else predictions)
+        confidences = confidences.float().clamp(0, 1)  # rounding may leave [0, 1]
+        edges = torch.linspace(0, 1, self.n_bins + 1, dtype=torch.float32, device=logits.device)
+        bins = torch.bucketize(confidences, edges, right=True, out_int32=True) - 1
+        keys = torch.where(valid, 2 * bins + hits, -1)  # of misses and hits
+        values = confidences.flatten(1)[:, None], keys.flatten(1)
+        counts, sums, _ = class_moments(*values, 2 * len(edges), ignore_index=-1)
+        counts, sums = counts.view(-1, 2), sums.double().view(-1, 2)
+        # new tensors, because a state may be one of inference mode; model.to(dtype) converts them
+        self.counts = self.counts + counts.sum(1)
+        self.hits = self.hits + counts[:, 1]
+        self.confidence_sums = self.confidence_sums.double() + sums.sum(1)
+
+    def compute(self) -> Tensor:
+        """The calibration error by the norm, a float64 scalar; NaN if no pixel was valid."""
+        counts = self.counts.double()
+        gaps = (self.hits - self.confidence_sums).abs() / counts.clamp(min=1)
+        shares = counts / counts.sum()
+        if self.norm == "l1":
+            return (shares * gaps).sum()
+        if self.norm == "l2":
+            return (shares * gaps.square()).sum().sqrt()
+        return torch.where(counts.any(), gaps.max(), torch.nan)

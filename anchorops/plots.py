@@ -1,4 +1,5 @@
-"""Figures of features, centroids and classifiers; each function returns a matplotlib Figure."""
+"""Figures of features, centroids, classifiers and calibration; each function returns a matplotlib
+Figure."""
 
 from collections.abc import Sequence
 
@@ -183,4 +184,37 @@ def centroid_similarity(features: Tensor, centroids: Tensor, image: Tensor | Non
     for axis in axes:
         axis.set_axis_off()
     figure.colorbar(shown[-1], ax=list(axes), shrink=0.8, label="cosine")
+    return figure
+
+
+def reliability(
+    counts: Tensor, hits: Tensor, confidence_sums: Tensor, *, title: str = "reliability"
+) -> Figure:
+    """The accuracy of predictions beside their confidence in each bin that has pixels, and the
+    share of the pixels that it has. A line from a point to the diagonal is the bin's gap.
+
+    counts, hits, confidence_sums: [N], the states of `diagnostics.CalibrationError`; for those of
+    all ranks call it inside `with metric.sync_context():`.
+    """
+    bins = {"counts": counts, "hits": hits, "confidence_sums": confidence_sums}
+    for name, values in bins.items():
+        real = isinstance(values, Tensor) and not values.is_complex()
+        if not real or values.dim() != 1 or values.shape != counts.shape:
+            fail("reliability", name, "a real tensor [N], as counts", describe(values))
+    table = torch.stack([values.detach().double().cpu() for values in bins.values()])
+    pixels, right, sums = table[:, table[0] > 0]
+    if len(pixels) == 0:
+        fail("reliability", "counts", "at least one pixel", "none")
+    confidence, accuracy, shares = (
+        x.numpy() for x in (sums / pixels, right / pixels, pixels / pixels.sum())
+    )
+    figure = Figure(figsize=(4.5, 5.5), layout="constrained")
+    upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    upper.axline((0, 0), slope=1, color="grey", linestyle="--", linewidth=1)
+    upper.vlines(confidence, confidence, accuracy, color="tab:red")
+    upper.plot(confidence, accuracy, "o")
+    upper.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="accuracy", title=title)
+    lower.bar(confidence, shares, width=0.02)
+    lower.set(yscale="log", ylim=(shares.min() / 2, 1.2))  # shares of some bins are small
+    lower.set(xlabel="confidence", ylabel="share of pixels")
     return figure

@@ -121,6 +121,12 @@ CALLS: dict[str, Callable[[], Any]] = {
         diagnostics.CentroidGeometry(K, 12), FEATURES, LABELS[:, :9, :9].expand(2, -1, -1)
     ),
     "LabelImbalance": lambda: computed(diagnostics.LabelImbalance(K), LABELS**2 % K),
+    **{
+        f"CalibrationError, {norm}": lambda norm=norm: computed(
+            diagnostics.CalibrationError(K, norm=norm), LOGITS, LABELS
+        )
+        for norm in ("l1", "l2", "max")
+    },
 }
 
 

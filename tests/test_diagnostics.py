@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 import anchorops as ao
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
-from torchmetrics import MetricCollection
+from torchmetrics import CalibrationError, MetricCollection
 
 from anchorops import diagnostics, plots
 
@@ -76,6 +76,10 @@ COLLECTIONS: dict[str, tuple[Callable[..., Any], tuple[dict[str, Any], ...]]] = 
         ({"ignore_index": 2}, {"anchors": ANCHORS}),
     ),
     "LabelImbalance": (partial(diagnostics.LabelImbalance, K), ({"ignore_index": 2},)),
+    "CalibrationError": (
+        partial(diagnostics.CalibrationError, K),
+        ({"ignore_index": 2}, {"align_corners": True}, {"n_bins": 4}),
+    ),
 }
 
 
@@ -87,7 +91,8 @@ def test_a_collection_joins_metrics_of_equal_arguments_alone(name: str) -> None:
     collection = MetricCollection({metric: make(**options) for metric, options in made.items()})
     alone = {metric: make(**options) for metric, options in made.items()}
     features, labels = batches()[0]
-    inputs = {"MeanIoU": (features[:, :K],), "CentroidGeometry": (features,)}.get(name, ())
+    of_logits = dict.fromkeys(("MeanIoU", "CalibrationError"), (features[:, :K],))
+    inputs = (of_logits | {"CentroidGeometry": (features,)}).get(name, ())
     for y in (torch.full_like(labels, 255), labels):
         for metric in (collection, *alone.values()):
             metric.update(*inputs, y)
@@ -177,6 +182,78 @@ def test_label_imbalance() -> None:
     )
 
 
+KINDS = {  # channels and size of logits, size of labels, sigmoid
+    "softmax": ((K, 5, 7), (20, 21), False),
+    "volume": ((K, 3, 4, 5), (6, 8, 10), False),
+    "one sigmoid": ((1, 5, 7), (20, 21), True),
+    "sigmoids": ((3, 5, 7), (20, 21), True),
+}
+
+
+def predictions(kind: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Two batches of logits and labels, some of them ignored. In the first image of each, 1 is
+    predicted with certainty, and mostly right."""
+    low, size, sigmoid = KINDS[kind]
+    shape = (2, low[0], *size) if sigmoid else (2, *size)
+    for _ in range(2):
+        logits, labels = 2 * torch.randn(2, *low), torch.randint(0, 2 if sigmoid else K, shape)
+        logits[0, slice(None) if sigmoid else 1] = 200
+        labels[0, ..., 3:] = 1
+        labels[..., 2] = 255
+        yield logits, labels
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "max"])
+@pytest.mark.parametrize("n_bins", [1, 15])
+@pytest.mark.parametrize("kind", KINDS)
+def test_calibration_error(kind: str, n_bins: int, norm: Any) -> None:
+    (channels, *low), size, sigmoid = KINDS[kind]
+    options: dict[str, Any] = {"n_bins": n_bins, "norm": norm}
+    task: Any = {"task": "binary"} if sigmoid else {"task": "multiclass", "num_classes": K}
+    theirs = CalibrationError(**task, **options, ignore_index=255)
+    ours = diagnostics.CalibrationError(channels, sigmoid=sigmoid, **options)
+    valid = 0
+    for logits, labels in predictions(kind):
+        ours.update(logits, labels)
+        z = F.interpolate(logits, size, mode="trilinear" if len(low) > 2 else "bilinear")
+        theirs.update(z, labels)
+        valid += int((labels != 255).sum())
+    assert ours.counts.sum() == valid and ours.counts.shape == (n_bins + 1,)
+    assert 0 < ours.hits[-1] < ours.counts[-1] == ours.confidence_sums[-1]  # certain pixels
+    torch.testing.assert_close(ours.compute().float(), theirs.compute())
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "max"])
+def test_calibration_that_is_not_known(norm: str) -> None:
+    """Of no pixel, or with a logit that is not finite where a label is valid."""
+    metric = diagnostics.CalibrationError(K, norm=norm)
+    logits, labels = torch.randn(2, K, 4, 4), torch.full((2, 8, 8), 255)
+    logits[1] = torch.nan
+    for y in (labels, labels - 256, labels[:, :0]):
+        metric.update(logits, y)
+    assert metric.compute().isnan() and not metric.counts.any()
+    labels[0] = 1
+    metric.update(logits, labels)
+    assert metric.compute().isfinite()
+    metric.update(logits.flip(0), labels)
+    assert metric.compute().isnan()
+
+
+def test_sums_of_many_confidences() -> None:
+    """One more batch counts as much as the first, also in a module of bfloat16."""
+    logits, labels = torch.randn(2, K, 4, 4), torch.zeros(2, 8, 8).long()
+    first, later = (diagnostics.CalibrationError(K, n_bins=1) for _ in range(2))
+    torch.nn.ModuleList([later]).to(torch.bfloat16)
+    later.counts = later.counts + 2**40
+    later.confidence_sums = later.confidence_sums.double() + 2**40
+    for metric in (first, later):
+        metric.update(logits, labels)
+    assert torch.equal(later.counts - 2**40, first.counts)
+    torch.testing.assert_close(
+        later.confidence_sums - 2**40, first.confidence_sums, rtol=1e-5, atol=0
+    )
+
+
 def test_plot_of_metrics() -> None:
     pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is not installed")
     features, labels = batches()[0]
@@ -184,6 +261,7 @@ def test_plot_of_metrics() -> None:
         (ao.MeanIoU(K, average="none"), (features[:, :K], labels)),
         (diagnostics.CentroidGeometry(K, D), (features, labels)),
         (diagnostics.LabelImbalance(K), (labels,)),
+        (diagnostics.CalibrationError(K), (features[:, :K], labels)),
     ):
         metric.update(*batch)
         figure, _ = metric.plot()
@@ -216,6 +294,17 @@ def test_figures_draw_their_data() -> None:
     assert [text.get_text() for text in legend.get_texts()] == names
     colours = np.array([line.get_color() for line in legend.get_lines()])
     np.testing.assert_array_equal(colours[:-1], stars.to_rgba(np.arange(K - 1)))
+    assert draws(figure).std() > 0
+
+    counts, hits = torch.tensor([10, 0, 30, 4]), torch.tensor([2, 0, 21, 4])
+    figure = plots.reliability(counts, hits, torch.tensor([1.5, 0.0, 24.0, 4.0]).double())
+    _, points = figure.axes[0].lines  # the diagonal is the first
+    drawn = np.asarray(points.get_xydata())
+    np.testing.assert_allclose(drawn, [[0.15, 0.2], [0.8, 0.7], [1, 1]])
+    bars: Any = figure.axes[1].patches
+    heights = [bar.get_height() for bar in bars]
+    np.testing.assert_allclose(heights, [10 / 44, 30 / 44, 4 / 44])
+    assert figure.axes[1].get_ylim()[0] < min(heights)
     assert draws(figure).std() > 0
 
     groups = torch.randn(3, D)

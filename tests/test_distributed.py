@@ -264,6 +264,7 @@ def check_metrics(rank: int, ranks: int) -> None:
     for make, repeats in (
         (partial(ao.diagnostics.CentroidGeometry, K, 3), 1),
         (partial(ao.MeanIoU, K), 2),
+        (partial(ao.diagnostics.CalibrationError, K), 2),
     ):
         shared, whole = make(), make()
         whole.sync = lambda *_, **__: None  # as with a single process

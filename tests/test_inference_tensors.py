@@ -144,6 +144,7 @@ def test_metrics() -> None:
         (lambda: diagnostics.CentroidGeometry(5, 12), (features, labels)),
         (lambda: diagnostics.LabelImbalance(5), (labels**2 % 5,)),
         (lambda: ao.MeanIoU(5), (features[:, :5], labels)),
+        (lambda: diagnostics.CalibrationError(5), (features[:, :5], labels)),
     ):
         ours, right = make(), make()
         with torch.inference_mode():

@@ -44,6 +44,8 @@ RIGHT: dict[str, dict[str, Any]] = {  # by the names of what is called
     "SAR OCCL MVSC CeCo": METHOD,
     "CentroidGeometry": {"num_classes": 3, "dim": 2},
     "LabelImbalance": {"num_classes": 3},
+    "CalibrationError": {"num_classes": 5, "logits": LOGITS, "labels": LABELS},
+    "reliability": dict.fromkeys(("counts", "hits", "confidence_sums"), COUNTS),
     "features_with_anchors": {"features": FEATURES, "labels": LABELS, "anchors": ANCHORS},
 }
 OF_FEATURES: Rows = [
@@ -276,6 +278,17 @@ TABLE: dict[str, Rows] = {
         ({"features": torch.zeros(3, 2, 1, 1), "labels": COUNTS[:, None]}, "labels: expected"),
     ],
     "LabelImbalance": [({"labels": x}, "labels: expected") for x in (torch.eye(3), COUNTS)],
+    "CalibrationError": [
+        ({"num_classes": 4}, "logits: expected 4 channels in dimension 1, as num_classes, got "),
+        ({"num_classes": 1}, r"num_classes: .* from 2 .*\(1, sigmoid=True\)\), got 1"),
+        ({"logits": LOGITS[:, :1]}, r"logits: .* at least 2 .*CalibrationError\(1, sigmoid=True"),
+    ],
+    "reliability": [
+        ({"counts": [1]}, r"counts: expected a real tensor \[N\], as counts, got \[1\]"),
+        ({"hits": COUNTS[:2]}, r"hits: expected a real tensor \[N\], as counts, got "),
+        ({"confidence_sums": COUNTS * 1j}, "confidence_sums: expected a real tensor"),
+        (dict.fromkeys(("counts", "hits", "confidence_sums"), 0 * COUNTS), "counts: expected at"),
+    ],
     "features_with_anchors": [
         (
             {"features": FEATURES.flatten(2), "labels": LABELS[:1, 0]},

@@ -103,6 +103,8 @@ ARGUMENTS: dict[Callable[..., Any], dict[str, tuple[Any, ...]]] = {
     diagnostics.CentroidGeometry: {"num_classes": MANY_CLASSES, "dim": COUNT, "mean": NAME}
     | {"ignore_index": IGNORE_INDEX, "anchors": (*VECTORS, torch.zeros(K, D).long())},
     diagnostics.LabelImbalance: {"num_classes": MANY_CLASSES, "ignore_index": IGNORE_INDEX},
+    diagnostics.CalibrationError: PIXEL_SETTINGS
+    | {"num_classes": (*MANY_CLASSES, 1), "sigmoid": FLAG, "n_bins": (*COUNT, 8192), "norm": NAME},
     ao.ops.class_moments: LABEL_SETTINGS
     | {"num_classes": MANY_CLASSES, "per_image": FLAG, "anchors": (*VECTORS, ROWS[:4], ROWS.long())}
     | {"groups": COUNT, "seed": (*NO_INT, None, LARGE)},

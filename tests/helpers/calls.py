@@ -62,6 +62,9 @@ OF_LABELS: dict[str, Call] = {
     "confusion": lambda k, y, **options: ao.confusion(0 * y.long(), y, k, **options),
     "MeanIoU": lambda k, y, **options: ao.MeanIoU(k, **options).update(LOGITS[:, :k], y),
     "MeanIoU of maps": lambda k, y, **options: ao.MeanIoU(k, **options).update(0 * y.long(), y),
+    "CalibrationError": lambda k, y, **options: diagnostics.CalibrationError(k, **options).update(
+        LOGITS[:, :k], y
+    ),
     **{name: of_loss(make) for name, make in LOSSES.items()},
     **{x.__name__: of_method(x) for x in (ao.SAR, ao.OCCL, ao.MVSC, ao.CBP)},
     "CeCo": of_method(partial(ao.CeCo, reduced_dim=2)),
@@ -96,6 +99,11 @@ OF_SIGMOIDS: dict[str, Call] = {
     ),
     "MeanIoU of masks": of_a_sigmoid(
         lambda x, y, **options: ao.MeanIoU(1, sigmoid=True, **options).update(0 * y.long(), y)
+    ),
+    "CalibrationError of a sigmoid": of_a_sigmoid(
+        lambda x, y, **options: diagnostics.CalibrationError(1, sigmoid=True, **options).update(
+            x, y
+        )
     ),
     **{
         name: of_a_sigmoid(lambda x, y, make=make, **options: make(**options)(x, y))
