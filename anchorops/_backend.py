@@ -35,6 +35,11 @@ OPERATORS = {
     "mask_rle": FUSED,
     "centroid_info_nce": FUSED,
 }
+# Those for which none is selected, with those that call them.
+CALLERS = {
+    "class_keys": ("class_moments", "kth_largest", "upsampled_sums"),
+    "error_loss": ("probability_histograms",),
+}
 NOT_AUTO = "ANCHOROPS_NOT_AUTO"
 GPU_MAX_CLASSES = 16_384  # of cuda and triton; the others support MAX_CLASSES of _checks
 # Class moments of more keys (images × classes × groups) are for `triton`, which sorts their pixels:
@@ -104,13 +109,20 @@ def exclude_from_auto(backend: str, *operators: str) -> None:
     _exclude("exclude_from_auto", backend, operators)
 
 
+def not_auto_line(*pairs: tuple[str, str]) -> str:
+    """The line of a shell that takes these pairs (backend, operator) out of "auto", besides what is
+    excluded already."""
+    out = {(backend, name) for backend, names in excluded.items() for name in names}
+    return f"export {NOT_AUTO}={','.join(map(':'.join, sorted(out | {*pairs})))}"
+
+
 def backends() -> dict[str, str | None]:
     """All backends, fastest first: None if "auto" can take the backend here, otherwise the reason
     why not, or for which operators not (`exclude_from_auto`). With several GPUs, `cuda` is usable
-    if at least one GPU supports it. GPUs of a compute capability below 8.0 are served by
-    `reference` alone. Usable does not mean every call: `cuda` has class moments of at
-    most 1,024 keys (images × classes × groups), and leaves everything else to `triton`; both leave
-    float64 to `reference`."""
+    if at least one GPU supports it: it needs a compute capability of 8.0, `triton` 7.5, and older
+    GPUs are served by `reference` alone. Usable does not mean every call: `cuda` has class moments
+    of at most 1,024 keys (images × classes × groups), and leaves everything else to `triton`; both
+    leave float64 to `reference`."""
     reasons = unusable()
     for name, operators in excluded.items():
         if operators and not reasons[name]:
@@ -128,7 +140,7 @@ class use_backend:
     "auto" (the default) selects the fastest usable backend for the device and dtype of the input.
     For CUDA tensors this is `cuda`, if it was built for that GPU and supports the call, then
     `triton` (`triton` first for class moments of points that it sums faster); on GPUs of a compute
-    capability below 8.0 it is `reference`. (`backends` says which calls `cuda` leaves to `triton`.)
+    capability below 7.5 it is `reference`. (`backends` says which calls `cuda` leaves to `triton`.)
     Float64, and more classes than they support, use `reference`. For CPU tensors it is `cpu`, for
     all others `reference`. An operator that `exclude_from_auto` names is not selected. A backend
     chosen by name raises an error if it does not support a call; it is never silently replaced by
@@ -185,7 +197,7 @@ def _why_not(
         return f'{reason}: choose "{other}" or "auto"'
     if name == "reference" or device == "cpu":
         return None
-    return no_code_for(tensor.device) if name == "cuda" else too_old(tensor.device)
+    return no_code_for(tensor.device) if name == "cuda" else too_old(tensor.device, name)
 
 
 def onnx_refusal(function: str) -> RuntimeError:

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 _logger = logging.getLogger("anchorops")
-# The major compute capability that cuda and triton need: our CUDA sources for asynchronous copies
-# and sums of a warp by one instruction, and so does Triton from 3.3 on.
-OLDEST_GPU = 8
+# The compute capability that each needs: our CUDA sources for asynchronous copies and sums of a
+# warp by one instruction. Triton's kernels compile for 7.5 (T4), which Triton itself does not test.
+OLDEST_GPU = {"cuda": (8, 0), "triton": (7, 5)}
 
 # Tests without a GPU run the kernels of a backend on CPU tensors, as compiled: tests/proofs/ptx,
 # which sets the variable.
@@ -127,22 +127,23 @@ _CUDA_TARGETS = build_info().get("cuda_arch_list", "")
 _CUDA_RANGES = _built_for(_CUDA_TARGETS)
 
 
-def too_old(device: torch.device | int) -> str | None:
-    """Why neither `cuda` nor `triton` runs on this GPU, or None. torch.compile traces it."""
+def too_old(device: torch.device | int, name: str) -> str | None:
+    """Why `cuda` or `triton` does not run on this GPU, or None. torch.compile traces it."""
     if not torch.cuda.is_available():  # a tensor without values
         return None
     gpu = torch.cuda.get_device_properties(device)
-    if gpu.major >= OLDEST_GPU:  # true of every GPU that Triton supports on ROCm
+    major, minor = OLDEST_GPU[name]
+    if (gpu.major, gpu.minor) >= (major, minor):  # true of every GPU of Triton on ROCm
         return None
     return (
-        f"it needs a GPU of compute capability {OLDEST_GPU}.0 or later, {gpu.name} has "
+        f"it needs a GPU of compute capability {major}.{minor} or later, {gpu.name} has "
         f"{gpu.major}.{gpu.minor}"
     )
 
 
 def no_code_for(device: torch.device | int) -> str | None:
     """Why the CUDA library does not run on this GPU, or None. torch.compile traces it."""
-    if reason := too_old(device):
+    if reason := too_old(device, "cuda"):
         return reason
     gpu = torch.cuda.get_device_properties(device)
     for first, last in _CUDA_RANGES:
@@ -159,17 +160,17 @@ def unusable() -> dict[str, str | None]:
     """For each backend, the reason why it is not usable here, or None."""
     reasons = dict(MISSING)
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    reasons_of_gpus = [too_old(gpu) for gpu in gpus]
-    for name, obstacle in (("cuda", no_code_for), ("triton", too_old)):
+    for name in ("cuda", "triton"):
         if ON_HOST[name]:
             continue
+        old = [too_old(gpu, name) for gpu in gpus]
         if not gpus:
             reasons[name] = reasons[name] or "torch sees no GPU"
-        elif None not in reasons_of_gpus:  # then another installation would not help
-            reasons[name] = reasons_of_gpus[0]
+        elif None not in old:  # then another installation would not help
+            reasons[name] = old[0]
         elif name == "triton" and reasons[name]:
             reasons[name] = f"{reasons[name]}; until then, pixel losses on a GPU take the reference"
-        elif not reasons[name]:
-            obstacles = [obstacle(gpu) for gpu in gpus]
+        elif name == "cuda" and not reasons[name]:
+            obstacles = [no_code_for(gpu) for gpu in gpus]
             reasons[name] = None if None in obstacles else obstacles[0]
     return reasons

@@ -162,7 +162,7 @@ def mask_rle(
 
     On a GPU the call synchronises once, for the number of runs, and then copies the runs to the
     CPU, which writes the codes. Where "auto" finds that `triton` cannot serve (float64, a GPU of a
-    compute capability below 8.0, other devices), it copies the logits to the CPU, and takes `cpu`,
+    compute capability below 7.5, other devices), it copies the logits to the CPU, and takes `cpu`,
     not `reference`. The size of the result depends on the data, so torch.compile breaks the graph
     at the call, and it is not for CUDA graphs, torch.export and torch.vmap. Logits are detached.
 
