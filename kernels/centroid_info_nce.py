@@ -1,4 +1,5 @@
-"""InfoNCE between class centroids, on tensor cores with the accuracy of float32.
+"""InfoNCE between class centroids, on tensor cores with the accuracy of float32 (below compute
+capability 8.0, without bfloat16, by multiply-adds).
 
     x[r, k] = q_r·k_k/τ + b_k,  own[r]: that of row r's own key, which its positive may replace
     loss[r] = lse[r] − own[r],  lse[r] = log Σ e^x[r, k], of the denominator's keys and the own one
@@ -16,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import cuda_capability_geq, is_cuda
 
 from .lanes import INF
 from .launch import architecture, ceil_div, without_spills
@@ -113,6 +115,8 @@ def _parts(x):
 def product(x, y):
     """x y of float32, but for products below 2^−23 of it; the smallest first. The caller adds it to
     its sum, because tensor cores truncate sums."""
+    if is_cuda() and not cuda_capability_geq(8):  # whose tensor cores have no bfloat16
+        return tl.dot(x, y, input_precision="ieee")
     x0, x1, x2 = _parts(x)
     y0, y1, y2 = _parts(y)
     acc = tl.dot(x1, y1)
@@ -318,8 +322,8 @@ def centroid_info_nce(
         losses.zero_()
         return results
     few = ceil_div(p.rows, LARGE["BLOCK_R"]) * ceil_div(p.num_keys, LARGE["BLOCK_K"]) < ENOUGH
-    # on sm_120 products need more registers: a large tile would spill some
-    tile = SMALL if few or architecture() == "sm_120" else LARGE
+    # there products need more registers: a large tile would spill some
+    tile = SMALL if few or architecture() in ("sm_75", "sm_120") else LARGE
     blocks = ceil_div(p.num_keys, tile["BLOCK_K"])
     columns = blocks + (positives is not None)
     sums = new(2, columns, p.rows)

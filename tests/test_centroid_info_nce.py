@@ -17,6 +17,7 @@ from anchorops.doctor.catalogue import Case, Entry, Inputs, Sample, formulas
 from anchorops.doctor.catalogue.inputs import normal, uniform
 from tests.helpers.memory import peak_allocated_bytes
 from tests.helpers.operators import Operators, check, results
+from tests.helpers.simulated_gpu import PTX_ARCH
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 REDUCTIONS = ("mean", "sum", "none")
@@ -153,6 +154,10 @@ LARGE = [  # tiles of many classes
     centroids(257, 40, keys="some", dtype=F16),
     centroids(140, 2, 136, bias=F32, temperature=1.0),
 ]
+MANY = pytest.param(
+    centroids(1000, 8, normalize=EPS),
+    marks=pytest.mark.skipif(PTX_ARCH == "80", reason="a check of --verify has as many classes"),
+)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -161,7 +166,7 @@ def test_values_and_gradients(case: Case, backend: str):
 
 
 @pytest.mark.on("simulated_triton", "triton")
-@pytest.mark.parametrize("case", LARGE, ids=str)
+@pytest.mark.parametrize("case", [*LARGE, MANY], ids=str)
 def test_large_tiles(case: Case, backend: str, monkeypatch):
     """As with so many classes that large tiles keep a GPU busy."""
     from anchorops.kernels import centroid_info_nce, centroid_info_nce_backward
