@@ -8,6 +8,7 @@ import time
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -211,7 +212,7 @@ def test_triton_that_could_launch_nothing(monkeypatch, tmp_path):
 
 def test_it_is_said_once_that_triton_is_missing(monkeypatch, caplog):
     """Where a call would have taken it."""
-    gpus = Gpus(monkeypatch, "9.0", "9.0", "7.5")
+    gpus = Gpus(monkeypatch, "9.0", "9.0", "7.0")
     monkeypatch.setitem(_libraries.MISSING, "triton", "triton is not installed")
     monkeypatch.setattr(_backend, "_told", set())
     pixels = {"called": ("softmax_moments",)}
@@ -255,6 +256,71 @@ def test_it_is_said_that_kernels_are_compiled(monkeypatch, caplog):
         f"Triton compiles the kernels of {operator}, which takes seconds, and stores them in /cache"
         for operator in ("confusion", "pixel_argmax")
     ]
+
+
+class WithoutNotes(RuntimeError):
+    """As on Python 3.10."""
+
+    @property
+    def add_note(self):
+        raise AttributeError
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, WithoutNotes])
+def test_the_note_of_what_triton_raises(monkeypatch, caplog, kind: type[RuntimeError]):
+    """On Python 3.10 it is a line of the log. Other exclusions stay in the line of the shell."""
+    triton = pytest.importorskip("triton", reason="CPU builds of torch do not include Triton")
+    Gpus(monkeypatch, "", "7.5")
+    ao.exclude_from_auto("triton", "confusion")
+    error = kind("ptxas failed")
+    triton_launch._add_note(error, "class_keys", torch.device("cuda", 0))
+    excluded = ("class_moments", "confusion", "kth_largest", "upsampled_sums")
+    assert getattr(error, "__notes__", caplog.messages) == [
+        f"Triton raised this in class_keys of anchorops (torch {torch.__version__}, Triton "
+        f"{triton.__version__}, number 0, compute capability 7.5). If its kernels do not compile "
+        'here, this line takes it out of "auto": export ANCHOROPS_NOT_AUTO='
+        + ",".join(f"triton:{name}" for name in excluded)
+    ]
+
+
+def refuse(kernel: object, tensor: torch.Tensor) -> None:
+    raise ValueError("confusion: too many pixels")
+
+
+def have_no_memory(kernel: object, tensor: torch.Tensor) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def need_a_newer_triton(kernel: object, tensor: torch.Tensor) -> None:
+    raise ImportError("cannot import name 'cuda_capability_geq' from 'triton'")
+
+
+def compile_what_is_missing(kernel: object, tensor: torch.Tensor) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    triton.compile("missing.ttir", GPUTarget("cuda", 75, 32))
+
+
+@pytest.mark.parametrize(
+    ("call", "noted"),
+    [
+        (refuse, False),
+        (have_no_memory, False),
+        (need_a_newer_triton, True),
+        (compile_what_is_missing, True),
+    ],
+)
+def test_only_what_triton_raises_gets_a_note(monkeypatch, call: Any, noted: bool):
+    pytest.importorskip("triton", reason="CPU builds of torch do not include Triton")
+    add_note, launches = Mock(), Mock()
+    monkeypatch.setattr(triton_launch, "_add_note", add_note)
+    triton_launch.implement_by_triton(launches, "confusion", call)
+    launch = launches.impl.call_args.args[1]
+    with pytest.raises((ValueError, RuntimeError, ImportError, OSError)) as raised:
+        launch(LABELS)
+    noted_of = [(raised.value, "confusion", LABELS.device)] if noted else []
+    assert [x.args for x in add_note.call_args_list] == noted_of
 
 
 class Gpus:
@@ -356,25 +422,42 @@ def test_a_gpu_without_code_says_why(monkeypatch):
         ao.use_backend("cuda")
 
 
-@pytest.mark.parametrize("targets", ["", "7.5;9.0", "9.0+PTX"])
-def test_gpus_before_8_0_are_for_the_reference(monkeypatch, targets):
+@pytest.mark.parametrize("targets", ["", "7.0;9.0", "9.0+PTX"])
+def test_gpus_before_7_5_are_for_the_reference(monkeypatch, targets):
     """Neither our CUDA sources nor Triton support them."""
-    reason = "it needs a GPU of compute capability 8.0 or later, number 0 has 7.5"
-    gpus = Gpus(monkeypatch, targets, "7.5")
+    reasons = {
+        name: f"it needs a GPU of compute capability {oldest} or later, number 0 has 7.0"
+        for name, oldest in (("cuda", "8.0"), ("triton", "7.5"))
+    }
+    gpus = Gpus(monkeypatch, targets, "7.0")
     if not targets:
         monkeypatch.setitem(_libraries.MISSING, "cuda", "anchorops was built without CUDA")
     assert gpus.select(0) == "reference"
-    assert ao.backends() == {"cuda": reason, "triton": reason, "cpu": None, "reference": None}
+    assert ao.backends() == {**reasons, "cpu": None, "reference": None}
     for name in ("cuda", "triton"):
-        message = f"^use_backend: {name} is not usable here: {reason}$"
+        message = f"^use_backend: {name} is not usable here: {reasons[name]}$"
         with pytest.raises(RuntimeError, match=message):
             ao.use_backend(name)
-    gpus = Gpus(monkeypatch, "8.0", "7.5", "8.6")
+    gpus = Gpus(monkeypatch, "8.0", "7.0", "8.6")
     assert ao.backends()["cuda"] is ao.backends()["triton"] is None
     for name in ("cuda", "triton"):
-        message = rf"^f: backend {name} does not .*: {reason}$"
+        message = rf"^f: backend {name} does not .*: {reasons[name]}$"
         with ao.use_backend(name), pytest.raises(ValueError, match=message):
             gpus.select(0)
+
+
+def test_a_gpu_of_7_5_is_for_triton(monkeypatch):
+    gpus = Gpus(monkeypatch, "7.5;9.0", "7.5")
+    reason = "it needs a GPU of compute capability 8.0 or later, number 0 has 7.5"
+    assert ao.backends() == {"cuda": reason, "triton": None, "cpu": None, "reference": None}
+    assert gpus.select(0) == gpus.select(0, called=("softmax_moments",)) == "triton"
+    message = rf"^f: backend cuda does not .*: {reason}$"
+    monkeypatch.setattr(_backend._choice, "backend", "cuda")
+    with pytest.raises(ValueError, match=message):
+        gpus.select(0)
+    monkeypatch.setattr(_backend._choice, "backend", "auto")
+    monkeypatch.setitem(_libraries.MISSING, "triton", "triton is not installed")
+    assert gpus.select(0) == "reference"
 
 
 SELECT = partial(select, FEATURES, 6, called=("class_moments", "split_groups"))

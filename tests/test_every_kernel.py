@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import anchorops as ao
+from anchorops._backend import NOT_AUTO, OPERATORS
 from anchorops.doctor.catalogue import ENTRIES, Case, Sample, cases
 from anchorops.doctor.catalogue.features import Features
 from anchorops.doctor.verify import run
@@ -49,6 +50,24 @@ def test_every_kernel_is_launched(backend: str):
         print(f"{kernel}: {names[0]}" + f", and {len(names) - 1} more" * (len(names) > 1))
     assert cases_of, "no launch was noticed"
     assert cases_of.keys() == kernels_of(backend)
+
+
+@pytest.mark.on("simulated_triton")
+def test_where_kernels_do_not_compile(backend: str, monkeypatch):
+    """The exception of each operator has a note whose line takes it out of "auto"."""
+    from ptx.triton_launches import _Driver
+    from triton.runtime import driver
+
+    monkeypatch.setattr(driver, "_active", _Driver(86))  # nothing has been compiled for it
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/dev/null/cache")  # as on a full disk
+    own = {case.entry.operators: case for case in cases("all") if "cpu" not in case.sample.tags}
+    for name in (name for name, backends in OPERATORS.items() if backend in backends):
+        case = own[name,]
+        with pytest.raises(NotADirectoryError) as raised:
+            case.ours(**case.sample.inputs())
+        (note,) = vars(raised.value)["__notes__"]
+        _, _, line = note.partition(f"export {NOT_AUTO}=")
+        assert f"triton:{name}" in line.split(","), note
 
 
 @pytest.mark.on("simulated_triton", "triton")

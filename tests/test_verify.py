@@ -143,7 +143,7 @@ def row_of(operator: str, right: bool | None, backend: str = "cpu", *parts: str)
 
 def test_what_takes_it_out_of_auto(monkeypatch):
     """A check of a composition names its parts only if the check of none of them failed."""
-    monkeypatch.setattr(verify, "excluded", {"cuda": (), "triton": ("confusion",), "cpu": ()})
+    monkeypatch.setattr(_backend, "excluded", {"cuda": (), "triton": ("confusion",), "cpu": ()})
     right = [
         row_of("confusion", True),
         row_of("pixel_argmax", None),

@@ -3,13 +3,16 @@
 import contextlib
 import importlib
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from traceback import walk_tb
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._backend import CALLERS, not_auto_line
 from .._libraries import TRITON_ON_HOST
 
 _logger = logging.getLogger("anchorops")
@@ -36,6 +39,32 @@ def compiling(operator: str, patience: float = 1.0) -> Iterator[None]:
         timer.cancel()
 
 
+def _is_of_triton(error: Exception) -> bool:
+    """Whether Triton raised it, and not a launcher, which refuses a call, or torch, which has no
+    memory left; or whether this Triton lacks something that a file of kernels imports."""
+    frames = (frame for frame, _ in walk_tb(error.__traceback__))
+    packages = {frame.f_globals.get("__name__", "").partition(".")[0] for frame in frames}
+    return "triton" in packages or isinstance(error, ImportError)
+
+
+def _add_note(error: Exception, operator: str, device: torch.device) -> None:
+    """Of what Triton says, nothing names the operator, and how a program runs without its
+    kernels."""
+    triton = getattr(sys.modules.get("triton"), "__version__", "unknown")
+    gpu = str(device)
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        gpu = f"{found.name}, compute capability {found.major}.{found.minor}"
+    name = operator.removesuffix("_backward")
+    line = not_auto_line(*(("triton", caller) for caller in CALLERS.get(name, (name,))))
+    add = getattr(error, "add_note", _logger.error)  # Python 3.10 has no notes
+    add(
+        f"Triton raised this in {operator} of anchorops (torch {torch.__version__}, Triton "
+        f"{triton}, {gpu}). If its kernels do not compile here, this line takes it out of "
+        f'"auto": {line}'
+    )
+
+
 def implement_by_triton(
     library: torch.library.Library, operator: str, call: Callable[..., Any]
 ) -> None:
@@ -46,14 +75,19 @@ def implement_by_triton(
 
     def launch(*args: Any) -> Any:
         nonlocal kernel
-        if kernel is None:
-            kernel = getattr(importlib.import_module(f"anchorops.kernels.{operator}"), operator)
         tensor = next(x for x in args if isinstance(x, Tensor))
-        with torch.cuda.device_of(tensor):  # Triton launches on the current device
-            if operator in _launched:
-                return call(kernel, *args)
-            with compiling(operator):
-                return call(kernel, *args)
+        try:
+            if kernel is None:
+                kernel = getattr(importlib.import_module(f"anchorops.kernels.{operator}"), operator)
+            with torch.cuda.device_of(tensor):  # Triton launches on the current device
+                if operator in _launched:
+                    return call(kernel, *args)
+                with compiling(operator):
+                    return call(kernel, *args)
+        except Exception as error:
+            if _is_of_triton(error):
+                _add_note(error, operator, tensor.device)
+            raise
 
     library.impl(f"{operator}.triton", launch, "CUDA")
     if TRITON_ON_HOST:

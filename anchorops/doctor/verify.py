@@ -24,7 +24,7 @@ from torch import Tensor
 
 import anchorops as ao
 
-from .._backend import NOT_AUTO, OPERATORS, excluded
+from .._backend import OPERATORS, excluded, not_auto_line
 from .._libraries import TRITON_ON_HOST, unusable
 from ..measure import cuda_graph, environment
 from .catalogue import Case, Inputs, cases
@@ -246,18 +246,14 @@ def not_auto(rows: Sequence[Row]) -> list[str]:
     """The lines of a shell that take what is wrong out of "auto", besides what is excluded already.
     The first is for operators whose own check failed. For a composition without such an operator,
     one line follows for each of its parts."""
-    out = {(backend, name) for backend, names in excluded.items() for name in names}
     faults = [row for row in rows if row.right is False and row.backend in excluded]
     wrong = {(row.backend, row.operator) for row in faults if row.operator in OPERATORS}
 
-    def line(pairs: set[tuple[str, str]]) -> str:
-        return f"export {NOT_AUTO}={','.join(map(':'.join, sorted(pairs)))}"
-
-    lines = [line(out | wrong)] if wrong else []
+    lines = [not_auto_line(*wrong)] if wrong else []
     for row in faults:
         pairs = [(row.backend, part) for part in row.parts if row.backend in OPERATORS[part]]
         if wrong.isdisjoint(pairs):
-            lines += [f"{line(out | wrong | {pair})}  # one of: {row.check}" for pair in pairs]
+            lines += [f"{not_auto_line(*wrong, x)}  # one of: {row.check}" for x in pairs]
     return lines
 
 
