@@ -10,8 +10,9 @@ then compiles what it would launch there, and the table is read off the machine 
 - instructions: of the whole kernel, for NVIDIA's GPUs;
 - seconds: the processor's time for compiling it, ptxas included. On a GPU about half a second of
   gcc is added for the launcher.
-The report fails on spills, and if a kernel has more than INSTRUCTIONS, one of plain cross-entropy
-more than OF_CROSS_ENTROPY: users wait for it to be compiled.
+The report fails on spills, on more shared memory than the GPU has, and if a kernel has more than
+INSTRUCTIONS, one of plain cross-entropy more than OF_CROSS_ENTROPY: users wait for it to be
+compiled.
 """
 
 import argparse
@@ -58,6 +59,9 @@ def faults_of(name: str, kernel: str, variant: str, row: Row) -> list[str]:
         faults.append(
             f"{name} {kernel}, {variant}: {row.instructions} instructions, more than {most}"
         )
+    shared = 64 << 10 if name in ("sm_75", "gfx942") else 99 << 10  # that every such GPU has
+    if row.shared > shared:
+        faults.append(f"{name} {kernel}, {variant}: {row.shared} B of shared memory")
     return faults
 
 

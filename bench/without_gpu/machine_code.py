@@ -22,6 +22,7 @@ CUOBJDUMP, NVDISASM = PROGRAMS / "cuobjdump", PROGRAMS / "nvdisasm"
 # A label, or an instruction without its condition.
 CODE = re.compile(r"^(\.L_x_\d+):|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([^;]+?)\s*;", re.MULTILINE)
 TARGETS = {
+    "sm_75": GPUTarget("cuda", 75, 32),  # T4, RTX 20
     "sm_80": GPUTarget("cuda", 80, 32),  # A100
     "sm_86": GPUTarget("cuda", 86, 32),  # RTX 30
     "sm_89": GPUTarget("cuda", 89, 32),  # L4, RTX 40
@@ -149,7 +150,7 @@ def measure(kernel: Any, seconds: float) -> Row:
     registers, stack = (int(re.findall(rf"{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK"))
     loops, instructions = loops_of(sass)
     loops = "; ".join(" ".join(map(str, loop)) for loop in loops)
-    most = 64 if kernel.metadata.target.arch in (80, 90, 100) else 48
+    most = {75: 32, 80: 64, 90: 64, 100: 64}.get(kernel.metadata.target.arch, 48)
     warps = min(2**16 // (32 * triton.cdiv(registers, 8) * 8), most)
     warps -= warps % kernel.metadata.num_warps
     return Row(registers, stack, shared, warps, loops, instructions, seconds)

@@ -7,7 +7,7 @@ import gc
 import os
 from pathlib import Path
 
-PTX_ARCH = os.environ.get("PTX_ARCH")  # of the GPU for which is compiled: 80 or 90
+PTX_ARCH = os.environ.get("PTX_ARCH")  # of the GPU for which is compiled: 75, 80 or 90
 PTX_BACKEND = os.environ.get("PTX_BACKEND", "triton")
 if PTX_ARCH is not None:
     # translated programs stay, and looking through them for garbage took an eighth of the time
