@@ -175,7 +175,9 @@ def test_notebook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
         assert source.count("range(200)") == ("attach" in source)
         exec(compile(source.replace("range(200)", "range(60)"), str(path), "exec"), names)
     assert names["history"][-1]["ce"] < 0.5 * names["history"][0]["ce"]
-    assert "centroid to anchor" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "centroid to anchor" in printed
+    assert len(re.findall(r"(?:torch|anchorops): \d+\.\d ms, \d+ MiB", printed)) == 2
 
 
 @pytest.mark.slow
