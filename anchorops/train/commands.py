@@ -5,24 +5,28 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import imagecodecs
 import torch
 import torch.distributed as dist
-from jsonargparse import ArgumentParser, auto_cli
+import yaml
+from jsonargparse import ArgumentParser, auto_cli, set_loader
 
 from . import ranks
+from .data.folders import IMAGES, files_of
 from .data.images import read_image
-from .data.loading import network_input, open_splits
+from .data.loading import CHANNELS, Like, check_bits, network_input, open_splits
 from .evaluation import check_sizes, evaluate, predict
 from .networks import Segmenter, trained_model
-from .options import Options, expect
+from .options import Options, check_effects, expect, flat
 from .run import BEST, CONFIG, DATA, GO_ON, Stop, Stopped, comparison, read_yaml, save_atomically
 from .train import place, train
 
+VALUES = "values"  # the mode of jsonargparse that reads them with `load_values`
 PRESETS = Path(__file__).with_name("presets")
 SHARED = "shared"  # of the presets: settings that are written once
 DEMO = ("digits", "digits-segformer-b0")  # a laptop needs minutes for this
@@ -44,16 +48,52 @@ RENAMED = {  # options of earlier versions, as patterns
 }
 
 
+class Loader(yaml.SafeLoader):
+    """Reads values on the command line and in files of options: YAML, in which each key is given
+    once, and whose numbers are decimal. YAML 1.1 makes 90 of 1:30 and 8 of 010."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in known if tag.endswith(("bool", "null", "merge"))]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [str(key.value) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                message = f"expected each key once, got {key} twice"
+                raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+NUMBERS = {
+    "int": r"[-+]?\d+$",
+    "float": r"[-+]?((\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|\.?(inf|Inf|INF))$|\.?(nan|NaN|NAN)$",
+}
+for kind, pattern in NUMBERS.items():
+    first = list("-+.0123456789iInN")
+    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(pattern), first)
+Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
+
+
+def load_values(text: str) -> Any:
+    return yaml.load(text, Loader)
+
+
+set_loader(VALUES, load_values, (yaml.YAMLError,))
+
+
 def parser_of(command: str) -> ArgumentParser:
     name = f"anchorops-train {command}"
-    parser = ArgumentParser(prog=name, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(prog=name, exit_on_error=False, allow_abbrev=False, parser_mode=VALUES)
     help = "A preset or a file of options. With several, the later ones override the earlier ones."
     parser.add_argument("--config", "-c", action="append", default=[], help=help)
     parser.add_argument("--run", help="Directory; of fit, runs/PRESET-METHODS-seedN by default.")
     if command != "validate":
         parser.add_argument("--resume", action="store_true", help="Go on with what was stopped.")
     if command == "predict":
-        parser.add_argument("--images", nargs="+", default=[], help="Files to predict.")
+        help = "Files to predict, or directories of them."
+        parser.add_argument("--images", nargs="+", default=[], help=help)
         parser.add_argument("--out", default="predictions", help="Directory of the masks.")
     parser.add_class_arguments(Options)
     return parser
@@ -61,13 +101,17 @@ def parser_of(command: str) -> ArgumentParser:
 
 def parse(command: str, words: Sequence[str]) -> tuple[Options, Path, dict[str, Any]]:
     """The options, the directory of the run, and the options of the command alone. Raises
-    ValueError for an unknown preset and a wrong value, and what argparse raises for the others."""
+    ValueError for an unknown preset, a wrong value, and an option that acts on nothing; and what
+    argparse raises for the others."""
     parser, values = parser_of(command), None
-    given = parser.parse_args(words)
-    configs = [(name, part) for name in given.config for part in load_preset(name)]
+    words_alone = parser.parse_args(words, defaults=False)
+    names, of_run = words_alone.get("config", []), words_alone.get("run")
+    configs = [(name, part) for name in names for part in load_preset(name)]
+    with_data = {name for name in names if Path(name).with_name(DATA).exists()}  # of a run
+    own = [x for name, x in configs if Path(name).is_file() and name not in with_data]
     paper: dict[str, Any] = {}  # to which each file adds, as `from-scratch` does
-    if given.run and (command != "fit" or (given.resume and not configs)):
-        configs.insert(0, (f"{given.run}/{CONFIG}", read_yaml(Path(given.run) / CONFIG)))
+    if of_run and (command != "fit" or (words_alone.get("resume") and not configs)):
+        configs.insert(0, (f"{of_run}/{CONFIG}", read_yaml(Path(of_run) / CONFIG)))
         if command != "fit":  # the weights with which the run began
             configs.insert(1, ("", {"model": {"weights": None}}))
     for file, content in configs:
@@ -83,7 +127,10 @@ def parse(command: str, words: Sequence[str]) -> tuple[Options, Path, dict[str, 
             raise argparse.ArgumentError(None, f"--config {file}: {error}") from None
     chosen = vars(parser.instantiate(parser.parse_args(words, values)))
     options = Options(**{name: chosen.pop(name) for name in Options.__annotations__})
-    preset = "-".join(Path(name).stem for name in given.config) or "no-preset"
+    with_run = f"{command} --run" if of_run else command
+    files = {option for content in own for option in flat(content)}
+    check_effects(options, with_run, flat(words_alone.as_dict()), files)
+    preset = "-".join(Path(name).stem for name in names) or "no-preset"
     methods = "+".join(options.model.methods) or "plain"
     run = chosen["run"] or f"runs/{preset}-{methods}-seed{options.seed}"
     return options, Path(run).absolute(), chosen
@@ -93,10 +140,13 @@ def load_preset(name: str) -> list[dict[str, Any]]:
     """The options in a file; or in a preset of this name, after the shared ones that it names.
     Raises ValueError for an unknown name, and for a file that cannot be read."""
     if Path(name).is_file():
-        return [read_yaml(Path(name))]
+        content = read_yaml(Path(name), load=load_values)
+        several = "several --config on the command line"
+        expect("config" not in content, f"{name}: config", several, content.get("config"))
+        return [content]
     path = PRESETS / f"{name}.yaml"
     expect(path.exists(), "--config", "a file or a preset", f"{name}. The presets:\n{presets()}")
-    content, shared = read_yaml(path), read_yaml(PRESETS / f"{SHARED}.yaml")
+    content, shared = (read_yaml(x, load=load_values) for x in (path, PRESETS / f"{SHARED}.yaml"))
     return [*(shared[part] for part in content.pop(SHARED, [])), content]
 
 
@@ -124,12 +174,27 @@ def trained(options: Options, run: Path) -> Segmenter:
     return model.eval()
 
 
+def of_training(options: Options, run: Path) -> tuple[Options, dict[str, Any] | None, Like | None]:
+    """For an evaluation: the options with mean and standard deviation of the run's images; what was
+    found for its training; and what images must be, of `check_bits`."""
+    data, found = options.data, None
+    if (run / DATA).exists():
+        found = read_yaml(run / DATA, "classes", "training pixels")
+    channels = (found or {}).get(CHANNELS, {})
+    if data.mean is not None and [*data.mean] != channels.get("mean"):
+        return options, found, None  # they are given for these images
+    if not channels:
+        return options, found, (True, "--data.mean and --data.std are not given")
+    data = replace(data, mean=channels["mean"], std=channels["std"])
+    return replace(options, data=data), found, (channels["8 bits"], "the images of the run")
+
+
 def validate(words: Sequence[str]) -> dict[str, float]:
     """Print the figures of a network on a split of the data."""
     options, run, _ = parse("validate", words)
     model = trained(options, run)
-    of_run = read_yaml(run / DATA, "classes", "training pixels") if (run / DATA).exists() else None
-    data = open_splits(options.data, options.seed, of_run)
+    options, of_run, like = of_training(options, run)
+    data = open_splits(options.data, options.seed, of_run, like)
     classes, known = len(data.validation.classes), model.classifier.out_channels
     expect(known == classes, "validate", f"data of {known} classes, as the weights", classes)
     check_sizes(model, options, data.sizes)
@@ -145,7 +210,11 @@ def masks_of(images: Sequence[str], out: Path, resume: bool) -> dict[Path, Path]
     are in several folders. resume: leave out the masks that exist. Raises ValueError for a mask
     that exists or would be written twice."""
     expect(len(images) > 0, "--images", "files of images", "none")
-    paths = [Path(os.path.abspath(image)) for image in images]
+    paths: list[Path] = []
+    for path in map(Path, map(os.path.abspath, images)):
+        found = [*files_of(path / "*", IMAGES).values()] if path.is_dir() else [path]
+        expect(len(found) > 0, "--images", f"one of {', '.join(IMAGES)}", f"{path} with none")
+        paths += found
     common = os.path.commonpath([path.parent for path in paths])
     masks = {out / path.relative_to(common).with_suffix(".png"): path for path in paths}
     expect(len(masks) == len(paths), "--images", "images of different masks", ", ".join(images))
@@ -158,6 +227,7 @@ def masks_of(images: Sequence[str], out: Path, resume: bool) -> dict[Path, Path]
 def predict_masks(words: Sequence[str]) -> None:
     """Write the classes of each image: 8 bits, or 16 with more than 256 classes."""
     options, run, others = parse("predict", words)
+    options, _, like = of_training(options, run)
     model, out = trained(options, run), Path(others["out"])
     images_of = ranks.on_first(lambda: masks_of(others["images"], out, others["resume"]))
     own = [*images_of.items()][ranks.rank() :: ranks.world()]
@@ -165,7 +235,8 @@ def predict_masks(words: Sequence[str]) -> None:
     kind = torch.uint8 if model.classifier.out_channels <= 256 else torch.uint16
     with Stop(GO_ON) as stop, torch.no_grad():
         for mask, path in stop.until_asked(own):
-            image = read_image(path, options.data.channels)
+            image = read_image(path, options.data.channels, options.data.nodata)
+            check_bits(image, path, like)
             size = tuple(image.shape[1:])
             images = network_input(image, options.data)[None].to(device)
             try:

@@ -4,6 +4,7 @@ network's resolution, never at the labels'."""
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from operator import itemgetter
 from textwrap import shorten
@@ -191,6 +192,9 @@ def draw_predictions(model: nn.Module, dataset: Segmentation, options: Options) 
     for index in range(min(PICTURES, len(dataset))):
         image, labels = dataset[index]
         images = network_input(image, options.data)[None].to(next(model.parameters()).device)
+        if image.dtype != torch.uint8:  # two standard deviations from the mean are black and white
+            whole = replace(options.data, short_side=None, long_side=None)
+            image = (network_input(image, whole) / 4 + 0.5).clamp(0, 1)
         (classes,) = predict(model, images, labels.shape, options)
         three = image[[0, 1, 2] if len(image) >= 3 else [0, 0, 0]]
         pixels = to_dtype(three, torch.uint8, scale=True).permute(1, 2, 0).numpy()

@@ -3,8 +3,8 @@
 # pyright: reportAssignmentType=false, reportInvalidTypeForm=false
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from jsonargparse.typing import (
@@ -14,10 +14,13 @@ from jsonargparse.typing import (
     OpenUnitInterval,
     PositiveFloat,
     PositiveInt,
+    restricted_number_type,
 )
 
 from . import MULTIPLE
 
+# also "nan", which jsonargparse takes for a text where a float is expected
+Number = restricted_number_type("Number", float, [("==", 0), ("!=", 0)], join="or")
 Published = Literal[
     "cityscapes", "ade20k", "pascal-context", "coco-stuff-10k", "coco-stuff-164k", "camvid"
 ]
@@ -106,6 +109,10 @@ class Data:
         mask_suffix: folder: ending of mask names (_labels.png).
         label_map: folder: classes of all values '{128: 1, 7: -1}' or colours '{"128,64,0": 1}'.
         channels: folder: channels of the images.
+        mean: Of each channel, in values of the files (8 bits: 0 to 255). If not given, that of the
+            training images, if they are not of 8 bits; else ImageNet's for 3 channels, or 127.5.
+        std: Standard deviation of each channel, as mean; at last ImageNet's, or 63.75.
+        nodata: Pixels with this value in a channel, which may be nan, are ignored.
         short_side: Scale images to this short side, keeping their aspect ratio.
         long_side: Scale images to this long side; with short_side, so that neither is exceeded.
         scale: Range of an additional random scale of training images.
@@ -131,6 +138,9 @@ class Data:
     mask_suffix: str | None = None
     label_map: dict[int, int] | dict[str, int] | None = None
     channels: PositiveInt = 3
+    mean: Sequence[float] | None = None
+    std: Sequence[PositiveFloat] | None = None
+    nodata: Number | float | None = None
     short_side: PositiveInt | None = None
     long_side: PositiveInt | None = None
     scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
@@ -181,9 +191,15 @@ class Options:
         scales = model.eval_scales
         finite = len(scales) > 0 and max(scales) < math.inf
         expect(finite, "--model.eval_scales", "finite numbers, at least one", scales)
-        if data.dataset == "digits":
-            expect(data.channels == 3, "--data.channels", "3 for digits", data.channels)
-            expect(data.root is None, "--data.root", "none for digits", data.root)
+        three = data.channels == 3
+        expect(three or data.dataset != "digits", "--data.channels", "3 for digits", data.channels)
+        expect(three or not data.photometric, "--data.photometric", "3 channels", data.channels)
+        for name, values in (("--data.mean", data.mean), ("--data.std", data.std)):
+            fits = (data.mean is None) == (data.std is None)
+            fits &= values is None or len(values) == data.channels
+            fits &= all(map(math.isfinite, values or ()))
+            expected = f"--data.mean and --data.std, each of {data.channels} numbers"
+            expect(fits, name, expected, values)
         ordered = data.scale[0] <= data.scale[1] < math.inf
         expect(ordered, "--data.scale", "least ≤ greatest, finite", data.scale)
         methods = model.methods
@@ -192,12 +208,52 @@ class Options:
         expect(data.cat_max_ratio > 0, "--data.cat_max_ratio", "above 0", 0)
         head, tail = data.head_tail
         expect(tail <= head, "--data.head_tail", "that of head first", data.head_tail)
-        loss, gamma = model.loss, model.focal_gamma
-        mined = (model.ohem_threshold, model.ohem_min_kept) != (None, None)
-        expect(loss != "dice" or not mined, "--model.loss", "another than dice with ohem", loss)
-        expect(loss == "focal" or gamma == 2, "--model.focal_gamma", "--model.loss focal", loss)
+        for name, value in flat(asdict(self)).items():
+            finite = not isinstance(value, float) or math.isfinite(value)
+            expect(finite or name == "--data.nodata", name, "a finite number", value)
         no_map = model.network.startswith("dpt:") and model.auxiliary_weight > 0
         expect(not no_map, "--model.auxiliary_weight", "0 for DPT", model.auxiliary_weight)
+
+
+# options on which a command depends that does not train
+PREDICT = """model.network model.weights model.channels_last model.evaluation model.window_stride
+    model.eval_scales model.eval_flip data.crop data.channels data.short_side data.long_side
+    data.mean data.std data.nodata device"""
+VALIDATE = f"""{PREDICT} data.dataset data.root data.workers data.eval_batch_size data.split
+    data.head_tail data.val_images data.image_suffix data.mask_suffix data.label_map"""
+COUNTED = "seed data.data_seed data.train_images data.zipf"  # if there is no run whose data it has
+USED = {"predict": PREDICT, "predict --run": PREDICT}
+USED |= {"validate": f"{VALIDATE} {COUNTED}", "validate --run": VALIDATE}
+
+
+def check_effects(
+    options: Options, command: str, words: Container[str], files: Container[str]
+) -> None:
+    """Raises ValueError for an option that acts on nothing: of the command's words, or of the
+    user's files, in which it may have its default. command: with --run, if this is given."""
+    model, data = options.model, options.data
+    on_disk, weights = data.dataset != "digits", model.weights or model.backbone_weights
+    ohem = "model.ohem_threshold model.ohem_min_kept"
+    scenes = "data.train_images data.val_images data.zipf data.data_seed"
+    suffixes = "data.image_suffix data.mask_suffix"
+    needs = [  # options, what they need, and whether it is there
+        ("model.pretrained", "no file of weights", not weights),
+        ("model.focal_gamma", "--model.loss focal", model.loss == "focal"),
+        (ohem, "another --model.loss than dice", model.loss != "dice"),
+        ("model.window_stride", "--model.evaluation sliding", model.evaluation == "sliding"),
+        (scenes, "--data.dataset digits", not on_disk),
+        ("data.root data.label_map data.nodata", "another --data.dataset than digits", on_disk),
+        (suffixes, "--data.dataset folder", data.dataset == "folder"),
+    ]
+    default, used = flat(asdict(Options())), USED.get(command, "").split()
+    for name, value in flat(asdict(options)).items():
+        bare, got = name.removeprefix("--"), f"{value}, which acts on nothing"
+        known = not used or bare in used or name not in words
+        expect(known, name, f"an option that {command} uses", got)
+        chosen = name in words and value is not None and value is not False
+        if chosen or (name in files and value != default[name]):
+            for names, need, met in needs:
+                expect(met or bare not in names.split(), name, need, got)
 
 
 # options on which no number of a run depends; they may differ where it goes on

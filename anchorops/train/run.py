@@ -6,7 +6,7 @@ import fcntl
 import io
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import zip_longest
 from pathlib import Path
@@ -69,10 +69,12 @@ def only_process(run: Path) -> Iterator[None]:
         yield
 
 
-def read_yaml(path: Path, *needed: str) -> dict[str, Any]:
+def read_yaml(
+    path: Path, *needed: str, load: Callable[[str], Any] = yaml.safe_load
+) -> dict[str, Any]:
     """Raises ValueError for a file that is damaged or that lacks a name."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({shorten(str(error), 200)})") from None
     if not isinstance(content, dict) or not {*needed} <= content.keys():
@@ -87,7 +89,8 @@ def check_run(run: Path, options: Mapping[str, Any], found: dict[str, Any], resu
     if resume:
         before = flat(read_yaml(run / CONFIG)) | read_yaml(run / DATA)
         for name, now in (flat(options) | found).items():
-            if now != (then := before.get(name)) and name not in FREE:
+            same = str(now) == str(then := before.get(name)) or now == then  # NaN is not NaN
+            if not same and name not in FREE:
                 raise ValueError(
                     f"{name}: {shorten(str(now), 200)}, {run} has {shorten(str(then), 200)}: the "
                     "numbers would not be those of the run without a stop. Leave it as it was, or "

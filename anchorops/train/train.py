@@ -11,6 +11,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
+import numpy as np
 import torch
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
@@ -48,7 +50,7 @@ def train(options: Options, run: Path, resume: bool, advice: str = GO_ON) -> Non
         data = open_splits(options.data, options.seed)
         ranks.on_first(lambda: check_run(run, config, data.found, resume))
         with Stop(advice) as stop:
-            last = fit(options, run, data, device, stop)
+            last = fit(replace(options, data=data.options), run, data, device, stop)
     steps = options.data.steps
     limit = f"a limit ended the run after step {last} of {steps}; {advice} --max_steps null"
     ranks.say(f"{run}: {limit}" if last < steps else f"{run} has ended, after step {steps}")
@@ -199,5 +201,6 @@ class Record:
         if not best.exists() or miou > read_checkpoint(best, "miou")["miou"]:
             save_atomically({"model": model.state_dict(), "step": step, "miou": miou}, best)
         picture = draw_predictions(model, self.data.validation, self.options)
-        picture.save(self.run / "predictions.png")
+        png = imagecodecs.png_encode(np.asarray(picture))
+        save_atomically(png, self.run / "predictions.png")
         self.metrics.write(step, figures)

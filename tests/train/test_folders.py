@@ -25,7 +25,7 @@ def test_folder(folder: Path):
     (pixels, labels), (smaller, _) = data[0], data[1]
     assert pixels.shape == (3, 6, 9) and smaller.shape == (3, 4, 5)
     assert pixels.dtype == torch.uint8 and labels[:, 0].tolist() == [0, 1, -1, 0, 1, -1]
-    pixels, images, sizes = class_counts(data)
+    pixels, images, sizes, *_ = class_counts(data)
     assert pixels.tolist() == [18, 18 + 20] and images.tolist() == [1, 2]
     assert sizes == [(4, 5), (6, 9)] and list(data.classes) == ["ground", "thing"]
 
@@ -38,6 +38,18 @@ def test_label_map_and_suffixes(folder: Path):
     assert len(data) == 1 and data[0][1][:3, 0].tolist() == [-1, 1, 0]
 
 
+def test_label_map_of_values_below_0(folder: Path):
+    """Which the message about them recommends."""
+    write(folder / "images/train/x.png", image(3, 2))
+    write(folder / "masks/train/x.tif", np.array([[-1, -9999], [1, -1], [0, 0]], np.int16))
+    with pytest.raises(
+        ValueError, match=r"label values \[-9999, -1\] .* map the values with --data"
+    ):
+        open_folder(folder)[2]
+    labels = {-1: -1, "-9999": 1}
+    assert open_folder(folder, label_map=labels)[2][1].tolist() == [[-1, 1], [1, -1], [0, 0]]
+
+
 def test_label_map_of_colours(folder: Path):
     """The class values 0 and 1 are colours no more. An opaque alpha channel is left out."""
     rows = [[[128, 64, 0, 255]] * 2, [[0, 0, 0, 255]] * 2, [[255, 255, 255, 255]] * 2]
@@ -48,6 +60,9 @@ def test_label_map_of_colours(folder: Path):
     del labels["128,64,0"]
     with pytest.raises(ValueError, match=r"x.png: label values \['128,64,0'\] are not"):
         open_folder(folder, label_map=labels)[2]
+
+
+MANY = "\n".join(map(str, range(32_769))).encode()
 
 
 @pytest.mark.parametrize(
@@ -64,6 +79,12 @@ def test_label_map_of_colours(folder: Path):
         ("classes.txt", None, r"classes.txt: expected names of classes, .*No such file"),
         ("classes.txt", "Straße".encode("latin-1"), r"classes.txt: .*'utf-8' .* byte 0xdf"),
         ("classes.txt", b"a\nb\na\n", r"classes.txt: expected different names, got "),
+        ("classes.txt", MANY, r"classes.txt: expected at most 32768 names, got 32769"),
+        (
+            "images/train/c.png",
+            image().astype(np.uint16)[..., 0],
+            "c.png: expected 8 bits, as .*/1.jpg, got",
+        ),
     ],
 )
 def test_wrong_files(name: str, content: Any, message: str, folder: Path):

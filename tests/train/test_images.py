@@ -1,6 +1,7 @@
 """Formats of images and masks, written by their specifications or by libraries; damaged files."""
 
 import io
+import os
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +13,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from anchorops.train.data.images import read_image, read_mask
+from anchorops.train.data.images import has_data, read_image, read_mask
 from tests.helpers.image_files import chunk, png, tiff, write
 
 BINARY = np.array([[0, 1, 1, 0], [1, 1, 0, 0]])
@@ -43,16 +44,16 @@ def by_pillow(samples: np.ndarray, dtype: str, palette: Any = None, **options: A
     return file.getvalue()
 
 
-def by_tifffile(samples: np.ndarray, **options: Any) -> bytes:
+def by_tifffile(samples: np.ndarray, dtype: str = "uint8", **options: Any) -> bytes:
     file = io.BytesIO()
-    tifffile.imwrite(file, samples.astype(np.uint8), **options)
+    tifffile.imwrite(file, samples.astype(dtype), **options)
     return file.getvalue()
 
 
 def grey(samples: np.ndarray, bits: int) -> np.ndarray:
-    """What is shown: all of 0 to 255, or more bits as shares."""
+    """What is shown: all of 0 to 255, or the values of more bits."""
     if bits > 8:
-        return np.atleast_3d(samples.astype(np.float32) / (2**bits - 1))
+        return np.atleast_3d(samples.astype(np.float32))
     return np.atleast_3d(255 // (2**bits - 1) * samples)
 
 
@@ -65,7 +66,7 @@ FORMATS: dict[str, tuple[bytes, Any, Any]] = {
     "grey_12.tif": (tiff(GREY, 12, BLACK_IS_ZERO), grey(GREY, 12), GREY),
     "tiled.tif": (tiff(WIDE, 16, BLACK_IS_ZERO, tile=16), grey(WIDE, 16), WIDE),
     "white_8.tif": (tiff(GREY, 8, WHITE_IS_ZERO), 255 - grey(GREY, 8), GREY),
-    "white_16.tif": (tiff(WIDE[:, ::3], 16, WHITE_IS_ZERO), [[[1.0], [0.0]]], WIDE[:, ::3]),
+    "white_16.tif": (tiff(WIDE[:, ::3], 16, WHITE_IS_ZERO), [[[65_535.0], [0.0]]], WIDE[:, ::3]),
     "cmyk_16.tif": (tiff(CMYK, 16, IN_CMYK), "expected grey or RGB of more than 8", NO_LABELS),
     "palette_1.tif": (
         tiff(BINARY, 1, IN_PALETTE, palette=[0, 65_535, 0, 256, 0, 0]),
@@ -75,7 +76,12 @@ FORMATS: dict[str, tuple[bytes, Any, Any]] = {
     "cmyk.tif": (tiff(CMYK, 8, IN_CMYK), FROM_CMYK, NO_LABELS),
     "lab.tif": (tiff(CMYK, 8, IN_LAB), r"lab.tif cannot be read: ", NO_LABELS),
     "float.tif": (by_pillow(WIDE / -2, "float32"), WIDE[..., None] / -2, NO_LABELS),
-    "inf.tif": (by_pillow(np.full((1, 4), np.inf), "float32"), "expected finite values", NO_LABELS),
+    "inf.tif": (
+        by_pillow(np.full((1, 4), np.inf), "float32"),
+        f"(finite values|{NO_LABELS})",
+        NO_LABELS,
+    ),
+    "int16.tif": (by_tifffile(GREY - 1024, "int16"), GREY[..., None] - 1024.0, GREY - 1024),
     "int32.tif": (by_pillow(WIDE * 2, "int32"), r"8 to 16 bits or floats", WIDE * 2),
     "jpeg.tif": (
         by_pillow(GREEN, "uint8", compression="jpeg", quality=100),
@@ -144,6 +150,21 @@ def test_formats(name: str, tmp_path: Path):
     assert_read(stored, read_mask, path)
     unreadable = isinstance(stored, str) and "cannot be read" in stored
     assert_read(stored if unreadable else codes(shown), partial(read_mask, colours=True), path)
+
+
+@pytest.mark.parametrize("nodata", [np.nan, np.inf])
+def test_pixels_without_data(nodata: float, tmp_path: Path):
+    """They may have another value in other channels, which must be finite in all other pixels."""
+    path, samples = tmp_path / "x.tif", np.array([[[nodata, 1], [2, nodata], [3, 4]]], np.float32)
+    path.write_bytes(by_tifffile(samples, "float32", planarconfig="contig"))
+    image = read_image(path, 2, nodata)
+    assert has_data(image, nodata).tolist() == [[False, False, True]]
+    assert_read("x.tif: expected finite values, or --data.nodata", read_image, path, 2, 4.0)
+
+
+def test_a_pipe_has_no_end(tmp_path: Path):
+    os.mkfifo(tmp_path / "x.png")
+    assert_read("x.png cannot be read: expected a file, got", read_image, tmp_path / "x.png", 3)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "page", "zeros"])

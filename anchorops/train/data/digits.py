@@ -38,6 +38,7 @@ class DigitScenes:
     seed: int
     classes = ("background", *map(str, range(10)))
     fingerprint = "none"  # of files
+    nodata = None
 
     def __len__(self) -> int:
         return self.options.train_images if self.split == "train" else self.options.val_images

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,15 @@ from torchvision.datasets import Cityscapes
 
 from .. import IGNORED
 from ..options import Data, expect
-from .images import read_image, read_mask
+from .images import has_data, read_image, read_mask
 
 CLASSES = "classes.txt"
 IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 MASKS = (".png", ".tif", ".tiff")
-VALUES, COLOURS = 65_536, 2**24  # the numbers of those that there are
-UNKNOWN = -2  # in a table of labels
+VALUES, COLOURS = 65_536, 2**24  # the numbers of those from 0 that there are
+LEAST = -32_768  # of the values
+MOST_CLASSES = 32_768  # labels are int16
+UNKNOWN, FIRST_ROW = -2, LEAST - 1  # in a table of labels, and the value of its first row
 NO_CLASS = 255  # in masks: ignored if there are at most this number of classes
 
 CITYSCAPES = [x for x in Cityscapes.classes if not x.ignore_in_eval]
@@ -94,26 +97,27 @@ LAYOUTS = {
 class MaskFolder:
     """Images and masks of labels on disk: pairs of their paths. channels: of the images. labels:
     what `label_table` returns. fingerprint: of the names under the root, in the order of the
-    images, on which that of the batches depends."""
+    images, on which that of the batches depends. nodata: the value of pixels that are ignored."""
 
     pairs: Sequence[tuple[Path, Path]]
     channels: int
     classes: Sequence[str]
     labels: np.ndarray
     fingerprint: str
+    nodata: float | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Image (C, H, W), uint8, or float32 in 0..1 if the file has more than 8 bits; labels
-        int16 (H, W). Raises ValueError that names a wrong file."""
+        """Image (C, H, W), uint8, or float32 if the file has more than 8 bits; labels int16 (H, W).
+        Raises ValueError that names a wrong file."""
         image_path, mask_path = self.pairs[index]
-        image = read_image(image_path, self.channels)
+        image = read_image(image_path, self.channels, self.nodata)
         colours = len(self.labels) > COLOURS
         values = read_mask(mask_path, colours=colours)
-        rows = values.astype(np.uint32)
-        labels = self.labels.take(rows, mode="clip")
+        rows = values.astype(np.int32)
+        labels = self.labels.take(rows - FIRST_ROW, mode="clip")
         if (unknown := (labels == UNKNOWN) | (rows != values)).any():
             first = np.unique(values[unknown])[:5].tolist()
             if colours:
@@ -125,6 +129,8 @@ class MaskFolder:
         size = tuple(image.shape[1:])
         upright = f"{labels.shape}; both are upright, by their EXIF orientations"
         expect(size == labels.shape, mask_path, f"the size of its image, {size}", upright)
+        if self.nodata is not None:
+            labels[~has_data(image, self.nodata).numpy()] = IGNORED
         return image, torch.from_numpy(labels)
 
 
@@ -145,7 +151,7 @@ def open_files(options: Data, split: str) -> MaskFolder:
 
     images = root / (layout.images.format(part) + (options.image_suffix or ""))
     masks = root / (layout.masks.format(part) + (options.mask_suffix or ""))
-    image_of, mask_of = _files(images, IMAGES), _files(masks, MASKS)
+    image_of, mask_of = files_of(images, IMAGES), files_of(masks, MASKS)
     either = image_of | mask_of
     names = list(either)
     if layout.listed is not None:
@@ -158,10 +164,10 @@ def open_files(options: Data, split: str) -> MaskFolder:
     pairs = [(image_of[name], mask_of[name]) for name in names]
     paths = [os.fsencode(path.relative_to(root)) for pair in pairs for path in pair]
     fingerprint = f"{len(paths)} names ({hashlib.sha256(b'/'.join(paths)).hexdigest()[:16]})"
-    return MaskFolder(pairs, options.channels, classes, labels, fingerprint)
+    return MaskFolder(pairs, options.channels, classes, labels, fingerprint, options.nodata)
 
 
-def _files(pattern: Path, known: Sequence[str]) -> dict[str, Path]:
+def files_of(pattern: Path, known: Sequence[str]) -> dict[str, Path]:
     """Files by what stands for the * of a pattern, in order, also in linked subfolders. Hidden
     ones, such as the `._a.jpg` of macOS, are skipped. Names are in NFC, because macOS writes some
     in NFD. known: the ends, if the pattern has none. Raises ValueError for two files of one name,
@@ -186,24 +192,28 @@ def _files(pattern: Path, known: Sequence[str]) -> dict[str, Path]:
 def label_table(
     values: Sequence[int], ignored: Iterable[int], label_map: Mapping[Any, int]
 ) -> np.ndarray:
-    """int16, the class of each value in masks: that of --data.label_map; 0, 1, … for `values`; −1
-    for ignored ones; −2 for others, and in the last row for all that are greater. Or, if
-    --data.label_map has colours, the class of each colour R·2¹⁶ + G·2⁸ + B."""
+    """int16, the class of each value in masks, in row value + 32,769: that of --data.label_map; 0,
+    1, … for `values`; −1 for ignored ones; −2 for others, and in the first and the last row for all
+    that are less or greater. Or, if --data.label_map has colours, the class of each colour
+    R·2¹⁶ + G·2⁸ + B."""
     colours = any("," in str(key) for key in label_map)
-    count, limit, rows = (3, 256, COLOURS) if colours else (1, VALUES, VALUES)
-    table = np.full(rows + 1, UNKNOWN, np.int16)
+    count, least, limit = (3, 0, 256) if colours else (1, LEAST, VALUES)
+    table = np.full((COLOURS if colours else VALUES) - FIRST_ROW + 1, UNKNOWN, np.int16)
     if not colours:
-        table[[*ignored]] = IGNORED
-        table[[*values]] = range(len(values))
+        table[np.subtract([*ignored], FIRST_ROW)] = IGNORED
+        table[np.subtract([*values], FIRST_ROW)] = range(len(values))
     for key, label in label_map.items():
-        numbers = [int(x) if x.strip().isdecimal() else -1 for x in str(key).split(",")]
-        known = len(numbers) == count and all(0 <= x < limit for x in numbers)
+        texts = str(key).split(",")
+        known = len(texts) == count and all(re.fullmatch(r"\s*-?\d+\s*", x) for x in texts)
+        numbers = [int(x) for x in texts] if known else []
+        known = known and all(least <= x < limit for x in numbers)
         if not (known and IGNORED <= label < len(values)):
             raise ValueError(
-                f"--data.label_map: expected values 0 to {VALUES - 1}, or only colours 'R,G,B' of "
-                f"0 to 255, and classes {IGNORED} to {len(values) - 1}, got {key!r}: {label}"
+                f"--data.label_map: expected values {LEAST} to {VALUES - 1}, or only colours "
+                f"'R,G,B' of 0 to 255, and classes {IGNORED} to {len(values) - 1}, got {key!r}: "
+                f"{label}"
             )
-        table[int(np.polyval(numbers, 256))] = label
+        table[int(np.polyval(numbers, 256)) - FIRST_ROW] = label
     return table
 
 
@@ -215,4 +225,5 @@ def _read_classes(path: Path) -> list[str]:
         raise ValueError(f"{path}: expected names of classes, a line each: {error}") from None
     classes = [line.strip() for line in lines if line.strip()]
     expect(len({*classes}) == len(classes), path, "different names", shorten(str(classes), 200))
+    expect(len(classes) <= MOST_CLASSES, path, f"at most {MOST_CLASSES} names", len(classes))
     return classes

@@ -5,6 +5,7 @@ import struct
 import zlib
 from contextlib import suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import imagecodecs
@@ -15,6 +16,8 @@ from PIL import Image, UnidentifiedImageError
 from scipy.io import loadmat
 from tifffile import PHOTOMETRIC, PLANARCONFIG
 from torch import Tensor
+
+from ..options import expect
 
 ORIENTATION = 0x112  # the tag in EXIF and TIFF: how to turn the stored pixels
 PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -27,11 +30,11 @@ Image.MAX_IMAGE_PIXELS = None  # the files are the user's own
 LOSSY = ("JPEG", "JP2000", "WEBP", "LERC")  # parts of the names of compressions in TIFF
 
 
-def read_image(path: Path, channels: int) -> Tensor:
-    """(C, H, W), as a viewer shows it. uint8; float32 in 0..1 for 9 to 16 bits; unchanged float32
-    for floating-point files. Palettes and CMYK become RGB; a grey image gets three equal channels,
-    if three are expected. A TIFF file may also be (C, H, W). Raises ValueError that names the file.
-    """
+def read_image(path: Path, channels: int, nodata: float | None = None) -> Tensor:
+    """(C, H, W), as a viewer shows it: uint8, fewer bits scaled to 0..255; float32 with the file's
+    values for more bits and for floats. Palettes and CMYK become RGB; a grey image gets three equal
+    channels, if three are expected. A TIFF file may also be (C, H, W). Raises ValueError that names
+    the file, also for a value that is neither finite nor `nodata`."""
     array = _decoded(path, IMAGE_FORMATS)
     first, *_, last = array.shape
     # in other formats than TIFF the last axis has up to 4 channels
@@ -45,7 +48,18 @@ def read_image(path: Path, channels: int) -> Tensor:
             f"(fit --data.channels {found})"
         )
     image = torch.from_numpy(np.moveaxis(array, 2, 0).copy())
+    if image.is_floating_point():
+        finite = image.isfinite().all(0) | ~has_data(image, nodata)
+        expect(bool(finite.all()), path, "finite values, or --data.nodata", "NaN or infinity")
     return image.expand(channels, -1, -1)
+
+
+def has_data(image: Tensor, nodata: float | None) -> Tensor:
+    """bool (H, W): where no channel of an image (C, H, W) has this value, which may be NaN."""
+    if nodata is None:
+        return torch.ones(image.shape[1:], dtype=torch.bool)
+    value = torch.tensor(nodata, dtype=torch.float32)
+    return ~(image.isnan() if value.isnan() else image == value).any(0)
 
 
 def read_mask(path: Path, *, colours: bool = False) -> np.ndarray:
@@ -74,6 +88,8 @@ def _decoded(path: Path, formats: tuple[str, ...], *, stored: bool = False) -> n
     names the file."""
     orientation: Any = None
     try:
+        if not S_ISREG(path.stat().st_mode):  # whose end may never come
+            raise ValueError("expected a file, got a directory, a pipe or a device")
         content = path.read_bytes()
         if path.suffix == ".mat":
             array = loadmat(path)["S"]
@@ -157,23 +173,20 @@ def _shown(array: np.ndarray, page: tifffile.TiffPage, content: bytes) -> np.nda
     as_rgb = meaning == PHOTOMETRIC.YCBCR and "JPEG" in repr(page.compression)
     if as_rgb or meaning in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB):
         return _scaled(array, page.bitspersample)
-    if meaning == PHOTOMETRIC.MINISWHITE and array.dtype.kind != "f" and page.samplesperpixel == 1:
+    if meaning == PHOTOMETRIC.MINISWHITE and array.dtype.kind in "ub" and page.samplesperpixel == 1:
         scaled = _scaled(array, page.bitspersample)
-        return (255 if scaled.dtype == np.uint8 else 1) - scaled
+        return (255 if scaled.dtype == np.uint8 else 2**page.bitspersample - 1) - scaled
     if page.bitspersample not in (1, 2, 4, 8):  # which Pillow would reduce to 8
         raise ValueError(f"expected grey or RGB of more than 8 bits, got {meaning!r}")
     return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
 
 
 def _scaled(array: np.ndarray, bits: int | tuple[int, ...]) -> np.ndarray:
-    """uint8, fewer bits scaled to 0..255; float32 in 0..1 for more; floats as float32."""
-    if array.dtype.kind == "f":
-        if not np.isfinite(array.astype(np.float32)).all():
-            raise ValueError("expected finite values, got NaN or infinity")
+    """uint8, fewer bits scaled to 0..255; for more bits and floats, the values as float32."""
+    if array.dtype.kind == "f" or array.dtype == np.int16:
         return array.astype(np.float32)
     if array.dtype.kind not in "ub" or bits not in (1, 2, 4, *range(8, 17)):
         raise ValueError(f"expected 1, 2, 4, 8 to 16 bits or floats, got {array.dtype}")
-    white = 2**bits - 1
     if bits > 8:
-        return array.astype(np.float32) / white
-    return array if bits == 8 else array.astype(np.uint8) * np.uint8(255 // white)
+        return array.astype(np.float32)
+    return array if bits == 8 else array.astype(np.uint8) * np.uint8(255 // (2**bits - 1))

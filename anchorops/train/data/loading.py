@@ -6,13 +6,14 @@ import signal
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from textwrap import shorten
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
@@ -24,11 +25,14 @@ from ..options import Data, Options, expect
 from ..run import STOPPING
 from .digits import SPLITS, DigitScenes
 from .folders import MaskFolder, open_files
+from .images import has_data
 
 RETRIES = 10  # for a crop that shows mostly one class
+CHANNELS = "channels"  # in data.yaml
 SCENES = 2_000  # of digits, in which classes are counted
 Segmentation = DigitScenes | MaskFolder
-IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean, standard deviation
+Like = tuple[bool, object]
+IMAGENET = ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])  # mean, standard deviation
 
 
 def scaled_size(image: Tensor, options: Data, scale: float) -> list[int]:
@@ -39,27 +43,50 @@ def scaled_size(image: Tensor, options: Data, scale: float) -> list[int]:
     return [max(2, round(length * scale)) for length in image.shape[1:]]
 
 
-def normalized(image: Tensor) -> Tensor:
-    """float32 in 0..1, minus the mean, divided by the standard deviation: those of ImageNet for
-    three channels."""
-    mean, std = IMAGENET if len(image) == 3 else ([0.5], [0.25])
+def filled(image: Tensor, options: Data) -> tuple[Tensor, Tensor]:
+    """The image, with the mean where it has no data; and int16 (H, W), 0 there and 1 elsewhere."""
+    known = has_data(image, options.nodata)
+    if options.nodata is not None:
+        mean = torch.tensor(numbers(options)[0])[:, None, None]
+        image = torch.where(known, image, mean.to(image.dtype))
+    return image, known.short()
+
+
+def numbers(options: Data) -> tuple[Sequence[float], Sequence[float]]:
+    """The mean and the standard deviation of each channel, in values of the files: the options'
+    or, for 8 bits, those of ImageNet for three channels."""
+    if options.mean is not None and options.std is not None:
+        return options.mean, options.std
+    return IMAGENET if options.channels == 3 else ([127.5], [63.75])
+
+
+def normalized(image: Tensor, options: Data) -> Tensor:
+    """float32, minus the mean, divided by the standard deviation."""
+    white = 255 if image.dtype == torch.uint8 else 1
+    mean, std = ([x / white for x in values] for values in numbers(options))
     return functional.normalize(functional.to_dtype(image, torch.float32, scale=True), mean, std)
 
 
 def network_input(image: Tensor, options: Data) -> Tensor:
     """An image of an evaluation, scaled to the short or the long side; its labels do not change."""
-    return normalized(functional.resize(image, scaled_size(image, options, 1.0), antialias=True))
+    size = scaled_size(image, options, 1.0)
+    image, known = filled(image, options)
+    known = functional.resize(known[None], size, InterpolationMode.NEAREST)
+    return normalized(functional.resize(image, size, antialias=True), options) * known
 
 
 def augmented(image: Tensor, labels: Tensor, options: Data) -> tuple[Tensor, Tensor]:
     """A training image and its labels, in the papers' order: scaled, cropped, flipped, distorted,
-    normalised, and padded to a crop: below and at the right, with the mean colour.
+    normalised, and padded to a crop: below and at the right, with the mean colour, which pixels
+    without data get, too.
 
     A crop in which a class has `cat_max_ratio` of the valid pixels or more is drawn again, up to
     ten times (mmsegmentation's RandomCrop)."""
     size = scaled_size(image, options, float(torch.empty(1).uniform_(*options.scale)))
+    image, known = filled(image, options)
     image = functional.resize(image, size, antialias=True)
-    labels = functional.resize(labels[None], size, InterpolationMode.NEAREST)[0]
+    pair = torch.stack([labels, known])
+    labels, known = functional.resize(pair, size, InterpolationMode.NEAREST)
     height, width = map(min, options.crop, size)
     for _ in range(1 + RETRIES):
         top = int(torch.randint(size[0] - height + 1, ()))
@@ -68,26 +95,26 @@ def augmented(image: Tensor, labels: Tensor, options: Data) -> tuple[Tensor, Ten
         counts = torch.bincount(labels[window][labels[window] != IGNORED], minlength=1)
         if options.cat_max_ratio == 1 or counts.max() < options.cat_max_ratio * counts.sum():
             break
-    image, labels = image[window], labels[window]
+    image, labels, known = image[window], labels[window], known[window]
     if options.flip and torch.rand(1) < 0.5:
-        image, labels = image.flip(2), labels.flip(1)
+        image, labels, known = image.flip(2), labels.flip(1), known.flip(1)
     if options.photometric:
-        expect(options.channels == 3, "--data.photometric", "3 channels", options.channels)
         image = distorted(image)
     margin = [0, options.crop[1] - width, 0, options.crop[0] - height]
-    return pad(normalized(image), margin), pad(labels, margin, value=IGNORED)
+    return pad(normalized(image, options) * known, margin), pad(labels, margin, value=IGNORED)
 
 
 def distorted(image: Tensor) -> Tensor:
     """The photometric distortion, in which torchvision's random order of channels is left out, as
-    in mmsegmentation. Raises ValueError for floats beyond 0..1, which torchvision would clip."""
-    if image.is_floating_point():
-        least, greatest = image.aminmax()
-        within = bool(least >= -1e-3 and greatest <= 1.001)  # which scaling an image may exceed
-        got = f"{least:g} to {greatest:g}"
-        expect(within, "--data.photometric", "images of integers, or of 0 to 1", got)
+    in mmsegmentation. Raises ValueError for floats below 0, which torchvision would clip."""
     distort = v2.RandomPhotometricDistort(hue=(-0.1, 0.1))
-    return distort.transform(image, {**distort.make_params([image]), "channel_permutation": None})
+    parameters = {**distort.make_params([image]), "channel_permutation": None}
+    if not image.is_floating_point():
+        return distort.transform(image, parameters)
+    least, greatest = image.aminmax()
+    expect(bool(least >= 0), "--data.photometric", "images without values below 0", f"{least:g}")
+    scale = max(4 * float(greatest), 1e-30)  # at most 1 / 4, of which nothing becomes more than 1
+    return distort.transform(image / scale, parameters) * scale
 
 
 def mixed_seed(*parts: int | str) -> int:
@@ -160,8 +187,9 @@ class Splits(NamedTuple):
 
     training: of a validation without a training, the validation split. sizes: distinct (H, W) of
     the validation masks. frequencies: float32 [K], each class's share of the training pixels.
-    prior: float32 [K], of the training images that contain each class, with sum 1: CeCo's π. found:
-    what tells the data from others, and the number of ranks.
+    prior: float32 [K], of the training images that contain each class, with sum 1: CeCo's π.
+    options: with the mean and the standard deviation that were measured. found: what tells the
+    data from others, and the number of ranks.
     """
 
     training: Segmentation
@@ -169,6 +197,7 @@ class Splits(NamedTuple):
     sizes: Sequence[tuple[int, int]]
     frequencies: Tensor
     prior: Tensor
+    options: Data
     found: dict[str, Any]
 
 
@@ -180,47 +209,91 @@ def open_split(options: Data, name: str, seed: int) -> Segmentation:
     return DigitScenes(options, name, seed if options.data_seed is None else options.data_seed)
 
 
+def check_bits(image: Tensor, name: object, like: Like | None) -> Like:
+    """like: whether images must be of 8 bits, and as what; if it is not known, as this one. Raises
+    ValueError for another image."""
+    kinds, eight_bits = ("more than 8 bits, or floats", "8 bits"), image.dtype == torch.uint8
+    expected, reason = like or (eight_bits, name)
+    expect(eight_bits == expected, name, f"{kinds[expected]}, as {reason}", kinds[eight_bits])
+    return expected, reason
+
+
+class Counts(NamedTuple):
+    """Of a split: pixels [K] and images [K] of each class, int64; the sizes (H, W); whether images
+    are of 8 bits, and the name of the first; and if they are not, mean and standard deviation of
+    each channel, in values of the files, with the nine digits that tell float32 numbers apart."""
+
+    pixels: Tensor
+    images: Tensor
+    sizes: list[tuple[int, int]]
+    like: Like
+    moments: list[list[float]]
+
+
 def class_counts(
-    dataset: Segmentation, workers: int = 0
-) -> tuple[Tensor, Tensor, list[tuple[int, ...]]]:
-    """Of all masks on disk, or of the first 2000 digit scenes: pixels [K] and images [K] of each
-    class, int64, and the sizes (H, W). Raises ValueError for a wrong image or mask: so it is found
+    dataset: Segmentation, workers: int = 0, like: Like | None = None, *, measure: bool = False
+) -> Counts:
+    """Of all images and masks on disk, or of the first 2000 digit scenes. like: of `check_bits`.
+    measure: the moments, in float64. Raises ValueError for a wrong image or mask: so it is found
     before the training."""
     num_classes, length = len(dataset.classes), len(dataset)
     if isinstance(dataset, DigitScenes):
         length = min(length, SCENES)
     ranks.say(f"reading {length} images and masks")
     pixels, images = torch.zeros(2, num_classes, dtype=torch.int64)
-    sizes = set[tuple[int, ...]]()
-    for _, labels in loaded(dataset, num_workers=workers, batch_size=None, sampler=range(length)):
+    sizes, moments = set[tuple[int, int]](), list[list[float]]()
+    scaler: Any = StandardScaler()
+    read = loaded(dataset, num_workers=workers, batch_size=None, sampler=range(length))
+    for index, (image, labels) in enumerate(read):
         found = torch.bincount(labels.flatten().int() + 1, minlength=num_classes + 1)[1:]
         pixels += found
         images += found > 0
-        sizes.add(tuple(labels.shape))
-    return pixels, images, sorted(sizes)
+        sizes.add((labels.shape[0], labels.shape[1]))
+        name = dataset.pairs[index][0] if isinstance(dataset, MaskFolder) else "a scene"
+        like = check_bits(image, name, like)
+        if measure and not like[0]:
+            known = has_data(image, dataset.nodata)
+            if known.any():
+                scaler.partial_fit(image[:, known].double().numpy().T)
+                moments = [[float(f"{x:.9g}") for x in y] for y in (scaler.mean_, scaler.scale_)]
+    assert like is not None
+    return Counts(pixels, images, sorted(sizes), like, moments)
 
 
-def open_splits(options: Data, seed: int, of_run: dict[str, Any] | None = None) -> Splits:
+def open_splits(
+    options: Data, seed: int, of_run: dict[str, Any] | None = None, like: Like | None = None
+) -> Splits:
     """Every image and mask is read, on the first rank.
     of_run: what was found for the training whose network is validated, which then needs no training
-    images; None for a training. Raises ValueError for wrong data."""
+    images; None for a training. like: of `check_bits`. Raises ValueError for wrong data."""
 
-    def read() -> tuple[list[Segmentation], list[Any]]:
+    def read() -> tuple[list[Segmentation], list[Counts]]:
         names = ("train", options.split) if of_run is None else (options.split,)
         splits = [open_split(options, name, seed) for name in names]
-        return splits, [class_counts(split, options.workers) for split in splits]
+        measure = options.mean is None
+        counts = [class_counts(splits[0], options.workers, like, measure=measure)]
+        for split in splits[1:]:
+            counts.append(class_counts(split, options.workers, counts[0].like))
+        return splits, counts
 
     splits, counts = ranks.on_first(read)
     training, validation = splits[0], splits[-1]
-    validation_pixels, _, sizes = counts[-1]
+    validation_pixels, _, sizes, *_ = counts[-1]
     one_size = options.eval_batch_size == 1 or len(sizes) == 1
     expect(one_size, "--data.eval_batch_size", "1 for images of several sizes", sizes[:2])
+    if moments := counts[0].moments:
+        options = replace(options, mean=moments[0], std=moments[1])
+        texts = (", ".join(f"{x:.6g}" for x in values) for values in moments)
+        ranks.say("mean of each channel: {}; standard deviation: {}".format(*texts))
     classes = list(validation.classes)
     found = of_run or {"classes": classes, "ranks": ranks.world()}
     if of_run is None:
         for name, split, counted in zip(("training", "validation"), splits, counts, strict=True):
             found[f"{name} files"] = split.fingerprint
-            found[f"{name} pixels"] = counted[0].tolist()
+            found[f"{name} pixels"] = counted.pixels.tolist()
+        if options.mean is not None and options.std is not None:
+            mean, std = ([float(x) for x in values] for values in (options.mean, options.std))
+            found[CHANNELS] = {"8 bits": counts[0].like[0], "mean": mean, "std": std}
     known, present = (shorten(str(names), 200) for names in (found["classes"], classes))
     expect(found["classes"] == classes, "validate", f"data of the run's {known}", present)
     pixels = torch.tensor(found["training pixels"])
@@ -233,9 +306,9 @@ def open_splits(options: Data, seed: int, of_run: dict[str, Any] | None = None) 
         )
     if absent and of_run is None:
         ranks.say(message)
-    _, images, _ = counts[0]
+    images = counts[0].images
     prior = images / images.sum()
-    return Splits(training, validation, sizes, pixels / pixels.sum(), prior, found)
+    return Splits(training, validation, sizes, pixels / pixels.sum(), prior, options, found)
 
 
 def training_batches(options: Options, training: Segmentation, first_step: int) -> Any:
