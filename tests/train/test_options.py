@@ -28,7 +28,9 @@ OUT_OF_RANGE = {
     "2": "ema model.dropout data.cat_max_ratio",
     "[]": "model.eval_scales",
     "[0.0]": "model.eval_scales",
+    "inf": "model.lr model.weight_decay model.power clip max_hours data.zipf",
     "[.inf]": "model.eval_scales",
+    "[1,.nan,1]": "data.mean",
     "[1,.inf]": "data.scale",
     "[0.001,0.01]": "data.head_tail",
     str(2**63): "seed",
@@ -63,16 +65,29 @@ COMMAND_LINES = {
     f"fit {TINY} --model.methods [sar,sar]": "--model.methods: expected each at most once",
     f"fit {TINY} --accumulate 3": "--data.batch_size: expected a multiple of .* = 3, got 4",
     f"fit {TINY} --data.channels 4": "--data.channels: expected 3 for digits, got 4",
-    f"fit {TINY} --data.root x": "--data.root: expected none for digits, got x",
+    f"fit {TINY} --data.mean [1,2,3]": "--data.mean: expected .* and --data.std, each of 3",
+    f"fit {TINY} --data.mean [1,2] --data.std [1,2]": "--data.mean: .* each of 3 .*, got",
+    f"{FIT} --data.photometric true --data.channels 4": "--data.photometric: expected 3 channels",
     "fit --model.setting from-scratch": "--model.setting is now --config from-scratch$",
     "validate --run $new --model.weights nowhere": "No such file .*new/config.yaml'$",
     "validate --model.weights nowhere": "nowhere does not exist: a run has its best weights after",
-    f"fit {TINY} --model.loss dice --model.ohem_min_kept 9": "--model.loss: expected another",
-    f"fit {TINY} --model.focal_gamma 3": "--model.focal_gamma: expected --model.loss focal, got ce",
+    # what acts on nothing
+    f"fit {TINY} --model.loss dice --model.ohem_min_kept 9": "min_kept: expected another .* th",
+    f"fit {TINY} --model.focal_gamma 2": "gamma: expected --model.loss focal, got 2.0, w",
+    f"fit {TINY} --model.window_stride [9,9]": "window_stride: expected --model.evaluation sliding",
+    f"fit {TINY} --model.pretrained true --model.weights x": "pretrained: expected no file of",
+    f"fit {TINY} --data.root x": "--data.root: expected another --data.dataset than digits, got x",
+    f"fit {TINY} --data.nodata nan": "nodata: expected another .* digits, got nan, which",
+    f"{FIT} --data.zipf 1": "--data.zipf: expected --data.dataset digits, got 1.0, which acts on",
+    "fit -c camvid --data.mask_suffix x": "mask_suffix: expected --data.dataset folder, got x",
+    "validate --run $run --seed 1": "--seed: expected an option that validate --run uses, got",
+    "predict --model.lr 1": "--model.lr: expected an option that predict uses, got 1.0, which acts",
     # what the data or the network cannot be
     f"{FIT} --data.eval_batch_size 2": r"size: expected 1 for images of several sizes, got .*6, 9",
     f'{FIT} --data.label_map {{"1,2,3":0,"4":1}}': "or only colours .*, got .4.: 1",
     f'{FIT} --data.label_map {{"1,2,3":2}}': "classes -1 to 1, got '1,2,3': 2",
+    f"{FIT} --data.label_map {{128:1}}": "--data.label_map: .* Given value: {'128:1': None}",
+    f'{FIT} --data.label_map {{"-32769":1}}': "expected values -32768 to 65535, .* -32769: 1",
     f'{FIT} --data.label_map {{"1":-1}}': "training pixels: thing; .*; 255 is ignored unless",
     f'{FIT} --data.label_map {{"0":-1,"1":-1}}': "in the validation: 0: expected two",
     # networks
@@ -97,6 +112,7 @@ COMMAND_LINES = {
     "compare $folder": "No such file .*metrics.csv",
     # images to predict
     PREDICT: "--images: expected files of images, got none",
+    f"{PREDICT} --images $files/none": "--images: expected one of .png, .* got .*none with none",
     f"{PREDICT} --images $new.png": "new.png cannot be read: .*No such file",
     f"{PREDICT} --images $folder/images/val/b.png $folder/images/val/b.png": "masks, got .*b.png, ",
     f"predict {PAN}/pan --out $new --images $files/small.png": r"small.png of \(64, 64\): Given in",
@@ -110,6 +126,7 @@ COMMAND_LINES = {
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images, weights and vectors."""
     folder = tmp_path_factory.mktemp("files")
+    (folder / "none").mkdir()
     write(folder / "small.png", image(64, 64))
     pan = build_model(Model("pan:resnet18"), 2).state_dict()
     torch.save({"model": pan, "channels": 3}, folder / "pan")
@@ -138,6 +155,13 @@ OPTIONS = {
     "trainer: {max_steps: 1}": "--trainer.max_steps is now --max_steps",
     "trainer: {profiler: 1}": "'trainer.profiler' is not accepted",
     "{": "is damaged",
+    "model: {lr: 1}\nmodel: {power: 1}": "each key once, got model twice .* line 1",
+    "data: {label_map: {1: 0, 1: 1}}": "each key once, got 1 twice",
+    "config: [digits]": "config: expected several --config on the command line, got ",
+    "max_hours: 1:30": "--max_hours: Not of type PositiveFloat: could not .*'1:30'",
+    "data: {crop: [64, 1:4]}": "--data.crop: Not of type PositiveInt: .*'1:4'",
+    "data: {zipf: 2, dataset: folder}": "--data.zipf: expected --data.dataset digits, got 2",
+    "model: {window_stride: [9, 9]}": "--model.window_stride: expected --model.evaluation sliding",
     "1: 2": "Key must be a string",
 }
 
@@ -146,12 +170,38 @@ OPTIONS = {
 def test_a_wrong_file_of_options(content: str, tmp_path: Path, refused: Refused):
     path = tmp_path / "own.yaml"
     path.write_text(content)
-    refused(f"fit -c {path}", f"{path}.*{OPTIONS[content]}")
+    refused(f"fit -c {path}", OPTIONS[content])
 
 
 def parsed(words: str) -> tuple[Options, Path, dict[str, Any]]:
     command, *others = words.split()
     return parse(command, others)
+
+
+def test_values_are_those_of_the_command_line(tmp_path: Path):
+    """Unlike in YAML 1.1: decimal numbers, and no dates."""
+    values = {"lr": "1e-3", "warmup": "010", "dropout": ".5", "weights": "2020-01-01"}
+    values |= {"window_stride": "[010, 08]", "eval_flip": "on", "evaluation": "sliding"}
+    words = " ".join(f"--model.{name}={value.replace(' ', '')}" for name, value in values.items())
+    text = ", ".join(f"{name}: {value}" for name, value in values.items())
+    write(tmp_path / "own.yaml", f"model: {{{text}}}".encode())
+    options, *_ = parsed(f"fit {words}")
+    assert parsed(f"fit -c {tmp_path}/own.yaml")[0] == options
+    model = options.model
+    assert (model.lr, model.warmup, model.window_stride) == (1e-3, 10, (10, 8))
+    assert (model.weights, model.eval_flip) == ("2020-01-01", True)
+
+
+def test_what_is_not_refused_though_it_acts_on_nothing(straight: Path, tmp_path: Path):
+    """That of a preset, of a run, with its default in a file, and turned off."""
+    parsed("fit -c pascal-context-hrnet-w48 --model.evaluation whole --model.weights x")
+    saved = (straight / "config.yaml").read_text().replace("zipf: 1.0", "zipf: 2.0")
+    for name in ("config.yaml", "data.yaml"):
+        write(tmp_path / "run" / name, saved.encode())
+    parsed(f"predict --run {tmp_path}/run")
+    parsed(f"fit -c {tmp_path}/run/config.yaml --data.dataset folder")
+    write(tmp_path / "own.yaml", b"data: {dataset: folder, zipf: 1, train_images: 20000}")
+    parsed(f"fit -c {tmp_path}/own.yaml --model.window_stride null --model.pretrained false")
 
 
 def test_names_of_presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):

@@ -36,7 +36,7 @@ def test_predictions_are_those_of_the_evaluation(folder: Path, options: str) -> 
     run = fitted(f"{FOLDER} {options} --val_every 1 --data.root {folder} --run {folder}/run")
     images = [folder / "images/val/a/1.jpg", folder / "images/val/b.png"]
     with mock.patch.object(ao, "late_upsampling", wraps=ao.late_upsampling) as late:
-        predict(run, f"--out {folder}/new/out", images)
+        predict(run, f"--out {folder}/new/out", [folder / "images/val"])
     assert late.called
     # an option that a message names for other images, but not of this network
     with pytest.raises(ValueError, match=r"^weights .* --data.channels: .* mismatch"):
