@@ -237,3 +237,8 @@ def test_the_options_of_a_run_come_first(straight: Path, tmp_path: Path):
     write(tmp_path / "config.yaml", yaml.safe_dump(saved).encode())
     for command, weights in (("validate", None), ("predict", None), ("fit --resume", "first.pt")):
         assert parsed(f"{command} --run {tmp_path}")[0].model.weights == weights
+
+
+def test_a_picture_that_cannot_be_written(tmp_path: Path, refused: Refused):
+    (tmp_path / "predictions.png.part").mkdir()
+    refused(f"fit {TINY} --run {tmp_path}", "predictions.png could not be written: .*earlier files")
