@@ -14,9 +14,9 @@ import anchorops as ao
 from anchorops._ops.kth_largest import kth_largest
 from anchorops.doctor import catalogue
 from anchorops.doctor.catalogue import Case, Inputs
-from anchorops.doctor.catalogue.entry import random_of
+from anchorops.doctor.catalogue.entry import as_dtype, random_of
 from tests.helpers.cpu_kernels import same_for_all_threads
-from tests.helpers.operators import as_dtype, check, each, results, strided
+from tests.helpers.operators import check, each, results, strided
 
 F64 = torch.float64
 pytestmark = [

@@ -13,7 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.torch_version import TorchVersion
 
 from anchorops.doctor.catalogue import Case, Inputs
-from tests.helpers.operators import Calls, as_dtype, each, results, strided
+from anchorops.doctor.catalogue.entry import as_dtype
+from tests.helpers.operators import Calls, each, results, strided
 from tests.test_guarantees import same_bits
 
 F64 = torch.float64

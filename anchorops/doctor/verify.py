@@ -28,7 +28,6 @@ from .._backend import OPERATORS, excluded, not_auto_line
 from .._libraries import TRITON_ON_HOST, unusable
 from ..measure import cuda_graph, environment
 from .catalogue import Case, Inputs, cases
-from .catalogue.budget import error_and_limit
 from .catalogue.entry import evaluate, random_of
 from .catalogue.pixels import BASE
 
@@ -72,27 +71,14 @@ def _between_nan(x: Tensor, device: torch.device) -> Tensor:
 def _compare(case: Case, backend: str, device: torch.device) -> tuple[float, float, str]:
     """Error, limit, and what else is wrong."""
     inputs = {name: _between_nan(x, device) for name, x in case.sample.inputs().items()}
-    exact, plain = (
-        evaluate(
-            case.formula,
-            {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()},
-        )
-        for dtype in (torch.float64, torch.float32)
-    )
     with ao.use_backend(backend):
         ours, again = (evaluate(case.ours, inputs) for _ in range(2))
-    error, limit = 0.0, case.sample.floor
-    for one, two, right, other in zip(ours, again, exact, plain, strict=True):
-        if one is None or right is None or two is None or other is None:
-            if (one is None) != (right is None):
-                return torch.inf, 0.0, "a gradient is missing"
-            continue
-        if not torch.equal(*(x.flatten().contiguous().view(torch.uint8) for x in (one, two))):
+    pairs = zip(*([x for x in found if x is not None] for found in (ours, again)), strict=True)
+    for pair in pairs:
+        if not torch.equal(*(x.flatten().contiguous().view(torch.uint8) for x in pair)):
             return torch.inf, 0.0, "a second call gives other bits"
-        found = error_and_limit(one, right, other, case.sample.floor)
-        if found[0] / found[1] > error / limit:
-            error, limit = found
-    return error, limit, ""
+    found = case.errors_and_limits(inputs, ours)
+    return *max(found, key=lambda x: x[0] / x[1]), ""
 
 
 def _alive(device: torch.device) -> bool:

@@ -12,9 +12,8 @@ from anchorops import reference
 from anchorops._moments import statistics_dtype
 from anchorops.doctor.catalogue import Inputs, formulas
 from anchorops.doctor.catalogue.budget import error_and_limit
-from anchorops.doctor.catalogue.entry import evaluate
+from anchorops.doctor.catalogue.entry import as_dtype, evaluate
 from tests.helpers.cpu_kernels import in_layout
-from tests.helpers.operators import as_dtype
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 # of the largest number; in float64, where the formula has as many, those of other operators

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from anchorops._moments import statistics_dtype
 from anchorops.doctor import catalogue
 from anchorops.doctor.catalogue import Case, Inputs
-from anchorops.doctor.catalogue.budget import FLOOR, error_and_limit
 from anchorops.doctor.catalogue.entry import evaluate
 from tests.helpers.simulated_gpu import SIMULATED
 
@@ -58,15 +57,6 @@ def each(
     return pytest.mark.parametrize("case", cases)
 
 
-def as_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """Floating inputs in this dtype, labels as int64."""
-    labels = {torch.int16: torch.int64}
-    return {
-        name: x.to(dtype if x.is_floating_point() else labels.get(x.dtype, x.dtype))
-        for name, x in inputs.items()
-    }
-
-
 def strided(x: Tensor) -> Tensor:
     """x with its axes in the opposite order in memory, and gaps between the numbers."""
     axes = [*range(x.dim())][::-1]
@@ -90,13 +80,10 @@ def check(case: Case, backend: str) -> None:
     first = next(iter(inputs.values()))
     dtype = statistics_dtype(first.dtype)
     roundings = 32 if dtype == torch.float64 else 12 if SIMULATED else 8
-    floor = case.sample.floor / FLOOR * roundings * torch.finfo(dtype).eps
-    exact, plain = (results(case.formula, as_dtype(inputs, x)) for x in (torch.float64, dtype))
     found = evaluate(case.ours, inputs)
-    ours = [x for x in found if x is not None]
-    for number, numbers in enumerate(zip(ours, exact, plain, strict=True)):
-        error, limit = error_and_limit(*numbers, floor)
-        assert error <= limit, number
+    floor = roundings * torch.finfo(dtype).eps
+    for number, pair in enumerate(case.errors_and_limits(inputs, found, dtype, floor)):
+        assert pair[0] <= pair[1], number
     gradient = found[-sum(x.is_floating_point() for x in inputs.values())]
     # Triton's gradient of sigmoids is every second plane of a larger tensor
     sigmoids = case.entry.name in ("pixel_binary_cross_entropy", "MaskLoss")

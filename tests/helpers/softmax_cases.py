@@ -136,13 +136,11 @@ def moments(
         weights[..., 0, -1] = weights[..., 1, 0] = 0
         weights[..., 1, :] /= num_classes
         options["true_weights"], options["all_weights"] = weights.unbind(-2)
-    # an exponent is a difference of logits, rounded once
-    floor = floor or FLOOR * max(1.0, scale / 2.5)
     shown = [f"{k} {x}" for k, x in options.items() if not isinstance(x, Tensor) and x]
     what = [dtype, layout, coherent, scale, weights_by, pixel_weights, label_dtype]
     name = ", ".join(str(x) for x in (size, pixels, *what, *shown) if x)
     made = partial(make, maker, channels, layout, coherent)
-    return Case(MOMENTS, Sample(name, made, options, (), floor))
+    return Case(MOMENTS, Sample(name, made, options, (), floor or FLOOR))
 
 
 def run(case: Case, **changed: Tensor) -> dict[str, Tensor]:

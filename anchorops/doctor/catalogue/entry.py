@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..._backend import OPERATORS
-from .budget import FLOOR
+from .budget import FLOOR, error_and_limit, ordinary, roundings
 
 Inputs = dict[str, Tensor]  # by the names of a call's arguments
 Maker = Callable[[Any, torch.Generator], Inputs]
+PIXEL_LOSSES = ("softmax_moments", "pixel_kl_divergence")  # their operators
 
 
 class Sample(NamedTuple):
@@ -100,6 +101,38 @@ class Case(NamedTuple):
 
     def formula(self, **inputs: Tensor) -> Any:
         return self.entry.formula(**inputs, **self.sample.options)
+
+    def errors_and_limits(
+        self,
+        inputs: Inputs,
+        found: Sequence[Tensor | None],
+        dtype: torch.dtype = torch.float32,
+        floor: float = FLOOR,
+    ) -> Iterator[tuple[float, float]]:
+        """Of each result and gradient that our call found (budget.py). dtype: of the arithmetic;
+        floor: of samples that have none of their own."""
+        wide = as_dtype(inputs, torch.float64)
+        exact: list[Any] = evaluate(self.formula, wide)
+        plain: list[Any] = evaluate(self.formula, as_dtype(inputs, dtype))
+        also, floor = exact, floor * self.sample.floor / FLOOR
+        if self.entry.operators[0] in PIXEL_LOSSES:
+            also = evaluate(self.formula, wide | {"logits": ordinary(wide["logits"])})
+            logits = [wide[name] for name in ("logits", "teacher") if name in wide]
+            floor = max(floor, roundings(*logits) * torch.finfo(dtype).eps)
+        for one, right, other, ordinary_one in zip(found, exact, plain, also, strict=True):
+            if one is None or right is None:
+                yield (0.0 if one is right else torch.inf), floor
+            else:
+                yield error_and_limit(one, right, other, floor, also=ordinary_one)
+
+
+def as_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """Floating inputs in this dtype, labels of int16 as int64."""
+    labels = {torch.int16: torch.int64}
+    return {
+        name: x.to(dtype if x.is_floating_point() else labels.get(x.dtype, x.dtype))
+        for name, x in inputs.items()
+    }
 
 
 def tensors_of(results: Any) -> list[Tensor]:

@@ -110,7 +110,6 @@ def of_images(
             images,
             {"align_corners": images.align, **options, **(weight if weighted else {})},
             ("all", "quick") if quick else ("all",),
-            FLOOR * max(images.steep / 8, 1),  # log Σ e^z is float32
         )
 
 
