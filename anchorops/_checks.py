@@ -439,8 +439,8 @@ def check_size(function: str, size: object, axes: int = 2) -> tuple[int, ...]:
 def check_axes(
     function: str, logits: Tensor, size: Sequence[int], argument: str = "logits"
 ) -> None:
-    """Logits (B, K, …) and the size to which a compiled kernel upsamples them: pixel + 1/2 must be
-    exact in float32. Sizes in a trace may not be numbers, and are not checked."""
+    """Logits (B, K, …) and the size to which they are upsampled: pixel + 1/2 must be exact in
+    float32. Sizes in a trace may not be numbers, and are not checked."""
     if logits.dtype == torch.float64 or is_traced():
         return
     for source, pixels in zip(logits.shape[2:], size, strict=True):

@@ -71,7 +71,6 @@ def test_sigmoids(shape: str, channels: int, threshold: float):
     assert ao.pixel_argmax(logits, nothing, sigmoid=True).shape == (2, channels, *nothing)
 
 
-@pytest.mark.on("cpu", "simulated_triton")
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(("logits", "labels"), [(2, 2**23 + 1), (2**23 + 1, 2)])
 def test_axes_whose_coordinates_float32_would_round(logits: int, labels: int):

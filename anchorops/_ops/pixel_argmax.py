@@ -154,11 +154,11 @@ def _classes(
     logits: Tensor, size: Sequence[int], align_corners: bool, dtype: torch.dtype
 ) -> Tensor:
     """(B, *size). Logits may have one channel."""
+    check_axes("pixel_argmax", logits, size)
     backend = select("pixel_argmax", logits, logits.shape[1])
     if backend != "cpu":
         logits = two_classes(logits)
     if backend == "reference":
         return reference.pixel_argmax(logits, size, align_corners=align_corners).to(dtype)
-    check_axes("pixel_argmax", logits, size)
     name = "pixel_argmax" if logits.dim() == 4 else "volume_argmax"
     return run(name, backend, logits, *size, align_corners, dtype)

@@ -190,13 +190,13 @@ def pixel_kl_divergence(
     temperature = check_temperature(function, temperature)
     check_flags(function, align_corners=align_corners)
     check_choice(function, "reduction", reduction, ("mean", "sum", "none"))
+    check_axes(function, logits, size)
+    check_axes(function, teacher_logits, size, "teacher_logits")
     backend = select(function, logits, logits.shape[1])
     if backend == "reference":
         given = logits, teacher_logits, size, savable(valid), temperature, align_corners
         total, divergences = reference.pixel_kl_divergence(*given)
     else:
-        check_axes(function, logits, size)
-        check_axes(function, teacher_logits, size, "teacher_logits")
         name = "pixel_kl_divergence" if logits.dim() == 4 else "volume_kl_divergence"
         images = logits, teacher_logits.detach(), valid
         with_lse = logits.requires_grad and torch.is_grad_enabled()

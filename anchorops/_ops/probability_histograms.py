@@ -117,8 +117,7 @@ def error_losses(
     """The losses of the classes of a softmax, float64 [K], and the pixels of each, int64 [K]."""
     called, refusal = ("probability_histograms",), partial(_refusal, logits)
     backend = select("Lovasz", logits, logits.shape[1], called=called, refusal=refusal)
-    if backend != "reference":
-        check_axes("Lovasz", logits, labels.shape[1:])
+    check_axes("Lovasz", logits, labels.shape[1:])
     arguments = logits, labels, bins, ignore_index, align_corners
     losses, _, counts = run("error_loss", backend, *arguments)
     return losses, counts

@@ -289,10 +289,10 @@ def moments_of(
         images, by_image = as_images(logits, labels, sigmoid)
         pixels, options = by_image(labels), options.convert(by_image)
     backend = select(function, images, images.shape[1], called=("softmax_moments",))
+    check_axes(function, images, pixels.shape[1:])
     if backend != "cpu":
         images = two_classes(images)
     if backend != "reference":
-        check_axes(function, images, pixels.shape[1:])
         options = options.in_tensors(images)
     if images.requires_grad and torch.is_grad_enabled() and reads_lse(backend, images):
         wanted = wanted._replace(with_lse=True)
