@@ -78,11 +78,15 @@ class SoftmaxMoments(NamedTuple):
     labels_out_of_range: Tensor | None = None
 
 
+SMALLEST_MISS = 2.0**-24  # of 1 − p_y, where the derivative of a power below 1 becomes infinite
+
+
 class Options(NamedTuple):
     """What the loss L of a pixel is, and which pixels there are: the arguments of the operator
     `softmax_moments` after logits and labels, in its order, up to those of Wanted.
 
-        L = m·(a_y·c + Σ_k v_k·(−log p_k)),  c = −log p_y,  m = (1 − e^{−c})^γ;  0 if not used
+        L = m·(a_y·c + Σ_k v_k·(−log p_k)),  c = −log p_y;  0 if not used
+        m = max(1 − e^{−c}, 2⁻²⁴)^γ,  1 for an infinite c
 
     A pixel of weight 0 adds nothing to a sum, even if its L is ∞.
 

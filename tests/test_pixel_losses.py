@@ -202,6 +202,22 @@ def test_focal_gradient_where_the_network_is_sure(margin, smoothing, gamma, rati
     assert logits.grad is not None and logits.grad.abs().max() < 1e-3
 
 
+@pytest.mark.on("cpu", "reference", "simulated_triton")
+@pytest.mark.parametrize("margin", [18.0, 40.0])
+def test_smallest_focal_factor(margin: float, backend: str):
+    """1 − p_y is at least 2^-24, and constant below."""
+    logits = torch.zeros(1, 3, 2, 2)
+    logits[:, 1] = margin
+    logits.requires_grad_()
+    loss = ao.CrossEntropy(focal_gamma=0.5, label_smoothing=0.3)
+    value = loss(logits, torch.ones(1, 4, 4, dtype=torch.int64))
+    (gradient,) = torch.autograd.grad(value, logits)
+    smoothing, factor = 0.1, 2.0**-12
+    torch.testing.assert_close(value, torch.tensor(2 * smoothing * margin * factor))
+    expected = smoothing * factor * torch.tensor([-1.0, 2.0, -1.0])
+    torch.testing.assert_close(gradient.sum((0, 2, 3)), expected, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize(("dtype", "classes"), [(torch.int8, 150), (torch.uint8, 300)])
 def test_classes_beyond_the_labels_dtype(dtype, classes):
     logits = torch.randn(1, classes, 4, 4)

@@ -31,7 +31,8 @@ class BinaryCrossEntropy(BaseCrossEntropy):
             remains the number of labels.
         label_smoothing: ε in [0, 1]: the target is 1 − ε/2 for positive labels, else ε/2.
         focal_gamma: γ at least 0 (Lin et al., Focal Loss, arXiv 1708.02002, Eq. 4). torchvision's
-            sigmoid_focal_loss, with α, is (1 − α) times this loss with pos_weight α/(1 − α).
+            sigmoid_focal_loss, with α, is (1 − α) times this loss with pos_weight α/(1 − α). The
+            factor's 1 − p is at least 2⁻²⁴, p of the true class.
         ohem_threshold, ohem_min_kept, accuracy, ignore_index, align_corners, check_labels: as in
             `CrossEntropy`; each label of each channel is an example.
 

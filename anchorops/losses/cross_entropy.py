@@ -129,8 +129,8 @@ class CrossEntropy(BaseCrossEntropy):
         weight: w, a number of at least 0 for each class; 1 if not given.
         label_smoothing: ε in [0, 1].
         focal_gamma: γ at least 0 (Lin et al., Focal Loss, arXiv 1708.02002, Eq. 4, of the softmax).
-            smp's FocalLoss("multiclass") uses K sigmoids; MONAI additionally divides by K. In
-            float32 1 − p_y is at least 2⁻²⁴.
+            smp's FocalLoss("multiclass") uses K sigmoids; MONAI additionally divides by K. The
+            factor's 1 − p_y is at least 2⁻²⁴.
         ohem_threshold: only pixels whose true class has at most this probability, and not weight 0,
             are used (Shrivastava et al., arXiv 1604.03540).
         ohem_min_kept: at least this number of pixels of the batch are used: those with the largest

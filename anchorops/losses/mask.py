@@ -41,7 +41,8 @@ class MaskLoss(PixelLoss):
     Args:
         ce_weight, dice_weight: the weights of the two terms, at least 0.
         focal_alpha: α of positive pixels, in [0, 1].
-        focal_gamma: γ at least 0 (Lin et al., Focal Loss, arXiv 1708.02002, Eq. 5, with α).
+        focal_gamma: γ at least 0 (Lin et al., Focal Loss, arXiv 1708.02002, Eq. 5, with α). The
+            factor's 1 − p_y is at least 2⁻²⁴.
         ignore_index: of masks the label to ignore, 255 by default; of maps the id of void pixels,
             which are ignored in all masks of their image; none by default.
         align_corners: of the upsampling, as in F.interpolate.

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._moments import Options, SoftmaxMoments, Wanted, statistics_dtype
+from .._moments import SMALLEST_MISS, Options, SoftmaxMoments, Wanted, statistics_dtype
 from .._shared.sums import sum_by_key
 from .._shared.upsampling import upsample
 
@@ -40,8 +40,7 @@ def softmax_moments(
     if options.focal_gamma is not None:
         finite = label_losses.isfinite()  # where not, the factor is 1 and has no derivative
         miss = -torch.expm1(-torch.where(finite, label_losses, 1))
-        # Kept above 0, where the derivative of a power below 1 is infinite.
-        miss = miss.clamp(min=torch.finfo(dtype).tiny)
+        miss = miss.clamp(min=SMALLEST_MISS)
         losses = losses * torch.where(finite, miss**options.focal_gamma, 1)
     if options.selects():
         used = valid & ~options.is_unused(label_losses)

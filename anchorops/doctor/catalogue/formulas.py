@@ -58,8 +58,7 @@ def statistics(
     if all_weights is not None:
         losses = losses - (all_weights.to(c).expand(len(c), -1)[..., None] * log_p).sum(1)
     if focal_gamma > 0:
-        miss = -torch.expm1(-c).clamp(max=-torch.finfo(c.dtype).tiny)
-        losses = losses * miss**focal_gamma
+        losses = losses * (-torch.expm1(-c)).clamp(min=2.0**-24) ** focal_gamma
     losses, shares = torch.where(used, losses, 0), used
     weighted = losses
     if pixel_weights is not None:

@@ -121,7 +121,7 @@ def mask_loss(
     z = formulas.upsampled(logits[:, None], labels.shape[1:], align_corners)[:, 0]
     p, y, valid = z.sigmoid(), (labels == 1).to(z), labels >= 0
     losses = F.binary_cross_entropy_with_logits(z, y, reduction="none")
-    losses = losses * (p * (1 - y) + (1 - p) * y) ** focal_gamma
+    losses = losses * (p * (1 - y) + (1 - p) * y).clamp(min=2.0**-24) ** focal_gamma
     if focal_alpha is not None:
         losses = losses * (focal_alpha * y + (1 - focal_alpha) * (1 - y))
     ce, o, m, c, pixels = (
