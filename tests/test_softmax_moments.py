@@ -528,6 +528,30 @@ def test_a_valid_pixel_inside_a_cell_of_masked_classes(masked: float, backend: s
     as_reference(moments((1, 4, 2, 2), (8, 8), statistics=CE), logits=logits, labels=labels)
 
 
+@pytest.mark.parametrize("stride", [1, 4])
+def test_what_is_not_used_is_exactly_0(stride: int, backend: str):
+    """Images that are ignored, of weight 0, or of losses below the smallest; the last is used."""
+    logits, labels = torch.randn(4, 3, 4, 4), torch.ones(4, 4 * stride, 4 * stride).long()
+    weights = torch.ones(labels.shape)
+    labels[0], weights[1], logits[2, 1] = -1, 0, 30
+    options: dict[str, Any] = {"ohem_threshold": 0.9, "focal_gamma": 0.5, "label_smoothing": 0.1}
+    loss = ao.CrossEntropy(**options, ignore_index=-1)
+    gradient = gradient_of(loss, logits, labels, weights)
+    assert not gradient[:3].any() and gradient[3].any()
+    assert loss(logits[:3], labels[:3], weights[:3]) == 0
+
+
+def test_sums_do_not_drift(backend: str):
+    """The mean of a million equal pixels is the loss of one."""
+    logits, labels = (
+        torch.tensor([0.3, 1.7, -0.9])[:, None, None],
+        torch.zeros(1, 1000, 1000).long(),
+    )
+    one = ao.pixel_cross_entropy(logits[None], labels[:, :1, :1])
+    mean = ao.pixel_cross_entropy(logits.expand(1, 3, 250, 250), labels)
+    torch.testing.assert_close(mean, one, rtol=2.0**-19, atol=0)
+
+
 def test_losses_are_not_negative_beside_a_larger_class(backend: str):
     logits, labels = torch.zeros(64, 2, 2, 2), torch.full((64, 8, 8), 255)
     logits[:, 0, :, 0] = 20 + 20 * torch.rand(64, 1)

@@ -20,10 +20,10 @@ def ordinary(logits: Tensor) -> Tensor:
 
 
 def roundings(*logits: Tensor) -> float:
-    """The floor of pixel losses, in units of eps: 32, or the largest finite |logit| of the largest
-    class of each pixel, if that is more."""
+    """The floor of pixel losses, in units of eps: 32, or two roundings of the largest finite |logit|
+    of each pixel's largest class, if that is more: a loss is a difference of two such numbers."""
     largest = [x.amax(1).abs().double().nan_to_num(0, 0, 0).flatten() for x in logits]
-    return float(torch.cat([*largest, largest[0].new_tensor([32.0])]).max())
+    return 2 * float(torch.cat([*largest, largest[0].new_tensor([16.0])]).max())
 
 
 def error_and_limit(
