@@ -543,11 +543,9 @@ def test_what_is_not_used_is_exactly_0(stride: int, backend: str):
 
 def test_sums_do_not_drift(backend: str):
     """The mean of a million equal pixels is the loss of one."""
-    logits, labels = (
-        torch.tensor([0.3, 1.7, -0.9])[:, None, None],
-        torch.zeros(1, 1000, 1000).long(),
-    )
-    one = ao.pixel_cross_entropy(logits[None], labels[:, :1, :1])
+    logits = torch.tensor([0.3, 1.7, -0.9]).view(1, 3, 1, 1)
+    labels = torch.zeros((1, 1000, 1000), dtype=torch.int64)
+    one = ao.pixel_cross_entropy(logits, labels[:, :1, :1])
     mean = ao.pixel_cross_entropy(logits.expand(1, 3, 250, 250), labels)
     torch.testing.assert_close(mean, one, rtol=2.0**-19, atol=0)
 

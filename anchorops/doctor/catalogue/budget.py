@@ -20,8 +20,8 @@ def ordinary(logits: Tensor) -> Tensor:
 
 
 def roundings(*logits: Tensor) -> float:
-    """The floor of pixel losses, in units of eps: 32, or two roundings of the largest finite |logit|
-    of each pixel's largest class, if that is more: a loss is a difference of two such numbers."""
+    """The floor of pixel losses, in units of eps: 32; or, if that is more, two roundings of the
+    largest finite |logit| of each pixel's largest class: a loss is a difference of two numbers."""
     largest = [x.amax(1).abs().double().nan_to_num(0, 0, 0).flatten() for x in logits]
     return 2 * float(torch.cat([*largest, largest[0].new_tensor([16.0])]).max())
 
