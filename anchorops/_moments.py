@@ -78,7 +78,7 @@ class SoftmaxMoments(NamedTuple):
     labels_out_of_range: Tensor | None = None
 
 
-SMALLEST_MISS = 2.0**-24  # of 1 − p_y, where the derivative of a power below 1 becomes infinite
+SMALLEST_MISS = 2.0**-24  # of 1 − p_y: at 0 the derivative of a power below 1 is infinite
 
 
 class Options(NamedTuple):

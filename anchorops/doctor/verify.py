@@ -77,8 +77,9 @@ def _compare(case: Case, backend: str, device: torch.device) -> tuple[float, flo
     for pair in pairs:
         if not torch.equal(*(x.flatten().contiguous().view(torch.uint8) for x in pair)):
             return torch.inf, 0.0, "a second call gives other bits"
-    found = case.errors_and_limits(inputs, ours)
-    return *max(found, key=lambda x: x[0] / x[1]), ""
+    error, limit = max(case.errors_and_limits(inputs, ours), key=lambda x: x[0] / x[1])
+    wrong = "a gradient is missing, a number not finite, or a shape wrong"
+    return error, limit, "" if error < torch.inf else wrong
 
 
 def _alive(device: torch.device) -> bool:

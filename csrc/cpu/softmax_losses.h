@@ -128,7 +128,8 @@ struct LossesOfImage {
     return true_weights ? (weight == 0 ? Vec{} : weight * c) + u : c;
   }
   ALWAYS_INLINE Modulation modulation(Vec c, Probabilities<Stat> p) const {
-    // in float32 c is rounded to multiples of about this, and derivatives of powers become too large
+    // c is rounded to multiples of about this, and powers of smaller numbers have derivatives that
+    // are too large
     const Vec smallest = Vec{} + Stat(0x1p-24), x = maximum(smallest, p.others);
     const Vec lower = power_of<Stat>(x, options.focal_gamma - 1), one = Vec{} + 1;
     const Vec slope = options.focal_gamma * lower * p.true_class;
