@@ -33,10 +33,6 @@ INSTRUCTIONS, OF_CROSS_ENTROPY = 7000, 4200
 KNOWN_SPILLS = {
     ("3.6.0", "sm_100", "_class_moments_bwd_kernel"): 8,
     ("3.6.0", "sm_80", "_softmax_moments_bwd_kernel"): 8,
-    # so that two programs fit on a multiprocessor: plain cross-entropy at strides of 8 and 32
-    ("3.8.0", "sm_80", "_softmax_moments_bwd_kernel"): 8,
-    ("3.8.0", "sm_100", "_softmax_moments_bwd_kernel"): 56,
-    ("3.8.0", "sm_120", "_softmax_moments_bwd_kernel"): 64,
 }
 
 

@@ -11,19 +11,18 @@ from torch import Tensor
 
 from .lanes import LABELS, PixelMap, load_labels
 from .launch import without_spills
-from .probability_histograms import (
-    places_of_errors,
-    probabilities_of,
-    softmax_of_errors,
-)
+from .loss_options import LossOptions
+from .probability_histograms import places_of_errors
+from .softmax import probabilities, softmax_of
 from .upsampling import (
     LOGITS,
     SIZES,
     Logits,
+    at_first_class,
     at_pixels,
     axes_of,
     class_planes,
-    corner_ptrs,
+    corners_of,
     following,
     loaded,
     logits_of_image,
@@ -94,27 +93,26 @@ def _error_loss_bwd_kernel(
     cells = cells_of_program(program, lanes, CELLS, TILE)
     label_map = PixelMap(labels_ptr, labels_b, labels_h, labels_w)
     labels = load_labels(label_map, program.image, lanes, num_classes, ignore_index, CELLS)
-    softmax = softmax_of_errors(
-        logits, label_map, program.image, axes, lanes, labels, ignore_index, CELLS
-    )
+    softmax = softmax_of(logits, lanes, labels, LossOptions(), 0, False, CELLS)
 
     means = [tl.zeros(label.shape, tl.float32) for label in labels]  # Σ_j p_j u_j
-    ptrs, slopes = corner_ptrs(logits.ptr, lanes, CELLS), slopes_ptr
+    ptrs, slopes = softmax.ptrs, slopes_ptr
     stored = loaded(ptrs)
     for k in range(num_classes):
-        p = probabilities_of(stored, softmax, lanes, CELLS)
+        p = probabilities(corners_of(stored, CELLS), softmax.lse, lanes, CELLS)
         ptrs = following(ptrs, k, logits, CELLS)
         stored = loaded(ptrs)
         u = _slopes_of_class(slopes, p, labels, k, bins, CELLS)
         means = [tl.fma(p[i], u[i], means[i]) for i in () + CELLS.columns]
         slopes += 2 * bins
 
+    ptrs = at_first_class(ptrs, logits, CELLS)
     dlogits = Logits(dlogits_ptr, num_classes, dlogits_b, dlogits_k, dlogits_h, dlogits_w)
     dptrs, written = gradient_ptrs(dlogits, program, cells, axes, dlogits_block, CELLS)
-    ptrs, slopes = corner_ptrs(logits.ptr, lanes, CELLS), slopes_ptr
+    slopes = slopes_ptr
     stored = loaded(ptrs)
     for k in range(num_classes):
-        p = probabilities_of(stored, softmax, lanes, CELLS)
+        p = probabilities(corners_of(stored, CELLS), softmax.lse, lanes, CELLS)
         ptrs = following(ptrs, k, logits, CELLS)
         stored = loaded(ptrs)
         u = _slopes_of_class(slopes, p, labels, k, bins, CELLS)

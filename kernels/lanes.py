@@ -12,11 +12,7 @@ from .upsampling import (
     ROW_AXIS,
     at_pixels,
     both,
-    corners_of,
-    corners_of_classes,
-    first_pixel,
-    loaded,
-    next_class,
+    corners_of_class,
     rows_of_lane,
     strides_of,
     upsampled,
@@ -27,8 +23,6 @@ LOG2_E = Constant(1.4426950408889634)
 LN_2 = Constant(0.6931471805599453)
 INF = Constant(float("inf"))
 NO_CLASS = Constant(2**31 - 1)
-# Less a logit far below the others, as one that masks a class, these would lose their digits.
-_LARGEST_REFERENCE = Constant(1024.0)
 
 
 class PixelMap(NamedTuple):
@@ -38,14 +32,6 @@ class PixelMap(NamedTuple):
     stride_b: int
     stride_h: int
     stride_w: int
-
-
-class Reference(NamedTuple):
-    """A class of each cell, and its four logits. They are subtracted from those of all classes, so
-    that what all classes share cancels before it is rounded. If the class is −1, they are 0."""
-
-    label: Any
-    four: Any
 
 
 def pixel_map_of(tensor: Tensor | None) -> PixelMap:
@@ -128,46 +114,12 @@ def classes_of(labels):
 
 
 @triton.jit
-def next_label(labels, after, but=None):
-    """The smallest label of all lanes beyond `after`, NO_CLASS if there is none. but: a label of
-    each lane that does not count there."""
+def next_label(labels, after):
+    """The smallest label of all lanes beyond `after`, NO_CLASS if there is none."""
     smallest = tl.full(labels[0].shape, NO_CLASS, tl.int32)
     for i in tl.static_range(len(labels)):
-        further = labels[i] > after
-        if but is not None:  # tl.maximum, because comparisons before the loop need registers
-            further &= labels[i] != tl.maximum(but, after)
-        smallest = tl.minimum(smallest, tl.where(further, labels[i], NO_CLASS))
+        smallest = tl.minimum(smallest, tl.where(labels[i] > after, labels[i], NO_CLASS))
     return tl.min(tl.min(smallest, ROW_AXIS), 0)
-
-
-@triton.jit
-def _ends_of_cell(span, axis, CELLS: tl.constexpr):
-    """The first and the last pixel of a cell along an axis; any pixels if it has none."""
-    last = axis.pixels - 1
-    start = tl.minimum(tl.maximum(first_pixel(span.cell, axis, CELLS), 0), last)
-    return start, tl.minimum(tl.maximum(span.stop - 1, 0), last)
-
-
-@triton.jit
-def labels_of_cell(
-    label_map, image, axes, lanes, labels, num_classes, ignore_index, CELLS: tl.constexpr
-):
-    """The labels of a cell's four outermost pixels, −1 if ignored. They do not depend on how the
-    cell's pixels are divided into lanes."""
-    if CELLS.y.same:
-        return (labels[0],)
-    else:
-        Y: tl.constexpr = CELLS.y
-        X: tl.constexpr = CELLS.x
-        ptr = label_map.ptr + image.to(tl.int64) * label_map.stride_b
-        rows = [y.to(tl.int64) * label_map.stride_h for y in _ends_of_cell(lanes.y, axes.y, Y)]
-        columns = [x.to(tl.int64) * label_map.stride_w for x in _ends_of_cell(lanes.x, axes.x, X)]
-        found = ()
-        for i in tl.static_range(4):
-            label = tl.load(ptr + rows[i // 2] + columns[i % 2]).to(tl.int64)
-            valid = (label >= 0) & (label < num_classes) & (label != ignore_index)
-            found = found + (tl.where(valid, label, -1).to(tl.int32),)
-        return found
 
 
 @triton.jit
@@ -176,26 +128,6 @@ def largest_label(labels):
     for i in tl.static_range(1, len(labels)):
         largest = tl.maximum(largest, labels[i])
     return largest
-
-
-@triton.jit
-def reference_of(ptrs, label, stride_k, CELLS: tl.constexpr):
-    """The Reference of this label; ptrs: corner_ptrs of class 0. It has none if a logit of the
-    class is not finite; or if it is large, and far from that of another class, 0 or 1, so that it
-    is not what all classes share."""
-    four = corners_of_classes(ptrs, tl.maximum(label, 0), stride_k, CELLS)
-    others = corners_of_classes(ptrs, tl.where(label == 0, 1, 0), stride_k, CELLS)
-    usable = label >= 0
-    for x in tl.static_range(4):
-        distance = tl.minimum(tl.abs(four[x]), tl.abs(four[x] - others[x]))
-        usable &= (tl.abs(four[x]) < INF) & (distance < _LARGEST_REFERENCE)
-    return Reference(tl.where(usable, label, -1), [tl.where(usable, x, 0.0) for x in four])
-
-
-@triton.jit
-def relative(four, reference):
-    """The four logits of a cell, less those of the reference."""
-    return [four[i] - reference.four[i] for i in (0, 1, 2, 3)]
 
 
 @triton.jit
@@ -227,7 +159,7 @@ def store_map(pixel_map, values, image, lanes, CELLS: tl.constexpr):
 
 @triton.jit
 def probability(z, lse):
-    """p = e^(z − lse), where the reference was subtracted from both."""
+    """p = e^(z − lse)"""
     return tl.exp2((z - lse) * LOG2_E)
 
 
@@ -240,20 +172,13 @@ def values_of_labels(ptr, stride, labels):
 
 
 @triton.jit
-def add_true_logits(x, ptrs, stride_k, lanes, labels, reference, CELLS: tl.constexpr):
-    """−log p_y and lse of each pixel from x, the smaller of them: x − min(z, 0) and x + max(z, 0),
-    where z is z_y less the reference, read for one label of the tile after the other. ptrs:
-    corner_ptrs of class 0. Returns them too: kept beside those that move, they need registers."""
-    ce = x
-    lse = x
-    k = tl.full((), 0, tl.int32)
-    label = next_label(labels, -1, reference.label)
+def losses_of_labels(logits, ptrs, lse, lanes, labels, CELLS: tl.constexpr):
+    """c = −log p_y = lse − z_y of each pixel, 0 where ignored. The logits are read for one label of
+    the tile after the other. ptrs: corner_ptrs of class 0."""
+    c = [tl.zeros(label.shape, tl.float32) for label in labels]
+    label = next_label(labels, -1)
     while label < NO_CLASS:
-        ptrs = next_class(ptrs, (label - k).to(tl.int64) * stride_k, CELLS)
-        k = label
-        z = upsampled(relative(corners_of(loaded(ptrs), CELLS), reference), lanes, CELLS)
-        z = [tl.where(labels[i] == label, z[i], 0.0) for i in () + CELLS.columns]
-        ce = [ce[i] - tl.minimum(z[i], 0.0) for i in () + CELLS.columns]
-        lse = [lse[i] + tl.maximum(z[i], 0.0) for i in () + CELLS.columns]
-        label = next_label(labels, label, reference.label)
-    return ce, lse, next_class(ptrs, -k.to(tl.int64) * stride_k, CELLS)
+        z = upsampled(corners_of_class(ptrs, label, logits, CELLS), lanes, CELLS)
+        c = [tl.where(labels[i] == label, lse[i] - z[i], c[i]) for i in () + CELLS.columns]
+        label = next_label(labels, label)
+    return [tl.where(x < 0, 0.0, x) for x in c]  # negative by rounding; NaN remains

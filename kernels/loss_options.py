@@ -3,7 +3,7 @@ class y:
 
     c = −log p_y
     u = Σ_k v_k·(−log p_k) = V·lse − Σ_k v_k z_k,   V = Σ_k v_k
-    m = (1 − e^−c)^γ, 0 if c < min_loss
+    m = max(1 − e^−c, 2⁻²⁴)^γ, 0 if c < min_loss
     L = m·(a_y·c + u)
 
 Without these options a = 1, v = 0, γ = 0, min_loss = −∞, so L = c. A sum has ω·L of its pixels; a
@@ -20,7 +20,7 @@ from .lanes import LOG2_E, values_of_labels
 from .launch import Constant
 from .upsampling import corner_ptrs, corners_of, loaded, next_class, upsampled
 
-_SMALLEST = Constant(2.0**-24)  # c is rounded to multiples of about this
+_SMALLEST_MISS = Constant(2.0**-24)  # of 1 − p_y: p_y is rounded to multiples of this
 
 
 class LossOptions(NamedTuple):
@@ -73,20 +73,20 @@ def add_weighted(weighted, four, v, options):
 
 
 @triton.jit
-def losses_of_all_classes(weighted, lse, reference, lanes, options, image, CELLS: tl.constexpr):
-    """u of each pixel."""
+def losses_of_all_classes(weighted, lse, lanes, labels, options, image, CELLS: tl.constexpr):
+    """u of each pixel, 0 where ignored."""
     if options.all_weights is None:
         return [0.0 for _ in lse]
     else:
         total = tl.load(options.sums_of_all_weights + image * options.stride_sum_b)
-        four = [tl.fma(-total, reference.four[i], weighted[i]) for i in (0, 1, 2, 3)]
-        z = upsampled(four, lanes, CELLS)
+        z = upsampled(weighted, lanes, CELLS)
         u = [tl.fma(total, lse[i], -z[i]) for i in () + CELLS.columns]
-        return [tl.where(x < 0, 0.0, x) for x in u]  # negative by rounding
+        ignored_or_rounded = [(labels[i] < 0) | (u[i] < 0) for i in () + CELLS.columns]
+        return [tl.where(ignored_or_rounded[i], 0.0, u[i]) for i in () + CELLS.columns]
 
 
 @triton.jit
-def _read_losses_of_all_classes(logits, lse, reference, lanes, options, image, CELLS: tl.constexpr):
+def _read_losses_of_all_classes(logits, lse, lanes, labels, options, image, CELLS: tl.constexpr):
     """u of each pixel, computed with a loop of its own over the classes."""
     zero = tl.zeros(lanes.x.cell.shape, tl.float32)
     weighted = (zero, zero, zero, zero)
@@ -96,20 +96,11 @@ def _read_losses_of_all_classes(logits, lse, reference, lanes, options, image, C
             four, v = corners_of(loaded(ptrs), CELLS), weight_of_all(k, options, image)
             ptrs = next_class(ptrs, logits.stride_k, CELLS)
             weighted = add_weighted(weighted, four, v, options)
-    return losses_of_all_classes(weighted, lse, reference, lanes, options, image, CELLS)
+    return losses_of_all_classes(weighted, lse, lanes, labels, options, image, CELLS)
 
 
 @triton.jit
-def weight_of_class(k, options, image):
-    """a_k"""
-    if options.true_weights is None:
-        return 1.0
-    else:
-        return tl.load(options.true_weights + image * options.stride_b + k)
-
-
-@triton.jit
-def _weights_of_labels(labels, options, image):
+def weights_of_labels(labels, options, image):
     """a_y of each pixel."""
     if options.true_weights is None:
         return [1.0 for _ in labels]
@@ -137,21 +128,17 @@ def share_of_pixel(w, used, options):
 
 
 @triton.jit
-def other_classes(c):
-    """1 − e^−c, the probability of the other classes; and e^−c."""
-    e = tl.exp2(c * -LOG2_E)
-    series = 1 - c * (1 / 7)  # of (1 − e^−c) / c, for a small c
-    for n in tl.static_range(6, 1, -1):
-        series = 1 - c * (1 / n) * series
-    return tl.where(c < 0.25, c * series, 1 - e), e
+def _miss(p):
+    """1 − p_y, at least _SMALLEST_MISS; NaN remains."""
+    return tl.where(1 - p < _SMALLEST_MISS, _SMALLEST_MISS, 1 - p)
 
 
 @triton.jit
 def _factor(c, options):
-    """x = 1 − e^−c, x^(γ − 1) and e^−c"""
-    x, e = other_classes(c)
-    x = tl.where(x < _SMALLEST, _SMALLEST, x)
-    return x, tl.exp2((tl.load(options.focal_gamma) - 1) * tl.log2(x)), e
+    """x = max(1 − e^−c, 2⁻²⁴), x^(γ − 1) and e^−c"""
+    p = tl.exp2(c * -LOG2_E)
+    x = _miss(p)
+    return x, tl.exp2((tl.load(options.focal_gamma) - 1) * tl.log2(x)), p
 
 
 @triton.jit
@@ -184,7 +171,7 @@ def _slopes_of_loss(c, u, a, used, options):
         by_u = x * power
         growth = tl.load(options.focal_gamma) * power * (e * _smoothed(c, u, a, options))
         # for an infinite c, 0·∞; for c = 0, the derivative of a power of γ < 1 is infinite
-        by_c = tl.where((e == 0) | (x == _SMALLEST), 0.0, growth) + by_u * a
+        by_c = tl.where((e == 0) | (x == _SMALLEST_MISS), 0.0, growth) + by_u * a
     if options.min_loss is not None:
         by_c, by_u = tl.where(used, by_c, 0.0), tl.where(used, by_u, 0.0)
     return by_c, by_u
@@ -192,18 +179,17 @@ def _slopes_of_loss(c, u, a, used, options):
 
 @triton.jit
 def slopes_of_losses(
-    d, c, logits, lanes, labels, lse, reference, options, image,
-    WEIGHTED: tl.constexpr, CELLS: tl.constexpr,
-):  # fmt: skip
+    d, c, logits, lanes, labels, lse, options, image, WEIGHTED: tl.constexpr, CELLS: tl.constexpr
+):
     """d·∂L/∂c and d·∂L/∂u of each pixel. WEIGHTED: d contains the weight."""
-    a = _weights_of_labels(labels, options, image)
+    a = weights_of_labels(labels, options, image)
     if options.focal_gamma is None and options.min_loss is None:
         return [d[i] * a[i] for i in () + CELLS.columns], d
     else:
         used = [is_used(c[i], options) for i in () + CELLS.columns]
         if WEIGHTED:
             d = [share_of_pixel(d[i], used[i], options) for i in () + CELLS.columns]
-        u = _read_losses_of_all_classes(logits, lse, reference, lanes, options, image, CELLS)
+        u = _read_losses_of_all_classes(logits, lse, lanes, labels, options, image, CELLS)
         slopes = [_slopes_of_loss(c[i], u[i], a[i], used[i], options) for i in () + CELLS.columns]
         return [d[i] * slopes[i][0] for i in () + CELLS.columns], [
             d[i] * slopes[i][1] for i in () + CELLS.columns

@@ -11,6 +11,7 @@ from .upsampling import (
     LOGITS,
     SIZES,
     Logits,
+    at_first_class,
     axes_of,
     class_planes,
     corner_ptrs,
@@ -27,13 +28,12 @@ from .upsampling import (
 
 
 @triton.jit
-def largest_logits(logits, lanes, CELLS: tl.constexpr):
+def largest_logits(logits, ptrs, lanes, CELLS: tl.constexpr):
     """The largest logit of each pixel, and its class: the first, if several are equal. NaN is
-    larger than all numbers."""
+    larger than all numbers. ptrs: corner_ptrs of class 0; also returned."""
     zero = zeros_of_pixels(lanes, CELLS)
     largest = [zero - INF for _ in () + CELLS.columns]
     classes = [zero.to(tl.int32) for _ in () + CELLS.columns]
-    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
     stored = loaded(ptrs)
     for k in range(logits.num_classes):
         z = upsampled(corners_of(stored, CELLS), lanes, CELLS)
@@ -43,7 +43,7 @@ def largest_logits(logits, lanes, CELLS: tl.constexpr):
         larger = [(z[i] > largest[i]) | for_nan[i] for i in () + CELLS.columns]
         largest = [tl.where(larger[i], z[i], largest[i]) for i in () + CELLS.columns]
         classes = [tl.where(larger[i], k, classes[i]) for i in () + CELLS.columns]
-    return largest, classes
+    return largest, classes, at_first_class(ptrs, logits, CELLS)
 
 
 @triton.jit
@@ -93,7 +93,8 @@ def _pixel_argmax_kernel(
     image, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     logits = Logits(logits_ptr, num_classes, logits_b, logits_k, logits_h, logits_w)
     lanes = lanes_of_tile(tile, axes, logits, CELLS, LANES)
-    _, classes = largest_logits(logits_of_image(logits, image), lanes, CELLS)
+    logits = logits_of_image(logits, image)
+    _, classes, _ = largest_logits(logits, corner_ptrs(logits.ptr, lanes, CELLS), lanes, CELLS)
     predictions = contiguous_map(predictions_ptr, axes)
     if CELLS.x.even and CELLS.x.pixels == 4:
         _store_rows(predictions, classes, image, lanes, CELLS)

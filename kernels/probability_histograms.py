@@ -10,15 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .lanes import (
-    LABELS,
-    NO_CLASS,
-    PixelMap,
-    labels_of_cell,
-    load_labels,
-    next_label,
-    number_of,
-)
+from .lanes import LABELS, NO_CLASS, PixelMap, load_labels, next_label, number_of
 from .launch import FORWARD_LANES, without_spills
 from .loss_options import LossOptions
 from .softmax import probabilities, softmax_of
@@ -28,7 +20,6 @@ from .upsampling import (
     Logits,
     axes_of,
     class_planes,
-    corner_ptrs,
     corners_of,
     following,
     lanes_of_tile,
@@ -36,24 +27,6 @@ from .upsampling import (
     logits_of_image,
     upsampling_of,
 )
-
-
-@triton.jit
-def softmax_of_errors(
-    logits, label_map, image, axes, lanes, labels, ignore_index, CELLS: tl.constexpr
-):
-    """Softmax of the pixels (softmax.py)."""
-    cell_labels = labels_of_cell(
-        label_map, image, axes, lanes, labels, logits.num_classes, ignore_index, CELLS
-    )
-    return softmax_of(logits, lanes, labels, cell_labels, LossOptions(), 0, False, CELLS)
-
-
-@triton.jit
-def probabilities_of(stored, softmax, lanes, CELLS: tl.constexpr):
-    """p of the pixels, from the four logits of a cell as they were loaded."""
-    four = corners_of(stored, CELLS)
-    return probabilities(four, softmax.lse, softmax.reference, lanes, CELLS)
 
 
 @triton.jit
@@ -101,11 +74,11 @@ def _probability_histograms_kernel(
     lanes = lanes_of_tile(tile, axes, logits, CELLS, LANES)
     label_map = PixelMap(labels_ptr, labels_b, labels_h, labels_w)
     labels = load_labels(label_map, image, lanes, num_classes, ignore_index, CELLS)
-    softmax = softmax_of_errors(logits, label_map, image, axes, lanes, labels, ignore_index, CELLS)
-    ptrs, class_counts = corner_ptrs(logits.ptr, lanes, CELLS), counts_ptr
+    softmax = softmax_of(logits, lanes, labels, LossOptions(), 0, False, CELLS)
+    ptrs, class_counts = softmax.ptrs, counts_ptr
     stored = loaded(ptrs)
     for k in range(num_classes):
-        p = probabilities_of(stored, softmax, lanes, CELLS)
+        p = probabilities(corners_of(stored, CELLS), softmax.lse, lanes, CELLS)
         ptrs = following(ptrs, k, logits, CELLS)
         stored = loaded(ptrs)
         bin_index, places = places_of_errors(p, labels, k, bins, CELLS)

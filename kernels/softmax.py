@@ -3,15 +3,11 @@ exponentials of even cells, which the divergence and gradients take over.
 
 The logits are read class by class. Σ_k e^(z_k − m) of each pixel stays in registers, where m is the
 largest logit of the pixel's cell so far. If the neighbours of a cell differ by about 70 (by 28 in
-even cells, where a row's terms are a geometric sequence), this may underflow. Then a second loop
-over the classes sums them again, relative to the largest logit of each pixel.
+even cells, where a row's terms are a geometric sequence), this may underflow. Then the maximum of
+each pixel is found in a second loop over the classes, and the sums in a third.
 
-lse and z are less a reference (lanes.py): the logits of one class, that of labels in the cell. What
-all classes of a pixel share, as an offset of 1,000, then cancels before it is rounded.
-
-If p_y is almost 1, −log p_y is computed from the sum and the term of the label: lse − z_y would
-have few digits. This term is rounded as in the sum, because m begins with the logits of labels in
-the cell: if these are the largest ones, it does not change.
+lse = log Σ_k e^(z_k) is the one number of a pixel: losses and probabilities are computed from it
+and z in both directions, and have the errors of their roundings.
 """
 
 from typing import Any, NamedTuple
@@ -19,24 +15,15 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .lanes import (
-    INF,
-    LN_2,
-    LOG2_E,
-    largest_label,
-    probability,
-    reference_of,
-    relative,
-    sum_of,
-)
+from .lanes import INF, LN_2, LOG2_E, probability, sum_of
 from .launch import Constant
 from .loss_options import add_weighted, weight_of_all
 from .pixel_argmax import largest_logits
 from .upsampling import (
     ROW_AXIS,
+    at_first_class,
     corner_ptrs,
     corners_of,
-    corners_of_classes,
     following,
     loaded,
     upsampled,
@@ -54,17 +41,13 @@ LARGEST_SPREAD, _SMALLEST_SUM_OF_ROWS = Constant(80.0), Constant(2.0**-40)
 LARGEST_SPREAD_OF_GRADIENT = Constant(40.0)
 # Below every logit and exponent. Finite, so that differences are numbers.
 LOWEST = Constant(-1e36)
-_MINIMUM = Constant(-3.4028234663852886e38)  # of float32
-_ALMOST_ALL = Constant(0.125)
 
 
 class Softmax(NamedTuple):
     """What the first pass over the classes computes for the pixels of a tile."""
 
-    reference: Any  # Reference of each cell
-    sums: Any  # Σ_k e^(z_k − m); ∞ if that may underflow
-    shift: Any  # −m·log2(e) of each cell
-    lse: Any  # log Σ_k e^(z_k − the reference), 0 where ignored
+    lse: Any  # log Σ_k e^(z_k), 0 where ignored
+    ptrs: Any  # corner_ptrs of class 0
     predicted: Any  # the class of the largest logit
     weighted: Any  # Σ_k v_k x_k of the four logits x of a cell: see loss_options.py
 
@@ -149,37 +132,17 @@ def _exponentials(four, shift, spread, lanes, CELLS: tl.constexpr):
 
 
 @triton.jit
-def _largest_of(four):
-    """tl.maximum of NaN and a number returns the number."""
-    return tl.maximum(tl.maximum(four[0], four[1]), tl.maximum(four[2], four[3]))
-
-
-@triton.jit
-def _largest_of_labels(ptrs, stride_k, labels, CELLS: tl.constexpr):
-    """The largest logit of a cell, of classes that are not −1; LOWEST if there is none. ptrs:
-    corner_ptrs of class 0."""
-    maximum = tl.full(labels[0].shape, LOWEST, tl.float32)
-    for i in tl.static_range(len(labels)):
-        four = corners_of_classes(ptrs, tl.maximum(labels[i], 0), stride_k, CELLS)
-        maximum = tl.maximum(maximum, tl.where(labels[i] >= 0, _largest_of(four), LOWEST))
-    return maximum
-
-
-@triton.jit
-def _sums_by_cell(
-    logits, lanes, cell_labels, options, image, PREDICT: tl.constexpr, CELLS: tl.constexpr
-):
+def _sums_by_cell(logits, lanes, options, image, PREDICT: tl.constexpr, CELLS: tl.constexpr):
     """For each pixel Σ_k e^(z_k − m), where m is the largest logit of the cell, and with PREDICT
     the class of its largest logit; for each cell m, and Σ_k v_k x_k of its four logits x; the
-    largest spread of _exponentials."""
+    largest spread of _exponentials; and corner_ptrs of class 0."""
     zero = tl.zeros(lanes.x.cell.shape, tl.float32)
+    maximum, shift = zero + LOWEST, zero + LOWEST * -LOG2_E
     zeros = zeros_of_pixels(lanes, CELLS)
     sums, best = [zeros for _ in () + CELLS.columns], [zeros - INF for _ in () + CELLS.columns]
     predicted = [zeros.to(tl.int32) for _ in () + CELLS.columns]
     weighted, spread = (zero, zero, zero, zero), zero
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
-    maximum = _largest_of_labels(ptrs, logits.stride_k, cell_labels, CELLS)
-    shift = maximum * -LOG2_E
     stored, next_v = loaded(ptrs), weight_of_all(0, options, image)
     for k in range(logits.num_classes):
         four, v = corners_of(stored, CELLS), next_v
@@ -188,7 +151,9 @@ def _sums_by_cell(
         ptrs = following(ptrs, k, logits, CELLS)
         stored = loaded(ptrs)
         next_v = weight_of_all(tl.minimum(k + 1, logits.num_classes - 1), options, image)
-        maximum = tl.maximum(maximum, _largest_of(four))  # without NaN; the sum is still NaN
+        # tl.maximum of NaN and a number returns the number; the sum is still NaN
+        highest = tl.maximum(tl.maximum(four[0], four[1]), tl.maximum(four[2], four[3]))
+        maximum = tl.maximum(maximum, highest)
         new_shift = maximum * -LOG2_E
         scale = tl.exp2(new_shift - shift)
         shift = new_shift
@@ -198,7 +163,8 @@ def _sums_by_cell(
             z = upsampled(four, lanes, CELLS)
             predicted = [tl.where(z[i] > best[i], k, predicted[i]) for i in () + CELLS.columns]
             best = [tl.where(z[i] > best[i], z[i], best[i]) for i in () + CELLS.columns]
-    return sums, maximum, predicted, weighted, spread
+    ptrs = at_first_class(ptrs, logits, CELLS)
+    return sums, maximum, predicted, weighted, spread, ptrs
 
 
 @triton.jit
@@ -218,91 +184,41 @@ def any_of(mask):
 
 
 @triton.jit
-def _sums_by_pixel(logits, lanes, reference, CELLS: tl.constexpr):
-    """Σ_k e^(z_k − m) of each pixel, where m is its largest logit; and m. The reference is
-    subtracted from the logits."""
-    zeros = zeros_of_pixels(lanes, CELLS)
-    sums, largest = (
-        [zeros for _ in () + CELLS.columns],
-        [zeros + _MINIMUM for _ in () + CELLS.columns],
-    )
-    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
+def _sums_by_pixel(logits, ptrs, lanes, shifts, CELLS: tl.constexpr):
+    """Σ_k e^(z_k − shift) of each pixel; and ptrs."""
+    sums = [tl.zeros(x.shape, tl.float32) for x in shifts]
     stored = loaded(ptrs)
     for k in range(logits.num_classes):
-        z = upsampled(relative(corners_of(stored, CELLS), reference), lanes, CELLS)
+        z = upsampled(corners_of(stored, CELLS), lanes, CELLS)
         ptrs = following(ptrs, k, logits, CELLS)
         stored = loaded(ptrs)
-        scales = [probability(largest[i], tl.maximum(largest[i], z[i])) for i in () + CELLS.columns]
-        largest = [tl.maximum(largest[i], z[i]) for i in () + CELLS.columns]
-        added = [probability(z[i], largest[i]) for i in () + CELLS.columns]
-        sums = [tl.fma(sums[i], scales[i], added[i]) for i in () + CELLS.columns]
-    return sums, largest
+        sums = [sums[i] + probability(z[i], shifts[i]) for i in () + CELLS.columns]
+    return sums, at_first_class(ptrs, logits, CELLS)
 
 
 @triton.jit
-def _log_quotient(difference, total):
-    """log(a / b) = 2·artanh((a − b) / (a + b)) of almost equal numbers: log(1 + ε) has no more
-    digits than 1 + ε has of ε."""
-    s = difference / total
-    return 2 * s * tl.fma(s * s, tl.fma(s * s, 1 / 5, 1 / 3), 1.0)
-
-
-@triton.jit
-def _log(x):
-    """log x, x ≥ 1."""
-    return tl.where(x - 1 < _ALMOST_ALL, _log_quotient(x - 1, x + 1), tl.log2(x) * LN_2)
-
-
-@triton.jit
-def losses_of_class(four, sums, lse, softmax, lanes, CELLS: tl.constexpr):
-    """−log p of a lane's pixels, from the four logits of their class; and the smaller of it and
-    lse."""
-    z = upsampled(relative(four, softmax.reference), lanes, CELLS)
-    own, _ = _exponentials(four, softmax.shift, 0.0, lanes, CELLS)
-    # both differences are negative by rounding; NaN remains
-    others = [tl.where(sums[i] < own[i], 0.0, sums[i] - own[i]) for i in () + CELLS.columns]
-    near = [_log_quotient(others[i], sums[i] + own[i]) for i in () + CELLS.columns]
-    far = [tl.where(lse[i] < z[i], 0.0, lse[i] - z[i]) for i in () + CELLS.columns]
-    # a smaller z is that of a cell without a reference: the gradient then computes lse − z
-    is_near = [(others[i] < _ALMOST_ALL * own[i]) & (z[i] >= 0) for i in () + CELLS.columns]
-    c = [tl.where(is_near[i], near[i], far[i]) for i in () + CELLS.columns]
-    return c, [tl.where(z[i] >= 0, c[i], lse[i]) for i in () + CELLS.columns]
-
-
-@triton.jit
-def _lse_by_cell(sums, maximum, shift, reference, lanes, CELLS: tl.constexpr):
-    """log Σ_k e^(z_k − m) + m, where the reference was subtracted from m."""
-    rounding = tl.fma(maximum, LOG2_E, shift)
-    largest = upsampled([maximum - x for x in reference.four], lanes, CELLS)
-    return [tl.fma(tl.log2(sums[i]) - rounding, LN_2, largest[i]) for i in () + CELLS.columns]
-
-
-@triton.jit
-def softmax_of(
-    logits, lanes, labels, cell_labels, options, image, PREDICT: tl.constexpr, CELLS: tl.constexpr
-):
-    """Softmax; `predicted` only with PREDICT. cell_labels: see lanes.labels_of_cell."""
-    sums, maximum, predicted, weighted, spread = _sums_by_cell(
-        logits, lanes, cell_labels, options, image, PREDICT, CELLS
+def softmax_of(logits, lanes, labels, options, image, PREDICT: tl.constexpr, CELLS: tl.constexpr):
+    """Softmax; `predicted` only with PREDICT."""
+    sums, maximum, predicted, weighted, spread, ptrs = _sums_by_cell(
+        logits, lanes, options, image, PREDICT, CELLS
     )
     SMALLEST: tl.constexpr = _SMALLEST_SUM_OF_ROWS if CELLS.x.even else SMALLEST_SUM
     by_pixel = any_of((spread > LARGEST_SPREAD) | underflow(sums, labels, SMALLEST))
-    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
-    reference = reference_of(ptrs, largest_label(cell_labels), logits.stride_k, CELLS)
-    shift = maximum * -LOG2_E
-    lse = _lse_by_cell(sums, maximum, shift, reference, lanes, CELLS)
+    rounding = tl.fma(maximum, LOG2_E, maximum * -LOG2_E)  # of the shift
+    lse = [tl.fma(tl.log2(x) - rounding, LN_2, maximum) for x in sums]
     if by_pixel:
-        of_pixels, largest = _sums_by_pixel(logits, lanes, reference, CELLS)
-        lse = [_log(of_pixels[i]) + largest[i] for i in () + CELLS.columns]
-        sums = [tl.full(x.shape, INF, tl.float32) for x in sums]
+        largest, classes, ptrs = largest_logits(logits, ptrs, lanes, CELLS)
+        shifts = [finite_or_zero(x) for x in largest]
+        sums, ptrs = _sums_by_pixel(logits, ptrs, lanes, shifts, CELLS)
+        lse = [tl.fma(tl.log2(sums[i]), LN_2, shifts[i]) for i in () + CELLS.columns]
         if PREDICT:
-            _, predicted = largest_logits(logits, lanes, CELLS)
+            predicted = classes
     lse = [tl.where(labels[i] >= 0, lse[i], 0.0) for i in () + CELLS.columns]
-    return Softmax(reference, sums, shift, lse, predicted, weighted)
+    return Softmax(lse, ptrs, predicted, weighted)
 
 
 @triton.jit
-def probabilities(four, lse, reference, lanes, CELLS: tl.constexpr):
+def probabilities(four, lse, lanes, CELLS: tl.constexpr):
     """p of a lane's pixels, from the four logits of its cell."""
-    z = upsampled(relative(four, reference), lanes, CELLS)
+    z = upsampled(four, lanes, CELLS)
     return [probability(z[i], lse[i]) for i in () + CELLS.columns]

@@ -21,9 +21,9 @@ from .lanes import (
     NO_CLASS,
     PixelMap,
     contiguous_map,
-    labels_of_cell,
     load_labels,
     load_map,
+    losses_of_labels,
     next_label,
     number_of,
     pixel_map_of,
@@ -38,7 +38,7 @@ from .launch import (
     ceil_div,
     most_rows,
     programs,
-    without_spills,
+    registers,
 )
 from .loss_options import (
     is_used,
@@ -46,22 +46,20 @@ from .loss_options import (
     loss_options_of,
     losses_of_all_classes,
     share_of_pixel,
-    weight_of_class,
+    weights_of_labels,
 )
-from .softmax import losses_of_class, probabilities, softmax_of
+from .softmax import probabilities, softmax_of
 from .upsampling import (
     LOGITS,
     SIZES,
     Logits,
     axes_of,
     class_planes,
-    corner_ptrs,
     corners_of,
     following,
     lanes_of_tile,
     loaded,
     logits_of_image,
-    next_class,
     strides_of,
     upsampling_of,
 )
@@ -109,63 +107,57 @@ def _clear(ptr, row, num_classes):
 
 
 @triton.jit
+def _losses(c, u, weight_map, image, lanes, labels, options, CELLS: tl.constexpr):
+    """L of each pixel, 0 where ignored; what is added to the sum; and whether the pixel is used, or
+    ω of a used one."""
+    a, used = weights_of_labels(labels, options, image), [is_used(x, options) for x in c]
+    losses = [loss_of_pixel(c[i], u[i], a[i], used[i], options) for i in () + CELLS.columns]
+    if weight_map.ptr is None:
+        return losses, losses, used
+    else:
+        weights = load_map(weight_map, image, lanes, labels, CELLS)
+        shares = [share_of_pixel(weights[i], used[i], options) for i in () + CELLS.columns]
+        summed = [tl.where(shares[i] == 0, 0.0, shares[i] * losses[i]) for i in () + CELLS.columns]
+        return losses, summed, shares
+
+
+@triton.jit
 def _add_true_classes(
     partials, row, logits, lanes, labels, softmax, u, weight_map, options, image,
-    KEEP: tl.constexpr, CELLS: tl.constexpr,
+    CELLS: tl.constexpr,
 ):  # fmt: skip
     """Adds the statistics of the true class, for one label of the tile after the other. Returns the
-    smaller of lse and −log p_y, from which the gradient computes both without loss of digits; and
-    with KEEP the losses of the pixels."""
-    if weight_map.ptr is not None:
-        weights = load_map(weight_map, image, lanes, labels, CELLS)
-    pixel_losses = [tl.zeros(label.shape, tl.float32) for label in labels]
-    sums, smaller = softmax.sums, softmax.lse
-    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
+    losses of the pixels, 0 where ignored."""
+    c = losses_of_labels(logits, softmax.ptrs, softmax.lse, lanes, labels, CELLS)
+    losses, summed, used = _losses(c, u, weight_map, image, lanes, labels, options, CELLS)
+    p = [probability(0.0, x) for x in c]
     label = next_label(labels, -1)
     while label < NO_CLASS:
         mine = [labels[i] == label for i in () + CELLS.columns]
-        offset = label.to(tl.int64) * logits.stride_k
-        four = corners_of(loaded(next_class(ptrs, offset, CELLS)), CELLS)
-        c, of_class = losses_of_class(four, sums, smaller, softmax, lanes, CELLS)
-        smaller = [tl.where(mine[i], of_class[i], smaller[i]) for i in () + CELLS.columns]
-        a = weight_of_class(label, options, image)
-        used = [is_used(c[i], options) for i in () + CELLS.columns]
-        losses = [loss_of_pixel(c[i], u[i], a, used[i], options) for i in () + CELLS.columns]
-        summed = losses
-        if weight_map.ptr is not None:
-            shares = [share_of_pixel(weights[i], used[i], options) for i in () + CELLS.columns]
-            _add_where(mine, partials.used + row + label, shares)
-            summed = [
-                tl.where(shares[i] == 0, 0.0, shares[i] * losses[i]) for i in () + CELLS.columns
-            ]
         _add_where(mine, partials.losses + row + label, summed)
-        if KEEP:
-            pixel_losses = [
-                tl.where(mine[i], losses[i], pixel_losses[i]) for i in () + CELLS.columns
-            ]
-        if partials.intersections is not None:
-            p = [probability(0.0, x) for x in c]
-            _add_where(mine, partials.intersections + row + label, p)
         _count_where(mine, partials.counts + row + label)
+        if partials.intersections is not None:
+            _add_where(mine, partials.intersections + row + label, p)
         if partials.correct is not None:
             right = [mine[i] & (softmax.predicted[i] == label) for i in () + CELLS.columns]
             _count_where(right, partials.correct + row + label)
-        if partials.used is not None and weight_map.ptr is None:
+        if weight_map.ptr is not None:
+            _add_where(mine, partials.used + row + label, used)
+        elif partials.used is not None:
             kept = [mine[i] & used[i] for i in () + CELLS.columns]
             _count_where(kept, partials.used + row + label)
         label = next_label(labels, label)
-    return smaller, pixel_losses
+    return losses
 
 
 @triton.jit
 def _add_all_classes(partials, row, logits, lanes, labels, softmax, CELLS: tl.constexpr):
     """Adds Σ p and Σ p² of each class. To numbers that are loaded before the exponentials, so that
     nothing waits for them."""
-    sums, squares = partials.probability_sums, partials.squares
-    ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
+    sums, squares, ptrs = partials.probability_sums, partials.squares, softmax.ptrs
     stored = loaded(ptrs)
     for k in range(logits.num_classes):
-        p = probabilities(corners_of(stored, CELLS), softmax.lse, softmax.reference, lanes, CELLS)
+        p = probabilities(corners_of(stored, CELLS), softmax.lse, lanes, CELLS)
         ptrs = following(ptrs, k, logits, CELLS)
         stored = loaded(ptrs)
         sum_before = tl.load(sums + row + k) if sums is not None else 0.0
@@ -204,7 +196,7 @@ def _softmax_moments_kernel(
     valid_ptr,  # int64 [B · chunks]: the number of valid pixels
     outside_ptr,  # int64 [B · chunks] or None: that of labels out of range
     pixel_losses_ptr,  # float32 [B, H, W] or None, contiguous; also the next one
-    lse_ptr,  # the smaller of lse and −log p_y
+    lse_ptr,
     height,
     width,
     label_height,
@@ -249,30 +241,19 @@ def _softmax_moments_kernel(
             label_map, image, lanes, num_classes, ignore_index, CELLS, outside_ptr, program
         )
         valid += number_of([label >= 0 for label in labels])
-        cell_labels = labels_of_cell(
-            label_map, image, axes, lanes, labels, num_classes, ignore_index, CELLS
-        )
         softmax = softmax_of(
-            logits,
-            lanes,
-            labels,
-            cell_labels,
-            loss_options,
-            image,
-            partials.correct is not None,
-            CELLS,
+            logits, lanes, labels, loss_options, image, partials.correct is not None, CELLS
         )
+        if lse_ptr is not None:
+            store_map(contiguous_map(lse_ptr, axes), softmax.lse, image, lanes, CELLS)
         u = losses_of_all_classes(
-            softmax.weighted, softmax.lse, softmax.reference, lanes, loss_options, image, CELLS
+            softmax.weighted, softmax.lse, lanes, labels, loss_options, image, CELLS
         )
         if partials.probability_sums is not None or partials.squares is not None:
             _add_all_classes(partials, row, logits, lanes, labels, softmax, CELLS)
-        smaller, pixel_losses = _add_true_classes(
-            partials, row, logits, lanes, labels, softmax, u, weight_map,
-            loss_options, image, pixel_losses_ptr is not None, CELLS,
-        )  # fmt: skip
-        if lse_ptr is not None:
-            store_map(contiguous_map(lse_ptr, axes), smaller, image, lanes, CELLS)
+        pixel_losses = _add_true_classes(
+            partials, row, logits, lanes, labels, softmax, u, weight_map, loss_options, image, CELLS
+        )
         if pixel_losses_ptr is not None:
             pixel_losses_map = contiguous_map(pixel_losses_ptr, axes)
             store_map(pixel_losses_map, pixel_losses, image, lanes, CELLS)
@@ -387,6 +368,8 @@ def softmax_moments(
     upsampling = upsampling_of(
         logits, *labels.shape[1:], options.align_corners, most, maps=(labels, options.pixel_weights)
     )
+    pixels = upsampling.cells.y.pixels * upsampling.cells.x.pixels  # of a lane
+    more_registers = by_class or weighted or wanted.correct or loss_options.change_losses
     row_bytes = sum(x.itemsize for x in dtypes if x is not None) * batch * num_classes
     budget = max(PARTIALS_IN_CACHE, logits.numel() * logits.element_size() // 8)
     tiles = ceil_div(upsampling.lanes, FORWARD_LANES)
@@ -418,7 +401,8 @@ def softmax_moments(
         LANES=FORWARD_LANES,
         num_warps=FORWARD_LANES // 32,
         enable_fp_fusion=False,  # coordinates as in F.interpolate
-        **without_spills(),
+        # the loops need no more, and ptxas would take them
+        **registers(255 if more_registers else 128 if pixels > 4 else 80),
     )
     operands = [
         tuple(x for x in statistics if x is not None and x.is_floating_point() == is_float)

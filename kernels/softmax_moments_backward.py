@@ -5,9 +5,6 @@ with c and u of loss_options.py.
 First the terms of a pixel that are the same for all classes are computed; then dz, for one class
 after the other. The transpose of β·v_k is v_k times the transpose of β, which is computed once.
 
-z and lse are less a reference, as in softmax.py. −α·(1 − p_y) is computed from −log p_y, because
-1 − p_y of a rounded p_y has few digits where p_y is almost 1.
-
 In even cells p_k = e^(z_k − m)·e^(m − lse), where m is the largest lse of a lane: the first factor
 is a geometric sequence along a row, the second one is the same for all classes. If neighbours of a
 cell differ by more than about 28 (14 with sums of probabilities), this may underflow or overflow.
@@ -25,23 +22,21 @@ from .lanes import (
     LABELS,
     LOG2_E,
     PixelMap,
-    add_true_logits,
     classes_of,
     contiguous_map,
-    labels_of_cell,
     largest_label,
     load_again,
     load_labels,
     load_map,
+    losses_of_labels,
     pixel_map_of,
-    reference_of,
+    probability,
     values_of_labels,
 )
 from .launch import Constant, most_rows, registers
 from .loss_options import (
     add_sum_of_weights,
     loss_options_of,
-    other_classes,
     slopes_of_losses,
     subtract_weighted,
     weight_of_all,
@@ -60,6 +55,7 @@ from .upsampling import (
     ROW_AXIS,
     SIZES,
     Logits,
+    at_first_class,
     at_pixels,
     axes_of,
     class_planes,
@@ -68,9 +64,7 @@ from .upsampling import (
     following,
     loaded,
     logits_of_image,
-    next_class,
     strides_of,
-    upsampled,
     upsampling_of,
 )
 from .upsampling_transposed import (
@@ -111,9 +105,8 @@ class Pixels(NamedTuple):
     logits: Any  # Logits of the image
     lanes: Any
     labels: Any  # of each pixel of a lane, −1 if ignored
-    ce: Any  # −log p_y
+    c: Any  # −log p_y, 0 where ignored
     lse: Any
-    reference: Any  # Reference of each cell
 
 
 class ClassValues(NamedTuple):
@@ -159,7 +152,7 @@ def _add_of_labels(x, gradient, weight_map, pixels, CELLS: tl.constexpr):
     if gradient.ptr is None:
         return x
     else:
-        image, _, lanes, labels, _, _, _ = pixels
+        image, _, lanes, labels, _, _ = pixels
         ptr = gradient.ptr + image * gradient.stride_b
         added = values_of_labels(ptr, gradient.stride_k, labels)
         if weight_map.ptr is not None:
@@ -186,18 +179,19 @@ def _subtract_intersections(x, gradients, pixels, CELLS: tl.constexpr):
     else:
         ptr = gradients.dintersections.ptr + pixels.image * gradients.dintersections.stride_b
         dintersections = values_of_labels(ptr, gradients.dintersections.stride_k, pixels.labels)
-        p = [other_classes(c)[1] for c in pixels.ce]
+        p = [probability(0.0, c) for c in pixels.c]
         return [tl.fma(-p[i], dintersections[i], x[i]) for i in () + CELLS.columns]
 
 
 @triton.jit
-def _subtract_all_classes(x, ptrs, gradients, pixels, CELLS: tl.constexpr):
-    """x − Σ_j p_j·(dprobability_sums[j] + 2·p_j·dsquares[j]); and ptrs."""
+def _subtract_all_classes(x, gradients, pixels, CELLS: tl.constexpr):
+    """x − Σ_j p_j·(dprobability_sums[j] + 2·p_j·dsquares[j])"""
     if gradients.dprobability_sums.ptr is not None or gradients.dsquares.ptr is not None:
-        image, logits, lanes, _, _, lse, reference = pixels
+        image, logits, lanes, _, _, lse = pixels
+        ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
         stored = loaded(ptrs)
         for k in range(logits.num_classes):
-            p = probabilities(corners_of(stored, CELLS), lse, reference, lanes, CELLS)
+            p = probabilities(corners_of(stored, CELLS), lse, lanes, CELLS)
             ptrs = following(ptrs, k, logits, CELLS)
             stored = loaded(ptrs)
             dprobability_sum = _class_value(gradients.dprobability_sums, image, k)
@@ -206,8 +200,7 @@ def _subtract_all_classes(x, ptrs, gradients, pixels, CELLS: tl.constexpr):
                 tl.fma(-p[i], tl.fma(p[i], dsquare, dprobability_sum), x[i])
                 for i in () + CELLS.columns
             ]
-        ptrs = next_class(ptrs, -(logits.num_classes - 1).to(tl.int64) * logits.stride_k, CELLS)
-    return x, ptrs
+    return x
 
 
 @triton.jit
@@ -222,9 +215,8 @@ def _valid_cells(four, labels, CELLS: tl.constexpr):
 
 @triton.jit
 def _pixel_gradients(
-    k, p, values, terms, gradients, pixels,
-    BY_PIXEL: tl.constexpr, EXACT: tl.constexpr, CELLS: tl.constexpr,
-):  # fmt: skip
+    k, p, values, terms, gradients, pixels, BY_PIXEL: tl.constexpr, CELLS: tl.constexpr
+):
     """dz_k of each pixel, except for β·v_k."""
     factors, alphas, _, classes = terms
     image, labels = pixels.image, pixels.labels
@@ -248,8 +240,7 @@ def _pixel_gradients(
             label_term = alphas[i] if BY_PIXEL else alpha
             if gradients.dintersections.ptr is not None:
                 label_term = tl.fma(p[i], -dintersection, label_term)
-            true = -label_term if EXACT else dz[i] - label_term
-            of_label = of_label + (tl.where(labels[i] == k, true, dz[i]),)
+            of_label = of_label + (tl.where(labels[i] == k, dz[i] - label_term, dz[i]),)
         dz = of_label
     return dz
 
@@ -257,10 +248,10 @@ def _pixel_gradients(
 @triton.jit
 def _class_gradient(
     k, p, values, terms, gradients, pixels, cells, axes, loss_options,
-    BY_PIXEL: tl.constexpr, EXACT: tl.constexpr, CELLS: tl.constexpr, TILE: tl.constexpr,
+    BY_PIXEL: tl.constexpr, CELLS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the logits of class k."""
-    dz = _pixel_gradients(k, p, values, terms, gradients, pixels, BY_PIXEL, EXACT, CELLS)
+    dz = _pixel_gradients(k, p, values, terms, gradients, pixels, BY_PIXEL, CELLS)
     gradient = transposed(dz, pixels.lanes, cells, axes, CELLS, TILE)
     return subtract_weighted(gradient, terms.beta, values.all_weight, loss_options)
 
@@ -282,7 +273,7 @@ def _softmax_moments_bwd_kernel(
     labels_b,
     labels_h,
     labels_w,
-    lse_ptr,  # float32 [B, H, W], contiguous: the smaller of lse and −log p_y
+    lse_ptr,  # float32 [B, H, W], contiguous
     gradients,  # Gradients
     dpixel_losses_ptr,  # float32 [B, H, W], or None
     dpixel_losses_b,
@@ -323,22 +314,10 @@ def _softmax_moments_bwd_kernel(
     lanes = lanes_of_program(program, axes, logits, CELLS, TILE)
     label_map = PixelMap(labels_ptr, labels_b, labels_h, labels_w)
     labels = load_labels(label_map, image, lanes, num_classes, ignore_index, CELLS)
-    cell_labels = labels_of_cell(
-        label_map, image, axes, lanes, labels, num_classes, ignore_index, CELLS
-    )
+    lse = load_map(contiguous_map(lse_ptr, axes), image, lanes, labels, CELLS)
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
-    reference = reference_of(ptrs, largest_label(cell_labels), logits.stride_k, CELLS)
-    smaller = load_map(contiguous_map(lse_ptr, axes), image, lanes, labels, CELLS)
-    ce, lse, ptrs = add_true_logits(smaller, ptrs, logits.stride_k, lanes, labels, reference, CELLS)
-    pixels = Pixels(image, logits, lanes, labels, ce, lse, reference)
-    if CELLS.x.even:
-        z = upsampled(reference.four, lanes, CELLS)
-        shift, spread = shift_of_lane(
-            [(lse[i] + z[i]) * LOG2_E for i in () + CELLS.columns], labels
-        )
-        z = upsampled([tl.fma(x, LOG2_E, shift) for x in reference.four], lanes, CELLS)
-        log_sums = [tl.fma(lse[i], LOG2_E, z[i]) for i in () + CELLS.columns]
-        scales = scales_of(log_sums, labels, CELLS)
+    c = losses_of_labels(logits, ptrs, lse, lanes, labels, CELLS)  # left out if nothing reads it
+    pixels = Pixels(image, logits, lanes, labels, c, lse)
 
     d = [tl.zeros(label.shape, tl.float32) for label in labels]
     dpixel_losses = PixelMap(dpixel_losses_ptr, dpixel_losses_b, dpixel_losses_h, dpixel_losses_w)
@@ -346,28 +325,25 @@ def _softmax_moments_bwd_kernel(
     weight_map = PixelMap(weights_ptr, weights_b, weights_h, weights_w)
     d = _add_of_labels(d, gradients.dlosses, weight_map, pixels, CELLS)
     alphas, betas = slopes_of_losses(
-        d, ce, logits, lanes, labels, lse, reference, loss_options, image,
-        weights_ptr is not None, CELLS,
-    )  # fmt: skip
+        d, c, logits, lanes, labels, lse, loss_options, image, weights_ptr is not None, CELLS
+    )
     alphas = [tl.where(labels[i] >= 0, alphas[i], 0.0) for i in () + CELLS.columns]
     factors = add_sum_of_weights(alphas, betas, loss_options, image, CELLS)
     factors = _subtract_intersections(factors, gradients, pixels, CELLS)
-    factors, ptrs = _subtract_all_classes(factors, ptrs, gradients, pixels, CELLS)
+    factors = _subtract_all_classes(factors, gradients, pixels, CELLS)
     cells = cells_of_program(program, lanes, CELLS, TILE)
     beta = betas
     if loss_options.all_weights is not None:
         beta = transposed(betas, lanes, cells, axes, CELLS, TILE)
 
-    # dz of the pixel's class is −α·(1 − p), where nothing else is added
-    EXACT: tl.constexpr = loss_options.all_weights is None and not BY_CLASS  # pyright: ignore[reportAssignmentType]
     dlogits = Logits(dlogits_ptr, num_classes, dlogits_b, dlogits_k, dlogits_h, dlogits_w)
     dptrs, written = gradient_ptrs(dlogits, program, cells, axes, dlogits_block, CELLS)
     factors = [tl.where(labels[i] >= 0, factors[i], 0.0) for i in () + CELLS.columns]
-    if EXACT:
-        alphas = [alphas[i] * other_classes(ce[i])[0] for i in () + CELLS.columns]
     terms = Terms(factors, alphas, beta, classes_of(labels))
     by_pixel = True
     if CELLS.x.even:
+        shift, spread = shift_of_lane([x * LOG2_E for x in lse], labels)
+        scales = scales_of([tl.fma(x, LOG2_E, shift) for x in lse], labels, CELLS)
         terms_of_rows = terms
         if not BY_CLASS:  # p·factor as e^(z − m)·(e^(m − lse)·factor)
             terms_of_rows = Terms(products(scales, factors, CELLS), alphas, beta, terms.classes)
@@ -382,31 +358,27 @@ def _softmax_moments_bwd_kernel(
                 p = products(p, scales, CELLS)
             gradient = _class_gradient(
                 k, p, values, terms_of_rows, gradients, pixels, cells, axes, loss_options,
-                BY_PIXEL, EXACT, CELLS, TILE,
+                BY_PIXEL, CELLS, TILE,
             )  # fmt: skip
             tl.store(dptrs, gradient.to(dlogits_ptr.dtype.element_ty), mask=written)
             dptrs = at_pixels(dptrs, dlogits_k, CELLS)
         LIMIT: tl.constexpr = _LARGEST_SPREAD_BY_CLASS if BY_CLASS else LARGEST_SPREAD_OF_GRADIENT
         by_pixel = any_of(~(spread <= LIMIT))
         # back to class 0: pointers that are kept need registers
-        last = (num_classes - 1).to(tl.int64)
-        ptrs = next_class(ptrs, -last * logits.stride_k, CELLS)
-        dptrs = at_pixels(dptrs, -(last + 1) * dlogits_k, CELLS)
+        ptrs = at_first_class(ptrs, logits, CELLS)
+        dptrs = at_pixels(dptrs, -(num_classes - 1).to(tl.int64) * dlogits_k - dlogits_k, CELLS)
     if by_pixel:
         lse = load_again(lse_ptr, image, axes, lanes, labels, CELLS)
-        if CELLS.x.even:
-            reference = reference_of(ptrs, reference.label, logits.stride_k, CELLS)
-        _, lse, ptrs = add_true_logits(lse, ptrs, logits.stride_k, lanes, labels, reference, CELLS)
         stored = loaded(ptrs)
         for k in range(num_classes):
             four = _valid_cells(corners_of(stored, CELLS), labels, CELLS)
             ptrs = following(ptrs, k, logits, CELLS)
             stored = loaded(ptrs)
             values = _class_values(k, gradients, loss_options, image)
-            p = probabilities(four, lse, reference, lanes, CELLS)
+            p = probabilities(four, lse, lanes, CELLS)
             gradient = _class_gradient(
                 k, p, values, terms, gradients, pixels, cells, axes, loss_options,
-                BY_PIXEL, EXACT, CELLS, TILE,
+                BY_PIXEL, CELLS, TILE,
             )  # fmt: skip
             tl.store(dptrs, gradient.to(dlogits_ptr.dtype.element_ty), mask=written)
             dptrs = at_pixels(dptrs, dlogits_k, CELLS)

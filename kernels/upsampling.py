@@ -460,6 +460,13 @@ def following(ptrs, k, logits, CELLS: tl.constexpr):
 
 
 @triton.jit
+def at_first_class(ptrs, logits, CELLS: tl.constexpr):
+    """The pointers of corner_ptrs, moved from the last class to class 0, for the next loop: kept
+    beside those that move, they would need registers."""
+    return next_class(ptrs, -(logits.num_classes - 1).to(tl.int64) * logits.stride_k, CELLS)
+
+
+@triton.jit
 def loaded(ptrs):
     """Loops request the logits of the next class before they use those of one: otherwise they would
     wait for memory in every iteration."""
@@ -478,10 +485,9 @@ def corners_of(stored, CELLS: tl.constexpr):
 
 
 @triton.jit
-def corners_of_classes(ptrs, k, stride_k, CELLS: tl.constexpr):
-    """The four logits of a cell, of a class k of its own. ptrs: corner_ptrs of class 0."""
-    offset = k.to(tl.int64) * stride_k
-    return corners_of([tl.load(ptr + offset) for ptr in ptrs], CELLS)
+def corners_of_class(ptrs, k, logits, CELLS: tl.constexpr):
+    """The four logits of a cell, of class k. ptrs: corner_ptrs of class 0."""
+    return corners_of(loaded(next_class(ptrs, k.to(tl.int64) * logits.stride_k, CELLS)), CELLS)
 
 
 @triton.jit
