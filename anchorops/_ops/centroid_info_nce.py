@@ -189,11 +189,11 @@ def centroid_info_nce(
     if queries.dim() == 2:
         queries = queries[:, None]
         positives, present = (x if x is None else x[:, None] for x in (positives, present))
-    # Their gradients are the sums of those of the parts, and are rounded once.
-    keys, bias = (
+    # The gradients of keys and bias are the sums of those of the parts, and are rounded once.
+    wide_keys, wide_bias = (
         x if x is None else x.to(torch.promote_types(x.dtype, torch.float32)) for x in (keys, bias)
     )
-    inputs = queries, keys, positives, bias, present, present_keys
+    inputs = queries, wide_keys, positives, wide_bias, present, present_keys
     tensors: Any = tuple(map(savable, inputs))
     losses = _losses_in_parts(backend, *tensors, temperature=temperature, normalize=normalize)
     if reduction == "none":
