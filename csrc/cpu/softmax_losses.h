@@ -1,6 +1,6 @@
 // The loss of a pixel, from c = -log p of its class and u = the sum of v_k * -log p_k over all
-// classes: L = m * (a * c + u), m = (1 - e^-c)^gamma; 0 where c < min_loss. p is a function that
-// returns {e^-c, 1 - e^-c}, and is called where m is needed.
+// classes: L = m * (a * c + u), m = max(1 - e^-c, 2^-24)^gamma; 0 where c < min_loss. p is a
+// function that returns {e^-c, 1 - e^-c}, and is called where m is needed.
 #pragma once
 
 #include <cmath>
