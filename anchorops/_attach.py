@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import logging
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from ._checks import check_flags, describe, fail
@@ -16,6 +18,11 @@ from ._torch_state import recomputing
 from .losses.base import Regularizer
 
 _logger = logging.getLogger("anchorops")
+# what works instead of a layer that `attach` does not support
+_OTHERWISE = (
+    "make it a 1×1 convolution, or call the method with features (B, D, N), labels (B, N) and "
+    "weight (K, D)"
+)
 
 
 class _Run:
@@ -64,6 +71,7 @@ class Attachment:
         self._run: _Run | None = None
         self._features: Tensor | None = None
         self._taken = False  # by a call since the last run; only for the message
+        self._frozen_told = False
         # input and output of the last dropout that may have run immediately before the classifier
         self._dropped: tuple[Tensor, Tensor] | None = None
         see = self._see_classifier
@@ -94,8 +102,15 @@ class Attachment:
             ValueError: the labels do not match the features.
         """
         features = self._take_features()
+        self._warn_if_frozen(features)
         if self._channels_last:
             features = features.movedim(-1, 1)
+        if features.dim() == 3 and isinstance(labels, Tensor) and labels.dim() > 2:
+            expected = (
+                f"(B, N), as the features (B, D, N) of layer {self.classifier_name} (labels of any "
+                "size need a 1×1 convolution of features (B, D, H, W) as the classifier)"
+            )
+            fail(self._names(), "labels", expected, describe(labels))
         return self._submodule(features, labels, self.classifier)
 
     @property
@@ -154,6 +169,16 @@ class Attachment:
 
     def _names(self) -> str:
         return " + ".join(method.__name__ for method in _methods(self.regularizer))
+
+    def _warn_if_frozen(self, features: Tensor) -> None:
+        if features.requires_grad or self._frozen_told or torch.compiler.is_compiling():
+            return
+        self._frozen_told = True
+        warnings.warn(
+            f"{self._names()}: the features that reach layer {self.classifier_name} require no "
+            "gradient: a method moves features, and it cannot move those of a frozen network",
+            stacklevel=3,
+        )
 
     def _set_classifier(self, classifier: nn.Module) -> None:
         self.classifier = classifier
@@ -311,8 +336,18 @@ def _find_classifier(model: nn.Module, num_classes: int, dim: int) -> tuple[str,
     )
     if fits:
         expected += ' whose name has no "aux", or module, the layer'
-    others = f"; layers with {num_classes} outputs: {', '.join(near)}" if near else ""
-    fail("attach", "model", expected, f"none like it{others}")
+    got = "none like it"
+    if near:
+        got += f"; layers with {num_classes} outputs: {', '.join(near)}"
+    unsupported = [
+        f"{name} ({type(module).__name__} {module.in_channels} → {module.out_channels})"
+        for name, module in model.named_modules()
+        if isinstance(module, _ConvNd) and name not in layers and module not in skipped
+        if module.out_channels == num_classes
+    ]
+    if unsupported:
+        got += f"; of another kind: {', '.join(unsupported)}: {_OTHERWISE}"
+    fail("attach", "model", expected, got)
 
 
 def _dropouts_before(model: nn.Module, name: str) -> list[nn.Module]:
@@ -422,6 +457,8 @@ def attach(
         expected = (regularizer.num_classes, regularizer.dim)
         if _outputs(classifier) != expected:
             wanted = f"a linear layer or convolution {expected[1]} → {expected[0]}"
+            if isinstance(classifier, _ConvNd) and _outputs(classifier) is None:
+                wanted += f" (for a layer of another kind {_OTHERWISE})"
             fail("attach", "module", wanted, f"{name}: {classifier!r}")
     check_flags("attach", use_last=use_last)
     _check_classifier(model, name, classifier, regularizer)

@@ -4,6 +4,7 @@ before a call of the method, and the chosen classifier and features in common mo
 import copy
 import itertools
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -187,6 +188,9 @@ def test_errors() -> None:
     wider.aux_head = nn.Conv2d(D + 1, K, 1)  # an auxiliary head is not taken
     others = r"none like it; layers with 5 outputs: classifier \(16 → 5\), aux_head"
     a_module = "module: expected a module of the model"
+    of_volumes = nn.Sequential(nn.Conv3d(3, D, 1), nn.Conv3d(D, K, 1))
+    patches = nn.Sequential(nn.ConvTranspose2d(D, K, 4, stride=4))
+    instead = r"make it a 1×1 convolution, or call the method with features \(B, D, N\), .* weight"
     arguments: list[tuple[tuple[Any, ...], str]] = [
         ((model, ao.OCCL(K, D + 1)), others),
         ((wider, ao.OCCL(K, D + 1)), r'no "aux", or module, .* aux_head \(17 → 5\)$'),
@@ -196,6 +200,9 @@ def test_errors() -> None:
         ((model, occl, "body"), r"attach: module: .* 16 → 5, got body"),
         ((model, nn.ReLU()), "attach: regularizer"),
         ((nn.DataParallel(model), occl), r"attach: model: .* threads"),
+        ((of_volumes, occl), rf"none like it; of another kind: 1 \(Conv3d 16 → 5\): {instead}"),
+        ((of_volumes, occl, "1"), rf"module: .* \(for a layer of another kind {instead}\), got 1:"),
+        ((patches, occl), r"another kind: 0 \(ConvTranspose2d 16 → 5\): make it a 1×1 convolution"),
     ]
     for given, message in arguments:
         with pytest.raises(ValueError, match=message):
@@ -472,3 +479,21 @@ def test_linear_classifier_on_tokens() -> None:
     assert occl.features is x
     expected = copy.deepcopy(occl.regularizer)(x.transpose(1, 2), labels, model[0])
     torch.testing.assert_close(occl(labels), expected)
+    model(x)
+    message = r"OCCL: labels: expected \(B, N\), .* of layer 0 .* 1×1 convolution .* \(2, 5, 6\)"
+    with pytest.raises(ValueError, match=message):
+        occl(labels.view(2, 5, 6))
+
+
+def test_frozen_features_are_told_once() -> None:
+    model = Net()
+    model.body.requires_grad_(False)
+    both = ao.attach(model, ao.Combined(ao.SAR(K, D), ao.OCCL(K, D)))
+    x, labels = batch()
+    model(x)
+    with pytest.warns(UserWarning, match=r"^SAR \+ OCCL: the features that reach layer classifier"):
+        both(labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)
+        both(labels)

@@ -330,24 +330,88 @@ def without_gradients(head: Any, maps: list[Tensor]) -> Tensor:
     return head.mix(joined)
 
 
-BETWEEN: dict[str, Callable[..., Any]] = {  # a checkpoint, or torch.no_grad, around a part
-    "checkpoint": lambda head, maps: checkpoint(head.mix, cat(head, maps), use_reentrant=False),
-    "reentrant": lambda head, maps: checkpoint(head.mix, cat(head, maps), use_reentrant=True),
-    "no_grad": without_gradients,
-    "inside": lambda head, maps: checkpoint(mixed, head, maps, use_reentrant=False),
+def upsampled_without_gradients(head: Any, maps: list[Tensor]) -> Tensor:
+    first, *others = head.reduced(maps)
+    with torch.no_grad():
+        frozen = [up(x.detach(), maps[0].shape[2:]) for x in others]
+    return head.mix(torch.cat([up(first, maps[0].shape[2:]), *frozen], 1))
+
+
+def one_is_not_upsampled(head: Any, maps: list[Tensor]) -> Tensor:
+    with torch.no_grad():
+        first, *others = head.reduced(maps)
+        joined = torch.cat([first, *(up(x, first.shape[2:]) for x in others)], 1)
+    return head.mix(joined)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize(
+    "after", [without_gradients, upsampled_without_gradients, one_is_not_upsampled]
+)
+def test_upsamplings_without_gradients(after: Callable[..., Any], linear: bool) -> None:
+    """Of a frozen network: the convolution learns, and nothing before it."""
+    model = Net(Head(linear, after)).double()
+    plain, handle = moved(model, images().double())
+    assert handle.moved[0].startswith("head.mix before the upsampling of ")
+    check(plain, model, images((32, 64)).double(), rtol=1e-9, atol=1e-9)
+    assert model.head.mix.weight.grad is not None
+    assert all(p.grad is None for p in model.head.layers[2].parameters())
+
+
+def mixed_without_gradients(head: Any, maps: list[Tensor]) -> Tensor:
+    joined = cat(head, maps)
+    with torch.no_grad():
+        return head.mix(joined)
+
+
+def joined_without_gradients(head: Any, maps: list[Tensor]) -> Tensor:
+    upsampled = head.upsampled(maps)
+    with torch.no_grad():
+        joined = torch.cat(upsampled, 1)
+    return head.mix(joined)
+
+
+def joined_in_a_checkpoint(head: Any, maps: list[Tensor]) -> Tensor:
+    joined: Any = checkpoint(lambda *x: cat(head, [*x]), *maps, use_reentrant=True)
+    return head.mix(joined)
+
+
+def joined_as_a_leaf(head: Any, maps: list[Tensor]) -> Tensor:
+    with torch.no_grad():
+        joined = cat(head, maps)
+    return head.mix(joined.requires_grad_())
+
+
+BETWEEN: dict[str, tuple[Callable[..., Any], str]] = {  # a checkpoint, or torch.no_grad, of a part
+    "checkpoint": (
+        lambda head, maps: checkpoint(head.mix, cat(head, maps), use_reentrant=False),
+        "where a checkpoint begins or ends, or torch.no_grad begins, in head",
+    ),
+    "reentrant": (
+        lambda head, maps: checkpoint(head.mix, cat(head, maps), use_reentrant=True),
+        "requires_grad",
+    ),
+    "inside": (
+        lambda head, maps: checkpoint(mixed, head, maps, use_reentrant=False),
+        "where a checkpoint begins or ends",
+    ),
+    "joined in a checkpoint": (joined_in_a_checkpoint, "or by a reentrant checkpoint"),
+    "joined as a leaf": (joined_as_a_leaf, "in place"),
+    "mixed in no_grad": (mixed_without_gradients, "or torch.no_grad begins, in head"),
+    "joined in no_grad": (joined_without_gradients, "or torch.no_grad begins, in head"),
 }
 
 
 @pytest.mark.parametrize("how", BETWEEN)
 def test_what_begins_between(how: str) -> None:
-    model = Net(Head(after=BETWEEN[how])).train()
-    why = "requires_grad" if how == "reentrant" else "where a checkpoint or torch.no_grad begins"
+    after, why = BETWEEN[how]
+    model = Net(Head(after=after)).train()
     with pytest.raises(ValueError, match=why):
         ao.late_upsampling(model, images())
     model.head.after = mixed
     ao.late_upsampling(model, images())
-    model.head.after = BETWEEN[how]
-    with pytest.raises(RuntimeError, match=r"checkpoint or torch.no_grad begins or ends between"):
+    model.head.after = after
+    with pytest.raises(RuntimeError, match=r"or ends, or torch.no_grad begins, between the"):
         model(images())
 
 

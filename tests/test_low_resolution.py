@@ -282,7 +282,19 @@ def test_layout_and_dtype_are_those_of_the_classifier() -> None:
             lambda z, x: (upsampled(z, x.shape[2:]), upsampled(z.relu_(), x.shape[2:])),
             r"\[0\]: low-resolution logits that are changed in place",
         ),
-        (lambda z, x: {"out": z}, r"\['out'\] of shape \(2, 5, 16, 16\) from .*conv2d"),
+        (
+            lambda z, x: {"out": z},  # Net upsamples inside
+            r"\['out'\] of shape \(2, 5, 16, 16\) from .*conv2d; logits made of upsampled tensors",
+        ),
+        (lambda z, x: x.mean(1), "Tensor.mean; an output that was not upsampled can be passed to"),
+        (
+            lambda z, x: upsampled(z, x.shape[2:]) + upsampled(2 * z, x.shape[2:]),
+            "add of an upsampled tensor; logits made .* if logits are added at one low size",
+        ),
+        (
+            lambda z, x: 2 * upsampled(z, x.shape[2:]) + 3 * upsampled(2 * z, x.shape[2:]),
+            "Tensor.add; logits made of upsampled tensors",
+        ),
         (lambda z, x: None, "got a NoneType, in which no tensor"),
         (lambda z, x: F.interpolate(z, x.shape[2:]), "got the output: mode='nearest'"),
         (lambda z, x: upsampled(z, x.shape[2:], antialias=True), "antialias=True"),
@@ -306,7 +318,7 @@ def test_layout_and_dtype_are_those_of_the_classifier() -> None:
             )
         ),
     ],
-    ids=range(15),
+    ids=range(18),
 )
 def test_models_it_refuses(after: Callable[[Tensor, Tensor], Any], got: str) -> None:
     model = Net(after)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import resolve_name
+from torch.utils._pytree import tree_map_only
 
 from .changed import ForwardMode, reads, tensors, version
 
@@ -103,6 +104,11 @@ class GraphState(NamedTuple):
 
     grad: bool
     hooks: Any
+
+    def lets_wait(self, reader: GraphState) -> bool:
+        """Whether a call can run together with the one that reads its result: a call without a
+        graph, as of a frozen network, can run later on detached inputs."""
+        return self.hooks == reader.hooks and (reader.grad or not self.grad)
 
 
 def graph_state() -> GraphState:
@@ -235,18 +241,29 @@ class _Late(ForwardMode):
         self.postponed[kind, number] = call
         return stand_in
 
-    def _take(self, kind: str, number: int, stand_in: Tensor | None = None) -> _Postponed:
+    def _take(
+        self, kind: str, number: int, reader: GraphState, stand_in: Tensor | None = None
+    ) -> _Postponed:
         """The postponed call, whose stand-in must be the given one and whose inputs must be those
-        that it had."""
+        that it had; detached, if it would have made no graph. reader: the state of the call that
+        reads its result."""
         call = self.postponed.pop((kind, number), None)
         if call is None or (stand_in is not None and call.stand_in is not stand_in):
             self.fail("the convolution reads another map than in the dry run")
         if [version(x) for x in call.read] != call.versions:
             self.fail("a map is changed in place between its upsampling and the convolution")
-        if not call.graph_state == graph_state() == (call.graph_state.grad, self.hooks):
-            why = "torch.utils.checkpoint or torch.no_grad begins or ends between the upsampling "
-            self.fail(f"{why}and the convolution")
-        return call
+        waits = call.graph_state.lets_wait(reader) and reader.hooks == self.hooks
+        if not waits or call.stand_in.requires_grad:  # as a checkpoint's output does
+            why = "torch.utils.checkpoint begins or ends, or torch.no_grad begins, between the "
+            self.fail(f"{why}upsampling and the convolution")
+        if call.graph_state.grad or not torch.is_grad_enabled():
+            return call
+        read, rest, options = tree_map_only(
+            Tensor,
+            lambda x: x if self._is_stand_in(x) else x.detach(),
+            (call.read, call.rest, call.options),
+        )
+        return call._replace(read=read, rest=rest, options=options)
 
     def _mixed(self, move: Move, conv: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """Σ_i up(conv_i(x_i))."""
@@ -255,7 +272,10 @@ class _Late(ForwardMode):
             self.fail(f"{objection}, unlike in the dry run")
         # what runs here, the modes around this one have seen already
         with torch._C.DisableTorchFunction():
-            maps = [input] if move.cat is None else self._take("cat", move.cat, input).read
+            state, maps = graph_state(), [input]
+            if move.cat is not None:
+                cat = self._take("cat", move.cat, state, input)
+                state, maps = cat.graph_state, cat.read
             if len(maps) != len(move.parts):
                 self.fail(f"torch.cat of {len(maps)} maps, in the dry run {len(move.parts)}")
             columns = weight.split([x.shape[1] for x in maps], dim=1)
@@ -269,7 +289,7 @@ class _Late(ForwardMode):
             for x, w, part in zip(maps, columns, move.parts, strict=True):
                 if part.up is None:
                     continue
-                up = self._take("up", part.up, x)
+                up = self._take("up", part.up, state, x)
                 (source,) = up.read
                 if self._linear(source) != part.linear or (
                     part.linear is None and self._is_stand_in(source)
@@ -278,7 +298,7 @@ class _Late(ForwardMode):
                 if part.linear is None:
                     y = conv(_as_joined(source, input), w, bias)
                 else:
-                    linear = self._take("linear", part.linear)
+                    linear = self._take("linear", part.linear, up.graph_state)
                     tokens = _as_joined(linear.read[0], input)
                     if tokens.shape[0] != source.shape[0]:
                         self.fail("the tokens of several images are in one sequence")

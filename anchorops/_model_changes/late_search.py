@@ -53,7 +53,8 @@ class _Call:
         read: its inputs, until the dry run ends, and their versions.
         readers: the calls that read its result.
         layers: the modules that had its result as an input or output.
-        changed: whether the result was changed in place before it was read.
+        changed: whether the result was changed in place before it was read, or got a graph that the
+            call did not make (requires_grad_(), or a reentrant checkpoint around the call).
     """
 
     def __init__(self, kind: str, name: str, result: Tensor, place: list[tuple[_Run, int]]) -> None:
@@ -133,7 +134,8 @@ class _Watch(TorchFunctionMode):
         for x in read:
             if maker := self._maker(x):
                 maker.readers.append(call)
-                maker.changed |= version(x) != maker.version
+                joins_graph = x.requires_grad and not maker.graph_state.grad
+                maker.changed |= version(x) != maker.version or joins_graph
         if kind:
             input = late_plan.input_of(kind, args, kwargs) if kind != "view" else read[0]
             inputs = list(input) if kind == "cat" else [input]
@@ -238,7 +240,7 @@ def _read_by(call: _Call) -> str:
     if not call.readers:
         return "which is returned or kept"
     if call.changed:
-        return "which is changed in place"
+        return "which is changed in place, or by a reentrant checkpoint"
     reader = call.readers[0]
     more = ""
     if len(call.readers) > 1:
@@ -331,9 +333,10 @@ def _depth(calls: list[_Call]) -> int:
 def _objection(conv: _Call, modules: dict[str, nn.Module], run: _Run) -> str | None:
     """Why the calls of its parts cannot run later, although they commute."""
     calls = list(_later(conv))
-    states = {call.graph_state for call in [conv, *calls]}
-    if states != {(conv.graph_state.grad, run.graph_state.hooks)}:
-        return f"where a checkpoint or torch.no_grad begins or ends in {run.name or 'the model'}"
+    waits = all(call.graph_state.lets_wait(call.readers[0].graph_state) for call in calls)
+    if not waits or conv.graph_state.hooks != run.graph_state.hooks:
+        where = run.name or "the model"
+        return f"where a checkpoint begins or ends, or torch.no_grad begins, in {where}"
     if isinstance(modules[run.name], GENERATED):
         return f"in {run.name}, whose forward is not written in Python"
     if forward_is_replaced(modules[run.name]):

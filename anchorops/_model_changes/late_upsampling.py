@@ -39,11 +39,12 @@ def late_upsampling(model: nn.Module, *args: Any, **kwargs: Any) -> LateUpsampli
 
     Dry runs as those of `low_resolution`, in both modes, find the calls of F.interpolate, in any
     mode, whose results only a convolution with kernel 1, stride 1, no padding and one group reads,
-    directly or through torch.cat along the channels. After that these calls run later. A map is
-    left as it is where the convolution has so many outputs that upsampling them takes longer, and
-    a convolution where less than a quarter of its multiplications is saved. On a GPU upsampling
-    takes as long as more multiplications, so fewer maps are moved: call it when the model is on
-    the device where it will run (each but the CPU counts as a GPU).
+    directly or through torch.cat along the channels. After that these calls run later; maps that
+    are upsampled under torch.no_grad, as those of a frozen network, are detached. A map is left as
+    it is where the convolution has so many outputs that upsampling them takes longer, and a
+    convolution where less than a quarter of its multiplications is saved. On a GPU upsampling takes
+    as long as more multiplications, so fewer maps are moved: call it when the model is on the
+    device where it will run (each but the CPU counts as a GPU).
 
     In every forward, the layers that would see a map that is not computed are checked: if one got a
     hook (as by attach), a forward or a compilation of its own, or another class (by an adapter, a

@@ -28,7 +28,6 @@ from .changed import (
     version,
 )
 
-_UPSAMPLED = " of an upsampled tensor"
 # the same for logits at low resolution
 _OF_GRAPH = {getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf")}
 
@@ -126,14 +125,29 @@ def _name(func: Any) -> str:
     return resolve_name(func) or getattr(func, "__name__", repr(func))
 
 
+class _Made(NamedTuple):
+    """A tensor, and the function that made it. upsampled: how many upsampled tensors that read.
+    descends: whether any function before made it from one."""
+
+    tensor: weakref.ref[Tensor]
+    function: str
+    upsampled: int
+    descends: bool
+
+    def __str__(self) -> str:
+        return self.function + " of an upsampled tensor" * (self.upsampled > 0)
+
+
+_BY_NO_FUNCTION = _Made(lambda: None, "no function of torch", 0, False)  # type: ignore[arg-type]
+
+
 class _Watch(TorchFunctionMode):
     """Records every F.interpolate of a forward, and which function made each tensor."""
 
     def __init__(self) -> None:
         super().__init__()
         self.upsamplings: list[_Upsampling] = []
-        # id: the tensor, the function that made it, and whether that read an upsampled tensor
-        self._makers: dict[int, tuple[weakref.ref[Tensor], str, bool]] = {}
+        self._made: dict[int, _Made] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -148,8 +162,10 @@ class _Watch(TorchFunctionMode):
             for upsampled, _ in up.results
             if _reads(func, args, kwargs, result, [upsampled])
         ]
+        upsampled = len({id(up) for up, _ in sources})
+        descends = func is F.interpolate or any(self.made(x).descends for x in read)
         for tensor in made:
-            self._makers[id(tensor)] = (weakref.ref(tensor), _name(func), bool(sources))
+            self._made[id(tensor)] = _Made(weakref.ref(tensor), _name(func), upsampled, descends)
         for up, upsampled in sources:
             if _commutes(func, args, kwargs, upsampled, result):
                 up.results.append((result, version(result)))
@@ -159,11 +175,9 @@ class _Watch(TorchFunctionMode):
             self.upsamplings.append(_Upsampling(read[0], result, kwargs))
         return result
 
-    def maker(self, tensor: Tensor) -> str:
-        made, name, upsampled = self._makers.get(id(tensor), (lambda: None, "", False))
-        if made() is not tensor:
-            return "no function of torch"
-        return name + _UPSAMPLED if upsampled else name
+    def made(self, tensor: Tensor) -> _Made:
+        made = self._made.get(id(tensor), _BY_NO_FUNCTION)
+        return made if made.tensor() is tensor else _BY_NO_FUNCTION
 
 
 @dataclass(frozen=True)
@@ -317,17 +331,10 @@ def _find(
         refuse(f"{found} (dicts, lists and tuples are searched)")
     if not returned:
         got = ", ".join(
-            f"{place} of shape {tuple(tensor.shape)} from {watch.maker(tensor)}"
+            f"{place} of shape {tuple(tensor.shape)} from {watch.made(tensor)}"
             for place, tensor in outputs.items()
         )
-        made = next((x for x in map(watch.maker, outputs.values()) if x.endswith(_UPSAMPLED)), "")
-        advice = (
-            f"return the upsampled logits, and call {made.removesuffix(_UPSAMPLED)} outside of the "
-            "model, or pass the logits before the upsampling to the loss"
-            if made
-            else "an output that was not upsampled can be passed to the loss directly"
-        )
-        refuse(f"{got}; {advice}")
+        refuse(f"{got}; {_advice([watch.made(tensor) for tensor in outputs.values()])}")
     for number, place in returned.items():
         objection = watch.upsamplings[number].objection()
         if objection is not None:
@@ -339,6 +346,22 @@ def _find(
     # all alike, or low_resolution refuses the model
     align_corners = next(iter(corners.values()))
     return _Plan(len(watch.upsamplings), frozenset(returned), align_corners), corners
+
+
+def _advice(outputs: list[_Made]) -> str:
+    """What to do with a model that returns no upsampled tensor."""
+    for made in outputs:
+        if made.upsampled == 1:
+            return (
+                f"return the upsampled logits, and call {made.function} outside of the model, or "
+                "pass the logits before the upsampling to the loss"
+            )
+    if any(made.descends for made in outputs):
+        return (
+            "logits made of upsampled tensors can be passed to the loss at the size that they "
+            "have; it gains more if logits are added at one low size, and the sum is upsampled"
+        )
+    return "an output that was not upsampled can be passed to the loss directly"
 
 
 def low_resolution(
