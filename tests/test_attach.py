@@ -190,7 +190,9 @@ def test_errors() -> None:
     a_module = "module: expected a module of the model"
     of_volumes = nn.Sequential(nn.Conv3d(3, D, 1), nn.Conv3d(D, K, 1))
     patches = nn.Sequential(nn.ConvTranspose2d(D, K, 4, stride=4))
-    instead = r"make it a 1×1 convolution, or call the method with features \(B, D, N\), .* weight"
+    instead = (
+        r"make it a 1×1 convolution, or call the method with features \(B, D, N\), .* \(K, D\)"
+    )
     arguments: list[tuple[tuple[Any, ...], str]] = [
         ((model, ao.OCCL(K, D + 1)), others),
         ((wider, ao.OCCL(K, D + 1)), r'no "aux", or module, .* aux_head \(17 → 5\)$'),

@@ -81,6 +81,36 @@ def test_program(name: str, printed_by: Callable[..., str]) -> None:
         assert before == pytest.approx(after, rel=1e-4)
 
 
+def test_linear_probe(
+    printed_by: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The mIoU is that of torch's formula, and images of a folder are read."""
+    for package in ("timm", "sklearn"):
+        pytest.importorskip(package, reason="it is not installed")
+    from torchvision.transforms.functional import to_pil_image
+
+    arguments = ["--steps", "4", "--views", "1", "--learning-rates", "1e-3", "1e-2"]
+    printed = [printed_by("linear_probe", *arguments)]
+    assert "features (32, 192, 8, 8): 1 MB" in printed[0] and " s for a step" in printed[0]
+
+    def plain(logits: Tensor, labels: Tensor) -> Tensor:
+        full = F.interpolate(logits, labels.shape[1:], mode="bilinear")
+        return F.cross_entropy(full, labels.long(), ignore_index=255)
+
+    monkeypatch.setattr("anchorops.pixel_cross_entropy", plain)
+    printed.append(printed_by("linear_probe", *arguments))
+    ours, theirs = ([float(x) for x in re.findall(r"mIoU (\S+)", text)] for text in printed)
+    assert len(ours) == 2 and ours == pytest.approx(theirs, abs=0.2)
+    for split in ("train", "val"):
+        for kind, channels, name in (("images", 3, "a.jpg"), ("masks", 1, "a.png")):
+            (tmp_path / kind / split).mkdir(parents=True)
+            pixels = torch.randint(2, (channels, 48, 64), dtype=torch.uint8)
+            to_pil_image(pixels).save(tmp_path / kind / split / name)
+    of_folder = ["--data", str(tmp_path), "--classes", "2", "--size", "64", "--steps", "1"]
+    network = ["--backbone", "resnet18", "--level", "1"]
+    assert "mIoU " in printed_by("linear_probe", *of_folder, *network)
+
+
 class DecodeHead(nn.Module):
     """What the example reads of mmsegmentation's heads."""
 

@@ -29,6 +29,7 @@ LIBRARIES = {  # the modules of their losses
     "segmentation_models.pytorch": ["segmentation_models_pytorch.losses"],
     "MONAI": ["monai.losses"],
     "mmsegmentation": ["mmseg.models.losses"],
+    "Linear probes": [],
     "nnU-Net": [f"{NNUNET}.dice", f"{NNUNET}.robust_ce_loss", f"{NNUNET}.compound_losses"],
 }
 FEW_LINES = runpy.run_path(str(ROOT / "examples/other_losses.py"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
@@ -126,19 +126,20 @@ def _name(func: Any) -> str:
 
 
 class _Made(NamedTuple):
-    """A tensor, and the function that made it. upsampled: how many upsampled tensors that read.
-    descends: whether any function before made it from one."""
+    """A tensor, and the function that made it. upsampled: whether that read an upsampled tensor;
+    alone: and no other. descends: whether any function before made it from one."""
 
-    tensor: weakref.ref[Tensor]
+    tensor: Callable[[], Tensor | None]
     function: str
-    upsampled: int
-    descends: bool
+    upsampled: bool = False
+    alone: bool = False
+    descends: bool = False
 
     def __str__(self) -> str:
-        return self.function + " of an upsampled tensor" * (self.upsampled > 0)
+        return self.function + " of an upsampled tensor" * self.upsampled
 
 
-_BY_NO_FUNCTION = _Made(lambda: None, "no function of torch", 0, False)  # type: ignore[arg-type]
+_BY_NO_FUNCTION = _Made(lambda: None, "no function of torch")
 
 
 class _Watch(TorchFunctionMode):
@@ -162,10 +163,11 @@ class _Watch(TorchFunctionMode):
             for upsampled, _ in up.results
             if _reads(func, args, kwargs, result, [upsampled])
         ]
-        upsampled = len({id(up) for up, _ in sources})
+        alone = len(sources) == len(read) == 1
         descends = func is F.interpolate or any(self.made(x).descends for x in read)
+        how = _name(func), bool(sources), alone, descends
         for tensor in made:
-            self._made[id(tensor)] = _Made(weakref.ref(tensor), _name(func), upsampled, descends)
+            self._made[id(tensor)] = _Made(weakref.ref(tensor), *how)
         for up, upsampled in sources:
             if _commutes(func, args, kwargs, upsampled, result):
                 up.results.append((result, version(result)))
@@ -351,7 +353,7 @@ def _find(
 def _advice(outputs: list[_Made]) -> str:
     """What to do with a model that returns no upsampled tensor."""
     for made in outputs:
-        if made.upsampled == 1:
+        if made.alone:
             return (
                 f"return the upsampled logits, and call {made.function} outside of the model, or "
                 "pass the logits before the upsampling to the loss"
