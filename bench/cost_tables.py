@@ -28,6 +28,7 @@ def committed(name: str) -> dict:
 
 CPU = committed("amd-epyc-avx512-2-threads")  # of `make bench BENCH=bench/results`
 SHOWN = (BASELINE, OWN, BOTH)
+PROBE = "linear probe, ADE20K"
 COUNTED = [x for x in committed("counted-memory")["rows"] if x["name"] in SHOWN]
 LAUNCHES, PRECISION = (committed(f"counted-{x}")["rows"] for x in ("launches", "precision"))
 HOST_TIME = committed("host-time")["host_time"]
@@ -94,6 +95,7 @@ def gains() -> list[str]:
         share_of_step("hrnet", GPU),
         share_of_step("segformer", GPU),
         *(batches("SegFormer-B5"), batches("PSPNet-R101")),
+        *(batches(PROBE), batches(f"{PROBE}, 9 heads")),
         share_of_step("hrnet", CPU),
         share_of_step("segformer", CPU),
     ]
@@ -120,9 +122,12 @@ def uses() -> list[str]:
         return between(rows[other]["seconds"] / rows["anchorops"]["seconds"] for rows in cases)
 
     segformer = step_of("segformer", CPU)
+    steps = compared(CPU["training_steps"], "network").items()
+    probes = [x[OWN]["ratio"]["median"] for (name,), x in steps if name.startswith("linear probe")]
     volume = {"operation": "cross-entropy + Dice", "shape": VOLUMES, "dtype": "fp32"}
     return [
         *(f"{segformer[name]['ratio']['median']:.0%}" for name in (BOTH, OWN)),
+        *([f"{between(1 / x for x in probes)}×"] if probes else []),
         f"{gains_of(CPU, **volume)[0]:.0f}×",
         *(f"{over(way, 'export', 'volume', 'dtype')}×" for way in ("torch", "nnU-Net")),
         f"{over('torch, pycocotools', 'masks', 'masks', 'threads')}×",

@@ -85,7 +85,7 @@ def step(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _state = [torch.empty_like(parameter) for parameter in (*trained, *trained)]
     storages.phase = "images and labels"
-    images = torch.empty(batch, network.channels, *network.size)
+    images = torch.empty(network.shape(batch))
     labels = torch.empty(batch, *network.size, dtype=torch.int64)
     with torch.autocast("cpu", torch.bfloat16):
         storages.phase = "network, forward"
@@ -162,8 +162,8 @@ def row_of(network: Network, model: nn.Module, candidate: Candidate) -> dict[str
 
 def rows_of(network: Network) -> Iterator[dict[str, Any]]:
     model = network.build().to("meta")
-    every = candidates(network.runs_later(model), METHODS)
-    for checkpointing, candidate in product((False, True), every):
+    every = candidates(network.runs_later(model), METHODS if network.dim else ())
+    for checkpointing, candidate in product((False, True)[: 1 + bool(network.blocks)], every):
         yield row_of(network, model, candidate._replace(checkpointing=checkpointing))
 
 

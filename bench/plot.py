@@ -80,9 +80,10 @@ def options(run: dict) -> Figure | None:
 
 
 def counted_memory(run: dict) -> Figure:
-    """The methods are in the tables."""
+    """Of networks that were counted with and without checkpointing. The methods are in the
+    tables."""
     groups = compared(run["rows"], "network", "sizes", "checkpointing")
-    networks = list(dict.fromkeys(key[:2] for key in groups))
+    networks = [key[:2] for key in groups if key[2]]
     figure, axes = plt.subplots(1, 2, figsize=(10, 0.75 * len(networks) + 1), layout="constrained")
     for axis, checkpointing in zip(axes, (False, True), strict=True):
         for y, network in enumerate(networks):

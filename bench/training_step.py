@@ -54,7 +54,7 @@ def plan(device: str, section: str, compiled: bool = False) -> list[tuple[Networ
     """The networks of a section, and the names of the rows that are known before late_upsampling
     was tried."""
     planned = []
-    for network in networks_on(device, compiled):
+    for network in networks_on(device, section, compiled):
         every = [x for x in candidates_of(network, False, compiled) if x.compiled == compiled]
         names = [PLAIN] if section == "inference" else [one.name for one in every]
         planned.append((network, names))
@@ -79,7 +79,7 @@ class Bench(NamedTuple):
     def batch(self, size: int) -> tuple[Tensor, Tensor]:
         """Images and labels of coherent regions."""
         *rows, columns = self.network.size
-        images = torch.randn(size, self.network.channels, *rows, columns, device=self.device)
+        images = torch.randn(self.network.shape(size), device=self.device)
         if self.network.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         flat = (size, torch.Size(rows).numel(), columns)

@@ -57,6 +57,8 @@ class Network(NamedTuple):
     the features before the classifier. blocks: the classes whose outputs are computed again
     with activation checkpointing. channels: of the images. upsamples: forward upsamples the logits.
     weights: of the loss of each of its outputs. channels_last: the layout when it is measured.
+    stride: the labels' size divided by that of the images; above 1 they are the cached features of
+    a frozen backbone.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Network(NamedTuple):
     weights: tuple[float, ...] = (1.0,)
     channels_last: bool = True
     small: Callable[[int], nn.Module] | None = None
+    stride: int = 1
 
     def build(self) -> nn.Module:
         return self.make(self.num_classes)
@@ -84,9 +87,13 @@ class Network(NamedTuple):
     def volumes(self) -> bool:
         return len(self.size) == 3
 
+    def shape(self, batch: int) -> tuple[int, ...]:
+        """Of a batch of images."""
+        return batch, self.channels, *(n // self.stride for n in self.size)
+
     def images(self, device: torch.device | str = "meta") -> Tensor:
         """A batch of two images."""
-        return torch.zeros(2, self.channels, *self.size, device=device)
+        return torch.zeros(self.shape(2), device=device)
 
     def runs_later(self, model: nn.Module) -> bool:
         """Whether late_upsampling finds something to move. This depends on the model's device;
@@ -204,6 +211,19 @@ def unet_of_volumes(num_classes: int, levels: int = 6) -> nn.Module:
     )
 
 
+class Probe(nn.Module):
+    """1×1 convolutions of cached features (B, 768, h, w), which share a batch norm."""
+
+    def __init__(self, heads: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(768, affine=False)
+        self.heads = nn.ModuleList(nn.Conv2d(768, num_classes, 1) for _ in range(heads))
+
+    def forward(self, features: Tensor) -> dict[str, Tensor]:
+        x = self.norm(features)
+        return {f"head {i}": head(x) for i, head in enumerate(self.heads)}
+
+
 def of_training_program(name: str, num_classes: int) -> nn.Module:
     from anchorops.train.networks import build_model
     from anchorops.train.options import Model
@@ -253,6 +273,27 @@ COUNTED = (
 )
 UNET = Network("U-Net-R34", partial(of_smp, "Unet", "resnet34"), (512, 512), 16, 20)
 ON_GPU = (SEGFORMER_B0, UNET, SEGFORMER_B5, VOLUMES, HRNET_W48)
+
+
+def probe(name: str, num_classes: int, batch: int, heads: int) -> Network:
+    """Heads of several learning rates on the features of a ViT-B/16."""
+    named = name if heads == 1 else f"{name}, {heads} heads"
+    return Network(
+        *(f"linear probe, {named}", partial(Probe, heads), (512, 512), batch, num_classes),
+        channels=768,
+        weights=(1.0,) * heads,
+        channels_last=False,
+        stride=16,
+    )
+
+
+MEASURED_PROBES = (
+    probe("ADE20K", 150, 8, 1),
+    probe("ADE20K", 150, 8, 9),
+    probe("Cityscapes", 19, 8, 1),
+    probe("Cityscapes", 19, 8, 9),
+)
+COUNTED = (*COUNTED, probe("ADE20K", 150, 16, 1), probe("ADE20K", 150, 16, 9))
 small_segformer = partial(of_training_program, "segformer-b0")
 ON_CPU = (
     Network("hrnet-w18-small", small_hrnet, (512, 1024), 2, 19, 240),
@@ -260,6 +301,8 @@ ON_CPU = (
 )
 
 
-def networks_on(device: str, compiled: bool) -> tuple[Network, ...]:
+def networks_on(device: str, section: str, compiled: bool) -> tuple[Network, ...]:
     """Those that are measured. compiled: with torch.compile."""
-    return ON_CPU if device == "cpu" else (SEGFORMER_B0, UNET) if compiled else ON_GPU
+    if device == "cpu":
+        return (*ON_CPU, *MEASURED_PROBES) if section == "training_steps" else ON_CPU
+    return (SEGFORMER_B0, UNET) if compiled else ON_GPU
