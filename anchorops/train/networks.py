@@ -291,7 +291,7 @@ class Learner(nn.Module):
         return loss, {"loss": loss.detach(), **terms}
 
 
-def build_optimizer(options: Model, model: Segmenter) -> torch.optim.Optimizer:
+def build_optimizer(options: Model, model: Segmenter, precision: str) -> torch.optim.Optimizer:
     """No weight decay on vectors (biases, normalisation), and another learning rate for everything
     outside the backbone and the methods."""
     methods = [module for module in model.modules() if isinstance(module, Regularizer)]
@@ -305,7 +305,9 @@ def build_optimizer(options: Model, model: Segmenter) -> torch.optim.Optimizer:
             settings = {"params": [], "lr": rate, "peak": rate, "weight_decay": decay}
             groups.setdefault((rate, decay), settings)["params"].append(parameter)
     if options.optimizer == "sgd":
-        return torch.optim.SGD(groups.values(), momentum=0.9, fused=True)
+        # a fused one allocates its momentum in the first step, and does not fill it if the scaler
+        # of float16 skips this step
+        return torch.optim.SGD(groups.values(), momentum=0.9, fused=precision != "fp16")
     return torch.optim.AdamW(groups.values(), fused=True)
 
 

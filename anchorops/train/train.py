@@ -64,7 +64,7 @@ def fit(options: Options, run: Path, data: Splits, device: torch.device, stop: S
     # with unused parameters DDP keeps its buckets, so that gradients are summed in one order, also
     # where a run goes on
     parallel = DDP(learner, find_unused_parameters=True) if ranks.world() > 1 else learner
-    optimizer = build_optimizer(options.model, learner.model)
+    optimizer = build_optimizer(options.model, learner.model, options.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
     parts: dict[str, Any] = {"model": learner.model, "optimizer": optimizer, "scaler": scaler}
     validated = learner.model

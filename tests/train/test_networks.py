@@ -1,6 +1,7 @@
 """Networks by name, their weights, losses, methods and learning rates."""
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -24,7 +25,7 @@ from anchorops.train.networks import (
     build_regularizer,
 )
 from anchorops.train.options import Model
-from tests.helpers.tiny_runs import TINY, fitted
+from tests.helpers.tiny_runs import TINY, fitted, small_network
 
 K, D = 11, 240  # of HRNet-W18-small on digits
 
@@ -164,13 +165,31 @@ def test_a_step(methods: tuple[str, ...]):
 def test_learning_rates_of_backbone_head_and_methods():
     model = Learner(Model(methods=["sar", "mvsc"]), K).model
     options = Model(lr=0.1, weight_decay=0.01, head_lr_factor=10.0)
-    groups = build_optimizer(options, model).param_groups
+    groups = build_optimizer(options, model, "fp32").param_groups
     rates = {p: group["lr"] for group in groups for p in group["params"]}
     assert len(rates) == sum(len(group["params"]) for group in groups)
     slow = {*model.backbone.parameters(), *model.get_submodule("regularizer").parameters()}
     assert rates == pytest.approx({p: 0.1 if p in slow else 1.0 for p in model.parameters()})
     decays = {(p.dim() > 1, group["weight_decay"]) for group in groups for p in group["params"]}
     assert decays == {(True, 0.01), (False, 0.0)}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_step_that_float16_skips_changes_nothing(name: Any, monkeypatch: pytest.MonkeyPatch):
+    """Whatever the memory held of which an optimizer makes its state."""
+    monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, math.nan))
+    trained = []
+    for losses in ([1.0], [math.inf, 1.0]):
+        torch.manual_seed(0)
+        model, scaler = small_network(Model(), K), torch.amp.GradScaler("cpu")
+        optimizer = build_optimizer(Model(optimizer=name), model, "fp16")
+        for loss in losses:
+            for parameter in model.parameters():
+                parameter.grad = scaler.scale(torch.full_like(parameter, loss))
+            scaler.step(optimizer)
+            scaler.update()
+        trained.append(model.state_dict())
+    torch.testing.assert_close(trained[1], trained[0], rtol=0, atol=0)
 
 
 def test_settings():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,19 @@ def test_limits_of_a_run(small: None, tmp_path: Path, refused: Refused, capsys):
         advised(f"{words} --max_hours 1e-9", "stopped by --max_hours")
         assert state(run)["step"] == step
     assert main(words.split()) == 0
+    assert_same_run(run, straight)
+
+
+def test_a_run_whose_first_steps_float16_skips(small: None, tmp_path: Path, monkeypatch):
+    """It goes on from a skipped step, and from one that was not."""
+    large = partial(torch.amp.GradScaler, init_scale=2.0**20)
+    monkeypatch.setattr(torch.amp, "GradScaler", large)
+    words = f"{PLAIN} --precision fp16 --model.optimizer sgd"
+    straight = fitted(f"{words} --run {tmp_path}/straight")
+    scale = state(straight)["scaler"]["scale"]
+    assert 2.0**20 > scale > 2.0**14  # a step halves it
+    for step in (1, 5, 6):
+        run = fitted(f"{words} --run {tmp_path}/run --resume --max_steps {step}")
     assert_same_run(run, straight)
 
 
