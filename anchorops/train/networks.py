@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import segmentation_models_pytorch as smp
 import timm
@@ -156,6 +157,7 @@ def read_checkpoint(path: Path, needed: str) -> dict[str, Any]:
     """The state of a run, whose tensors stay in the file. Raises ValueError if it is damaged or of
     another kind."""
     try:
+        check_content(path)
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} is damaged ({shorten(repr(error), 200)})") from error
@@ -164,12 +166,23 @@ def read_checkpoint(path: Path, needed: str) -> dict[str, Any]:
     return state
 
 
+def check_content(path: Path | str) -> None:
+    """Raises BadZipFile for a file of torch.save with another content than was written: it has
+    checksums, which torch.load does not read, nor does torch have to write them (they are 0)."""
+    with ZipFile(path) as file:
+        if any(x.CRC for x in file.infolist()) and (name := file.testzip()):
+            raise BadZipFile(f"wrong checksum of {name}")
+
+
 def read_weights(path: Path | str) -> dict[str, Tensor]:
     """Those in a checkpoint of this program, also of an earlier version, or in another file of a
-    state dict. Raises ValueError if there is none, or if it is damaged."""
+    state dict. Raises ValueError if there is none, or if it is damaged, which is found by the
+    checksums of zip files."""
     if not Path(path).is_file():
         raise ValueError(f"{path} does not exist: a run has its best weights after a validation")
     try:
+        if is_zipfile(path):
+            check_content(path)
         # weights_only, because earlier versions of timm run what a file says
         weights = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
     except Exception as error:

@@ -237,7 +237,7 @@ def test_log(tmp_path: Path):
     assert read_metrics(path) == {1: {"a": 0.5}, 2: {"a": 1.0, "b": 1.0}, 3: {"b": 1.5}}
 
 
-def test_damaged_files(copied: Path, refused: Refused):
+def test_damaged_files(straight: Path, copied: Path, refused: Refused):
     data = (copied / "data.yaml").read_bytes()
     write(copied / "data.yaml", b"classes: [a, b]")
     refused(f"validate --run {copied}", r"data.yaml is damaged \(it has no classes or no training")
@@ -249,10 +249,15 @@ def test_damaged_files(copied: Path, refused: Refused):
     write(copied / "metrics.csv", lines)
     shutil.copy(copied / "best.ckpt", copied / "last.ckpt")
     refused(f"fit --run {copied} --resume", "last.ckpt is of another kind: it has no optimizer")
-    for command, name in (("validate", "best.ckpt"), ("fit --resume", "last.ckpt")):
-        for end in (-1000, 40, 0):
-            write(copied / name, (copied / name).read_bytes()[:end])
-            refused(f"{command} --run {copied}", rf"{copied / name} is damaged \(")
+    weights = f"fit {TINY} --run {copied}/new --model.weights {copied}/best.ckpt"
+    go_on, validate = f"fit --run {copied} --resume", f"validate --run {copied}"
+    for words, name in ((weights, "best.ckpt"), (validate, "best.ckpt"), (go_on, "last.ckpt")):
+        whole = (straight / name).read_bytes()
+        half = len(whole) // 2
+        zeros = whole[:half] + bytes(4096) + whole[half + 4096 :]  # which torch does not notice
+        for content in (zeros, whole[:-1000], whole[:40], b""):
+            write(copied / name, content)
+            refused(words, rf"{copied / name} is damaged \(")
     write(copied / "config.yaml", b"step,loss\n1,2,3,4\n")
     refused(f"compare {copied}", r"config.yaml is damaged \(")
 
