@@ -169,6 +169,7 @@ def trained(options: Options, run: Path) -> Segmenter:
     """The network of the best weights of a run, or of those that the options name."""
     path = Path(options.model.weights or run / BEST)
     device = ranks.start(options.device)
+    ranks.check_alike(options, path)
     model = trained_model(options.model, path, options.data.channels)
     place(model, model, options, device)
     return model.eval()

@@ -2,6 +2,7 @@
 
 # pyright: reportAssignmentType=false, reportInvalidTypeForm=false
 
+import json
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -265,6 +266,15 @@ def expect(holds: bool, of: object, expected: str, got: object) -> None:
     """Raises ValueError, in one line, where it does not hold. of: the option or the file."""
     if not holds:
         raise ValueError(f"{of}: expected {expected}, got {got}")
+
+
+def same(value: object, other: object) -> bool:
+    """Whether two values of an option are equal; NaN is equal to NaN."""
+    return value == other or (value != value and other != other)
+
+
+def as_in_file(options: Options) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(options)))
 
 
 def flat(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,17 @@
 """The processes that torchrun starts, which are the ranks of a run; one without torchrun."""
 
 import os
+import socket
 import sys
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from .options import expect
+from .options import Options, as_in_file, expect, flat, same
 
 T = TypeVar("T")
 
@@ -44,17 +47,17 @@ def say(line: str) -> None:
 
 
 def on_each(make: Callable[[], T]) -> T:
-    """What each rank makes. If this fails on the first rank, the others end without a word."""
-    failed = [True]
+    """What each rank makes. If this fails, the first rank on which it does tells why, and the
+    others end without a word."""
+    failed = rank()
     try:
         made = make()
-        failed = [False]
+        failed = world()
         return made
     finally:
-        if world() > 1:
-            dist.broadcast_object_list(failed)
-            if failed[0] and rank() > 0:
-                sys.exit(1)
+        first = -largest(-failed)
+        if first < world() and rank() != first:
+            sys.exit(1)
 
 
 def on_first(make: Callable[[], T]) -> T:
@@ -63,6 +66,24 @@ def on_first(make: Callable[[], T]) -> T:
     if world() > 1:
         dist.broadcast_object_list(made)
     return made[0]
+
+
+def check_alike(options: Options, path: Path) -> None:
+    """Raises ValueError if a rank has another option than the first rank, except --data.workers, or
+    if it does not find the same file there, or none if the first rank finds none."""
+    if world() == 1:
+        return
+    own = flat(as_in_file(options)) | {"--data.workers": None}
+    content = on_each(lambda: path.read_bytes() if path.exists() else None)
+    own[str(path)] = "no file" if content is None else f"CRC-32 {zlib.crc32(content):08x}"
+    firsts = on_first(lambda: [*own.values()])
+
+    def compare() -> None:
+        for (name, value), first in zip(own.items(), firsts, strict=True):
+            place = f"{name} on {socket.gethostname()}"
+            expect(same(value, first), place, f"{first} as on the first rank", value)
+
+    on_each(compare)
 
 
 def largest(value: int) -> int:

@@ -105,12 +105,14 @@ def check_run(run: Path, options: Mapping[str, Any], found: dict[str, Any], resu
 
 class Log:
     """metrics.csv and the events of TensorBoard, which the first rank writes: a line for each step
-    at which something was logged. Of a run that goes on after a step, later lines are cut."""
+    at which something was logged. Of a run that goes on after a step, later lines are cut. All
+    ranks have the lines that the first one has found."""
 
     def __init__(self, run: Path, step: int) -> None:
         self.path, self.lines = run / METRICS, dict[int, dict[str, float]]()
-        if step and self.path.exists():
-            self.lines = {k: line for k, line in read_metrics(self.path).items() if k <= step}
+        if step:
+            found = ranks.on_first(lambda: read_metrics(self.path) if self.path.exists() else {})
+            self.lines = {number: line for number, line in found.items() if number <= step}
         self.names = dict[str, None]()  # the file's columns, once this process has written it
         self.events = SummaryWriter(str(run), purge_step=step + 1) if ranks.rank() == 0 else None
 

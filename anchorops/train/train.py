@@ -47,6 +47,7 @@ def train(options: Options, run: Path, resume: bool, advice: str = GO_ON) -> Non
         torch.use_deterministic_algorithms(True)
     config = json.loads(json.dumps(asdict(options)))  # as in a file
     with only_process(run):
+        ranks.check_alike(options, run / LAST)
         data = open_splits(options.data, options.seed)
         ranks.on_first(lambda: check_run(run, config, data.found, resume))
         with Stop(advice) as stop:

@@ -38,7 +38,7 @@ class Programs:
             )
 
     def run(self, words: str, ranks: int = 1, **at: Any) -> tuple[list[int], str]:
-        """The exit status of each rank, and what they print.
+        """The exit status of each rank, and what they print. RANK stands for its number in words.
 
         at: place (of PLACES), call (the number of the call, from 0), signum, and rank, or None for
         all processes of all ranks; without a place nothing disturbs them.
@@ -81,7 +81,7 @@ def _serve() -> None:
             module, function = PLACES[at["place"]]
             before = getattr(modules[module], function)
             setattr(modules[module], function, _interrupting(before, at))
-        sys.argv[1:] = words
+        sys.argv[1:] = [word.replace("RANK", str(rank)) for word in words]
         sys.exit(__main__.main())
 
     for line in sys.stdin:

@@ -3,7 +3,9 @@ print: runs end as one that nothing disturbed, bit for bit, on one rank and on s
 the images, and signals reach all processes of the group."""
 
 import re
+import shutil
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -95,6 +97,29 @@ def test_one_of_two_ranks_is_stopped_where_nothing_is_saved(
     status, said = programs.run(words, 2, place=place, call=0, signum=TERM, rank=1)
     assert status[1] in (128 + TERM, -TERM)  # torchrun may end a rank that is about to end
     assert status[0] not in (0, -KILL) and "Traceback" not in said
+
+
+def test_machines_that_share_no_directory(programs: Programs, straight: Straight, tmp_path: Path):
+    """A run starts there, but goes on only if all ranks find its state."""
+    words, first, second = f"{RUN} --run {tmp_path}/RANK", tmp_path / "0", tmp_path / "1"
+
+    def fails(words: str, name: str, expected: str) -> None:
+        status, said = programs.run(words, ranks=2)
+        lines = re.findall("anchorops-train: (.*)", said)
+        found = f"{name} on {socket.gethostname()}: expected {expected}"
+        assert all(status) and len(lines) == 1 and re.search(found, lines[0]), said
+
+    succeeds(programs, f"{words} --max_steps 3", 2)
+    assert not second.exists()
+    crc = r"CRC-32 \w{8}"
+    fails(f"{words} --resume", f"{second}/last.ckpt", f"{crc} as on the first rank, got no file")
+    shutil.copytree(first, second, ignore=shutil.ignore_patterns("metrics.csv"))
+    (first / "last.ckpt").rename(tmp_path / "last.ckpt")
+    fails(f"{words} --resume", f"{second}/last.ckpt", f"no file as on the first rank, got {crc}")
+    (tmp_path / "last.ckpt").rename(first / "last.ckpt")
+    fails(f"{words} --resume --seed RANK", "--seed", "0 as on the first rank, got 1")
+    succeeds(programs, f"{words} --resume", 2)
+    assert_same_run(first, straight(2))
 
 
 def test_predictions_go_on(programs: Programs, straight: Straight, tmp_path: Path):
