@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -110,6 +111,10 @@ def parse(command: str, words: Sequence[str]) -> tuple[Options, Path, dict[str, 
     with_data = {name for name in names if Path(name).with_name(DATA).exists()}  # of a run
     own = [x for name, x in configs if Path(name).is_file() and name not in with_data]
     paper: dict[str, Any] = {}  # to which each file adds, as `from-scratch` does
+    if command == "fit" and words_alone.get("resume") and not configs:
+        exists = of_run is not None and (Path(of_run) / CONFIG).exists()
+        expected = f"the --run of a run on {socket.gethostname()}, or --config to start one"
+        expect(exists, "--resume", expected, of_run)
     if of_run and (command != "fit" or (words_alone.get("resume") and not configs)):
         configs.insert(0, (f"{of_run}/{CONFIG}", read_yaml(Path(of_run) / CONFIG)))
         if command != "fit":  # the weights with which the run began
@@ -264,8 +269,7 @@ def demo(steps: int = 500, out: str = "runs/demo") -> None:
             print(f"\n{runs[-1]}", file=sys.stderr)
             words = ["--config", preset, f"--model.methods=[{methods}]", f"--data.steps={steps}"]
             options, *_ = parse("fit", words)
-            resume = (runs[-1] / CONFIG).exists()
-            train(options, runs[-1], resume, advice="go on with the same command")
+            train(options, runs[-1], resume=True, advice="go on with the same command")
     print(comparison(runs))
     print(*(run / "predictions.png" for run in runs), sep="\n")
 

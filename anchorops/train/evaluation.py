@@ -210,7 +210,7 @@ def check_sizes(
     """Raises ValueError if the network cannot take a batch of crops in training, or an image in the
     validation: a whole one, a window or a scaled one. It runs on a copy without data.
 
-    sizes: (H, W) of the validation images. batch: of a training step.
+    sizes: (H, W) of the validation images, if they are known. batch: of a training step.
     """
     crop, channels = options.data.crop, options.data.channels
     model = copy.deepcopy(model).to("meta")
@@ -244,6 +244,7 @@ def check_sizes(
         return torch.zeros(1, 2, height // MULTIPLE, width // MULTIPLE)
 
     checked(torch.empty(1, channels, *crop))
-    for size in {choose(sizes, key=itemgetter(axis)) for choose in (min, max) for axis in (0, 1)}:
+    ends = {end(sizes, key=itemgetter(axis)) for end in (min, max) for axis in (0, 1) if sizes}
+    for size in ends:
         image = network_input(torch.zeros(channels, *size).byte(), options.data)
         predict(checked, image[None], size, options)

@@ -4,6 +4,7 @@ Files are either complete or absent. Runs are compared by their logs."""
 import csv
 import fcntl
 import io
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,10 +20,11 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from . import ranks
-from .options import FREE, flat
+from .options import FREE, Options, as_in_file, expect, flat, same
 
 CONFIG, DATA, LOCK, METRICS = "config.yaml", "data.yaml", "run.lock", "metrics.csv"
 LAST, BEST = "last.ckpt", "best.ckpt"
+TOLD = ("--accumulate", "ranks")  # may differ where a run goes on, which then has other bits
 COLUMNS = ["val/miou", "val/head", "val/body", "val/tail", "val/macc"]  # of a comparison
 COLUMNS += ["seconds_per_step", "memory_mb"]
 GO_ON = "go on with the same command and --resume"
@@ -52,13 +54,19 @@ def save_atomically(state: Any, path: Path) -> None:
 
 @contextmanager
 def only_process(run: Path) -> Iterator[None]:
-    """Raises ValueError if another process trains in the directory. A killed process holds nothing,
-    nor do its workers, which end later than it: they would inherit what flock gives."""
+    """Raises ValueError if another process trains in the directory, which only the first rank uses.
+    A killed process holds nothing, nor do its workers, which end later than it: they would inherit
+    what flock gives. What this creates is removed at the end if nothing else was written."""
+    if ranks.rank() > 0:
+        yield
+        return
+    created = [path for path in (run, *run.parents) if not path.exists()]
     run.mkdir(parents=True, exist_ok=True)
     with open(run / LOCK, "w") as file:
         try:
-            if ranks.rank() == 0:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file.fileno()).st_nlink == 0:  # its process has removed it just now
+                raise BlockingIOError
         except (BlockingIOError, PermissionError):
             raise ValueError(
                 f"another process trains in {run}: give this one its own directory (--run, of a "
@@ -66,7 +74,14 @@ def only_process(run: Path) -> Iterator[None]:
             ) from None
         except OSError as error:
             ranks.say(f"{run} cannot be locked ({error}): start no second process")
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # another process may have begun to write
+                if os.listdir(run) == [LOCK]:
+                    (run / LOCK).unlink()
+                    for path in created:
+                        path.rmdir()
 
 
 def read_yaml(
@@ -82,25 +97,51 @@ def read_yaml(
     return content
 
 
-def check_run(run: Path, options: Mapping[str, Any], found: dict[str, Any], resume: bool) -> None:
-    """Write what a run is. Raises ValueError if the directory has another run, or if the run would
-    go on with other options or data, and therefore to other numbers.
-    found: what tells the data from others, and the number of ranks."""
-    if resume:
-        before = flat(read_yaml(run / CONFIG)) | read_yaml(run / DATA)
-        for name, now in (flat(options) | found).items():
-            same = str(now) == str(then := before.get(name)) or now == then  # NaN is not NaN
-            if not same and name not in FREE:
-                raise ValueError(
-                    f"{name}: {shorten(str(now), 200)}, {run} has {shorten(str(then), 200)}: the "
-                    "numbers would not be those of the run without a stop. Leave it as it was, or "
-                    "start a run in another directory, with --model.weights from this one's weights"
-                )
-    elif (run / LAST).exists() or (run / BEST).exists():
-        raise ValueError(f"{run} holds a run: --resume goes on with it, --run names another")
-    for name, content in ((DATA, found), (CONFIG, options)):
+def check_run(run: Path, options: Options, resume: bool) -> bool:
+    """Whether there is a state, from which the run goes on. Raises ValueError if the directory has
+    another run, if its state is missing, or if it would go on with other options."""
+    last, best, config = run / LAST, run / BEST, run / CONFIG
+    lines = read_metrics(run / METRICS) if (run / METRICS).exists() else {}
+    before = flat(read_yaml(config)) if config.exists() else {}
+    # before its first state a run has no validation, and no step after this one
+    late = max(lines, default=0) > before.get("--save_every", math.inf)
+    saved = late or any("val/miou" in line for line in lines.values())
+    if last.exists() or best.exists() or saved:
+        if not resume:
+            raise ValueError(f"{run} holds a run: --resume goes on with it, --run names another")
+        for path in (config, last):
+            expect(path.exists(), "--resume", f"{path}, which the run has saved", "no such file")
+        check_same(run, flat(as_in_file(options)), before)
+    elif resume:
+        ranks.say(f"{run} has no state: the run starts at step 0")
+    return last.exists()
+
+
+def describe(run: Path, options: Options, found: Mapping[str, Any]) -> None:
+    """Write what a run is. Raises ValueError if it would go on with other data. found: what tells
+    the data from others, and the number of ranks."""
+    if (run / LAST).exists():
+        check_same(run, found, read_yaml(run / DATA))
+    else:
+        (run / METRICS).unlink(missing_ok=True)
+    for name, content in ((DATA, found), (CONFIG, as_in_file(options))):
         text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
         save_atomically(text, run / name)
+
+
+def check_same(run: Path, now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Raises ValueError for options or data that would lead to other numbers."""
+    for name, value in now.items():
+        if same(value, then := before.get(name)) or name in FREE:
+            continue
+        change = f"{name}: {shorten(str(value), 200)}, {run} has {shorten(str(then), 200)}"
+        if name not in TOLD:
+            raise ValueError(
+                f"{change}: the numbers would not be those of the run without a stop. Leave it as "
+                "it was, or start a run in another directory, with --model.weights from this one's "
+                "weights"
+            )
+        ranks.say(f"{change}: the bits will not be those of the run without a stop")
 
 
 class Log:
@@ -109,10 +150,9 @@ class Log:
     ranks have the lines that the first one has found."""
 
     def __init__(self, run: Path, step: int) -> None:
-        self.path, self.lines = run / METRICS, dict[int, dict[str, float]]()
-        if step:
-            found = ranks.on_first(lambda: read_metrics(self.path) if self.path.exists() else {})
-            self.lines = {number: line for number, line in found.items() if number <= step}
+        self.path = run / METRICS
+        found = ranks.on_first(lambda: read_metrics(self.path) if self.path.exists() else {})
+        self.lines = {number: line for number, line in found.items() if number <= step}
         self.names = dict[str, None]()  # the file's columns, once this process has written it
         self.events = SummaryWriter(str(run), purge_step=step + 1) if ranks.rank() == 0 else None
 

@@ -1,13 +1,12 @@
 """Training: read it from top to bottom."""
 
-import json
 import math
 import os
 import resource
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,11 @@ from tqdm import tqdm
 import anchorops as ao
 
 from . import ranks
-from .data.loading import Splits, mixed_seed, open_splits, training_batches
+from .data.loading import Splits, mixed_seed, open_split, open_splits, training_batches
 from .evaluation import check_sizes, draw_predictions, evaluate
 from .networks import Learner, Segmenter, build_optimizer, read_checkpoint, set_learning_rates
 from .options import Options, expect
-from .run import BEST, GO_ON, LAST, Log, Stop, check_run, only_process, save_atomically
+from .run import BEST, GO_ON, LAST, Log, Stop, check_run, describe, only_process, save_atomically
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -45,11 +44,14 @@ def train(options: Options, run: Path, resume: bool, advice: str = GO_ON) -> Non
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    config = json.loads(json.dumps(asdict(options)))  # as in a file
     with only_process(run):
         ranks.check_alike(options, run / LAST)
+        if ranks.on_first(lambda: check_run(run, options, resume)):
+            ranks.on_each(lambda: read_checkpoint(run / LAST, "optimizer"))
+        else:  # what is wrong with any data is found before they are read
+            split = ranks.on_first(lambda: open_split(options.data, "train", options.seed))
+            ranks.on_each(lambda: build(options, len(split.classes), device))
         data = open_splits(options.data, options.seed)
-        ranks.on_first(lambda: check_run(run, config, data.found, resume))
         with Stop(advice) as stop:
             last = fit(replace(options, data=data.options), run, data, device, stop)
     steps = options.data.steps
@@ -60,8 +62,8 @@ def train(options: Options, run: Path, resume: bool, advice: str = GO_ON) -> Non
 def fit(options: Options, run: Path, data: Splits, device: torch.device, stop: Stop) -> int:
     """Train from the last state or the start, to the end or a limit; returns the last step."""
     steps, dtype = options.data.steps, PRECISIONS[options.precision]
-    goes_on = (run / LAST).exists()
-    learner = ranks.on_each(lambda: build(options, data, device, from_state=goes_on))
+    goes_on, classes = (run / LAST).exists(), len(data.training.classes)
+    learner = ranks.on_each(lambda: build(options, classes, device, data, from_state=goes_on))
     # with unused parameters DDP keeps its buckets, so that gradients are summed in one order, also
     # where a run goes on
     parallel = DDP(learner, find_unused_parameters=True) if ranks.world() > 1 else learner
@@ -110,16 +112,25 @@ def fit(options: Options, run: Path, data: Splits, device: torch.device, stop: S
             raise stopped
 
 
-def build(options: Options, data: Splits, device: torch.device, *, from_state: bool) -> Learner:
-    """The network with its methods and losses, on its device."""
-    model, classes = options.model, len(data.training.classes)
+def build(
+    options: Options,
+    classes: int,
+    device: torch.device,
+    data: Splits | None = None,
+    *,
+    from_state: bool = False,
+) -> Learner:
+    """The network with its methods and losses, on its device. data: None before they are read.
+    Raises ValueError for a network, weights or arguments of methods that cannot be."""
+    model = options.model
+    sizes, prior = ((), None) if data is None else (data.sizes, data.prior)
     if from_state:  # which has what the files of weights had
         model = replace(model, pretrained=False, weights=None, backbone_weights=None)
     torch.manual_seed(options.seed)
-    learner = Learner(model, classes, options.data.channels, data.prior)
+    learner = Learner(model, classes, options.data.channels, prior)
     synchronised = ranks.world() if device.type == "cuda" else 1  # batch norm
     batch = options.data.batch_size // (options.accumulate * ranks.world())
-    check_sizes(learner.model, options, data.sizes, batch * synchronised)
+    check_sizes(learner.model, options, sizes, batch * synchronised)
     place(learner, learner.model, options, device)
     if synchronised > 1:
         convert_sync_batchnorm(learner)
@@ -139,14 +150,17 @@ class Record:
     """What a run leaves: its state, log, best weights and pictures, written by the first rank."""
 
     def __init__(self, options: Options, run: Path, data: Splits, parts: Mapping[str, Any]) -> None:
-        """parts: what has a state; it is loaded, if there is one."""
+        """parts: what has a state; it is loaded, if there is one. Raises ValueError for other data
+        than those of the run."""
         self.options, self.run, self.data, self.parts = options, run, data, parts
         self.step = 0
+        ranks.on_first(lambda: describe(run, options, data.found))
         if (run / LAST).exists():
             state = read_checkpoint(run / LAST, "optimizer")
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             self.step = state["step"]
+            ranks.say(f"{run} goes on from step {self.step}")
         self.metrics = Log(run, self.step)
         shown = None if ranks.rank() == 0 else True  # None: on a terminal
         self.bar = tqdm(total=options.data.steps, initial=self.step, disable=shown)

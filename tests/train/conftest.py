@@ -45,14 +45,15 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
-    """Runs a command that fails, and says one line, its last one."""
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that fails, and says one line, its last one. Returns all that is said."""
 
-    def run(words: str, message: str) -> None:
+    def run(words: str, message: str) -> str:
         capsys.readouterr()
         assert main(words.split()) == 1
         said = capsys.readouterr().err
         (line,) = re.findall("^anchorops-train: .*", said, re.MULTILINE)
         assert re.search(message, line) and said.endswith(f"{line}\n")
+        return said
 
     return run

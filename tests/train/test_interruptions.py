@@ -88,13 +88,13 @@ def test_a_run_goes_on_bit_for_bit(
     assert_same_run(run, straight(ranks))
 
 
-@pytest.mark.parametrize("place", ["start", "validation"])
+@pytest.mark.parametrize(("place", "call"), [("start", 0), ("start", 1), ("validation", 0)])
 def test_one_of_two_ranks_is_stopped_where_nothing_is_saved(
-    place: str, programs: Programs, straight: Straight, tmp_path: Path
+    place: str, call: int, programs: Programs, straight: Straight, tmp_path: Path
 ):
-    """Before the first step, or while figures are computed: both end."""
+    """Before the data are read, before the first step, or while figures are computed: both end."""
     words = f"{RUN} --run {tmp_path}/run" if place == "start" else f"validate --run {straight(2)}"
-    status, said = programs.run(words, 2, place=place, call=0, signum=TERM, rank=1)
+    status, said = programs.run(words, 2, place=place, call=call, signum=TERM, rank=1)
     assert status[1] in (128 + TERM, -TERM)  # torchrun may end a rank that is about to end
     assert status[0] not in (0, -KILL) and "Traceback" not in said
 
@@ -120,6 +120,19 @@ def test_machines_that_share_no_directory(programs: Programs, straight: Straight
     fails(f"{words} --resume --seed RANK", "--seed", "0 as on the first rank, got 1")
     succeeds(programs, f"{words} --resume", 2)
     assert_same_run(first, straight(2))
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(
+    programs: Programs, straight: Straight, tmp_path: Path
+):
+    """On the same images."""
+    run = tmp_path / "run"
+    succeeds(programs, f"{RUN} --run {run} --max_steps 3", 2)
+    status, said = programs.run(f"{RUN} --run {run} --resume --accumulate 4")
+    assert status == [0]
+    for change in (f"--accumulate: 4, {run} has 2", f"ranks: 1, {run} has 2"):
+        assert f"{change}: the bits will not be those of the run without a stop\n" in said
+    assert figures(run).keys() == figures(straight(2)).keys()
 
 
 def test_predictions_go_on(programs: Programs, straight: Straight, tmp_path: Path):
@@ -149,13 +162,14 @@ def test_an_error_of_one_rank_has_one_line(programs: Programs, folder: Path, tmp
     assert any(line.startswith(f"{path} cannot be read: ") for line in lines) and len(lines) <= 2
 
 
-def test_an_error_of_all_ranks_has_one_line(programs: Programs, straight: Straight, tmp_path: Path):
-    """Of a run of another number of ranks, and of one whose network cannot be built."""
+def test_an_error_of_all_ranks_has_one_line(programs: Programs, tmp_path: Path):
+    """Here of options, of a network that cannot be built, and of a run that does not exist."""
     for words, message in {
-        f"fit --run {straight(1)} --resume": "ranks: 2, .* has 1: ",
-        f"{RUN} --run {tmp_path} --model.focal_gamma 1": "--model.focal_gamma: ",
-        f'{RUN} --run {tmp_path} --model.method_options {{"sar.detla":1}}': "SAR.*'detla'",
+        f"fit --run {tmp_path}/run --resume": "--resume: expected the --run of a run on ",
+        f"{RUN} --run {tmp_path}/run --model.focal_gamma 1": "--model.focal_gamma: ",
+        f'{RUN} --run {tmp_path}/run --model.method_options {{"sar.detla":1}}': "SAR.*'detla'",
     }.items():
         status, said = programs.run(words, ranks=2)
         lines = re.findall("anchorops-train: (.*)", said)
         assert all(status) and len(lines) == 1 and re.search(message, lines[0]), said
+    assert not (tmp_path / "run").exists()

@@ -16,7 +16,7 @@ from anchorops.train.options import FREE, Model, Options
 from tests.helpers.image_files import image, write
 from tests.helpers.tiny_runs import FOLDER, TINY
 
-Refused = Callable[..., None]
+Refused = Callable[..., str]
 
 OUT_OF_RANGE = {
     "-1": """model.auxiliary_weight model.classifier_std model.head_lr_factor model.warmup
@@ -104,6 +104,7 @@ COMMAND_LINES = {
     # runs
     f"fit {TINY} --run $run": "holds a run: --resume goes on with it",
     f"fit {TINY} --run $run --resume --model.lr 1": "--model.lr: 1.0, .*straight has 0.004: ",
+    "fit --run $new --resume": "--resume: expected the --run of a run on .*, or --config to start",
     f"fit {TINY} --run $new\udcff": r"--run: expected a path in UTF-8, .*new.udcff'$",
     "validate --run $run --model.network segformer-b1": "weights .*best.ckpt are not those of this",
     f"validate {PAN}/linear": "linear are not those .*classifier.weight",
@@ -143,8 +144,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_command_lines(
     words: str, straight: Path, files: Path, folder: Path, tmp_path: Path, refused: Refused
 ):
+    """What needs no data is found before they are read, and no directory is left."""
     places = {"run": straight, "files": files, "folder": folder, "new": tmp_path / "new"}
-    refused(Template(words).substitute(places), COMMAND_LINES[words])
+    said = refused(Template(words).substitute(places), COMMAND_LINES[words])
+    assert "reading " not in said or words.startswith(FIT)
+    assert not (tmp_path / "new").exists()
 
 
 OPTIONS = {

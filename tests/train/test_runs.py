@@ -39,7 +39,7 @@ from tests.helpers.tiny_runs import (
 )
 
 PLAIN = f"{TINY} --model.methods []"
-Refused = Callable[..., None]
+Refused = Callable[..., str]
 
 
 @pytest.fixture
@@ -83,7 +83,8 @@ def test_a_finished_run_goes_on_to_nothing(straight: Path, copied: Path, capsys)
     """It is not validated again. Free options may differ, and are kept. Without its log it is
     validated, but its best weights stay."""
     fitted(f"--run {copied} --resume --save_every 1 --data.workers 1")
-    assert f"{copied} has ended, after step 6\n" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{copied} goes on from step 6\n{copied} has ended, after step 6\n" in said
     assert (copied / "best.ckpt").stat().st_mtime == (straight / "best.ckpt").stat().st_mtime
     assert_same_run(copied, straight)
     assert yaml.safe_load((copied / "config.yaml").read_text())["save_every"] == 1
@@ -128,6 +129,27 @@ def test_a_run_whose_first_steps_float16_skips(small: None, tmp_path: Path, monk
     assert_same_run(run, straight)
 
 
+def test_a_run_without_its_state(small: None, tmp_path: Path, refused: Refused, capsys):
+    """It starts again if it cannot have saved one."""
+    words, run = f"{PLAIN} --log_every 1 --val_every 5 --save_every 3", tmp_path / "run"
+    straight = fitted(f"{words} --run {tmp_path}/straight")
+    starts = f"{run} has no state: the run starts at step 0\n"
+    fitted(f"{words} --run {run} --resume --max_steps 5")
+    assert starts in capsys.readouterr().err
+    lines = (run / "metrics.csv").read_bytes().splitlines(keepends=True)
+    for name, content in (("last.ckpt", []), ("best.ckpt", []), ("metrics.csv", lines[:5])):
+        (run / name).unlink()
+        if content:
+            write(run / name, b"".join(content))
+        missing = f"--resume: expected {run}/last.ckpt, which the run has saved, got no such file"
+        refused(f"fit --run {run} --resume", missing)
+        refused(f"fit {words} --run {run}", "holds a run: --resume")
+    write(run / "metrics.csv", b"".join(lines[:4]))
+    fitted(f"--run {run} --resume --max_steps null")
+    assert starts in capsys.readouterr().err
+    assert_same_run(run, straight)
+
+
 def test_best_weights_are_those_that_were_validated(small: None, tmp_path: Path):
     """Averaged ones, also where a run goes on that has moved."""
     run = fitted(f"{PLAIN} --ema 0.5 --model.lr 0.1 --run {tmp_path}/before --max_steps 3")
@@ -157,12 +179,11 @@ def test_diverged_network_is_not_saved(small: None, tmp_path: Path, monkeypatch,
 
 def test_a_demo_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Its second run is stopped; the first one has ended, and goes on to nothing."""
-    trained: list[tuple[str, bool]] = []
+    trained: list[str] = []
 
     def train(options: Any, run: Path, resume: bool, advice: str) -> None:
-        assert advice == "go on with the same command"
-        trained.append((run.name, resume))
-        write(run / "config.yaml", b"")
+        assert resume and advice == "go on with the same command"
+        trained.append(run.name)
         if len(trained) == 2:
             raise Stopped("stopped", 130)
 
@@ -171,8 +192,7 @@ def test_a_demo_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mon
     names = [f"{x}-{y}" for x in ("digits", "digits-segformer-b0") for y in ("plain", "sar")]
     assert main(["demo", "--out", str(tmp_path)]) == 130
     assert main(["demo", "--out", str(tmp_path)]) == 0
-    again = [(run, run in names[:2]) for run in names]
-    assert trained == [(names[0], False), (names[1], False), *again]
+    assert trained == [*names[:2], *names]
 
 
 def test_an_interrupt_while_the_program_starts(tmp_path: Path):
