@@ -53,7 +53,7 @@ def train(options: Options, run: Path, resume: bool, advice: str = GO_ON) -> Non
             ranks.on_each(lambda: build(options, len(split.classes), device))
         data = open_splits(options.data, options.seed)
         with Stop(advice) as stop:
-            last = fit(replace(options, data=data.options), run, data, device, stop)
+            last = fit(options, run, data, device, stop)
     steps = options.data.steps
     limit = f"a limit ended the run after step {last} of {steps}; {advice} --max_steps null"
     ranks.say(f"{run}: {limit}" if last < steps else f"{run} has ended, after step {steps}")
@@ -80,7 +80,7 @@ def fit(options: Options, run: Path, data: Splits, device: torch.device, stop: S
     step = record.step
     last = min(steps, options.max_steps or steps)
     end = time.monotonic() + 3600 * (options.max_hours or math.inf)
-    batches = iter(training_batches(options, data.training, step))
+    batches = iter(training_batches(record.options, data.training, step))
     while True:
         if record.due(step):
             record.validate(step, validated, stop)
@@ -152,8 +152,8 @@ class Record:
     def __init__(self, options: Options, run: Path, data: Splits, parts: Mapping[str, Any]) -> None:
         """parts: what has a state; it is loaded, if there is one. Raises ValueError for other data
         than those of the run."""
-        self.options, self.run, self.data, self.parts = options, run, data, parts
-        self.step = 0
+        self.run, self.data, self.parts, self.step = run, data, parts, 0
+        self.options = replace(options, data=data.options)  # with what was measured
         ranks.on_first(lambda: describe(run, options, data.found))
         if (run / LAST).exists():
             state = read_checkpoint(run / LAST, "optimizer")
