@@ -18,6 +18,7 @@ from ._ops.pixel_argmax import pixel_argmax
 from ._ops.pixel_binary_cross_entropy import pixel_binary_cross_entropy
 from ._ops.pixel_cross_entropy import pixel_cross_entropy
 from ._ops.pixel_kl_divergence import pixel_kl_divergence
+from ._windows import gaussian_weights, window_argmax, window_origins, window_rows
 from .losses import (
     CBP,
     MVSC,
@@ -55,6 +56,7 @@ __all__ = [
     "class_centroids",
     "confusion",
     "exclude_from_auto",
+    "gaussian_weights",
     "late_upsampling",
     "low_resolution",
     "mask_rle",
@@ -66,6 +68,9 @@ __all__ = [
     "pixel_kl_divergence",
     "pixel_to_anchor_mse",
     "use_backend",
+    "window_argmax",
+    "window_origins",
+    "window_rows",
 ]
 
 if importlib.util.find_spec("torchmetrics"):  # otherwise `from anchorops import *` would fail

@@ -115,7 +115,7 @@ def pixel_argmax(
     check_flags(function, align_corners=align_corners, confidence=confidence, sigmoid=sigmoid)
     check_logits(function, logits, sigmoid=sigmoid, points=False)
     size = check_size(function, size, logits.dim() - 2)
-    _check_dtype(dtype, 2 if sigmoid else logits.shape[1])
+    check_class_dtype(function, dtype, 2 if sigmoid else logits.shape[1])
     threshold = check_threshold(function, threshold)
     if threshold != 0.5 and not sigmoid:
         fail(function, "threshold", "0.5 without sigmoid=True", describe(threshold))
@@ -132,13 +132,13 @@ def pixel_argmax(
     return classes.view(shape), losses.neg_().exp_().view(shape)
 
 
-def _check_dtype(dtype: torch.dtype, num_classes: int) -> None:
+def check_class_dtype(function: str, dtype: torch.dtype, num_classes: int) -> None:
     if dtype not in INTEGERS:
-        fail("pixel_argmax", "dtype", "uint8, int8, int16, uint16, int32 or int64", repr(dtype))
+        fail(function, "dtype", "uint8, int8, int16, uint16, int32 or int64", repr(dtype))
     most = torch.iinfo(dtype).max
     if num_classes - 1 > most:
         expected = f"a dtype that holds {num_classes} classes"
-        fail("pixel_argmax", "dtype", expected, f"{dtype}, whose largest number is {most}")
+        fail(function, "dtype", expected, f"{dtype}, whose largest number is {most}")
 
 
 def _relative(logits: Tensor, threshold: float) -> Tensor:
