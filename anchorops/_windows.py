@@ -39,7 +39,7 @@ Sources = tuple[Tensor, Tensor, Tensor]  # of bilinear_sources
 
 # Numbers in a band: few, so that they stay in the caches of a CPU; on a GPU, where a launch takes as
 # long as 2^20 numbers, more.
-BAND, BAND_OF_GPU = 2**20, 2**24
+BAND, BAND_OF_GPU = 2**21, 2**24
 LOWEST_LOGIT = -1e30  # instead of −∞, whose product with a weight of 0 would be NaN
 MANY_CLASSES = 8  # from here on they are last in memory, where F.interpolate is then faster
 
@@ -271,6 +271,7 @@ class _Merged:
             _check_weights(function, weights, self.window_size)
         self.weights = weights
         self.softmax, self.align_corners = softmax, align_corners
+        self.sources: dict[int, Sources] = {}  # of windows with so many rows of logits
 
     def blocks(self, windows: Windows) -> Iterator[tuple[slice, Tensor]]:
         """Some rows of the result, and their averages (B, K, rows, …): the first axis has been
@@ -314,7 +315,7 @@ class _Merged:
                 kept.append(self._without_rows(window, bands[0].rows.start))
                 continue
             for band in bands:
-                self._add(band, window, weights)
+                self._add(band, [window], weights)
         while bands:
             yield self._average(bands.popleft(), kept, weights, place)
 
@@ -365,42 +366,57 @@ class _Merged:
         z = z.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
         return window._replace(logits=z, first=first)
 
-    def _add(self, band: _Band, window: _Window, weights: Tensor | None) -> None:
-        """Adds the pixels that the window has in the band."""
-        offsets = (window.origin[0] - band.rows.start, *window.origin[1:])
+    def _add(self, band: _Band, windows: Sequence[_Window], weights: Tensor | None) -> None:
+        """Adds the pixels that windows have in the band: of one, or without weights of several of
+        low resolution, one above the other. These are added before their columns are upsampled."""
         sizes = (band.rows.stop - band.rows.start, *self.image_size[1:])
-        axes = [*zip(offsets, sizes, self.window_size, strict=True)]
-        there = tuple(slice(max(o, 0), min(o + n, most)) for o, most, n in axes)
-        inside = tuple(slice(max(-o, 0), min(n, most - o)) for o, most, n in axes)
-        if there[0].start >= there[0].stop:
+        parts, places, there, inside = [], [], (), ()
+        for window in windows:
+            offsets = (window.origin[0] - band.rows.start, *window.origin[1:])
+            axes = [*zip(offsets, sizes, self.window_size, strict=True)]
+            there = tuple(slice(max(o, 0), min(o + n, most)) for o, most, n in axes)
+            inside = tuple(slice(max(-o, 0), min(n, most - o)) for o, most, n in axes)
+            if there[0].start < there[0].stop:
+                parts.append(self._rows(window, inside[0]))
+                places.append((there, inside))
+        if not parts:
             return
-        z = window.logits
-        if z.shape[2:] == self.window_size and not window.first:
-            z = z[:, :, inside[0]]
-        else:
-            source = z.shape[2] + window.first
-            sources = _sources(self.window_size[0], source, self.align_corners, z)
-            z = _between(z, window.first, inside[0], sources)
-            z = _stretched(z, self.window_size[1:], self.align_corners)
-        z = z[(..., *inside[1:])]
         if band.sums is None or band.total is None or band.covered is None:
-            band.sums = _zeros(z, sizes)
+            band.sums = _zeros(parts[0], sizes)
             band.total = band.sums.new_zeros(sizes)
             band.covered = np.zeros(sizes, dtype=bool)
-        if weights is None:
-            band.sums[(..., *there)].add_(z)
-            band.total[there].add_(1)
-        else:
-            band.sums[(..., *there)].addcmul_(z.to(band.sums.dtype), weights[inside])
-            band.total[there].add_(weights[inside])
-        band.covered[there] = True
+        z, rows = parts[0], places[0][0][0]
+        if len(parts) > 1:
+            z, rows = _zeros(z, (sizes[0], *z.shape[3:])), slice(None)
+            for part, (there, _) in zip(parts, places, strict=True):
+                z[:, :, there[0]].add_(part)
+        z = _stretched(z, self.window_size[1:], self.align_corners)[(..., *inside[1:])]
+        sums = band.sums[(..., rows, *there[1:])]
+        sums.add_(z) if weights is None else sums.addcmul_(z.to(sums.dtype), weights[inside])
+        for there, inside in places:
+            band.total[there].add_(1 if weights is None else weights[inside])
+            band.covered[there] = True
+
+    def _rows(self, window: _Window, rows: slice) -> Tensor:
+        """These rows of the upsampled window, (B, K, rows, …); the other axes as they are."""
+        source = window.logits.shape[2] + window.first
+        if window.logits.shape[2:] == self.window_size:
+            return window.logits[:, :, rows]
+        if source not in self.sources:
+            axis = self.window_size[0], source, self.align_corners
+            self.sources[source] = _sources(*axis, window.logits)
+        return _between(window.logits, window.first, rows, self.sources[source])
 
     def _average(
         self, band: _Band, kept: list[_Window], weights: Tensor | None, place: int
     ) -> Tensor:
         """place: of the last window that was read."""
+        columns: dict[Any, list[_Window]] = {}
         for window in kept:
-            self._add(band, window, weights)
+            key = window.origin[1:] if weights is None else window.place
+            columns.setdefault(key, []).append(window)
+        for column in columns.values():
+            self._add(band, column, weights)
         if band.covered is None or not band.covered.all():
             row, *others = (0,) * len(self.size)
             if band.covered is not None:
