@@ -39,7 +39,7 @@ Sources = tuple[Tensor, Tensor, Tensor]  # of bilinear_sources
 
 # Numbers in a band: few, so that they stay in the caches of a CPU; on a GPU, where a launch takes as
 # long as 2^20 numbers, more.
-BAND, BAND_OF_GPU = 2**21, 2**24
+BAND, BAND_OF_GPU = 2**20, 2**24
 LOWEST_LOGIT = -1e30  # instead of −∞, whose product with a weight of 0 would be NaN
 MANY_CLASSES = 8  # from here on they are last in memory, where F.interpolate is then faster
 
@@ -288,6 +288,7 @@ class _Merged:
                 end += parts[-1].shape[2]
             while begin + parts[0].shape[2] <= near.start:
                 begin += parts.pop(0).shape[2]
+            parts[0], begin = parts[0][:, :, near.start - begin :], near.start
             z = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
             yield block, z if rows == source else _between(z, begin, block, sources)
         for _ in averages:  # windows that nothing needs are checked too
@@ -311,16 +312,17 @@ class _Merged:
             if kept and top > kept[-1].origin[0]:
                 kept = [self._without_rows(x, bands[0].rows.start) for x in kept]
                 kept = [x for x in kept if x.logits.shape[2] > 0]
-            if window.logits.shape[2:] != self.window_size:
+            if window.logits.shape[2:] == self.window_size:
+                for band in bands:
+                    self._add(band, [window], weights)
+            else:
                 kept.append(self._without_rows(window, bands[0].rows.start))
-                continue
-            for band in bands:
-                self._add(band, [window], weights)
+            del window  # its logits are copied, or added
         while bands:
             yield self._average(bands.popleft(), kept, weights, place)
 
     def _checked(self, windows: Windows) -> Iterator[_Window]:
-        first = before = None
+        like, known, before = None, "", None
         for place, window in enumerate(windows):
             name = f"{self.function}: windows[{place}]"
             if not isinstance(window, tuple | list) or len(window) != 2:
@@ -330,15 +332,16 @@ class _Merged:
             if origin is None or len(origin) != axes:
                 fail(name, "origin", f"{axes} ints", describe(window[0]))
             check_logits(name, logits, sigmoid=self.one_class, points=False)
-            first = logits if first is None else first
             if logits.dim() != axes + 2 or logits.numel() == 0:
                 fail(name, "logits", f"a tensor of {axes + 2} axes, not empty", describe(logits))
             if any(n > most for n, most in zip(logits.shape[2:], self.window_size, strict=True)):
                 fail(name, "logits", f"at most {self.window_size} pixels", describe(logits))
-            same = logits.shape[:2] == first.shape[:2] and logits.dtype == first.dtype
-            if not same or logits.device != first.device:
-                expected = "images, classes, dtype and device of windows[0], "
-                fail(name, "logits", expected + describe(first), describe(logits))
+            kind = (logits.shape[:2], logits.dtype, logits.device)
+            if like is None:
+                like, known = kind, describe(logits)
+            if kind != like:
+                expected = f"images, classes, dtype and device of windows[0], {known}"
+                fail(name, "logits", expected, describe(logits))
             if before is not None and origin[0] < before:
                 expected = f"a first coordinate of at least {before}, that of the window before"
                 fail(name, "origin", expected, origin)
@@ -350,7 +353,7 @@ class _Merged:
                 fail(name, "origin", expected, f"{origin}, size {self.window_size}")
             before = origin[0]
             yield _Window(place, origin, logits.detach())
-        if first is None:
+        if like is None:
             fail(self.function, "windows", "at least one pair (origin, logits)", "none")
 
     def _without_rows(self, window: _Window, start: int) -> _Window:

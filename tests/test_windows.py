@@ -20,7 +20,7 @@ Size = tuple[int, ...]
 Pairs = list[tuple[Size, Tensor]]
 
 
-@pytest.fixture(autouse=True, params=[2**21, 500])
+@pytest.fixture(autouse=True, params=[2**20, 500])
 def band(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """All rows at once, or few."""
     monkeypatch.setattr(_windows, "BAND", request.param)

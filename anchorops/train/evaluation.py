@@ -2,10 +2,11 @@
 network's resolution, never at the labels'."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from operator import itemgetter
 from textwrap import shorten
 
@@ -24,9 +25,8 @@ from .data.loading import Segmentation, Splits, network_input, validation_batche
 from .options import Options
 from .run import Stop
 
-TILE = 128  # label rows and columns whose logits exist at the same time
-LOWEST_LOGIT = -1e30  # instead of −∞, whose product with a weight of 0 would be NaN
 PICTURES, SIZE = 8, (192, 192)  # validation images in predictions.png, and their pixels
+Size = tuple[int, ...]
 SQUARES = (32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 768, 1024)
 
 
@@ -36,76 +36,44 @@ def pad_to_multiple(images: Tensor) -> Tensor:
     return F.pad(images, (0, -width % MULTIPLE, 0, -height % MULTIPLE))
 
 
-# Low-resolution logits (B, K, h, w), and the matrices rows [H, h] and columns [W, w], float32 on
-# the CPU. The logits at full resolution are rows · logits · columnsᵀ: upsampling, cropping,
-# averaging overlapping windows and scaling are all linear, and the same for each row and for each
-# column. For a flipped image, `columns` are flipped. Therefore predictions from several scales and
-# flips are sums of terms.
-Term = tuple[Tensor, Tensor, Tensor]
+def _windows(
+    model: Callable[[Tensor], Tensor], images: Tensor, options: Options
+) -> tuple[Iterator[tuple[Size, Tensor]], Size, Size]:
+    """What `ao.window_argmax` takes: logits of windows of images (B, C, h, w), or of whole images,
+    and the sizes of an image and of a window. The padding of a window reaches past the border of
+    the image, or its logits are cut off."""
+    image_size = tuple(images.shape[2:])
+    crop = stride = image_size
+    if options.model.evaluation == "sliding":
+        crop = options.data.crop
+        stride = options.model.window_stride or tuple(max(1, side * 2 // 3) for side in crop)
+    inside = tuple(map(min, crop, image_size))
+    padded = tuple(side + -side % MULTIPLE for side in inside)
+    cut = any(a < b and a % MULTIPLE > 0 for a, b in zip(inside, image_size, strict=True))
+
+    def windows() -> Iterator[tuple[Size, Tensor]]:
+        for top, left in ao.window_origins(image_size, crop, stride):
+            part = images[..., top : top + inside[0], left : left + inside[1]]
+            logits = model(pad_to_multiple(part))
+            if cut:
+                logits = F.interpolate(logits, padded, mode="bilinear")
+                logits = logits[..., : inside[0], : inside[1]]
+            yield (top, left), logits
+
+    return windows(), image_size, inside if cut else padded
 
 
-def largest(terms: Sequence[Term], *, softmax: bool) -> Tensor:
-    """Classes int64 (B, H, W) with the largest sum over the terms: of their logits or, with
-    softmax, of their probabilities. It is computed tile by tile."""
-    batch, height, width = map(len, terms[0])
-    device = terms[0][0].device
-    classes = torch.empty(batch, height, width, dtype=torch.int64, device=device)
-    for top in range(0, height, TILE):
-        for left in range(0, width, TILE):
-            sums = torch.zeros((), device=device)
-            for logits, rows, columns in terms:
-                rows, columns = rows[top : top + TILE], columns[left : left + TILE]
-                i, j = (weights.any(0).nonzero()[:, 0] for weights in (rows, columns))
-                used = logits[:, :, i[:, None].to(device), j.to(device)].float()
-                used = used.clamp(min=LOWEST_LOGIT)
-                scores = rows[:, i].to(device) @ used @ columns[:, j].T.to(device)
-                sums = sums + (scores.softmax(1) if softmax else scores)
-            tile = ao.pixel_argmax(sums, sums.shape[2:])
-            classes[:, top : top + TILE, left : left + TILE] = tile
-    return classes
-
-
-def _starts(length: int, window: int, stride: int) -> list[int]:
-    """First pixels of windows that cover the length: the last one ends where the length ends."""
-    return [*range(0, length - window, stride), max(0, length - window)]
-
-
-def _weights(starts: Sequence[int], length: int, window: int, low: int, size: int) -> Tensor:
-    """The matrix [size, windows·low] of one axis. It computes the logits of `size` labels from the
-    `low` logits of each window of an image of this length: it upsamples the logits of each window
-    to the padded length of the window, crops them, averages the windows where they overlap, and
-    scales the result to full resolution. starts: the first pixels of the windows."""
-    window = min(length, window)
-    padded = window + -window % MULTIPLE
-    one_hot = torch.eye(low, dtype=torch.float32)[None]
-    upsampled = F.interpolate(one_hot, padded, mode="linear")[0, :, :window]
-    image = torch.stack([F.pad(upsampled, (start, length - start - window)) for start in starts])
-    image /= image.any(1).sum(0)
-    return F.interpolate(image.flatten(0, 1)[None], size, mode="linear")[0].T
-
-
-def _window_logits(
-    model: Callable[[Tensor], Tensor], images: Tensor, size: Sequence[int], options: Options
-) -> Term:
-    """The logits of images (B, C, h, w), of windows or whole, for labels of this size."""
-    height, width = images.shape[2:]
-    sliding = options.model.evaluation == "sliding"
-    rows, columns = options.data.crop if sliding else (height, width)
-    down, right = options.model.window_stride or (max(1, rows * 2 // 3), max(1, columns * 2 // 3))
-    tops, lefts = _starts(height, rows, down), _starts(width, columns, right)
-    logits = images.new_empty(0)
-    for i, top in enumerate(tops):
-        for j, left in enumerate(lefts):
-            part = images[..., top : top + rows, left : left + columns]
-            part = model(pad_to_multiple(part))
-            if i == j == 0:
-                batch, classes, low_height, low_width = part.shape
-                shape = (batch, classes, len(tops), low_height, len(lefts), low_width)
-                logits = part.new_empty(shape)
-            logits[:, :, i, :, j] = part
-    row_weights = _weights(tops, height, rows, logits.shape[3], size[0])
-    column_weights = _weights(lefts, width, columns, logits.shape[5], size[1])
-    return logits.flatten(4).flatten(2, 3), row_weights, column_weights
+def _probabilities(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    flip: bool,
+    size: Sequence[int],
+    options: Options,
+) -> Iterator[Tensor]:
+    """(B, K, rows, W) of the next rows of labels of this size; with `flip` of the mirror images."""
+    windows = _windows(model, images.flip(3) if flip else images, options)
+    for _, logits in ao.window_rows(*windows, size):
+        yield (logits.flip(3) if flip else logits).softmax(1)
 
 
 def predict(
@@ -115,23 +83,22 @@ def predict(
     whose logits are averaged where they overlap. With several scales, or with the mirror images,
     their probabilities are averaged (as mmsegmentation's test-time augmentation)."""
     height, width = size
-    scales, flip = tuple(options.model.eval_scales), options.model.eval_flip
-    several = flip or scales != (1.0,)
+    scales, flips = tuple(options.model.eval_scales), (False, True)[: 1 + options.model.eval_flip]
     padded = pad_to_multiple(images)
     aligned = padded.shape == images.shape  # padded and scaled images are interpolated twice
     once = aligned or images.shape[2:] == (height, width)
-    if once and not several and options.model.evaluation == "whole":
-        whole = size if aligned else padded.shape[2:]
-        return ao.pixel_argmax(model(padded), whole)[:, :height, :width]
-    terms = []
-    for scale in scales:
+    if scales == (1.0,) and flips == (False,):
+        if once and options.model.evaluation == "whole":
+            whole = size if aligned else padded.shape[2:]
+            return ao.pixel_argmax(model(padded), whole)[:, :height, :width]
+        return ao.window_argmax(*_windows(model, images, options), size)
+    views = []
+    for scale, flip in product(scales, flips):
         sides = [max(1, round(side * scale)) for side in images.shape[2:]]
         scaled = resize(images, sides, antialias=True)
-        terms.append(_window_logits(model, scaled, size, options))
-        if flip:
-            logits, rows, columns = _window_logits(model, scaled.flip(3), size, options)
-            terms.append((logits, rows, columns.flip(0)))
-    return largest(terms, softmax=several)
+        views.append(_probabilities(model, scaled, flip, size, options))
+    sums = (sum(rows) for rows in zip(*views, strict=True))
+    return torch.cat([ao.pixel_argmax(x, x.shape[2:]) for x in sums], 1)
 
 
 @torch.no_grad()
