@@ -113,3 +113,178 @@ def test_the_formula(seed: int) -> None:
     else:
         chosen = expected.gather(1, labels[:, None].long())[:, 0]
         torch.testing.assert_close(chosen, expected.amax(1), rtol=0, atol=5e-5)
+
+
+def example(
+    image_size: Size, window_size: Size, stride: Size, low: Size, classes: int = 5
+) -> Callable[[], Iterator[tuple[Size, Tensor]]]:
+    """Calls give the windows one after the other, as a network does."""
+    origins = ao.window_origins(image_size, window_size, stride)
+    return lambda: ((o, torch.randn(1, classes, *low)) for o in origins)
+
+
+def test_one_size_gives_the_same_pieces() -> None:
+    """Of low or full resolution, of several image sizes, in 2D or as one window."""
+    size = (37, 41)
+    calls = [
+        (example((64, 70), (32, 32), (20, 20), (8, 8)), (64, 70), (32, 32)),
+        (example((23, 29), (16, 16), (8, 8), (16, 16)), (23, 29), (16, 16)),
+        (example((37, 41), (37, 41), (37, 41), (10, 11)), (37, 41), (37, 41)),
+    ]
+    pieces = [
+        [(row, z.shape) for row, z in ao.window_rows(windows(), *sizes, size)]
+        for windows, *sizes in calls
+    ]
+    assert pieces[0] == pieces[1] == pieces[2]
+
+
+def test_rows_are_computed_while_windows_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_windows, "BAND", 500)
+    read = []
+
+    def windows() -> Iterator[tuple[Size, Tensor]]:
+        for origin, z in example((64, 64), (32, 32), (16, 16), (8, 8))():
+            read.append(origin[0])
+            yield origin, z
+
+    for row, _ in ao.window_rows(windows(), (64, 64), (32, 32)):
+        assert read[-1] <= row + 16 + 1 or read[-1] == 32
+
+
+def test_float16_is_added_in_float32() -> None:
+    """Of three windows, whose sum 4096 + 1 + 1 float16 would round."""
+    windows = [((0, 0), torch.full((1, 2, 4, 4), x, dtype=torch.float16)) for x in (4096, 1, 1)]
+    ((_, z),) = ao.window_rows(windows, (4, 4), (4, 4))
+    assert z.dtype == torch.float32 and (z == 4098 / 3).all()
+
+
+def test_classes_that_are_masked_out() -> None:
+    """−∞ in one class, of low resolution and resized twice."""
+    windows = [(o, z) for o, z in example((40, 40), (24, 24), (16, 16), (6, 6))()]
+    for _, z in windows:
+        z[:, 1] = -torch.inf
+    labels = ao.window_argmax(windows, (40, 40), (24, 24), (50, 60))
+    without = [(o, z[:, [0, 2, 3, 4]]) for o, z in windows]
+    expected = ao.window_argmax(without, (40, 40), (24, 24), (50, 60))
+    assert torch.equal(labels, torch.tensor([0, 2, 3, 4])[expected])
+
+
+@pytest.mark.parametrize("low", [(8, 8), (32, 32)])
+def test_nothing_is_read_back(low: Size) -> None:
+    """Not even of tensors on the CPU, except of `weights`."""
+    waits = {"lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"}
+    windows = example((64, 70), (32, 32), (20, 20), low)
+    weights = ao.gaussian_weights((32, 32))
+    with Operators() as operators:
+        for options in ({}, {"weights": weights, "softmax": True}, {"sigmoid": True}):
+            ao.window_argmax(windows(), (64, 70), (32, 32), (50, 60), **options)
+    used = {name.split(".")[1] for name in operators.names}
+    assert {"pixel_argmax", "add_", "addcmul_"} <= used and not used & waits
+
+
+@pytest.mark.parametrize("low", [(24, 24), (96, 96)])
+def test_memory(low: Size, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At stride 4 a tenth of the formula's; of full resolution the rows of one window."""
+    monkeypatch.setattr(_windows, "BAND", 2**14)
+    sizes, classes = ((288, 640), (96, 96)), 40
+    windows = example(*sizes, (64, 64), low, classes)
+
+    def by_formula() -> Tensor:
+        sums, total = torch.zeros(1, classes, *sizes[0]), torch.zeros(sizes[0])
+        for (y, x), z in windows():
+            sums[..., y : y + 96, x : x + 96] += F.interpolate(z, (96, 96), mode="bilinear")
+            total[y : y + 96, x : x + 96] += 1
+        return sums.div_(total).argmax(1).to(torch.uint8)
+
+    def ours() -> Tensor:
+        return ao.window_argmax(windows(), *sizes, dtype=torch.uint8)
+
+    most = 4 * classes * (288 * 640 / 10 if low == (24, 24) else 1.2 * (96 * 640 + 2 * 96 * 96))
+    ours()
+    assert peak_allocated_bytes(ours) < most
+    assert peak_allocated_bytes(by_formula) > 4 * classes * 288 * 640
+
+
+def test_origins_and_weights_are_those_of_monai() -> None:
+    utils = pytest.importorskip("monai.inferers.utils", reason="MONAI is not installed")
+    for image, window, stride in (
+        ((20, 31), (8, 9), (5, 9)),
+        ((9, 17, 12), (4, 5, 12), (2, 3, 7)),
+        ((8, 8), (8, 8), (3, 3)),
+    ):
+        theirs = utils.dense_patch_slices(image, window, stride)
+        origins = [tuple(part.start for part in slices) for slices in theirs]
+        assert ao.window_origins(image, window, stride) == origins
+        theirs = utils.compute_importance_map(window, mode="gaussian", sigma_scale=0.125)
+        torch.testing.assert_close(ao.gaussian_weights(window), theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("image_size", [(40, 45), (14, 15, 18)])
+def test_monai(image_size: Size) -> None:
+    """Its inferer with a Gaussian, and a network of full resolution."""
+    inferers = pytest.importorskip("monai.inferers", reason="MONAI is not installed")
+    window = tuple(16 if len(image_size) == 2 else 8 for _ in image_size)
+    conv = torch.nn.Conv2d if len(image_size) == 2 else torch.nn.Conv3d
+    model, image = conv(1, 5, 3, padding=1), torch.randn(1, 1, *image_size)
+    stride = tuple(n // 2 for n in window)
+
+    def windows() -> Iterator[tuple[Size, Tensor]]:
+        for o in ao.window_origins(image_size, window, stride):
+            there = tuple(slice(a, a + n) for a, n in zip(o, window, strict=True))
+            yield o, model(image[(..., *there)])
+
+    with torch.no_grad():
+        theirs = inferers.sliding_window_inference(image, window, 1, model, 0.5, "gaussian")
+        weights = ao.gaussian_weights(window)
+        rows = [z for _, z in ao.window_rows(windows(), image_size, window, weights=weights)]
+        labels = ao.window_argmax(windows(), image_size, window, weights=weights)
+    torch.testing.assert_close(torch.cat(rows, 2), theirs)
+    assert (labels != theirs.argmax(1)).float().mean() < 5e-6
+
+
+ONE = ((0, 0), torch.zeros(1, 2, 4, 4))
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"windows": []}, r"windows: expected at least one pair \(origin, logits\), got none"),
+    ({"windows": [ONE[1]]}, r"windows\[0\]: expected \(origin, logits\), got torch.float32 tensor"),
+    ({"windows": [ONE, ((4,), ONE[1])]}, r"windows\[1\]: origin: expected 2 ints, got \(4,\)"),
+    ({"windows": [((4, 0), ONE[1]), ONE]}, r"windows\[1\]: origin: expected a first coordinate of"),
+    ({"windows": [((8, 0), ONE[1])]}, r"windows\[0\]: origin: expected a window that meets the ima"),
+    ({"windows": [((0, -4), ONE[1])]}, r"windows\[0\]: origin: expected a window that meets the im"),
+    ({"windows": [ONE]}, r"windows\[0\]: expected every pixel before row .*the pixel \(4, 0\)"),
+    (
+        {"windows": [ONE, ((5, 0), ONE[1])]},
+        r"windows\[1\]: expected every pixel before row .*the pixel \(4, 0\)",
+    ),
+    ({"windows": [((0, 1), ONE[1])]}, r"windows\[0\]: expected every .* none with the pixel \(0, 0"),
+    ({"windows": [((0, 0), None)]}, r"windows\[0\]: logits: expected a tensor .*, got None"),
+    ({"windows": [((0, 0), ONE[1][:, :1])]}, r"windows\[0\]: logits: expected at least 2 classes"),
+    ({"windows": [((0, 0), ONE[1][..., None])]}, r"windows\[0\]: logits: expected .* of 4 axes"),
+    ({"windows": [((0, 0), torch.zeros(1, 2, 4, 5))]}, r"windows\[0\]: logits: expected at most \("),
+    ({"windows": [ONE, ((4, 0), ONE[1].double())]}, r"windows\[1\]: logits: expected images, class"),
+    ({"windows": [ONE, ((4, 0), ONE[1].repeat(2, 1, 1, 1))]}, r"windows\[1\]: logits: expected im"),
+    ({"image_size": (8,)}, r"image_size: expected two or three ints of at least 1, got \(8,\)"),
+    ({"window_size": (4, 0)}, r"window_size: expected two ints of at least 1, got \(4, 0\)"),
+    ({"size": (8, 8, 8)}, r"size: expected two ints of at least 1, got \(8, 8, 8\)"),
+    ({"weights": torch.ones(4, 3)}, r"weights: expected a tensor of shape \(4, 4\) on the CPU"),
+    ({"weights": torch.tensor([[1.0, 0], [1, 1]]).repeat(2, 2)}, "weights: expected .* above 0"),
+    ({"weights": torch.full((4, 4), torch.nan)}, "weights: expected finite numbers above 0, got nan"),
+    ({"softmax": True, "sigmoid": True}, "softmax: expected False with sigmoid=True, got True"),
+    ({"threshold": 0.3}, "threshold: expected 0.5 without sigmoid=True, got 0.3"),
+    ({"dtype": torch.float32}, "dtype: expected uint8, .*, got torch.float32"),
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), WRONG)
+def test_messages(changed: dict[str, Any], message: str) -> None:
+    arguments = {"windows": [ONE], "image_size": (8, 4), "window_size": (4, 4)} | changed
+    with pytest.raises(ValueError, match=f"^window_argmax: {message}"):
+        ao.window_argmax(**arguments)
+
+
+def test_messages_of_origins_and_of_weights() -> None:
+    with pytest.raises(ValueError, match=r"^window_origins: stride: expected at most the window's"):
+        ao.window_origins((8, 8), (4, 4), (4, 5))
+    with pytest.raises(ValueError, match=r"^window_rows: image_size: expected two or three ints"):
+        ao.window_rows([], (8, True), (4, 4))
+    with pytest.raises(ValueError, match=r"^gaussian_weights: floor: expected .* above 0, got 0"):
+        ao.gaussian_weights((4, 4), floor=0)
