@@ -1,6 +1,6 @@
 """Labels of sliding windows, from the logits of each window, without logits of the whole image.
 
-    z(p) = Σ_i w(p − o_i) · z_i(p − o_i) / Σ_i w(p − o_i)      over the windows i that contain pixel p
+    z(p) = Σ_i w(p − o_i) · z_i(p − o_i) / Σ_i w(p − o_i)     over the windows i with pixel p
 
 o_i is the origin of window i, z_i its upsampled logits, w the weights of its pixels. A band, some
 rows of the image (slices of a volume), is computed when no later window can meet it. Windows of
@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ._checks import (
     as_ints,
-    check_count,
     check_flags,
     check_floating,
     check_logits,
@@ -37,8 +36,8 @@ from ._shared.upsampling import bilinear_sources, rows_near
 Windows = Iterable[tuple[Sequence[int], Tensor]]
 Sources = tuple[Tensor, Tensor, Tensor]  # of bilinear_sources
 
-# Numbers in a band: few, so that they stay in the caches of a CPU; on a GPU, where a launch takes as
-# long as 2^20 numbers, more.
+# Numbers in a band: few, so that they stay in the caches of a CPU; on a GPU more, because small
+# kernels take as long as their launches.
 BAND, BAND_OF_GPU = 2**20, 2**24
 LOWEST_LOGIT = -1e30  # instead of −∞, whose product with a weight of 0 would be NaN
 MANY_CLASSES = 8  # from here on they are last in memory, where F.interpolate is then faster
@@ -183,7 +182,7 @@ def gaussian_weights(
 ) -> Tensor:
     """Weights of the pixels of a window, largest in its middle: those of MONAI's "gaussian".
 
-        w(p) = max(Π_a exp(−(p_a − c_a)² / (2·σ_a²)), floor),   c = (n − 1) / 2,   σ = sigma_scale · n
+        w(p) = max(Π_a exp(−(p_a − c_a)² / (2·σ_a²)), floor),  c = (n − 1) / 2,  σ = sigma_scale · n
 
     Args:
         window_size: n, (h, w) or (d, h, w).
@@ -266,7 +265,9 @@ class _Merged:
         self.image_size = _check_lengths(function, "image_size", image_size)
         axes = len(self.image_size)
         self.window_size = _check_lengths(function, "window_size", window_size, axes)
-        self.size = self.image_size if size is None else _check_lengths(function, "size", size, axes)
+        self.size = (
+            self.image_size if size is None else _check_lengths(function, "size", size, axes)
+        )
         if weights is not None:
             _check_weights(function, weights, self.window_size)
         self.weights = weights
@@ -365,7 +366,9 @@ class _Merged:
             first = rows_near(slice(max(begin, 0), height), height, source).start
         z = z[:, :, first - window.first :]
         if z.shape[1] < MANY_CLASSES:
-            return window._replace(logits=z.clone(memory_format=torch.contiguous_format), first=first)
+            return window._replace(
+                logits=z.clone(memory_format=torch.contiguous_format), first=first
+            )
         z = z.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
         return window._replace(logits=z, first=first)
 

@@ -229,6 +229,7 @@ PIVOTS = {
     "host_time": (HOST_TIME, "{name}", "{backend}", "{us:.0f} ({ratio:.1f})"),
     "lovasz_precision": (PRECISION, "{pixels}", *ERRORS),
     "masks_in_frameworks": (CPU["masks_in_frameworks"], "{case}", "{name}", COST),
+    "windows": (CPU.get("windows", []), "{windows}", "{name}", COST),
     "export": ([x for x in CPU["export"] if x["dtype"] == "float16"], "{volume}", "{name}", COST),
 }
 TABLES: dict[str, Callable[[], str | list[str]]] = {

@@ -30,6 +30,7 @@ CASES = {  # what identifies a case: its rows are measured together
     "training_steps": ("network", "compiled"),
     "inference": ("network",),
     "export": ("volume", "dtype"),
+    "windows": ("windows",),
     "masks": ("masks", "threads"),
     "masks_in_frameworks": ("case",),
 }

@@ -105,6 +105,7 @@ class Plan(NamedTuple):
             *self.steps("training_steps", 3600, "--compiled"),
             *self.steps("inference", 3600),
             Item("export", "export", self.script("export.py", python=with_nnunet), 3600),
+            Item("windows", "windows", self.script("windows.py"), 3600),
             *(Item(x, x, self.script("masks.py", "--section", x), 3600) for x in masks.SECTIONS),
         ]
 

@@ -409,6 +409,15 @@ def test_rows_of_export(tmp_path):
     assert all(row["differ"] < 1e-2 for row in run["export"])
 
 
+@pytest.mark.slow
+def test_rows_of_windows(tmp_path):
+    out = tmp_path / "rows.json"
+    output_of("bench/windows.py", "--dry-run", "--rows", out)
+    for case in compared(json.loads(out.read_text())["windows"], "windows").values():
+        assert [*case] == ["anchorops", "the formula", "MONAI"]
+        assert not any(row["differ"] for row in case.values())
+
+
 @pytest.mark.parametrize(
     "section", ["masks", pytest.param("masks_in_frameworks", marks=pytest.mark.slow)]
 )

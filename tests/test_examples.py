@@ -41,7 +41,7 @@ def test_transformers_masks(printed_by: Callable[..., str]) -> None:
     pytest.importorskip("transformers", reason="it is not installed")
     printed = printed_by("transformers_masks")
     *same, differ = (float(share) for share in re.findall(r"(\d+\.\d+)%", printed))
-    assert len(same) == 8 and all(share > 99.9 for share in same) and differ < 5
+    assert len(same) == 9 and all(share > 99.9 for share in same) and differ < 5
     assert "of 0 masks" not in printed
 
 

@@ -1,5 +1,5 @@
-"""Sliding windows: window_argmax and window_rows against the formula with logits of the whole image,
-memory, what is read back to the host, and messages."""
+"""Sliding windows: against the formula with logits of the whole image and against MONAI; memory,
+what is read back to the host, and messages."""
 
 import itertools
 import random
@@ -76,7 +76,9 @@ class Example(NamedTuple):
         if rng.random() < 0.3:  # around the image, as with padding on all sides
             larger = tuple(n + 3 for n in image)
             origins = [tuple(o - 2 for o in x) for x in ao.window_origins(larger, window, stride)]
-            inside = [all(-n < o < m for o, n, m in zip(x, window, image)) for x in origins]
+            inside = [
+                all(-n < o < m for o, n, m in zip(x, window, image, strict=True)) for x in origins
+            ]
             origins = [*itertools.compress(origins, inside)]
         dtype = rng.choice((torch.float32, torch.float32, torch.float64, torch.bfloat16))
         logits = 2 * torch.randn(len(origins), rng.choice((1, 2)), classes, *low)
@@ -86,7 +88,9 @@ class Example(NamedTuple):
             "softmax": not sigmoid and rng.random() < 0.3,
             "align_corners": rng.random() < 0.3,
         }
-        return cls([*zip(origins, logits.to(dtype))], (image, window, size), options, sigmoid)
+        return cls(
+            [*zip(origins, logits.to(dtype), strict=True)], (image, window, size), options, sigmoid
+        )
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -99,7 +103,8 @@ def test_the_formula(seed: int) -> None:
         first += z.shape[2]
         pieces.append(z)
     rows = torch.cat(pieces, 2)
-    assert rows.dtype == (torch.float64 if example.windows[0][1].dtype == torch.float64 else torch.float32)
+    double = example.windows[0][1].dtype == torch.float64
+    assert rows.dtype == (torch.float64 if double else torch.float32)
     torch.testing.assert_close(rows.double(), expected, rtol=1e-4, atol=2e-5)
     options: dict[str, Any] = {"dtype": torch.uint8}
     if example.sigmoid:
@@ -247,27 +252,48 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"windows": []}, r"windows: expected at least one pair \(origin, logits\), got none"),
     ({"windows": [ONE[1]]}, r"windows\[0\]: expected \(origin, logits\), got torch.float32 tensor"),
     ({"windows": [ONE, ((4,), ONE[1])]}, r"windows\[1\]: origin: expected 2 ints, got \(4,\)"),
-    ({"windows": [((4, 0), ONE[1]), ONE]}, r"windows\[1\]: origin: expected a first coordinate of"),
-    ({"windows": [((8, 0), ONE[1])]}, r"windows\[0\]: origin: expected a window that meets the ima"),
-    ({"windows": [((0, -4), ONE[1])]}, r"windows\[0\]: origin: expected a window that meets the im"),
+    ({"windows": [((4, 0), ONE[1]), ONE]}, r"windows\[1\]: origin: expected a first coordinate"),
+    (
+        {"windows": [((8, 0), ONE[1])]},
+        r"windows\[0\]: origin: expected a window that meets",
+    ),
+    (
+        {"windows": [((0, -4), ONE[1])]},
+        r"windows\[0\]: origin: expected a window that meets",
+    ),
     ({"windows": [ONE]}, r"windows\[0\]: expected every pixel before row .*the pixel \(4, 0\)"),
     (
         {"windows": [ONE, ((5, 0), ONE[1])]},
         r"windows\[1\]: expected every pixel before row .*the pixel \(4, 0\)",
     ),
-    ({"windows": [((0, 1), ONE[1])]}, r"windows\[0\]: expected every .* none with the pixel \(0, 0"),
+    (
+        {"windows": [((0, 1), ONE[1])]},
+        r"windows\[0\]: expected every .* the pixel \(0, 0\)",
+    ),
     ({"windows": [((0, 0), None)]}, r"windows\[0\]: logits: expected a tensor .*, got None"),
     ({"windows": [((0, 0), ONE[1][:, :1])]}, r"windows\[0\]: logits: expected at least 2 classes"),
     ({"windows": [((0, 0), ONE[1][..., None])]}, r"windows\[0\]: logits: expected .* of 4 axes"),
-    ({"windows": [((0, 0), torch.zeros(1, 2, 4, 5))]}, r"windows\[0\]: logits: expected at most \("),
-    ({"windows": [ONE, ((4, 0), ONE[1].double())]}, r"windows\[1\]: logits: expected images, class"),
-    ({"windows": [ONE, ((4, 0), ONE[1].repeat(2, 1, 1, 1))]}, r"windows\[1\]: logits: expected im"),
+    (
+        {"windows": [((0, 0), torch.zeros(1, 2, 4, 5))]},
+        r"windows\[0\]: logits: expected at most",
+    ),
+    (
+        {"windows": [ONE, ((4, 0), ONE[1].double())]},
+        r"windows\[1\]: logits: expected images,",
+    ),
+    (
+        {"windows": [ONE, ((4, 0), ONE[1].repeat(2, 1, 1, 1))]},
+        r"windows\[1\]: logits: expected images",
+    ),
     ({"image_size": (8,)}, r"image_size: expected two or three ints of at least 1, got \(8,\)"),
     ({"window_size": (4, 0)}, r"window_size: expected two ints of at least 1, got \(4, 0\)"),
     ({"size": (8, 8, 8)}, r"size: expected two ints of at least 1, got \(8, 8, 8\)"),
     ({"weights": torch.ones(4, 3)}, r"weights: expected a tensor of shape \(4, 4\) on the CPU"),
     ({"weights": torch.tensor([[1.0, 0], [1, 1]]).repeat(2, 2)}, "weights: expected .* above 0"),
-    ({"weights": torch.full((4, 4), torch.nan)}, "weights: expected finite numbers above 0, got nan"),
+    (
+        {"weights": torch.full((4, 4), torch.nan)},
+        "weights: expected finite .* got nan",
+    ),
     ({"softmax": True, "sigmoid": True}, "softmax: expected False with sigmoid=True, got True"),
     ({"threshold": 0.3}, "threshold: expected 0.5 without sigmoid=True, got 0.3"),
     ({"dtype": torch.float32}, "dtype: expected uint8, .*, got torch.float32"),
