@@ -291,9 +291,8 @@ class _Merged:
                 begin += parts.pop(0).shape[2]
             parts[0], begin = parts[0][:, :, near.start - begin :], near.start
             z = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+            z = z[:, :, : near.stop - near.start]
             yield block, z if rows == source else _between(z, begin, block, sources)
-        for _ in averages:  # windows that nothing needs are checked too
-            pass
 
     def _averages(self, windows: Windows) -> Iterator[Tensor]:
         """Those of the next rows of the image, (B, K, rows, …)."""
@@ -364,13 +363,10 @@ class _Merged:
         first = source
         if begin < height:
             first = rows_near(slice(max(begin, 0), height), height, source).start
-        z = z[:, :, first - window.first :]
-        if z.shape[1] < MANY_CLASSES:
-            return window._replace(
-                logits=z.clone(memory_format=torch.contiguous_format), first=first
-            )
-        z = z.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
-        return window._replace(logits=z, first=first)
+        z, last = z[:, :, first - window.first :], z.shape[1] >= MANY_CLASSES
+        z = z.movedim(1, -1) if last else z
+        z = z.clone(memory_format=torch.contiguous_format)
+        return window._replace(logits=z.movedim(-1, 1) if last else z, first=first)
 
     def _add(self, band: _Band, windows: Sequence[_Window], weights: Tensor | None) -> None:
         """Adds the pixels that windows have in the band: of one, or without weights of several of
@@ -419,10 +415,10 @@ class _Merged:
         """place: of the last window that was read."""
         columns: dict[Any, list[_Window]] = {}
         for window in kept:
-            key = window.origin[1:] if weights is None else window.place
-            columns.setdefault(key, []).append(window)
-        for column in columns.values():
-            self._add(band, column, weights)
+            column = window.origin[1:], window.logits.shape[3:]
+            columns.setdefault(column if weights is None else window.place, []).append(window)
+        for one_above_the_other in columns.values():
+            self._add(band, one_above_the_other, weights)
         if band.covered is None or not band.covered.all():
             row, *others = (0,) * len(self.size)
             if band.covered is not None:
@@ -483,7 +479,7 @@ def _stretched(z: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     if z.shape[3:] == (*size,):
         return z
     batch, _, rows = z.shape[:3]
-    images = z.movedim(2, 1).flatten(0, 1)
+    images = z.clamp(min=LOWEST_LOGIT).movedim(2, 1).flatten(0, 1)
     images = images if len(size) == 2 else images[:, :, None]
     new = size if len(size) == 2 else (1, *size)
     images = F.interpolate(images, new, mode="bilinear", align_corners=align_corners)

@@ -164,14 +164,28 @@ def test_float16_is_added_in_float32() -> None:
 
 
 def test_classes_that_are_masked_out() -> None:
-    """−∞ in one class, of low resolution and resized twice."""
-    windows = [(o, z) for o, z in example((40, 40), (24, 24), (16, 16), (6, 6))()]
-    for _, z in windows:
-        z[:, 1] = -torch.inf
-    labels = ao.window_argmax(windows, (40, 40), (24, 24), (50, 60))
-    without = [(o, z[:, [0, 2, 3, 4]]) for o, z in windows]
-    expected = ao.window_argmax(without, (40, 40), (24, 24), (50, 60))
-    assert torch.equal(labels, torch.tensor([0, 2, 3, 4])[expected])
+    """−∞ in one class, of low and of full resolution, resized along one axis and along both."""
+    for low, size in itertools.product((6, 24), ((40, 60), (50, 60))):
+        windows = [*example((40, 40), (24, 24), (16, 16), (low, low))()]
+        for _, z in windows:
+            z[:, 1] = -torch.inf
+        labels = ao.window_argmax(windows, (40, 40), (24, 24), size)
+        without = [(o, z[:, [0, 2, 3, 4]]) for o, z in windows]
+        expected = ao.window_argmax(without, (40, 40), (24, 24), size)
+        assert torch.equal(labels, torch.tensor([0, 2, 3, 4])[expected])
+        for _, z in ao.window_rows(windows, (40, 40), (24, 24), size):
+            assert z.isfinite()[:, 0].all() and (z[:, 1] < -1e29).all()
+
+
+def test_windows_of_different_resolutions() -> None:
+    """One above the other, and beside each other."""
+    sizes = ((8, 12), (12, 6), (12, 12))
+    windows = [
+        ((y, x), torch.randn(1, 3, *sizes[(y + x) // 8 % 3])) for y in (0, 8) for x in (0, 8)
+    ]
+    rows = [z for _, z in ao.window_rows(windows, (20, 20), (12, 12))]
+    expected = formula(windows, (20, 20), (12, 12))
+    torch.testing.assert_close(torch.cat(rows, 2).double(), expected, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("low", [(8, 8), (32, 32)])
