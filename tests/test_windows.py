@@ -82,7 +82,11 @@ class Example(NamedTuple):
             origins = [*itertools.compress(origins, inside)]
         dtype = rng.choice((torch.float32, torch.float32, torch.float64, torch.bfloat16))
         logits = 2 * torch.randn(len(origins), rng.choice((1, 2)), classes, *low)
-        size = None if rng.random() < 0.4 else tuple(rng.randint(3, 50) for _ in image)
+        size = (
+            None
+            if rng.random() < 0.4
+            else tuple(rng.choice((n, rng.randint(3, 50))) for n in image)
+        )
         options = {
             "weights": torch.rand(window) + 0.1 if rng.random() < 0.4 else None,
             "softmax": not sigmoid and rng.random() < 0.3,
@@ -131,7 +135,7 @@ def example(
 def test_one_size_gives_the_same_pieces() -> None:
     """Of low or full resolution, of several image sizes, in 2D or as one window."""
     size = (37, 41)
-    calls = [
+    calls: list[Any] = [
         (example((64, 70), (32, 32), (20, 20), (8, 8)), (64, 70), (32, 32)),
         (example((23, 29), (16, 16), (8, 8), (16, 16)), (23, 29), (16, 16)),
         (example((37, 41), (37, 41), (37, 41), (10, 11)), (37, 41), (37, 41)),

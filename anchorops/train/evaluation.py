@@ -5,7 +5,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
+from functools import cache, reduce
 from itertools import product
 from operator import itemgetter
 from textwrap import shorten
@@ -97,7 +97,7 @@ def predict(
         sides = [max(1, round(side * scale)) for side in images.shape[2:]]
         scaled = resize(images, sides, antialias=True)
         views.append(_probabilities(model, scaled, flip, size, options))
-    sums = (sum(rows) for rows in zip(*views, strict=True))
+    sums = (reduce(torch.add, rows) for rows in zip(*views, strict=True))
     return torch.cat([ao.pixel_argmax(x, x.shape[2:]) for x in sums], 1)
 
 
