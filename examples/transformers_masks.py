@@ -218,11 +218,11 @@ def compare_instances() -> None:
         patch_offsets=[(0, 0, 64), (0, 48, 112), (0, 96, 160)],
     )
     edges: Any = {"shortest_edge": 64, "longest_edge": None}
-    (result,) = EomtImageProcessor().post_process_semantic_segmentation(
+    found: Any = EomtImageProcessor().post_process_semantic_segmentation(
         outputs, [(100, 251)], size=edges
     )
     crops = outputs.class_queries_logits, outputs.masks_queries_logits
-    same = semantic_of_eomt(*crops, (100, 251), side=64).eq(result).float().mean()
+    same = semantic_of_eomt(*crops, (100, 251), side=64).eq(found[0]).float().mean()
     print(f"semantic labels of EoMT: {same:.2%}")
 
     outputs = modeling_mask2former.Mask2FormerForUniversalSegmentationOutput(

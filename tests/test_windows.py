@@ -141,8 +141,8 @@ def test_one_size_gives_the_same_pieces() -> None:
         (example((37, 41), (37, 41), (37, 41), (10, 11)), (37, 41), (37, 41)),
     ]
     pieces = [
-        [(row, z.shape) for row, z in ao.window_rows(windows(), *sizes, size)]
-        for windows, *sizes in calls
+        [(row, z.shape) for row, z in ao.window_rows(windows(), image, window, size)]
+        for windows, image, window in calls
     ]
     assert pieces[0] == pieces[1] == pieces[2]
 
