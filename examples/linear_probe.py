@@ -17,6 +17,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -65,7 +66,7 @@ class Backbone:
 
     def __init__(self, name: str, level: int, pretrained: bool) -> None:
         try:
-            model = timm.create_model(name, pretrained=pretrained, dynamic_img_size=True)
+            model: Any = timm.create_model(name, pretrained=pretrained, dynamic_img_size=True)
         except TypeError:  # convolutional networks take images of any size
             model = timm.create_model(name, pretrained=pretrained)
         self.model, self.level = model.eval().requires_grad_(False).to(DEVICE), level
@@ -95,7 +96,7 @@ def views_of(items: list[Item] | Folder, backbone: Backbone, size: int, views: i
 
 
 def train(
-    norm: nn.Module, heads: nn.ModuleList, views: Item, rates: list[float], steps: int
+    norm: nn.Module, heads: list[nn.Conv2d], views: Item, rates: list[float], steps: int
 ) -> None:
     groups = [{"params": x.parameters(), "lr": lr} for x, lr in zip(heads, rates, strict=True)]
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-3)
@@ -117,7 +118,11 @@ def train(
 
 @torch.no_grad()
 def evaluate(
-    norm: nn.Module, heads: nn.ModuleList, items: list[Item] | Folder, backbone: Backbone, size: int
+    norm: nn.Module,
+    heads: list[nn.Conv2d],
+    items: list[Item] | Folder,
+    backbone: Backbone,
+    size: int,
 ) -> list[float]:
     """The mIoU of each head, of whole images at the size of their labels. size: as for crops."""
     metrics = [ao.MeanIoU(head.out_channels) for head in heads]
@@ -150,7 +155,7 @@ def main() -> None:
     views = views_of(training, backbone, size, options.views)
     dim, rates = views[0].shape[1], options.learning_rates
     norm = nn.BatchNorm2d(dim, affine=False).to(DEVICE)  # weights would add nothing but time
-    heads = nn.ModuleList(nn.Conv2d(dim, options.classes, 1) for _ in rates).to(DEVICE)
+    heads = [nn.Conv2d(dim, options.classes, 1).to(DEVICE) for _ in rates]
     train(norm, heads, views, rates, options.steps)
     for rate, score in zip(rates, evaluate(norm, heads, validation, backbone, size), strict=True):
         print(f"learning rate {rate:g}: mIoU {100 * score:.1f} %")
