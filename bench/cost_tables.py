@@ -27,6 +27,7 @@ def committed(name: str) -> dict:
 
 
 CPU = committed("amd-epyc-avx512-2-threads")  # of `make bench BENCH=bench/results`
+WINDOWS = committed("amd-epyc-avx2-2-threads").get("windows", [])
 SHOWN = (BASELINE, OWN, BOTH)
 PROBE = "linear probe, ADE20K"
 COUNTED = [x for x in committed("counted-memory")["rows"] if x["name"] in SHOWN]
@@ -229,7 +230,7 @@ PIVOTS = {
     "host_time": (HOST_TIME, "{name}", "{backend}", "{us:.0f} ({ratio:.1f})"),
     "lovasz_precision": (PRECISION, "{pixels}", *ERRORS),
     "masks_in_frameworks": (CPU["masks_in_frameworks"], "{case}", "{name}", COST),
-    "windows": (CPU.get("windows", []), "{windows}", "{name}", COST),
+    "windows": (WINDOWS, "{windows}", "{name}", COST),
     "export": ([x for x in CPU["export"] if x["dtype"] == "float16"], "{volume}", "{name}", COST),
 }
 TABLES: dict[str, Callable[[], str | list[str]]] = {

@@ -31,6 +31,7 @@ import anchorops as ao
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH = 16
+Heads = list[nn.Conv2d]
 Item = tuple[Tensor, Tensor]  # an image uint8 (3, H, W), and its labels uint8 (H, W)
 
 
@@ -95,9 +96,7 @@ def views_of(items: list[Item] | Folder, backbone: Backbone, size: int, views: i
     return features, labels
 
 
-def train(
-    norm: nn.Module, heads: list[nn.Conv2d], views: Item, rates: list[float], steps: int
-) -> None:
+def train(norm: nn.Module, heads: Heads, views: Item, rates: list[float], steps: int) -> None:
     groups = [{"params": x.parameters(), "lr": lr} for x, lr in zip(heads, rates, strict=True)]
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -118,11 +117,7 @@ def train(
 
 @torch.no_grad()
 def evaluate(
-    norm: nn.Module,
-    heads: list[nn.Conv2d],
-    items: list[Item] | Folder,
-    backbone: Backbone,
-    size: int,
+    norm: nn.Module, heads: Heads, items: list[Item] | Folder, backbone: Backbone, size: int
 ) -> list[float]:
     """The mIoU of each head, of whole images at the size of their labels. size: as for crops."""
     metrics = [ao.MeanIoU(head.out_channels) for head in heads]
