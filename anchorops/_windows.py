@@ -11,7 +11,7 @@ resolution are added at once to all bands that they meet. Then z is resized, als
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import product
+from itertools import count, product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ._checks import (
     as_ints,
+    check_axes,
     check_flags,
     check_floating,
     check_logits,
@@ -64,9 +65,10 @@ def window_argmax(
     logits of the whole image are stored, and `windows` is read as far as the next rows need it, so
     the network may run inside:
 
-        origins = window_origins(image.shape[2:], (512, 512), (341, 341))
-        windows = ((o, model(crop(image, o))) for o in origins)
-        labels = window_argmax(windows, image.shape[2:], (512, 512))
+        size = image.shape[2:]  # at least (512, 512)
+        origins = window_origins(size, (512, 512), (341, 341))
+        windows = (((y, x), model(image[..., y : y + 512, x : x + 512])) for y, x in origins)
+        labels = window_argmax(windows, size, (512, 512))
 
     Args:
         windows: pairs (origin, logits), in the order of the origins' first coordinate. origin: the
@@ -87,10 +89,11 @@ def window_argmax(
         The classes, of `dtype`, (B, *size); with `sigmoid` (B, K, *size) of 0 and 1.
 
     Float16 and bfloat16 are averaged in float32. Memory: windows of a lower resolution in one
-    direction at least are kept until their last row, those of two rows of windows at most (beside
-    each other, if the first axis has one window, all); of full resolution the sums of as many rows
-    of the image as a window has. If windows overlap along the last axis alone, transpose the image.
-    On a GPU nothing is read back to the host.
+    direction at least are kept until their last row: where n rows of windows meet in a pixel, some
+    (n + 1) / 2 rows of windows, two if they overlap by half (beside each other, if the first axis
+    has one window, all); of full resolution the sums of as many rows of the image as a window has.
+    If windows overlap along the last axis alone, transpose the image. On a GPU nothing is read back
+    to the host. torch.compile breaks the graph at the call.
 
     Raises:
         ValueError: wrong shape, dtype, device, size or option; windows that are not in order, that
@@ -111,7 +114,8 @@ def window_argmax(
         block_size = (rows.stop - rows.start, *merged.size[1:])
         if labels is None:
             check_class_dtype(function, dtype, 2 if sigmoid else z.shape[1])
-            labels = z.new_empty((*z.shape[:axis], *merged.size), dtype=dtype)
+            with torch.inference_mode(False):  # a generator may begin and end inference mode
+                labels = z.new_empty((*z.shape[:axis], *merged.size), dtype=dtype)
         labels.narrow(axis, rows.start, block_size[0])[:] = pixel_argmax(
             z,
             block_size,
@@ -157,8 +161,9 @@ def window_origins(
 ) -> list[tuple[int, ...]]:
     """The origins of windows that cover an image, in the order that `window_argmax` needs. Along
     each axis they are multiples of the stride; the last window ends where the image ends. If the
-    image is shorter than a window, the origin is 0. They are those of mmsegmentation, DINOv3 and,
-    with the stride int(window · (1 − overlap)), MONAI.
+    image is shorter than a window, the origin is 0; its crop is then smaller than the window: give
+    `window_argmax` the crop's size as window_size, or pad the crop. They are those of
+    mmsegmentation, DINOv3 and, with the stride int(window · (1 − overlap)), MONAI.
 
     Args:
         image_size, window_size, stride: (H, W) or (D, H, W), in pixels; no stride is longer than
@@ -221,10 +226,11 @@ def _check_weights(function: str, weights: Any, window_size: tuple[int, ...]) ->
     if weights.shape != window_size or weights.device.type != "cpu":
         expected = f"a tensor of shape {window_size} on the CPU"
         fail(function, "weights", expected, describe(weights))
-    numbers = weights.detach().float().numpy()
-    wrong = numbers[~((numbers > 0) & (numbers < math.inf))]
+    numbers = weights.detach().double().numpy()
+    normal = torch.finfo(torch.float32)
+    wrong = numbers[~((numbers >= normal.tiny) & (numbers <= normal.max / 2**32))]
     if wrong.size:
-        fail(function, "weights", "finite numbers above 0", wrong[0])
+        fail(function, "weights", "numbers above 0, of 1.2e-38 to 7.9e28", wrong[0])
 
 
 class _Window(NamedTuple):
@@ -313,8 +319,10 @@ class _Merged:
                 kept = [self._without_rows(x, bands[0].rows.start) for x in kept]
                 kept = [x for x in kept if x.logits.shape[2] > 0]
             if window.logits.shape[2:] == self.window_size:
+                bottom = top + self.window_size[0]
                 for band in bands:
-                    self._add(band, [window], weights)
+                    if band.rows.start < bottom:
+                        self._add(band, [window], weights)
             else:
                 kept.append(self._without_rows(window, bands[0].rows.start))
             del window  # its logits are copied, or added
@@ -323,7 +331,9 @@ class _Merged:
 
     def _checked(self, windows: Windows) -> Iterator[_Window]:
         like, known, before = None, "", None
-        for place, window in enumerate(windows):
+        numbers = count()
+        for window in windows:  # enumerate would keep the last window while the next is computed
+            place = next(numbers)
             name = f"{self.function}: windows[{place}]"
             if not isinstance(window, tuple | list) or len(window) != 2:
                 fail(self.function, f"windows[{place}]", "(origin, logits)", describe(window))
@@ -336,6 +346,7 @@ class _Merged:
                 fail(name, "logits", f"a tensor of {axes + 2} axes, not empty", describe(logits))
             if any(n > most for n, most in zip(logits.shape[2:], self.window_size, strict=True)):
                 fail(name, "logits", f"at most {self.window_size} pixels", describe(logits))
+            check_axes(name, logits, self.window_size)
             kind = (logits.shape[:2], logits.dtype, logits.device)
             if like is None:
                 like, known = kind, describe(logits)
@@ -352,7 +363,10 @@ class _Merged:
                 expected = f"a window that meets the image of {self.image_size}"
                 fail(name, "origin", expected, f"{origin}, size {self.window_size}")
             before = origin[0]
-            yield _Window(place, origin, logits.detach())
+            checked = _Window(place, origin, logits.detach())
+            del window, logits
+            yield checked
+            del checked
         if like is None:
             fail(self.function, "windows", "at least one pair (origin, logits)", "none")
 
@@ -384,8 +398,9 @@ class _Merged:
         if not parts:
             return
         if band.sums is None or band.total is None or band.covered is None:
-            band.sums = _zeros(parts[0], sizes)
-            band.total = band.sums.new_zeros(sizes)
+            with torch.inference_mode(False):  # a generator may begin and end inference mode
+                band.sums = _zeros(parts[0], sizes)
+                band.total = band.sums.new_zeros(sizes)
             band.covered = np.zeros(sizes, dtype=bool)
         z, rows = parts[0], places[0][0][0]
         if len(parts) > 1:

@@ -87,12 +87,12 @@ def views_of(items: list[Item] | Folder, backbone: Backbone, size: int, views: i
     shape = backbone(torch.zeros(1, 3, size, size)).expand(len(items) * views, -1, -1, -1).shape
     with tempfile.NamedTemporaryFile() as file:  # the mapped file stays until the end
         features = torch.from_file(file.name, True, shape.numel(), dtype=torch.float16).view(shape)
+    print(f"features {(*shape,)}: {features.nbytes / 1e6:.0f} MB in {tempfile.gettempdir()}")
     labels = torch.empty(len(features), size, size, dtype=torch.uint8)
     for i in range(len(features)):
         image, mask = items[i // views]
         image, labels[i] = view(tv_tensors.Image(image), tv_tensors.Mask(mask))
         features[i] = backbone(image[None])[0]
-    print(f"features {(*shape,)}: {features.nbytes / 1e6:.0f} MB")
     return features, labels
 
 
@@ -120,7 +120,7 @@ def evaluate(
     norm: nn.Module, heads: Heads, items: list[Item] | Folder, backbone: Backbone, size: int
 ) -> list[float]:
     """The mIoU of each head, of whole images at the size of their labels. size: as for crops."""
-    metrics = [ao.MeanIoU(head.out_channels) for head in heads]
+    metrics = [ao.MeanIoU(head.out_channels).to(DEVICE) for head in heads]
     for image, labels in items:
         scale = size / min(image.shape[1:]) / backbone.stride
         sides = [max(1, round(n * scale)) * backbone.stride for n in image.shape[1:]]

@@ -127,6 +127,7 @@ def semantic_of_eomt(classes: Tensor, masks: Tensor, size: Size, side: int = 640
     wide, length = width > height, max(height, width)
     overlap = (len(masks) * side - length) / max(len(masks) - 1, 1)
     starts = [int(i * (side - overlap)) for i in range(len(masks))]
+    starts[-1] = length - side  # rounding may leave it one less
 
     def windows() -> Iterator[tuple[Size, Tensor]]:
         """One below the other: of a wide image transposed."""
