@@ -108,7 +108,9 @@ def parse(command: str, words: Sequence[str]) -> tuple[Options, Path, dict[str, 
     words_alone = parser.parse_args(words, defaults=False)
     names, of_run = words_alone.get("config", []), words_alone.get("run")
     configs = [(name, part) for name in names for part in load_preset(name)]
-    with_data = {name for name in names if Path(name).with_name(DATA).exists()}  # of a run
+    with_data = {  # of a run
+        x for x in names if Path(x).name == CONFIG and Path(x).with_name(DATA).exists()
+    }
     own = [x for name, x in configs if Path(name).is_file() and name not in with_data]
     paper: dict[str, Any] = {}  # to which each file adds, as `from-scratch` does
     if command == "fit" and words_alone.get("resume") and not configs:
@@ -146,8 +148,9 @@ def load_preset(name: str) -> list[dict[str, Any]]:
     Raises ValueError for an unknown name, and for a file that cannot be read."""
     if Path(name).is_file():
         content = read_yaml(Path(name), load=load_values)
-        several = "several --config on the command line"
-        expect("config" not in content, f"{name}: config", several, content.get("config"))
+        for word in ("config", "run", "resume", "images", "out"):
+            place = f"--{word} on the command line"
+            expect(word not in content, f"{name}: {word}", place, content.get(word))
         return [content]
     path = PRESETS / f"{name}.yaml"
     expect(path.exists(), "--config", "a file or a preset", f"{name}. The presets:\n{presets()}")
@@ -180,14 +183,18 @@ def trained(options: Options, run: Path) -> Segmenter:
     return model.eval()
 
 
-def of_training(options: Options, run: Path) -> tuple[Options, dict[str, Any] | None, Like | None]:
+def of_training(
+    options: Options, run: Path, run_is_given: bool
+) -> tuple[Options, dict[str, Any] | None, Like | None]:
     """For an evaluation: the options with mean and standard deviation of the run's images; what was
-    found for its training; and what images must be, of `check_bits`."""
+    found for its training; and what images must be, of `check_bits`. Other weights than those of a
+    run have none of them."""
     data, found = options.data, None
-    if (run / DATA).exists():
+    if (run_is_given or options.model.weights is None) and (run / DATA).exists():
         found = read_yaml(run / DATA, "classes", "training pixels")
     channels = (found or {}).get(CHANNELS, {})
-    if data.mean is not None and [*data.mean] != channels.get("mean"):
+    given = {"mean": data.mean, "std": data.std}
+    if data.mean is not None and any([*given[x]] != channels.get(x) for x in given):
         return options, found, None  # they are given for these images
     if not channels:
         return options, found, (True, "--data.mean and --data.std are not given")
@@ -197,9 +204,9 @@ def of_training(options: Options, run: Path) -> tuple[Options, dict[str, Any] | 
 
 def validate(words: Sequence[str]) -> dict[str, float]:
     """Print the figures of a network on a split of the data."""
-    options, run, _ = parse("validate", words)
-    model = trained(options, run)
-    options, of_run, like = of_training(options, run)
+    options, run, others = parse("validate", words)
+    model, given = trained(options, run), others["run"] is not None
+    options, of_run, like = ranks.on_first(lambda: of_training(options, run, given))
     data = open_splits(options.data, options.seed, of_run, like)
     classes, known = len(data.validation.classes), model.classifier.out_channels
     expect(known == classes, "validate", f"data of {known} classes, as the weights", classes)
@@ -218,7 +225,10 @@ def masks_of(images: Sequence[str], out: Path, resume: bool) -> dict[Path, Path]
     expect(len(images) > 0, "--images", "files of images", "none")
     paths: list[Path] = []
     for path in map(Path, map(os.path.abspath, images)):
-        found = [*files_of(path / "*", IMAGES).values()] if path.is_dir() else [path]
+        found = [path]
+        if path.is_dir():  # in which earlier masks may be
+            files = files_of(path / "*", IMAGES).values()
+            found = [x for x in files if out.absolute() not in x.parents]
         expect(len(found) > 0, "--images", f"one of {', '.join(IMAGES)}", f"{path} with none")
         paths += found
     common = os.path.commonpath([path.parent for path in paths])
@@ -233,8 +243,9 @@ def masks_of(images: Sequence[str], out: Path, resume: bool) -> dict[Path, Path]
 def predict_masks(words: Sequence[str]) -> None:
     """Write the classes of each image: 8 bits, or 16 with more than 256 classes."""
     options, run, others = parse("predict", words)
-    options, _, like = of_training(options, run)
     model, out = trained(options, run), Path(others["out"])
+    given = others["run"] is not None
+    options, _, like = ranks.on_first(lambda: of_training(options, run, given))
     images_of = ranks.on_first(lambda: masks_of(others["images"], out, others["resume"]))
     own = [*images_of.items()][ranks.rank() :: ranks.world()]
     device = next(model.parameters()).device

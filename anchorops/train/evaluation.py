@@ -41,7 +41,7 @@ def _windows(
 ) -> tuple[Iterator[tuple[Size, Tensor]], Size, Size]:
     """What `ao.window_argmax` takes: logits of windows of images (B, C, h, w), or of whole images,
     and the sizes of an image and of a window. The padding of a window reaches past the border of
-    the image, or its logits are cut off."""
+    the image: crops, whose sides are multiples of 32, are padded where the image is smaller."""
     image_size = tuple(images.shape[2:])
     crop = stride = image_size
     if options.model.evaluation == "sliding":
@@ -49,18 +49,13 @@ def _windows(
         stride = options.model.window_stride or tuple(max(1, side * 2 // 3) for side in crop)
     inside = tuple(map(min, crop, image_size))
     padded = tuple(side + -side % MULTIPLE for side in inside)
-    cut = any(a < b and a % MULTIPLE > 0 for a, b in zip(inside, image_size, strict=True))
 
     def windows() -> Iterator[tuple[Size, Tensor]]:
         for top, left in ao.window_origins(image_size, crop, stride):
             part = images[..., top : top + inside[0], left : left + inside[1]]
-            logits = model(pad_to_multiple(part))
-            if cut:
-                logits = F.interpolate(logits, padded, mode="bilinear")
-                logits = logits[..., : inside[0], : inside[1]]
-            yield (top, left), logits
+            yield (top, left), model(pad_to_multiple(part))
 
-    return windows(), image_size, inside if cut else padded
+    return windows(), image_size, padded
 
 
 def _probabilities(

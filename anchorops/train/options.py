@@ -22,6 +22,8 @@ from . import MULTIPLE
 
 # also "nan", which jsonargparse takes for a text where a float is expected
 Number = restricted_number_type("Number", float, [("==", 0), ("!=", 0)], join="or")
+# as it, read by our loader alone: for jsonargparse 1:30 is 90
+Integer = restricted_number_type("Integer", int, [("==", 0), ("!=", 0)], join="or")
 Published = Literal[
     "cityscapes", "ade20k", "pascal-context", "coco-stuff-10k", "coco-stuff-164k", "camvid"
 ]
@@ -112,8 +114,8 @@ class Data:
         channels: folder: channels of the images.
         mean: Of each channel, in values of the files (8 bits: 0 to 255). If not given, that of the
             training images, if they are not of 8 bits; else ImageNet's for 3 channels, or 127.5.
-        std: Standard deviation of each channel, as mean; at last ImageNet's, or 63.75.
-        nodata: Pixels with this value in a channel, which may be nan, are ignored.
+        std: Standard deviation of each channel, chosen as the mean is; ImageNet's, or 63.75.
+        nodata: Ignore pixels with this value in a channel; also nan, --data.nodata=-3.4e38.
         short_side: Scale images to this short side, keeping their aspect ratio.
         long_side: Scale images to this long side; with short_side, so that neither is exceeded.
         scale: Range of an additional random scale of training images.
@@ -137,11 +139,11 @@ class Data:
     data_seed: NonNegativeInt | None = None
     image_suffix: str | None = None
     mask_suffix: str | None = None
-    label_map: dict[int, int] | dict[str, int] | None = None
+    label_map: dict[int, Integer] | dict[str, Integer] | None = None
     channels: PositiveInt = 3
-    mean: Sequence[float] | None = None
+    mean: Sequence[Number] | None = None
     std: Sequence[PositiveFloat] | None = None
-    nodata: Number | float | None = None
+    nodata: Number | None = None
     short_side: PositiveInt | None = None
     long_side: PositiveInt | None = None
     scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
@@ -219,8 +221,8 @@ class Options:
 # options on which a command depends that does not train
 PREDICT = """model.network model.weights model.channels_last model.evaluation model.window_stride
     model.eval_scales model.eval_flip data.crop data.channels data.short_side data.long_side
-    data.mean data.std data.nodata device"""
-VALIDATE = f"""{PREDICT} data.dataset data.root data.workers data.eval_batch_size data.split
+    data.mean data.std data.nodata data.dataset device"""
+VALIDATE = f"""{PREDICT} data.root data.workers data.eval_batch_size data.split
     data.head_tail data.val_images data.image_suffix data.mask_suffix data.label_map"""
 COUNTED = "seed data.data_seed data.train_images data.zipf"  # if there is no run whose data it has
 USED = {"predict": PREDICT, "predict --run": PREDICT}

@@ -48,6 +48,7 @@ def train(options: Options, run: Path, resume: bool, advice: str = GO_ON) -> Non
         ranks.check_alike(options, run / LAST)
         if ranks.on_first(lambda: check_run(run, options, resume)):
             ranks.on_each(lambda: read_checkpoint(run / LAST, "optimizer"))
+            ranks.on_each(lambda: (run / BEST).exists() and read_checkpoint(run / BEST, "miou"))
         else:  # what is wrong with any data is found before they are read
             split = ranks.on_first(lambda: open_split(options.data, "train", options.seed))
             ranks.on_each(lambda: build(options, len(split.classes), device))

@@ -97,6 +97,9 @@ def test_runs(bands: Path, tmp_path: Path, refused: Callable[..., None]):
     images, best = f"--images {bands}/images/val", f"--model.weights {run}/best.ckpt"
     other = f"--config {run}/config.yaml --run {tmp_path}/none {best}"
     predict_masks(f"--run {run} {images} --out {tmp_path}/out".split())
+    plain = f"validate --config {run}/config.yaml {best}"
+    refused(plain, "a.tif: expected 8 bits, as --data.mean and --data.std are not given")
+    assert validate(f"--run {run} --data.std [9,9,9]".split()) != figures
     (tmp_path / "none").mkdir()
     write(tmp_path / "none/config.yaml", (run / "config.yaml").read_bytes())
     numbers = " ".join(f"--data.{x} {known[x]}".replace(", ", ",") for x in ("mean", "std"))
@@ -110,4 +113,6 @@ def test_runs(bands: Path, tmp_path: Path, refused: Callable[..., None]):
     words = f"predict --run {run} --images {bands}/images/val/c.png --out {tmp_path}/c"
     refused(words, "c.png: expected more than 8 bits, or floats, as the images of the run, got 8 b")
     write(bands / "masks/val/c.png", mask(0))
-    refused(f"fit {FOLDER} --data.root {bands} --run {tmp_path}/x", "c.png: .* as .*train/a.tif, g")
+    words = f"fit {FOLDER} --data.root {bands} --run {tmp_path}/x"
+    refused(words, "c.png: .* as .*train/a.tif, g")
+    refused(f"{words} --data.photometric true", "a.tif: expected no values below 0, for --data.ph")

@@ -119,8 +119,6 @@ def test_photometric_distortion_keeps_the_order_of_channels():
     red = torch.tensor([200, 60, 20], dtype=torch.uint8).view(3, 1, 1)
     seen = torch.stack([loading.distorted(red).flatten() for _ in range(100)])
     assert (seen[:, 0] == seen.amax(1)).all() and len(seen.unique(dim=0)) > 50
-    with pytest.raises(ValueError, match=r"--data.photometric: expected .* below 0, got -5$"):
-        loading.distorted(torch.tensor([0.0, -5.0, 1.0]).view(3, 1, 1))
 
 
 def test_images_of_many_channels(folder: Path):

@@ -31,7 +31,7 @@ RETRIES = 10  # for a crop that shows mostly one class
 CHANNELS = "channels"  # in data.yaml
 SCENES = 2_000  # of digits, in which classes are counted
 Segmentation = DigitScenes | MaskFolder
-Like = tuple[bool, object]
+Like = tuple[bool, object]  # whether images must be of 8 bits, and as what
 IMAGENET = ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])  # mean, standard deviation
 
 
@@ -106,14 +106,14 @@ def augmented(image: Tensor, labels: Tensor, options: Data) -> tuple[Tensor, Ten
 
 def distorted(image: Tensor) -> Tensor:
     """The photometric distortion, in which torchvision's random order of channels is left out, as
-    in mmsegmentation. Raises ValueError for floats below 0, which torchvision would clip."""
+    in mmsegmentation. No value is below 0, which torchvision would clip."""
     distort = v2.RandomPhotometricDistort(hue=(-0.1, 0.1))
     parameters = {**distort.make_params([image]), "channel_permutation": None}
     if not image.is_floating_point():
         return distort.transform(image, parameters)
-    least, greatest = image.aminmax()
-    expect(bool(least >= 0), "--data.photometric", "images without values below 0", f"{least:g}")
-    scale = max(4 * float(greatest), 1e-30)  # at most 1 / 4, of which nothing becomes more than 1
+    scale = max(
+        4 * float(image.max()), 1e-30
+    )  # at most 1 / 4, of which nothing becomes more than 1
     return distort.transform(image / scale, parameters) * scale
 
 
@@ -231,11 +231,16 @@ class Counts(NamedTuple):
 
 
 def class_counts(
-    dataset: Segmentation, workers: int = 0, like: Like | None = None, *, measure: bool = False
+    dataset: Segmentation,
+    workers: int = 0,
+    like: Like | None = None,
+    *,
+    measure: bool = False,
+    photometric: bool = False,
 ) -> Counts:
     """Of all images and masks on disk, or of the first 2000 digit scenes. like: of `check_bits`.
-    measure: the moments, in float64. Raises ValueError for a wrong image or mask: so it is found
-    before the training."""
+    measure: the moments, in float64. photometric: refuse values below 0. Raises ValueError for a
+    wrong image or mask: so it is found before the training."""
     num_classes, length = len(dataset.classes), len(dataset)
     if isinstance(dataset, DigitScenes):
         length = min(length, SCENES)
@@ -251,9 +256,13 @@ def class_counts(
         sizes.add((labels.shape[0], labels.shape[1]))
         name = dataset.pairs[index][0] if isinstance(dataset, MaskFolder) else "a scene"
         like = check_bits(image, name, like)
-        if measure and not like[0]:
-            known = has_data(image, dataset.nodata)
-            if known.any():
+        known = has_data(image, dataset.nodata)
+        if not like[0] and known.any():
+            if photometric:
+                least = image[:, known].min()
+                expected = "no values below 0, for --data.photometric"
+                expect(bool(least >= 0), name, expected, f"{least:g}")
+            if measure:
                 scaler.partial_fit(image[:, known].double().numpy().T)
                 moments = [[float(f"{x:.9g}") for x in y] for y in (scaler.mean_, scaler.scale_)]
     assert like is not None
@@ -271,7 +280,10 @@ def open_splits(
         names = ("train", options.split) if of_run is None else (options.split,)
         splits = [open_split(options, name, seed) for name in names]
         measure = options.mean is None
-        counts = [class_counts(splits[0], options.workers, like, measure=measure)]
+        photometric = options.photometric and of_run is None
+        counts = [
+            class_counts(splits[0], options.workers, like, measure=measure, photometric=photometric)
+        ]
         for split in splits[1:]:
             counts.append(class_counts(split, options.workers, counts[0].like))
         return splits, counts
