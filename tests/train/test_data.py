@@ -7,7 +7,6 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
