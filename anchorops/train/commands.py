@@ -193,7 +193,7 @@ def of_training(
     if (run_is_given or options.model.weights is None) and (run / DATA).exists():
         found = read_yaml(run / DATA, "classes", "training pixels")
     channels = (found or {}).get(CHANNELS, {})
-    given = {"mean": data.mean, "std": data.std}
+    given = {"mean": data.mean or (), "std": data.std or ()}
     if data.mean is not None and any([*given[x]] != channels.get(x) for x in given):
         return options, found, None  # they are given for these images
     if not channels:
