@@ -316,7 +316,8 @@ class _Merged:
             while bands[0].rows.stop <= top:
                 yield self._average(bands.popleft(), kept, weights, place)
             if kept and top > kept[-1].origin[0]:
-                kept = [self._without_rows(x, bands[0].rows.start) for x in kept]
+                for i in range(len(kept)):  # one by one, so that a single one exists twice
+                    kept[i] = self._without_rows(kept[i], bands[0].rows.start)
                 kept = [x for x in kept if x.logits.shape[2] > 0]
             if window.logits.shape[2:] == self.window_size:
                 bottom = top + self.window_size[0]
