@@ -31,22 +31,6 @@ VALUES = "values"  # the mode of jsonargparse that reads them with `load_values`
 PRESETS = Path(__file__).with_name("presets")
 SHARED = "shared"  # of the presets: settings that are written once
 DEMO = ("digits", "digits-segformer-b0")  # a laptop needs minutes for this
-RENAMED = {  # options of earlier versions, as patterns
-    r"(?:trainer|data)\.(precision|deterministic|max_steps|images)": r"--\1",
-    r"trainer\.(?:devices|num_nodes|strategy)": "torchrun -m anchorops.train -- fit …",
-    r"trainer\.accelerator": "--device",
-    r"trainer\.accumulate_grad_batches": "--accumulate",
-    r"trainer\.gradient_clip_val": "--clip",
-    r"trainer\.max_time": "--max_hours",
-    r"trainer\.val_check_interval": "--val_every",
-    r"trainer\.log_every_n_steps": "--log_every",
-    r"trainer\.callbacks": "--ema, for averaged weights",
-    "ckpt_path": "--resume (of fit), --model.weights (of validate and predict)",
-    "seed_everything": "--seed",
-    r"saving\.every": "--save_every",
-    r"data\.allow_changes": "--model.weights, for a new run on other data",
-    r"model\.setting": "--config from-scratch",
-}
 
 
 class Loader(yaml.SafeLoader):
@@ -339,11 +323,7 @@ def _explained(error: Exception) -> str | None:
         text = " ".join(text.split())
         # of jsonargparse: Parser key "NAME": Does not validate against … Errors: - REASON …
         text = re.sub(r'Parser key "(\S+)": (Does not .*? Errors: - )?', r"--\1: ", text)
-        text = re.sub(r"Group '(\w+)' does not accept option '(\w+)'", r"--\1.\2 is unknown", text)
-        for old, new in RENAMED.items():
-            if found := re.search(rf"(?<=--|.'){old}(?![\w.])", text):
-                text = f"{text}: --{found[0]} is now {found.expand(new)}"
-        return text
+        return re.sub(r"Group '(\w+)' does not accept option '(\w+)'", r"--\1.\2 is unknown", text)
     if isinstance(error, Stopped | ValueError | OSError | ModuleNotFoundError):
         # for an error in a worker of the data loader, the message contains the whole traceback
         return text.rpartition("\nValueError: ")[2]

@@ -23,7 +23,6 @@ from .options import Model, expect
 
 # the parts that depend on the classes; in a checkpoint, a method is under "regularizer"
 HEADS = ("classifier.", "auxiliary.", "regularizer.")
-OLD_PREFIX = "learner.model."  # of the names of weights in a checkpoint of an earlier version
 AUXILIARY_DIM = 256
 CLASSES = {"cr": "SAR"} | {name.lower(): name for name in METHODS}  # of the methods
 
@@ -175,20 +174,17 @@ def check_content(path: Path | str) -> None:
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:
-    """Those in a checkpoint of this program, also of an earlier version, or in another file of a
-    state dict. Raises ValueError if there is none, or if it is damaged, which is found by the
-    checksums of zip files."""
+    """Those in a checkpoint of this program, or in another file of a state dict. Raises ValueError
+    if there is none, or if it is damaged, which is found by the checksums of zip files."""
     if not Path(path).is_file():
         raise ValueError(f"{path} does not exist: a run has its best weights after a validation")
     try:
         if is_zipfile(path):
             check_content(path)
         # weights_only, because earlier versions of timm run what a file says
-        weights = timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
+        return timm.models.load_state_dict(str(path), use_ema=False, weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} is damaged ({shorten(repr(error), 200)})") from error
-    old = {x.removeprefix(OLD_PREFIX): weights[x] for x in weights if x.startswith(OLD_PREFIX)}
-    return old or weights
 
 
 def trained_model(options: Model, path: Path, channels: int) -> Segmenter:

@@ -82,12 +82,10 @@ def test_size_of_the_paper():
 
 @pytest.mark.parametrize("auxiliary", [False, True])
 def test_weights_start_a_model_with_other_classes(auxiliary: bool, tmp_path: Path):
-    """Those of a run of an earlier version. An auxiliary head comes and goes; the vectors of a
-    method stay behind."""
+    """Those of a run. An auxiliary head comes and goes; the vectors of a method stay behind."""
     source = Learner(Model(auxiliary_weight=0.4 * auxiliary, methods=["sar"]), 5)
-    run = source.state_dict()
     path = tmp_path / "weights.pt"
-    torch.save({"state_dict": {f"learner.{name}": x for name, x in run.items()}}, path)
+    torch.save({"model": source.model.state_dict()}, path)
     model = build_model(Model(weights=str(path), auxiliary_weight=0.4 * (not auxiliary)), 9)
     assert torch.equal(next(model.parameters()), next(source.parameters()))
 

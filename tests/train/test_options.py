@@ -57,10 +57,6 @@ COMMAND_LINES = {
     "trian": "expected one of fit, validate, predict, demo, compare, presets, got",
     "demo --threads 0": "nrecognized arguments: --threads 0$",
     "demo --steps 0": "--data.steps: Not of type PositiveInt",
-    "fit --ckpt_path 1": r"--ckpt_path is now --resume \(of fit\), --model.weights",
-    "fit --trainer.devices 2": "--trainer.devices is now torchrun -m",
-    "fit --trainer.gradient_clip_val 1": "--trainer.gradient_clip_val is now --clip$",
-    "fit --trainer.precision 1": "--trainer.precision is now --precision$",
     "fit --model.lrr 1": "nrecognized arguments: --model.lrr",
     f"fit {TINY} --model.methods [sar,sar]": "--model.methods: expected each at most once",
     f"fit {TINY} --accumulate 3": "--data.batch_size: expected a multiple of .* = 3, got 4",
@@ -68,7 +64,6 @@ COMMAND_LINES = {
     f"fit {TINY} --data.mean [1,2,3]": "--data.mean: expected .* and --data.std, each of 3",
     f"fit {TINY} --data.mean [1,2] --data.std [1,2]": "--data.mean: .* each of 3 .*, got",
     f"{FIT} --data.photometric true --data.channels 4": "--data.photometric: expected 3 channels",
-    "fit --model.setting from-scratch": "--model.setting is now --config from-scratch$",
     "validate --run $new --model.weights nowhere": "No such file .*new/config.yaml'$",
     "validate --model.weights nowhere": "nowhere does not exist: a run has its best weights after",
     # what acts on nothing
@@ -154,9 +149,7 @@ def test_command_lines(
 OPTIONS = {
     "model: {lrr: 1}": "model.lrr is unknown",
     "model: {lr: a}": "--model.lr: Not of type PositiveFloat",
-    "data: {images: 1}": "--data.images is now --images",
     "data: 3": "data: expected options, got 3",
-    "trainer: {max_steps: 1}": "--trainer.max_steps is now --max_steps",
     "trainer: {profiler: 1}": "'trainer.profiler' is not accepted",
     "{": "is damaged",
     "model: {lr: 1}\nmodel: {power: 1}": "each key once, got model twice .* line 1",
