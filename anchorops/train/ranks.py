@@ -68,14 +68,21 @@ def on_first(make: Callable[[], T]) -> T:
     return made[0]
 
 
+def checksum(path: Path) -> str:
+    crc = 0
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            crc = zlib.crc32(part, crc)
+    return f"CRC-32 {crc:08x}"
+
+
 def check_alike(options: Options, path: Path) -> None:
     """Raises ValueError if a rank has another option than the first rank, except --data.workers, or
     if it does not find the same file there, or none if the first rank finds none."""
     if world() == 1:
         return
     own = flat(as_in_file(options)) | {"--data.workers": None}
-    content = on_each(lambda: path.read_bytes() if path.exists() else None)
-    own[str(path)] = "no file" if content is None else f"CRC-32 {zlib.crc32(content):08x}"
+    own[str(path)] = on_each(lambda: checksum(path) if path.exists() else "no file")
     firsts = on_first(lambda: [*own.values()])
 
     def compare() -> None:

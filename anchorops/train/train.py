@@ -1,5 +1,6 @@
 """Training: read it from top to bottom."""
 
+import gc
 import math
 import os
 import resource
@@ -52,6 +53,7 @@ def train(options: Options, run: Path, resume: bool, advice: str = GO_ON) -> Non
         else:  # what is wrong with any data is found before they are read
             split = ranks.on_first(lambda: open_split(options.data, "train", options.seed))
             ranks.on_each(lambda: build(options, len(split.classes), device))
+            gc.collect()  # this network, whose modules refer to each other
         data = open_splits(options.data, options.seed)
         with Stop(advice) as stop:
             last = fit(options, run, data, device, stop)

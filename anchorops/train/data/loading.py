@@ -111,9 +111,7 @@ def distorted(image: Tensor) -> Tensor:
     parameters = {**distort.make_params([image]), "channel_permutation": None}
     if not image.is_floating_point():
         return distort.transform(image, parameters)
-    scale = max(
-        4 * float(image.max()), 1e-30
-    )  # at most 1 / 4, of which nothing becomes more than 1
+    scale = max(4 * float(image.max()), 1e-30)  # to 1/4 at most: no distortion makes more than 1
     return distort.transform(image / scale, parameters) * scale
 
 
