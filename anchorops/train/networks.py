@@ -231,13 +231,31 @@ def _flat_name(name: str) -> str:
     return name.removeprefix("encoder.").removeprefix("model.").replace(".", "_")
 
 
-def build_loss(options: Model) -> MomentsLoss:
-    """The loss of the logits; its `terms` contain the accuracy."""
+def class_weights(options: Model, num_classes: int, frequencies: Tensor | None) -> Tensor | None:
+    """float32 [K], or None without weights, and for `balanced` before the data are read.
+    frequencies: [K], shares of the training pixels. Raises ValueError for another number of them.
+    """
+    weights = options.class_weights
+    if isinstance(weights, str):
+        if frequencies is None:
+            return None
+        occurs = frequencies > 0
+        return torch.where(occurs, 1 / (occurs.sum() * frequencies), 0)
+    if weights is None:
+        return None
+    expect(len(weights) == num_classes, "--model.class_weights", f"{num_classes} numbers", weights)
+    return torch.tensor(weights, dtype=torch.float32)
+
+
+def build_loss(options: Model, weights: Tensor | None = None) -> MomentsLoss:
+    """The loss of the logits; its `terms` contain the accuracy. weights: [K], of the classes."""
     common: dict[str, Any] = {"ignore_index": IGNORED, "accuracy": True}
     dice = ao.Dice(**common)
     if options.loss == "dice":
         return dice
     cross_entropy = ao.CrossEntropy(
+        weights,
+        label_smoothing=options.label_smoothing,
         focal_gamma=options.focal_gamma if options.loss == "focal" else 0.0,
         ohem_threshold=options.ohem_threshold,
         ohem_min_kept=options.ohem_min_kept,
@@ -277,11 +295,17 @@ class Learner(nn.Module):
     network has an auxiliary head, the same loss of its logits is added, times auxiliary_weight."""
 
     def __init__(
-        self, options: Model, num_classes: int, channels: int = 3, prior: Tensor | None = None
+        self,
+        options: Model,
+        num_classes: int,
+        channels: int = 3,
+        prior: Tensor | None = None,
+        frequencies: Tensor | None = None,
     ) -> None:
+        """prior, frequencies: [K], of the training images and pixels; None before they are read."""
         super().__init__()
         self.model = build_model(options, num_classes, channels)
-        self.pixel_loss = build_loss(options)
+        self.pixel_loss = build_loss(options, class_weights(options, num_classes, frequencies))
         self.auxiliary_weight = options.auxiliary_weight
         dim = self.model.classifier.in_channels
         regularizer = build_regularizer(options, num_classes, dim, prior)

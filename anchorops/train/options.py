@@ -46,6 +46,9 @@ class Model:
         paper_options: Arguments of any methods that a preset has, as METHOD.ARGUMENT.
         method_options: Arguments of the chosen methods, before those of a preset.
         loss: The loss of the logits at full resolution.
+        class_weights: One for each class, of the cross-entropy; balanced: 1 / (K·s) of a class that
+            has the share s of the training pixels, with K such classes; 0 of one without pixels.
+        label_smoothing: Share of the cross-entropy's targets that all classes have alike.
         focal_gamma: Exponent of the focal factor, with the loss focal.
         ohem_threshold: Use only pixels whose true class has at most this probability.
         ohem_min_kept: Use at least this number of a batch's pixels, the hardest.
@@ -73,6 +76,8 @@ class Model:
     paper_options: dict[str, bool | int | float | str | None] | None = None
     method_options: dict[str, bool | int | float | str | None] | None = None
     loss: Literal["ce", "focal", "dice", "ce+dice"] = "ce"
+    class_weights: Literal["balanced"] | Sequence[NonNegativeFloat] | None = None
+    label_smoothing: ClosedUnitInterval = 0.0
     focal_gamma: NonNegativeFloat = 2.0
     ohem_threshold: ClosedUnitInterval | None = None
     ohem_min_kept: PositiveInt | None = None
@@ -205,6 +210,10 @@ class Options:
             expect(fits, name, expected, values)
         ordered = data.scale[0] <= data.scale[1] < math.inf
         expect(ordered, "--data.scale", "least ≤ greatest, finite", data.scale)
+        weights = model.class_weights
+        if weights is not None and not isinstance(weights, str):
+            finite = 0 < sum(weights) < math.inf
+            expect(finite, "--model.class_weights", "finite numbers, one above 0", weights)
         methods = model.methods
         expect(len({*methods}) == len(methods), "--model.methods", "each at most once", methods)
         expect(self.seed < 2**63, "--seed", "below 2^63", self.seed)
@@ -236,13 +245,13 @@ def check_effects(
     user's files, in which it may have its default. command: with --run, if this is given."""
     model, data = options.model, options.data
     on_disk, weights = data.dataset != "digits", model.weights or model.backbone_weights
-    ohem = "model.ohem_threshold model.ohem_min_kept"
+    of_ce = "model.class_weights model.label_smoothing model.ohem_threshold model.ohem_min_kept"
     scenes = "data.train_images data.val_images data.zipf data.data_seed"
     suffixes = "data.image_suffix data.mask_suffix"
     needs = [  # options, what they need, and whether it is there
         ("model.pretrained", "no file of weights", not weights),
         ("model.focal_gamma", "--model.loss focal", model.loss == "focal"),
-        (ohem, "another --model.loss than dice", model.loss != "dice"),
+        (of_ce, "another --model.loss than dice", model.loss != "dice"),
         ("model.window_stride", "--model.evaluation sliding", model.evaluation == "sliding"),
         (scenes, "--data.dataset digits", not on_disk),
         ("data.root data.label_map data.nodata", "another --data.dataset than digits", on_disk),

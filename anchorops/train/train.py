@@ -126,11 +126,11 @@ def build(
     """The network with its methods and losses, on its device. data: None before they are read.
     Raises ValueError for a network, weights or arguments of methods that cannot be."""
     model = options.model
-    sizes, prior = ((), None) if data is None else (data.sizes, data.prior)
+    sizes, shares = ((), ()) if data is None else (data.sizes, (data.prior, data.frequencies))
     if from_state:  # which has what the files of weights had
         model = replace(model, pretrained=False, weights=None, backbone_weights=None)
     torch.manual_seed(options.seed)
-    learner = Learner(model, classes, options.data.channels, prior)
+    learner = Learner(model, classes, options.data.channels, *shares)
     synchronised = ranks.world() if device.type == "cuda" else 1  # batch norm
     batch = options.data.batch_size // (options.accumulate * ranks.world())
     check_sizes(learner.model, options, sizes, batch * synchronised)

@@ -33,6 +33,7 @@ def choices(names: str) -> list[Choice]:
 PLAIN = choices("plain")
 MAIN = choices("plain sar occl occl-from-scratch ceco ceco-from-scratch mvsc")
 REST = choices("cr cbp cbp+occl cbp+occl-from-scratch")
+BALANCED = "balanced"  # the baseline whose cross-entropy has balanced class weights
 HARD = choices("plain sar occl-from-scratch ceco-from-scratch mvsc")
 RARE = choices("plain sar mvsc")  # what helped where data are rare
 PHOTOGRAPHS = choices("plain sar mvsc cbp+occl ceco")
@@ -56,7 +57,7 @@ class Run(NamedTuple):
     @property
     def names(self) -> list[str]:
         """Of the methods."""
-        return [] if self.methods == "plain" else self.methods.split("+")
+        return [] if self.methods in ("plain", BALANCED) else self.methods.split("+")
 
     @property
     def options(self) -> list[str]:
@@ -69,6 +70,8 @@ class Run(NamedTuple):
             "val_every": EVALUATIONS[self.steps],
             "seed": self.seed,
         }
+        if self.methods == BALANCED:
+            options["model.class_weights"] = BALANCED
         if self.scenes == CAMVID:
             options["model.backbone_weights"] = BACKBONE_WEIGHTS
         named = [*(("config", name) for name in presets), *options.items()]
@@ -112,5 +115,7 @@ def plan() -> list[Run]:
         *runs("digits", SEGFORMER, REST, schedules=[1_500, 4_000]),
         *runs(CAMVID, EFFICIENTNET, PHOTOGRAPHS, schedules=[1_000]),
         *runs(CAMVID, EFFICIENTNET, choices("plain mvsc"), schedules=[3_000], seeds=[0]),
+        *runs("steep", HRNET, choices(BALANCED), schedules=[1_500]),
+        *runs("steep", SEGFORMER, choices(BALANCED), schedules=[1_500]),
     ]
     return [*dict.fromkeys(every)]

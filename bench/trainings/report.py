@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 from record import grouped, json_of, markdown_table
-from trainings.plan import PUBLISHED
+from trainings.plan import BALANCED, PUBLISHED
 
 from anchorops.train.networks import CLASSES
 from anchorops.train.run import save_atomically
@@ -23,6 +23,7 @@ NETWORKS = {
 }
 CONVERGED = 1.0  # converged: the next schedule adds less than these points of mIoU
 COLORS = {"plain": "black", "cr": "tab:gray", "sar": "tab:blue", "cbp": "tab:olive"} | {
+    BALANCED: "tab:purple",
     "occl": "tab:orange",
     "cbp+occl": "tab:brown",
     "ceco": "tab:green",
@@ -202,7 +203,7 @@ def _signed(value: float, sign: str = "+") -> str:
 
 
 def label(methods: str, setting: str) -> str:
-    names = {**CLASSES, "cr": "CR", "plain": "baseline"}
+    names = {**CLASSES, "cr": "CR", "plain": "baseline", BALANCED: "balanced class weights"}
     name = " + ".join(names.get(method, method) for method in methods.split("+"))
     return name if setting == PUBLISHED else f"{name}, {setting.replace('-', ' ')}"
 

@@ -19,7 +19,7 @@ from tests.helpers.tiny_runs import FOLDER, TINY, assert_same_run, figures, stat
 
 RUN = (  # batches of two images for each of three ranks, too
     f"fit {TINY} --data.steps 7 --data.workers 1 --data.val_images 8 --data.batch_size 12 "
-    "--data.eval_batch_size 2 --accumulate 2 --ema 0.9 --log_every 1"
+    "--data.eval_batch_size 2 --accumulate 2 --ema 0.9 --log_every 1 --model.class_weights balanced"
 )
 TERM, INT, KILL = signal.SIGTERM, signal.SIGINT, signal.SIGKILL
 Straight = Callable[[int], Path]

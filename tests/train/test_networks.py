@@ -8,10 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
+from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from trainings.gradient_ratios import MeasuringLearner
@@ -23,6 +25,7 @@ from anchorops.train.networks import (
     build_model,
     build_optimizer,
     build_regularizer,
+    class_weights,
 )
 from anchorops.train.options import Model
 from tests.helpers.tiny_runs import TINY, fitted, small_network
@@ -111,6 +114,9 @@ def test_weights_of_a_backbone(name: str, make: Callable[[], Any], tmp_path: Pat
     assert not any(x.dtype == torch.half for x in backbone)
 
 
+SMOOTHED = partial(ao.CrossEntropy, label_smoothing=0.1)
+
+
 @pytest.mark.parametrize(
     ("options", "terms"),
     [
@@ -120,16 +126,32 @@ def test_weights_of_a_backbone(name: str, make: Callable[[], Any], tmp_path: Pat
         ({"ohem_min_kept": 9}, [partial(ao.CrossEntropy, ohem_min_kept=9)]),
         ({"loss": "dice"}, [ao.Dice]),
         ({"loss": "ce+dice"}, [ao.CrossEntropy, ao.Dice]),
+        ({"label_smoothing": 0.1, "loss": "ce+dice"}, [SMOOTHED, ao.Dice]),
+        (
+            {"class_weights": [1, 0, 2, 3], "loss": "focal"},
+            [partial(ao.CrossEntropy, torch.tensor([1.0, 0, 2, 3]), focal_gamma=2.0)],
+        ),
     ],
 )
 def test_losses(options: dict[str, Any], terms: list[Any]):
     logits, labels = torch.randn(2, 4, 5, 5), torch.randint(4, (2, 10, 10))
     labels[0, 0] = -1
-    loss = build_loss(Model(**options))
+    model = Model(**options)
+    loss = build_loss(model, class_weights(model, 4, None))
     expected = [term(ignore_index=-1)(logits, labels) for term in terms]
     torch.testing.assert_close(loss(logits, labels), sum(expected))
     right = (ao.pixel_argmax(logits, (10, 10)) == labels).sum() / (labels >= 0).sum()
     torch.testing.assert_close(loss.terms["accuracy"], right)
+
+
+def test_balanced_class_weights():
+    """As scikit-learn's of the classes that occur: N / (K·n_k)."""
+    labels = np.repeat([0, 1, 3], [3, 1, 8])
+    expected = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=labels)
+    shares = torch.bincount(torch.from_numpy(labels)) / len(labels)
+    learner = Learner(Model(class_weights="balanced"), 4, 3, None, shares)
+    found: Any = learner.pixel_loss.weight
+    torch.testing.assert_close(found, torch.tensor([*expected[:2], 0, expected[2]]).float())
 
 
 @pytest.mark.parametrize(

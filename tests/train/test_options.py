@@ -20,16 +20,18 @@ Refused = Callable[..., str]
 
 OUT_OF_RANGE = {
     "-1": """model.auxiliary_weight model.classifier_std model.head_lr_factor model.warmup
-        model.power model.focal_gamma model.ohem_threshold model.weight_decay data.workers
+        model.power model.focal_gamma model.label_smoothing model.ohem_threshold
+        model.weight_decay data.workers
         data.data_seed data.zipf seed max_hours""",
     "0": """data.steps data.batch_size data.channels data.eval_batch_size data.train_images
         data.val_images data.short_side data.long_side accumulate val_every log_every save_every
         max_steps clip model.ohem_min_kept model.lr data.cat_max_ratio""",
     "2": "ema model.dropout data.cat_max_ratio",
-    "[]": "model.eval_scales",
-    "[0.0]": "model.eval_scales",
+    "[]": "model.eval_scales model.class_weights",
+    "[0.0]": "model.eval_scales model.class_weights",
+    "[1,-1]": "model.class_weights",
     "inf": "model.lr model.weight_decay model.power clip max_hours data.zipf",
-    "[.inf]": "model.eval_scales",
+    "[.inf]": "model.eval_scales model.class_weights",
     "[1,.nan,1]": "data.mean",
     "[1,.inf]": "data.scale",
     "[0.001,0.01]": "data.head_tail",
@@ -68,6 +70,8 @@ COMMAND_LINES = {
     "validate --model.weights nowhere": "nowhere does not exist: a run has its best weights after",
     # what acts on nothing
     f"fit {TINY} --model.loss dice --model.ohem_min_kept 9": "min_kept: expected another .* th",
+    f"fit {TINY} --model.loss dice --model.class_weights [1]": "weights: expected another .* th",
+    f"fit {TINY} --model.class_weights [1,2] --run $new": "_weights: expected 11 numbers, got .1.0",
     f"fit {TINY} --model.focal_gamma 2": "gamma: expected --model.loss focal, got 2.0, w",
     f"fit {TINY} --model.window_stride [9,9]": "window_stride: expected --model.evaluation sliding",
     f"fit {TINY} --model.pretrained true --model.weights x": "pretrained: expected no file of",
