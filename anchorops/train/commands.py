@@ -1,13 +1,14 @@
 """The commands of anchorops-train: fit, validate, predict, demo, compare, presets."""
 
 import argparse
+import csv
+import io
 import os
 import re
 import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,12 +22,13 @@ from . import ranks
 from .data.folders import IMAGES, files_of
 from .data.images import read_image
 from .data.loading import CHANNELS, Like, check_bits, network_input, open_splits
-from .evaluation import check_sizes, evaluate, predict
+from .evaluation import check_sizes, evaluate, figures_of, predict
 from .networks import Segmenter, trained_model
 from .options import Options, check_effects, expect, flat
 from .run import BEST, CONFIG, DATA, GO_ON, Stop, Stopped, comparison, read_yaml, save_atomically
 from .train import place, train
 
+CONFUSION = "confusion.csv"
 VALUES = "values"  # the mode of jsonargparse that reads them with `load_values`
 PRESETS = Path(__file__).with_name("presets")
 SHARED = "shared"  # of the presets: settings that are written once
@@ -88,30 +90,30 @@ def parse(command: str, words: Sequence[str]) -> tuple[Options, Path, dict[str, 
     """The options, the directory of the run, and the options of the command alone. Raises
     ValueError for an unknown preset, a wrong value, and an option that acts on nothing; and what
     argparse raises for the others."""
-    parser, values = parser_of(command), None
+    parser = parser_of(command)
     words_alone = parser.parse_args(words, defaults=False)
     names, of_run = words_alone.get("config", []), words_alone.get("run")
     configs = [(name, part) for name in names for part in load_preset(name)]
-    with_data = {  # of a run
-        x for x in names if Path(x).name == CONFIG and Path(x).with_name(DATA).exists()
-    }
-    own = [x for name, x in configs if Path(name).is_file() and name not in with_data]
-    paper: dict[str, Any] = {}  # to which each file adds, as `from-scratch` does
-    if command == "fit" and words_alone.get("resume") and not configs:
+    of_user = {option for name, part in configs if _is_of_user(Path(name)) for option in flat(part)}
+    goes_on = command == "fit" and words_alone.get("resume", False) and not configs
+    if goes_on:
         exists = of_run is not None and (Path(of_run) / CONFIG).exists()
         expected = f"the --run of a run on {socket.gethostname()}, or --config to start one"
         expect(exists, "--resume", expected, of_run)
-    if of_run and (command != "fit" or (words_alone.get("resume") and not configs)):
-        configs.insert(0, (f"{of_run}/{CONFIG}", read_yaml(Path(of_run) / CONFIG)))
+    if of_run and (command != "fit" or goes_on):
+        first = [(f"{of_run}/{CONFIG}", read_yaml(Path(of_run) / CONFIG))]
         if command != "fit":  # the weights with which the run began
-            configs.insert(1, ("", {"model": {"weights": None}}))
+            first.append(("", {"model": {"weights": None}}))
+        configs = [*first, *configs]
+    values, paper = None, {}
     for file, content in configs:
         for group in ("model", "data"):
             options = content.get(group, {})
             expect(isinstance(options, dict), f"--config {file}: {group}", "options", options)
-        if isinstance(added := content.get("model", {}).get("paper_options"), dict):
-            paper |= added
-            content["model"]["paper_options"] = dict(paper)
+        model = content.get("model", {})
+        if isinstance(added := model.get("paper_options"), dict):
+            paper = paper | added  # to which each file adds, as `from-scratch` does
+            content = content | {"model": model | {"paper_options": paper}}
         try:
             values = parser.parse_object(content, values)
         except argparse.ArgumentError as error:
@@ -119,12 +121,17 @@ def parse(command: str, words: Sequence[str]) -> tuple[Options, Path, dict[str, 
     chosen = vars(parser.instantiate(parser.parse_args(words, values)))
     options = Options(**{name: chosen.pop(name) for name in Options.__annotations__})
     with_run = f"{command} --run" if of_run else command
-    files = {option for content in own for option in flat(content)}
-    check_effects(options, with_run, flat(words_alone.as_dict()), files)
+    check_effects(options, with_run, flat(words_alone.as_dict()), of_user)
     preset = "-".join(Path(name).stem for name in names) or "no-preset"
     methods = "+".join(options.model.methods) or "plain"
     run = chosen["run"] or f"runs/{preset}-{methods}-seed{options.seed}"
     return options, Path(run).absolute(), chosen
+
+
+def _is_of_user(file: Path) -> bool:
+    """Whether it is a file of options, not a preset or what a run has written."""
+    of_run = file.name == CONFIG and file.with_name(DATA).exists()
+    return file.is_file() and not of_run
 
 
 def load_preset(name: str) -> list[dict[str, Any]]:
@@ -186,8 +193,17 @@ def of_training(
     return replace(options, data=data), found, (channels["8 bits"], "the images of the run")
 
 
+def load(run: Path | str) -> tuple[Segmenter, Options]:
+    """The network of a run's best weights, in evaluation mode, and its options, with which images
+    are prepared. Raises ValueError for a run without weights, or with damaged ones."""
+    options, path, _ = parse("predict", ["--run", str(run)])
+    options, *_ = of_training(options, path, run_is_given=True)
+    return trained(options, path), options
+
+
 def validate(words: Sequence[str]) -> dict[str, float]:
-    """Print the figures of a network on a split of the data."""
+    """Print the figures of a network on a split of the data. Write the confusion matrix into the
+    run: a row for each true class, a column for each predicted one, in pixels."""
     options, run, others = parse("validate", words)
     model, given = trained(options, run), others["run"] is not None
     options, of_run, like = ranks.on_first(lambda: of_training(options, run, given))
@@ -196,9 +212,15 @@ def validate(words: Sequence[str]) -> dict[str, float]:
     expect(known == classes, "validate", f"data of {known} classes, as the weights", classes)
     check_sizes(model, options, data.sizes)
     with Stop("the figures are not complete") as stop:
-        figures = evaluate(model, data, options, stop)
+        matrix = evaluate(model, data, options, stop)
+    figures, names = figures_of(matrix, data, options), data.validation.classes
     if ranks.rank() == 0:
         print(*(f"{name}: {value:.6f}" for name, value in figures.items()), sep="\n")
+        if given or options.model.weights is None:
+            table = io.StringIO()
+            rows = ([name, *row] for name, row in zip(names, matrix.tolist(), strict=True))
+            csv.writer(table, lineterminator="\n").writerows([["true class", *names], *rows])
+            save_atomically(table.getvalue(), run / CONFUSION)
     return figures
 
 
@@ -289,7 +311,7 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     for stream in (sys.stdout, sys.stderr):  # of a terminal without UTF-8, and names that are none
-        if isinstance(stream, TextIOWrapper):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     words = sys.argv[1:] if arguments is None else arguments
     # torchrun has "--" between its options and ours
@@ -321,7 +343,8 @@ def _explained(error: Exception) -> str | None:
         return "a process that loads images has ended (want of memory?): give fewer --data.workers"
     if isinstance(error, argparse.ArgumentError):
         text = " ".join(text.split())
-        # of jsonargparse: Parser key "NAME": Does not validate against … Errors: - REASON …
+        # jsonargparse's errors are texts alone:
+        # Parser key "NAME": Does not validate against … Errors: - REASON …
         text = re.sub(r'Parser key "(\S+)": (Does not .*? Errors: - )?', r"--\1: ", text)
         return re.sub(r"Group '(\w+)' does not accept option '(\w+)'", r"--\1.\2 is unknown", text)
     if isinstance(error, Stopped | ValueError | OSError | ModuleNotFoundError):

@@ -22,6 +22,7 @@ import anchorops as ao
 
 from . import IGNORED, MULTIPLE, ranks
 from .data.loading import Segmentation, Splits, network_input, validation_batches
+from .networks import autocast
 from .options import Options
 from .run import Stop
 
@@ -77,6 +78,13 @@ def predict(
     """Classes int64 (B, *size) of images (B, C, h, w), from whole images, or from sliding windows
     whose logits are averaged where they overlap. With several scales, or with the mirror images,
     their probabilities are averaged (as mmsegmentation's test-time augmentation)."""
+    with autocast(options.precision, images.device):
+        return _predict(model, images, size, options)
+
+
+def _predict(
+    model: Callable[[Tensor], Tensor], images: Tensor, size: Sequence[int], options: Options
+) -> Tensor:
     height, width = size
     scales, flips = tuple(options.model.eval_scales), (False, True)[: 1 + options.model.eval_flip]
     padded = pad_to_multiple(images)
@@ -97,8 +105,9 @@ def predict(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Splits, options: Options, stop: Stop) -> dict[str, float]:
-    """Figures of the validation images, as SPLIT/NAME, of a model in eval mode. Raises Stopped."""
+def evaluate(model: nn.Module, data: Splits, options: Options, stop: Stop) -> Tensor:
+    """The confusion matrix int64 [K, K] of the validation images, of all ranks: pixels of true
+    class i predicted as j, without ignored pixels. model: in eval mode. Raises Stopped."""
     device = next(model.parameters()).device
     classes = data.validation.classes
     matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
@@ -110,7 +119,13 @@ def evaluate(model: nn.Module, data: Splits, options: Options, stop: Stop) -> di
         matrix += ao.confusion(predicted, labels, len(classes), ignore_index=IGNORED)
     if ranks.world() > 1:
         dist.all_reduce(matrix)
-    figures = summarize(matrix.cpu(), classes, data.frequencies, options.data.head_tail)
+    return matrix.cpu()
+
+
+def figures_of(confusion: Tensor, data: Splits, options: Options) -> dict[str, float]:
+    """Those of `summarize`, as SPLIT/NAME."""
+    classes = data.validation.classes
+    figures = summarize(confusion, classes, data.frequencies, options.data.head_tail)
     return {f"{options.data.split}/{name}": figure for name, figure in figures.items()}
 
 

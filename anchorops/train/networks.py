@@ -24,6 +24,7 @@ from .options import Model, expect
 # the parts that depend on the classes; in a checkpoint, a method is under "regularizer"
 HEADS = ("classifier.", "auxiliary.", "regularizer.")
 AUXILIARY_DIM = 256
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLASSES = {"cr": "SAR"} | {name.lower(): name for name in METHODS}  # of the methods
 
 
@@ -51,6 +52,7 @@ class Segmenter(nn.Module):
         self.classifier = nn.Conv2d(dim, num_classes, 1)
         self.auxiliary: nn.Sequential | None = None
         self._map: Tensor | None = None  # of the backbone, for the auxiliary head
+        self.left_out: Sequence[str] = ()  # tensors of the file of weights from which it starts
         if auxiliary_dim is not None:
             self.auxiliary = nn.Sequential(
                 *Conv2dNormActivation(auxiliary_dim, AUXILIARY_DIM, 3, inplace=False),
@@ -118,7 +120,8 @@ def build_model(options: Model, num_classes: int, channels: int = 3) -> Segmente
             nn.init.normal_(classifier.weight, std=options.classifier_std)
             nn.init.zeros_(classifier.bias)
     if options.weights:
-        load_weights(model, read_weights(options.weights), options.weights, HEADS)
+        weights = read_weights(options.weights)
+        model.left_out = load_weights(model, weights, options.weights, HEADS)
     if path := options.backbone_weights:
         loaded = {_flat_name(name): x for name, x in read_weights(path).items()}
         names = {_flat_name(name): name for name in model.backbone.state_dict()}
@@ -204,17 +207,19 @@ def load_weights(
     weights: Mapping[str, Tensor],
     path: Path | str,
     heads: tuple[str, ...] = (),
-) -> None:
+) -> list[str]:
     """Start from weights, of any floating dtype. Those of these heads are left out that the module
-    does not have, or has for another number of classes. torch adds the number of batches that batch
-    norm has seen, if it is missing. Raises ValueError for weights of another network, from the file
-    `path`."""
+    does not have, or has for another number of classes: their names are returned. torch adds the
+    number of batches that batch norm has seen, if it is missing. Raises ValueError for weights of
+    another network, from the file `path`."""
     own = module.state_dict()
+    left_out = [
+        name
+        for name, x in weights.items()
+        if name.startswith(heads) and (name not in own or own[name].shape != x.shape)
+    ]
     taken = {name: x for name, x in own.items() if name.startswith(heads)}
-    for name, x in weights.items():
-        fits = name in own and own[name].shape == x.shape
-        if fits or not name.startswith(heads):
-            taken[name] = x
+    taken |= {name: x for name, x in weights.items() if name not in left_out}
     try:  # some encoders of smp have another load_state_dict
         nn.Module.load_state_dict(module, taken)
     except RuntimeError as error:
@@ -223,6 +228,7 @@ def load_weights(
             f"weights {path} are not those of this --model.network and these --data.channels: "
             f"{reasons}"
         ) from None
+    return left_out
 
 
 def _flat_name(name: str) -> str:
@@ -245,6 +251,12 @@ def class_weights(options: Model, num_classes: int, frequencies: Tensor | None) 
         return None
     expect(len(weights) == num_classes, "--model.class_weights", f"{num_classes} numbers", weights)
     return torch.tensor(weights, dtype=torch.float32)
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """That of --precision: of the forward passes in training, evaluation and prediction."""
+    dtype = PRECISIONS[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def build_loss(options: Model, weights: Tensor | None = None) -> MomentsLoss:

@@ -230,7 +230,7 @@ class Options:
 # options on which a command depends that does not train
 PREDICT = """model.network model.weights model.channels_last model.evaluation model.window_stride
     model.eval_scales model.eval_flip data.crop data.channels data.short_side data.long_side
-    data.mean data.std data.nodata data.dataset device"""
+    data.mean data.std data.nodata data.dataset device precision"""
 VALIDATE = f"""{PREDICT} data.root data.workers data.eval_batch_size data.split
     data.head_tail data.val_images data.image_suffix data.mask_suffix data.label_map"""
 COUNTED = "seed data.data_seed data.train_images data.zipf"  # if there is no run whose data it has
@@ -269,8 +269,8 @@ def check_effects(
 
 
 # options on which no number of a run depends; they may differ where it goes on
-FREE = ["--data.root", "--data.workers", "--data.eval_batch_size"]
-FREE += ["--save_every", "--max_steps", "--max_hours"]
+FREE = ["--max_steps", "--max_hours", "--save_every"]
+FREE += ["--data.root", "--data.workers", "--data.eval_batch_size"]
 
 
 def expect(holds: bool, of: object, expected: str, got: object) -> None:

@@ -49,15 +49,17 @@ def say(line: str) -> None:
 def on_each(make: Callable[[], T]) -> T:
     """What each rank makes. If this fails, the first rank on which it does tells why, and the
     others end without a word."""
-    failed = rank()
+    made, error = None, None
     try:
         made = make()
-        failed = world()
-        return made
-    finally:
-        first = -largest(-failed)
-        if first < world() and rank() != first:
-            sys.exit(1)
+    except BaseException as raised:  # also Ctrl-C, or the others would wait for this rank
+        error = raised
+    first = -largest(-(world() if error is None else rank()))
+    if error is not None and first == rank():
+        raise error
+    if first < world():
+        sys.exit(1)
+    return made  # pyright: ignore[reportReturnType]
 
 
 def on_first(make: Callable[[], T]) -> T:

@@ -8,7 +8,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from pathlib import Path
 from textwrap import shorten
@@ -221,15 +221,21 @@ class Stopped(Exception):
         self.exit_status = exit_status
 
 
-class Stop(ExitStack):
+class Stop:
     """In its block, SIGTERM and Ctrl-C only ask to stop. advice: how to go on."""
 
     def __init__(self, advice: str) -> None:
-        super().__init__()
         self.advice, self._received = advice, 0
-        for signum in STOPPING:
-            if signal.getsignal(signum) != signal.SIG_IGN:  # as by `nohup`, or by a script's shell
-                self.callback(signal.signal, signum, signal.signal(signum, self._receive))
+
+    def __enter__(self) -> "Stop":
+        # ignored ones stay ignored: `nohup` or a script's shell has asked for it
+        handled = [x for x in STOPPING if signal.getsignal(x) != signal.SIG_IGN]
+        self._before = {x: signal.signal(x, self._receive) for x in handled}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
 
     def _receive(self, signum: int, _: object) -> None:
         self._received = signum

@@ -4,11 +4,13 @@ import gc
 import math
 import os
 import resource
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import imagecodecs
@@ -24,12 +26,17 @@ import anchorops as ao
 
 from . import ranks
 from .data.loading import Splits, mixed_seed, open_split, open_splits, training_batches
-from .evaluation import check_sizes, draw_predictions, evaluate
-from .networks import Learner, Segmenter, build_optimizer, read_checkpoint, set_learning_rates
+from .evaluation import check_sizes, draw_predictions, evaluate, figures_of
+from .networks import (
+    Learner,
+    Segmenter,
+    autocast,
+    build_optimizer,
+    read_checkpoint,
+    set_learning_rates,
+)
 from .options import Options, expect
 from .run import BEST, GO_ON, LAST, Log, Stop, check_run, describe, only_process, save_atomically
-
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def train(options: Options, run: Path, resume: bool, advice: str = GO_ON) -> None:
@@ -39,9 +46,9 @@ def train(options: Options, run: Path, resume: bool, advice: str = GO_ON) -> Non
     in_utf8 = str(run).encode(errors="replace").decode() == str(run)
     expect(in_utf8, "--run", "a path in UTF-8, for TensorBoard", ascii(str(run)))
     device = ranks.start(options.device)
-    parts, images = options.accumulate * ranks.world(), options.data.batch_size
-    multiple = f"a multiple of --accumulate × ranks = {parts}"
-    expect(images % parts == 0, "--data.batch_size", multiple, images)
+    batches, images = options.accumulate * ranks.world(), options.data.batch_size
+    multiple = f"a multiple of --accumulate × ranks = {batches}"
+    expect(images % batches == 0, "--data.batch_size", multiple, images)
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -64,22 +71,21 @@ def train(options: Options, run: Path, resume: bool, advice: str = GO_ON) -> Non
 
 def fit(options: Options, run: Path, data: Splits, device: torch.device, stop: Stop) -> int:
     """Train from the last state or the start, to the end or a limit; returns the last step."""
-    steps, dtype = options.data.steps, PRECISIONS[options.precision]
-    goes_on, classes = (run / LAST).exists(), len(data.training.classes)
+    steps, classes, goes_on = options.data.steps, len(data.training.classes), (run / LAST).exists()
     learner = ranks.on_each(lambda: build(options, classes, device, data, from_state=goes_on))
     # with unused parameters DDP keeps its buckets, so that gradients are summed in one order, also
     # where a run goes on
     parallel = DDP(learner, find_unused_parameters=True) if ranks.world() > 1 else learner
     optimizer = build_optimizer(options.model, learner.model, options.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
-    parts: dict[str, Any] = {"model": learner.model, "optimizer": optimizer, "scaler": scaler}
+    stateful: dict[str, Any] = {"model": learner.model, "optimizer": optimizer, "scaler": scaler}
     validated = learner.model
     if options.ema is not None:
         average_of = get_ema_multi_avg_fn(options.ema)
         average = AveragedModel(learner.model, multi_avg_fn=average_of, use_buffers=True)
-        parts["average"] = average
+        stateful["average"] = average
         validated = average.module
-    record = ranks.on_each(lambda: Record(options, run, data, parts))
+    record = ranks.on_each(lambda: Record(options, run, data, stateful))
     step = record.step
     last = min(steps, options.max_steps or steps)
     end = time.monotonic() + 3600 * (options.max_hours or math.inf)
@@ -95,7 +101,7 @@ def fit(options: Options, run: Path, data: Splits, device: torch.device, stop: S
             images, labels = (x.to(device, non_blocking=True) for x in next(batches))
             adds = part + 1 < options.accumulate
             with parallel.no_sync() if adds and isinstance(parallel, DDP) else nullcontext():
-                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                with autocast(options.precision, device):
                     loss, terms = parallel(images, labels)
                 scaler.scale(loss / options.accumulate).backward()
         if options.clip is not None:
@@ -104,8 +110,8 @@ def fit(options: Options, run: Path, data: Splits, device: torch.device, stop: S
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        if "average" in parts:
-            parts["average"].update_parameters(learner.model)
+        if "average" in stateful:
+            stateful["average"].update_parameters(learner.model)
         step += 1
         record.log(step, lr, terms)
         stopped = stop.asked(late=time.monotonic() > end)
@@ -131,6 +137,9 @@ def build(
         model = replace(model, pretrained=False, weights=None, backbone_weights=None)
     torch.manual_seed(options.seed)
     learner = Learner(model, classes, options.data.channels, *shares)
+    if data is not None and learner.model.left_out:
+        names = shorten(", ".join(learner.model.left_out), 300)
+        ranks.say(f"{model.weights}: left out, because they do not fit: {names}")
     synchronised = ranks.world() if device.type == "cuda" else 1  # batch norm
     batch = options.data.batch_size // (options.accumulate * ranks.world())
     check_sizes(learner.model, options, sizes, batch * synchronised)
@@ -152,16 +161,18 @@ def place(module: nn.Module, model: Segmenter, options: Options, device: torch.d
 class Record:
     """What a run leaves: its state, log, best weights and pictures, written by the first rank."""
 
-    def __init__(self, options: Options, run: Path, data: Splits, parts: Mapping[str, Any]) -> None:
-        """parts: what has a state; it is loaded, if there is one. Raises ValueError for other data
-        than those of the run."""
-        self.run, self.data, self.parts, self.step = run, data, parts, 0
+    def __init__(
+        self, options: Options, run: Path, data: Splits, stateful: Mapping[str, Any]
+    ) -> None:
+        """stateful: by their names in the state, which is loaded, if there is one. Raises
+        ValueError for other data than those of the run."""
+        self.run, self.data, self.stateful, self.step = run, data, stateful, 0
         self.options = replace(options, data=data.options)  # with what was measured
         ranks.on_first(lambda: describe(run, options, data.found))
         if (run / LAST).exists():
             state = read_checkpoint(run / LAST, "optimizer")
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
+            for name, owner in stateful.items():
+                owner.load_state_dict(state[name])
             self.step = state["step"]
             ranks.say(f"{run} goes on from step {self.step}")
         self.metrics = Log(run, self.step)
@@ -185,16 +196,20 @@ class Record:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
             if torch.cuda.is_initialized():
                 memory = torch.cuda.max_memory_allocated() / 2**20
-            values = {"loss": terms["loss"], "lr": lr, **terms}
+            loss, steps = float(terms["loss"]), self.options.data.steps
+            values = {"loss": loss, "lr": lr, **terms}
             self.metrics.write(step, values | {"seconds_per_step": seconds, "memory_mb": memory})
-            self.bar.set_postfix(loss=float(terms["loss"]))
+            self.bar.set_postfix(loss=loss)
+            if self.bar.disable:  # there is no terminal
+                left = tqdm.format_interval(seconds * (steps - step))
+                ranks.say(f"step {step} of {steps}: loss {loss:.4g}, lr {lr:.3g}, {left} left")
 
     def save(self, step: int) -> None:
         ranks.on_first(lambda: self._save(step))
 
     def _save(self, step: int) -> None:
         """Raises ValueError, and keeps the earlier state, if a weight is not finite."""
-        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state = {name: owner.state_dict() for name, owner in self.stateful.items()}
         numbers = [x for x in state["model"].values() if x.is_floating_point()]
         if not nn.utils.get_total_norm(numbers).isfinite():
             lr = self.options.model.lr
@@ -207,14 +222,16 @@ class Record:
 
     def validate(self, step: int, model: nn.Module, stop: Stop) -> None:
         """Raises Stopped; then the validation is repeated when the run goes on."""
-        figures = evaluate(model.eval(), self.data, self.options, stop)
+        matrix = evaluate(model.eval(), self.data, self.options, stop)
+        figures = figures_of(matrix, self.data, self.options)
         ranks.on_first(lambda: self._keep(step, model, figures))
         model.train()
         self._begin, self._from = time.perf_counter(), step
 
     def _keep(self, step: int, model: nn.Module, figures: dict[str, float]) -> None:
         """The log comes last, because it tells that the step is validated."""
-        self.bar.write(f"step {step}: mIoU {100 * figures['val/miou']:.1f} %")
+        line = f"step {step}: mIoU {100 * figures['val/miou']:.1f} %"
+        self.bar.write(line, file=sys.stderr)  # which has no buffer, unlike stdout in a file
         best, miou = self.run / BEST, figures["val/miou"]
         if not best.exists() or miou > read_checkpoint(best, "miou")["miou"]:
             save_atomically({"model": model.state_dict(), "step": step, "miou": miou}, best)

@@ -91,6 +91,8 @@ def test_weights_start_a_model_with_other_classes(auxiliary: bool, tmp_path: Pat
     torch.save({"model": source.model.state_dict()}, path)
     model = build_model(Model(weights=str(path), auxiliary_weight=0.4 * (not auxiliary)), 9)
     assert torch.equal(next(model.parameters()), next(source.parameters()))
+    names = {x for x in source.model.state_dict() if x.startswith(("classifier", "auxil", "regul"))}
+    assert {*model.left_out} == names >= {"classifier.weight", "classifier.bias"}
 
 
 @pytest.mark.parametrize(

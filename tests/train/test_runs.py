@@ -1,5 +1,6 @@
 """What a run leaves, how it goes on and is compared, and what it needs."""
 
+import csv
 import inspect
 import math
 import multiprocessing
@@ -16,16 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from anchorops.train import __main__ as start
 from anchorops.train import commands, networks
 from anchorops.train import train as training
 from anchorops.train.commands import main
+from anchorops.train.options import FREE
 from anchorops.train.run import Log, Stopped, only_process, read_metrics, save_atomically
 from tests.helpers.image_files import image, mask, write
 from tests.helpers.tiny_runs import (
@@ -97,6 +102,8 @@ def test_limits_of_a_run(small: None, tmp_path: Path, refused: Refused, capsys):
     """The printed advice goes on, also after a limit of time."""
     words, run = f"{PLAIN} --log_every 1 --val_every 2", tmp_path / "run"
     straight = fitted(f"{words} --run {tmp_path}/straight")
+    line = r"^step (\d) of 6: loss [\d.]+, lr [\d.e-]+, \d\d:\d\d left$"  # without a terminal
+    assert re.findall(line, capsys.readouterr().err, re.MULTILINE) == [*"123456"]
 
     def advised(words: str, reason: str) -> str:
         assert main(words.split()) == 0
@@ -163,12 +170,36 @@ def test_best_weights_are_those_that_were_validated(small: None, tmp_path: Path)
     assert commands.validate(["--run", str(run)]) == pytest.approx(logged, abs=1e-7)
 
 
+def test_precision_and_confusion_of_an_evaluation(copied: Path):
+    """The precision is that of the run. The matrix has names; other weights leave none."""
+    dtypes = list[torch.dtype]()
+
+    def keep(module: nn.Module, _: object, output: Any) -> None:
+        if isinstance(module, networks.Segmenter):
+            dtypes.append(output.dtype)
+
+    with register_module_forward_hook(keep):
+        found = commands.validate(["--run", str(copied)])
+        assert dtypes[-1] == torch.float32
+        rows = [*csv.DictReader((copied / "confusion.csv").read_text().splitlines())]
+        (copied / "confusion.csv").unlink()
+        words = f"--config {copied}/config.yaml --model.weights {copied}/best.ckpt --precision bf16"
+        commands.validate(words.split())
+    assert not (copied / "confusion.csv").exists()
+    assert dtypes[-1] == torch.bfloat16
+    known = yaml.safe_load((copied / "data.yaml").read_text())
+    assert [row.pop("true class") for row in rows] == [*rows[0]] == known["classes"]
+    matrix = np.array([[*map(int, row.values())] for row in rows])
+    assert matrix.sum(1).tolist() == known["validation pixels"]
+    assert matrix.trace() / matrix.sum() == pytest.approx(found["val/accuracy"], abs=1e-6)
+
+
 def test_diverged_network_is_not_saved(small: None, tmp_path: Path, monkeypatch, refused: Refused):
     log = training.Record.log
 
     def diverge(self: Any, step: int, *others: Any) -> None:
         if step == 4:
-            self.parts["model"].body.backbone[1].running_var.fill_(math.inf)
+            self.stateful["model"].body.backbone[1].running_var.fill_(math.inf)
         log(self, step, *others)
 
     monkeypatch.setattr(training.Record, "log", diverge)
@@ -341,7 +372,20 @@ def test_other_data(small: None, folder: Path, tmp_path_factory, monkeypatch, re
     assert state(run)["step"] == 2
 
 
-def test_documented_loop():
-    """The page has the loop's exact lines."""
-    page = Path(__file__).parents[2] / "docs/training.md"
-    assert f"```py\n{inspect.getsource(training.fit)}```" in page.read_text()
+def test_documented_lines(straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The page has the loop's exact lines, and what may differ where a run goes on. Its lines in
+    Python read the best weights, as does the ONNX model that they write."""
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text()
+    assert f"```py\n{inspect.getsource(training.fit)}```" in page
+    assert ", ".join(f"`{name}`" for name in FREE) in page
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/digits-plain-seed0").symlink_to(straight)
+    write(tmp_path / "a.jpg", image(32, 32))
+    monkeypatch.chdir(tmp_path)
+    (lines,) = (x for x in re.findall("```py\n(.*?)```", page, re.DOTALL) if "onnx" in x)
+    exec(lines, names := dict[str, Any]())
+    commands.predict_masks(["--run", str(straight), "--images", "a.jpg", "--out", "masks"])
+    np.testing.assert_array_equal(names["classes"][0], np.array(Image.open("masks/a.png")))
+    inputs = names["images"].cpu()
+    (logits,) = onnxruntime.InferenceSession("model.onnx").run(None, {"images": inputs.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), names["model"](inputs), atol=1e-4, rtol=0)
