@@ -22,8 +22,8 @@ from . import ranks
 from .data.folders import IMAGES, files_of
 from .data.images import read_image
 from .data.loading import CHANNELS, Like, check_bits, network_input, open_splits
-from .evaluation import check_sizes, evaluate, figures_of, predict
-from .networks import Segmenter, trained_model
+from .evaluation import check_crop, check_sizes, evaluate, figures_of, predict
+from .networks import Segmenter, own_numbers, trained_model
 from .options import Options, check_effects, expect, flat
 from .run import BEST, CONFIG, DATA, GO_ON, Stop, Stopped, comparison, read_yaml, save_atomically
 from .train import place, train
@@ -170,6 +170,7 @@ def trained(options: Options, run: Path) -> Segmenter:
     device = ranks.start(options.device)
     ranks.check_alike(options, path)
     model = trained_model(options.model, path, options.data.channels)
+    check_crop(model, options)
     place(model, model, options, device)
     return model.eval()
 
@@ -188,6 +189,8 @@ def of_training(
     if data.mean is not None and any([*given[x]] != channels.get(x) for x in given):
         return options, found, None  # they are given for these images
     if not channels:
+        mean, std = own_numbers(options.model, data.channels) or (None, None)
+        options = replace(options, data=replace(data, mean=mean, std=std))
         return options, found, (True, "--data.mean and --data.std are not given")
     data = replace(data, mean=channels["mean"], std=channels["std"])
     return replace(options, data=data), found, (channels["8 bits"], "the images of the run")

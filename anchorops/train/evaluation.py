@@ -23,7 +23,7 @@ import anchorops as ao
 from . import IGNORED, MULTIPLE, ranks
 from .data.loading import Segmentation, Splits, network_input, validation_batches
 from .networks import autocast
-from .options import Options
+from .options import Options, expect
 from .run import Stop
 
 PICTURES, SIZE = 8, (192, 192)  # validation images in predictions.png, and their pixels
@@ -31,10 +31,21 @@ Size = tuple[int, ...]
 SQUARES = (32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 768, 1024)
 
 
-def pad_to_multiple(images: Tensor) -> Tensor:
-    """(…, h, w), padded at the bottom and at the right to sizes that the networks support."""
+def multiple_of(model: Callable[[Tensor], Tensor]) -> int:
+    """Image sides are multiples of this, the coarsest stride of a network."""
+    return getattr(model, "multiple", MULTIPLE)
+
+
+def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
+    """(…, h, w), padded at the bottom and at the right to sizes that the network supports."""
     height, width = images.shape[-2:]
-    return F.pad(images, (0, -width % MULTIPLE, 0, -height % MULTIPLE))
+    return F.pad(images, (0, -width % multiple, 0, -height % multiple))
+
+
+def check_crop(model: nn.Module, options: Options) -> None:
+    crop, multiple = options.data.crop, multiple_of(model)
+    fits = crop[0] % multiple == crop[1] % multiple == 0
+    expect(fits, "--data.crop", f"two multiples of {multiple}", crop)
 
 
 def _windows(
@@ -42,19 +53,20 @@ def _windows(
 ) -> tuple[Iterator[tuple[Size, Tensor]], Size, Size]:
     """What `ao.window_argmax` takes: logits of windows of images (B, C, h, w), or of whole images,
     and the sizes of an image and of a window. The padding of a window reaches past the border of
-    the image: crops, whose sides are multiples of 32, are padded where the image is smaller."""
+    the image: crops, whose sides are multiples, are padded where the image is smaller."""
     image_size = tuple(images.shape[2:])
     crop = stride = image_size
     if options.model.evaluation == "sliding":
         crop = options.data.crop
         stride = options.model.window_stride or tuple(max(1, side * 2 // 3) for side in crop)
     inside = tuple(map(min, crop, image_size))
-    padded = tuple(side + -side % MULTIPLE for side in inside)
+    multiple = multiple_of(model)
+    padded = tuple(side + -side % multiple for side in inside)
 
     def windows() -> Iterator[tuple[Size, Tensor]]:
         for top, left in ao.window_origins(image_size, crop, stride):
             part = images[..., top : top + inside[0], left : left + inside[1]]
-            yield (top, left), model(pad_to_multiple(part))
+            yield (top, left), model(pad_to_multiple(part, multiple))
 
     return windows(), image_size, padded
 
@@ -87,7 +99,7 @@ def _predict(
 ) -> Tensor:
     height, width = size
     scales, flips = tuple(options.model.eval_scales), (False, True)[: 1 + options.model.eval_flip]
-    padded = pad_to_multiple(images)
+    padded = pad_to_multiple(images, multiple_of(model))
     aligned = padded.shape == images.shape  # padded and scaled images are interpolated twice
     once = aligned or images.shape[2:] == (height, width)
     if scales == (1.0,) and flips == (False,):
@@ -189,7 +201,8 @@ def check_sizes(
 
     sizes: (H, W) of the validation images, if they are known. batch: of a training step.
     """
-    crop, channels = options.data.crop, options.data.channels
+    check_crop(model, options)
+    crop, channels, multiple = options.data.crop, options.data.channels, multiple_of(model)
     model = copy.deepcopy(model).to("meta")
 
     @cache
@@ -218,8 +231,9 @@ def check_sizes(
                 "a --data.crop, and --model.evaluation sliding for validation images of other "
                 "sizes, with a --data.short_side with which no side of an image is below the crop's"
             )
-        return torch.zeros(1, 2, height // MULTIPLE, width // MULTIPLE)
+        return torch.zeros(1, 2, height // multiple, width // multiple)
 
+    checked.multiple = multiple  # pyright: ignore[reportFunctionMemberAccess]
     checked(torch.empty(1, channels, *crop))
     ends = {end(sizes, key=itemgetter(axis)) for end in (min, max) for axis in (0, 1) if sizes}
     for size in ends:

@@ -3,6 +3,7 @@ losses a network is one module, which DDP wraps and torch.compile compiles."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -18,11 +19,12 @@ from torchvision.ops import Conv2dNormActivation
 import anchorops as ao
 
 from ..losses import METHODS, MomentsLoss, Regularizer
-from . import IGNORED
+from . import IGNORED, MULTIPLE
 from .options import Model, expect
 
 # the parts that depend on the classes; in a checkpoint, a method is under "regularizer"
 HEADS = ("classifier.", "auxiliary.", "regularizer.")
+FROZEN = "frozen.ckpt"  # beside the states of a run: the weights of a backbone that stays as it is
 AUXILIARY_DIM = 256
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLASSES = {"cr": "SAR"} | {name.lower(): name for name in METHODS}  # of the methods
@@ -35,7 +37,8 @@ class Segmenter(nn.Module):
     The methods use the input of its classifier. If auxiliary_dim is given, the number of channels
     of the backbone's second last map, there is an auxiliary head on this map, in training:
     mmsegmentation's FCNHead with one convolution. dropout: share of the channels that are dropped
-    before the classifier in training.
+    before the classifier in training. frozen: the backbone stays in evaluation mode, without
+    gradients, and is no part of the state.
     """
 
     def __init__(
@@ -45,9 +48,16 @@ class Segmenter(nn.Module):
         num_classes: int,
         auxiliary_dim: int | None = None,
         dropout: float = 0.0,
+        frozen: bool = False,
     ) -> None:
         super().__init__()
         self.body = body
+        self.multiple = getattr(body, "multiple", MULTIPLE)  # of this, image sides are multiples
+        self.frozen = frozen
+        if frozen:
+            self.backbone.requires_grad_(False).eval()
+            self.register_state_dict_post_hook(_leave_backbone_out)
+            self.register_load_state_dict_pre_hook(_keep_backbone)
         self.dropout = nn.Dropout2d(dropout) if dropout else nn.Identity()
         self.classifier = nn.Conv2d(dim, num_classes, 1)
         self.auxiliary: nn.Sequential | None = None
@@ -67,6 +77,12 @@ class Segmenter(nn.Module):
         body = self.body
         return body.backbone if hasattr(body, "backbone") else body.encoder  # pyright: ignore
 
+    def train(self, mode: bool = True) -> "Segmenter":
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
     def forward(self, images: Tensor) -> Tensor:
         return self.classifier(self.dropout(self.body(images)))
 
@@ -78,6 +94,65 @@ class Segmenter(nn.Module):
         is no auxiliary head."""
         kept, self._map = self._map, None
         return None if self.auxiliary is None else self.auxiliary(kept)
+
+
+def _backbone_names(model: nn.Module) -> str:
+    """What the names of the backbone's weights begin with."""
+    assert isinstance(model, Segmenter)
+    return next(f"{name}." for name, x in model.named_modules() if x is model.backbone)
+
+
+def _leave_backbone_out(model: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
+    for name in [x for x in state if x.startswith(prefix + _backbone_names(model))]:
+        del state[name]
+
+
+def _keep_backbone(model: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Its own weights, where a state does not have them."""
+    assert isinstance(model, Segmenter)
+    for name, x in model.backbone.state_dict().items():
+        state.setdefault(prefix + _backbone_names(model) + name, x)
+
+
+class ProbeBody(nn.Module):
+    """Maps of a frozen backbone of timm, after its last norm: upsampled to the size of the first
+    one, joined, and normalised by batch norm, whose weights would add nothing before a convolution.
+    `multiple`: of this, image sides are multiples."""
+
+    def __init__(self, name: str, channels: int, pretrained: bool, levels: Sequence[int]) -> None:
+        super().__init__()
+        make = partial(timm.create_model, name, pretrained=pretrained, in_chans=channels)
+        try:
+            self.backbone: Any = make(num_classes=0, dynamic_img_size=True)
+        except TypeError:  # convolutional networks take images of any size
+            self.backbone = make(num_classes=0)
+        known = self.backbone.feature_info
+        fits = all(-len(known) <= level < len(known) for level in levels)
+        expect(fits, "--model.probe_levels", f"those of {len(known)}", levels)
+        self.levels = sorted({level % len(known) for level in levels})
+        self.multiple = max(known[level]["reduction"] for level in self.levels)
+        self.norm = nn.BatchNorm2d(sum(known[i]["num_chs"] for i in self.levels), affine=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        first, *others = self.backbone.forward_intermediates(
+            images, self.levels, norm=True, intermediates_only=True
+        )
+        return self.norm(_joined(first, others))
+
+
+def _joined(first: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """Maps, upsampled to the size of the first one."""
+    size = first.shape[2:]
+    resized = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in others]
+    return torch.cat([first, *resized], dim=1)
+
+
+def own_numbers(options: Model, channels: int) -> tuple[Sequence[float], Sequence[float]] | None:
+    """Mean and standard deviation of the images with which a probe's backbone was trained, in
+    values of 8 bits; None if they are not known."""
+    name = options.network.removeprefix("probe:")
+    known = timm.get_pretrained_cfg(name) if name != options.network and channels == 3 else None
+    return known and ([255 * x for x in known.mean], [255 * x for x in known.std])
 
 
 class HRNetBody(nn.Module):
@@ -99,9 +174,7 @@ class HRNetBody(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         first, *others = self.backbone(images)
-        size = first.shape[2:]
-        resized = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in others]
-        return self.mix(torch.cat([first, *resized], dim=1))
+        return self.mix(_joined(first, others))
 
 
 def build_model(options: Model, num_classes: int, channels: int = 3) -> Segmenter:
@@ -113,7 +186,7 @@ def build_model(options: Model, num_classes: int, channels: int = 3) -> Segmente
     except (KeyError, RuntimeError, ValueError) as error:  # of smp, of timm
         raise ValueError(f"--model.network {options.network}: {error}") from None
     auxiliary_dim = stages[-2] if options.auxiliary_weight > 0 else None
-    model = Segmenter(body, dim, num_classes, auxiliary_dim, options.dropout)
+    model = Segmenter(body, dim, num_classes, auxiliary_dim, options.dropout, options.frozen)
     if options.classifier_std is not None:
         auxiliary: list[Any] = [] if model.auxiliary is None else [model.auxiliary[-1]]
         for classifier in [model.classifier, *auxiliary]:
@@ -121,13 +194,30 @@ def build_model(options: Model, num_classes: int, channels: int = 3) -> Segmente
             nn.init.zeros_(classifier.bias)
     if options.weights:
         weights = read_weights(options.weights)
-        model.left_out = load_weights(model, weights, options.weights, HEADS)
-    if path := options.backbone_weights:
-        loaded = {_flat_name(name): x for name, x in read_weights(path).items()}
-        names = {_flat_name(name): name for name in model.backbone.state_dict()}
-        used = {names[flat]: x for flat, x in loaded.items() if flat in names}
-        load_weights(model.backbone, used, path)
+        model.left_out = load_trained(model, weights, options.weights, HEADS)
+    if options.backbone_weights:
+        load_backbone(model, options.backbone_weights)
     return model
+
+
+def load_backbone(model: Segmenter, path: Path | str) -> None:
+    """From a file with the names of timm or smp, or from that of a frozen backbone."""
+    loaded = {_flat_name(name): x for name, x in read_weights(path).items()}
+    names = {_flat_name(name): name for name in model.backbone.state_dict()}
+    used = {names[flat]: x for flat, x in loaded.items() if flat in names}
+    load_weights(model.backbone, used, path)
+
+
+def load_trained(
+    model: Segmenter, weights: Mapping[str, Tensor], path: Path | str, heads: tuple[str, ...]
+) -> list[str]:
+    """As `load_weights`; a frozen backbone from the file beside `path`, if the weights lack it."""
+    left_out = load_weights(model, weights, path, heads)
+    if model.frozen and not any(x.startswith(_backbone_names(model)) for x in weights):
+        frozen = Path(path).with_name(FROZEN)
+        expect(frozen.exists(), path, f"{FROZEN} beside it, of its backbone", "no such file")
+        load_backbone(model, frozen)
+    return left_out
 
 
 def _body(options: Model, channels: int) -> tuple[nn.Module, int, Sequence[int]]:
@@ -135,8 +225,12 @@ def _body(options: Model, channels: int) -> tuple[nn.Module, int, Sequence[int]]
     its features and of its backbone's maps. Those made for one image size accept other sizes too.
     The own dropout of a decoder is off if there is dropout before the classifier."""
     pretrained = options.pretrained and not (options.weights or options.backbone_weights)
+    kind, _, name = options.network.partition(":")
+    if kind == "probe":
+        body: Any = ProbeBody(name, channels, pretrained, options.probe_levels)
+        return body, body.norm.num_features, ()
     if options.network.startswith("hrnet-"):
-        body: Any = HRNetBody(options.network.replace("-", "_"), channels, pretrained)
+        body = HRNetBody(options.network.replace("-", "_"), channels, pretrained)
         stages = body.backbone.feature_info.channels()
         return body, sum(stages), stages
     name = options.network.replace("segformer-", "segformer:mit_")
@@ -198,7 +292,7 @@ def trained_model(options: Model, path: Path, channels: int) -> Segmenter:
     classes = len(weights["classifier.weight"])
     options = replace(options, pretrained=False, weights=None, backbone_weights=None)
     model = build_model(options, classes, channels)
-    load_weights(model, {"classifier.bias": torch.zeros(classes), **weights}, path, HEADS[1:])
+    load_trained(model, {"classifier.bias": torch.zeros(classes), **weights}, path, HEADS[1:])
     return model
 
 

@@ -18,8 +18,6 @@ from jsonargparse.typing import (
     restricted_number_type,
 )
 
-from . import MULTIPLE
-
 # also "nan", which jsonargparse takes for a text where a float is expected
 Number = restricted_number_type("Number", float, [("==", 0), ("!=", 0)], join="or")
 # as it, read by our loader alone: for jsonargparse 1:30 is 90
@@ -34,7 +32,10 @@ class Model:
     """The network, its losses and its optimizer.
 
     Args:
-        network: hrnet-w18-small to -w64, segformer-b0 to -b5, or smp's ARCHITECTURE:ENCODER.
+        network: hrnet-w18-small to -w64, segformer-b0 to -b5, smp's ARCHITECTURE:ENCODER, or
+            probe:NAME, a frozen backbone of timm with batch norm and a classifier.
+        probe_levels: Of a probe's backbone; with several, their maps are joined.
+        freeze: Keep the backbone's weights and statistics; those of a probe are always kept.
         pretrained: Start from ImageNet weights (downloaded).
         weights: Start from the weights in this file; with validate and predict, use them.
         backbone_weights: Start the backbone from this file, with the names of timm or smp.
@@ -65,6 +66,8 @@ class Model:
     """
 
     network: str = "hrnet-w18-small"
+    probe_levels: Sequence[Integer] = (-1,)
+    freeze: bool = False
     pretrained: bool = False
     weights: str | None = None
     backbone_weights: str | None = None
@@ -91,6 +94,10 @@ class Model:
     window_stride: tuple[PositiveInt, PositiveInt] | None = None
     eval_scales: Sequence[PositiveFloat] = (1.0,)
     eval_flip: bool = False
+
+    @property
+    def frozen(self) -> bool:
+        return self.freeze or self.network.startswith("probe:")
 
 
 @dataclass
@@ -192,8 +199,6 @@ class Options:
     def __post_init__(self) -> None:
         model, data, crop = self.model, self.data, self.data.crop
         stride = model.window_stride or (1, 1)
-        multiples = crop[0] % MULTIPLE == crop[1] % MULTIPLE == 0
-        expect(multiples, "--data.crop", f"two multiples of {MULTIPLE}", crop)
         fits = stride[0] <= crop[0] and stride[1] <= crop[1]
         expect(fits, "--model.window_stride", f"at most the crop's {crop}", stride)
         scales = model.eval_scales
@@ -223,14 +228,16 @@ class Options:
         for name, value in flat(asdict(self)).items():
             finite = not isinstance(value, float) or math.isfinite(value)
             expect(finite or name == "--data.nodata", name, "a finite number", value)
-        no_map = model.network.startswith("dpt:") and model.auxiliary_weight > 0
-        expect(not no_map, "--model.auxiliary_weight", "0 for DPT", model.auxiliary_weight)
+        no_map = model.network.startswith(("dpt:", "probe:")) and model.auxiliary_weight > 0
+        none = "0 for DPT and probes"
+        expect(not no_map, "--model.auxiliary_weight", none, model.auxiliary_weight)
+        expect(len(model.probe_levels) > 0, "--model.probe_levels", "at least one", "none")
 
 
 # options on which a command depends that does not train
-PREDICT = """model.network model.weights model.channels_last model.evaluation model.window_stride
-    model.eval_scales model.eval_flip data.crop data.channels data.short_side data.long_side
-    data.mean data.std data.nodata data.dataset device precision"""
+PREDICT = """model.network model.probe_levels model.weights model.channels_last model.evaluation
+    model.window_stride model.eval_scales model.eval_flip data.crop data.channels data.short_side
+    data.long_side data.mean data.std data.nodata data.dataset device precision"""
 VALIDATE = f"""{PREDICT} data.root data.workers data.eval_batch_size data.split
     data.head_tail data.val_images data.image_suffix data.mask_suffix data.label_map"""
 COUNTED = "seed data.data_seed data.train_images data.zipf"  # if there is no run whose data it has
@@ -246,10 +253,13 @@ def check_effects(
     model, data = options.model, options.data
     on_disk, weights = data.dataset != "digits", model.weights or model.backbone_weights
     of_ce = "model.class_weights model.label_smoothing model.ohem_threshold model.ohem_min_kept"
+    probe = model.network.startswith("probe:")
     scenes = "data.train_images data.val_images data.zipf data.data_seed"
     suffixes = "data.image_suffix data.mask_suffix"
     needs = [  # options, what they need, and whether it is there
         ("model.pretrained", "no file of weights", not weights),
+        ("model.probe_levels", "--model.network probe:NAME", probe),
+        ("model.freeze", "another --model.network than a probe", not probe),
         ("model.focal_gamma", "--model.loss focal", model.loss == "focal"),
         (of_ce, "another --model.loss than dice", model.loss != "dice"),
         ("model.window_stride", "--model.evaluation sliding", model.evaluation == "sliding"),

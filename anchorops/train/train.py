@@ -28,10 +28,12 @@ from . import ranks
 from .data.loading import Splits, mixed_seed, open_split, open_splits, training_batches
 from .evaluation import check_sizes, draw_predictions, evaluate, figures_of
 from .networks import (
+    FROZEN,
     Learner,
     Segmenter,
     autocast,
     build_optimizer,
+    own_numbers,
     read_checkpoint,
     set_learning_rates,
 )
@@ -61,7 +63,8 @@ def train(options: Options, run: Path, resume: bool, advice: str = GO_ON) -> Non
             split = ranks.on_first(lambda: open_split(options.data, "train", options.seed))
             ranks.on_each(lambda: build(options, len(split.classes), device))
             gc.collect()  # this network, whose modules refer to each other
-        data = open_splits(options.data, options.seed)
+        own = own_numbers(options.model, options.data.channels)
+        data = open_splits(options.data, options.seed, own=own)
         with Stop(advice) as stop:
             last = fit(options, run, data, device, stop)
     steps = options.data.steps
@@ -72,7 +75,8 @@ def train(options: Options, run: Path, resume: bool, advice: str = GO_ON) -> Non
 def fit(options: Options, run: Path, data: Splits, device: torch.device, stop: Stop) -> int:
     """Train from the last state or the start, to the end or a limit; returns the last step."""
     steps, classes, goes_on = options.data.steps, len(data.training.classes), (run / LAST).exists()
-    learner = ranks.on_each(lambda: build(options, classes, device, data, from_state=goes_on))
+    of_run = run if goes_on else None
+    learner = ranks.on_each(lambda: build(options, classes, device, data, of_run))
     # with unused parameters DDP keeps its buckets, so that gradients are summed in one order, also
     # where a run goes on
     parallel = DDP(learner, find_unused_parameters=True) if ranks.world() > 1 else learner
@@ -126,15 +130,16 @@ def build(
     classes: int,
     device: torch.device,
     data: Splits | None = None,
-    *,
-    from_state: bool = False,
+    of_run: Path | None = None,
 ) -> Learner:
     """The network with its methods and losses, on its device. data: None before they are read.
-    Raises ValueError for a network, weights or arguments of methods that cannot be."""
+    of_run: the run whose state it gets then. Raises ValueError for a network, weights or arguments
+    of methods that cannot be."""
     model = options.model
     sizes, shares = ((), ()) if data is None else (data.sizes, (data.prior, data.frequencies))
-    if from_state:  # which has what the files of weights had
-        model = replace(model, pretrained=False, weights=None, backbone_weights=None)
+    if of_run:  # it has what the files of weights had
+        frozen = str(of_run / FROZEN) if model.frozen else None
+        model = replace(model, pretrained=False, weights=None, backbone_weights=frozen)
     torch.manual_seed(options.seed)
     learner = Learner(model, classes, options.data.channels, *shares)
     if data is not None and learner.model.left_out:
@@ -168,7 +173,8 @@ class Record:
         ValueError for other data than those of the run."""
         self.run, self.data, self.stateful, self.step = run, data, stateful, 0
         self.options = replace(options, data=data.options)  # with what was measured
-        ranks.on_first(lambda: describe(run, options, data.found))
+        found = data.found | ranks.on_first(self._keep_frozen)
+        ranks.on_first(lambda: describe(run, options, found))
         if (run / LAST).exists():
             state = read_checkpoint(run / LAST, "optimizer")
             for name, owner in stateful.items():
@@ -203,6 +209,15 @@ class Record:
             if self.bar.disable:  # there is no terminal
                 left = tqdm.format_interval(seconds * (steps - step))
                 ranks.say(f"step {step} of {steps}: loss {loss:.4g}, lr {lr:.3g}, {left} left")
+
+    def _keep_frozen(self) -> dict[str, str]:
+        """Write the weights of a frozen backbone once; their checksum, which data.yaml has."""
+        model, path = self.stateful["model"], self.run / FROZEN
+        if not model.frozen:
+            return {}
+        if not (self.run / LAST).exists():
+            save_atomically(model.backbone.state_dict(), path)
+        return {"frozen weights": ranks.checksum(path)}
 
     def save(self, step: int) -> None:
         ranks.on_first(lambda: self._save(step))

@@ -36,7 +36,7 @@ class Body(nn.Module):
 
 def small_network(options: Model, num_classes: int, channels: int = 3) -> Segmenter:
     """In place of build_model."""
-    return Segmenter(Body(), 16, num_classes, dropout=options.dropout)
+    return Segmenter(Body(), 16, num_classes, dropout=options.dropout, frozen=options.frozen)
 
 
 def fitted(words: str) -> Path:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import anchorops as ao
+from anchorops.train import MULTIPLE
 from anchorops.train.evaluation import pad_to_multiple, predict, summarize
 from anchorops.train.options import Data, Model, Options
 from tests.helpers.memory import peak_allocated_bytes
@@ -35,7 +36,7 @@ def stored(
         for left in starts(width, columns, right):
             after, below = max(0, width - left - columns), max(0, height - top - rows)
             part = images[..., top : height - below, left : width - after]
-            padded = pad_to_multiple(part)
+            padded = pad_to_multiple(part, MULTIPLE)
             logits = F.interpolate(model(padded), padded.shape[2:], mode="bilinear")
             logits = logits[..., : part.shape[2], : part.shape[3]]
             total = total + F.pad(logits, (left, after, top, below))

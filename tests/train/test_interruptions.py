@@ -52,6 +52,15 @@ def succeeds(programs: Programs, words: str, ranks: int) -> None:
     assert not any(status), said
 
 
+def test_a_frozen_backbone_on_two_ranks(programs: Programs, tmp_path: Path):
+    words = f"{RUN} --model.freeze true --run {tmp_path}"
+    succeeds(programs, f"{words}/straight", 2)
+    succeeds(programs, f"{words}/run --max_steps 4", 2)
+    succeeds(programs, f"{words}/run --max_steps 7 --resume", 2)
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+    assert (tmp_path / "run/frozen.ckpt").exists()
+
+
 def stopped(status: list[int], signum: int) -> bool:
     """torchrun may end a rank that is about to end."""
     return 128 + signum in status and {*status} <= {128 + signum, -TERM}
