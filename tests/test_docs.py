@@ -67,7 +67,7 @@ def test_command_parses(
     if exported:
         assert not words
         return
-    program, *rest = words
+    program, *rest = words[words[0] == "srun" :]
     program = program.removeprefix(".venv/bin/")
     if program == "make":
         assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.M)
