@@ -183,7 +183,7 @@ def build_model(options: Model, num_classes: int, channels: int = 3) -> Segmente
     that do not match."""
     try:
         body, dim, stages = _body(options, channels)
-    except (KeyError, RuntimeError, ValueError) as error:  # of smp, of timm
+    except (AttributeError, KeyError, RuntimeError, ValueError) as error:  # of smp, of timm
         raise ValueError(f"--model.network {options.network}: {error}") from None
     auxiliary_dim = stages[-2] if options.auxiliary_weight > 0 else None
     model = Segmenter(body, dim, num_classes, auxiliary_dim, options.dropout, options.frozen)

@@ -142,9 +142,11 @@ def build(
         model = replace(model, pretrained=False, weights=None, backbone_weights=frozen)
     torch.manual_seed(options.seed)
     learner = Learner(model, classes, options.data.channels, *shares)
-    if data is not None and learner.model.left_out:
-        names = shorten(", ".join(learner.model.left_out), 300)
-        ranks.say(f"{model.weights}: left out, because they do not fit: {names}")
+    if data is not None and of_run is None:
+        if names := shorten(", ".join(learner.model.left_out), 300):
+            ranks.say(f"{model.weights}: left out, because they do not fit: {names}")
+        if model.frozen and not (model.pretrained or model.weights or model.backbone_weights):
+            ranks.say("the frozen backbone has random weights: give --model.pretrained true")
     synchronised = ranks.world() if device.type == "cuda" else 1  # batch norm
     batch = options.data.batch_size // (options.accumulate * ranks.world())
     check_sizes(learner.model, options, sizes, batch * synchronised)
