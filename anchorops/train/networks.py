@@ -18,16 +18,15 @@ from torchvision.ops import Conv2dNormActivation
 
 import anchorops as ao
 
-from ..losses import METHODS, MomentsLoss, Regularizer
+from ..losses import MomentsLoss, Regularizer
 from . import IGNORED, MULTIPLE
-from .options import Model, expect
+from .options import CLASSES, Model, expect
 
 # the parts that depend on the classes; in a checkpoint, a method is under "regularizer"
 HEADS = ("classifier.", "auxiliary.", "regularizer.")
 FROZEN = "frozen.ckpt"  # beside the states of a run: the weights of a backbone that stays as it is
 AUXILIARY_DIM = 256
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-CLASSES = {"cr": "SAR"} | {name.lower(): name for name in METHODS}  # of the methods
 
 
 class Segmenter(nn.Module):

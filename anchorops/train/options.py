@@ -18,6 +18,10 @@ from jsonargparse.typing import (
     restricted_number_type,
 )
 
+from ..losses import METHODS
+
+CLASSES = {"cr": "SAR"} | {name.lower(): name for name in METHODS}  # of the methods
+Method = Literal[tuple(CLASSES)]
 # also "nan", which jsonargparse takes for a text where a float is expected
 Number = restricted_number_type("Number", float, [("==", 0), ("!=", 0)], join="or")
 # as it, read by our loader alone: for jsonargparse 1:30 is 90
@@ -75,7 +79,7 @@ class Model:
     dropout: ClosedUnitInterval = 0.0
     classifier_std: NonNegativeFloat | None = None
     channels_last: bool = False
-    methods: Sequence[Literal["cr", "sar", "cbp", "occl", "ceco", "mvsc"]] = ()
+    methods: Sequence[Method] = ()
     paper_options: dict[str, bool | int | float | str | None] | None = None
     method_options: dict[str, bool | int | float | str | None] | None = None
     loss: Literal["ce", "focal", "dice", "ce+dice"] = "ce"

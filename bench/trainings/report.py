@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from record import grouped, json_of, markdown_table
 from trainings.plan import BALANCED, PUBLISHED
 
-from anchorops.train.networks import CLASSES
+from anchorops.train.options import CLASSES
 from anchorops.train.run import save_atomically
 
 MEASURES = {"miou": "mIoU", "head": "head", "body": "body", "tail": "tail"}  # and their titles
