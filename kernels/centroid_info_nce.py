@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import cuda_capability_geq, is_cuda
 
-from .lanes import INF
+from .constants import INF
 from .launch import architecture, ceil_div, without_spills
 
 

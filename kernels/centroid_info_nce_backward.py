@@ -23,7 +23,7 @@ from .centroid_info_nce import (
     saved_of,
     scale_of,
 )
-from .lanes import INF
+from .constants import INF
 from .launch import architecture, ceil_div, without_spills
 
 

@@ -5,7 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import BLOCK_P
+from .constants import Constant
+
+BLOCK_P = Constant(256)  # pixels of a program that needs their keys alone
 
 
 @triton.jit

@@ -4,8 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .class_keys import add_counts
-from .launch import BLOCK_P
+from .class_keys import BLOCK_P, add_counts
 
 
 @triton.jit(do_not_specialize=["pixels", "height", "width"])

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Constant
+from .constants import INF, LOG2_E, Constant
 from .upsampling import (
     ROW_AXIS,
     at_pixels,
@@ -19,9 +19,6 @@ from .upsampling import (
 )
 
 LABELS = strides_of("labels", "bhw")
-LOG2_E = Constant(1.4426950408889634)
-LN_2 = Constant(0.6931471805599453)
-INF = Constant(float("inf"))
 NO_CLASS = Constant(2**31 - 1)
 
 

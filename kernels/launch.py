@@ -4,20 +4,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
-
-
-class Constant(tl.constexpr):
-    """A global number of kernels. Triton asks at each launch whether it has changed, which takes
-    longer by the operators of constexpr."""
-
-    def __ne__(self, other: Any) -> bool:
-        return not isinstance(other, tl.constexpr) or self.value != other.value
-
-
-BLOCK_P = Constant(256)  # pixels of a program that needs their keys alone
 
 
 class Pixels(NamedTuple):

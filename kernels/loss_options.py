@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .lanes import LOG2_E, values_of_labels
-from .launch import Constant
+from .constants import LOG2_E, Constant
+from .lanes import values_of_labels
 from .upsampling import corner_ptrs, corners_of, loaded, next_class, upsampled
 
 _SMALLEST_MISS = Constant(2.0**-24)  # of 1 − p_y: p_y is rounded to multiples of this

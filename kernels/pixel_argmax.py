@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .lanes import INF, contiguous_map, store_map
+from .constants import INF
+from .lanes import contiguous_map, store_map
 from .launch import FORWARD_LANES
 from .upsampling import (
     LOGITS,

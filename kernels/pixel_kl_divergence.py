@@ -15,19 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .lanes import (
-    INF,
-    LN_2,
-    LOG2_E,
-    PixelMap,
-    contiguous_map,
-    inside_of,
-    load_labels,
-    pixel_map_of,
-    store_map,
-    sum_of,
-)
-from .launch import FORWARD_LANES, Constant, without_spills
+from .constants import INF, LN_2, LOG2_E, Constant
+from .lanes import PixelMap, contiguous_map, inside_of, load_labels, pixel_map_of, store_map, sum_of
+from .launch import FORWARD_LANES, without_spills
 from .softmax import (
     LARGEST_SPREAD,
     LOWEST,

@@ -14,14 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .lanes import (
-    LOG2_E,
-    PixelMap,
-    contiguous_map,
-    load_again,
-    load_map,
-    pixel_map_of,
-)
+from .constants import LOG2_E
+from .lanes import PixelMap, contiguous_map, load_again, load_map, pixel_map_of
 from .launch import without_spills
 from .pixel_kl_divergence import (
     TEACHER,

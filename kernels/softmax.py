@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .lanes import INF, LN_2, LOG2_E, probability, sum_of
-from .launch import Constant
+from .constants import INF, LN_2, LOG2_E, Constant
+from .lanes import probability, sum_of
 from .loss_options import add_weighted, weight_of_all
 from .pixel_argmax import largest_logits
 from .upsampling import (

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .constants import Constant
 from .lanes import (
     LABELS,
     NO_CLASS,
@@ -31,15 +32,7 @@ from .lanes import (
     store_map,
     sum_of,
 )
-from .launch import (
-    FORWARD_LANES,
-    PARTIALS_IN_CACHE,
-    Constant,
-    ceil_div,
-    most_rows,
-    programs,
-    registers,
-)
+from .launch import FORWARD_LANES, PARTIALS_IN_CACHE, ceil_div, most_rows, programs, registers
 from .loss_options import (
     is_used,
     loss_of_pixel,

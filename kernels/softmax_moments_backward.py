@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .constants import LOG2_E, Constant
 from .lanes import (
     LABELS,
-    LOG2_E,
     PixelMap,
     classes_of,
     contiguous_map,
@@ -33,7 +33,7 @@ from .lanes import (
     probability,
     values_of_labels,
 )
-from .launch import Constant, most_rows, registers
+from .launch import most_rows, registers
 from .loss_options import (
     add_sum_of_weights,
     loss_options_of,

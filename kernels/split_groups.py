@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import BLOCK_P
+from .class_keys import BLOCK_P
 
 
 @triton.jit

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from .launch import Constant
+from .constants import Constant
 
 # Pixels of a lane, 16 together. With aligned corners, cells have five pixels if labels have four
 # times as many as logits; along the columns they are one part.
