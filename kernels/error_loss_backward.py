@@ -9,11 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .exponentials import probabilities
 from .lanes import LABELS, PixelMap, load_labels
 from .launch import without_spills
 from .loss_options import LossOptions
 from .probability_histograms import places_of_errors
-from .softmax import probabilities, softmax_of
+from .softmax import softmax_of
 from .upsampling import (
     LOGITS,
     SIZES,

@@ -1,5 +1,5 @@
-"""Labels, maps and probabilities of the pixels of lanes (upsampling.py): lists of tensors
-[rows, lanes], one for each column of a lane's pixels."""
+"""Labels and maps of the pixels of lanes (upsampling.py): lists of tensors [rows, lanes], one for
+each column of a lane's pixels."""
 
 from typing import Any, NamedTuple
 
@@ -7,15 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .constants import INF, LOG2_E, Constant
+from .constants import INF, Constant
 from .upsampling import (
     ROW_AXIS,
     at_pixels,
     both,
-    corners_of_class,
     rows_of_lane,
     strides_of,
-    upsampled,
 )
 
 LABELS = strides_of("labels", "bhw")
@@ -62,6 +60,12 @@ def pointers(pixel_map, image, lanes, CELLS: tl.constexpr):
 def sum_of(x):
     """The sum of x [rows, lanes], a scalar."""
     return tl.sum(tl.sum(x, ROW_AXIS), 0)
+
+
+@triton.jit
+def any_of(mask):
+    """Whether it is true in any lane."""
+    return sum_of(mask.to(tl.int32)) > 0
 
 
 @triton.jit
@@ -155,27 +159,8 @@ def store_map(pixel_map, values, image, lanes, CELLS: tl.constexpr):
 
 
 @triton.jit
-def probability(z, lse):
-    """p = e^(z − lse)"""
-    return tl.exp2((z - lse) * LOG2_E)
-
-
-@triton.jit
 def values_of_labels(ptr, stride, labels):
     """A number of the class of each pixel; 0 where ignored."""
     return [
         tl.load(ptr + label.to(tl.int64) * stride, mask=label >= 0, other=0.0) for label in labels
     ]
-
-
-@triton.jit
-def losses_of_labels(logits, ptrs, lse, lanes, labels, CELLS: tl.constexpr):
-    """c = −log p_y = lse − z_y of each pixel, 0 where ignored. The logits are read for one label of
-    the tile after the other. ptrs: corner_ptrs of class 0."""
-    c = [tl.zeros(label.shape, tl.float32) for label in labels]
-    label = next_label(labels, -1)
-    while label < NO_CLASS:
-        z = upsampled(corners_of_class(ptrs, label, logits, CELLS), lanes, CELLS)
-        c = [tl.where(labels[i] == label, lse[i] - z[i], c[i]) for i in () + CELLS.columns]
-        label = next_label(labels, label)
-    return [tl.where(x < 0, 0.0, x) for x in c]  # negative by rounding; NaN remains

@@ -5,46 +5,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .constants import INF
 from .lanes import contiguous_map, store_map
 from .launch import FORWARD_LANES
+from .softmax import largest_logits
 from .upsampling import (
     LOGITS,
     SIZES,
     Logits,
-    at_first_class,
     axes_of,
     class_planes,
     corner_ptrs,
-    corners_of,
-    following,
     lanes_of_tile,
-    loaded,
     logits_of_image,
     rows_of_lane,
-    upsampled,
     upsampling_of,
-    zeros_of_pixels,
 )
-
-
-@triton.jit
-def largest_logits(logits, ptrs, lanes, CELLS: tl.constexpr):
-    """The largest logit of each pixel, and its class: the first, if several are equal. NaN is
-    larger than all numbers. ptrs: corner_ptrs of class 0; also returned."""
-    zero = zeros_of_pixels(lanes, CELLS)
-    largest = [zero - INF for _ in () + CELLS.columns]
-    classes = [zero.to(tl.int32) for _ in () + CELLS.columns]
-    stored = loaded(ptrs)
-    for k in range(logits.num_classes):
-        z = upsampled(corners_of(stored, CELLS), lanes, CELLS)
-        ptrs = following(ptrs, k, logits, CELLS)
-        stored = loaded(ptrs)
-        for_nan = [(z[i] != z[i]) & (largest[i] == largest[i]) for i in () + CELLS.columns]
-        larger = [(z[i] > largest[i]) | for_nan[i] for i in () + CELLS.columns]
-        largest = [tl.where(larger[i], z[i], largest[i]) for i in () + CELLS.columns]
-        classes = [tl.where(larger[i], k, classes[i]) for i in () + CELLS.columns]
-    return largest, classes, at_first_class(ptrs, logits, CELLS)
 
 
 @triton.jit

@@ -16,17 +16,25 @@ import triton.language as tl
 from torch import Tensor
 
 from .constants import INF, LN_2, LOG2_E, Constant
-from .lanes import PixelMap, contiguous_map, inside_of, load_labels, pixel_map_of, store_map, sum_of
-from .launch import FORWARD_LANES, without_spills
-from .softmax import (
+from .exponentials import (
     LARGEST_SPREAD,
     LOWEST,
     SMALLEST_SUM,
-    any_of,
     exponentials_of_rows,
     finite_or_zero,
     underflow,
 )
+from .lanes import (
+    PixelMap,
+    any_of,
+    contiguous_map,
+    inside_of,
+    load_labels,
+    pixel_map_of,
+    store_map,
+    sum_of,
+)
+from .launch import FORWARD_LANES, without_spills
 from .upsampling import (
     LOGITS,
     SIZES,
@@ -56,8 +64,8 @@ from .upsampling import (
 
 TEACHER = ("teacher_height", "teacher_width", *strides_of("teacher", "bkhw"))
 VALID = strides_of("valid", "bhw")
-# In even cells exponentials below 2^-66 may be lost (softmax.py): with this sum, p below 2^-36. And
-# t − s is at most 2^13 (_add_class_of_rows), so a term of the divergence is below 2^-23.
+# In even cells exponentials below 2^-66 may be lost (exponentials.py); with this sum p below 2^-36.
+# And t − s is at most 2^13 (_add_class_of_rows), so a term of the divergence is below 2^-23.
 _SMALLEST_SUM_OF_ROWS = Constant(2.0**-30)
 
 

@@ -6,7 +6,7 @@
 of exponents to base 2 and lse·log2(e), which the forward pass keeps.
 
 If lanes have rows of four equally spaced pixels, and the teacher's logits the student's size, the
-exponentials are those of softmax.py for such rows, as in softmax_moments_backward.py.
+exponentials are those of exponentials.py for such rows, as in softmax_moments_backward.py.
 """
 
 import torch
@@ -15,7 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .constants import LOG2_E
-from .lanes import PixelMap, contiguous_map, load_again, load_map, pixel_map_of
+from .exponentials import (
+    LARGEST_SPREAD_OF_GRADIENT,
+    exponentials_of_lane,
+    products,
+    scales_of,
+    shift_of_lane,
+)
+from .lanes import PixelMap, any_of, contiguous_map, load_again, load_map, pixel_map_of
 from .launch import without_spills
 from .pixel_kl_divergence import (
     TEACHER,
@@ -26,14 +33,6 @@ from .pixel_kl_divergence import (
     teacher_lanes,
     upsamplings_of,
     valid_map_of,
-)
-from .softmax import (
-    LARGEST_SPREAD_OF_GRADIENT,
-    any_of,
-    exponentials_of_lane,
-    products,
-    scales_of,
-    shift_of_lane,
 )
 from .upsampling import (
     LOGITS,

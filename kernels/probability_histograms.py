@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .exponentials import probabilities
 from .lanes import LABELS, NO_CLASS, PixelMap, load_labels, next_label, number_of
 from .launch import FORWARD_LANES, without_spills
 from .loss_options import LossOptions
-from .softmax import probabilities, softmax_of
+from .softmax import softmax_of
 from .upsampling import (
     LOGITS,
     SIZES,

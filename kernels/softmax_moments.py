@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .constants import Constant
+from .exponentials import probabilities, probability
 from .lanes import (
     LABELS,
     NO_CLASS,
@@ -24,11 +25,9 @@ from .lanes import (
     contiguous_map,
     load_labels,
     load_map,
-    losses_of_labels,
     next_label,
     number_of,
     pixel_map_of,
-    probability,
     store_map,
     sum_of,
 )
@@ -41,7 +40,7 @@ from .loss_options import (
     share_of_pixel,
     weights_of_labels,
 )
-from .softmax import probabilities, softmax_of
+from .softmax import losses_of_labels, softmax_of
 from .upsampling import (
     LOGITS,
     SIZES,

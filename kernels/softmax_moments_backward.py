@@ -19,18 +19,26 @@ import triton.language as tl
 from torch import Tensor
 
 from .constants import LOG2_E, Constant
+from .exponentials import (
+    LARGEST_SPREAD_OF_GRADIENT,
+    exponentials_of_lane,
+    probabilities,
+    probability,
+    products,
+    scales_of,
+    shift_of_lane,
+)
 from .lanes import (
     LABELS,
     PixelMap,
+    any_of,
     classes_of,
     contiguous_map,
     largest_label,
     load_again,
     load_labels,
     load_map,
-    losses_of_labels,
     pixel_map_of,
-    probability,
     values_of_labels,
 )
 from .launch import most_rows, registers
@@ -41,15 +49,7 @@ from .loss_options import (
     subtract_weighted,
     weight_of_all,
 )
-from .softmax import (
-    LARGEST_SPREAD_OF_GRADIENT,
-    any_of,
-    exponentials_of_lane,
-    probabilities,
-    products,
-    scales_of,
-    shift_of_lane,
-)
+from .softmax import losses_of_labels
 from .upsampling import (
     LOGITS,
     ROW_AXIS,
