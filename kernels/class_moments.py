@@ -2,8 +2,8 @@
 
     sums[k] = Σ f_p    sqdists[k] = Σ ‖f_p − a_k‖²
 
-If there are few enough keys for partials (launch.chunks_of), there are three kernels. Otherwise the
-pixels are sorted by key (class_moments_sorted.py).
+If there are few enough keys for partials (chunks_of), there are three kernels. Otherwise the pixels
+are sorted by key (class_moments_sorted.py).
 
 The first kernel lists the keys of each tile of pixels; it reads only the labels. The next two
 kernels read the features, each tile once. Tiles of one key are summed in registers as long as the
@@ -20,9 +20,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .class_moments_sorted import class_moments_sorted
-from .features import anchor_offset, anchors_of, channel_ptrs, features_of, pixels_of_tile
-from .fold import fold
-from .launch import as_pixels, check_keys, chunks_of, tile_of, without_spills
+from .features import (
+    Pixels,
+    Tile,
+    anchor_offset,
+    anchors_of,
+    as_pixels,
+    channel_ptrs,
+    check_keys,
+    features_of,
+    fold,
+    pixels_of_tile,
+    tile_of,
+)
+from .launch import PARTIALS_IN_CACHE, programs, without_spills
 from .tile_keys import tile_keys
 
 BLOCK_K = 16  # keys in one one-hot product
@@ -237,6 +248,24 @@ def _several_keys_kernel(
                     sqdists = tl.sum(tl.where(member, sqdist[:, None], 0.0), 0)
                     _add_to(sqdists_ptr + key, sqdists, listed)
             tl.debug_barrier()  # the next tile may add to these rows from other threads
+
+
+def chunks_of(view: Pixels, itemsize: int, tile: Tile, chunk_bytes: int) -> int:
+    """The number of chunks of tiles; 0 if the pixels should be sorted instead.
+
+    The partials of a chunk, for all keys, have chunk_bytes. There are as many chunks as fill the
+    device a few times, if the partials are at most 1/32 of the features. There are at least as many
+    as fill half of it (or one for each tile), if the partials are then at most 1/8 of the features,
+    or fit into the L2 cache.
+    """
+    blocks = triton.cdiv(view.dim, tile.block_d)
+    tiles = view.lines * triton.cdiv(view.pixels, tile.block_p)
+    feature_bytes = view.lines * view.dim * view.pixels * itemsize
+    full = min(triton.cdiv(programs(), blocks), tiles)
+    half = min(triton.cdiv(programs(), 8 * blocks), tiles)
+    if half * chunk_bytes > max(feature_bytes // 8, PARTIALS_IN_CACHE):
+        return 0
+    return max(half, min(full, feature_bytes // 32 // max(chunk_bytes, 1)))
 
 
 def class_moments(

@@ -10,8 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .features import anchor_offset, anchors_of, channel_ptrs, features_of, pixels_of_tile
-from .launch import as_pixels, check_keys, tile_of
+from .features import (
+    anchor_offset,
+    anchors_of,
+    as_pixels,
+    channel_ptrs,
+    check_keys,
+    features_of,
+    pixels_of_tile,
+    tile_of,
+)
 
 
 class Gradients(NamedTuple):

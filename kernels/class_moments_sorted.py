@@ -21,10 +21,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .features import anchor_offset, anchors_of, channel_ptrs
-from .fold import fold
-from .launch import Pixels, pixels_per_range, sorted_tile_of
+from .features import Pixels, anchor_offset, anchors_of, channel_ptrs, fold
+from .launch import programs
 
+# BLOCK_D, BLOCK_P and LANES for pixels sorted by key and one warp: 4 KB. Rows of 512 bytes if
+# channels are contiguous; otherwise two pixels for each lane: a key often has fewer than 64 pixels.
+_SORTED_TILES = {
+    (False, 2): (32, 64, 32),
+    (False, 4): (16, 64, 32),
+    (True, 2): (256, 8, 1),
+    (True, 4): (128, 8, 1),
+}
 COUNTS = ("total", "range_pixels", "ranges")  # as TILE_COUNTS of class_moments.py
 
 
@@ -217,6 +224,21 @@ def _join_ranges(keys: Tensor, ends: Tensor, out: Tensor, range_pixels: int) -> 
     )
 
 
+def _tile_of(view: Pixels, itemsize: int) -> tuple[int, int, int]:
+    """BLOCK_D, BLOCK_P and LANES of a program of one warp."""
+    block_d, block_p, lanes = _SORTED_TILES[view.channels_contiguous, itemsize]
+    if view.channels_contiguous and not view.rows_aligned:
+        block_d = 64  # elements that are loaded one by one need more registers
+    return min(block_d, max(triton.next_power_of_2(view.dim), 16)), block_p, lanes
+
+
+def _pixels_per_range(pixels: int, blocks: int) -> int:
+    """For pixels sorted by key: enough ranges to fill the device a few times with programs of one
+    warp. The rows of keys that continue in other ranges are at most 1/16 of the features."""
+    wanted = triton.cdiv(pixels * blocks, 8 * programs())
+    return min(max(triton.cdiv(wanted, 128), 1), 8) * 128
+
+
 def class_moments_sorted(
     features: Tensor,
     view: Pixels,
@@ -247,9 +269,9 @@ def class_moments_sorted(
         num_warps=4,
         enable_fp_fusion=True,
     )
-    block_d, block_p, lanes = sorted_tile_of(view, features.element_size())
+    block_d, block_p, lanes = _tile_of(view, features.element_size())
     blocks = triton.cdiv(view.dim, block_d)
-    range_pixels = pixels_per_range(total, blocks)
+    range_pixels = _pixels_per_range(total, blocks)
     ranges = triton.cdiv(total, range_pixels)
 
     def rows(out: Tensor, width: int) -> Rows:

@@ -8,13 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .constants import INF, Constant
-from .upsampling import (
-    ROW_AXIS,
-    at_pixels,
-    both,
-    rows_of_lane,
-    strides_of,
-)
+from .upsampling import ROW_AXIS, at_pixels, both, rows_of_lane, strides_of
 
 LABELS = strides_of("labels", "bhw")
 NO_CLASS = Constant(2**31 - 1)

@@ -38,6 +38,11 @@ class LossOptions(NamedTuple):
     def change_losses(self) -> bool:
         return any(x is not None for x in (self.true_weights, self.min_loss, self.focal_gamma))
 
+    def most_rows(self, by_class: bool) -> int | None:
+        """The largest number of rows of pixels of a lane; None: no limit. With statistics by class
+        too, 16 pixels would need more registers than there are."""
+        return 2 if self.change_losses and by_class else None
+
 
 def loss_options_of(options: Any) -> LossOptions:
     """From Options of _moments.py."""

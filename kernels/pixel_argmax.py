@@ -6,9 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .lanes import contiguous_map, store_map
-from .launch import FORWARD_LANES
 from .softmax import largest_logits
 from .upsampling import (
+    FORWARD_LANES,
     LOGITS,
     SIZES,
     Logits,

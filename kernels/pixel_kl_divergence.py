@@ -34,8 +34,9 @@ from .lanes import (
     store_map,
     sum_of,
 )
-from .launch import FORWARD_LANES, without_spills
+from .launch import without_spills
 from .upsampling import (
+    FORWARD_LANES,
     LOGITS,
     SIZES,
     YX,

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from .exponentials import probabilities
 from .lanes import LABELS, NO_CLASS, PixelMap, load_labels, next_label, number_of
-from .launch import FORWARD_LANES, without_spills
+from .launch import without_spills
 from .loss_options import LossOptions
 from .softmax import softmax_of
 from .upsampling import (
+    FORWARD_LANES,
     LOGITS,
     SIZES,
     Logits,

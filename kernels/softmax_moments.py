@@ -31,7 +31,7 @@ from .lanes import (
     store_map,
     sum_of,
 )
-from .launch import FORWARD_LANES, PARTIALS_IN_CACHE, ceil_div, most_rows, programs, registers
+from .launch import PARTIALS_IN_CACHE, ceil_div, programs, registers
 from .loss_options import (
     is_used,
     loss_of_pixel,
@@ -42,6 +42,7 @@ from .loss_options import (
 )
 from .softmax import losses_of_labels, softmax_of
 from .upsampling import (
+    FORWARD_LANES,
     LOGITS,
     SIZES,
     Logits,
@@ -356,7 +357,7 @@ def softmax_moments(
         divisor.fill_(1)
         return results
     logits = class_planes(logits)
-    most = most_rows(loss_options.change_losses, by_class)
+    most = loss_options.most_rows(by_class)
     upsampling = upsampling_of(
         logits, *labels.shape[1:], options.align_corners, most, maps=(labels, options.pixel_weights)
     )

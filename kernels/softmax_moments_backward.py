@@ -41,7 +41,7 @@ from .lanes import (
     pixel_map_of,
     values_of_labels,
 )
-from .launch import most_rows, registers
+from .launch import registers
 from .loss_options import (
     add_sum_of_weights,
     loss_options_of,
@@ -414,7 +414,7 @@ def softmax_moments_backward(
     logits = class_planes(logits)
     loss_options = loss_options_of(options)
     by_class = any(x is not None for x in (dintersections, dprobability_sums, dsquares))
-    rows = most_rows(loss_options.change_losses, by_class)
+    rows = loss_options.most_rows(by_class)
     weights = options.pixel_weights if dlosses is not None else None
     lse = lse.contiguous()
     maps = labels, lse, dpixel_losses, weights

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Pixels
+from .features import Pixels
 
 
 @triton.jit(do_not_specialize=["tiles_per_line"])

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .features import Features, channel_ptrs, features_of
-from .launch import as_pixels, programs, without_spills
+from .features import Features, as_pixels, channel_ptrs, features_of
+from .launch import programs, without_spills
 from .splat import NO_KEY, columns_around, first_key, most_labels, splat_key, tile_at
 from .upsampling import SIZES, YX, Axis, Ratios, upsampling_of
 

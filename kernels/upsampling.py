@@ -31,6 +31,8 @@ from .constants import Constant
 # Pixels of a lane, 16 together. With aligned corners, cells have five pixels if labels have four
 # times as many as logits; along the columns they are one part.
 MOST_ROWS, MOST_COLUMNS = 4, 5
+# Lanes of a program of the forward direction: one warp, because it sums without barriers.
+FORWARD_LANES = 32
 # Cells of a lane, if the sizes are the same. Four float32 are the widest store.
 ADJACENT = 4
 # Of [rows, lanes]; with Triton 3.6 they are [lanes, rows], because a lane's rows should be in one

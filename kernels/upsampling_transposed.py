@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import MOST_PARTS, backward_lanes
 from .upsampling import (
     ROW_AXIS,
     YX,
@@ -28,6 +27,7 @@ from .upsampling import (
     strides_of,
 )
 
+MOST_PARTS = 8  # along an axis, in a program of the gradient: of 256 lanes, as it has two cells
 DLOGITS = (*strides_of("dlogits", "bkhw"), "dlogits_block")
 
 
@@ -51,16 +51,30 @@ class Tiles(NamedTuple):
     blocks: int
 
 
+def _lanes_of_tile(parts_y: int, parts_x: int, row: int, more_registers: bool) -> tuple[int, int]:
+    """The shape of a program's lanes for the gradient. If a lane needs more registers, for
+    gradients of class statistics, maps of pixels or options of the loss, there are fewer lanes. If
+    the labels have the logits' size, `row` logits wide, no cell needs its neighbours. Otherwise the
+    shape does not depend on the images' size, because each one would be compiled."""
+    if row > 0:
+        return 1, min(max(triton.next_power_of_2(row), 32), 256)
+    if parts_y == 4 and parts_x < 4:
+        return 32, 8  # eight cells along the rows, of which one has no gradient of its own
+    if max(parts_y, parts_x) > 2:
+        return max(16, 2 * parts_y), max(16, 2 * parts_x)
+    return (8, 16) if more_registers and parts_y == 1 else (16, 16)
+
+
 @lru_cache(maxsize=1024)
 def tiles_of(upsampling: Upsampling, more_registers: bool) -> Tiles:
-    """For more_registers see launch.backward_lanes."""
+    """For more_registers see _lanes_of_tile."""
     cells_y, cells_x, _ = upsampling.cells
     height, width = upsampling.y.source, upsampling.x.source
     blocks_y, blocks_x = (triton.cdiv(cells.parts, MOST_PARTS) for cells in (cells_y, cells_x))
     parts_y, parts_x = cells_y.parts // blocks_y, cells_x.parts // blocks_x
     edge = 0 if cells_y.same else 1
     row = upsampling.x.lanes if cells_y.same else 0
-    lanes_y, lanes_x = backward_lanes(parts_y, parts_x, row, more_registers)
+    lanes_y, lanes_x = _lanes_of_tile(parts_y, parts_x, row, more_registers)
     adjacent = cells_x.pixels if cells_x.same else 1
     y = Tile(lanes_y // parts_y, edge, parts_y, blocks_y)
     x = Tile(lanes_x // parts_x * adjacent, edge, parts_x, blocks_x)

@@ -33,10 +33,11 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     """Makes Triton sum pixels tile by tile, or sorted by key, for any shape."""
     if BACKEND != "triton":
         return
-    from anchorops.kernels import class_moments, launch
+    from anchorops.kernels import class_moments
 
-    chunks_of = {"tiles": lambda *args: max(1, launch.chunks_of(*args)), "sorted": lambda *args: 0}
-    monkeypatch.setattr(class_moments, "chunks_of", chunks_of[request.param])
+    chunks_of = class_moments.chunks_of
+    by_path = {"tiles": lambda *args: max(1, chunks_of(*args)), "sorted": lambda *args: 0}
+    monkeypatch.setattr(class_moments, "chunks_of", by_path[request.param])
 
 
 CASES = [
