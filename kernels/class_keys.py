@@ -78,6 +78,13 @@ def _class_keys_kernel(
     add_counts(counts_ptr, tl.where(valid, counted, -1))
 
 
+@triton.jit
+def as_int32(keys):
+    """Keys that the kernel stored: −1 where ignored, also if uint8 has 255 there."""
+    wide = keys.to(tl.int32)
+    return tl.where(wide == 255, -1, wide) if keys.dtype == tl.uint8 else wide
+
+
 def class_keys(
     labels: Tensor,
     height: int,

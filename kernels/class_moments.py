@@ -34,7 +34,7 @@ from .features import (
     tile_of,
 )
 from .launch import PARTIALS_IN_CACHE, programs, without_spills
-from .tile_keys import tile_keys
+from .tile_keys import has_ignored, number_of_keys, only_key, tile_keys
 
 BLOCK_K = 16  # keys in one one-hot product
 # They change with the images' size. Triton does not compile again if one becomes 1 or a multiple of
@@ -118,7 +118,7 @@ def _one_key_kernel(
     for tile in range(
         first_tile, last_tile + 1
     ):  # one iteration more than there are tiles, to store the last key
-        key = -1 - tl.load(tile_ptr + tl.minimum(tile, tiles - 1))
+        key = only_key(tl.load(tile_ptr + tl.minimum(tile, tiles - 1)))
         key = tl.where(tile < last_tile, key, -1)
         if (key >= 0) | (tile == last_tile):
             _, _, offset = pixels_of_tile(features, tile, tiles_per_line, BLOCK_P)
@@ -216,7 +216,7 @@ def _several_keys_kernel(
     first_tile = tl.program_id(1) * tiles_per_chunk
     for tile in range(first_tile, tl.minimum(first_tile + tiles_per_chunk, tiles)):
         summary = tl.load(tile_ptr + tile)
-        count = summary & 0xFFFF
+        count = number_of_keys(summary)
         if summary > 0:
             line, pixel, offset = pixels_of_tile(features, tile, tiles_per_line, BLOCK_P)
             inside = pixel < features.pixels
@@ -228,7 +228,7 @@ def _several_keys_kernel(
             )
             base = tl.cast(tile, tl.int64) * BLOCK_P
             local = tl.load(local_ptr + base + tl.arange(0, BLOCK_P))
-            if summary > 0xFFFF:  # there are ignored pixels
+            if has_ignored(summary):
                 x = tl.where((local >= 0)[None, :], x, 0.0)
             if partials.sqdists is not None:
                 keys_ptrs = keys_ptr + tl.cast(line, tl.int64) * features.pixels + pixel

@@ -109,6 +109,12 @@ def classes_of(labels):
 
 
 @triton.jit
+def may_have(classes, k):
+    """Whether a pixel has class k, or one that has its bit of classes_of."""
+    return (classes >> (k & 31).to(tl.uint32)) & 1 != 0
+
+
+@triton.jit
 def next_label(labels, after):
     """The smallest label of all lanes beyond `after`, NO_CLASS if there is none."""
     smallest = tl.full(labels[0].shape, NO_CLASS, tl.int32)

@@ -38,6 +38,7 @@ from .lanes import (
     load_again,
     load_labels,
     load_map,
+    may_have,
     pixel_map_of,
     values_of_labels,
 )
@@ -232,7 +233,7 @@ def _pixel_gradients(
         if CELLS.x.select:  # p of an ignored pixel may be NaN
             gradient = tl.where(labels[i] >= 0, gradient, 0.0)
         dz = dz + (gradient,)
-    if (classes >> (k & 31).to(tl.uint32)) & 1 != 0:
+    if may_have(classes, k):
         alpha = _class_value(gradients.dlosses, image, k)
         dintersection = _class_value(gradients.dintersections, image, k)
         of_label = ()

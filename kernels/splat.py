@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .class_keys import as_int32
 from .upsampling import Axis, coordinate
 
 NO_KEY = tl.constexpr(2**31 - 1)
@@ -63,13 +64,6 @@ def columns_around(tile, axis, BLOCK_L: tl.constexpr):
     label = first[:, None] + tl.arange(0, BLOCK_L)[None, :]
     around, weights = _weights(label, tile.x[:, None], axis)
     return LabelsAround(label, around & tile.inside[:, None], weights)
-
-
-@triton.jit
-def as_int32(keys):
-    """−1 where ignored."""
-    wide = keys.to(tl.int32)
-    return tl.where(wide == 255, -1, wide) if keys.dtype == tl.uint8 else wide
 
 
 @triton.jit

@@ -44,6 +44,24 @@ def _tile_keys_kernel(
         tl.store(local_ptr + base + (ordered & 0xFFFF), tl.where(valid, rank, -1).to(tl.int16))
 
 
+@triton.jit
+def only_key(summary):
+    """The key of all pixels of a tile; negative if they have several, or none."""
+    return -1 - summary
+
+
+@triton.jit
+def number_of_keys(summary):
+    """Of a tile of several keys."""
+    return summary & 0xFFFF
+
+
+@triton.jit
+def has_ignored(summary):
+    """Whether a tile of several keys also has ignored pixels."""
+    return summary > 0xFFFF
+
+
 def tile_keys(keys: Tensor, view: Pixels, block_p: int) -> tuple[Tensor, Tensor, Tensor]:
     """keys int32 [lines, pixels] -> for each tile: int32 [tiles], −1 − key or the number of keys;
     these keys, int32 [tiles, block_p]; and the index of each pixel's key, int16 [tiles, block_p].
