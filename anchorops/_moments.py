@@ -146,10 +146,10 @@ class Options(NamedTuple):
         """Whether pixels are used or not by their −log p_y."""
         return self.min_loss is not None
 
-    def is_unused(self, label_losses: Tensor) -> Tensor:
-        """Which pixels are not used, from their −log p_y."""
+    def is_used(self, label_losses: Tensor) -> Tensor:
+        """Which pixels are used, from their −log p_y; NaN is."""
         assert self.min_loss is not None
-        return label_losses < self.min_loss
+        return ~(label_losses < self.min_loss)
 
     def changes_losses(self) -> bool:
         """Whether L is not just −log p_y."""

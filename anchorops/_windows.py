@@ -298,7 +298,7 @@ class _Merged:
             parts[0], begin = parts[0][:, :, near.start - begin :], near.start
             z = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
             z = z[:, :, : near.stop - near.start]
-            yield block, z if rows == source else _between(z, begin, block, sources)
+            yield block, z if rows == source else _upsampled_rows(z, begin, block, sources)
 
     def _averages(self, windows: Windows) -> Iterator[Tensor]:
         """Those of the next rows of the image, (B, K, rows, …)."""
@@ -423,7 +423,7 @@ class _Merged:
         if source not in self.sources:
             axis = self.window_size[0], source, self.align_corners
             self.sources[source] = _sources(*axis, window.logits)
-        return _between(window.logits, window.first, rows, self.sources[source])
+        return _upsampled_rows(window.logits, window.first, rows, self.sources[source])
 
     def _average(
         self, band: _Band, kept: list[_Window], weights: Tensor | None, place: int
@@ -475,7 +475,7 @@ def _sources(size: int, source: int, align_corners: bool, logits: Tensor) -> Sou
     return lower, torch.where(weight == 0, lower, upper), weight
 
 
-def _between(z: Tensor, first: int, rows: slice, sources: Sources) -> Tensor:
+def _upsampled_rows(z: Tensor, first: int, rows: slice, sources: Sources) -> Tensor:
     """These rows of an upsampled image, (B, K, rows, …), from those of z. first: of z in the image
     before. The classes stay where they are in memory."""
     lower, upper, weight = (x[rows] for x in sources)

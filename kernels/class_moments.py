@@ -22,7 +22,7 @@ from torch import Tensor
 from .class_moments_sorted import class_moments_sorted
 from .features import (
     Pixels,
-    Tile,
+    TileSizes,
     anchor_offset,
     anchors_of,
     as_pixels,
@@ -250,7 +250,7 @@ def _several_keys_kernel(
             tl.debug_barrier()  # the next tile may add to these rows from other threads
 
 
-def chunks_of(view: Pixels, itemsize: int, tile: Tile, chunk_bytes: int) -> int:
+def chunks_of(view: Pixels, itemsize: int, tile: TileSizes, chunk_bytes: int) -> int:
     """The number of chunks of tiles; 0 if the pixels should be sorted instead.
 
     The partials of a chunk, for all keys, have chunk_bytes. There are as many chunks as fill the

@@ -67,9 +67,9 @@ def exponentials_of_rows(ends, lanes, CELLS: tl.constexpr):
 
 @triton.jit
 def shift_of_lane(log_sums, labels):
-    """−m of each lane, where m is the largest log2 Σ_k 2^(slope·z_k) of valid pixels; −∞ if it has
-    none, so that all 2^(slope·z − m) are 0. And a spread: ∞ if m has a rounding error that might
-    let them overflow, otherwise 0."""
+    """−m of each lane, where m is the largest log2 Σ_k e^(z_k/T) of valid pixels; −∞ if it has
+    none, so that all e^(z/T)·2^−m are 0. And a spread: ∞ if m has a rounding error that might let
+    them overflow, otherwise 0."""
     largest = tl.full(log_sums[0].shape, -INF, tl.float32)
     for i in tl.static_range(len(log_sums)):
         largest = tl.maximum(largest, tl.where(labels[i] >= 0, log_sums[i], -INF))
@@ -80,11 +80,11 @@ def shift_of_lane(log_sums, labels):
 
 
 @triton.jit
-def exponentials_of_lane(four, slope, shift, spread, lanes, CELLS: tl.constexpr):
-    """2^(slope·z + shift) of a lane's pixels in an even cell; and the larger of `spread` and that
-    of this class, NaN if two ends overflow. A logit that is NaN gives 0: where it matters, lse is
-    NaN too."""
-    ends = [tl.maximum(tl.fma(x, slope, shift), LOWEST) for x in four]
+def exponentials_of_lane(four, log2e, shift, spread, lanes, CELLS: tl.constexpr):
+    """e^(z/T)·2^shift of a lane's pixels in an even cell, where log2e = log2(e)/T; and the larger
+    of `spread` and that of this class, NaN if two ends overflow. A logit that is NaN gives 0: where
+    it matters, lse is NaN too."""
+    ends = [tl.maximum(tl.fma(x, log2e, shift), LOWEST) for x in four]
     exponentials, across, down = exponentials_of_rows(ends, lanes, CELLS)
     of_class = tl.maximum(across, down, tl.PropagateNan.ALL)
     return exponentials, tl.maximum(spread, of_class, tl.PropagateNan.ALL)
@@ -92,7 +92,7 @@ def exponentials_of_lane(four, slope, shift, spread, lanes, CELLS: tl.constexpr)
 
 @triton.jit
 def scales_of(log_sums, labels, CELLS: tl.constexpr):
-    """1 / Σ_k 2^(slope·z_k − m) of each pixel, from its logarithm; 0 where ignored."""
+    """2^m / Σ_k e^(z_k/T) of each pixel, from log2 of its inverse; 0 where ignored."""
     return [tl.where(labels[i] >= 0, tl.exp2(-log_sums[i]), 0.0) for i in () + CELLS.columns]
 
 

@@ -72,7 +72,7 @@ def as_pixels(size: Sequence[int], *strides: Sequence[int]) -> list[Pixels]:
     return [Pixels(batch * height, dim, width, height, s[0], s[2], s[1], s[3]) for s in strides]
 
 
-class Tile(NamedTuple):
+class TileSizes(NamedTuple):
     """A program's tile of BLOCK_D channels × BLOCK_P pixels; LANES sums of a channel, one for each
     thread that sums a part of its pixels; warps for tiles of one key, and of several keys."""
 
@@ -85,23 +85,23 @@ class Tile(NamedTuple):
 
 # By (channels contiguous, itemsize): 16 KB, in lines of 128 bytes or more.
 _TILES = {
-    (False, 2): Tile(64, 128, 16, 8, 4),
-    (False, 4): Tile(32, 128, 32, 8, 4),
-    (True, 2): Tile(64, 128, 16, 4, 4),
-    (True, 4): Tile(32, 128, 16, 4, 4),
+    (False, 2): TileSizes(64, 128, 16, 8, 4),
+    (False, 4): TileSizes(32, 128, 32, 8, 4),
+    (True, 2): TileSizes(64, 128, 16, 4, 4),
+    (True, 4): TileSizes(32, 128, 16, 4, 4),
 }
 # If a thread has too few registers: for elements that are loaded one by one, and for GPUs that are
 # not listed below.
 _SMALL_TILES = {
-    (False, 2): Tile(32, 128, 16, 8, 8),
-    (False, 4): Tile(16, 128, 32, 8, 8),
-    (True, 2): Tile(32, 128, 64, 8, 8),
-    (True, 4): Tile(16, 128, 64, 8, 8),
+    (False, 2): TileSizes(32, 128, 16, 8, 8),
+    (False, 4): TileSizes(16, 128, 32, 8, 8),
+    (True, 2): TileSizes(32, 128, 64, 8, 8),
+    (True, 4): TileSizes(16, 128, 64, 8, 8),
 }
 _TILES_BY_ARCH = {"sm_80": _TILES, "sm_90": _TILES, "sm_100": _TILES}
 
 
-def tile_of(view: Pixels, itemsize: int) -> Tile:
+def tile_of(view: Pixels, itemsize: int) -> TileSizes:
     small = any(stride > 1 and stride * itemsize % 16 > 0 for stride in view.strides)
     table = _SMALL_TILES if small else _TILES_BY_ARCH.get(architecture(), _SMALL_TILES)
     tile = table[view.channels_contiguous, itemsize]

@@ -77,7 +77,8 @@ def is_one(z):
 
 
 @triton.jit
-def blend(low, high, weight):
+def between(low, high, weight):
+    """As in upsampling.py, but with every operation rounded."""
     return tl.where(weight == 0, low, (1 - weight) * low + weight * high)
 
 
@@ -85,13 +86,13 @@ def blend(low, high, weight):
 def load_row(ptr, left, right, weight, level, mask):
     low = tl.load(ptr + left, mask=mask, other=0.0).to(tl.float32) - level
     high = tl.load(ptr + right, mask=mask, other=0.0).to(tl.float32) - level
-    return Row(is_one(low), is_one(high), blend(low, high, weight))
+    return Row(is_one(low), is_one(high), between(low, high, weight))
 
 
 @triton.jit
 def ends_of(above, below):
     """Whether z is 1 at two rows. If all four logits of a cell are, or none, all of it is: there
-    the blends are not asked, which may be rounded to 0."""
+    z is not asked, which may be rounded to 0."""
     every = above.left & above.right & below.left & below.right
     some = above.left | above.right | below.left | below.right
     return every | (some & is_one(above.z)), every | (some & is_one(below.z))
@@ -105,7 +106,7 @@ def find_change(above, below, first, begin, end, axis, ALIGN_CORNERS: tl.constex
     while remaining > 0:
         half = tl.maximum(remaining // 2, 1)
         _, weight = position(y + half - 1, axis, ALIGN_CORNERS)
-        same = is_one(blend(above.z, below.z, weight)) == first
+        same = is_one(between(above.z, below.z, weight)) == first
         y += tl.where(same, half, 0)
         remaining -= half  # of the other half there may be one less
     return y
@@ -140,7 +141,7 @@ def last_pixel(
     above = load_row(ptr + upper_row, left, right, weight, level, mask)
     below = load_row(ptr + lower_row, left, right, weight, level, mask)
     first, last = ends_of(above, below)
-    return mask & tl.where(first == last, first, is_one(blend(above.z, below.z, weight_y)))
+    return mask & tl.where(first == last, first, is_one(between(above.z, below.z, weight_y)))
 
 
 @triton.jit

@@ -177,32 +177,32 @@ def loaded_of_both(
 
 
 @triton.jit
-def _exponents(stored, lanes, slope, shift, CELLS: tl.constexpr):
-    """slope·z − shift of a lane's pixels. The weights of a pixel's four logits add up to 1, so this
+def _exponents(stored, lanes, log2e, shift, CELLS: tl.constexpr):
+    """log2e·z − shift of a lane's pixels. The weights of a pixel's four logits add up to 1, so this
     can be upsampled."""
-    four = [tl.fma(x, slope, -shift) for x in corners_of(stored, CELLS)]
+    four = [tl.fma(x, log2e, -shift) for x in corners_of(stored, CELLS)]
     return upsampled(four, lanes, CELLS)
 
 
 @triton.jit
 def exponents_of_both(
-    stored, lanes, teacher_lanes, slope, shifts, CELLS: tl.constexpr, TEACHER_GRID: tl.constexpr
+    stored, lanes, teacher_lanes, log2e, shifts, CELLS: tl.constexpr, TEACHER_GRID: tl.constexpr
 ):
     """log2 e^(z/T) of the student and the teacher at the student's pixels, less a shift of each
-    lane. slope = log2(e)/T"""
-    s = _exponents(stored[0], lanes, slope, shifts[0], CELLS)
+    lane. log2e = log2(e)/T"""
+    s = _exponents(stored[0], lanes, log2e, shifts[0], CELLS)
     if TEACHER_GRID is None:
-        return s, _exponents(stored[1], teacher_lanes[0], slope, shifts[1], CELLS)
+        return s, _exponents(stored[1], teacher_lanes[0], log2e, shifts[1], CELLS)
     else:
         t = [
             upsampled(corners_of(stored[1][i], TEACHER_GRID), teacher_lanes[i], TEACHER_GRID)[0]
             for i in () + CELLS.columns
         ]
-        return s, [x * slope for x in t]
+        return s, [x * log2e for x in t]
 
 
 @triton.jit
-def _largest_of_cells(logits, teacher, lanes, teacher_lanes, slope, CELLS: tl.constexpr):
+def _largest_of_cells(logits, teacher, lanes, teacher_lanes, log2e, CELLS: tl.constexpr):
     """The largest exponents of each cell."""
     largest = tl.zeros(lanes.x.cell.shape, tl.float32) - INF
     teacher_largest = largest
@@ -218,12 +218,12 @@ def _largest_of_cells(logits, teacher, lanes, teacher_lanes, slope, CELLS: tl.co
         for i in tl.static_range(4):
             largest = tl.maximum(largest, four[i])
             teacher_largest = tl.maximum(teacher_largest, teacher_four[i])
-    return finite_or_zero(largest) * slope, finite_or_zero(teacher_largest) * slope
+    return finite_or_zero(largest) * log2e, finite_or_zero(teacher_largest) * log2e
 
 
 @triton.jit
 def _largest_of_pixels(
-    logits, teacher, lanes, teacher_lanes, slope, CELLS: tl.constexpr, TEACHER_GRID: tl.constexpr
+    logits, teacher, lanes, teacher_lanes, log2e, CELLS: tl.constexpr, TEACHER_GRID: tl.constexpr
 ):
     """The largest exponents of each pixel."""
     none = zeros_of_pixels(lanes, CELLS) - INF
@@ -233,7 +233,7 @@ def _largest_of_pixels(
     for _ in range(logits.num_classes):
         stored = loaded_of_both(ptr, teacher_ptr, lanes, teacher_lanes, CELLS, TEACHER_GRID)
         s, t = exponents_of_both(
-            stored, lanes, teacher_lanes, slope, (0.0, 0.0), CELLS, TEACHER_GRID
+            stored, lanes, teacher_lanes, log2e, (0.0, 0.0), CELLS, TEACHER_GRID
         )
         largest = [tl.maximum(largest[i], s[i]) for i in () + CELLS.columns]
         teacher_largest = [tl.maximum(teacher_largest[i], t[i]) for i in () + CELLS.columns]
@@ -265,14 +265,14 @@ def _no_sums(lanes, CELLS: tl.constexpr):
 
 
 @triton.jit
-def _add_class_of_rows(sums, spread, stored, lanes, slope, shifts, CELLS: tl.constexpr):
+def _add_class_of_rows(sums, spread, stored, lanes, log2e, shifts, CELLS: tl.constexpr):
     """_add_class in an even cell, whose rows are geometric sequences. And the larger of `spread`
     and that of this class, which also exceeds LARGEST_SPREAD if t − s exceeds 2^13."""
     # The limit is for −∞, so that two of them have a difference.
     four, teacher_four = corners_of(stored[0], CELLS), corners_of(stored[1], CELLS)
-    ends = [tl.maximum(tl.fma(x, slope, -shifts[0]), LOWEST, tl.PropagateNan.ALL) for x in four]
+    ends = [tl.maximum(tl.fma(x, log2e, -shifts[0]), LOWEST, tl.PropagateNan.ALL) for x in four]
     teacher_ends = [
-        tl.maximum(tl.fma(x, slope, -shifts[1]), LOWEST, tl.PropagateNan.ALL) for x in teacher_four
+        tl.maximum(tl.fma(x, log2e, -shifts[1]), LOWEST, tl.PropagateNan.ALL) for x in teacher_four
     ]
     students, across, _ = exponentials_of_rows(ends, lanes, CELLS)
     teachers, teacher_across, _ = exponentials_of_rows(teacher_ends, lanes, CELLS)
@@ -289,10 +289,10 @@ def _add_class_of_rows(sums, spread, stored, lanes, slope, shifts, CELLS: tl.con
 
 
 @triton.jit
-def _sums_by_cell(logits, teacher, lanes, teacher_lanes, slope, CELLS: tl.constexpr):
+def _sums_by_cell(logits, teacher, lanes, teacher_lanes, log2e, CELLS: tl.constexpr):
     """The sums, less the shifts; the shifts of each lane, which are the largest exponents; and the
     largest spread. Rows of two pixels would need as many exponentials as now."""
-    shifts = _largest_of_cells(logits, teacher, lanes, teacher_lanes, slope, CELLS)
+    shifts = _largest_of_cells(logits, teacher, lanes, teacher_lanes, log2e, CELLS)
     sums, spread = _no_sums(lanes, CELLS), tl.zeros(lanes.x.cell.shape, tl.float32)
     ptr, teacher_ptr = logits.ptr, teacher.ptr
     stored = loaded_of_both(ptr, teacher_ptr, lanes, teacher_lanes, CELLS, None)
@@ -301,9 +301,9 @@ def _sums_by_cell(logits, teacher, lanes, teacher_lanes, slope, CELLS: tl.conste
         ptr, teacher_ptr = class_after(ptr, k, logits), class_after(teacher_ptr, k, teacher)
         if CELLS.x.even and CELLS.x.pixels == 4:
             stored = loaded_of_both(ptr, teacher_ptr, lanes, teacher_lanes, CELLS, None)
-            sums, spread = _add_class_of_rows(sums, spread, now, lanes, slope, shifts, CELLS)
+            sums, spread = _add_class_of_rows(sums, spread, now, lanes, log2e, shifts, CELLS)
         else:
-            s, t = exponents_of_both(now, lanes, teacher_lanes, slope, shifts, CELLS, None)
+            s, t = exponents_of_both(now, lanes, teacher_lanes, log2e, shifts, CELLS, None)
             stored = loaded_of_both(ptr, teacher_ptr, lanes, teacher_lanes, CELLS, None)
             sums = _add_class(sums, s, t, CELLS)
     return sums, shifts, spread
@@ -327,18 +327,18 @@ def _results(sums, shifts, CELLS: tl.constexpr):
 
 @triton.jit
 def _results_by_pixel(
-    logits, teacher, lanes, teacher_lanes, slope, CELLS: tl.constexpr, TEACHER_GRID: tl.constexpr
+    logits, teacher, lanes, teacher_lanes, log2e, CELLS: tl.constexpr, TEACHER_GRID: tl.constexpr
 ):
     """_results, with shifts of each pixel. Registers do not suffice to load one class ahead."""
     largest, teacher_largest = _largest_of_pixels(
-        logits, teacher, lanes, teacher_lanes, slope, CELLS, TEACHER_GRID
+        logits, teacher, lanes, teacher_lanes, log2e, CELLS, TEACHER_GRID
     )
     sums = _no_sums(lanes, CELLS)
     ptr, teacher_ptr = logits.ptr, teacher.ptr
     for _ in range(logits.num_classes):
         stored = loaded_of_both(ptr, teacher_ptr, lanes, teacher_lanes, CELLS, TEACHER_GRID)
         s, t = exponents_of_both(
-            stored, lanes, teacher_lanes, slope, (0.0, 0.0), CELLS, TEACHER_GRID
+            stored, lanes, teacher_lanes, log2e, (0.0, 0.0), CELLS, TEACHER_GRID
         )
         s = [s[i] - largest[i] for i in () + CELLS.columns]
         t = [t[i] - teacher_largest[i] for i in () + CELLS.columns]
@@ -350,13 +350,13 @@ def _results_by_pixel(
 
 @triton.jit
 def _divergences(
-    logits, teacher, lanes, teacher_lanes, valid, slope,
+    logits, teacher, lanes, teacher_lanes, valid, log2e,
     CELLS: tl.constexpr, TEACHER_GRID: tl.constexpr,
 ):  # fmt: skip
     """_results: they need fewer registers than the sums and shifts."""
     if TEACHER_GRID is None:
         sums, cell_shifts, spread = _sums_by_cell(
-            logits, teacher, lanes, teacher_lanes, slope, CELLS
+            logits, teacher, lanes, teacher_lanes, log2e, CELLS
         )
         shifts = [[shift for _ in () + CELLS.columns] for shift in cell_shifts]
         results = _results(sums, shifts, CELLS)
@@ -365,10 +365,10 @@ def _divergences(
         unsafe = underflow(sums[0], valid, SMALLEST) | underflow(sums[1], valid, SMALLEST)
         by_pixel = any_of((spread > LARGEST_SPREAD) | unsafe)
         if by_pixel:
-            results = _results_by_pixel(logits, teacher, lanes, teacher_lanes, slope, CELLS, None)
+            results = _results_by_pixel(logits, teacher, lanes, teacher_lanes, log2e, CELLS, None)
         return results
     else:
-        return _results_by_pixel(logits, teacher, lanes, teacher_lanes, slope, CELLS, TEACHER_GRID)
+        return _results_by_pixel(logits, teacher, lanes, teacher_lanes, log2e, CELLS, TEACHER_GRID)
 
 
 @triton.jit(do_not_specialize=(*SIZES, *LOGITS, *TEACHER, *VALID, "tiles"))

@@ -151,7 +151,7 @@ def _pixel_kl_divergence_bwd_kernel(
     temperature = tl.load(temperature_ptr)
     factors = _of_valid([x * temperature for x in factors], valid, CELLS)
 
-    slope = LOG2_E / temperature
+    log2e = LOG2_E / temperature
     dlogits = Logits(dlogits_ptr, num_classes, dlogits_b, dlogits_k, dlogits_h, dlogits_w)
     dptrs, written = gradient_ptrs(dlogits, program, cells, axes, dlogits_block, CELLS)
     ROWS_OF_FOUR: tl.constexpr = CELLS.x.even and CELLS.x.pixels == 4
@@ -171,9 +171,9 @@ def _pixel_kl_divergence_bwd_kernel(
             four, teacher_four = corners_of(stored[0], CELLS), corners_of(stored[1], CELLS)
             ptr, teacher_ptr = class_after(ptr, k, logits), class_after(teacher_ptr, k, teacher)
             stored = loaded_of_both(ptr, teacher_ptr, lanes, lanes_of_teacher, CELLS, None)
-            q, spread = exponentials_of_lane(four, slope, shift, spread, lanes, CELLS)
+            q, spread = exponentials_of_lane(four, log2e, shift, spread, lanes, CELLS)
             p, spread = exponentials_of_lane(
-                teacher_four, slope, teacher_shift, spread, lanes, CELLS
+                teacher_four, log2e, teacher_shift, spread, lanes, CELLS
             )
             ds = _differences(q, scales, p, teacher_scales, CELLS)
             gradient = transposed(ds, lanes, cells, axes, CELLS, TILE)
@@ -189,7 +189,7 @@ def _pixel_kl_divergence_bwd_kernel(
         stored = loaded_of_both(ptr, teacher_ptr, lanes, lanes_of_teacher, CELLS, TEACHER_GRID)
         for k in range(num_classes):
             s, t = exponents_of_both(
-                stored, lanes, lanes_of_teacher, slope, (0.0, 0.0), CELLS, TEACHER_GRID
+                stored, lanes, lanes_of_teacher, log2e, (0.0, 0.0), CELLS, TEACHER_GRID
             )
             ptr, teacher_ptr = class_after(ptr, k, logits), class_after(teacher_ptr, k, teacher)
             stored = loaded_of_both(ptr, teacher_ptr, lanes, lanes_of_teacher, CELLS, TEACHER_GRID)

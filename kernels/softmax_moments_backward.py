@@ -99,7 +99,7 @@ class Gradients(NamedTuple):
     dsquares: ClassGradient
 
 
-class Pixels(NamedTuple):
+class PixelsOfLanes(NamedTuple):
     """The pixels of a program's lanes."""
 
     image: Any
@@ -318,7 +318,7 @@ def _softmax_moments_bwd_kernel(
     lse = load_map(contiguous_map(lse_ptr, axes), image, lanes, labels, CELLS)
     ptrs = corner_ptrs(logits.ptr, lanes, CELLS)
     c = losses_of_labels(logits, ptrs, lse, lanes, labels, CELLS)  # left out if nothing reads it
-    pixels = Pixels(image, logits, lanes, labels, c, lse)
+    pixels = PixelsOfLanes(image, logits, lanes, labels, c, lse)
 
     d = [tl.zeros(label.shape, tl.float32) for label in labels]
     dpixel_losses = PixelMap(dpixel_losses_ptr, dpixel_losses_b, dpixel_losses_h, dpixel_losses_w)

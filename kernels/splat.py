@@ -17,7 +17,7 @@ def most_labels(axis: Axis) -> int:
     return min(axis.pixels, math.ceil(2 / axis.ratio) + 5) if axis.ratio else axis.pixels
 
 
-class Tile(NamedTuple):
+class RowTile(NamedTuple):
     """A part of a row of features."""
 
     y: Any
@@ -39,7 +39,7 @@ def tile_at(tile, axes, BLOCK_P: tl.constexpr):
     row_tiles = tl.cdiv(axes.x.source, BLOCK_P)
     y, first = tile // row_tiles, tile % row_tiles * BLOCK_P
     x = first + tl.arange(0, BLOCK_P)
-    return Tile(y, first, x, x < axes.x.source)
+    return RowTile(y, first, x, x < axes.x.source)
 
 
 @triton.jit

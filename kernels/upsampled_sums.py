@@ -65,8 +65,8 @@ def _add_keys(partials_ptrs, x, some, keys_ptr, tile, axes, label_rows, dim, BLO
 
 
 @triton.jit
-def axes_between(height, width, label_height, label_width, ratios):
-    """Those of `splat`, which needs no lanes."""
+def axes_without_lanes(height, width, label_height, label_width, ratios):
+    """Those that splat.py needs."""
     return YX(
         Axis(height, label_height, ratios.y, ratios.inverse_y, 0),
         Axis(width, label_width, ratios.x, ratios.inverse_x, 0),
@@ -101,7 +101,7 @@ def _upsampled_sums_kernel(
     chunk's partial. They are atomic, because a load could otherwise happen before an earlier
     store."""
     image, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
-    dim, axes = features.dim, axes_between(height, width, label_height, label_width, ratios)
+    dim, axes = features.dim, axes_without_lanes(height, width, label_height, label_width, ratios)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     some = d < dim
     features_ptrs = channel_ptrs(features, d) + image * features.stride_b

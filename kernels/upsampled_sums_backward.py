@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .launch import without_spills
 from .splat import NO_KEY, columns_around, first_key, splat_key, tile_at
-from .upsampled_sums import SIZES_BUT_WIDTH, axes_between, launch_of
+from .upsampled_sums import SIZES_BUT_WIDTH, axes_without_lanes, launch_of
 
 
 class Gradients(NamedTuple):
@@ -50,7 +50,7 @@ def _upsampled_sums_bwd_kernel(
     BLOCK_L: tl.constexpr,
 ):
     """Reads the features once, if the mean and variance have gradients; writes dfeatures once."""
-    dim, axes = features.dim, axes_between(height, width, label_height, label_width, ratios)
+    dim, axes = features.dim, axes_without_lanes(height, width, label_height, label_width, ratios)
     tiles = axes.y.source * tl.cdiv(width, BLOCK_P)
     image = (tl.program_id(0) // tiles).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)

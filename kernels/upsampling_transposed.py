@@ -31,7 +31,7 @@ MOST_PARTS = 8  # along an axis, in a program of the gradient: of 256 lanes, as 
 DLOGITS = (*strides_of("dlogits", "bkhw"), "dlogits_block")
 
 
-class Tile(NamedTuple):
+class TileAxis(NamedTuple):
     """What a program computes along an axis: `cells`, the first `edge` of them without a gradient
     of their own, and `parts` of each cell. The other parts belong to other `blocks`."""
 
@@ -76,8 +76,8 @@ def tiles_of(upsampling: Upsampling, more_registers: bool) -> Tiles:
     row = upsampling.x.lanes if cells_y.same else 0
     lanes_y, lanes_x = _lanes_of_tile(parts_y, parts_x, row, more_registers)
     adjacent = cells_x.pixels if cells_x.same else 1
-    y = Tile(lanes_y // parts_y, edge, parts_y, blocks_y)
-    x = Tile(lanes_x // parts_x * adjacent, edge, parts_x, blocks_x)
+    y = TileAxis(lanes_y // parts_y, edge, parts_y, blocks_y)
+    x = TileAxis(lanes_x // parts_x * adjacent, edge, parts_x, blocks_x)
     down, across = triton.cdiv(height, y.cells - edge), triton.cdiv(width, x.cells - edge)
     return Tiles(YX(y, x), lanes_y * lanes_x, down, across, blocks_y * blocks_x)
 

@@ -129,7 +129,7 @@ def _dpixel_weights(
         ce = losses
         if of_all.changes_losses():
             ce = again(options.plain(), Wanted(pixel_losses=True)).pixel_losses
-        used &= ~options.is_unused(ce)
+        used &= options.is_used(ce)
     classes = torch.where(used, labels.long(), 0).flatten(1)
     gradient = torch.zeros_like(losses)
     for by_class, factor in ((dlosses, torch.where(losses.isfinite(), losses, 0)), (dused, 1)):

@@ -43,7 +43,7 @@ def softmax_moments(
         miss = miss.clamp(min=SMALLEST_MISS)
         losses = losses * torch.where(finite, miss**options.focal_gamma, 1)
     if options.selects():
-        used = valid & ~options.is_unused(label_losses)
+        used = valid & options.is_used(label_losses)
     losses = torch.where(used, losses, 0)
     weighted, shares = losses, used.long()
     if pixel_weights is not None:
