@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._backend import GPU_MAX_CLASSES
 from ._checks import (
     MAX_CLASSES,
     check_choice,
@@ -35,7 +36,7 @@ try:
 except ModuleNotFoundError as error:
     raise missing_extra("diagnostics", error) from error
 
-MAX_BINS = 8191  # the keys of hits and misses, of one bin more, are 16,384: the classes of a GPU
+MAX_BINS = GPU_MAX_CLASSES // 2 - 1  # the keys of hits and misses, of one bin more
 
 
 def _of_classes(function: str, argument: str, values: Tensor) -> Tensor:
