@@ -283,19 +283,19 @@ def test_the_note_of_what_triton_raises(monkeypatch, caplog, kind: type[RuntimeE
     ]
 
 
-def refuse(kernel: object, tensor: torch.Tensor) -> None:
+def refuse(tensor: torch.Tensor) -> None:
     raise ValueError("confusion: too many pixels")
 
 
-def have_no_memory(kernel: object, tensor: torch.Tensor) -> None:
+def have_no_memory(tensor: torch.Tensor) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def need_a_newer_triton(kernel: object, tensor: torch.Tensor) -> None:
+def need_a_newer_triton(tensor: torch.Tensor) -> None:
     raise ImportError("cannot import name 'cuda_capability_geq' from 'triton'")
 
 
-def compile_what_is_missing(kernel: object, tensor: torch.Tensor) -> None:
+def compile_what_is_missing(tensor: torch.Tensor) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
 

@@ -31,6 +31,7 @@ from .._checks import (
 from .._moments import as_scalar, statistics_dtype
 from .._torch_state import in_transform, savable
 from .registration import Gradient, define, run
+from .triton_launch import launcher
 
 LOGITS_AT_ONCE = 2**23  # 32 MiB in float32; more are computed in parts, and again for the gradient
 LOGITS_OF_PART = 2**20
@@ -95,8 +96,13 @@ for _backend, _kept in (
         partial(_fake, _backend),
         backends=(_backend,),
         gradient=Gradient(
-            _BACKWARD_SCHEMA.format(kept=_kept), _setup_context, _backward, _backward_fake
+            _BACKWARD_SCHEMA.format(kept=_kept),
+            _setup_context,
+            _backward,
+            _backward_fake,
+            triton=launcher("centroid_info_nce_backward"),
         ),
+        triton=launcher("centroid_info_nce"),
     )
 
 

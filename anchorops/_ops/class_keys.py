@@ -12,6 +12,7 @@ from torch import Tensor
 from .._backend import CUDA_BACKENDS
 from .registration import define, run
 from .split_groups import split_groups
+from .triton_launch import launcher
 
 
 class KeyOptions(TypedDict):
@@ -44,6 +45,7 @@ define(
     "SymInt ignore_index, ScalarType? class_dtype=None) -> (Tensor keys, Tensor counts)",
     _class_keys_fake,
     backends=CUDA_BACKENDS,
+    triton=launcher("class_keys"),
 )
 
 

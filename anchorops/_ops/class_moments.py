@@ -38,6 +38,7 @@ from .._shared.sums import fixed_order_sum, histogram
 from .._torch_state import shape_of
 from .class_keys import KeyOptions, class_keys
 from .registration import Gradient, define, run
+from .triton_launch import launcher
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from Python 3.11
@@ -134,7 +135,14 @@ define(
     "class_moments",
     _SCHEMA,
     _forward_fake,
-    gradient=Gradient(_BACKWARD_SCHEMA, _setup_context, _backward, _backward_fake),
+    gradient=Gradient(
+        _BACKWARD_SCHEMA,
+        _setup_context,
+        _backward,
+        _backward_fake,
+        triton=launcher("class_moments_backward"),
+    ),
+    triton=launcher("class_moments"),
     any_strides=True,
 )
 

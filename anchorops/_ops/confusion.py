@@ -22,6 +22,7 @@ from .._torch_state import shape_of
 from .pixel_argmax import pixel_argmax
 from .registration import define, run
 from .softmax_moments import moments_of
+from .triton_launch import launcher
 
 MATRIX_CLASSES = 4096  # at most: the matrix then needs 128 MiB
 
@@ -35,6 +36,7 @@ define(
     "confusion",
     "(Tensor predictions, Tensor labels, SymInt num_classes, SymInt ignore_index) -> Tensor",
     _fake,
+    triton=launcher("confusion"),
 )
 
 

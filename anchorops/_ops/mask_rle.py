@@ -24,6 +24,7 @@ from .._checks import (
 from .._libraries import unusable
 from .._torch_state import in_transform
 from .registration import define, run
+from .triton_launch import launcher
 
 
 def _fake_codes(changes: Tensor, offsets: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
@@ -45,12 +46,15 @@ def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _launch(
-    launcher: Any, logits: Tensor, height: int, width: int, threshold: float, *options: Any
+_launch = launcher("mask_rle")
+
+
+def _triton(
+    logits: Tensor, height: int, width: int, threshold: float, *options: Any
 ) -> tuple[Tensor, ...]:
     """Triton finds the pixels at which the masks change; the CPU writes their codes."""
     level = math.log(threshold) - math.log1p(-threshold)
-    changes, offsets, *of_masks = launcher(logits, height, width, level, *options)
+    changes, offsets, *of_masks = _launch(logits, height, width, level, *options)
     compiled = unusable()["cpu"] is None
     encode = torch.ops.anchorops.mask_codes.cpu if compiled else reference.mask_codes
     return *encode(changes.cpu(), offsets, height * width), *of_masks
@@ -67,7 +71,7 @@ define(
     "(Tensor logits, SymInt height, SymInt width, float threshold, Tensor? boxes, "
     "bool align_corners) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
-    launch=_launch,
+    triton=_triton,
     any_strides=True,
 )
 

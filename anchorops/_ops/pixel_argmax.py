@@ -23,6 +23,7 @@ from .._moments import Options, Wanted, statistics_dtype
 from .registration import define, run
 from .sigmoid import two_classes
 from .softmax_moments import moments_of
+from .triton_launch import launcher
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64)
 
@@ -38,6 +39,7 @@ define(
     "pixel_argmax",
     "(Tensor logits, SymInt height, SymInt width, bool align_corners, ScalarType dtype) -> Tensor",
     fake,
+    triton=launcher("pixel_argmax"),
     any_strides=True,
 )
 

@@ -38,6 +38,7 @@ from .._checks import (
 from .._moments import as_scalar, statistics_dtype
 from .._torch_state import savable
 from .registration import Gradient, define, run
+from .triton_launch import launcher
 
 # logits (B, K, h, w), teacher_logits (B, K, h', w'), valid bool (B, H, W), of any strides;
 # temperature (), of the results' dtype (why a tensor: as_scalar of _moments.py). Results
@@ -101,8 +102,17 @@ def backward(operator: Any, ctx: Any, grads: Any) -> dict[str, Tensor | None]:
     return {"logits": dlogits}
 
 
-GRADIENT = Gradient(BACKWARD_SCHEMA, setup_context, backward)
-define("pixel_kl_divergence", SCHEMA, forward_fake, gradient=GRADIENT, any_strides=True)
+GRADIENT = Gradient(
+    BACKWARD_SCHEMA, setup_context, backward, triton=launcher("pixel_kl_divergence_backward")
+)
+define(
+    "pixel_kl_divergence",
+    SCHEMA,
+    forward_fake,
+    gradient=GRADIENT,
+    triton=launcher("pixel_kl_divergence"),
+    any_strides=True,
+)
 
 
 def _check_inputs(

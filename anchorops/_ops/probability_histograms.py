@@ -13,6 +13,7 @@ from .._backend import FUSED, select
 from .._checks import check_axes
 from .._moments import statistics_dtype
 from .registration import Gradient, define, library, run
+from .triton_launch import launcher
 
 
 def _histograms_fake(
@@ -26,6 +27,7 @@ define(
     "probability_histograms",
     "(Tensor logits, Tensor labels, int bins, SymInt ignore_index, bool align_corners) -> Tensor",
     _histograms_fake,
+    triton=launcher("probability_histograms"),
     any_strides=True,
 )
 
@@ -72,6 +74,7 @@ GRADIENT = Gradient(
     "-> Tensor",
     _setup_context,
     _backward,
+    triton=launcher("error_loss_backward"),
     function="Lovasz",
 )
 

@@ -52,10 +52,6 @@ def run(name: str, backend: str, *arguments: Any) -> Any:
     return overload_of(name, backend)(*arguments)
 
 
-def call(launcher: Callable[..., Any], *arguments: Any) -> Any:
-    return launcher(*arguments)
-
-
 def like_the_first(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
@@ -63,7 +59,7 @@ def like_the_first(x: Tensor, *_: Any) -> Tensor:
 class Gradient(NamedTuple):
     """The operator NAME_backward, and the functions that call it.
 
-    schema, fake, launch, in_python: as in `define`; by default the result is dense and has the
+    schema, fake, triton, in_python: as in `define`; by default the result is dense and has the
         dtype and layout of the first argument.
     setup_context: (ctx, inputs, results) saves what the backward pass needs. Inputs and results
         have the names of NAME's schema; ctx.needs says by name which inputs need a gradient.
@@ -79,7 +75,7 @@ class Gradient(NamedTuple):
     setup_context: Callable[[Any, Any, Any], None]
     backward: Callable[[Any, Any, Any], dict[str, Tensor | None]]
     fake: Callable[..., Any] = like_the_first
-    launch: Callable[..., Any] = call
+    triton: Callable[..., Any] | None = None
     in_python: Callable[..., Any] | None = None
     function: str | None = None
 
@@ -104,14 +100,14 @@ def define(
     *,
     backends: Sequence[str] | None = None,
     gradient: Gradient | None = None,
-    launch: Callable[..., Any] = call,
+    triton: Callable[..., Any] | None = None,
     in_python: Callable[..., Any] | None = None,
     any_strides: bool = False,
 ) -> None:
     """Define anchorops::NAME.BACKEND for each backend.
 
-    C++ implements the overloads `cpu` and `cuda` when its library is loaded. `triton` is
-    implemented here by the function NAME of anchorops.kernels.NAME.
+    C++ implements the overloads `cpu` and `cuda` when its library is loaded, and `triton` the
+    overload of this name.
 
     Args:
         backends: by default those of OPERATORS, or FUSED for what only other operators call. The
@@ -121,7 +117,8 @@ def define(
             opcheck. A result that was not requested is an empty tensor (0,).
         fake: returns results without values, from the arguments.
         gradient: None if no result is differentiable.
-        launch: calls Triton's function NAME, its first argument, with the operator's arguments.
+        triton: the operator's arguments → the results, by Triton: `launcher(NAME)`, or a function
+            that calls it.
         in_python: (backend, the operator's arguments) → the results; it implements the overloads of
             all backends. By default those of `reference` are left to the caller.
         any_strides: NAME and NAME_backward take tensors of any strides, except results of other
@@ -131,20 +128,21 @@ def define(
     """
     tags = [torch.Tag.flexible_layout] if any_strides else []
 
-    def add(name: str, backend: str, schema: str, fake: Any, launch: Any, in_python: Any) -> Any:
+    def add(name: str, backend: str, schema: str, fake: Any, triton: Any, in_python: Any) -> Any:
         library.add(f"{name}.{backend}", schema, fake, *tags)
         if in_python is not None:
             implementation = partial(in_python, backend)
             library.impl(f"{name}.{backend}", implementation, "CompositeExplicitAutograd")
         elif backend == "triton":
-            implement_by_triton(library, name, launch)
+            assert triton is not None, f"{name}: triton is missing"
+            implement_by_triton(library, name, triton)
         return overload_of(name, backend)
 
     for backend in backends or OPERATORS.get(name, FUSED):
-        overload = add(name, backend, schema, fake, launch, in_python)
+        overload = add(name, backend, schema, fake, triton, in_python)
         defined[overload] = name
         if gradient is not None:
-            of_gradient = gradient.schema, gradient.fake, gradient.launch, gradient.in_python
+            of_gradient = gradient.schema, gradient.fake, gradient.triton, gradient.in_python
             backward = add(f"{name}_backward", backend, *of_gradient)
             _register_gradient(name, backend, overload, backward, gradient)
 

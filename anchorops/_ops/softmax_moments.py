@@ -47,6 +47,7 @@ from .._moments import (
 from .._torch_state import shape_of
 from .registration import Gradient, define, run
 from .sigmoid import one_batch, two_classes
+from .triton_launch import launcher
 
 
 def forward_fake(logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -147,27 +148,30 @@ def valid_pixels(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     return valid & (labels != ignore_index) if 0 <= ignore_index < num_classes else valid
 
 
-def _launch(launcher: Any, logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+_launch, _launch_backward = launcher("softmax_moments"), launcher("softmax_moments_backward")
+
+
+def _triton(logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     options, wanted = split_options(arguments)
-    results = Results(*launcher(logits, labels, options, wanted))
+    results = Results(*_launch(logits, labels, options, wanted))
     return tuple(
         logits.new_empty((0,), dtype=_dtype(name, options, logits)) if result is None else result
         for name, result in results._asdict().items()
     )
 
 
-def _launch_backward(launcher: Any, *arguments: Any) -> Tensor:
+def _triton_backward(*arguments: Any) -> Tensor:
     count = 3 + len(GRADIENTS)  # before the options
-    return launcher(*arguments[:count], split_options(arguments[count:])[0])
+    return _launch_backward(*arguments[:count], split_options(arguments[count:])[0])
 
 
-GRADIENT = Gradient(BACKWARD_SCHEMA, setup_context, backward, launch=_launch_backward)
+GRADIENT = Gradient(BACKWARD_SCHEMA, setup_context, backward, triton=_triton_backward)
 define(
     "softmax_moments",
     SCHEMA,
     forward_fake,
     gradient=GRADIENT,
-    launch=_launch,
+    triton=_triton,
     any_strides=True,
 )
 

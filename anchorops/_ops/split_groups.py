@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import reference
 from .._backend import select
 from .registration import define, run
+from .triton_launch import launcher
 
 
 def _split_groups_fake(
@@ -24,6 +25,7 @@ define(
     "split_groups",
     "(Tensor keys, Tensor counts, Tensor seed, SymInt groups) -> (Tensor keys, Tensor counts)",
     _split_groups_fake,
+    triton=launcher("split_groups"),
 )
 
 

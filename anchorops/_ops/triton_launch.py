@@ -1,4 +1,6 @@
-"""Triton's launchers as implementations of operators."""
+"""Operators that Triton implements. A call goes from torch to the implementation of the overload
+`triton`, from there to the function that the operator's file names, `launcher(NAME)` or one that
+calls it with other arguments, and from there to kernels/NAME.py."""
 
 import contextlib
 import importlib
@@ -65,31 +67,38 @@ def _add_note(error: Exception, operator: str, device: torch.device) -> None:
     )
 
 
-def implement_by_triton(
-    library: torch.library.Library, operator: str, call: Callable[..., Any]
-) -> None:
-    """Implement `operator`.triton by `call`, of the function `operator` of
-    anchorops.kernels.`operator` and the arguments. The first call imports this module, and Triton
-    with it."""
-    kernel: Callable[..., Any] | None = None
+def launcher(name: str) -> Callable[..., Any]:
+    """The function NAME of kernels/NAME.py. Its first call imports the file, and Triton with it."""
+    found: Callable[..., Any] | None = None
 
     def launch(*args: Any) -> Any:
-        nonlocal kernel
+        nonlocal found
+        if found is None:
+            found = getattr(importlib.import_module(f"anchorops.kernels.{name}"), name)
+        return found(*args)
+
+    return launch
+
+
+def implement_by_triton(
+    library: torch.library.Library, operator: str, launch: Callable[..., Any]
+) -> None:
+    """Implement `operator`.triton by `launch`, on the device of the first tensor."""
+
+    def implementation(*args: Any) -> Any:
         tensor = next(x for x in args if isinstance(x, Tensor))
         try:
-            if kernel is None:
-                kernel = getattr(importlib.import_module(f"anchorops.kernels.{operator}"), operator)
             with torch.cuda.device_of(tensor):  # Triton launches on the current device
                 if operator in _launched:
-                    return call(kernel, *args)
+                    return launch(*args)
                 with compiling(operator):
-                    return call(kernel, *args)
+                    return launch(*args)
         except Exception as error:
             if _is_of_triton(error):
                 _add_note(error, operator, tensor.device)
             raise
 
-    library.impl(f"{operator}.triton", launch, "CUDA")
+    library.impl(f"{operator}.triton", implementation, "CUDA")
     if TRITON_ON_HOST:
         _launched.add(operator)  # tests compile all the time
-        library.impl(f"{operator}.triton", launch, "CPU")
+        library.impl(f"{operator}.triton", implementation, "CPU")

@@ -24,6 +24,7 @@ from .._shared.splats import SPLAT_UNITS, splat_axis, splat_keys, splat_of
 from .._torch_state import in_transform
 from .class_keys import class_keys
 from .registration import Gradient, define, library, run
+from .triton_launch import launcher
 
 CACHED = 2**18  # entries of W that fit into a CPU's cache
 
@@ -172,7 +173,9 @@ define(
         "Tensor? dvariance, SymInt num_classes) -> Tensor",
         _setup_context,
         _gradient,
+        triton=launcher("upsampled_sums_backward"),
     ),
+    triton=launcher("upsampled_sums"),
 )
 library.impl("upsampled_sums.cpu", _forward, "CPU")
 library.impl("upsampled_sums_backward.cpu", _backward, "CPU")
