@@ -15,8 +15,6 @@ from ._ops.confusion import confusion, pixel_confusion
 from ._ops.mask_rle import MaskRLE, mask_rle
 from ._ops.onnx_export import onnx_decompositions
 from ._ops.pixel_argmax import pixel_argmax
-from ._ops.pixel_binary_cross_entropy import pixel_binary_cross_entropy
-from ._ops.pixel_cross_entropy import pixel_cross_entropy
 from ._ops.pixel_kl_divergence import pixel_kl_divergence
 from ._windows import gaussian_weights, window_argmax, window_origins, window_rows
 from .losses import (
@@ -33,6 +31,8 @@ from .losses import (
     Lovasz,
     MaskLoss,
 )
+from .losses.pixel_binary_cross_entropy import pixel_binary_cross_entropy
+from .losses.pixel_cross_entropy import pixel_cross_entropy
 
 __all__ = [
     "CBP",

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .._checks import check_pos_weight
-from .._ops.pixel_binary_cross_entropy import binary_smoothed, class_weights
 from .cross_entropy import BaseCrossEntropy
+from .pixel_binary_cross_entropy import binary_smoothed, class_weights
 
 
 class BinaryCrossEntropy(BaseCrossEntropy):

@@ -11,14 +11,14 @@ from torch import Tensor
 from .._checks import check_int, check_number, check_share
 from .._moments import Options, SoftmaxMoments, Wanted, as_scalar, statistics_dtype
 from .._ops.kth_largest import kth_largest
-from .._ops.pixel_cross_entropy import (
+from .._ops.softmax_moments import moments_of
+from .pixel import MomentsLoss, class_weight
+from .pixel_cross_entropy import (
     label_weights,
     number_of_pixels,
     smoothed,
     weighted_loss,
 )
-from .._ops.softmax_moments import moments_of
-from .pixel import MomentsLoss, class_weight
 
 
 class BaseCrossEntropy(MomentsLoss):

@@ -12,7 +12,6 @@ from torch.distributed import ProcessGroup
 
 from .._checks import check_choice, check_flags, check_ignore_index, check_number, describe, fail
 from .._moments import Options, SoftmaxMoments, Wanted, as_scalar
-from .._ops.pixel_cross_entropy import divide, divisor_or_0
 from .._shared.sums import fixed_order_sum
 from ..distributed import all_reduce, group_name
 from .binary_cross_entropy import BinaryCrossEntropy
@@ -23,6 +22,7 @@ from .pixel import (
     chosen_classes,
     class_weight,
 )
+from .pixel_cross_entropy import divide, divisor_or_0
 
 
 class Dice(MomentsLoss):

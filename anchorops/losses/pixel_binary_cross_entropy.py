@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .._checks import check_choice, check_pixels, check_pos_weight
 from .._moments import Options, Wanted, as_scalar, statistics_dtype
+from .._ops.softmax_moments import moments_of, valid_pixels, weighted
 from .pixel_cross_entropy import label_weights, number_of_pixels, smoothed, weighted_loss
-from .softmax_moments import moments_of, valid_pixels, weighted
 
 
 def pixel_binary_cross_entropy(

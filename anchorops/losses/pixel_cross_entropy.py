@@ -7,9 +7,9 @@ from torch import Tensor
 
 from .._checks import check_choice, check_pixels, check_share, check_strided, describe, fail
 from .._moments import Options, SoftmaxMoments, Wanted, statistics_dtype
+from .._ops.softmax_moments import moments_of, valid_pixels, weighted
 from .._shared.sums import fixed_order_sum
 from .._torch_state import shape_of
-from .softmax_moments import moments_of, valid_pixels, weighted
 
 
 def pixel_cross_entropy(
