@@ -1,5 +1,4 @@
-"""`anchorops-doctor --benchmark`: losses and operators beside torch's own formulas. By the same
-calls bench/ compares two versions of a kernel."""
+"""`anchorops-doctor --benchmark`: losses and operators beside torch's own formulas."""
 
 from collections.abc import Callable, Iterator
 from itertools import groupby
