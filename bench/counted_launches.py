@@ -85,12 +85,13 @@ def cbp(*sizes: int) -> Regularizer:
 
 STEPS: dict[str, Callable[[], Step]] = {
     "centroid InfoNCE": of_info_nce,
-    "SAR": lambda: of_method(ao.SAR),
+    **{
+        name: partial(of_method, method)
+        for name, method in ao.losses.METHODS.items()
+        if name != "CBP"
+    },
     "CBP, moving average": lambda: of_method(cbp),
     "CBP + OCCL": lambda: of_method(lambda *x: ao.Combined(cbp(*x), ao.OCCL(*x))),
-    "OCCL": lambda: of_method(ao.OCCL),
-    "CeCo": lambda: of_method(ao.CeCo),
-    "MVSC": lambda: of_method(ao.MVSC),
     "CrossEntropy": lambda: of_loss(ao.CrossEntropy()),
     "Dice": lambda: of_loss(ao.Dice()),
     "CrossEntropyDice": lambda: of_loss(ao.CrossEntropyDice(ao.CrossEntropy(), ao.Dice())),

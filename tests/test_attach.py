@@ -230,7 +230,7 @@ def test_errors() -> None:
         nn.Sequential(whole[0], other)(x)
 
 
-@pytest.mark.parametrize("name", ["SAR", "OCCL", "MVSC", "CeCo", "CBP"])
+@pytest.mark.parametrize("name", ao.losses.METHODS)
 @pytest.mark.parametrize("sequential", [False, True])
 def test_a_method_twice_is_refused(name: str, sequential: bool) -> None:
     model = nn.Sequential(nn.Conv2d(3, D, 1), nn.Conv2d(D, K, 1)) if sequential else Net()

@@ -14,7 +14,7 @@ import anchorops as ao
 from anchorops.losses import Regularizer
 
 IGNORE_INDEX = 255
-METHODS = ("CR", "SAR", "CBP", "OCCL", "CBP + OCCL", "CeCo", "MVSC")
+METHODS = ("CR", *ao.losses.METHODS, "CBP + OCCL")
 
 
 def names_of(method: str) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 
 import anchorops as ao
 from anchorops import diagnostics, plots
+from anchorops.losses import METHODS
 from anchorops.losses.pixel import PixelLoss
 
 D = 256  # CBP needs as many channels as classes
@@ -66,7 +67,7 @@ OF_LABELS: dict[str, Call] = {
         LOGITS[:, :k], y
     ),
     **{name: of_loss(make) for name, make in LOSSES.items()},
-    **{x.__name__: of_method(x) for x in (ao.SAR, ao.OCCL, ao.MVSC, ao.CBP)},
+    **{name: of_method(method) for name, method in METHODS.items()},
     "CeCo": of_method(partial(ao.CeCo, reduced_dim=2)),
     "Combined": of_method(
         lambda *sizes, **options: ao.Combined(
