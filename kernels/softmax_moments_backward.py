@@ -365,7 +365,8 @@ def _softmax_moments_bwd_kernel(
             dptrs = at_pixels(dptrs, dlogits_k, CELLS)
         LIMIT: tl.constexpr = _LARGEST_SPREAD_BY_CLASS if BY_CLASS else LARGEST_SPREAD_OF_GRADIENT
         by_pixel = any_of(~(spread <= LIMIT))
-        # back to class 0: pointers that are kept need registers
+        # Back to class 0, because pointers that are kept need registers: ptrs from the last class,
+        # dptrs from behind it, which is one step more than (n − 1).
         ptrs = at_first_class(ptrs, logits, CELLS)
         dptrs = at_pixels(dptrs, -(num_classes - 1).to(tl.int64) * dlogits_k - dlogits_k, CELLS)
     if by_pixel:
