@@ -8,6 +8,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import cache
 from traceback import walk_tb
 from typing import Any
 
@@ -69,15 +70,8 @@ def _add_note(error: Exception, operator: str, device: torch.device) -> None:
 
 def launcher(name: str) -> Callable[..., Any]:
     """The function NAME of kernels/NAME.py. Its first call imports the file, and Triton with it."""
-    found: Callable[..., Any] | None = None
-
-    def launch(*args: Any) -> Any:
-        nonlocal found
-        if found is None:
-            found = getattr(importlib.import_module(f"anchorops.kernels.{name}"), name)
-        return found(*args)
-
-    return launch
+    find = cache(lambda: getattr(importlib.import_module(f"anchorops.kernels.{name}"), name))
+    return lambda *args: find()(*args)
 
 
 def implement_by_triton(
