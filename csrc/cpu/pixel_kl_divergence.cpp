@@ -67,25 +67,9 @@ void for_tiles(const Arguments& arguments, bool backward, Visit visit) {
     divergence.line = divergence.chunk + 16;
     divergence.valid = map_of<bool>(arguments.valid);
     divergence.temperature = *arguments.temperature.const_data_ptr<Stat>();
-    auto& [problem, packed, columns, teacher_rows] = divergence.teacher;
-    packed.stride = ceil_div(teacher_columns + 2, 16) * 16 + 16;
-    const int64_t packed_row = layout.dim * packed.stride + 16;
-    const int64_t rows = layout.dim * divergence.line;
-    const std::unique_ptr<Stat[]> memory(
-        new Stat[2 * (packed_row + 2 * rows) + packed.stride + 5 * divergence.line]);
-    std::vector<Stat> gradients(backward ? 2 * rows : 0);
-    std::vector<int32_t> lower(divergence.line);
-    Stat* next = memory.get();
-    const auto take = [&](int64_t size) { return std::exchange(next, next + size); };
-    for (int i = 0; i < 2; ++i) {
-      packed.rows[i] = take(packed_row);
-      divergence.student.rows[i] = take(rows);
-      teacher_rows[i] = take(rows);
-      divergence.gradients[i] = gradients.data() + (backward ? i * rows : 0);
-    }
-    packed.shifts = take(packed.stride);
-    divergence.is_valid = take(4 * divergence.line);
-    columns = {lower.data(), take(divergence.line), nullptr, nullptr};
+    const ThreadMemory memory([&](ThreadMemory& parts) {
+      divergence.take(parts, layout.dim, padded(teacher_columns + 2), backward);
+    });
     for (int64_t i = first; i < last; ++i) visit(divergence, i, tiles_at(i));
   };
   for_items(tiles, tiles.count(), layout.dim, backward, false, run);

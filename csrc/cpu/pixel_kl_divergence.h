@@ -25,6 +25,16 @@ struct Divergence {
   Map<bool> valid;                  // all pixels, if its data is null
   Stat* is_valid;                   // [4, line]
   Stat temperature;
+
+  // What is not of the student's workspace.
+  void take(ThreadMemory& memory, int64_t num_classes, int64_t teacher_stride, bool backward) {
+    const int64_t length = num_classes * line;
+    teacher.packed.take(memory, teacher_stride, num_classes);
+    teacher.columns.take(memory, line, 0);
+    memory.take(length, student.rows[0], student.rows[1], teacher.rows[0], teacher.rows[1]);
+    memory.take(4 * line, is_valid);
+    if (backward) memory.take_zeros(length, gradients[0], gradients[1]);
+  }
 };
 
 // For each pixel, contiguous [B, H, W], null if not requested. The backward pass reads the sums of

@@ -3,10 +3,12 @@
 // set).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "bilinear.h"
 #include "types.h"
+#include "workspace.h"
 
 namespace anchorops::cpu::softmax {
 
@@ -70,12 +72,29 @@ struct TwoRows {
   const Value& operator[](int64_t row) const { return values[row & 1]; }
 };
 
+// What the memory of one thread must be large enough for.
+struct Sizes {
+  int64_t num_classes;
+  int64_t packed_stride;  // columns, one more at each side, a vector
+  int64_t label_stride;   // labels, a vector
+  int64_t slots;          // of a row of labels
+  int64_t lanes;          // pixels of a row of cells
+  bool backward, needs_factors;
+};
+
 // The memory of one thread. First, rows of logits (softmax_rows.h).
 template <class Stat>
 struct PackedMemory {
-  int64_t stride;       // length of a packed row: columns, one more at each side, a vector
+  int64_t stride;       // length of a packed row
   TwoRows<Stat*> rows;  // [K + 1, stride]; last the sum of v_k times the others
   Stat* shifts;         // [stride]: scratch
+
+  void take(ThreadMemory& memory, int64_t its_stride, int64_t lines) {
+    stride = its_stride;
+    memory.take(length(lines), rows[0], rows[1]);
+    memory.take(stride, shifts);
+  }
+  int64_t length(int64_t lines) const { return lines * stride + 16; }
 };
 
 // Where labels of a row are between the columns of packed rows (upsampling.h).
@@ -85,6 +104,13 @@ struct ColumnMemory {
   Stat* weight;    // the same: the weight of the column at its right
   int32_t* slots;  // of the transpose
   Stat* slot_weights;
+
+  void take(ThreadMemory& memory, int64_t labels, int64_t num_slots) {
+    memory.take_zeros(labels, lower);
+    memory.take(labels, weight);
+    memory.take_zeros(num_slots, slots);
+    memory.take(num_slots, slot_weights);
+  }
 };
 
 // Groups of pixels (softmax_pixels.h).
@@ -95,6 +121,13 @@ struct GroupMemory {
   Stat* slopes;     // [K, size], of errors
   Stat* line;       // [stride]: scratch
   ColumnMemory<Stat> columns;
+
+  void take(ThreadMemory& memory, const Sizes& sizes) {
+    size = sizes.num_classes <= 1024 ? GROUP : 16;
+    memory.take(sizes.num_classes * size, upsampled, slopes);
+    memory.take(sizes.packed_stride, line);
+    columns.take(memory, GROUP + 16, sizes.slots);
+  }
 };
 
 // Rows of cells (softmax_cells.h), and their blocks (softmax_blocks.h).
@@ -108,6 +141,17 @@ struct CellMemory {
   // of the labels; backward only
   int32_t* classes;      // [ROWS, lanes]
   uint64_t* class_bits;  // [blocks, CLASS_WORDS]
+
+  void take(ThreadMemory& memory, const Sizes& sizes) {
+    lanes = sizes.lanes;
+    memory.take_zeros(lanes, columns);
+    memory.take(lanes, weights, starts);
+    const int64_t pixels = sizes.needs_factors ? ROWS * lanes : 0;
+    for (Stat*& of_pixels : factors) memory.take(pixels, of_pixels);
+    if (!sizes.backward) return;
+    memory.take(pixels, classes);
+    memory.take(lanes, class_bits);
+  }
 };
 
 // Differences of two logits (softmax_two_classes.h).
@@ -119,17 +163,37 @@ struct DifferenceMemory {
   Stat* label_line;          // [labels]: of a row of labels
   TwoRows<Stat*> gradients;  // [labels], zero; backward only
   ColumnMemory<Stat> columns;
+
+  void take(ThreadMemory& memory, const Sizes& sizes) {
+    const int64_t labels = sizes.label_stride;
+    stride = std::max(sizes.packed_stride, labels);
+    memory.take(2 * stride, planes);
+    memory.take(labels, lines[0], lines[1], label_line);
+    if (sizes.backward) memory.take_zeros(labels, gradients[0], gradients[1]);
+    columns.take(memory, labels, sizes.slots);
+  }
 };
 
 template <class Stat>
 struct Workspace {
   PackedMemory<Stat> packed;
   TwoRows<Stat*> gradients;  // as the packed rows, zero; backward only
-  int64_t label_stride;      // length of a row of classes: labels, a vector
+  int64_t label_stride;      // length of a row of classes
   int32_t* classes;          // [ROWS, label_stride]: rows of the tile's labels
   GroupMemory<Stat> group;
   CellMemory<Stat> cells;
   DifferenceMemory<Stat> differences;
+
+  void take(ThreadMemory& memory, const Sizes& sizes) {
+    const int64_t lines = sizes.num_classes + 1;
+    packed.take(memory, sizes.packed_stride, lines);
+    if (sizes.backward) memory.take_zeros(packed.length(lines), gradients[0], gradients[1]);
+    label_stride = sizes.label_stride;
+    memory.take_zeros(ROWS * label_stride, classes);
+    group.take(memory, sizes);
+    cells.take(memory, sizes);
+    differences.take(memory, sizes);
+  }
 };
 
 template <class Stat>

@@ -4,10 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <memory>
 #include <optional>
-#include <utility>
-#include <vector>
 
 #include "../labels.h"
 #include "bilinear.h"
@@ -147,6 +144,9 @@ class Tiles {
   int64_t strips_, chunks_;
 };
 
+// Of a row where whole vectors can be read and written.
+inline int64_t padded(int64_t length) { return ceil_div(length, 16) * 16 + 16; }
+
 // Calls visit(range of items, workspace) on the threads; the workspace is large enough for any
 // tile.
 template <class Stat, class Visit>
@@ -158,60 +158,19 @@ void for_items(const Tiles<Stat>& tiles, int64_t items, int64_t num_classes, boo
     columns = std::max(columns, tile.columns.end - tile.columns.begin);
     labels = std::max(labels, tile.label_columns.end - tile.label_columns.begin);
   }
-  const int64_t slots = tiles.slots(columns + 2);  // of packed rows
+  const int64_t packed_stride = padded(columns + 2);
+  const Sizes sizes = {
+      .num_classes = num_classes,
+      .packed_stride = packed_stride,
+      .label_stride = padded(labels),
+      .slots = tiles.slots(columns + 2),
+      .lanes = tiles.by_cells() ? packed_stride * (tiles.most_of_cell() + 4) : 0,
+      .backward = backward,
+      .needs_factors = needs_factors,
+  };
   torch::stable::parallel_for(0, items, 1, [&](int64_t first, int64_t last) {
-    Workspace<Stat> workspace;
-    auto& [packed, gradients, label_stride, classes, group, cells, differences] = workspace;
-    packed.stride = ceil_div(columns + 2, 16) * 16 + 16;
-    label_stride = ceil_div(labels, 16) * 16 + 16;
-    group.size = num_classes <= 1024 ? GROUP : 16;
-    cells.lanes = tiles.by_cells() ? packed.stride * (tiles.most_of_cell() + 4) : 0;
-    differences.stride = std::max(packed.stride, label_stride);
-    const int64_t row = (num_classes + 1) * packed.stride + 16;
-    const int64_t factors = needs_factors ? ROWS * cells.lanes : 0;
-    const int64_t count = 2 * row + 2 * packed.stride + 2 * num_classes * group.size + GROUP + 16 +
-                          2 * slots + 2 * cells.lanes + 6 * factors + 2 * differences.stride +
-                          4 * label_stride;
-    // not initialised, so pages that a small tile does not need are never touched
-    const std::unique_ptr<Stat[]> memory(new Stat[count]);
-    const std::unique_ptr<int32_t[]> cell_classes(new int32_t[backward ? factors : 0]);
-    const std::unique_ptr<uint64_t[]> class_bits(new uint64_t[backward ? cells.lanes : 0]);
-    std::vector<Stat> zeros(backward ? 2 * (row + label_stride) : 0);
-    std::vector<int32_t> integers(ROWS * label_stride + cells.lanes + GROUP + 16 + label_stride +
-                                  2 * slots);
-    Stat *next = memory.get(), *next_zero = zeros.data();
-    int32_t* next_integer = integers.data();
-    const auto take = [&](int64_t size) { return std::exchange(next, next + size); };
-    const auto take_zeros = [&](int64_t size) {
-      return std::exchange(next_zero, backward ? next_zero + size : next_zero);
-    };
-    const auto take_integers = [&](int64_t size) {
-      return std::exchange(next_integer, next_integer + size);
-    };
-    const auto take_columns = [&](int64_t size) -> ColumnMemory<Stat> {
-      return {take_integers(size), take(size), take_integers(slots), take(slots)};
-    };
-    for (int i = 0; i < 2; ++i) {
-      packed.rows[i] = take(row);
-      gradients[i] = take_zeros(row);
-      differences.lines[i] = take(label_stride);
-      differences.gradients[i] = take_zeros(label_stride);
-    }
-    packed.shifts = take(packed.stride);
-    classes = take_integers(ROWS * label_stride);
-    group.upsampled = take(num_classes * group.size);
-    group.slopes = take(num_classes * group.size);
-    group.line = take(packed.stride);
-    group.columns = take_columns(GROUP + 16);
-    cells.columns = take_integers(cells.lanes);
-    cells.weights = take(cells.lanes);
-    cells.starts = take(cells.lanes);
-    for (Stat*& pixel_factors : cells.factors) pixel_factors = take(factors);
-    cells.classes = cell_classes.get();
-    cells.class_bits = class_bits.get();
-    differences.planes = take(2 * differences.stride);
-    differences.label_line = take(label_stride);
-    differences.columns = take_columns(label_stride);
+    Workspace<Stat> workspace = {};
+    const ThreadMemory memory([&](ThreadMemory& parts) { workspace.take(parts, sizes); });
     visit(first, last, workspace);
   });
 }
