@@ -38,8 +38,9 @@ ALWAYS_INLINE void prefetch(const T* source, int64_t ahead) {
 template <class T>
 constexpr int64_t PLANE_AHEAD = 768 / sizeof(T);
 
+// A block of the channels of a tile's pixels.
 template <class T>
-struct Tile {
+struct TileVectors {
   using S = Simd<T>;
   static constexpr int LANES = S::LANES;
 
@@ -164,8 +165,8 @@ void forward(const Layout& layout, const T* features, const int32_t* keys, int64
 
         // The size of whole tiles is known at compile time, so they stay in registers.
         const auto add_tile = [&](int64_t c, auto tile_pixels, auto width) INLINE_LAMBDA {
-          Tile<T> tile;
-          tile.template load<C>(source + c * layout.stride_d, layout, tile_pixels, width);
+          TileVectors<T> vectors;
+          vectors.template load<C>(source + c * layout.stride_d, layout, tile_pixels, width);
           const auto add = [&](int64_t k, Vec sum, Vec square) INLINE_LAMBDA {
             if (sums) accumulate(sums + totals + (k + 1) * LANES, sum);
             if constexpr (ANCHORS) accumulate(sqdists + (k + 1) * DOUBLES, fold(square));
@@ -180,8 +181,8 @@ void forward(const Layout& layout, const T* features, const int32_t* keys, int64
             Vec sum = {}, square = {};
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; ++i) {
-              const Vec difference = tile.pixel[i] - a;
-              sum += tile.pixel[i];
+              const Vec difference = vectors.pixel[i] - a;
+              sum += vectors.pixel[i];
               square += difference * difference;
             }
             add(k, sum, square);
@@ -189,8 +190,8 @@ void forward(const Layout& layout, const T* features, const int32_t* keys, int64
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; ++i) {
               const int64_t k = key[i];
-              const Vec difference = tile.pixel[i] - anchor(k);
-              add(k, tile.pixel[i], difference * difference);
+              const Vec difference = vectors.pixel[i] - anchor(k);
+              add(k, vectors.pixel[i], difference * difference);
             }
           }
         };
@@ -224,13 +225,13 @@ void backward(const Layout& layout, const T* features, const int32_t* keys,
         T* target = dfeatures + offset(dlayout);
 
         const auto write_tile = [&](int64_t c, auto tile_pixels, auto width) INLINE_LAMBDA {
-          Tile<T> tile;
+          TileVectors<T> vectors;
           if constexpr (SQDISTS) {
             const T* from = source + c * layout.stride_d;
             if (source_contiguous == C)
-              tile.template load<C>(from, layout, tile_pixels, width);
+              vectors.template load<C>(from, layout, tile_pixels, width);
             else
-              tile.template load<Contiguous::NEITHER>(from, layout, tile_pixels, width);
+              vectors.template load<Contiguous::NEITHER>(from, layout, tile_pixels, width);
           }
 #pragma GCC unroll 16
           for (int i = 0; i < LANES; ++i) {
@@ -238,13 +239,14 @@ void backward(const Layout& layout, const T* features, const int32_t* keys,
             Vec df = {};
             if (k >= 0) {
               if constexpr (SQDISTS)
-                df = (tile.pixel[i] - row(anchors.rows, anchors.key_rows[k + 1], dim, c, width)) *
-                     (2 * dsqdists[k]);
+                df =
+                    (vectors.pixel[i] - row(anchors.rows, anchors.key_rows[k + 1], dim, c, width)) *
+                    (2 * dsqdists[k]);
               if (dsums) df += row(dsums, k, dim, c, width);
             }
-            tile.pixel[i] = df;
+            vectors.pixel[i] = df;
           }
-          tile.template store<C>(target + c * dlayout.stride_d, dlayout, tile_pixels, width);
+          vectors.template store<C>(target + c * dlayout.stride_d, dlayout, tile_pixels, width);
         };
 
         // In the planes of a tile of one key, its gradient and anchor are scalars, so nothing is

@@ -204,7 +204,7 @@ class Encoder {
   };
 
   // As in upsampling.h: with weight 0, high is not used.
-  static Stat blend(Stat low, Stat high, Stat weight) {
+  static Stat between(Stat low, Stat high, Stat weight) {
     return weight == 0 ? low : (1 - weight) * low + weight * high;
   }
 
@@ -293,8 +293,8 @@ class Encoder {
       if (column.ones != (cell.corners == 4)) column.change(cell.begin);
       return;
     }
-    const Stat low = blend(cell.z[0][0], cell.z[0][1], column.weight);
-    const Stat high = blend(cell.z[1][0], cell.z[1][1], column.weight);
+    const Stat low = between(cell.z[0][0], cell.z[0][1], column.weight);
+    const Stat high = between(cell.z[1][0], cell.z[1][1], column.weight);
     const bool first = is_one(low);
     // the first pixel that has not the value of `low`
     const int64_t other = is_one(high) == first ? cell.end : find_change(low, high, cell);
@@ -306,7 +306,7 @@ class Encoder {
   // by division; its rounding is mended with the formula of each pixel. NaN is found by steps.
   int64_t find_change(Stat low, Stat high, const Cell& cell) const {
     const auto is_as_low = [&](int64_t y) {
-      return is_one(blend(low, high, position(grid_.rows, y).weight)) == is_one(low);
+      return is_one(between(low, high, position(grid_.rows, y).weight)) == is_one(low);
     };
     const Stat zero = low / (low - high);  // its weight, 0 to 1 or NaN
     const Stat last = position(grid_.rows, cell.end - 1).weight;

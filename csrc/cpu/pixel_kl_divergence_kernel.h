@@ -32,7 +32,7 @@ ALWAYS_INLINE VecOf<Stat> exp2(VecOf<Stat> x) {  // for x in [-126, 126]
 
 // Up to DOWN rows of labels between two rows of a model's logits, which are at the labels' columns.
 template <class Stat>
-struct Between {
+struct LabelRows {
   const Stat *low, *high;
   Stat weight[DOWN] = {}, step = 0;     // of the lower row; from one row of labels to the next
   Stat scale = 0, scale_of_powers = 0;  // 1 / T, log2(e) / T
@@ -70,21 +70,20 @@ class ModelRows {
   int64_t row_of(int64_t label_row) const { return position(model_.problem.rows, label_row).lower; }
 
   // `count` rows of labels, between the same rows of logits.
-  Between<Stat> at(int64_t label_row, int64_t count) {
-    Between<Stat> between;
+  LabelRows<Stat> at(int64_t label_row, int64_t count) {
+    LabelRows<Stat> rows;
     const int64_t lower = row_of(label_row);
     for (int64_t i = 0; i < count; ++i)
-      between.weight[i] = position(model_.problem.rows, label_row + i).weight;
-    const int64_t upper = between.weight[0] == 0
-                              ? lower
-                              : std::min(lower + 1, model_.problem.logits.layout.height - 1);
-    between.low = need(lower);
-    between.high = need(upper);
-    between.scale = 1 / divergence_.temperature;
-    between.scale_of_powers = LOG2_OF_E<Stat> / divergence_.temperature;
-    between.ordinary = ordinary_[lower] && ordinary_[upper];
-    if (count > 1) between.step = (between.weight[count - 1] - between.weight[0]) / (count - 1);
-    return between;
+      rows.weight[i] = position(model_.problem.rows, label_row + i).weight;
+    const int64_t upper =
+        rows.weight[0] == 0 ? lower : std::min(lower + 1, model_.problem.logits.layout.height - 1);
+    rows.low = need(lower);
+    rows.high = need(upper);
+    rows.scale = 1 / divergence_.temperature;
+    rows.scale_of_powers = LOG2_OF_E<Stat> / divergence_.temperature;
+    rows.ordinary = ordinary_[lower] && ordinary_[upper];
+    if (count > 1) rows.step = (rows.weight[count - 1] - rows.weight[0]) / (count - 1);
+    return rows;
   }
 
  private:
@@ -212,7 +211,7 @@ template <class Stat>
 struct Powers {
   VecOf<Stat> z, down, power, factor, smallest;
 
-  ALWAYS_INLINE Powers(const Between<Stat>& rows, int64_t i) {
+  ALWAYS_INLINE Powers(const LabelRows<Stat>& rows, int64_t i) {
     const auto low = Simd<Stat>::load(rows.low + i), high = Simd<Stat>::load(rows.high + i);
     down = high - low;
     z = low + rows.weight[0] * down;
@@ -228,7 +227,7 @@ ALWAYS_INLINE bool underflow(const Powers<Stat>& a, const Powers<Stat>& b) {
 }
 
 template <class Stat>
-VecOf<Stat> largest_of(const Between<Stat>& rows, int64_t t, int row, int64_t num_classes,
+VecOf<Stat> largest_of(const LabelRows<Stat>& rows, int64_t t, int row, int64_t num_classes,
                        int64_t line) {
   auto largest = rows.at(t, row);
   for (int64_t k = 1; k < num_classes; ++k) largest = maximum(largest, rows.at(k * line + t, row));
@@ -242,8 +241,8 @@ struct PixelSums {
   VecOf<Stat> shift = {}, teacher_shift = {};
   DivergenceSums<Stat> sums;
 
-  ALWAYS_INLINE PixelSums(const Between<Stat>& students, const Between<Stat>& teachers, int64_t t,
-                          int row, int64_t num_classes, int64_t line, bool shifted) {
+  ALWAYS_INLINE PixelSums(const LabelRows<Stat>& students, const LabelRows<Stat>& teachers,
+                          int64_t t, int row, int64_t num_classes, int64_t line, bool shifted) {
     if (shifted) {
       shift = largest_of(students, t, row, num_classes, line);
       teacher_shift = largest_of(teachers, t, row, num_classes, line);
@@ -275,8 +274,8 @@ double divergence_forward(const Divergence<Stat>& divergence, const TwoTiles& ti
   const int64_t num_classes = problem.logits.layout.dim, line = divergence.line;
   const int64_t image = tiles.student.image;
   double divergences[L] = {};
-  const auto add_rows = [&](int64_t y, int64_t rows, Range columns, const Between<Stat>& students,
-                            const Between<Stat>& teachers) INLINE_LAMBDA {
+  const auto add_rows = [&](int64_t y, int64_t rows, Range columns, const LabelRows<Stat>& students,
+                            const LabelRows<Stat>& teachers) INLINE_LAMBDA {
     const bool by_powers = rows > 2 && students.ordinary && teachers.ordinary;
     for (int64_t j = 0; j < rows; ++j)
       read_valid(divergence, image, y + j, columns, divergence.is_valid + j * line);
@@ -368,8 +367,8 @@ void divergence_backward(const Divergence<Stat>& divergence, const TwoTiles& til
     finish_until(row);
   };
   const auto add_row_gradients = [&](int64_t y, int64_t rows, Range columns,
-                                     const Between<Stat>& students,
-                                     const Between<Stat>& teachers) INLINE_LAMBDA {
+                                     const LabelRows<Stat>& students,
+                                     const LabelRows<Stat>& teachers) INLINE_LAMBDA {
     const auto row = position(problem.rows, y);
     lines.use(row.lower, columns.end - columns.begin);
     lines.use(row.upper, columns.end - columns.begin);

@@ -95,8 +95,8 @@ struct Block {
     const float* above = row.upper_row(k) + column + t % L;
     const float* below = row.lower_row(k) + column + t % L;
     const float weight_down = row.down[t / PIXELS];
-    return blend(blend(above[0], below[0], weight_down), blend(above[1], below[1], weight_down),
-                 weights[t % PIXELS]);
+    return between(between(above[0], below[0], weight_down),
+                   between(above[1], below[1], weight_down), weights[t % PIXELS]);
   }
   // Prefetches one class of the logits in the row below. The rows of different classes are far
   // apart in memory, so the processor does not prefetch them itself.

@@ -43,16 +43,16 @@ struct Corners {
     return !any(smallest < bound);
   }
   ALWAYS_INLINE Floats at(Floats down, Floats right) const {
-    return blend(blend(a, c, down), blend(b, d, down), right);
+    return between(between(a, c, down), between(b, d, down), right);
   }
 };
 
 // z of one class in the cells of a block. start: z at the upper logits, at the first column of
 // labels. down, right: the change of z over a whole cell. twist: the change of `right`, going down.
-struct Slopes {
+struct Exponents {
   Floats start, down, right, twist;
 
-  ALWAYS_INLINE Slopes(const Corners& z, Floats at_right) {
+  ALWAYS_INLINE Exponents(const Corners& z, Floats at_right) {
     right = z.b - z.a;
     twist = (z.d - z.c) - right;
     start = z.a + at_right * right;
@@ -81,11 +81,11 @@ struct Series {
 
   ALWAYS_INLINE Series(const Corners& z, Floats at_right, float step_right, float at_down,
                        float step_down) {
-    const Slopes slopes(z, at_right);
-    first = slopes.power(at_down);
-    right = slopes.ratio_right(at_down, step_right);
-    down = slopes.ratio_down(step_down);
-    twist = slopes.ratio_twist(step_right, step_down);
+    const Exponents exponents(z, at_right);
+    first = exponents.power(at_down);
+    right = exponents.ratio_right(at_down, step_right);
+    down = exponents.ratio_down(step_down);
+    twist = exponents.ratio_twist(step_right, step_down);
   }
   ALWAYS_INLINE void next_row() {
     first *= down;

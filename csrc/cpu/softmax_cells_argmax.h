@@ -11,7 +11,7 @@ BEGIN_TARGET
 namespace anchorops::cpu::softmax::INSTRUCTION_SET {
 
 // l + w (r - l), but (1 - w) l + w r if both are infinite.
-ALWAYS_INLINE Floats between(Floats l, Floats r, Floats w) {
+ALWAYS_INLINE Floats towards(Floats l, Floats r, Floats w) {
   Floats z = l + w * (r - l);
   z = z == z ? z : (1 - w) * l + w * r;
   return w == 0 ? l : z;
@@ -34,13 +34,13 @@ __attribute__((noinline)) void largest_of_block(const Block& block, int32_t* cla
 #pragma GCC unroll 8
       for (int j = 0; j < H; ++j) {
         const Floats down = Floats{} + row.down[std::min<int64_t>(first + j, row.rows - 1)];
-        const Floats l = finite ? z.a + down * left_down : between(z.a, z.c, down);
-        const Floats r = finite ? z.b + down * right_down : between(z.b, z.d, down);
+        const Floats l = finite ? z.a + down * left_down : towards(z.a, z.c, down);
+        const Floats r = finite ? z.b + down * right_down : towards(z.b, z.d, down);
         const Floats change = r - l;
 #pragma GCC unroll 8
         for (int i = 0; i < WIDTH; ++i) {
           const Floats w = block.right(i);
-          const Floats value = finite ? l + w * change : between(l, r, w);
+          const Floats value = finite ? l + w * change : towards(l, r, w);
           Floats& best = largest[j * WIDTH + i];
           Ints& best_class = index[j * WIDTH + i];
           const Ints larger = value > best;

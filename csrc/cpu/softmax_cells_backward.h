@@ -11,11 +11,11 @@ namespace anchorops::cpu::softmax::INSTRUCTION_SET {
 
 // What the backward pass keeps of each pixel: numbers of a vector of pixels in Block::factors.
 enum Factor {
-  OF_CLASSES,  // dz_k / e^z of the other classes, without the slopes of a class
+  OF_CLASSES,  // dz_k / e^z of the other classes, without dp_k: the slope in p_k
   OF_LABEL,    // the same of the true class, without the derivative of its -log p
   LABEL_LOSS,  // that derivative / TOTAL
   TOTAL,       // the sum of e^z
-  OF_SLOPES,   // 1 / TOTAL
+  OF_DP,       // p / e^z = 1 / TOTAL
   OF_WEIGHTS   // dz of the sum of v_k z_k
 };
 
@@ -31,17 +31,18 @@ bool factors_of_block(const Block& block, const BlockClasses& classes,
   const auto class_values = [&](const float* by_class, Ints k) INLINE_LAMBDA {
     return by_class ? pick(by_class + image_offset, k) : Floats{};
   };
-  const bool with_slopes = classes.any() && dprobability_sums;
+  const bool with_probability_sums = classes.any() && dprobability_sums;
   const bool with_squares = classes.any() && dsquares;
-  const float scale = gradients.slope_scale;
+  const float scale = gradients.dp_scale;
   const bool needs_power = gradients.dintersections || losses.needs_c();
   float powers[ROWS * PIXELS];
   if (needs_power) find_label_powers(block, classes, powers);
-  Floats slopes[HEIGHT * WIDTH], squares[HEIGHT * WIDTH];
+  Floats probability_sums[HEIGHT * WIDTH], squares[HEIGHT * WIDTH];
   Ints steep = {};
   for (int64_t j = 0; j < row.rows; ++j) {
     if (j % HEIGHT == 0) {
-      if (with_slopes) sum_weighted<false>(block, j, dprobability_sums, scale, slopes);
+      if (with_probability_sums)
+        sum_weighted<false>(block, j, dprobability_sums, scale, probability_sums);
       if (with_squares) sum_weighted<true>(block, j, dsquares, scale, squares);
     }
     Floats totals[WIDTH], weights[WIDTH], dpixel_losses[WIDTH];
@@ -64,13 +65,13 @@ bool factors_of_block(const Block& block, const BlockClasses& classes,
         const auto p = [&]() INLINE_LAMBDA {
           return Probabilities<float>{power * q, (total - power) * q};
         };
-        losses.derivatives(k, c, block.losses_of_all_classes(losses, j, i, log(total)), p, alpha,
-                           beta);
+        losses.slopes_of_losses(k, c, block.losses_of_all_classes(losses, j, i, log(total)), p,
+                                alpha, beta);
         smoothing_term = label_term * beta;
         label_term *= alpha;
       }
       Floats rest = losses.total * smoothing_term;
-      if (with_slopes) rest -= slopes[in_sums] * q / scale;
+      if (with_probability_sums) rest -= probability_sums[in_sums] * q / scale;
       if (with_squares) rest -= 2 * q * squares[in_sums] * q / scale;
       Floats of_label = {};
       if (gradients.dintersections) {
@@ -84,7 +85,7 @@ bool factors_of_block(const Block& block, const BlockClasses& classes,
       store(OF_LABEL, (of_label + rest) * q);
       store(LABEL_LOSS, label_term * q);
       store(TOTAL, total);
-      if (dprobability_sums || dsquares) store(OF_SLOPES, q);
+      if (dprobability_sums || dsquares) store(OF_DP, q);
       if (losses.all_weights) store(OF_WEIGHTS, -smoothing_term);
       std::memcpy(block.pixel_classes(j, i), &k, sizeof k);
     }
@@ -116,10 +117,10 @@ ALWAYS_INLINE WeightedSums sums_by_series(const Block& block, const Corners& z, 
   const float step_right = row.problem.column_cells.step, step_down = row.problem.row_cells.step;
   const float last = row.at_down + (row.rows - 1) * step_down;
   const Floats at_right = block.right_start();
-  const Slopes slopes(z, at_right);
-  Floats r = slopes.ratio_right(row.at_down, step_right);
-  const Floats twist = slopes.ratio_twist(step_right, step_down);
-  const Floats up = slopes.ratio_down(-step_down);
+  const Exponents exponents(z, at_right);
+  Floats r = exponents.ratio_right(row.at_down, step_right);
+  const Floats twist = exponents.ratio_twist(step_right, step_down);
+  const Floats up = exponents.ratio_down(-step_down);
   Floats all = {}, all_rows = {}, along = {}, along_rows = {};  // _rows: times last row - j
   for (int64_t j = 0; j < row.rows; ++j) {
     Floats sum = factor(j, WIDTH - 1), derivative = sum;
@@ -134,9 +135,9 @@ ALWAYS_INLINE WeightedSums sums_by_series(const Block& block, const Corners& z, 
     along = along * up + derivative * r;
     r *= twist;
     // each product adds the rounding error of twist, and r has up to three powers
-    if (j == 3 && row.rows > 4) r = slopes.ratio_right(row.at_down + 4 * step_down, step_right);
+    if (j == 3 && row.rows > 4) r = exponents.ratio_right(row.at_down + 4 * step_down, step_right);
   }
-  const Floats scale = slopes.power(last);
+  const Floats scale = exponents.power(last);
   const Floats below = last * all - (step_down * up) * all_rows;
   const Floats along_below = last * along - (step_down * up) * along_rows;
   return {scale * all, scale * (at_right * all + step_right * along), scale * below,
@@ -187,8 +188,8 @@ WeightedSums sums_of_factors(const Block& block, int factor) {
 }
 
 // gradients += the sum over pixels of weight * dz, with
-// dz = e^z * (OF_CLASSES + OF_SLOPES * (dprobability_sums + 2 * p * dsquares)), p = OF_SLOPES *
-// e^z. For the true class OF_LABEL takes the place of OF_CLASSES, and LABEL_LOSS * (e^z - TOTAL) is
+// dz = e^z * (OF_CLASSES + OF_DP * (dprobability_sums + 2 * p * dsquares)), p = OF_DP * e^z.
+// For the true class OF_LABEL takes the place of OF_CLASSES, and LABEL_LOSS * (e^z - TOTAL) is
 // added: p - 1 would be rounded where p is near 1. TERMS is 3 with dsquares, otherwise 2 with
 // dprobability_sums, otherwise 1. With all weights, the gradient of the sum of v_k z_k is added,
 // too.
@@ -211,10 +212,10 @@ void add_gradients(const CellRow& row, const float* dprobability_sums, const flo
       const Block block(row, n);
       const auto load = [&](Factor factor, int64_t j, int64_t i)
                             INLINE_LAMBDA { return V::load(block.factors(factor, j, i)); };
-      const auto with_slopes = [&](Floats base, Floats v, int64_t j, int i) INLINE_LAMBDA {
-        if constexpr (TERMS > 1) base += load(OF_SLOPES, j, i) * dprobability_sum;
+      const auto with_dp = [&](Floats base, Floats v, int64_t j, int i) INLINE_LAMBDA {
+        if constexpr (TERMS > 1) base += load(OF_DP, j, i) * dprobability_sum;
         if constexpr (TERMS < 3) return v * base;
-        const Floats p = v * load(OF_SLOPES, j, i);
+        const Floats p = v * load(OF_DP, j, i);
         return v * base + p * p * dsquare;
       };
       const Corners z = block.corners(k);
@@ -227,16 +228,16 @@ void add_gradients(const CellRow& row, const float* dprobability_sums, const flo
           const Floats others = load(TOTAL, j, i) - v;
           const Floats base = is_label ? load(OF_LABEL, j, i) : load(OF_CLASSES, j, i);
           const Floats loss = is_label & (others > 0) ? load(LABEL_LOSS, j, i) * others : Floats{};
-          return with_slopes(base, v, j, i) - loss;
+          return with_dp(base, v, j, i) - loss;
         });
       } else if (TERMS < 3 && z.all_above(FAR)) {
         const Floats one = Floats{} + 1;
         sums = sums_by_series(block, z, [&](int64_t j, int i) INLINE_LAMBDA {
-          return with_slopes(load(OF_CLASSES, j, i), one, j, i);
+          return with_dp(load(OF_CLASSES, j, i), one, j, i);
         });
       } else {
         sums = sums_by_pixels(block, z, [&](Floats v, int64_t j, int i) INLINE_LAMBDA {
-          return with_slopes(load(OF_CLASSES, j, i), v, j, i);
+          return with_dp(load(OF_CLASSES, j, i), v, j, i);
         });
       }
       if (is_class) block.fetch_logits(k);
@@ -289,7 +290,7 @@ void backward_cells(const Problem<float>& problem, const Tile& tile,
       std::memset(block.class_bits(), 0, sizeof classes.bits);
       for (int64_t j = 0; j < row.rows; ++j)
         for (int i = 0; i < WIDTH; ++i)
-          for (const Factor factor : {OF_CLASSES, OF_SLOPES, OF_WEIGHTS})
+          for (const Factor factor : {OF_CLASSES, OF_DP, OF_WEIGHTS})
             V::store(block.factors(factor, j, i), Floats{});
       block.for_pixels(backward_pixels);
     }

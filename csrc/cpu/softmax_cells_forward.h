@@ -116,7 +116,7 @@ void add_block(const Block& block, const BlockClasses& classes,
     for (int64_t n = 0; n < count; ++n) {
       const Floats weight = map.data ? V::load(weights + n * L) : Floats{} + 1;
       const Floats loss = V::load(losses + n * L);
-      V::store(values + n * L, image_losses.sum_term(s, V::load(c + n * L), loss, weight));
+      V::store(values + n * L, image_losses.share_of_pixel(s, V::load(c + n * L), loss, weight));
     }
     add_by_class(row, classes, values, sums.loss_sums[s]);
   }

@@ -59,8 +59,8 @@ ALWAYS_INLINE VecOf<Stat> power_of(VecOf<Stat> x, Stat exponent) {
   }
 }
 
-// The losses of one vector of pixels and their derivatives, for an image. Classes are -1 where
-// there is no label.
+// The losses of one vector of pixels and their slopes, for an image. Classes are -1 where there is
+// no label.
 template <class Stat>
 struct LossesOfImage {
   using Vec = VecOf<Stat>;
@@ -76,10 +76,10 @@ struct LossesOfImage {
     total = options.sums_of_all_weights[options.stride_b ? image : 0];
   }
 
-  // Pixels of such a loss add nothing; NaN is no such loss.
-  ALWAYS_INLINE auto is_unused(Vec c) const { return c < options.min_loss; }
+  // Other pixels add nothing. NaN is used.
+  ALWAYS_INLINE auto is_used(Vec c) const { return ~(c < options.min_loss); }
 
-  // Whether the derivatives depend on c.
+  // Whether the slopes depend on c.
   ALWAYS_INLINE bool needs_c() const {
     return options.focal_gamma > 0 || options.min_loss > -__builtin_inf();
   }
@@ -87,19 +87,18 @@ struct LossesOfImage {
   template <class P>
   ALWAYS_INLINE Vec loss(Indices<Stat> classes, Vec c, Vec u, P p) const {
     const Vec loss = mixed(true_weight(classes), c, u);
-    return is_unused(c) ? Vec{}
-                        : (options.focal_gamma > 0 ? modulation(c, p()).factor * loss : loss);
+    return is_used(c) ? (options.focal_gamma > 0 ? modulation(c, p()).factor * loss : loss) : Vec{};
   }
 
   // What a pixel adds to a sum. c: -log p of its class; weight: 1 without pixel weights.
-  ALWAYS_INLINE Vec sum_term(int sum, Vec c, Vec loss, Vec weight) const {
-    return sum == USED ? (is_unused(c) ? Vec{} : weight) : weighted(weight, loss);
+  ALWAYS_INLINE Vec share_of_pixel(int sum, Vec c, Vec loss, Vec weight) const {
+    return sum == USED ? (is_used(c) ? weight : Vec{}) : weighted(weight, loss);
   }
 
-  // alpha and beta: the derivatives of the loss by c, and by each -log p_k, divided by v_k.
+  // alpha and beta: the slopes of the loss in c, and in each -log p_k, divided by v_k.
   template <class P>
-  ALWAYS_INLINE void derivatives(Indices<Stat> classes, Vec c, Vec u, P p, Vec& alpha,
-                                 Vec& beta) const {
+  ALWAYS_INLINE void slopes_of_losses(Indices<Stat> classes, Vec c, Vec u, P p, Vec& alpha,
+                                      Vec& beta) const {
     alpha = true_weight(classes);
     beta = Vec{} + 1;
     if (options.focal_gamma > 0) {
@@ -108,8 +107,8 @@ struct LossesOfImage {
       alpha = m.factor * alpha + (c - c == 0 ? by_factor : Vec{});
       beta = m.factor;
     }
-    alpha = is_unused(c) ? Vec{} : alpha;
-    beta = is_unused(c) ? Vec{} : beta;
+    alpha = is_used(c) ? alpha : Vec{};
+    beta = is_used(c) ? beta : Vec{};
   }
 
  private:

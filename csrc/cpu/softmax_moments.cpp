@@ -216,11 +216,11 @@ struct ResultGradients {
   Tensor lse;
 };
 
-// Gradients::slope_scale, of slopes [K] or [B, K].
+// Gradients::dp_scale, of gradients [K] or [B, K].
 template <class Stat>
-Stat slope_scale(std::initializer_list<const std::optional<Tensor>*> slopes) {
+Stat dp_scale(std::initializer_list<const std::optional<Tensor>*> tables) {
   Stat largest = 0;
-  for (const std::optional<Tensor>* table : slopes)
+  for (const std::optional<Tensor>* table : tables)
     for (int64_t i = 0; *table && i < (*table)->numel(); ++i)
       largest = std::max(largest, std::abs((*table)->template const_data_ptr<Stat>()[i]));
   if (!(largest > 0 && std::isfinite(largest))) return 1;
@@ -250,7 +250,7 @@ void backward(const Tensor& logits, const Tensor& labels, const Options& options
   gradients.dprobability_sums = by_class(d.probability_sums);
   gradients.dsquares = by_class(d.squares);
   gradients.dpixel_losses = map_of<Stat>(d.pixel_losses);
-  gradients.slope_scale = slope_scale<Stat>({&d.probability_sums, &d.squares});
+  gradients.dp_scale = dp_scale<Stat>({&d.probability_sums, &d.squares});
   gradients.totals = d.lse.const_data_ptr<Stat>();
   const ClassWeights<Stat> weights(options);
   const Layout layout = layout_of(logits);

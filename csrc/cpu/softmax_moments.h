@@ -226,7 +226,7 @@ struct Problem {
   }
 };
 
-// The sums that follow from a pixel's loss and weight: `sum_term` of softmax_losses.h.
+// The sums that follow from a pixel's loss and weight: `share_of_pixel` of softmax_losses.h.
 enum LossSum { LOSSES, USED, LOSS_SUMS };
 
 // For each class [K], null if not requested.
@@ -254,7 +254,7 @@ struct Gradients {
   const Stat* totals;  // of the forward pass
   // A power of two, by which the largest of dprobability_sums and dsquares becomes 1 to 2: products
   // of small ones and powers of e would underflow.
-  Stat slope_scale;
+  Stat dp_scale;
 };
 
 template <class Stat>

@@ -1,6 +1,6 @@
 // The vector kernels of softmax moments. To read in the order of the data: labels and logits are
 // loaded (softmax_rows.h) and upsampled (upsampling.h), then come exponentials
-// (softmax_exponentials.h), losses and their derivatives (softmax_losses.h), and the gradients of
+// (softmax_exponentials.h), losses and their slopes (softmax_losses.h), and the gradients of
 // logits (softmax_gradients.h). All of this is used pixel by pixel (softmax_pixels.h), in cells
 // (softmax_cells.h, softmax_blocks.h, softmax_cells_*.h) and for two classes
 // (softmax_two_classes.h).

@@ -90,7 +90,7 @@ ALWAYS_INLINE void upsample(const Group<Stat>& group, const Stat* low, const Sta
                             Stat* out) {
   if (group.row.weight != 0) {
     const Range packed = group.columns.packed();
-    blend_lines(low, high, group.row.weight, packed.begin, packed.end, line);
+    between_lines(low, high, group.row.weight, packed.begin, packed.end, line);
     low = line;
   }
   group.columns.upsample(low, out);
@@ -225,7 +225,8 @@ void forward_group(const Problem<Stat>& problem, const Tile& tile, const Workspa
       loss = is_valid ? image_losses.loss(group.classes_at(t), c, u, p) : Vec{};
     }
     for (int s = 0; s < LOSS_SUMS; ++s)
-      if (sums.loss_sums[s]) V::store(loss_terms[s] + t, image_losses.sum_term(s, c, loss, weight));
+      if (sums.loss_sums[s])
+        V::store(loss_terms[s] + t, image_losses.share_of_pixel(s, c, loss, weight));
     if (maps.pixel_losses) V::store(maps.pixel_losses + first + t, loss, count);
     if (maps.totals) V::store(maps.totals + first + t, Vec{}, count);
   }
@@ -267,8 +268,8 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
   const auto class_values = [&](const Stat* by_class, Indices<Stat> k) INLINE_LAMBDA {
     return by_class ? pick(by_class + image_offset, k) : Vec{};
   };
-  const bool with_u = gradients.dprobability_sums || gradients.dsquares;
-  const auto u = [&](Vec p, int64_t k) INLINE_LAMBDA {
+  const bool with_dp = gradients.dprobability_sums || gradients.dsquares;
+  const auto dp = [&](Vec p, int64_t k) INLINE_LAMBDA {
     const Stat dprobability_sum =
         gradients.dprobability_sums ? gradients.dprobability_sums[image_offset + k] : 0;
     const Stat dsquare = gradients.dsquares ? gradients.dsquares[image_offset + k] : 0;
@@ -279,7 +280,7 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
   Stat label_terms[GROUP];
   logits_of_group(problem, tile, workspace, group);
 
-  // dz_k = p_k * (rest + u_k) - v_k * smoothing_term - label_term at the true class
+  // dz_k = p_k * (rest + dp_k) - v_k * smoothing_term - label_term at the true class
   for (int64_t t = 0; t < group.count; t += L) {
     Stat* const z = workspace.group.upsampled + t;
     const Indices<Stat> classes = group.classes_at(t);
@@ -298,19 +299,19 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
       const Vec c = not_below_0(log_total - (label_logit - sum.largest));
       const auto p = [c]() INLINE_LAMBDA { return probabilities_of<Stat>(c); };
       Vec alpha, beta;
-      losses.derivatives(classes, c, losses.total * log_total - sum.mixed, p, alpha, beta);
+      losses.slopes_of_losses(classes, c, losses.total * log_total - sum.mixed, p, alpha, beta);
       smoothing_term = label_term * beta;
       label_term *= alpha;
     }
     Vec rest = label_term + losses.total * smoothing_term;
     Vec unit = 1 / sum.total;
-    if (with_u) {
+    if (with_dp) {
       scale(z, num_classes, stride, unit);
       unit = Vec{} + 1;
     }
-    for (int64_t k = 0; with_u && k < num_classes; ++k) {
+    for (int64_t k = 0; with_dp && k < num_classes; ++k) {
       const Vec p = V::load(z + k * stride);
-      rest -= p * u(p, k);
+      rest -= p * dp(p, k);
     }
     if (gradients.dintersections) {
       const Vec p = unit * group.label_logits(t, z, stride);
@@ -323,7 +324,7 @@ void gradients_of_group(const Problem<Stat>& problem, const Tile& tile,
     const MaskOf<Stat> is_valid = group.is_valid(t);
     for (int64_t k = 0; k < num_classes; ++k) {
       const Vec p = V::load(z + k * stride);
-      Vec dz = p * (with_u ? rest + u(p, k) : rest);
+      Vec dz = p * (with_dp ? rest + dp(p, k) : rest);
       if (losses.all_weights && losses.all_weights[k] != 0)
         dz -= losses.all_weights[k] * smoothing_term;
       V::store(z + k * stride, is_valid ? dz : Vec{});

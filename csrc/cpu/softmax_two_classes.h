@@ -40,7 +40,7 @@ class DifferenceRows {
     const float *low = logit_differences(row.lower), *high = logit_differences(row.upper);
     if (!finite_[row.lower] || !finite_[row.upper]) return nullptr;
     if (row.weight == 0) return low;
-    blend_lines(low, high, row.weight, 0, columns_.count(), memory_.label_line);
+    between_lines(low, high, row.weight, 0, columns_.count(), memory_.label_line);
     return memory_.label_line;
   }
 
@@ -194,7 +194,7 @@ void forward_differences(const Problem<float>& problem, const Tile& tile,
             weight = load_map(weights, tile.image, y, tile.label_columns.begin + t, count - t);
           for (int s = 0; s < LOSS_SUMS; ++s) {
             if (!sums.loss_sums[s]) continue;
-            const Floats term = losses.sum_term(s, c, loss, weight);
+            const Floats term = losses.share_of_pixel(s, c, loss, weight);
             for (int i = 0; i < 2; ++i) loss_sums[s][i] += has_label[i] ? term : Floats{};
           }
         }
@@ -292,7 +292,7 @@ class DerivativeByDifference {
       const auto p = [&, p_1 = p_1, p_0 = p_0]() INLINE_LAMBDA {  // Clang 14 captures no others
         return Probabilities<float>{k == 1 ? p_1 : p_0, k == 1 ? p_0 : p_1};
       };
-      losses_.derivatives(k, c, u, p, alpha, beta);
+      losses_.slopes_of_losses(k, c, u, p, alpha, beta);
       if (losses_.all_weights)
         smoothing_term =
             label_term * beta * (losses_.all_weights[0] * p_1 - losses_.all_weights[1] * p_0);

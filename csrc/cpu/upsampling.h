@@ -18,17 +18,17 @@ namespace anchorops::cpu::softmax::INSTRUCTION_SET {
 
 // (1 - weight) * low + weight * high; with weight 0, high is not used.
 template <class Vec>
-ALWAYS_INLINE Vec blend(Vec low, Vec high, Vec weight) {
+ALWAYS_INLINE Vec between(Vec low, Vec high, Vec weight) {
   return weight == 0 ? low : (1 - weight) * low + weight * high;
 }
 
-// blend of two lines: whole vectors from `first` until `end` is reached.
+// The same of two lines: whole vectors from `first` until `end` is reached.
 template <class Stat>
-ALWAYS_INLINE void blend_lines(const Stat* low, const Stat* high, Stat weight, int64_t first,
-                               int64_t end, Stat* line) {
+ALWAYS_INLINE void between_lines(const Stat* low, const Stat* high, Stat weight, int64_t first,
+                                 int64_t end, Stat* line) {
   using V = Simd<Stat>;
   for (int64_t j = first; j < end; j += LANES<Stat>)
-    V::store(line + j, blend(V::load(low + j), V::load(high + j), VecOf<Stat>{} + weight));
+    V::store(line + j, between(V::load(low + j), V::load(high + j), VecOf<Stat>{} + weight));
 }
 
 // Neighbouring labels of a row, between the columns of packed rows.
@@ -68,7 +68,7 @@ class LabelColumns {
     for (int64_t t = 0; t < count_; t += L) {
       const auto left = look_up<NEAR>(packed, columns_.lower + t);
       const auto right = look_up<NEAR>(packed + 1, columns_.lower + t);
-      Simd<Stat>::store(line + t, blend(left, right, Simd<Stat>::load(columns_.weight + t)));
+      Simd<Stat>::store(line + t, between(left, right, Simd<Stat>::load(columns_.weight + t)));
     }
   }
 
