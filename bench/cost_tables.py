@@ -27,7 +27,7 @@ def committed(name: str) -> dict:
 
 
 CPU = committed("amd-epyc-avx512-2-threads")  # of `make bench BENCH=bench/results`
-WINDOWS = committed("amd-epyc-avx2-2-threads").get("windows", [])
+AVX2 = committed("amd-epyc-avx2-2-threads")  # windows and probes, on another CPU
 SHOWN = (BASELINE, OWN, BOTH)
 PROBE = "linear probe, ADE20K"
 COUNTED = [x for x in committed("counted-memory")["rows"] if x["name"] in SHOWN]
@@ -123,12 +123,11 @@ def uses() -> list[str]:
         return between(rows[other]["seconds"] / rows["anchorops"]["seconds"] for rows in cases)
 
     segformer = step_of("segformer", CPU)
-    steps = compared(CPU["training_steps"], "network").items()
-    probes = [x[OWN]["ratio"]["median"] for (name,), x in steps if name.startswith("linear probe")]
+    probes = compared(AVX2["training_steps"], "network").values()
     volume = {"operation": "cross-entropy + Dice", "shape": VOLUMES, "dtype": "fp32"}
     return [
         *(f"{segformer[name]['ratio']['median']:.0%}" for name in (BOTH, OWN)),
-        *([f"{between(1 / x for x in probes)}×"] if probes else []),
+        f"{between(1 / rows[OWN]['ratio']['median'] for rows in probes)}×",
         f"{gains_of(CPU, **volume)[0]:.0f}×",
         *(f"{over(way, 'export', 'volume', 'dtype')}×" for way in ("torch", "nnU-Net")),
         f"{over('torch, pycocotools', 'masks', 'masks', 'threads')}×",
@@ -223,6 +222,7 @@ OF_A_MACHINE = {
 }
 PIVOTS = {
     "training_steps": (CPU["training_steps"], *STEPS),
+    "probes": (AVX2["training_steps"], *STEPS),
     "steps_on_a_gpu": ([x for x in GPU["training_steps"] if x["methods"] == "plain"], *STEPS),
     "inference": (CPU["inference"], *STEPS),
     "counted_memory": (COUNTED, *NETWORKS),
@@ -230,7 +230,7 @@ PIVOTS = {
     "host_time": (HOST_TIME, "{name}", "{backend}", "{us:.0f} ({ratio:.1f})"),
     "lovasz_precision": (PRECISION, "{pixels}", *ERRORS),
     "masks_in_frameworks": (CPU["masks_in_frameworks"], "{case}", "{name}", COST),
-    "windows": (WINDOWS, "{windows}", "{name}", COST),
+    "windows": (AVX2["windows"], "{windows}", "{name}", COST),
     "export": ([x for x in CPU["export"] if x["dtype"] == "float16"], "{volume}", "{name}", COST),
 }
 TABLES: dict[str, Callable[[], str | list[str]]] = {
