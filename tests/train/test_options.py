@@ -94,7 +94,7 @@ COMMAND_LINES = {
     f"{DIGITS} deeplabv3:resnet18 --data.batch_size 1": "--data.batch_size: batch norm needs",
     f"{DIGITS} alexnet": "--model.network alexnet: .*architecture",
     f"{DIGITS} hrnet-w99": "--model.network hrnet-w99: Unknown model",
-    f"{DIGITS} dpt:tu-vit_tiny_patch16_224 --model.auxiliary_weight 1": "0 for DPT and probes, got 1.0",
+    f"{DIGITS} dpt:tu-vit_tiny_patch16_224 --model.auxiliary_weight 1": "0 for DPT and probes",
     f"{DIGITS} hrnet-w18-small --model.weights $files/list": "list is damaged",
     f"{DIGITS} hrnet-w18-small --model.weights $files/code": "code is damaged",
     # arguments of methods
