@@ -1,7 +1,6 @@
 """The commands of anchorops-train: fit, validate, predict, demo, compare, presets."""
 
 import argparse
-import csv
 import io
 import os
 import re
@@ -25,10 +24,20 @@ from .data.loading import CHANNELS, Like, check_bits, network_input, open_splits
 from .evaluation import check_crop, check_sizes, evaluate, figures_of, predict
 from .networks import Segmenter, own_numbers, trained_model
 from .options import Options, check_effects, expect, flat
-from .run import BEST, CONFIG, DATA, GO_ON, Stop, Stopped, comparison, read_yaml, save_atomically
+from .run import (
+    BEST,
+    CONFIG,
+    DATA,
+    GO_ON,
+    Stop,
+    Stopped,
+    comparison,
+    read_yaml,
+    save_atomically,
+    save_confusion,
+)
 from .train import place, train
 
-CONFUSION = "confusion.csv"
 VALUES = "values"  # the mode of jsonargparse that reads them with `load_values`
 PRESETS = Path(__file__).with_name("presets")
 SHARED = "shared"  # of the presets: settings that are written once
@@ -170,7 +179,8 @@ def trained(options: Options, run: Path) -> Segmenter:
     device = ranks.start(options.device)
     ranks.check_alike(options, path)
     model = trained_model(options.model, path, options.data.channels)
-    check_crop(model, options)
+    if options.model.evaluation == "sliding":
+        check_crop(model, options)
     place(model, model, options, device)
     return model.eval()
 
@@ -205,9 +215,10 @@ def load(run: Path | str) -> tuple[Segmenter, Options]:
 
 
 def validate(words: Sequence[str]) -> dict[str, float]:
-    """Print the figures of a network on a split of the data. Write the confusion matrix into the
-    run: a row for each true class, a column for each predicted one, in pixels."""
+    """Print the figures of a network on a split of the data. The confusion matrix of a run's best
+    weights is written into the run."""
     options, run, others = parse("validate", words)
+    best = options.model.weights in (None, str(run / BEST))
     model, given = trained(options, run), others["run"] is not None
     options, of_run, like = ranks.on_first(lambda: of_training(options, run, given))
     data = open_splits(options.data, options.seed, of_run, like)
@@ -219,11 +230,8 @@ def validate(words: Sequence[str]) -> dict[str, float]:
     figures, names = figures_of(matrix, data, options), data.validation.classes
     if ranks.rank() == 0:
         print(*(f"{name}: {value:.6f}" for name, value in figures.items()), sep="\n")
-        if given or options.model.weights is None:
-            table = io.StringIO()
-            rows = ([name, *row] for name, row in zip(names, matrix.tolist(), strict=True))
-            csv.writer(table, lineterminator="\n").writerows([["true class", *names], *rows])
-            save_atomically(table.getvalue(), run / CONFUSION)
+    if best:
+        ranks.on_first(lambda: save_confusion(run, options.data.split, names, matrix))
     return figures
 
 

@@ -91,29 +91,24 @@ def predict(
     whose logits are averaged where they overlap. With several scales, or with the mirror images,
     their probabilities are averaged (as mmsegmentation's test-time augmentation)."""
     with autocast(options.precision, images.device):
-        return _predict(model, images, size, options)
-
-
-def _predict(
-    model: Callable[[Tensor], Tensor], images: Tensor, size: Sequence[int], options: Options
-) -> Tensor:
-    height, width = size
-    scales, flips = tuple(options.model.eval_scales), (False, True)[: 1 + options.model.eval_flip]
-    padded = pad_to_multiple(images, multiple_of(model))
-    aligned = padded.shape == images.shape  # padded and scaled images are interpolated twice
-    once = aligned or images.shape[2:] == (height, width)
-    if scales == (1.0,) and flips == (False,):
-        if once and options.model.evaluation == "whole":
-            whole = size if aligned else padded.shape[2:]
-            return ao.pixel_argmax(model(padded), whole)[:, :height, :width]
-        return ao.window_argmax(*_windows(model, images, options), size)
-    views = []
-    for scale, flip in product(scales, flips):
-        sides = [max(1, round(side * scale)) for side in images.shape[2:]]
-        scaled = resize(images, sides, antialias=True)
-        views.append(_probabilities(model, scaled, flip, size, options))
-    sums = (reduce(torch.add, rows) for rows in zip(*views, strict=True))
-    return torch.cat([ao.pixel_argmax(x, x.shape[2:]) for x in sums], 1)
+        height, width = size
+        scales = tuple(options.model.eval_scales)
+        flips = (False, True)[: 1 + options.model.eval_flip]
+        padded = pad_to_multiple(images, multiple_of(model))
+        aligned = padded.shape == images.shape  # padded and scaled images are interpolated twice
+        once = aligned or images.shape[2:] == (height, width)
+        if scales == (1.0,) and flips == (False,):
+            if once and options.model.evaluation == "whole":
+                whole = size if aligned else padded.shape[2:]
+                return ao.pixel_argmax(model(padded), whole)[:, :height, :width]
+            return ao.window_argmax(*_windows(model, images, options), size)
+        views = []
+        for scale, flip in product(scales, flips):
+            sides = [max(1, round(side * scale)) for side in images.shape[2:]]
+            scaled = resize(images, sides, antialias=True)
+            views.append(_probabilities(model, scaled, flip, size, options))
+        sums = (reduce(torch.add, rows) for rows in zip(*views, strict=True))
+        return torch.cat([ao.pixel_argmax(x, x.shape[2:]) for x in sums], 1)
 
 
 @torch.no_grad()
@@ -225,11 +220,14 @@ def check_sizes(
         height, width = images.shape[2:]
         if why := failure(False, 1, height, width):
             fit = ", ".join(f"{x}×{x}" for x in SQUARES if not failure(False, 1, x, x))
+            advice = (
+                f"; of squares up to 1024 it takes {fit}: give such a --data.crop, and "
+                "--model.evaluation sliding for validation images of other sizes, with a "
+                "--data.short_side with which no side of an image is below the crop's"
+            )
             raise ValueError(
                 f"--model.network {options.model.network} cannot take images of {height}×{width} "
-                f"({shorten(why, 120)}); of squares up to 1024 it takes {fit or 'none'}: give such "
-                "a --data.crop, and --model.evaluation sliding for validation images of other "
-                "sizes, with a --data.short_side with which no side of an image is below the crop's"
+                f"({shorten(why, 120)}){advice if fit else ''}"
             )
         return torch.zeros(1, 2, height // multiple, width // multiple)
 

@@ -76,6 +76,11 @@ class Segmenter(nn.Module):
         body = self.body
         return body.backbone if hasattr(body, "backbone") else body.encoder  # pyright: ignore
 
+    @property
+    def backbone_prefix(self) -> str:
+        """What the names of the backbone's weights begin with."""
+        return "body.backbone." if hasattr(self.body, "backbone") else "body.encoder."
+
     def train(self, mode: bool = True) -> "Segmenter":
         super().train(mode)
         if self.frozen:
@@ -95,22 +100,15 @@ class Segmenter(nn.Module):
         return None if self.auxiliary is None else self.auxiliary(kept)
 
 
-def _backbone_names(model: nn.Module) -> str:
-    """What the names of the backbone's weights begin with."""
-    assert isinstance(model, Segmenter)
-    return next(f"{name}." for name, x in model.named_modules() if x is model.backbone)
-
-
-def _leave_backbone_out(model: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
-    for name in [x for x in state if x.startswith(prefix + _backbone_names(model))]:
+def _leave_backbone_out(model: Any, state: dict[str, Any], prefix: str, _: object) -> None:
+    for name in [x for x in state if x.startswith(prefix + model.backbone_prefix)]:
         del state[name]
 
 
-def _keep_backbone(model: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+def _keep_backbone(model: Any, state: dict[str, Any], prefix: str, *_: object) -> None:
     """Its own weights, where a state does not have them."""
-    assert isinstance(model, Segmenter)
     for name, x in model.backbone.state_dict().items():
-        state.setdefault(prefix + _backbone_names(model) + name, x)
+        state.setdefault(prefix + model.backbone_prefix + name, x)
 
 
 class ProbeBody(nn.Module):
@@ -123,7 +121,7 @@ class ProbeBody(nn.Module):
         make = partial(timm.create_model, name, pretrained=pretrained, in_chans=channels)
         try:
             self.backbone: Any = make(num_classes=0, dynamic_img_size=True)
-        except TypeError:  # convolutional networks take images of any size
+        except TypeError:  # convolutional networks take any size, others one size alone
             self.backbone = make(num_classes=0)
         known = self.backbone.feature_info
         fits = all(-len(known) <= level < len(known) for level in levels)
@@ -134,7 +132,7 @@ class ProbeBody(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         first, *others = self.backbone.forward_intermediates(
-            images, self.levels, norm=True, intermediates_only=True
+            images, self.levels, norm=True, stop_early=True, intermediates_only=True
         )
         return self.norm(_joined(first, others))
 
@@ -148,10 +146,14 @@ def _joined(first: Tensor, others: Sequence[Tensor]) -> Tensor:
 
 def own_numbers(options: Model, channels: int) -> tuple[Sequence[float], Sequence[float]] | None:
     """Mean and standard deviation of the images with which a probe's backbone was trained, in
-    values of 8 bits; None if they are not known."""
-    name = options.network.removeprefix("probe:")
-    known = timm.get_pretrained_cfg(name) if name != options.network and channels == 3 else None
-    return known and ([255 * x for x in known.mean], [255 * x for x in known.std])
+    values of 8 bits; None for other networks, and without 3 channels."""
+    kind, _, name = options.network.partition(":")
+    if kind != "probe" or channels != 3:
+        return None
+    with torch.device("meta"):
+        backbone: Any = timm.create_model(name, num_classes=0)
+    known = backbone.pretrained_cfg
+    return [255 * x for x in known["mean"]], [255 * x for x in known["std"]]
 
 
 class HRNetBody(nn.Module):
@@ -210,13 +212,14 @@ def load_backbone(model: Segmenter, path: Path | str) -> None:
 def load_trained(
     model: Segmenter, weights: Mapping[str, Tensor], path: Path | str, heads: tuple[str, ...]
 ) -> list[str]:
-    """As `load_weights`; a frozen backbone from the file beside `path`, if the weights lack it."""
-    left_out = load_weights(model, weights, path, heads)
-    if model.frozen and not any(x.startswith(_backbone_names(model)) for x in weights):
-        frozen = Path(path).with_name(FROZEN)
-        expect(frozen.exists(), path, f"{FROZEN} beside it, of its backbone", "no such file")
-        load_backbone(model, frozen)
-    return left_out
+    """As `load_weights`; the backbone from the file beside `path`, if it was frozen."""
+    frozen, prefix = Path(path).with_name(FROZEN), model.backbone_prefix
+    if not any(name.startswith(prefix) for name in weights):
+        exists = frozen.exists() or not model.frozen
+        expect(exists, path, f"{FROZEN} beside it, of its backbone", "no such file")
+        if frozen.exists():
+            weights = {prefix + name: x for name, x in read_weights(frozen).items()} | {**weights}
+    return load_weights(model, weights, path, heads)
 
 
 def _body(options: Model, channels: int) -> tuple[nn.Module, int, Sequence[int]]:
@@ -273,7 +276,8 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     """Those in a checkpoint of this program, or in another file of a state dict. Raises ValueError
     if there is none, or if it is damaged, which is found by the checksums of zip files."""
     if not Path(path).is_file():
-        raise ValueError(f"{path} does not exist: a run has its best weights after a validation")
+        why = "" if Path(path).name == FROZEN else ": a run has its best weights after a validation"
+        raise ValueError(f"{path} does not exist{why}")
     try:
         if is_zipfile(path):
             check_content(path)

@@ -129,8 +129,9 @@ class Data:
         label_map: folder: classes of all values '{128: 1, 7: -1}' or colours '{"128,64,0": 1}'.
         channels: folder: channels of the images.
         mean: Of each channel, in values of the files (8 bits: 0 to 255). If not given, that of the
-            training images, if they are not of 8 bits; else ImageNet's for 3 channels, or 127.5.
-        std: Standard deviation of each channel, chosen as the mean is; ImageNet's, or 63.75.
+            training images, if they are not of 8 bits; else that of a probe's backbone, or
+            ImageNet's, for 3 channels, or 127.5.
+        std: Standard deviation of each channel, chosen as the mean is; with 127.5 it is 63.75.
         nodata: Ignore pixels with this value in a channel; also nan, --data.nodata=-3.4e38.
         short_side: Scale images to this short side, keeping their aspect ratio.
         long_side: Scale images to this long side; with short_side, so that neither is exceeded.

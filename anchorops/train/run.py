@@ -197,6 +197,16 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
         raise ValueError(f"{path} is damaged ({error!r})") from None
 
 
+def save_confusion(run: Path, split: str, classes: Sequence[str], matrix: Tensor) -> None:
+    """Write confusion.csv, of test confusion-test.csv: a row for each true class, a column for each
+    predicted one, in pixels."""
+    table = io.StringIO()
+    rows = ([name, *row] for name, row in zip(classes, matrix.tolist(), strict=True))
+    csv.writer(table, lineterminator="\n").writerows([["true class", *classes], *rows])
+    name = "confusion.csv" if split == "val" else f"confusion-{split}.csv"
+    save_atomically(table.getvalue(), run / name)
+
+
 def comparison(runs: Sequence[Path]) -> str:
     """A table of the last figures of runs; – for a group without classes. Raises ValueError for a
     run that has not ended."""

@@ -26,7 +26,7 @@ import anchorops as ao
 
 from . import ranks
 from .data.loading import Splits, mixed_seed, open_split, open_splits, training_batches
-from .evaluation import check_sizes, draw_predictions, evaluate, figures_of
+from .evaluation import check_sizes, draw_predictions, evaluate, figures_of, pad_to_multiple
 from .networks import (
     FROZEN,
     Learner,
@@ -142,6 +142,8 @@ def build(
         model = replace(model, pretrained=False, weights=None, backbone_weights=frozen)
     torch.manual_seed(options.seed)
     learner = Learner(model, classes, options.data.channels, *shares)
+    trains = any(x.requires_grad for x in learner.parameters())
+    expect(trains, "--model.methods", "a network with weights to train", model.methods)
     if data is not None and of_run is None:
         if names := shorten(", ".join(learner.model.left_out), 300):
             ranks.say(f"{model.weights}: left out, because they do not fit: {names}")
@@ -162,7 +164,7 @@ def place(module: nn.Module, model: Segmenter, options: Options, device: torch.d
     module.to(device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     with suppress(ValueError):  # there is nothing to move
         images = torch.zeros(1, options.data.channels, *options.data.crop, device=device)
-        ao.late_upsampling(model, images)
+        ao.late_upsampling(model, pad_to_multiple(images, model.multiple))
 
 
 class Record:
@@ -204,13 +206,14 @@ class Record:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
             if torch.cuda.is_initialized():
                 memory = torch.cuda.max_memory_allocated() / 2**20
-            loss, steps = float(terms["loss"]), self.options.data.steps
+            loss, options = float(terms["loss"]), self.options
+            last = min(options.data.steps, options.max_steps or options.data.steps)
             values = {"loss": loss, "lr": lr, **terms}
             self.metrics.write(step, values | {"seconds_per_step": seconds, "memory_mb": memory})
             self.bar.set_postfix(loss=loss)
             if self.bar.disable:  # there is no terminal
-                left = tqdm.format_interval(seconds * (steps - step))
-                ranks.say(f"step {step} of {steps}: loss {loss:.4g}, lr {lr:.3g}, {left} left")
+                left = tqdm.format_interval(seconds * (last - step))
+                ranks.say(f"step {step} of {last}: loss {loss:.4g}, lr {lr:.3g}, {left} left")
 
     def _keep_frozen(self) -> dict[str, str]:
         """Write the weights of a frozen backbone once; their checksum, which data.yaml has."""

@@ -29,6 +29,7 @@ PROBE = f"{TINY} --model.methods [] --model.network probe:test_efficientnet.r160
         ("test_vit.r160_in1k", [0, -1], 16),
         ("test_efficientnet.r160_in1k", [-1, 3], 32),
         ("test_efficientnet.r160_in1k", [0], 2),
+        ("hrnet_w18_small", [0], 2),  # whose later levels do not fit each other at such sizes
     ],
 )
 def test_a_probe(name: str, levels: list[int], multiple: int):
@@ -45,7 +46,7 @@ def test_a_probe(name: str, levels: list[int], multiple: int):
     logits.sum().backward()
     trained = {name for name, x in model.named_parameters() if x.grad is not None}
     assert trained == {"classifier.weight", "classifier.bias"}
-    side = 2 * multiple
+    side = 3 * multiple
     stride = images.shape[-1] // logits.shape[-1]
     found = model.eval()(torch.randn(1, 3, side, 3 * side)).shape[2:]
     assert tuple(found) == (side // stride, 3 * side // stride)
@@ -59,6 +60,7 @@ def test_patches_of_14_pixels(refused: Callable[..., str]):
     refused(f"{fit_of('vit_tiny_patch16_224')} --data.crop [24,32]", "crop: expected two .* of 16")
     refused(f"{fit_of('test_vit')} --model.probe_levels [9]", "levels: expected those of 6, got .9")
     refused(f"{fit_of('test_vit')} --model.freeze true", "freeze: expected another --model.network")
+    refused(f"{fit_of('test_vit')} --model.methods [cbp]", "expected a network with weights to tr")
     refused(f"fit {TINY} --model.probe_levels [1]", "levels: expected --model.network probe:NAME")
 
 
@@ -113,4 +115,11 @@ def test_a_frozen_backbone_of_another_network(tmp_path: Path):
     torch.save({"model": whole.state_dict()}, tmp_path / "weights")
     model = build_model(Model("hrnet-w18-small", freeze=True, weights=f"{tmp_path}/weights"), 5)
     for name, x in model.backbone.state_dict().items():
+        assert torch.equal(x, whole.backbone.state_dict()[name])
+    torch.save({"model": model.state_dict()}, tmp_path / "best.ckpt")
+    torch.save(model.backbone.state_dict(), tmp_path / "frozen.ckpt")
+    later = build_model(Model("hrnet-w18-small", weights=f"{tmp_path}/best.ckpt"), 9)
+    assert all(x.requires_grad for x in later.parameters())
+    assert later.left_out == ["classifier.weight", "classifier.bias"]
+    for name, x in later.backbone.state_dict().items():
         assert torch.equal(x, whole.backbone.state_dict()[name])
