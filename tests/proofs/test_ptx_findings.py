@@ -335,6 +335,24 @@ def kernel(x):
     assert list(report._never_run(function.body, {3, 5}, {3, 5})) == []
 
 
+def test_lines_that_call_run_with_what_was_inlined():
+    text = """
+.file 1 "/kernels/a.py"
+.file 2 "/kernels/b.py"
+.entry tested() {
+    .loc 1 7 0
+    mov.u32 %r1, 1;
+    .loc 2 3 0, function_name $str, inlined_at 1 8 4
+    add.u32 %r1, %r1, 1;
+    ret;
+}
+"""
+    (kernel,) = kernels(text)
+    moved, added, *_ = (i for block in kernel.blocks for i in block.instructions)
+    assert report.lines_of([moved]) == {"kernels/a.py:7"}
+    assert report.lines_of([added]) == {"kernels/b.py:3", "kernels/a.py:8"}
+
+
 def test_more_shared_memory_than_a_gpu_has():
     sources = SimpleNamespace(kernels=lambda: {1: "tested"}, modules=list)
     machine = cuda_launches.Machine(80, sources)

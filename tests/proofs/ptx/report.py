@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from . import triton_launches
-from .text import Unsupported
+from .text import Instruction, Unsupported
 
 ROOT = Path(__file__).parents[3]
 KERNELS = ROOT / "kernels"
@@ -103,6 +103,12 @@ def never_run(compiled: Lines, ran: Lines) -> Iterator[str]:
                 yield from (f"{name}:{line}" for line in lines)
 
 
+def lines_of(instructions: list[Instruction]) -> set[str]:
+    """file:line of instructions, and of the lines into which they were inlined: of a line that
+    calls, LLVM may leave nothing else."""
+    return {place for i in instructions for place in (i.source, i.caller) if place}
+
+
 _lines: dict[str, list[set[str]]] = {}  # file:line of each block of code, by program
 
 
@@ -112,8 +118,7 @@ def _new_lines() -> tuple[list[str], list[str]]:
     ran: set[str] = set()
     for key, program in triton_launches.programs.items():
         if key not in _lines:
-            instructions = [block.instructions for block in program.kernel.blocks]
-            _lines[key] = [{i.source for i in some if i.source} for some in instructions]
+            _lines[key] = [lines_of(block.instructions) for block in program.kernel.blocks]
             compiled.update(*_lines[key])
         if any(program.hits):
             ran.update(

@@ -65,6 +65,7 @@ class Instruction(NamedTuple):
     text: str
     line: int  # of the PTX
     source: str  # folder/file:line
+    caller: str  # the line into which that one was inlined, or ""
 
     def refuse(self, reason: str) -> Unsupported:
         return Unsupported(f"the PTX machine does not know {reason} of `{self.text}`")
@@ -124,7 +125,8 @@ class _Reader:
     """Reads the instructions of a kernel's body."""
 
     def __init__(self, kernel: Kernel, files: dict[str, str]):
-        self.kernel, self.files, self.source = kernel, files, ""
+        self.kernel, self.files = kernel, files
+        self.source = self.caller = ""
         self.scopes: list[dict[str, Register]] = [{}]
         self.registers = 0
         self.instructions: list[Instruction] = []
@@ -194,6 +196,7 @@ class _Reader:
                 text,
                 line,
                 self.source,
+                self.caller,
             )
         )
 
@@ -203,9 +206,10 @@ class _Reader:
             rest = raw.partition("//")[0].strip()
             if loc := LOCATION.match(rest):
                 file, number, caller, line_of_caller = loc.groups()
-                if caller and self.files[file].endswith(".hpp"):  # a function of CUDA's headers
-                    file, number = caller, line_of_caller
                 self.source = f"{self.files[file]}:{number}"
+                self.caller = f"{self.files[caller]}:{line_of_caller}" if caller else ""
+                if caller and self.files[file].endswith(".hpp"):  # a function of CUDA's headers
+                    self.source = self.caller
             while rest and not IGNORED.match(rest):
                 if not pending and (label := re.match(r"([\w$]+):", rest)):
                     self.labels[label[1]] = len(self.instructions)
