@@ -22,7 +22,7 @@ from .data.folders import IMAGES, files_of
 from .data.images import read_image
 from .data.loading import CHANNELS, Like, check_bits, network_input, open_splits
 from .evaluation import check_crop, check_sizes, evaluate, figures_of, predict
-from .networks import Segmenter, own_numbers, trained_model
+from .networks import FROZEN, Segmenter, trained_model
 from .options import Options, check_effects, expect, flat
 from .run import (
     BEST,
@@ -128,13 +128,14 @@ def parse(command: str, words: Sequence[str]) -> tuple[Options, Path, dict[str, 
         except argparse.ArgumentError as error:
             raise argparse.ArgumentError(None, f"--config {file}: {error}") from None
     chosen = vars(parser.instantiate(parser.parse_args(words, values)))
-    options = Options(**{name: chosen.pop(name) for name in Options.__annotations__})
+    options = Options(**{name: chosen[name] for name in Options.__annotations__})
+    others = {name: value for name, value in chosen.items() if name not in Options.__annotations__}
     with_run = f"{command} --run" if of_run else command
     check_effects(options, with_run, flat(words_alone.as_dict()), of_user)
     preset = "-".join(Path(name).stem for name in names) or "no-preset"
     methods = "+".join(options.model.methods) or "plain"
-    run = chosen["run"] or f"runs/{preset}-{methods}-seed{options.seed}"
-    return options, Path(run).absolute(), chosen
+    run = others["run"] or f"runs/{preset}-{methods}-seed{options.seed}"
+    return options, Path(run).absolute(), others
 
 
 def _is_of_user(file: Path) -> bool:
@@ -155,7 +156,8 @@ def load_preset(name: str) -> list[dict[str, Any]]:
     path = PRESETS / f"{name}.yaml"
     expect(path.exists(), "--config", "a file or a preset", f"{name}. The presets:\n{presets()}")
     content, shared = (read_yaml(x, load=load_values) for x in (path, PRESETS / f"{SHARED}.yaml"))
-    return [*(shared[part] for part in content.pop(SHARED, [])), content]
+    own = {name: x for name, x in content.items() if name != SHARED}
+    return [*(shared[part] for part in content.get(SHARED, [])), own]
 
 
 def presets() -> str:
@@ -177,7 +179,7 @@ def trained(options: Options, run: Path) -> Segmenter:
     """The network of the best weights of a run, or of those that the options name."""
     path = Path(options.model.weights or run / BEST)
     device = ranks.start(options.device)
-    ranks.check_alike(options, path)
+    ranks.check_alike(options, path, path.with_name(FROZEN))
     model = trained_model(options.model, path, options.data.channels)
     if options.model.evaluation == "sliding":
         check_crop(model, options)
@@ -186,7 +188,7 @@ def trained(options: Options, run: Path) -> Segmenter:
 
 
 def of_training(
-    options: Options, run: Path, run_is_given: bool
+    options: Options, run: Path, run_is_given: bool, model: Segmenter
 ) -> tuple[Options, dict[str, Any] | None, Like | None]:
     """For an evaluation: the options with mean and standard deviation of the run's images; what was
     found for its training; and what images must be, of `check_bits`. Other weights than those of a
@@ -199,7 +201,7 @@ def of_training(
     if data.mean is not None and any([*given[x]] != channels.get(x) for x in given):
         return options, found, None  # they are given for these images
     if not channels:
-        mean, std = own_numbers(options.model, data.channels) or (None, None)
+        mean, std = model.moments or (None, None)
         options = replace(options, data=replace(data, mean=mean, std=std))
         return options, found, (True, "--data.mean and --data.std are not given")
     data = replace(data, mean=channels["mean"], std=channels["std"])
@@ -210,17 +212,18 @@ def load(run: Path | str) -> tuple[Segmenter, Options]:
     """The network of a run's best weights, in evaluation mode, and its options, with which images
     are prepared. Raises ValueError for a run without weights, or with damaged ones."""
     options, path, _ = parse("predict", ["--run", str(run)])
-    options, *_ = of_training(options, path, run_is_given=True)
-    return trained(options, path), options
+    model = trained(options, path)
+    options, *_ = of_training(options, path, True, model)
+    return model, options
 
 
 def validate(words: Sequence[str]) -> dict[str, float]:
     """Print the figures of a network on a split of the data. The confusion matrix of a run's best
     weights is written into the run."""
     options, run, others = parse("validate", words)
-    best = options.model.weights in (None, str(run / BEST))
+    best = Path(options.model.weights or run / BEST).absolute() == run / BEST
     model, given = trained(options, run), others["run"] is not None
-    options, of_run, like = ranks.on_first(lambda: of_training(options, run, given))
+    options, of_run, like = ranks.on_first(lambda: of_training(options, run, given, model))
     data = open_splits(options.data, options.seed, of_run, like)
     classes, known = len(data.validation.classes), model.classifier.out_channels
     expect(known == classes, "validate", f"data of {known} classes, as the weights", classes)
@@ -262,7 +265,7 @@ def predict_masks(words: Sequence[str]) -> None:
     options, run, others = parse("predict", words)
     model, out = trained(options, run), Path(others["out"])
     given = others["run"] is not None
-    options, _, like = ranks.on_first(lambda: of_training(options, run, given))
+    options, _, like = ranks.on_first(lambda: of_training(options, run, given, model))
     images_of = ranks.on_first(lambda: masks_of(others["images"], out, others["resume"]))
     own = [*images_of.items()][ranks.rank() :: ranks.world()]
     device = next(model.parameters()).device

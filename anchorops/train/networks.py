@@ -2,8 +2,8 @@
 losses a network is one module, which DDP wraps and torch.compile compiles."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -24,6 +24,7 @@ from .options import CLASSES, Model, expect
 
 # the parts that depend on the classes; in a checkpoint, a method is under "regularizer"
 HEADS = ("classifier.", "auxiliary.", "regularizer.")
+Moments = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation of each channel
 FROZEN = "frozen.ckpt"  # beside the states of a run: the weights of a backbone that stays as it is
 AUXILIARY_DIM = 256
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,7 +52,9 @@ class Segmenter(nn.Module):
     ) -> None:
         super().__init__()
         self.body = body
-        self.multiple = getattr(body, "multiple", MULTIPLE)  # of this, image sides are multiples
+        self.backbone_name = "body.backbone" if hasattr(body, "backbone") else "body.encoder"
+        self.multiple: int = getattr(body, "multiple", MULTIPLE)  # image sides are multiples of it
+        self.moments: Moments | None = getattr(body, "moments", None)
         self.frozen = frozen
         if frozen:
             self.backbone.requires_grad_(False).eval()
@@ -73,13 +76,7 @@ class Segmenter(nn.Module):
     @property
     def backbone(self) -> nn.Module:
         """The backbone: HRNet, or the encoder of a segmentation-models-pytorch architecture."""
-        body = self.body
-        return body.backbone if hasattr(body, "backbone") else body.encoder  # pyright: ignore
-
-    @property
-    def backbone_prefix(self) -> str:
-        """What the names of the backbone's weights begin with."""
-        return "body.backbone." if hasattr(self.body, "backbone") else "body.encoder."
+        return self.get_submodule(self.backbone_name)
 
     def train(self, mode: bool = True) -> "Segmenter":
         super().train(mode)
@@ -101,34 +98,41 @@ class Segmenter(nn.Module):
 
 
 def _leave_backbone_out(model: Any, state: dict[str, Any], prefix: str, _: object) -> None:
-    for name in [x for x in state if x.startswith(prefix + model.backbone_prefix)]:
+    for name in [x for x in state if x.startswith(f"{prefix}{model.backbone_name}.")]:
         del state[name]
 
 
 def _keep_backbone(model: Any, state: dict[str, Any], prefix: str, *_: object) -> None:
     """Its own weights, where a state does not have them."""
     for name, x in model.backbone.state_dict().items():
-        state.setdefault(prefix + model.backbone_prefix + name, x)
+        state.setdefault(f"{prefix}{model.backbone_name}.{name}", x)
 
 
 class ProbeBody(nn.Module):
     """Maps of a frozen backbone of timm, after its last norm: upsampled to the size of the first
     one, joined, and normalised by batch norm, whose weights would add nothing before a convolution.
-    `multiple`: of this, image sides are multiples."""
+    `multiple`: image sides are multiples of it. `moments`: the mean and standard deviation of the
+    images with which it was trained, in values of 8 bits, for 3 channels."""
 
     def __init__(self, name: str, channels: int, pretrained: bool, levels: Sequence[int]) -> None:
         super().__init__()
-        make = partial(timm.create_model, name, pretrained=pretrained, in_chans=channels)
-        try:
-            self.backbone: Any = make(num_classes=0, dynamic_img_size=True)
-        except TypeError:  # convolutional networks take any size, others one size alone
-            self.backbone = make(num_classes=0)
+        common: dict[str, Any] = {"pretrained": pretrained, "in_chans": channels, "num_classes": 0}
+        self.backbone: Any = None
+        # of networks with positions, and of those with windows; others take any size, or one alone
+        any_size: list[dict[str, Any]] = [{"dynamic_img_size": True}, {"strict_img_size": False}]
+        for options in [*any_size, {}]:
+            with suppress(TypeError):  # for an argument that a network does not have
+                self.backbone = timm.create_model(name, **common, **options)
+                break
         known = self.backbone.feature_info
         fits = all(-len(known) <= level < len(known) for level in levels)
         expect(fits, "--model.probe_levels", f"those of {len(known)}", levels)
         self.levels = sorted({level % len(known) for level in levels})
         self.multiple = max(known[level]["reduction"] for level in self.levels)
         self.norm = nn.BatchNorm2d(sum(known[i]["num_chs"] for i in self.levels), affine=False)
+        of_training = (self.backbone.pretrained_cfg[x] for x in ("mean", "std"))
+        mean, std = ([255 * x for x in values] for values in of_training)
+        self.moments = (mean, std) if channels == 3 else None
 
     def forward(self, images: Tensor) -> Tensor:
         first, *others = self.backbone.forward_intermediates(
@@ -142,18 +146,6 @@ def _joined(first: Tensor, others: Sequence[Tensor]) -> Tensor:
     size = first.shape[2:]
     resized = [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in others]
     return torch.cat([first, *resized], dim=1)
-
-
-def own_numbers(options: Model, channels: int) -> tuple[Sequence[float], Sequence[float]] | None:
-    """Mean and standard deviation of the images with which a probe's backbone was trained, in
-    values of 8 bits; None for other networks, and without 3 channels."""
-    kind, _, name = options.network.partition(":")
-    if kind != "probe" or channels != 3:
-        return None
-    with torch.device("meta"):
-        backbone: Any = timm.create_model(name, num_classes=0)
-    known = backbone.pretrained_cfg
-    return [255 * x for x in known["mean"]], [255 * x for x in known["std"]]
 
 
 class HRNetBody(nn.Module):
@@ -213,7 +205,7 @@ def load_trained(
     model: Segmenter, weights: Mapping[str, Tensor], path: Path | str, heads: tuple[str, ...]
 ) -> list[str]:
     """As `load_weights`; the backbone from the file beside `path`, if it was frozen."""
-    frozen, prefix = Path(path).with_name(FROZEN), model.backbone_prefix
+    frozen, prefix = Path(path).with_name(FROZEN), f"{model.backbone_name}."
     if not any(name.startswith(prefix) for name in weights):
         exists = frozen.exists() or not model.frozen
         expect(exists, path, f"{FROZEN} beside it, of its backbone", "no such file")
@@ -227,9 +219,8 @@ def _body(options: Model, channels: int) -> tuple[nn.Module, int, Sequence[int]]
     its features and of its backbone's maps. Those made for one image size accept other sizes too.
     The own dropout of a decoder is off if there is dropout before the classifier."""
     pretrained = options.pretrained and not (options.weights or options.backbone_weights)
-    kind, _, name = options.network.partition(":")
-    if kind == "probe":
-        body: Any = ProbeBody(name, channels, pretrained, options.probe_levels)
+    if options.probe is not None:
+        body: Any = ProbeBody(options.probe, channels, pretrained, options.probe_levels)
         return body, body.norm.num_features, ()
     if options.network.startswith("hrnet-"):
         body = HRNetBody(options.network.replace("-", "_"), channels, pretrained)

@@ -100,8 +100,14 @@ class Model:
     eval_flip: bool = False
 
     @property
+    def probe(self) -> str | None:
+        """The backbone of a probe."""
+        kind, _, name = self.network.partition(":")
+        return name if kind == "probe" else None
+
+    @property
     def frozen(self) -> bool:
-        return self.freeze or self.network.startswith("probe:")
+        return self.freeze or self.probe is not None
 
 
 @dataclass
@@ -201,6 +207,11 @@ class Options:
     max_steps: PositiveInt | None = None
     max_hours: PositiveFloat | None = None
 
+    @property
+    def last_step(self) -> int:
+        """At which a run ends, or is ended by its limit."""
+        return min(self.data.steps, self.max_steps or self.data.steps)
+
     def __post_init__(self) -> None:
         model, data, crop = self.model, self.data, self.data.crop
         stride = model.window_stride or (1, 1)
@@ -233,7 +244,7 @@ class Options:
         for name, value in flat(asdict(self)).items():
             finite = not isinstance(value, float) or math.isfinite(value)
             expect(finite or name == "--data.nodata", name, "a finite number", value)
-        no_map = model.network.startswith(("dpt:", "probe:")) and model.auxiliary_weight > 0
+        no_map = (model.network.startswith("dpt:") or model.probe) and model.auxiliary_weight > 0
         none = "0 for DPT and probes"
         expect(not no_map, "--model.auxiliary_weight", none, model.auxiliary_weight)
         expect(len(model.probe_levels) > 0, "--model.probe_levels", "at least one", "none")
@@ -258,15 +269,17 @@ def check_effects(
     model, data = options.model, options.data
     on_disk, weights = data.dataset != "digits", model.weights or model.backbone_weights
     of_ce = "model.class_weights model.label_smoothing model.ohem_threshold model.ohem_min_kept"
-    probe = model.network.startswith("probe:")
+    paper = model.paper_options if "--model.paper_options" in words else {}
+    of_chosen = all(name.partition(".")[0] in model.methods for name in paper or ())
     scenes = "data.train_images data.val_images data.zipf data.data_seed"
     suffixes = "data.image_suffix data.mask_suffix"
     needs = [  # options, what they need, and whether it is there
         ("model.pretrained", "no file of weights", not weights),
-        ("model.probe_levels", "--model.network probe:NAME", probe),
-        ("model.freeze", "another --model.network than a probe", not probe),
+        ("model.probe_levels", "--model.network probe:NAME", model.probe is not None),
+        ("model.freeze", "another --model.network than a probe", model.probe is None),
         ("model.focal_gamma", "--model.loss focal", model.loss == "focal"),
         (of_ce, "another --model.loss than dice", model.loss != "dice"),
+        ("model.paper_options", "METHOD.ARGUMENT of chosen --model.methods", of_chosen),
         ("model.window_stride", "--model.evaluation sliding", model.evaluation == "sliding"),
         (scenes, "--data.dataset digits", not on_disk),
         ("data.root data.label_map data.nodata", "another --data.dataset than digits", on_disk),

@@ -78,13 +78,14 @@ def checksum(path: Path) -> str:
     return f"CRC-32 {crc:08x}"
 
 
-def check_alike(options: Options, path: Path) -> None:
+def check_alike(options: Options, *paths: Path) -> None:
     """Raises ValueError if a rank has another option than the first rank, except --data.workers, or
-    if it does not find the same file there, or none if the first rank finds none."""
+    if it does not find the same files there, or none where the first rank finds none."""
     if world() == 1:
         return
     own = flat(as_in_file(options)) | {"--data.workers": None}
-    own[str(path)] = on_each(lambda: checksum(path) if path.exists() else "no file")
+    for path in paths:
+        own[str(path)] = on_each(lambda path=path: checksum(path) if path.exists() else "no file")
     firsts = on_first(lambda: [*own.values()])
 
     def compare() -> None:

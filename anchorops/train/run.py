@@ -112,7 +112,7 @@ def check_run(run: Path, options: Options, resume: bool) -> bool:
         for path in (config, last):
             expect(path.exists(), "--resume", f"{path}, which the run has saved", "no such file")
         check_same(run, flat(as_in_file(options)), before)
-    elif resume:
+    elif resume or lines:
         ranks.say(f"{run} has no state: the run starts at step 0")
     return last.exists()
 
@@ -171,10 +171,13 @@ class Log:
         writer = csv.DictWriter(text, ["step", *self.names], lineterminator="\n")
         if appended:
             writer.writerow({"step": step, **line})
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(text.getvalue())
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(text.getvalue())
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise OSError(f"{self.path} could not be written: {error}") from error
         else:
             writer.writeheader()
             writer.writerows({"step": step, **self.lines[step]} for step in sorted(self.lines))

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import anchorops as ao
 
 from . import ranks
-from .data.loading import Splits, mixed_seed, open_split, open_splits, training_batches
+from .data.loading import CHANNELS, Splits, mixed_seed, open_split, open_splits, training_batches
 from .evaluation import check_sizes, draw_predictions, evaluate, figures_of, pad_to_multiple
 from .networks import (
     FROZEN,
@@ -33,12 +33,23 @@ from .networks import (
     Segmenter,
     autocast,
     build_optimizer,
-    own_numbers,
     read_checkpoint,
     set_learning_rates,
 )
 from .options import Options, expect
-from .run import BEST, GO_ON, LAST, Log, Stop, check_run, describe, only_process, save_atomically
+from .run import (
+    BEST,
+    DATA,
+    GO_ON,
+    LAST,
+    Log,
+    Stop,
+    check_run,
+    describe,
+    only_process,
+    read_yaml,
+    save_atomically,
+)
 
 
 def train(options: Options, run: Path, resume: bool, advice: str = GO_ON) -> None:
@@ -55,16 +66,20 @@ def train(options: Options, run: Path, resume: bool, advice: str = GO_ON) -> Non
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     with only_process(run):
-        ranks.check_alike(options, run / LAST)
+        of_data, of_network = options.data, None
+        ranks.check_alike(options, run / LAST, run / FROZEN)
         if ranks.on_first(lambda: check_run(run, options, resume)):
             ranks.on_each(lambda: read_checkpoint(run / LAST, "optimizer"))
             ranks.on_each(lambda: (run / BEST).exists() and read_checkpoint(run / BEST, "miou"))
+            if known := ranks.on_first(lambda: read_yaml(run / DATA)).get(CHANNELS):
+                of_data = replace(of_data, mean=known["mean"], std=known["std"])
         else:  # what is wrong with any data is found before they are read
             split = ranks.on_first(lambda: open_split(options.data, "train", options.seed))
-            ranks.on_each(lambda: build(options, len(split.classes), device))
+            learner = ranks.on_each(lambda: build(options, len(split.classes), device))
+            of_network = learner.model.moments
+            del learner
             gc.collect()  # this network, whose modules refer to each other
-        own = own_numbers(options.model, options.data.channels)
-        data = open_splits(options.data, options.seed, own=own)
+        data = open_splits(of_data, options.seed, of_network=of_network)
         with Stop(advice) as stop:
             last = fit(options, run, data, device, stop)
     steps = options.data.steps
@@ -74,8 +89,8 @@ def train(options: Options, run: Path, resume: bool, advice: str = GO_ON) -> Non
 
 def fit(options: Options, run: Path, data: Splits, device: torch.device, stop: Stop) -> int:
     """Train from the last state or the start, to the end or a limit; returns the last step."""
-    steps, classes, goes_on = options.data.steps, len(data.training.classes), (run / LAST).exists()
-    of_run = run if goes_on else None
+    steps, classes = options.data.steps, len(data.training.classes)
+    of_run = run if (run / LAST).exists() else None
     learner = ranks.on_each(lambda: build(options, classes, device, data, of_run))
     # with unused parameters DDP keeps its buckets, so that gradients are summed in one order, also
     # where a run goes on
@@ -91,7 +106,7 @@ def fit(options: Options, run: Path, data: Splits, device: torch.device, stop: S
         validated = average.module
     record = ranks.on_each(lambda: Record(options, run, data, stateful))
     step = record.step
-    last = min(steps, options.max_steps or steps)
+    last = options.last_step
     end = time.monotonic() + 3600 * (options.max_hours or math.inf)
     batches = iter(training_batches(record.options, data.training, step))
     while True:
@@ -206,8 +221,7 @@ class Record:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
             if torch.cuda.is_initialized():
                 memory = torch.cuda.max_memory_allocated() / 2**20
-            loss, options = float(terms["loss"]), self.options
-            last = min(options.data.steps, options.max_steps or options.data.steps)
+            loss, last = float(terms["loss"]), self.options.last_step
             values = {"loss": loss, "lr": lr, **terms}
             self.metrics.write(step, values | {"seconds_per_step": seconds, "memory_mb": memory})
             self.bar.set_postfix(loss=loss)

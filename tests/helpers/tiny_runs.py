@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from anchorops.train.commands import fit
-from anchorops.train.networks import Segmenter
+from anchorops.train.networks import Segmenter, load_backbone
 from anchorops.train.options import Model
 from anchorops.train.run import read_metrics
 
@@ -36,7 +36,10 @@ class Body(nn.Module):
 
 def small_network(options: Model, num_classes: int, channels: int = 3) -> Segmenter:
     """In place of build_model."""
-    return Segmenter(Body(), 16, num_classes, dropout=options.dropout, frozen=options.frozen)
+    model = Segmenter(Body(), 16, num_classes, dropout=options.dropout, frozen=options.frozen)
+    if options.backbone_weights:
+        load_backbone(model, options.backbone_weights)
+    return model
 
 
 def fitted(words: str) -> Path:

@@ -10,7 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
-from anchorops.train.commands import of_training, parse, predict_masks, validate
+from anchorops.train.commands import of_training, parse, predict_masks, trained, validate
 from anchorops.train.data.loading import Prepared, augmented, network_input, open_splits
 from anchorops.train.options import Data
 from tests.helpers.image_files import mask, write
@@ -101,7 +101,7 @@ def test_runs(bands: Path, tmp_path: Path, refused: Callable[..., None]):
     refused(plain, "a.tif: expected 8 bits, as --data.mean and --data.std are not given")
     mean = str(known["mean"]).replace(" ", "")
     options, *_ = parse("validate", f"--run {run} --data.mean {mean} --data.std [9,9,9]".split())
-    assert of_training(options, run, run_is_given=True)[0].data.std == [9, 9, 9]
+    assert of_training(options, run, True, trained(options, run))[0].data.std == [9, 9, 9]
     (tmp_path / "none").mkdir()
     write(tmp_path / "none/config.yaml", (run / "config.yaml").read_bytes())
     numbers = " ".join(f"--data.{x} {known[x]}".replace(", ", ",") for x in ("mean", "std"))

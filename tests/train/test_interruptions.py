@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.helpers.image_files import image, write
 from tests.helpers.programs import Programs
-from tests.helpers.tiny_runs import FOLDER, TINY, assert_same_run, figures, state
+from tests.helpers.tiny_runs import FOLDER, TINY, Body, assert_same_run, figures, state
 
 RUN = (  # batches of two images for each of three ranks, too
     f"fit {TINY} --data.steps 7 --data.workers 1 --data.val_images 8 --data.batch_size 12 "
@@ -53,12 +54,16 @@ def succeeds(programs: Programs, words: str, ranks: int) -> None:
 
 
 def test_a_frozen_backbone_on_two_ranks(programs: Programs, tmp_path: Path):
-    words = f"{RUN} --model.freeze true --run {tmp_path}"
+    """Its weights are not those of the seed."""
+    given = Body().backbone.state_dict()
+    torch.save(given, tmp_path / "given")
+    words = f"{RUN} --model.freeze true --model.backbone_weights {tmp_path}/given --run {tmp_path}"
     succeeds(programs, f"{words}/straight", 2)
     succeeds(programs, f"{words}/run --max_steps 4", 2)
     succeeds(programs, f"{words}/run --max_steps 7 --resume", 2)
     assert_same_run(tmp_path / "straight", tmp_path / "run")
-    assert (tmp_path / "run/frozen.ckpt").exists()
+    frozen = torch.load(tmp_path / "run/frozen.ckpt")
+    assert all(torch.equal(frozen[name], x) for name, x in given.items())
 
 
 def stopped(status: list[int], signum: int) -> bool:

@@ -72,6 +72,7 @@ COMMAND_LINES = {
     f"fit {TINY} --model.loss dice --model.ohem_min_kept 9": "min_kept: expected another .* th",
     f"fit {TINY} --model.loss dice --model.class_weights [1]": "weights: expected another .* th",
     f"fit {TINY} --model.class_weights [1,2] --run $new": "_weights: expected 11 numbers, got .1.0",
+    f'fit {TINY} --model.paper_options {{"cbp.length":1}}': "ons: expected METHOD.ARGUMENT of chos",
     f"fit {TINY} --model.focal_gamma 2": "gamma: expected --model.loss focal, got 2.0, w",
     f"fit {TINY} --model.window_stride [9,9]": "window_stride: expected --model.evaluation sliding",
     f"fit {TINY} --model.pretrained true --model.weights x": "pretrained: expected no file of",

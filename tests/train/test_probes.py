@@ -10,16 +10,19 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from anchorops.train import networks
 from anchorops.train.commands import load, predict_masks, validate
 from anchorops.train.networks import build_model
 from anchorops.train.options import Model
+from anchorops.train.train import Record
 from tests.helpers.image_files import image, write
 from tests.helpers.tiny_runs import TINY, assert_same_run, figures, fitted, state
 
-PROBE = f"{TINY} --model.methods [] --model.network probe:test_efficientnet.r160_in1k --ema 0.9"
+NAME = "test_efficientnet.r160_in1k"
+PROBE = f"{TINY} --model.methods [] --model.network probe:{NAME} --ema 0.9"
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +59,7 @@ def test_patches_of_14_pixels(refused: Callable[..., str]):
     with torch.device("meta"):
         model = build_model(Model("probe:vit_small_patch14_dinov2"), 5)
         assert model(torch.empty(2, 3, 28, 42)).shape == (2, 5, 2, 3)
-    assert networks.own_numbers(Model("probe:vit_small_patch16_224"), 3) == (3 * [127.5],) * 2
+    assert model.moments == tuple([255 * x for x in values] for values in IMAGENET)
     refused(f"{fit_of('vit_tiny_patch16_224')} --data.crop [24,32]", "crop: expected two .* of 16")
     refused(f"{fit_of('test_vit')} --model.probe_levels [9]", "levels: expected those of 6, got .9")
     refused(f"{fit_of('test_vit')} --model.freeze true", "freeze: expected another --model.network")
@@ -68,31 +71,73 @@ def fit_of(name: str) -> str:
     return f"fit {TINY} --model.network probe:{name}"
 
 
-def test_runs_of_a_probe(tmp_path: Path, refused: Callable[..., str]):
-    """Its backbone stays, statistics too, is written once, and is found beside the weights. It has
-    its own mean. A run goes on with equal bits, and not with another backbone."""
-    run = fitted(f"{PROBE} --run {tmp_path}/run")
-    parts = fitted(f"{PROBE} --run {tmp_path}/parts --max_steps 3")
-    assert_same_run(run, fitted(f"--run {parts} --resume --max_steps null"))
+def test_a_run_of_a_probe_as_written_with_torch(tmp_path: Path, monkeypatch, capsys):
+    """The same weights after six steps on the same batches."""
+    taken = list[Tensor]()
+    forward = networks.Learner.forward
+    monkeypatch.setattr(
+        networks.Learner, "forward", lambda *x: [forward(*x), taken.extend(x[1:])][0]
+    )
+    run = fitted(f"{TINY} --model.methods [] --model.network probe:{NAME} --run {tmp_path}")
+    assert "the frozen backbone has random weights: give" in capsys.readouterr().err
     torch.manual_seed(0)
-    first = build_model(Model("probe:test_efficientnet.r160_in1k"), 11)
+    classifier = build_model(Model(f"probe:{NAME}"), 11).classifier
+    backbone: Any = timm.create_model(NAME, num_classes=0).eval()
+    backbone.load_state_dict(torch.load(run / "frozen.ckpt"))
+    norm = nn.BatchNorm2d(classifier.in_channels, affine=False)
+    groups = [{"params": [classifier.weight]}, {"params": [classifier.bias], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+    for step, (images, labels) in enumerate(zip(taken[::2], taken[1::2], strict=True)):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.004 * (1 - step / 6) ** 0.9
+        (x,) = backbone.forward_intermediates(images, [-1], norm=True, intermediates_only=True)
+        logits = F.interpolate(classifier(norm(x.detach())), labels.shape[1:], mode="bilinear")
+        F.cross_entropy(logits, labels.long(), ignore_index=-1).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = state(run)["model"]
+    torch.testing.assert_close(found["classifier.weight"], classifier.weight.detach())
+    torch.testing.assert_close(found["body.norm.running_var"], norm.running_var)
+    assert len(taken) == 12
+
+
+def test_runs_of_a_probe(tmp_path: Path, refused: Callable[..., str], monkeypatch, capsys):
+    """Its backbone, whose weights are not those of the seed, stays, statistics too; it is written
+    once, and found beside the weights. Its mean is its own. A run goes on with equal bits, and not
+    with another backbone."""
+    backbone = timm.create_model(NAME, num_classes=0)
+    torch.save(given := backbone.state_dict(), tmp_path / "given")
+    saved = Record.save
+
+    def save(record: Record, step: int) -> None:
+        for model in record.stateful["model"], record.stateful["average"].module:
+            assert all(torch.equal(model.backbone.state_dict()[x], given[x]) for x in given)
+        saved(record, step)
+
+    monkeypatch.setattr(Record, "save", save)
+    words = f"{PROBE} --model.backbone_weights {tmp_path}/given --run {tmp_path}"
+    run, parts = fitted(f"{words}/run"), fitted(f"{words}/parts --max_steps 3")
+    assert_same_run(run, fitted(f"--run {parts} --resume --max_steps null"))
     frozen = torch.load(run / "frozen.ckpt")
-    for name, x in first.backbone.state_dict().items():
-        assert torch.equal(frozen[name], x), name
+    assert all(torch.equal(frozen[name], x) for name, x in given.items())
     assert not any("backbone" in x for x in state(run)["model"] | state(run)["average"])
     model, options = load(run)
-    for name, x in model.backbone.state_dict().items():
-        assert torch.equal(frozen[name], x), name
+    assert all(torch.equal(x, given[name]) for name, x in model.backbone.state_dict().items())
     known = yaml.safe_load((run / "data.yaml").read_text())["channels"]
-    assert options.data.mean == known["mean"] == [255 * x for x in (0.485, 0.456, 0.406)]
-    last = figures(run)[6]
-    found = validate(f"--run {run} --model.weights {run}/best.ckpt".split())
+    assert options.data.mean == known["mean"] == [255 * x for x in IMAGENET[0]]
+    monkeypatch.chdir(run.parent)
+    found = validate(
+        ["--run", "run", "--model.weights", "run/best.ckpt", "--model.evaluation", "sliding"]
+    )
     best = state(run, "best")["step"]
     assert found["val/miou"] == pytest.approx(figures(run)[best]["val/miou"], abs=1e-6)
-    assert last["val/miou"] > 0
+    assert (run / "confusion.csv").exists()
     write(tmp_path / "a.png", image(40, 50))
     predict_masks(f"--run {run} --images {tmp_path}/a.png --out {tmp_path}/masks".split())
-    fitted(f"{PROBE} --run {tmp_path}/next --model.weights {run}/best.ckpt --max_steps 1")
+    capsys.readouterr()
+    words = f"{PROBE} --run {tmp_path}/next --seed 1 --max_steps 1"
+    fitted(f"{words} --model.weights {run}/best.ckpt --data.train_images 32")
+    assert "random" not in capsys.readouterr().err
     assert (tmp_path / "next/frozen.ckpt").read_bytes() == (run / "frozen.ckpt").read_bytes()
 
     changed = Path(shutil.copytree(run, tmp_path / "changed"))
@@ -100,7 +145,7 @@ def test_runs_of_a_probe(tmp_path: Path, refused: Callable[..., str]):
     refused(f"fit --run {changed} --resume", "frozen weights: CRC-32 .* has CRC-32 .*")
     (changed / "frozen.ckpt").unlink()
     refused(f"validate --run {changed}", "best.ckpt: expected frozen.ckpt beside it, of its back")
-    refused(f"fit --run {changed} --resume", "frozen.ckpt does not exist")
+    refused(f"fit --run {changed} --resume", "frozen.ckpt does not exist$")
 
 
 def test_a_frozen_backbone_of_another_network(tmp_path: Path):

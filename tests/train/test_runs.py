@@ -277,6 +277,14 @@ def test_file_that_cannot_be_written(tmp_path: Path):
     assert torch.equal(torch.load(path)["a"], torch.ones(2))
 
 
+def test_log_on_a_full_disk(tmp_path: Path):
+    log = Log(tmp_path, 0)
+    log.write(1, {"loss": 1.0})
+    log.path = Path("/dev/full")
+    with pytest.raises(OSError, match=r"^/dev/full could not be written: .*No space left"):
+        log.write(2, {"loss": 1.0})
+
+
 def test_log(tmp_path: Path):
     """The file is written anew only for a new column. A part of a line is no line."""
     log, path = Log(tmp_path, 0), tmp_path / "metrics.csv"

@@ -272,12 +272,12 @@ def open_splits(
     seed: int,
     of_run: dict[str, Any] | None = None,
     like: Like | None = None,
-    own: tuple[Sequence[float], Sequence[float]] | None = None,
+    of_network: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Splits:
     """Every image and mask is read, on the first rank.
     of_run: what was found for the training whose network is validated, which then needs no training
-    images; None for a training. like: of `check_bits`. own: mean and standard deviation of the
-    network, of images of 8 bits. Raises ValueError for wrong data."""
+    images; None for a training. like: of `check_bits`. of_network: mean and standard deviation for
+    images of 8 bits, if not ImageNet's. Raises ValueError for wrong data."""
 
     def read() -> tuple[list[Segmentation], list[Counts]]:
         names = ("train", options.split) if of_run is None else (options.split,)
@@ -300,8 +300,8 @@ def open_splits(
         options = replace(options, mean=moments[0], std=moments[1])
         texts = (", ".join(f"{x:.6g}" for x in values) for values in moments)
         ranks.say("mean of each channel: {}; standard deviation: {}".format(*texts))
-    elif own and options.mean is None:
-        options = replace(options, mean=own[0], std=own[1])
+    elif of_network and options.mean is None:
+        options = replace(options, mean=of_network[0], std=of_network[1])
     classes = list(validation.classes)
     found = of_run or {"classes": classes, "ranks": ranks.world()}
     if of_run is None:
