@@ -57,14 +57,14 @@ build/torch/%:
 # that take long. Three processes, because a few of them take minutes, and others wait behind them.
 # Then Triton's kernels in the machine: all cases as compiled for sm_80; and for sm_90 and sm_75 a case
 # of each kernel, and the quick checks of --verify, which have all instructions that sm_90 alone has
-# (for sm_75 centroid InfoNCE, whose products differ there, also of 1,000 classes); and a case of each
-# kernel as compiled by the oldest Triton, for sm_75 and sm_80 at once.
+# (for sm_75 centroid InfoNCE, whose products differ there, also of 19 and 1,000 classes); and a case
+# of each kernel as compiled by the oldest Triton, for sm_75 and sm_80 at once.
 in_machine = OMP_NUM_THREADS=1 PTX_ARCH=$1 $(BIN)/pytest -n 2 --dist worksteal
 proofs: setup build/triton/$(TRITON)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadgroup -m slow
 	$(call in_machine,80) tests
 	$(call in_machine,90) -m 'not slow' tests/test_every_kernel.py tests/test_verify.py
-	$(call in_machine,75) -m 'not slow' -k 'every_kernel or test_case or large and 1000' \
+	$(call in_machine,75) -m 'not slow' -k 'every_kernel or test_case or equal_bits or large and 1000' \
 	    tests/test_every_kernel.py tests/test_verify.py tests/test_centroid_info_nce.py
 	echo 75 80 | OMP_NUM_THREADS=1 PYTHONPATH=build/triton/$(TRITON) xargs -n 1 -P 2 sh -c \
 	    'PTX_ARCH=$$0 $(BIN)/pytest tests/test_every_kernel.py'
