@@ -293,7 +293,13 @@ MEASURED_PROBES = (
     probe("Cityscapes", 19, 8, 1),
     probe("Cityscapes", 19, 8, 9),
 )
-COUNTED = (*COUNTED, probe("ADE20K", 150, 16, 1), probe("ADE20K", 150, 16, 9))
+COUNTED = (
+    *COUNTED,
+    probe("ADE20K", 150, 16, 1),
+    probe("ADE20K", 150, 16, 9),
+    probe("Cityscapes", 19, 16, 1),
+    probe("Cityscapes", 19, 16, 9),
+)
 small_segformer = partial(of_training_program, "segformer-b0")
 ON_CPU = (
     Network("hrnet-w18-small", small_hrnet, (512, 1024), 2, 19, 240),
