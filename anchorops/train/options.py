@@ -286,6 +286,8 @@ def check_effects(
         (suffixes, "--data.dataset folder", data.dataset == "folder"),
     ]
     default, used = flat(asdict(Options())), USED.get(command, "").split()
+    if used and on_disk and model.evaluation == "whole":
+        used.remove("data.crop")
     for name, value in flat(asdict(options)).items():
         bare, got = name.removeprefix("--"), f"{value}, which acts on nothing"
         known = not used or bare in used or name not in words

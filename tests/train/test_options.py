@@ -82,6 +82,7 @@ COMMAND_LINES = {
     "fit -c camvid --data.mask_suffix x": "mask_suffix: expected --data.dataset folder, got x",
     "validate --run $run --seed 1": "--seed: expected an option that validate --run uses, got",
     "predict --model.lr 1": "--model.lr: expected an option that predict uses, got 1.0, which acts",
+    "predict --data.dataset folder --data.crop [64,64]": "crop: expected an option that predict",
     # what the data or the network cannot be
     f"{FIT} --data.eval_batch_size 2": r"size: expected 1 for images of several sizes, got .*6, 9",
     f'{FIT} --data.label_map {{"1,2,3":0,"4":1}}': "or only colours .*, got .4.: 1",
