@@ -666,6 +666,11 @@ def test_what_is_moved_depends_on_the_device(
             ao.late_upsampling(Pyramid(channels, outputs).to(device), x)
 
 
+def test_linear_layers_of_tokens_without_storage() -> None:
+    _, handle = moved(Net().to("meta"), images().to("meta"))
+    assert handle.moved == [OF_THREE]
+
+
 def test_what_gains_little_stays() -> None:
     with pytest.raises(ValueError, match="where it would save little time"):
         ao.late_upsampling(smp.DeepLabV3("resnet18", encoder_weights=None), images((64, 64)))

@@ -180,8 +180,13 @@ class _Watch(TorchFunctionMode):
         if tokens is None or v != call.version or not tokens.is_contiguous():
             return []
         size = x.shape[2:]
-        same = size.numel() == tokens.shape[1] and x.is_set_to(tokens.mT.unflatten(2, size))
-        return [*chain, call] if same and _is_plain(call.weight) else []
+        if size.numel() != tokens.shape[1] or not _is_plain(call.weight):
+            return []
+        same, of_tokens = (
+            (map_.shape, map_.stride(), map_.data_ptr())  # no is_set_to for the device "meta"
+            for map_ in (x, tokens.mT.unflatten(2, size))
+        )
+        return [*chain, call] if same == of_tokens else []
 
 
 def _is_plain(weight: Tensor | None) -> bool:
