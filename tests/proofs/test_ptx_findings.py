@@ -349,8 +349,8 @@ def test_lines_that_call_run_with_what_was_inlined():
 """
     (kernel,) = kernels(text)
     moved, added, *_ = (i for block in kernel.blocks for i in block.instructions)
-    assert report.lines_of([moved]) == {"kernels/a.py:7"}
-    assert report.lines_of([added]) == {"kernels/b.py:3", "kernels/a.py:8"}
+    assert report.lines_run_by([moved]) == {"kernels/a.py:7"}
+    assert report.lines_run_by([added]) == {"kernels/b.py:3", "kernels/a.py:8"}
 
 
 def test_more_shared_memory_than_a_gpu_has():

@@ -103,9 +103,9 @@ def never_run(compiled: Lines, ran: Lines) -> Iterator[str]:
                 yield from (f"{name}:{line}" for line in lines)
 
 
-def lines_of(instructions: list[Instruction]) -> set[str]:
-    """file:line of instructions, and of the lines into which they were inlined: of a line that
-    calls, LLVM may leave nothing else."""
+def lines_run_by(instructions: list[Instruction]) -> set[str]:
+    """file:line of instructions, and of the lines into which they were inlined: in another program
+    such a line may have an instruction of its own."""
     return {place for i in instructions for place in (i.source, i.caller) if place}
 
 
@@ -118,8 +118,9 @@ def _new_lines() -> tuple[list[str], list[str]]:
     ran: set[str] = set()
     for key, program in triton_launches.programs.items():
         if key not in _lines:
-            _lines[key] = [lines_of(block.instructions) for block in program.kernel.blocks]
-            compiled.update(*_lines[key])
+            blocks = [block.instructions for block in program.kernel.blocks]
+            _lines[key] = [lines_run_by(instructions) for instructions in blocks]
+            compiled |= {i.source for instructions in blocks for i in instructions if i.source}
         if any(program.hits):
             ran.update(
                 *(lines for lines, hits in zip(_lines[key], program.hits, strict=True) if hits)
