@@ -29,6 +29,8 @@ from without_gpu.machine_code import TARGETS, Row, compiled, measure, variants
 from without_gpu.variants import jobs, launch, launch_loss, native_sizes
 
 INSTRUCTIONS, OF_CROSS_ENTROPY = 7000, 4200
+# sm_86 and sm_89 have sm_80's instructions and registers, and as much shared memory as sm_120
+QUICK = [name for name in TARGETS if name not in ("sm_86", "sm_89")]
 # Of an older Triton: its default is 48 registers there; and what only steep logits load again.
 KNOWN_SPILLS = {
     ("3.6.0", "sm_100", "_class_moments_bwd_kernel"): 8,
@@ -63,17 +65,18 @@ def faults_of(name: str, kernel: str, variant: str, row: Row) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--targets", nargs="*", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--targets", nargs="*", choices=TARGETS)
     parser.add_argument(
-        "--quick", action="store_true", help="a choice of the variants, except for sm_90"
+        "--quick",
+        action="store_true",
+        help="a choice of the targets, and of the variants except for sm_90",
     )
     args = parser.parse_args()
+    targets = args.targets or (QUICK if args.quick else TARGETS)
     print(f"Triton {triton.__version__}")
     os.environ["ANCHOROPS_TRITON_ON_HOST"] = "1"  # which anchorops asks when it is imported
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        found = [
-            *zip(args.targets, pool.map(rows_of, args.targets, repeat(args.quick)), strict=True)
-        ]
+        found = [*zip(targets, pool.map(rows_of, targets, repeat(args.quick)), strict=True)]
     faults = [fault for name, rows in found for row in rows for fault in faults_of(name, *row)]
     lines = [
         (name, kernel, variant, *row._replace(seconds=round(row.seconds, 1)))
