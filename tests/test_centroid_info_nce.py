@@ -242,7 +242,9 @@ def test_rows_as_long_as_eps(backend: str):
 
 
 @pytest.mark.on("cpu", "reference", "simulated_triton")
-@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(F32, marks=pytest.mark.on("cpu", "reference")), BF16]
+)
 @pytest.mark.parametrize(
     "others",
     [
@@ -252,7 +254,8 @@ def test_rows_as_long_as_eps(backend: str):
     ],
 )
 def test_in_parts(others: dict[str, Any], dtype: torch.dtype, backend: str, monkeypatch):
-    """The logits of a class at a time: the gradients of keys and bias are rounded once."""
+    """The logits of a class at a time: the gradients of keys and bias are rounded once. In the
+    machine for PTX, where kernels are compiled for each part, with what alone is rounded."""
     monkeypatch.setattr(MODULE, "LOGITS_AT_ONCE", 1)
     monkeypatch.setattr(MODULE, "LOGITS_OF_PART", 3 * 9)
     check(centroids(9, 3, 5, dtype=dtype, temperature=0.5, **others), backend)
