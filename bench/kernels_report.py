@@ -41,7 +41,7 @@ KNOWN_SPILLS = {
 def rows_of(name: str, quick: bool) -> list[tuple[str, str, Row]]:
     """Kernel, variant and what was measured, for that GPU; each machine code once."""
     rows = {}
-    for case in jobs(quick and name != "sm_90"):
+    for case in jobs(quick):
         for key, (kernel, seconds) in compiled(name, partial(launch, case)).items():
             if key not in rows:
                 rows[key] = kernel.metadata.name, str(case), measure(kernel, seconds)
@@ -67,9 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--targets", nargs="*", choices=TARGETS)
     parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="a choice of the targets, and of the variants except for sm_90",
+        "--quick", action="store_true", help="a choice of the targets and of the variants"
     )
     args = parser.parse_args()
     targets = args.targets or (QUICK if args.quick else TARGETS)
