@@ -66,20 +66,20 @@ def train(options: Options, run: Path, resume: bool, advice: str = GO_ON) -> Non
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     with only_process(run):
-        of_data, of_network = options.data, None
+        of_network = None
         ranks.check_alike(options, run / LAST, run / FROZEN)
         if ranks.on_first(lambda: check_run(run, options, resume)):
             ranks.on_each(lambda: read_checkpoint(run / LAST, "optimizer"))
             ranks.on_each(lambda: (run / BEST).exists() and read_checkpoint(run / BEST, "miou"))
             if known := ranks.on_first(lambda: read_yaml(run / DATA)).get(CHANNELS):
-                of_data = replace(of_data, mean=known["mean"], std=known["std"])
+                of_network = known["mean"], known["std"]
         else:  # what is wrong with any data is found before they are read
             split = ranks.on_first(lambda: open_split(options.data, "train", options.seed))
             learner = ranks.on_each(lambda: build(options, len(split.classes), device))
             of_network = learner.model.moments
             del learner
             gc.collect()  # this network, whose modules refer to each other
-        data = open_splits(of_data, options.seed, of_network=of_network)
+        data = open_splits(options.data, options.seed, of_network=of_network)
         with Stop(advice) as stop:
             last = fit(options, run, data, device, stop)
     steps = options.data.steps

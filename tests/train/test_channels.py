@@ -90,6 +90,11 @@ def test_runs(bands: Path, tmp_path: Path, refused: Callable[..., None]):
     words = f"{FOLDER} --data.root {bands} --data.nodata nan --val_every 1 --run {tmp_path}"
     run = fitted(f"{words}/run")
     fitted(f"{words}/parts --max_steps 1")
+    image = bands / "images/train/a.tif"
+    trained_on = image.read_bytes()
+    write(image, (bands / "images/val/a.tif").read_bytes())
+    refused(f"fit {words}/parts --resume", "channels: .* has .*: the numbers would not be those of")
+    write(image, trained_on)
     assert_same_run(run, fitted(f"{words}/parts --max_steps 2 --resume"))
     assert min(np.asarray(Image.open(run / "predictions.png")).std((0, 1))) > 10
     known = yaml.safe_load((run / "data.yaml").read_text())["channels"]
