@@ -71,6 +71,13 @@ def test_integers(name: str, ty: str):
     assert result.tolist() == exact
 
 
+@pytest.mark.parametrize("ty", ["s16x2", "u16x2"])
+def test_sums_of_halves(ty: str):
+    x, y = integers("u4"), integers("u4")
+    result = compute(f"add.{ty} {{to}}, {{0}}, {{1}};", x, y, dtype="u4")
+    assert result.view("u2").tolist() == (x.view("u2") + y.view("u2")).tolist()
+
+
 @pytest.mark.parametrize("ty", ["s16", "u16", "s32", "u32"])
 def test_wide_products(ty: str):
     kind, size = ("i" if ty[0] == "s" else "u"), int(ty[1:]) // 8
@@ -340,6 +347,8 @@ def test_nan_is_one():
         "add.bf16x2 %r4, %r5, %r6;",
         "max.bf16x2 %r4, %r5, %r6;",
         "abs.bf16 %h1, %h2;",
+        "add.sat.s16x2 %r4, %r5, %r6;",
+        "max.s16x2 %r4, %r5, %r6;",
         "setp.eq.f16x2 %p1, %r4, %r5;",
         "cp.async.ca.shared.global [%r4], [%d0], 4, %p1;",
         "cp.async.ca.shared.global [%r4], [%d0], %r5;",

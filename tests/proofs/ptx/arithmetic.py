@@ -36,6 +36,12 @@ def without_subnormals(x):
     return np.where(np.abs(x) < F4(2.0**-126), np.copysign(F4(0), x), x)
 
 
+def sums_of_halves(x, y):
+    """Of the lower and of the upper 16 bits, without a carry between them."""
+    low, high = U4(0xFFFF), U4(0xFFFF0000)
+    return (x + y & low) | ((x & high) + (y & high))
+
+
 def high_product(x, y):
     """The upper half of the product."""
     bits = 8 * x.dtype.itemsize

@@ -55,7 +55,7 @@ def dtype_of(ty: str) -> str:
     """NumPy's name; bits and bfloat16 are unsigned."""
     if ty == "pred":
         return "?"
-    kind = "u" if ty[0] == "b" or ty == "f16x2" else ty[0]
+    kind = "u" if ty[0] == "b" or ty.endswith("x2") else ty[0]
     if bits_of(ty) > 64:
         raise ValueError(f"type {ty}")
     return {"s": "i"}.get(kind, kind) + str(bits_of(ty) // 8)
@@ -91,7 +91,7 @@ def _plain(i: Instruction, function: Callable[..., object], *dtypes: str) -> Ope
 
 
 def _integer(i: Instruction, function: Callable[..., object]) -> Operation:
-    if i.types[-1][0] not in "su":
+    if i.types[-1][0] not in "su" or i.types[-1].endswith("x2"):
         raise ValueError(f"type {i.types[-1]}")
     return _plain(i, function)
 
@@ -109,6 +109,12 @@ def _float(i: Instruction, m: _Modifiers, function: Callable[..., object]) -> Op
         return arithmetic.without_subnormals(function(*flushed))
 
     return _plain(i, compute)
+
+
+def _sum(i: Instruction, m: _Modifiers) -> Operation:
+    if i.types[-1] in ("s16x2", "u16x2"):
+        return _plain(i, arithmetic.sums_of_halves)
+    return _arithmetic(np.add)(i, m)
 
 
 def _arithmetic(function: Callable[..., object]) -> Callable[..., Operation]:
@@ -484,7 +490,7 @@ _DECODE: dict[str, Callable[[Instruction, _Modifiers], Operation]] = {
     "cvt": _convert,
     "selp": _select,
     "setp": _compare,
-    "add": _arithmetic(np.add),
+    "add": _sum,
     "sub": _arithmetic(np.subtract),
     "mul": _multiply,
     "mad": _multiply,

@@ -5,8 +5,8 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-BITS = {"pred": 1, "bf16": 16, "f16x2": 32, "bf16x2": 32}
-TYPE = re.compile(r"pred|bf16(x2)?|f16(x2)?|[usbf](8|16|32|64|128)")
+BITS = {"pred": 1, "bf16": 16, "f16x2": 32, "bf16x2": 32, "s16x2": 32, "u16x2": 32}
+TYPE = re.compile(r"pred|bf16(x2)?|[usf]16x2|[usbf](8|16|32|64|128)")
 VARIABLE = re.compile(
     r"\.(?P<space>shared|local|param)\s+(?:\.align\s+(?P<align>\d+)\s+)?\.(?P<type>\w+)\s+"
     r"(?:\.ptr[\w.\s]*?\s)?(?P<name>[\w$]+)(?:\[(?P<size>\d*)\])?$"
