@@ -117,13 +117,15 @@ class ProbeBody(nn.Module):
     def __init__(self, name: str, channels: int, pretrained: bool, levels: Sequence[int]) -> None:
         super().__init__()
         common: dict[str, Any] = {"pretrained": pretrained, "in_chans": channels, "num_classes": 0}
-        self.backbone: Any = None
+        self.backbone: Any
         # of networks with positions, and of those with windows; others take any size, or one alone
         any_size: list[dict[str, Any]] = [{"dynamic_img_size": True}, {"strict_img_size": False}]
-        for options in [*any_size, {}]:
+        for options in any_size:
             with suppress(TypeError):  # for an argument that a network does not have
                 self.backbone = timm.create_model(name, **common, **options)
                 break
+        else:
+            self.backbone = timm.create_model(name, **common)
         known = self.backbone.feature_info
         fits = all(-len(known) <= level < len(known) for level in levels)
         expect(fits, "--model.probe_levels", f"those of {len(known)}", levels)
