@@ -369,7 +369,7 @@ def test_not_finite_element_spoils_its_gradient_alone(layout: str, backend: str)
     ],
 )
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("anchors", ["learnable", None])
+@pytest.mark.parametrize("anchors", ["learnable", "fixed", None])
 def test_not_finite_pixels_of_many_keys_and_of_one(size, labels, dtype, anchors, backend: str):
     """A tile has more keys than there are slots, or a single one, which others have too."""
     case = Case(size, 600, dtype, labels=labels, anchors=anchors)
