@@ -22,7 +22,7 @@ struct Partials {
 // Without anchors there are no squared distances.
 template <class T, bool HAS_ANCHORS, bool IN_ROWS>
 struct Sums {
-  using From = Tile<T, IN_ROWS>;
+  using From = FeatureTile<T, IN_ROWS>;
   // Floats of a slot: sums and anchors of all channels, a squared distance for each lane.
   static constexpr int SLOT = HAS_ANCHORS ? 2 * CHANNELS + 32 : CHANNELS;
   // Random groups without anchors, of which there are many keys, have 80.
@@ -199,7 +199,7 @@ template <class T, bool HAS_ANCHORS, bool IN_ROWS>
 __global__ void __launch_bounds__(32, 16)
     class_moments_kernel(const Input<T> in, const Tiling tiling, const Partials partials) {
   extern __shared__ __align__(16) unsigned char shared[];
-  auto* const stages = reinterpret_cast<Tile<T, IN_ROWS>*>(shared);
+  auto* const stages = reinterpret_cast<FeatureTile<T, IN_ROWS>*>(shared);
   const int block = blockIdx.x % tiling.blocks, chunk = blockIdx.x / tiling.blocks;
   const unsigned tiles = static_cast<unsigned>(tiling.tiles_per_chunk) + (chunk < tiling.longer);
   Copies<T, IN_ROWS> copies(in, tiling, chunk, block);
