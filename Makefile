@@ -16,7 +16,7 @@ TORCH ?= 2.10.0 2.12.1 2.14.1 2.15.0
 # the oldest that the kernels support: that of torch 2.10
 TRITON ?= 3.6.0
 
-.PHONY: setup test check-torch check-nnunet check-ultralytics proofs faults barriers demo bench counted-memory kernels-report kernels-report-older lint format docs package check-abi clean
+.PHONY: setup test check-torch check-nnunet check-ultralytics proofs traffic faults barriers demo bench counted-memory kernels-report kernels-report-older lint format docs package check-abi clean
 release_of_nnunet = nnunetv2==2.8.1
 release_of_ultralytics = ultralytics==8.4.190
 # or make would delete the environments that it made on the way
@@ -55,19 +55,22 @@ build/torch/%:
 
 # for changes of kernels: CUDA's in the machine for PTX (if nvcc is there), machine code, and the tests
 # that take long. Three processes, because a few of them take minutes, and others wait behind them.
-# Then Triton's kernels in the machine: all cases as compiled for sm_80; and for sm_90 and sm_75 a case
-# of each kernel, and the quick checks of --verify, which have all instructions that sm_90 alone has
-# (for sm_75 centroid InfoNCE, whose products differ there, also of 19 and 1,000 classes); and a case
-# of each kernel as compiled by the oldest Triton, for sm_75 and sm_80 at once.
-in_machine = OMP_NUM_THREADS=1 PTX_ARCH=$1 $(BIN)/pytest -n 2 --dist worksteal
-proofs: setup build/triton/$(TRITON)
+# Then Triton's kernels in the machine: all cases as compiled for sm_80; two at a time, for sm_90 and
+# sm_75 a case of each kernel, and centroid InfoNCE, whose products differ there (also of 19 and 1,000
+# classes); a case of each kernel as compiled by the oldest Triton; and the bytes that kernels ask for.
+proofs: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadgroup -m slow
-	$(call in_machine,80) tests
-	$(call in_machine,90) -m 'not slow' tests/test_every_kernel.py tests/test_verify.py
-	$(call in_machine,75) -m 'not slow' -k 'every_kernel or test_case or equal_bits or large and 1000' \
+	OMP_NUM_THREADS=1 PTX_ARCH=80 $(BIN)/pytest -n 2 --dist worksteal tests
+	OMP_NUM_THREADS=1 $(MAKE) -j 2 -O machine-90 machine-75 older-80 older-75 traffic
+
+machine-%: setup
+	PTX_ARCH=$* $(BIN)/pytest -m 'not slow' -k 'every_kernel or InfoNCE or equal_bits or large and 1000' \
 	    tests/test_every_kernel.py tests/test_verify.py tests/test_centroid_info_nce.py
-	echo 75 80 | OMP_NUM_THREADS=1 PYTHONPATH=build/triton/$(TRITON) xargs -n 1 -P 2 sh -c \
-	    'PTX_ARCH=$$0 $(BIN)/pytest tests/test_every_kernel.py'
+
+older-%: setup build/triton/$(TRITON)
+	PYTHONPATH=build/triton/$(TRITON) PTX_ARCH=$* $(BIN)/pytest tests/test_every_kernel.py
+
+traffic: setup
 	PYTHONPATH=tests/proofs:bench $(BIN)/python -m ptx.traffic
 
 # do the tests notice each planted fault? make faults FAULTS='kernels/lanes.py C++' takes those whose

@@ -54,7 +54,7 @@ def of_many_pixels(case: Case) -> Inputs:
     return case.sample.inputs(1 + math.isqrt(65_504 // pixels))
 
 
-@each("reference", "cpu", "simulated_triton", options=True)
+@each("reference", "cpu", "simulated_triton", options=True, few_in_machine=True)
 def test_operators(case: Case, backend: str, default_dtype: Callable[[], None]) -> None:
     """Also the terms of a loss."""
     inputs = of_many_pixels(case)

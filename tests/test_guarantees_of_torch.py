@@ -96,7 +96,7 @@ def test_other_derivatives_raise(case: Case, backend: str):
             transformed(argument)
 
 
-@each("cpu", "simulated_triton", "simulated_cuda", slow=True)
+@each("cpu", "simulated_triton", "simulated_cuda", slow=True, few_in_machine=True)
 def test_compiles_as_one_graph(case: Case, backend: str):
     """Also for other sizes."""
     torch._dynamo.reset()
@@ -150,7 +150,7 @@ def test_gradients_that_the_call_does_not_see(trace: str, case: Case, backend: s
             assert ours is right is None or torch.allclose(ours, right, rtol=1e-5, atol=1e-6)
 
 
-@each()
+@each(few_in_machine=True)
 def test_autocast_changes_nothing(case: Case, backend: str):
     if str(case) == "upsampled_sums":
         pytest.skip("CeCo, which alone calls it, leaves autocast")
@@ -172,7 +172,7 @@ def test_meta_tensors(case: Case, backend: str):
         assert ours.is_meta and ours.shape == real.shape and ours.dtype == real.dtype
 
 
-@each("cpu", "simulated_triton", "simulated_cuda", slow=True)
+@each("cpu", "simulated_triton", "simulated_cuda", slow=True, few_in_machine=True)
 def test_opcheck(case: Case, backend: str):
     """In the machine for PTX, where each run takes long, without what is no part of a kernel: how
     gradients are registered, and compiled functions, which test_compiles_as_one_graph has."""
@@ -190,7 +190,7 @@ def test_opcheck(case: Case, backend: str):
 OPERATOR_RESULTS = {"keys", "lse", "teacher_lse"}
 
 
-@each("cpu", "simulated_triton", "simulated_cuda")
+@each("cpu", "simulated_triton", "simulated_cuda", few_in_machine=True)
 def test_strides_that_a_compiler_chooses(case: Case, backend: str):
     """A call has other strides of half of the arguments. Each argument has them in one call at
     least, and of two arguments in one call one of them alone."""

@@ -54,7 +54,7 @@ def check(run: Callable[..., Any], inputs: Inputs) -> int:
     return differentiable
 
 
-@each(options=True)
+@each(options=True, few_in_machine=True)
 def test_operators(case: Case, backend: str) -> None:
     assert (check(case.ours, case.sample.inputs(1)) > 0) == case.entry.differentiable
 

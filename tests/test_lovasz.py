@@ -127,8 +127,8 @@ DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 EACH = [
     pytest.param(
         *(case, dtype, layout),
-        # the machine compiles each case in each dtype and in each layout, but not in all pairs
-        marks=[pytest.mark.on("cpu", "triton")] * (layout != LAYOUTS[(i + j) % 3]),
+        # the machine compiles each case in two dtypes, of which each has several layouts
+        marks=[pytest.mark.on("cpu", "triton")] * ((i + j) % 2 or layout != LAYOUTS[(i + j) % 3]),
     )
     for (i, case), (j, dtype), layout in product(enumerate(CASES), enumerate(DTYPES), LAYOUTS)
 ]

@@ -1,6 +1,7 @@
 """The cases of the catalogue that tests of the guarantees run: its small samples and those of
 options."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -39,11 +40,35 @@ def places_of(case: Case) -> list[str]:
 
 
 def each(
-    *places: str, slow: bool = False, options: bool = False, **having: object
+    *places: str,
+    slow: bool = False,
+    options: bool = False,
+    few_in_machine: bool = False,
+    **having: object,
 ) -> pytest.MarkDecorator:
     """All cases whose entries have these properties, in these places. slow: a case takes about a
-    second, so `make test` runs a few of them; options: also the samples of options."""
+    second, so `make test` runs a few of them; options: also the samples of options;
+    few_in_machine: what the options of an operator do not change runs in the machine for PTX,
+    where each new program takes seconds, for its case with the most inputs alone."""
     chosen = catalogue.cases("small") + (catalogue.cases("options") if options else [])
+    in_machine = chosen
+    if few_in_machine:
+        by_operators = defaultdict(list)
+        for case in chosen:
+            by_operators[case.entry.operators].append(case)
+        in_machine = [
+            max(cases, key=lambda case: len(case.sample.inputs(1)))
+            for cases in by_operators.values()
+        ]
+
+    def places_here(case: Case) -> list[str]:
+        return [
+            place
+            for place in places_of(case)
+            if (not places or place in places)
+            and (case in in_machine or not place.startswith("simulated"))
+        ]
+
     cases = [
         pytest.param(
             case,
@@ -52,7 +77,7 @@ def each(
         )
         for case in chosen
         if all(getattr(case.entry, name) == value for name, value in having.items())
-        and (here := [place for place in places_of(case) if place in (places or places_of(case))])
+        and (here := places_here(case))
     ]
     return pytest.mark.parametrize("case", cases)
 
