@@ -1,7 +1,6 @@
 """The cases of the catalogue that tests of the guarantees run: its small samples and those of
 options."""
 
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -51,22 +50,17 @@ def each(
     few_in_machine: what the options of an operator do not change runs in the machine for PTX,
     where each new program takes seconds, for its case with the most inputs alone."""
     chosen = catalogue.cases("small") + (catalogue.cases("options") if options else [])
-    in_machine = chosen
+    in_machine = {str(case) for case in chosen}
     if few_in_machine:
-        by_operators = defaultdict(list)
-        for case in chosen:
-            by_operators[case.entry.operators].append(case)
-        in_machine = [
-            max(cases, key=lambda case: len(case.sample.inputs(1)))
-            for cases in by_operators.values()
-        ]
+        by_inputs = sorted(reversed(chosen), key=lambda case: len(case.sample.inputs(1)))
+        in_machine = {*{case.entry.operators: str(case) for case in by_inputs}.values()}
 
     def places_here(case: Case) -> list[str]:
         return [
             place
             for place in places_of(case)
             if (not places or place in places)
-            and (case in in_machine or not place.startswith("simulated"))
+            and (str(case) in in_machine or not place.startswith("simulated"))
         ]
 
     cases = [
