@@ -30,8 +30,12 @@ def add_counts(counts_ptr, key):
     ]
 )
 def _class_keys_kernel(
-    labels_ptr, labels_b, labels_h, labels_w,  # integers [B, H', W']
-    label_height, label_width,
+    labels_ptr,  # integers [B, H', W']
+    labels_b,
+    labels_h,
+    labels_w,
+    label_height,
+    label_width,
     keys_ptr,  # int32, or a smaller dtype for classes alone [B, P]
     counts_ptr,  # int64 [K] or [B, K], zero on entry
     pixels,
@@ -40,9 +44,11 @@ def _class_keys_kernel(
     scales,  # of rows and columns: the labels' size / the keys' size
     num_classes,
     ignore_index,
-    PER_IMAGE: tl.constexpr, IMAGE_IN_KEY: tl.constexpr,
-    HAS_ROWS: tl.constexpr, RESIZE: tl.constexpr,
-):  # fmt: skip
+    PER_IMAGE: tl.constexpr,
+    IMAGE_IN_KEY: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    RESIZE: tl.constexpr,
+):
     """Reads each used label once, writes one key per pixel. The label of pixel i along an axis is
     floor(i · scale) in float32, as F.interpolate selects it. The counts use integer atomics, two
     for each key of a tile; their order does not matter."""

@@ -54,15 +54,35 @@ def _slopes_of_class(slopes_ptr, p, labels, k, bins, CELLS: tl.constexpr):
 
 @triton.jit(do_not_specialize=(*SIZES, *LOGITS, *LABELS, *DLOGITS, "tiles_y", "tiles_x"))
 def _error_loss_bwd_kernel(
-    logits_ptr, logits_b, logits_k, logits_h, logits_w, num_classes,  # [B, K, h, w]
-    labels_ptr, labels_b, labels_h, labels_w,  # integers [B, H, W]
+    logits_ptr,  # [B, K, h, w]
+    logits_b,
+    logits_k,
+    logits_h,
+    logits_w,
+    num_classes,
+    labels_ptr,  # integers [B, H, W]
+    labels_b,
+    labels_h,
+    labels_w,
     slopes_ptr,  # float32 [K, 2, bins]
     bins,
-    dlogits_ptr, dlogits_block, dlogits_b, dlogits_k, dlogits_h, dlogits_w,  # [blocks, B, K, h, w]
-    height, width, label_height, label_width, ratios, tiles_y, tiles_x,
+    dlogits_ptr,  # [blocks, B, K, h, w]
+    dlogits_block,
+    dlogits_b,
+    dlogits_k,
+    dlogits_h,
+    dlogits_w,
+    height,
+    width,
+    label_height,
+    label_width,
+    ratios,
+    tiles_y,
+    tiles_x,
     ignore_index,
-    CELLS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    CELLS: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """Reads the logits of a tile and its edge from memory once, and from the caches for each loop
     over the classes and for neighbours. Reads labels once, except at the edge, and two slopes for
     each pixel and class. Writes dlogits once."""

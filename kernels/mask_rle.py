@@ -232,17 +232,25 @@ def _first_pixels_kernel(
 
 @triton.jit(do_not_specialize=(*SIZES, *LOGITS, "tiles"))
 def _count_changes_kernel(
-    logits_ptr, logits_n, logits_h, logits_w,  # [N, h, w]
-    height, width, label_height, label_width,
-    ratio_y, ratio_x,
+    logits_ptr,  # [N, h, w]
+    logits_n,
+    logits_h,
+    logits_w,
+    height,
+    width,
+    label_height,
+    label_width,
+    ratio_y,
+    ratio_x,
     level,
     boxes_ptr,  # int64 [N, 4], or None
     first_ptr,  # int32 [h + 1]
     tiles,
     counts_ptr,  # int32 [N, W]
     totals_ptr,  # int64 [6, N, tiles]
-    ALIGN_CORNERS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    ALIGN_CORNERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Reads the logits of the box once. Writes the number of changes of each column; and of the
     program all changes, the number of pixels that are 1, and how far they reach from the right, the
     bottom, the left and the top of the image."""
@@ -269,9 +277,16 @@ def _count_changes_kernel(
 
 @triton.jit(do_not_specialize=(*SIZES, *LOGITS, "tiles"))
 def _write_changes_kernel(
-    logits_ptr, logits_n, logits_h, logits_w,  # [N, h, w]
-    height, width, label_height, label_width,
-    ratio_y, ratio_x,
+    logits_ptr,  # [N, h, w]
+    logits_n,
+    logits_h,
+    logits_w,
+    height,
+    width,
+    label_height,
+    label_width,
+    ratio_y,
+    ratio_x,
     level,
     boxes_ptr,  # int64 [N, 4], or None
     first_ptr,  # int32 [h + 1]
@@ -279,8 +294,9 @@ def _write_changes_kernel(
     counts_ptr,  # int32 [N, W]
     ends_ptr,  # int64 [N, tiles], where the changes of each program end
     changes_ptr,  # int64
-    ALIGN_CORNERS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    ALIGN_CORNERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Reads the counts once. A program with changes reads the logits of the box, and writes the
     positions x·H + y of its changes."""
     y_axis, x_axis = axes_of(height, width, label_height, label_width, ratio_y, ratio_x)

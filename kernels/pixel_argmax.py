@@ -47,11 +47,22 @@ def _store_rows(pixel_map, values, image, lanes, CELLS: tl.constexpr):
 
 @triton.jit(do_not_specialize=(*SIZES, *LOGITS, "tiles"))
 def _pixel_argmax_kernel(
-    logits_ptr, logits_b, logits_k, logits_h, logits_w, num_classes,  # [B, K, h, w]
+    logits_ptr,  # [B, K, h, w]
+    logits_b,
+    logits_k,
+    logits_h,
+    logits_w,
+    num_classes,
     predictions_ptr,  # integers [B, H, W]
-    height, width, label_height, label_width, ratios, tiles,
-    CELLS: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
+    height,
+    width,
+    label_height,
+    label_width,
+    ratios,
+    tiles,
+    CELLS: tl.constexpr,
+    LANES: tl.constexpr,
+):
     """Reads the logits from memory once, and from the caches for neighbours; writes the
     predictions."""
     axes = axes_of(height, width, label_height, label_width, ratios, CELLS)

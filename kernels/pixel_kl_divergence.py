@@ -373,18 +373,39 @@ def _divergences(
 
 @triton.jit(do_not_specialize=(*SIZES, *LOGITS, *TEACHER, *VALID, "tiles"))
 def _pixel_kl_divergence_kernel(
-    logits_ptr, logits_b, logits_k, logits_h, logits_w, num_classes,  # [B, K, h, w]
-    teacher_ptr, teacher_b, teacher_k, teacher_h, teacher_w,  # the same, of any size
-    valid_ptr, valid_b, valid_h, valid_w,  # uint8 [B, H, W]: 0 or 1, or None
+    logits_ptr,  # [B, K, h, w]
+    logits_b,
+    logits_k,
+    logits_h,
+    logits_w,
+    num_classes,
+    teacher_ptr,  # the same, of any size
+    teacher_b,
+    teacher_k,
+    teacher_h,
+    teacher_w,
+    valid_ptr,  # uint8 [B, H, W]: 0 or 1, or None
+    valid_b,
+    valid_h,
+    valid_w,
     totals_ptr,  # float32 [B · tiles]
     divergences_ptr,  # float32 [B, H, W] or None, contiguous; also the next two
     lse_ptr,  # to base 2; also the next one
     teacher_lse_ptr,
-    height, width, label_height, label_width, teacher_height, teacher_width, ratios, teacher_ratios,
+    height,
+    width,
+    label_height,
+    label_width,
+    teacher_height,
+    teacher_width,
+    ratios,
+    teacher_ratios,
     tiles,
     temperature_ptr,  # float32 []
-    CELLS: tl.constexpr, TEACHER_GRID: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
+    CELLS: tl.constexpr,
+    TEACHER_GRID: tl.constexpr,
+    LANES: tl.constexpr,
+):
     """Reads both logits from memory once, and from the caches for further loops and for
     neighbours. Reads `valid` once. Writes the requested maps, and a number for each tile."""
     axes = axes_of(height, width, label_height, label_width, ratios, CELLS)

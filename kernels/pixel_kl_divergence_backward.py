@@ -78,19 +78,49 @@ def _differences(q, scales, p, teacher_scales, CELLS: tl.constexpr):
     )
 )
 def _pixel_kl_divergence_bwd_kernel(
-    logits_ptr, logits_b, logits_k, logits_h, logits_w, num_classes,  # [B, K, h, w]
-    teacher_ptr, teacher_b, teacher_k, teacher_h, teacher_w,  # the same, of any size
-    valid_ptr, valid_b, valid_h, valid_w,  # uint8 [B, H, W]: 0 or 1, or None
+    logits_ptr,  # [B, K, h, w]
+    logits_b,
+    logits_k,
+    logits_h,
+    logits_w,
+    num_classes,
+    teacher_ptr,  # the same, of any size
+    teacher_b,
+    teacher_k,
+    teacher_h,
+    teacher_w,
+    valid_ptr,  # uint8 [B, H, W]: 0 or 1, or None
+    valid_b,
+    valid_h,
+    valid_w,
     lse_ptr,  # float32 [B, H, W], contiguous, to base 2; also the next one
     teacher_lse_ptr,
     dtotal_ptr,  # float32 [], or None
-    ddivergences_ptr, ddivergences_b, ddivergences_h, ddivergences_w,  # float32 [B, H, W], or None
-    dlogits_ptr, dlogits_block, dlogits_b, dlogits_k, dlogits_h, dlogits_w,  # [blocks, B, K, h, w]
-    height, width, label_height, label_width, teacher_height, teacher_width, ratios, teacher_ratios,
-    tiles_y, tiles_x,
+    ddivergences_ptr,  # float32 [B, H, W], or None
+    ddivergences_b,
+    ddivergences_h,
+    ddivergences_w,
+    dlogits_ptr,  # [blocks, B, K, h, w]
+    dlogits_block,
+    dlogits_b,
+    dlogits_k,
+    dlogits_h,
+    dlogits_w,
+    height,
+    width,
+    label_height,
+    label_width,
+    teacher_height,
+    teacher_width,
+    ratios,
+    teacher_ratios,
+    tiles_y,
+    tiles_x,
     temperature_ptr,  # float32 []
-    CELLS: tl.constexpr, TEACHER_GRID: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    CELLS: tl.constexpr,
+    TEACHER_GRID: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """Reads both logits of a tile and its edge from memory once, and from the caches for
     neighbours. Reads maps once, except at the edge. Writes dlogits once."""
     axes = axes_of(height, width, label_height, label_width, ratios, CELLS)

@@ -44,14 +44,28 @@ def places_of_errors(p, labels, k, bins, CELLS: tl.constexpr):
 
 @triton.jit(do_not_specialize=(*SIZES, *LOGITS, *LABELS, "tiles"))
 def _probability_histograms_kernel(
-    logits_ptr, logits_b, logits_k, logits_h, logits_w, num_classes,  # [B, K, h, w]
-    labels_ptr, labels_b, labels_h, labels_w,  # integers [B, H, W]
+    logits_ptr,  # [B, K, h, w]
+    logits_b,
+    logits_k,
+    logits_h,
+    logits_w,
+    num_classes,
+    labels_ptr,  # integers [B, H, W]
+    labels_b,
+    labels_h,
+    labels_w,
     counts_ptr,  # int64 [K, 2, bins], zero on entry
     bins,
-    height, width, label_height, label_width, ratios, tiles,
+    height,
+    width,
+    label_height,
+    label_width,
+    ratios,
+    tiles,
     ignore_index,
-    CELLS: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
+    CELLS: tl.constexpr,
+    LANES: tl.constexpr,
+):
     """Reads the logits of a tile from memory once, and from the caches for the second loop and for
     neighbours. Reads each label once. Adds 1 for each error of at least 1/bins, and for each label
     of the tile its number to counts[label, 0, 0]."""

@@ -174,19 +174,37 @@ def _add_all_classes(partials, row, logits, lanes, labels, softmax, CELLS: tl.co
     )
 )
 def _softmax_moments_kernel(
-    logits_ptr, logits_b, logits_k, logits_h, logits_w, num_classes,  # [B, K, h, w]
-    labels_ptr, labels_b, labels_h, labels_w,  # integers [B, H, W]
+    logits_ptr,  # [B, K, h, w]
+    logits_b,
+    logits_k,
+    logits_h,
+    logits_w,
+    num_classes,
+    labels_ptr,  # integers [B, H, W]
+    labels_b,
+    labels_h,
+    labels_w,
     loss_options,  # LossOptions
     partials,  # Partials
     valid_ptr,  # int64 [B · chunks]: the number of valid pixels
     outside_ptr,  # int64 [B · chunks] or None: that of labels out of range
     pixel_losses_ptr,  # float32 [B, H, W] or None, contiguous; also the next one
     lse_ptr,
-    height, width, label_height, label_width, ratios, chunks, tiles_per_chunk,
+    height,
+    width,
+    label_height,
+    label_width,
+    ratios,
+    chunks,
+    tiles_per_chunk,
     ignore_index,
-    weights_ptr, weights_b, weights_h, weights_w,  # float32 [B, H, W], or None
-    CELLS: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
+    weights_ptr,  # float32 [B, H, W], or None
+    weights_b,
+    weights_h,
+    weights_w,
+    CELLS: tl.constexpr,
+    LANES: tl.constexpr,
+):
     """Reads the logits of a tile once from memory, and again from the caches for each further loop
     and for neighbours. Reads each label and weight once. Writes the requested maps. For each tile
     it writes one number per class for probability_sums and for squares, and one per label of the

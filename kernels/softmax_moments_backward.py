@@ -264,8 +264,16 @@ def _class_gradient(
     )
 )
 def _softmax_moments_bwd_kernel(
-    logits_ptr, logits_b, logits_k, logits_h, logits_w, num_classes,  # [B, K, h, w]
-    labels_ptr, labels_b, labels_h, labels_w,  # integers [B, H, W]
+    logits_ptr,  # [B, K, h, w]
+    logits_b,
+    logits_k,
+    logits_h,
+    logits_w,
+    num_classes,
+    labels_ptr,  # integers [B, H, W]
+    labels_b,
+    labels_h,
+    labels_w,
     lse_ptr,  # float32 [B, H, W], contiguous
     gradients,  # Gradients
     dpixel_losses_ptr,  # float32 [B, H, W], or None
@@ -273,14 +281,29 @@ def _softmax_moments_bwd_kernel(
     dpixel_losses_h,
     dpixel_losses_w,
     loss_options,  # LossOptions
-    dlogits_ptr, dlogits_block, dlogits_b, dlogits_k, dlogits_h, dlogits_w,  # [blocks, B, K, h, w]
-    height, width, label_height, label_width, ratios, tiles_y, tiles_x,
+    dlogits_ptr,  # [blocks, B, K, h, w]
+    dlogits_block,
+    dlogits_b,
+    dlogits_k,
+    dlogits_h,
+    dlogits_w,
+    height,
+    width,
+    label_height,
+    label_width,
+    ratios,
+    tiles_y,
+    tiles_x,
     ignore_index,
-    weights_ptr, weights_b, weights_h, weights_w,  # float32 [B, H, W], or None
-    CELLS: tl.constexpr, TILE: tl.constexpr,
+    weights_ptr,  # float32 [B, H, W], or None
+    weights_b,
+    weights_h,
+    weights_w,
+    CELLS: tl.constexpr,
+    TILE: tl.constexpr,
     BY_PIXEL: tl.constexpr,  # whether α depends on more than the class of a pixel
     BY_CLASS: tl.constexpr,  # whether dz depends on p in other ways than p·factor
-):  # fmt: skip
+):
     """Reads the logits of a tile and its edge from memory once, and from the caches for each loop
     over the classes and for neighbours. Reads labels, lse and maps once, except at the edge. Writes
     dlogits once."""
