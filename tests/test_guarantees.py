@@ -85,7 +85,7 @@ def far(x: Tensor, axis: int, memory_format: torch.memory_format) -> Tensor:
     return buffer.as_strided(x.shape, strides).copy_(x)
 
 
-@each("cpu", "simulated_triton", "simulated_cuda", few_in_machine=True)
+@each("cpu", "simulated_triton", "simulated_cuda")
 def test_offsets_are_64_bit(case: Case, backend: str):
     """Along each axis, of all inputs."""
     torch.use_deterministic_algorithms(False)  # otherwise torch.empty would write all of it

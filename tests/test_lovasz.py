@@ -127,7 +127,7 @@ DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 EACH = [
     pytest.param(
         *(case, dtype, layout),
-        # the machine compiles each case in two dtypes, of which each has several layouts
+        # the machine compiles each case in two dtypes, and each dtype in several layouts
         marks=[pytest.mark.on("cpu", "triton")] * ((i + j) % 2 or layout != LAYOUTS[(i + j) % 3]),
     )
     for (i, case), (j, dtype), layout in product(enumerate(CASES), enumerate(DTYPES), LAYOUTS)
