@@ -136,11 +136,12 @@ format: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# sdist, and from it a wheel for this platform and every Python. The last line prints the manylinux
-# tag that the wheel can have; auditwheel repair, in the release workflow, sets it
+# sdist, and a wheel for this platform and every Python, of what `make setup` compiled (tests compare
+# the files of both with the repository's). The last line prints the manylinux tag that the wheel can
+# have; auditwheel repair, in the release workflow, sets it
 package: setup
-	rm -rf dist
-	$(BIN)/python -m build --no-isolation
+	rm -rf dist build/lib*
+	$(BIN)/python -m build --no-isolation --sdist --wheel
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/auditwheel show dist/*.whl | grep -o 'manylinux_[0-9a-z_]*'
 

@@ -178,6 +178,13 @@ def compiled_parts() -> dict:
         )
 
     class Build(BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            # By default an editable install would delete the objects that it compiled. So what has
+            # not changed is not compiled again, nor for a wheel; but for another torch, whose
+            # headers may be older than the objects.
+            self.build_temp = os.path.join("build", "objects", torch.__version__)
+
         def build_extensions(self):
             info = {"VERSION": self.distribution.get_version(), "CUDA": cuda, "CUDA_ARCHS": archs}
             info |= {"CUDA_CHOICE": CUDA_CHOICE, "CUDA_OBSTACLE": missing}
