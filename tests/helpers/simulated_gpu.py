@@ -7,7 +7,7 @@ import gc
 import os
 from pathlib import Path
 
-PTX_ARCH = os.environ.get("PTX_ARCH")  # of the GPU for which is compiled: 75, 80 or 90
+PTX_ARCH = os.environ.get("PTX_ARCH")  # of the GPU for which is compiled: 75, 80 or 90; CUDA: 80
 PTX_BACKEND = os.environ.get("PTX_BACKEND", "triton")
 if PTX_ARCH is not None:
     # translated programs stay, and looking through them for garbage took an eighth of the time
@@ -15,7 +15,9 @@ if PTX_ARCH is not None:
 if PTX_ARCH is not None and PTX_BACKEND == "cuda":
     from ptx import cuda_launches
 
-    cuda_launches.install(int(PTX_ARCH))
+    if PTX_ARCH != "80":
+        raise ValueError(f"PTX_ARCH of PTX_BACKEND=cuda must be 80, got {PTX_ARCH}")
+    cuda_launches.install()
 elif PTX_ARCH is not None:
     from ptx import triton_launches
 

@@ -355,7 +355,7 @@ def test_lines_that_call_run_with_what_was_inlined():
 
 def test_more_shared_memory_than_a_gpu_has():
     sources = SimpleNamespace(kernels=lambda: {1: "tested"}, modules=list)
-    machine = cuda_launches.Machine(80, sources)
+    machine = cuda_launches.Machine(sources)
     assert machine.set_attribute(1, cuda_launches.DYNAMIC_SHARED_OF_BLOCK, 99 << 10)
     assert not machine.launch(1, (1, 1, 1), (32, 1, 1), (99 << 10) + 4, 0)
     assert "101380 bytes of shared" in str(machine.error)
@@ -371,7 +371,7 @@ def test_grids_that_gpus_refuse(grid: tuple[int, int, int], block: tuple[int, in
 
 
 def test_cleared_memory_is_of_a_tensor():
-    machine = cuda_launches.Machine(80, SimpleNamespace(kernels=dict, modules=list))
+    machine = cuda_launches.Machine(SimpleNamespace(kernels=dict, modules=list))
     x = torch.ones(4)
     machine.tensors = [x]
     assert machine.fill(x.data_ptr() + 4, 0, 8) and x.tolist() == [1, 0, 0, 1]

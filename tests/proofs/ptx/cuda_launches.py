@@ -8,7 +8,7 @@ the memory of CPU tensors.
 The first call compiles what has changed, into build/ptx. In Python, before any tensor:
 
     from ptx import cuda_launches
-    cuda_launches.install(80)
+    cuda_launches.install()
     with anchorops.use_backend("cuda"): …  # of CPU tensors
 
 `hardware` sets other multiprocessors and shared memory, `triton_launches.seed` a random order of
@@ -71,12 +71,13 @@ def readable(names: Iterable[str]) -> list[str]:
 class Machine:
     """What the CUDA runtime asks."""
 
-    def __init__(self, arch: int, sources: Any):
+    def __init__(self, sources: Any):
         self.mangled: dict[int, str] = sources.kernels()  # by the address of the host's function
         self.names = dict(zip(self.mangled, readable(self.mangled.values()), strict=True))
-        texts = [text for text in sources.modules() if f".target sm_{arch}\n" in text]
         self.texts = {
-            name: text for text in texts for name in re.findall(r"\.entry\s+([\w$]+)", text)
+            name: text
+            for text in sources.modules()
+            for name in re.findall(r"\.entry\s+([\w$]+)", text)
         }
         self.gpus = [SMALL]  # by the number of the device: host code asks once for each device
         self.device = 0
@@ -218,8 +219,8 @@ def build(csrc: Path = HERE.parents[2] / "csrc", out: Path = BUILD) -> Path:
     return out / "cuda_sources.so"
 
 
-def install(arch: int, library: Path | None = None) -> None:
-    """From now on the backend `cuda` runs in the machine, for this GPU, on CPU tensors. Where the
+def install(library: Path | None = None) -> None:
+    """From now on the backend `cuda` runs in the machine, for sm_80, on CPU tensors. Where the
     sources cannot be compiled, it is not usable, for this reason."""
     global machine
     import anchorops._ops  # noqa: F401  the schemas
@@ -234,7 +235,7 @@ def install(arch: int, library: Path | None = None) -> None:
     assert spec is not None
     sources = importlib.util.module_from_spec(spec)
     loader.exec_module(sources)
-    machine = Machine(arch, sources)
+    machine = Machine(sources)
     sources.connect(
         machine.launch,
         machine.fill,

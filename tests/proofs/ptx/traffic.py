@@ -18,7 +18,7 @@ from . import cuda_launches, machine, triton_launches
 from .machine import Traffic
 
 triton_launches.install(80)  # before anchorops is imported
-cuda_launches.install(80)
+cuda_launches.install()
 
 from record import ROOT, markdown_table, save_counts  # noqa: E402
 

@@ -136,7 +136,7 @@ int aoti_torch_delete_device_guard(void*) { return 0; }
 }
 
 PYBIND11_MODULE(cuda_sources, module) {
-  module.def("modules", [] { return modules(); }, "The PTX of each source file and architecture.");
+  module.def("modules", [] { return modules(); }, "The PTX of each source file.");
   module.def(
       "kernels", [] { return kernels(); }, "Names of kernels in the PTX, by their addresses.");
   module.def(
