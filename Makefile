@@ -54,12 +54,12 @@ build/torch/%:
 	    || { rm -r $@; false; }
 
 # for changes of kernels: CUDA's in the machine for PTX (if nvcc is there), machine code, and the tests
-# that take long. Three processes, because a few of them take minutes, and others wait behind them.
+# that take long. Three processes, because a few of them take minutes with processes of their own.
 # Then Triton's kernels in the machine: all cases as compiled for sm_80; two at a time, for sm_90 and
 # sm_75 a case of each kernel, and centroid InfoNCE, whose products differ there (also of 19 and 1,000
 # classes); a case of each kernel as compiled by the oldest Triton; and the bytes that kernels ask for.
 proofs: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadgroup -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist worksteal -m slow
 	OMP_NUM_THREADS=1 PTX_ARCH=80 $(BIN)/pytest -n 2 --dist worksteal tests
 	OMP_NUM_THREADS=1 $(MAKE) -j 2 -O machine-90 machine-75 older-80 older-75 traffic
 
