@@ -180,9 +180,9 @@ def compiled_parts() -> dict:
     class Build(BuildExtension):
         def finalize_options(self):
             super().finalize_options()
-            # By default an editable install would delete the objects that it compiled. So what has
-            # not changed is not compiled again, nor for a wheel; but for another torch, whose
-            # headers may be older than the objects.
+            # The objects are kept, which an editable install would delete: then only what changed
+            # is compiled again. Those of each torch lie apart, because its headers may be older
+            # than objects of another.
             self.build_temp = os.path.join("build", "objects", torch.__version__)
 
         def build_extensions(self):
