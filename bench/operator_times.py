@@ -244,7 +244,7 @@ def main() -> None:
         try:
             for compiled in (False, True):
                 inputs = case, compiled, of, device, tiny
-                found = rows_of(*inputs) if on_gpu else in_own_process(rows_of, *inputs)
+                found = rows_of(*inputs) if on_gpu or tiny else in_own_process(rows_of, *inputs)
                 rows += found
                 if options.rows and found:
                     save(options.rows, "operators", head_of(device), rows)

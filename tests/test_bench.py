@@ -350,6 +350,11 @@ def test_wrong_results_are_not_timed(monkeypatch):
         timer.rows([wrong])
 
 
+def test_a_process_of_its_own():
+    """In which a case is measured on the CPU."""
+    assert operator_times.in_own_process(os.getpid) != os.getpid()
+
+
 def test_doctor_benchmark(capsys, monkeypatch):
     small = partial(_doctor_benchmark.benchmark, size=1 / 32, seconds=0)
     monkeypatch.setattr(doctor, "benchmark", small)
