@@ -44,7 +44,7 @@ def rows_of(name: str, quick: bool) -> list[tuple[str, str, Row]]:
     for case in jobs(quick):
         for key, (kernel, seconds) in compiled(name, partial(launch, case)).items():
             if key not in rows:
-                rows[key] = kernel.metadata.name, str(case), measure(kernel, seconds)
+                rows[key] = kernel.metadata.name, str(case), measure(kernel, seconds, not quick)
     return list(rows.values())
 
 
@@ -67,7 +67,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--targets", nargs="*", choices=TARGETS)
     parser.add_argument(
-        "--quick", action="store_true", help="a choice of the targets and of the variants"
+        "--quick",
+        action="store_true",
+        help="a choice of the targets and of the variants, without the loops",
     )
     args = parser.parse_args()
     targets = args.targets or (QUICK if args.quick else TARGETS)

@@ -75,8 +75,8 @@ MACHINE_CODE = """
 
 
 def test_loops_of_machine_code():
-    """The innermost one, of four of the seven instructions, with one exponential. The load of R4
-    and R5 is used three instructions later, in the next iteration; UR4 is another register."""
+    """The innermost one, of four instructions, with one exponential. The load of R4 and R5
+    is used three instructions later, in the next iteration; UR4 is another register."""
     from without_gpu.machine_code import loops_of
 
-    assert loops_of(MACHINE_CODE) == ([(4, 1, 1, 3)], 7)
+    assert loops_of(MACHINE_CODE) == [(4, 1, 1, 3)]

@@ -3,6 +3,7 @@ code."""
 
 import os
 import re
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -102,8 +103,16 @@ def _distance(body: list[str], load: int) -> int:
     return len(body)
 
 
-def loops_of(sass: str) -> tuple[list[Loop], int]:
-    """The loops of machine code as nvdisasm -c prints it, and the number of its instructions."""
+def instructions_of(cubin: bytes) -> int:
+    """The number of instructions, of 16 bytes each: those of all sections that can be executed."""
+    (begin,) = struct.unpack_from("<Q", cubin, 0x28)  # of the headers of sections in an ELF file
+    size, number = struct.unpack_from("<HH", cubin, 0x3A)
+    headers = (struct.unpack_from("<IIQQQQ", cubin, begin + i * size) for i in range(number))
+    return sum(length for _, _, flags, _, _, length in headers if flags & 4) // 16
+
+
+def loops_of(sass: str) -> list[Loop]:
+    """The loops of machine code as nvdisasm -c prints it."""
     labels, code = {}, []
     for label, instruction in CODE.findall(sass):
         if label:
@@ -121,7 +130,7 @@ def loops_of(sass: str) -> tuple[list[Loop], int]:
             distance = min(_distance(body, load) for load in loads)
             exponentials = sum(x.startswith("MUFU") for x in body)
             found.append(Loop(len(body), exponentials, len(loads), distance))
-    return found, len(code)
+    return found
 
 
 class Row(NamedTuple):
@@ -134,23 +143,25 @@ class Row(NamedTuple):
     seconds: float
 
 
-def measure(kernel: Any, seconds: float) -> Row:
+def measure(kernel: Any, seconds: float, with_loops: bool) -> Row:
+    """with_loops: nvdisasm takes half a second for a kernel."""
     shared = kernel.metadata.shared
     if "amdgcn" in kernel.asm:
         counts = dict(re.findall(r"\.(\w+):\s+(\d+)", kernel.asm["amdgcn"]))
         # scalar registers spill into vector registers, and are not counted; nor are instructions
         stack = int(counts["private_segment_fixed_size"])
         return Row(int(counts["vgpr_count"]), stack, shared, "", "", 0, seconds)
+    cubin, loops = kernel.asm["cubin"], ""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(kernel.asm["cubin"])
+        Path(file.name).write_bytes(cubin)
         command = [CUOBJDUMP, "--dump-resource-usage", file.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        command = [NVDISASM, "-c", file.name]
-        sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        if with_loops:
+            command = [NVDISASM, "-c", file.name]
+            sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            loops = "; ".join(" ".join(map(str, loop)) for loop in loops_of(sass))
     registers, stack = (int(re.findall(rf"{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK"))
-    loops, instructions = loops_of(sass)
-    loops = "; ".join(" ".join(map(str, loop)) for loop in loops)
     most = {75: 32, 80: 64, 90: 64, 100: 64}.get(kernel.metadata.target.arch, 48)
     warps = min(2**16 // (32 * triton.cdiv(registers, 8) * 8), most)
     warps -= warps % kernel.metadata.num_warps
-    return Row(registers, stack, shared, warps, loops, instructions, seconds)
+    return Row(registers, stack, shared, warps, loops, instructions_of(cubin), seconds)

@@ -122,7 +122,7 @@ def listed_variants() -> Iterator[Case]:
     yield variant("upsampled_sums", "upsampled sums, 65 columns", make, True, num_classes=19)
     for dtype, align, boxes in ((FP32, False, True), (BF16, True, False), (FP16, False, False)):
         name = f"{dtype}, {'aligned' if align else 'not aligned'}, {'boxes' if boxes else 'no box'}"
-        make = Masks((100, 192, 192), dtype=dtype, boxes=boxes)
+        make = Masks((5, 192, 192), dtype=dtype, boxes=boxes)
         options = {"ratios": (5.625, 10), "align_corners": align}
         yield variant("mask_rle", f"masks, {name}", make, boxes, **options)
     for (classes, groups, dim), dtype, positives in (

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="CPU builds of torch do not include Triton")
 
 from kernels_report import QUICK
-from without_gpu.machine_code import CUOBJDUMP
+from without_gpu.machine_code import CODE, CUOBJDUMP, NVDISASM, instructions_of
 
 from anchorops._libraries import CUDA_LIBRARY
 
@@ -60,9 +60,12 @@ def test_cuda():
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not installed")
-def test_cuda_stack_is_found(tmp_path: Path):
+def test_stack_and_instructions_are_found(tmp_path: Path):
     source, compiled = tmp_path / "faulty.cu", tmp_path / "faulty.cubin"
     source.write_text(FAULTY)
     subprocess.run(["nvcc", source, "-arch=sm_90", "-cubin", "-o", compiled], check=True)
     [(name, stack)] = cuda_stacks(compiled)
     assert "faulty_kernel" in name and stack >= 64 * 4
+    sass = subprocess.run([NVDISASM, "-c", compiled], check=True, capture_output=True, text=True)
+    listed = [instruction for _, instruction in CODE.findall(sass.stdout) if instruction]
+    assert instructions_of(compiled.read_bytes()) == len(listed) > 64
