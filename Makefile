@@ -16,7 +16,7 @@ TORCH ?= 2.10.0 2.12.1 2.14.1 2.15.0
 # the oldest that the kernels support: that of torch 2.10
 TRITON ?= 3.6.0
 
-.PHONY: setup test check-torch check-nnunet check-ultralytics proofs traffic faults barriers demo bench counted-memory kernels-report kernels-report-older lint format docs package check-abi clean
+.PHONY: setup compiled packages test check-torch check-nnunet check-ultralytics proofs traffic faults barriers demo bench counted-memory kernels-report kernels-report-older lint format docs package check-abi clean
 release_of_nnunet = nnunetv2==2.8.1
 release_of_ultralytics = ultralytics==8.4.190
 # or make would delete the environments that it made on the way
@@ -25,14 +25,21 @@ release_of_ultralytics = ultralytics==8.4.190
 setup: .venv/installed
 
 # The packages for compiling are installed first. So the extension is built with the torch that will
-# load it, and can be built again without a network.
+# load it, and can be built again without a network. It is compiled while the others are installed.
 .venv/installed: pyproject.toml constraints.txt setup.py build_backend.py $(SOURCES)
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -c constraints.txt torch torchvision 'setuptools>=77' ninja
-	rm -f build/setup.log
-	$(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[train,test,dev,docs]' --log build/setup.log
-	@grep -o 'anchorops: compiled in [0-9]* seconds' build/setup.log | tail -1
+	$(MAKE) -j 2 compiled packages
 	touch $@
+
+compiled:
+	mkdir -p build
+	$(BIN)/python setup.py build_ext --inplace >build/setup.log 2>&1 || { cat build/setup.log; false; }
+	@grep '^anchorops: ' build/setup.log
+
+# CXX=false: pip compiles nothing
+packages:
+	CXX=false $(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[train,test,dev,docs]'
 
 test: setup
 	$(call users_tests,$(BIN))
