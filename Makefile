@@ -5,6 +5,8 @@ CPP := $(shell find csrc tests \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -
 # of an environment's programs: two processes of one thread; the tests of a file stay in one of them,
 # because they share what the file prepares
 users_tests = OMP_NUM_THREADS=1 $1/pytest -n 2 --dist loadfile -m 'not slow'
+# pip installs this package, and compiles nothing
+without_compiling = ANCHOROPS_CUDA=0 CXX=false
 DEMO ?= demo
 # of make bench: where its rows and pictures go
 BENCH ?= build/bench
@@ -29,7 +31,8 @@ setup: .venv/installed
 .venv/installed: pyproject.toml constraints.txt setup.py build_backend.py $(SOURCES)
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -c constraints.txt torch torchvision 'setuptools>=77' ninja
-	$(MAKE) -j 2 compiled packages
+	$(MAKE) -j 2 compiled packages \
+	    || { echo 'make setup: an error stands above; what compilers printed, in build/setup.log'; false; }
 	touch $@
 
 compiled:
@@ -37,16 +40,15 @@ compiled:
 	$(BIN)/python setup.py build_ext --inplace >build/setup.log 2>&1 || { cat build/setup.log; false; }
 	@grep '^anchorops: ' build/setup.log
 
-# CXX=false: pip compiles nothing
 packages:
-	CXX=false $(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[train,test,dev,docs]'
+	$(without_compiling) $(BIN)/pip install -c constraints.txt --no-build-isolation -e '.[train,test,dev,docs]'
 
 test: setup
 	$(call users_tests,$(BIN))
 
-# The same with other versions of torch, in environments of their own of 7 GB each. CXX=false: nothing
-# is compiled, the libraries of `make setup` are used. If no torchvision can be installed with this
-# torch, the training program is left out, and the tests that need it are skipped.
+# The same with other versions of torch, in environments of their own of 7 GB each, with the libraries
+# of `make setup`. If no torchvision can be installed with this torch, the training program is left
+# out, and the tests that need it are skipped.
 check-torch: $(TORCH:%=check-torch-%)
 
 check-torch-%: setup build/torch/%
@@ -57,7 +59,7 @@ build/torch/%:
 	pip='$@/bin/pip install torch==$*' extras=train,test,dev,docs; \
 	$$pip torchvision 'setuptools>=77' ninja \
 	    || { extras=plots,diagnostics,test,dev,docs; $$pip 'setuptools>=77' ninja; } \
-	    && CXX=false $$pip --no-build-isolation -e ".[$$extras]" \
+	    && $(without_compiling) $$pip --no-build-isolation -e ".[$$extras]" \
 	    || { rm -r $@; false; }
 
 # for changes of kernels: CUDA's in the machine for PTX (if nvcc is there), machine code, and the tests
@@ -101,7 +103,7 @@ build/nnunet build/ultralytics: build/%:
 	$(PYTHON) -m venv $@
 	pip='$@/bin/pip install -c constraints.txt'; \
 	$$pip torch torchvision 'setuptools>=77' ninja \
-	    && CXX=false $$pip --no-build-isolation -e '.[test]' $(release_of_$*) \
+	    && $(without_compiling) $$pip --no-build-isolation -e '.[test]' $(release_of_$*) \
 	    || { rm -r $@; false; }
 
 demo: setup
