@@ -35,9 +35,11 @@ setup: .venv/installed
 	    || { echo 'make setup: an error stands above; what compilers printed, in build/setup.log'; false; }
 	touch $@
 
+# Without MAKEFLAGS, because ninja would take it as a limit; build/lib* would go into later wheels
 compiled:
 	mkdir -p build
-	$(BIN)/python setup.py build_ext --inplace >build/setup.log 2>&1 || { cat build/setup.log; false; }
+	MAKEFLAGS= $(BIN)/python setup.py build_ext --inplace >build/setup.log 2>&1 || { cat build/setup.log; false; }
+	rm -rf build/lib*
 	@grep '^anchorops: ' build/setup.log
 
 packages:
