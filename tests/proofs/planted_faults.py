@@ -38,7 +38,7 @@ def prepare() -> None:
 
 def compile_changes() -> None:
     """Compile what changed; kernels only for this processor's best instruction set."""
-    folder = next((COPY / "build").glob("temp.*"))
+    folder = COPY / "build/objects" / torch.__version__
     best = torch.backends.cpu.get_cpu_capability().lower().replace("default", "baseline")
     others = tuple(f"_{x}.o" for x in {"baseline", "avx2", "avx512"} - {best})
     objects = [str(path) for path in folder.rglob("*.o")]
