@@ -6,7 +6,8 @@ then compiles what it would launch there, and the table is read off the machine 
 - shared: bytes of a program;
 - warps: how many of a multiprocessor the registers allow;
 - loops: of each innermost loop that loads from memory, in the order of the code: instructions,
-  exponentials and logarithms, loads, and the fewest instructions from a load to its first use;
+  exponentials and logarithms, loads, and the fewest instructions from a load to its first use
+  (not with --quick);
 - instructions: of the whole kernel, for NVIDIA's GPUs;
 - seconds: the processor's time for compiling it, ptxas included. On a GPU about half a second of
   gcc is added for the launcher.

@@ -3,8 +3,8 @@
     python bench/operator_times.py --case 'cross-entropy, *SegFormer*' [--rows ROWS.json]
 
 Rows are written after each group of implementations, so an interrupted run keeps them. On the CPU
-each group has a process of its own, since the time of torch's formulas depends on the state in
-which earlier calls have left malloc.
+each group has a process of its own, but for a dry run, since the time of torch's formulas depends
+on the state in which earlier calls have left malloc.
 """
 
 import contextlib

@@ -352,7 +352,9 @@ def test_wrong_results_are_not_timed(monkeypatch):
 
 def test_a_process_of_its_own():
     """In which a case is measured on the CPU."""
+    case = listed.OF_USERS[0]
     assert operator_times.in_own_process(os.getpid) != os.getpid()
+    assert operator_times.in_own_process(str, case) == str(case)
 
 
 def test_doctor_benchmark(capsys, monkeypatch):
