@@ -17,15 +17,15 @@ CATEGORY_WEIGHTS = {
     "ade20k-upernet-swin-t": 0.2,
 }
 NAMES = sorted({path.stem for path in PRESETS.glob("*.yaml")} - {"shared"})
-NETWORKS = {parse("fit", ["--config", x])[0].model.network for x in NAMES}
 
 
-@pytest.mark.parametrize("network", sorted(x for x in NETWORKS if "segformer" not in x))
-def test_networks_of_presets(network: str):
-    with torch.device("meta"):
-        model = build_model(Model(network, auxiliary_weight=0.4), 19)
-        assert model(torch.empty(2, 3, 64, 96)).shape[:2] == (2, 19)
-        assert model.auxiliary_logits().shape[:2] == (2, 19)
+def test_networks_of_presets():
+    networks = {parse("fit", ["--config", x])[0].model.network for x in NAMES}
+    for network in sorted(x for x in networks if "segformer" not in x):
+        with torch.device("meta"):
+            model = build_model(Model(network, auxiliary_weight=0.4), 19)
+            assert model(torch.empty(2, 3, 64, 96)).shape[:2] == (2, 19), network
+            assert model.auxiliary_logits().shape[:2] == (2, 19), network
 
 
 @pytest.mark.parametrize("preset", NAMES)
