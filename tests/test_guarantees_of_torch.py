@@ -63,7 +63,7 @@ def test_transforms_of_the_reference(case: Case, backend: str):
     torch.testing.assert_close(along, (expected * direction).sum())
 
 
-@each("cpu", "simulated_triton", "simulated_cuda", differentiable=True)
+@each("cpu", "simulated_triton", "simulated_cuda", few_in_machine=True, differentiable=True)
 def test_other_derivatives_raise(case: Case, backend: str):
     """Second derivatives, forward mode, torch.func's."""
     whole, (x, *others) = weighted_sum(case, case.sample.inputs(1))

@@ -44,8 +44,8 @@ def test_all_is_right(every: bool):
     assert not [str(row) for row in (*rows, *environment) if row.right is not True]
 
 
-# Other sizes of logits run with the least and the most options of the same kernels.
-OF_FEW_SIZES = ("a loss for each pixel, ", "cross-entropy + Dice, ")
+# Other sizes of logits run with the least options, and in test_softmax_moments.py with more.
+OF_FEW_SIZES = ("a loss for each pixel, ", "cross-entropy + Dice, ", "all options, ")
 
 
 @pytest.mark.on("simulated_triton", "simulated_cuda")
