@@ -14,7 +14,6 @@ the mark, a case runs everywhere but on a GPU.
 import contextlib
 import ctypes
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -60,12 +59,6 @@ def _is_chosen(item: pytest.Item) -> bool:
     item_marks = [mark for mark in item.own_markers if mark.name == "on"]
     marks = item_marks or list(item.iter_markers("on"))  # of the module
     return all(names & set(mark.args) for mark in marks) if marks else place not in GPU
-
-
-def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """In the machine, files without `backend`: to import them all would take ten seconds."""
-    here = SIMULATED and collection_path.name.startswith("test_")
-    return True if here and "backend" not in collection_path.read_text() else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
